@@ -1,8 +1,14 @@
 """What README and pages show: the commands, and the blocks with what they print."""
 
+import json
 import re
+import runpy
 import shlex
+import string
+import sys
 from pathlib import Path
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -30,3 +36,27 @@ def write_files(page: Path) -> None:
     for _, text, _ in blocks(page):
         if name := re.match(r"# (\w+\.(?:py|yaml))\n", text):
             Path(name[1]).write_text(text)
+
+
+def make_chat_model_and_data(folder: Path, context: int = 256, eos: str = "<eos>") -> None:
+    """Save a tiny model with a chat template, and rows of questions with answers as GSM8K has them."""
+    from toy_tasks.models import character_tokenizer, tiny_llama
+
+    tokenizer = character_tokenizer(string.printable)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"eos_token": eos})
+    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=context).save_pretrained(
+        folder / "model"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)
+    ]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def give_tools(folder: Path, monkeypatch) -> None:
+    """Run the program of the page on a pretrained model with tools, with a tiny model in its place."""
+    make_chat_model_and_data(folder, context=1024, eos="<|im_end|>")
+    monkeypatch.setattr(sys, "argv", ["give_tools.py", "model", "smollm-tools"])
+    runpy.run_path("give_tools.py")

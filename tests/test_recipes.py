@@ -7,24 +7,15 @@ import json
 import math
 import re
 import runpy
-import shutil
-import string
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from pages import blocks, commands, write_files
+from pages import blocks, make_chat_model_and_data
 
-import tokenrl
 from tokenrl.cli import main
-from tokenrl.language.policy.model import load_policy
-from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.tools import assistant_message
-from tokenrl.language.supervised.fit import encode_demonstrations
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PARTS = {"own", "judging", "questions", "answer", "curves"}  # shared by programs of a folder
@@ -38,7 +29,7 @@ PROGRAMS = {
 # tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
 ELSEWHERE |= {"distillation_forms", "pass_at_k", "openenv_client", "turns", "build", "reference"}
-ELSEWHERE |= {"distillation", "compare_baselines", "overall_scores", "compare_existing_runs"}
+ELSEWHERE |= {"distillation", "overall_scores", "compare_existing_runs"}
 ELSEWHERE |= {"zero", "code_reward"}
 TABLE = "estimators_table"
 RUNGS = {
@@ -54,7 +45,6 @@ SHORT = {  # flags by recipe, and by its first argument where it has several
     "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
 }
-ONE_PAGE = "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo"
 FIGURES = {
     "figures grpo-difficulty": "",
     "figures kl": "",
@@ -62,24 +52,6 @@ FIGURES = {
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
     "samplers": "--noises 0 0.5 --problems 5",
 }
-ALL_PAGES = sorted(RECIPES.rglob("*.md"))
-PAGES = [  # the Python of the others is run by tests/test_readme.py
-    path
-    for path in ALL_PAGES
-    if path.parent.name in ("tutorials", "guides", "explain")
-    and path.stem not in ("resume", "estimators", "classic_systems", "speed")
-]
-LEARNING = RECIPES / "pages" / "tutorials" / "own_task.md"  # trains for a hundred steps
-# what shortens a command of a page
-BRIEF = {
-    "train": "--max-steps 1 --eval-generations 0",
-    "compare": "--dry-run",
-    "control": "--max-steps 1 --eval-episodes 2",
-    "reward-model": "--max-steps 1",
-}
-PACKAGES = {"LunarLander-v3": "Box2D"}
-"""What a command needs that may not be installed; without it the command is refused."""
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
 def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
@@ -89,22 +61,6 @@ def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", [program, *first, *flags.split()])
     runpy.run_path(str(PROGRAMS[program]), run_name="__main__")
     return capsys.readouterr().out
-
-
-def make_chat_model_and_data(folder: Path, context: int = 256, eos: str = "<eos>") -> None:
-    from toy_tasks.models import character_tokenizer, tiny_llama
-
-    tokenizer = character_tokenizer(string.printable)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.add_special_tokens({"eos_token": eos})
-    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=context).save_pretrained(
-        folder / "model"
-    )
-    tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)
-    ]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +115,7 @@ def test_every_recipe_is_in_the_list_with_its_command():
     } == paths
     named = set(re.findall(r"python recipes/(\w+/\w+\.py)", text))
     assert {name for name in named if "benchmarks" not in name} == paths
-    notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
+    notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     # tests/control/test_control_recipes.py
     control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
@@ -189,10 +145,8 @@ def test_one_page_is_one_page_of_torch_and_core():
     assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow) for name in SHORT],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
 def test_recipe_leaves_a_complete_run_of_what_it_says(
     name, base, tmp_path, monkeypatch, capsys, handlers
 ):
@@ -229,13 +183,6 @@ def test_recipe_leaves_a_complete_run_of_what_it_says(
         assert len(numbers("most\\):", out)) == 1
 
 
-def test_one_page_runs(tmp_path, monkeypatch, capsys):
-    out = run("reinforce_one_page", ONE_PAGE, tmp_path, monkeypatch, capsys)
-    rewards = numbers("reward", out)
-    assert len(rewards) == 5  # greedy and sampled, before and after, and the last step
-    assert all(0 <= reward <= 1 for reward in rewards) and "biased" in out
-
-
 @pytest.mark.slow
 def test_one_page_learns(tmp_path, monkeypatch, capsys):
     out = run("reinforce_one_page", "", tmp_path, monkeypatch, capsys)
@@ -243,96 +190,6 @@ def test_one_page_learns(tmp_path, monkeypatch, capsys):
     assert before < 0.3 and after > 0.8
     sampled_before, sampled_after = numbers("sampled reward", out)
     assert sampled_after > sampled_before + 0.3
-
-
-def give_tools_to_a_tiny_model(folder: Path, monkeypatch) -> None:
-    """Run the program of the page on a pretrained model with tools, with a tiny model in its place."""
-    make_chat_model_and_data(folder, context=1024, eos="<|im_end|>")
-    monkeypatch.setattr(sys, "argv", ["give_tools.py", "model", "smollm-tools"])
-    runpy.run_path("give_tools.py")
-
-
-def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
-    write_files(page)
-    give_tools_to_a_tiny_model(tmp_path, monkeypatch)
-    policy = load_policy("smollm-tools")
-    task = runpy.run_path("problems.py")["task"]
-    environments = Environments(task.environment)
-    row = next(row for row in task.demonstrations if isinstance(row["completion"], list))
-    ((before, ids),) = encode_demonstrations(policy, [row], environments)
-    text = policy.tokenizer.decode(ids)
-    read = assistant_message(policy.tokenizer, ids, before, text, environments.tools(row))
-    assert read["tool_calls"] == row["completion"][-1]["tool_calls"]
-    (episode,) = environments.reset([task.train_prompts[0]], [0])
-    asked = policy.tokenizer.decode(policy.encode(episode.opening, tools=episode.tools))
-    assert f"```text\n{asked}" in page.read_text()
-
-
-def printed_by_blocks(page: Path, capsys) -> Iterator[tuple[str, str]]:
-    """What each block of Python prints, and what the page says that it prints."""
-    write_files(page)
-    for kind, text, output in blocks(page):
-        if kind == "python" and not text.startswith("# "):  # a file, which a command names
-            Path("block.py").write_text(text)
-            runpy.run_path("block.py")
-            yield capsys.readouterr().out, output
-
-
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow) if page == LEARNING else page for page in PAGES],
-    ids=lambda page: page.stem,
-)
-def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for out, output in printed_by_blocks(page, capsys):
-        assert out == output
-
-
-def test_the_python_of_a_page_that_learns_runs_and_begins_as_the_page_says(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    train = tokenrl.train
-    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
-    ((out, output),) = printed_by_blocks(LEARNING, capsys)
-    assert re.sub("-> .*", "", out) == re.sub("-> .*", "", output)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page",
-    [page for page in ALL_PAGES if commands(page) or page in PAGES],
-    ids=lambda page: page.relative_to(RECIPES).as_posix(),
-)
-def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(base()))
-    write_files(page)
-    train = tokenrl.train
-    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
-    for name in re.findall(r"^python (\w+\.py)$", page.read_text(), re.MULTILINE):
-        runpy.run_path(name)
-    if page.stem == "pretrained":
-        make_chat_model_and_data(tmp_path)
-    if page.stem == "pretrained_tools":
-        give_tools_to_a_tiny_model(tmp_path, monkeypatch)
-    Path("recipes").symlink_to(RECIPES)
-    for name, *words in commands(page):
-        if "downloads/run" in words:  # the page says where it comes from
-            shutil.copytree("runs/vowels", "downloads/run", dirs_exist_ok=True)
-        local = [
-            "model" if page.stem == "pretrained" and "HuggingFaceTB" in word else word
-            for word in words
-        ]
-        # which have to be downloaded
-        if "HuggingFaceTB" not in " ".join(local) and "vllm" not in words:
-            lacks = any(word in words and not find_spec(PACKAGES[word]) for word in PACKAGES)
-            passed = (0, 2) if "--check" in words or lacks else (0,)
-            brief = [] if "--run" in words else BRIEF.get(name, "").split()
-            assert main([name, *local, *brief]) in passed, words
 
 
 def replies(*texts: str) -> list[list[dict[str, str]]]:

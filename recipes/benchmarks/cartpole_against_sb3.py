@@ -11,18 +11,12 @@ evaluation. All are evaluated alike: tokenrl after each update (some 1,300 steps
 the others after every 1,024 steps. All have one thread, so that none waits for another, and OpenMP's spin
 count, which the command tokenrl sets, plays no part. They take turns, seed by seed, so that a machine that
 slows down slows all of them. The program prints medians over seeds, and ratios to tokenrl with the same seed.
-Then all go on for a fixed number of steps, tokenrl with the solved policy, which gives the steps per second
-of processor time in long episodes.
 
     pip install -c constraints.txt stable-baselines3 -e .
     python recipes/benchmarks/cartpole_against_sb3.py
 
 Look for: tokenrl takes about ten times more steps but less time, because it makes a few large
 updates where PPO makes many small ones, and steps 64 environments in one call.
-
-Found with the defaults, on two quiet cores (torch 2.13, gymnasium 1.4.0, stable-baselines3 2.9.2): 0.67 s
-(0.63 to 0.77) against 4.24 s (4.05 to 6.15), the ratio 6.8 (5.3 to 9.2); 325,000 steps a second in long
-episodes against 4,800.
 """
 
 # /// script
@@ -74,11 +68,7 @@ class Arguments:
     seeds: int = 3
     """Seeds 0, 1, ...; each is one turn of every contender."""
     max_updates: int = 100
-    """Updates after which tokenrl gives up; the others give up after the steps of their settings."""
-    extra_updates: int = 30
-    """Updates of the solved tokenrl agent by which its steps per second are measured."""
-    extra_steps: int = 8192
-    """Steps of the others by which theirs are measured."""
+    """Updates after which tokenrl gives up; the other gives up after the steps of its settings."""
 
 
 class Outcome(NamedTuple):
@@ -87,36 +77,25 @@ class Outcome(NamedTuple):
     seconds: float  # of processor time, until solved or given up
     steps: int
     solved: bool
-    rate: float  # steps per second of processor time in the fixed work afterwards
 
 
 def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
-    options: dict[str, Any] = {"env": ENV, "seed": seed, "eval_episodes": EPISODES, "quiet": True}
     with tempfile.TemporaryDirectory() as folder:
         result = train_agent(
+            env=ENV,
+            seed=seed,
             output_dir=f"{folder}/run",
             max_steps=arguments.max_updates,
             eval_every=1,
+            eval_episodes=EPISODES,
             stop_when_solved=True,
-            **options,
+            quiet=True,
         )
         rows = read_metrics(result.output_dir / "metrics.jsonl")[1:]
         clocks = read_metrics(result.output_dir / "timings.jsonl")
-        at = next((i for i, row in enumerate(rows) if row["eval_reward"] >= SOLVED), None)
-        last = -1 if at is None else at
-        # The learning rate is next to nothing, so that the agent neither unlearns nor learns.
-        after = train_agent(
-            output_dir=f"{folder}/after",
-            load=str(result.output_dir / "model"),
-            max_steps=arguments.extra_updates,
-            learning_rate=1e-9,
-            eval_every=0,
-            **options,
-        )
-    steps = int(rows[last]["num_env_steps"])
-    return Outcome(
-        clocks[last]["cpu_seconds"], steps, at is not None, after.env_steps_per_cpu_second
-    )
+    at = next((i for i, row in enumerate(rows) if row["eval_reward"] >= SOLVED), None)
+    last = -1 if at is None else at
+    return Outcome(clocks[last]["cpu_seconds"], int(rows[last]["num_env_steps"]), at is not None)
 
 
 class Watch(BaseCallback):
@@ -125,7 +104,7 @@ class Watch(BaseCallback):
     Evaluations happen between the updates of one rollout and the start of the next, with the clock stopped.
     """
 
-    def __init__(self, evaluate: Callable[[], float] | None) -> None:
+    def __init__(self, evaluate: Callable[[], float]) -> None:
         super().__init__()
         self.evaluate = evaluate
         self.seconds, self.began, self.evaluated, self.solved = 0.0, 0.0, 0, False
@@ -147,8 +126,7 @@ class Watch(BaseCallback):
     def pause(self) -> None:
         self.seconds += time.process_time() - self.began
         self.evaluated = self.num_timesteps
-        if self.evaluate is not None:
-            self.solved = self.evaluate() >= SOLVED
+        self.solved = self.evaluate() >= SOLVED
         self.began = time.process_time()
 
 
@@ -169,11 +147,7 @@ def time_ppo(arguments: Arguments, seed: int) -> Outcome:
     envs = Environments(ENV, EPISODES)
     watch = Watch(lambda: mean_return(model, envs, seed))
     model.learn(PPO_STEPS, callback=watch, log_interval=None)
-    after = Watch(None)
-    model.learn(arguments.extra_steps, callback=after, log_interval=None)
-    return Outcome(
-        watch.seconds, watch.evaluated, watch.solved, after.num_timesteps / after.seconds
-    )
+    return Outcome(watch.seconds, watch.evaluated, watch.solved)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -196,7 +170,7 @@ def main(arguments: Arguments) -> None:
             state = "solved" if outcome.solved else "NOT solved"
             print(
                 f"  seed {seed} {name:12} {state} after {outcome.seconds:6.2f} s, {outcome.steps:,} steps "
-                f"({outcome.steps / outcome.seconds:,.0f}/s); solved: {outcome.rate:,.0f}/s",
+                f"({outcome.steps / outcome.seconds:,.0f}/s)",
                 flush=True,
             )
     print("\nmedian (range); seconds of processor time; unsolved runs count until they gave up")
@@ -205,14 +179,9 @@ def main(arguments: Arguments) -> None:
         print(f"{name} ({sum(outcome.solved for outcome in outcomes)} of {len(outcomes)} solved)")
         print(f"  seconds until solved           {spread([o.seconds for o in outcomes], '.2f')}")
         print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")
-        print(f"  steps a second when solved     {spread([o.rate for o in outcomes], ',.0f')}")
         if name != "tokenrl":
-            times, rates = (
-                [a.seconds / b.seconds for a, b in pairs],
-                [b.rate / a.rate for a, b in pairs],
-            )
+            times = [a.seconds / b.seconds for a, b in pairs]
             print(f"  seconds, times tokenrl's       {spread(times, '.2f')}")
-            print(f"  tokenrl's steps a second when solved, times its own  {spread(rates, '.1f')}")
 
 
 if __name__ == "__main__":

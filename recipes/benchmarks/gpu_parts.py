@@ -28,18 +28,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from floor import device
-from one_trainer import GPU_WORK, WORK, Shape, make_model
+from one_trainer import device, make_model, shape_of
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "rloo": {"estimator": "rloo"},
     "grpo, KL in the loss": {"estimator": "grpo,beta=0.1", "num_iterations": 2},
     "ppo, with a critic": {"estimator": "ppo"},
 }
-
-
-def shape_of(job: dict[str, Any]) -> Shape:
-    return Shape(**job["shape"]) if "shape" in job else (WORK | GPU_WORK)[job["work"]]
 
 
 def device_of(job: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """Measures one trainer on one shape of work, and prints the result as a line of JSON.
 
 `step_against_trl.py` starts this program for each of its measurements, so that the peak of the memory belongs
-to that measurement alone; it also holds the shapes of work that are measured. For the floor it measures no
-trainer, but matrix products alone (`floor.py`). To repeat one by hand:
+to that measurement alone. This program also holds the shapes of work. To repeat a measurement by hand:
 
     python recipes/benchmarks/one_trainer.py '{"who": "tokenrl", "work": "short", "steps": 4}'
     python recipes/benchmarks/one_trainer.py '{"who": "trl", "work": "short", "steps": 4, "bf16": true}'
@@ -12,7 +11,7 @@ and includes all that a trainer does. The peak is read at the last of these call
 that nothing is saved. With `"cpu": true` both leave a GPU alone.
 
 A process that measures tokenrl imports it before torch, as the command does: it sets a variable that OpenMP
-reads when torch is loaded. One that measures TRL, or the floor, does not import it, and leaves OpenMP alone.
+reads when torch is loaded. One that measures TRL leaves OpenMP alone.
 
 Look for: `seconds` fall to a steady level after the first steps; `tokens` are equal where no completion may
 end early.
@@ -30,17 +29,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-from floor import device, floor
+from typing import Any, NamedTuple
 
 LETTERS = "".join(chr(c) for c in range(33, 127))
 CHAT = (
@@ -48,6 +48,10 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ROLES = len("<user><assistant>")  # tokens that the chat template adds
+EVERY, HELD_OUT = 5, 128
+"""Steps between the evaluations of a training to a held-out reward, and the prompts of each."""
+WINDOW = 4
+"""Evaluations whose mean must reach that reward, since single ones are noisy."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,14 @@ class Shape:
 
 
 M135: dict[str, Any] = {
-    **{
-        "vocabulary": 49_152,
-        "layers": 30,
-        "hidden": 576,
-        "intermediate": 1536,
-        "heads": 9,
-        "kv_heads": 3,
-    },
-    **{"prompts": 4, "tied": True},
+    "vocabulary": 49_152,
+    "layers": 30,
+    "hidden": 576,
+    "intermediate": 1536,
+    "heads": 9,
+    "kv_heads": 3,
+    "prompts": 4,
+    "tied": True,
 }
 WORK = {
     "fixed": Shape(),
@@ -106,6 +109,15 @@ GPU_WORK = {
 }
 
 
+def device() -> str:
+    """The kind of device that both trainers take, if they are not told otherwise."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 class Measured(KeyboardInterrupt):
     """Ends a training after its last measured step as Ctrl-C would: without a word, and nothing is saved."""
 
@@ -121,7 +133,11 @@ class Clock:
         self.steps, self.kind = steps, kind
         self.calls: list[float] = []
         self.tokens: list[int] = []
-        self.parameters, self.peak = 0, 0.0
+        self.peak = 0.0
+
+    def seconds(self) -> list[float]:
+        """The seconds from each call to the next."""
+        return [after - before for before, after in pairwise(self.calls)]
 
     def __call__(
         self, completions: list[Any], completion_ids: list[Any], **columns: Any
@@ -198,141 +214,172 @@ def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def train_with_trl(
-    model: Any,
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    reward: Any,
-    estimator: str = "grpo",
-    peft_config: Any = None,
-    environment: Any = None,
-    **settings: Any,
-) -> None:
-    """Train with TRL's trainer of an estimator, without a KL, records or checkpoints.
+class Watch(Clock):
+    """The reward function of a training to a held-out reward, which it ends there.
+
+    `history` has the step, the seconds and the held-out greedy reward of each evaluation, every `EVERY`
+    steps. The seconds count from `spec["started"]`, without evaluations and what this class imports.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from transformers import AutoModelForCausalLM  # noqa: F401  # both need it: its import counts
+
+        began = time.time()
+        import tokenrl.language as language  # torch is there already: for TRL no variable is set
+
+        self.language, self.spec = language, spec
+        self.task = language.load_task(spec["task"])
+        self.rewards = language.Rewards(self.task.reward)
+        self.policy: Any = None
+        self.history: list[tuple[int, float, float]] = []
+        length = self.task.max_completion_length
+        shape = Shape(prompts=spec["prompts"], group=8, length=length, ends=1)
+        super().__init__(shape, spec["steps"], device())
+        self.step, self.apart = 0, time.time() - began
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        if len(prompts) == self.shape.prompts * self.shape.group:
+            if self.step % EVERY == 0:
+                self.evaluate()
+            self.step += 1
+        rewards: list[float] = self.task.reward(prompts=prompts, completions=completions, **columns)
+        return rewards
+
+    def evaluate(self) -> None:
+        began = time.time()
+        seconds = began - self.spec["started"] - self.apart
+        sampling = self.language.Sampling(self.shape.length, 0)
+        rows = self.task.eval_prompts[:HELD_OUT]
+        metrics = self.language.evaluate_policy(self.policy, rows, self.rewards, sampling).metrics
+        self.history.append((self.step, seconds, metrics["reward_greedy"]))
+        if recent_reward(self.history) >= self.spec["target"]:
+            raise Measured
+        self.apart += time.time() - began
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, as users of the trainer load them."""
+        if self.spec["who"] == "tokenrl":
+            self.policy = self.language.load_policy(self.spec["model"])
+            return self.policy.model, self.policy.tokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(self.spec["model"])
+        tokenizer = AutoTokenizer.from_pretrained(self.spec["model"])
+        began = time.time()
+        self.policy = self.language.wrap(model, tokenizer)  # for the evaluations
+        self.apart += time.time() - began
+        return model, tokenizer
+
+
+def recent_reward(history: list[tuple[int, float, float]]) -> float:
+    """The mean reward of the last `WINDOW` evaluations; minus infinity before there are so many."""
+    rewards = [reward for _, _, reward in history[-WINDOW:]]
+    return statistics.fmean(rewards) if len(rewards) == WINDOW else -math.inf
+
+
+class Policy(NamedTuple):
+    """What is trained: a model, on prompts, in an environment if there is one (with grpo only)."""
+
+    model: Any
+    tokenizer: Any
+    rows: list[dict[str, Any]]
+    environment: Any = None
+
+
+def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> list[float]:
+    """Train with one of the trainers until the clock ends it, without a KL, evaluations, records or checkpoints.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        rows: the prompts.
-        reward: the reward function.
-        estimator: grpo or rloo.
-        peft_config: the adapter to train, if not all weights.
-        environment: the class of the environment, if there is one; with grpo only.
-        **settings: further options of TRL's configuration.
+        spec: `who` trains and the `estimator`; for TRL `bf16`, for tokenrl further `options`.
+        clock: the reward function, with the shape of the work, the number of steps and the kind of device.
+        policy: what is trained.
+        **settings: options that both trainers have.
+
+    Returns:
+        The seconds of sampling and reward of each step, of tokenrl only.
     """
+    trainer = {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
+    settings = {"max_steps": clock.steps, "num_generations": clock.shape.group} | settings
+    with tempfile.TemporaryDirectory() as folder:
+        settings["output_dir"] = f"{folder}/run"
+        with contextlib.suppress(Measured):
+            trainer(spec, clock, policy, **settings)
+        timings = Path(folder, "run", "timings.jsonl")
+        records = [json.loads(line) for line in timings.open()] if timings.exists() else []
+    return [record["collect"] for record in records]
+
+
+def train_trl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
     import trl
     from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
     from transformers import PrinterCallback
 
     disable_progress_bars()
-    settings = {"use_cpu": device() == "cpu"} | settings
-    settings |= {"beta": 0.0, "gradient_checkpointing": False}
+    shape, optional = clock.shape, {}
+    if shape.lora_r:
+        wide = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        optional["peft_config"] = LoraConfig(r=shape.lora_r, lora_alpha=2 * shape.lora_r, **wide)
+    if policy.environment is not None:
+        optional["environment_factory"] = policy.environment
     settings |= {
+        "per_device_train_batch_size": shape.prompts * shape.group,
+        "bf16": spec.get("bf16", False),
+        "use_cpu": clock.kind == "cpu",
+        "beta": 0.0,
+        "gradient_checkpointing": False,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
+        "dataloader_pin_memory": False,
     }
-    settings |= {"dataloader_pin_memory": False}
-    if estimator == "grpo":
-        kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
+    if spec.get("estimator") == "rloo":
+        trainer, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
     else:
-        kind, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
-    answering = {} if environment is None else {"environment_factory": environment}
-    trainer = kind(
-        model=model,
-        reward_funcs=reward,
+        trainer, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
+    training = trainer(
+        model=policy.model,
+        reward_funcs=clock,
         args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        **answering,
+        train_dataset=Dataset.from_list(policy.rows),
+        processing_class=policy.tokenizer,
+        **optional,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    training.remove_callback(PrinterCallback)
+    training.train()
 
 
-def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> None:
-    from peft import LoraConfig
-
-    model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
-    # an end that is beyond the model's vocabulary costs nothing and is never drawn
-    if not shape.ends:
-        tokenizer.add_special_tokens({"eos_token": "<never>"})
-        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    r, wide = shape.lora_r, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    train_with_trl(
-        model,
-        tokenizer,
-        make_prompts(shape, steps),
-        clock,
-        spec.get("estimator", "grpo"),
-        LoraConfig(r=r, lora_alpha=2 * r, **wide) if r else None,
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=shape.prompts * shape.group,
-        num_generations=shape.group,
-        max_completion_length=shape.length,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        bf16=spec.get("bf16", False),
-        use_cpu=clock.kind == "cpu",
-    )
-
-
-def train_tokenrl(
-    shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str
-) -> None:
+def train_tokenrl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
+    import tokenrl
     from tokenrl.language import wrap
 
-    model, tokenizer = make_model(shape, kind=clock.kind)
-    clock.parameters = sum(p.numel() for p in model.parameters())  # before an adapter adds some
-    policy = wrap(model, tokenizer)
-    if not shape.ends:
-        policy.eos_ids = ()
-    options = {
-        "estimator": spec.get("estimator", "grpo"),
-        "learning_rate": 1e-4,
-        "lora_r": shape.lora_r,
-        "output_dir": f"{folder}/run",
-    }
-    rows = make_prompts(shape, steps)
-    train_with_tokenrl(policy, rows, clock, **options | spec.get("options", {}))
-
-
-def train_with_tokenrl(
-    policy: Any, rows: list[dict[str, Any]], clock: Clock, environment: Any = None, **options: Any
-) -> None:
-    """Train with tokenrl, without evaluations or records.
-
-    Args:
-        policy: the model with its tokenizer.
-        rows: the prompts.
-        clock: the reward function; it has the shape, the number of steps and the kind of device.
-        environment: the class of the environment, if there is one.
-        **options: further options of a training.
-    """
-    import tokenrl
-
+    wrapped = wrap(policy.model, policy.tokenizer)
+    if not clock.shape.ends and policy.environment is None:
+        wrapped.eos_ids = ()
     task = SimpleNamespace(
         name="benchmark",
-        train_prompts=rows,
-        eval_prompts=rows[:1],
+        train_prompts=policy.rows,
+        eval_prompts=policy.rows[:1],
         reward=clock,
-        environment=environment,
+        environment=policy.environment,
         max_completion_length=clock.shape.length,
     )
-    defaults: dict[str, Any] = {
-        "max_steps": clock.steps,
+    settings |= {
+        "estimator": spec.get("estimator", "grpo"),
         "prompts_per_step": clock.shape.prompts,
-        "num_generations": clock.shape.group,
+        "lora_r": clock.shape.lora_r,
         "eval_every": 0,
         "eval_generations": 0,
         "log_completions": 0,
         "quiet": True,
         "cpu": clock.kind == "cpu",
     }
-    tokenrl.train(model=policy, task=task, **defaults | options)
+    tokenrl.train(model=wrapped, task=task, **settings | spec.get("options", {}))
+
+
+def shape_of(spec: dict[str, Any]) -> Shape:
+    return Shape(**spec["shape"]) if "shape" in spec else (WORK | GPU_WORK)[spec["work"]]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -340,30 +387,40 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     `sampling` has the seconds of sampling and reward of each step; of tokenrl only.
     """
-    shape = Shape(**spec["shape"]) if "shape" in spec else (WORK | GPU_WORK)[spec["work"]]
-    if spec["who"] == "floor":
-        return floor(shape, spec.get("length") or shape.length)
     if spec["who"] == "tokenrl":
         import tokenrl  # noqa: F401  # before torch
+    if "task" in spec:
+        return race(spec)
+    shape = shape_of(spec)
     clock = Clock(shape, spec["steps"] + 1, "cpu" if spec.get("cpu") else device())
-    train = {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(Measured):
-            train(shape, spec, clock, clock.steps, folder)
-        timings = Path(folder, "run", "timings.jsonl")
-        rows = [json.loads(line) for line in timings.open()] if timings.exists() else []
+    model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
+    parameters = sum(p.numel() for p in model.parameters())  # before an adapter adds some
+    # For TRL, an end that is beyond the model's vocabulary costs nothing and is never drawn.
+    if spec["who"] == "trl" and not shape.ends:
+        tokenizer.add_special_tokens({"eos_token": "<never>"})
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    constant = {"learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+    policy = Policy(model, tokenizer, make_prompts(shape, clock.steps))
+    sampling = train(spec, clock, policy, max_completion_length=shape.length, **constant)
     full = shape.prompts * shape.group * shape.length
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
     return {
-        "seconds": [
-            after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)
-        ],
-        "sampling": [row["collect"] for row in rows],
+        "seconds": clock.seconds(),
+        "sampling": sampling,
         "tokens": clock.tokens,
         "peak_mb": clock.peak,
-        "parameters": clock.parameters,
+        "parameters": parameters,
     }
+
+
+def race(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train on a toy task until a held-out reward, with a learning rate that falls to 0 over the steps."""
+    watch = Watch(spec)
+    policy = Policy(*watch.load(), list(watch.task.train_prompts))
+    falling = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "seed": spec["seed"]}
+    train(spec, watch, policy, max_completion_length=watch.shape.length, **falling)
+    return {"history": watch.history}
 
 
 def machine() -> dict[str, Any]:

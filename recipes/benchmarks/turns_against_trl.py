@@ -3,7 +3,7 @@
 Both train with GRPO, without a KL, in the same environment: a class with TRL's interface, whose tool answers
 each text with a text. Each turn of the policy and each answer has 30 tokens. A step has 8 x 8 episodes in
 float32 and one update. TRL is asked for no more tokens than the episodes have, and has the attention
-`sdpa`, the faster here, or `--attention eager`.
+`sdpa`, the faster here.
 
 The model has the shape of Qwen3 and random weights, which write calls as Qwen does all the same: the
 vocabulary is a chain of groups of tokens, and the token that was read decides which group is next. One
@@ -21,9 +21,7 @@ as sampling, with one as the update. With `--wait 0.05` the tool is async, and a
     python recipes/benchmarks/turns_against_trl.py --tokenrl generator_cache=1e-9
     python recipes/benchmarks/turns_against_trl.py --turns 4 --wait 0 --model 135m --rounds 1
 
-Rounds alternate, each measurement is a process of its own, and the medians leave out the first steps, as in
-`step_against_trl.py`. Without TRL, only tokenrl is measured. Measured with TRL 1.16.0 and transformers
-5.24.0, the newest releases, which work together.
+Rounds alternate as in `step_against_trl.py`. Without TRL, only tokenrl is measured.
 
 Look for: tokens that are read in sampling. tokenrl keeps keys and values from turn to turn, and reads each
 token once, unless `generator_cache` has no room for them. TRL reads the whole history in each turn. Answers
@@ -41,21 +39,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
-import statistics
 import string
-import tempfile
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
-from floor import device
-from one_trainer import M135, Clock, Measured, Shape, make_model, train_with_tokenrl, train_with_trl
-from step_against_trl import heading, option, run, seconds_and_peak, tell
+from one_trainer import M135, Clock, Policy, Shape, device, make_model, shape_of, train
+from step_against_trl import SETTINGS, alternate, parsed, peak, print_heading, print_row, times
 
 ASK, TELL = "?", "!"
 CALL = '<tool_call>{"name": "ask", "arguments": {"text": "', '"}}</tool_call>'
@@ -65,7 +58,7 @@ QWEN: dict[str, Any] = {"architecture": "qwen3", "context": 4096, "length": 30, 
 MODELS = {"1m": Shape(**QWEN | {"kv_heads": 2}), "135m": Shape(**M135 | QWEN)}
 COLUMNS = (
     *("turns", "answers in, ms", "TRL, s", "tokenrl, s", "ratio (range)", "tokens sampled"),
-    *("read in sampling: TRL / tokenrl", "in the update", "peak MB"),
+    *("read in sampling: TRL / tokenrl", "in the update", "peak MB: TRL", "tokenrl"),
 )
 
 
@@ -180,90 +173,47 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls."""
     if spec["who"] == "tokenrl":
         import tokenrl  # noqa: F401  # before torch
-    turns, wait, shape = spec["turns"], spec["wait"], Shape(**spec["shape"])
+    turns, wait, shape = spec["turns"], spec["wait"], shape_of(spec)
     clock = Counter(shape, spec["steps"] + 1, device())
     environment = SlowOracle if wait else Oracle
     model, tokenizer = chained_model(shape, spec.get("attention"), clock.kind)
     model.get_input_embeddings().register_forward_pre_hook(clock.count)
-    columns = {"turns": turns, "wait": wait}
     texts = [f"{i:0{shape.prompt - 1}}" for i in range(shape.prompts * (clock.steps + 1))]
-    rows = [{"prompt": [{"role": "user", "content": text}], **columns} for text in texts]
-    chosen, answered = turns * shape.length, (turns - 1) * shape.length
-    options: dict[str, Any] = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
-        options["output_dir"] = f"{folder}/run"
-        if spec["who"] == "tokenrl":
-            from tokenrl.language import wrap
-
-            options |= {"estimator": "grpo", "max_completion_length": chosen}
-            options["max_turns"] = turns + 1  # the environment decides, not this limit
-            options |= spec["options"]
-            train_with_tokenrl(wrap(model, tokenizer), rows, clock, environment, **options)
-        else:
-            options |= {"max_steps": clock.steps, "num_generations": shape.group, "bf16": False}
-            options["per_device_train_batch_size"] = shape.prompts * shape.group
-            options["max_completion_length"] = chosen + answered
-            train_with_trl(model, tokenizer, rows, clock, environment=environment, **options)
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "turns": turns, "wait": wait}
+        for text in texts
+    ]
+    settings = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    if spec["who"] == "tokenrl":
+        settings["max_completion_length"] = turns * shape.length
+        settings["max_turns"] = turns + 1  # the environment decides, not this limit
+    else:  # which counts answers too
+        settings["max_completion_length"] = (2 * turns - 1) * shape.length
+    train(spec, clock, Policy(model, tokenizer, rows, environment), **settings)
     if clock.episodes != {(shape.length,) * turns}:
         raise SystemExit(f"The turns of episodes had these numbers of tokens: {clock.episodes}.")
     before, after = clock.read[-2:]
     return {
-        "seconds": [after - before for before, after in pairwise(clock.calls)],
+        "seconds": clock.seconds(),
         "peak_mb": clock.peak,
         "read": [last - first for first, last in zip(before, after, strict=True)],
     }
 
 
-@dataclass
-class Rounds:
-    """The measurements of one trainer.
-
-    `done` has (seconds a step, peak in MB) by round, None where one failed; `read` the tokens of a step.
-    """
-
-    done: list[tuple[float, float] | None] = field(default_factory=list)
-    read: list[int] = field(default_factory=lambda: [0, 0])
-
-    def add(self, result: dict[str, Any] | None, steps: int, label: str) -> None:
-        self.done.append(seconds_and_peak(result, steps))
-        self.read = result["read"] if result else self.read
-        tell(label, self.done[-1])
-
-
-def compare(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
-    """Measure both in turn, and return the cells of a row."""
+def row(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
+    """Measure both in turn; returns a row of the table."""
     shape = MODELS[args.model]
-    spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": vars(shape)}
-    chosen = {"trl": {"attention": args.attention}, "tokenrl": {"options": args.tokenrl}}
-    both = {who: Rounds() for who in chosen}
-    for number in range(args.rounds):
-        for who, rounds in both.items():
-            if find_spec(who):
-                result = run(spec | chosen[who] | {"who": who}, __file__, "--child")
-                label = f"{turns} turns, {wait} s, round {number + 1}: {who}"
-                rounds.add(result, args.steps, label)
-    return cells(turns, wait, turns * shape.length * shape.prompts * shape.group, both)
-
-
-def cells(turns: int, wait: float, sampled: int, both: dict[str, Rounds]) -> list[str]:
-    """A row of the table; the ratio is of rounds in which neither failed."""
-    seconds = []
-    memory = []
-    for rounds in both.values():
-        done = [measured for measured in rounds.done if measured]
-        missing = "failed" if rounds.done else "not installed"
-        seconds.append(f"{statistics.median(s for s, _ in done):.2f}" if done else missing)
-        memory.append(max([peak for _, peak in done], default=0))
-    pairs = zip(both["trl"].done, both["tokenrl"].done, strict=False)
-    ratios = [theirs[0] / ours[0] for theirs, ours in pairs if theirs and ours]
-    ratio = ""
-    if ratios:
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    numbers = [*zip(*(rounds.read for rounds in both.values()), strict=True), memory]
+    spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": asdict(shape)}
+    label = f"{turns} turns, {wait} s"
+    _, *both = alternate(label, spec, SETTINGS[:1], args, __file__, "--child")
+    sampled = turns * shape.length * shape.prompts * shape.group
+    read = [next((result["read"] for result in results if result), ["", ""]) for results in both]
     beside = [
-        " / ".join(f"{number:,.0f}" if number else "-" for number in pair) for pair in numbers
+        " / ".join(f"{number:,}" if number else "-" for number in pair)
+        for pair in zip(*read, strict=True)
     ]
-    return [str(turns), f"{1000 * wait:.0f}", *seconds, ratio, f"{sampled:,}", *beside]
+    cells = [str(turns), f"{1000 * wait:.0f}", *times(*both, args.steps), f"{sampled:,}"]
+    return [*cells, *beside, *map(peak, both)]
 
 
 def main() -> None:
@@ -274,24 +224,16 @@ def main() -> None:
     waits = "seconds until the tool answers; 0: a tool that is not async"
     parser.add_argument("--wait", nargs="+", type=float, default=[0, 0.05], help=waits)
     parser.add_argument("--model", choices=MODELS, default="1m", help="parameters")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each measurement, 2 or more")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
-    parser.add_argument("--tokenrl", nargs="+", type=option, default=[], metavar="KEY=VALUE")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(parser, steps=6)
     if args.child:
         print(json.dumps(measure(args.child)))
         return
-    if args.rounds < 1 or args.steps < 2 or min(args.turns) < 1:
-        parser.error("--rounds and --turns must be 1 or more, and --steps 2 or more.")
-    args.tokenrl, args.estimator = dict(args.tokenrl), "grpo"
-    print(f"{heading(args)}, {args.model} parameters\n", flush=True)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    print_heading(args, COLUMNS)
     for wait in args.wait:
         for turns in args.turns:
             if turns > 1 or not wait:  # an episode of one turn has no answers
-                print(f"| {' | '.join(compare(turns, wait, args))} |", flush=True)
+                print_row(row(turns, wait, args))
 
 
 if __name__ == "__main__":

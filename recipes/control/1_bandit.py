@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import tyro
 from curves import open_frame
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -206,73 +207,53 @@ def with_error(g: Tensor) -> tuple[float, float]:
     return float(variance), float((fourth - variance**2).clamp(min=0).div(len(g)).sqrt())
 
 
-def draw_bandit(gradients: dict[float, Tensor], samples: int) -> Figure:
+def draw_bandit(axes: Axes, gradients: dict[float, Tensor], samples: int) -> None:
     """Draw signal and noise over theta: lines by formula, points by sampling."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
     theta = torch.linspace(-4, 4, 401, dtype=torch.double)
-    axes.plot(theta, expected_gradient(theta), color=BLUE, linewidth=2.2, label="E[g] = s(1 - s)")
-    noise = gradient_variance(theta).sqrt()
-    axes.plot(theta, noise, color=ORANGE, linewidth=2.2, label="sd(g) = √(s(1 - s)³)")
+    axes.plot(theta, expected_gradient(theta), color=BLUE, label="E[g] = s(1 - s)")
+    axes.plot(theta, gradient_variance(theta).sqrt(), color=ORANGE, label="sd(g) = √(s(1 - s)³)")
     for x, g in gradients.items():
         variance, error = with_error(g)
         sd = variance**0.5
         axes.errorbar(x, float(g.mean()), 2 * sd / samples**0.5, fmt="o", color=BLUE, capsize=3)
         # The error of an sd is the error of the variance over twice the sd.
-        bar = error / sd if sd else 0.0
-        axes.errorbar(x, sd, bar, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3)
-    axes.set(xlim=(-4, 4), ylim=(0, 0.45), xlabel="theta (log odds of the rewarded action)")
-    axes.set_ylabel("gradient sample g (reward per unit of theta)")
-    axes.set_title(
-        "The signal is largest for an undecided policy, the noise for a bad one", loc="left"
-    )
-    note = f"points: {samples} samples each, ± 2 standard errors"
-    axes.legend(frameon=False, loc="upper right", title=note)
-    open_frame(axes)
-    return figure
+        axes.errorbar(x, sd, error / sd if sd else 0.0, fmt="D", color=ORANGE, capsize=3)
+    axes.set(xlabel="theta (log odds of the rewarded action)", ylabel="gradient sample g")
+    axes.legend(frameon=False, title=f"points: {samples} samples each, ± 2 standard errors")
 
 
-def draw_horizon(args: Arguments, measured: Variances) -> Figure:
-    """Draw the variance over the horizon, by itself and relative to the squared gradient."""
-    figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    horizons = range(args.horizons[0], args.horizons[-1] + 1)
-    for axes, power in ((left, 0), (right, 2)):
-        units = {steps: float(expected_gradient(THETA, steps)) ** power for steps in horizons}
-        for returns, baseline in KINDS:
-            color = ORANGE if baseline == "none" else BLUE
-            line = "-" if returns == "total" else "--"
-            exact = [float(gradient_variance(THETA, t, returns, baseline)) for t in horizons]
-            curve = [variance / units[t] for t, variance in zip(horizons, exact, strict=True)]
-            axes.plot(horizons, curve, line, color=color, label=f"{returns}, baseline {baseline}")
-            for t in args.horizons:
-                variance, error = measured[t, returns, baseline]
-                axes.errorbar(t, variance / units[t], 2 * error / units[t], fmt="o", color=color)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(args.horizons, [str(steps) for steps in args.horizons])
-        axes.set_xlabel("horizon T (actions an episode)")
-        open_frame(axes)
-    right.yaxis.set_major_formatter("{x:g}")
-    left.set_ylabel("Var[g] of one episode ((reward per unit of theta)²)")
-    right.set_ylabel("Var[g] / E[g]² (episodes until standard error = gradient)")
-    title = "A baseline turns T³ into T²; reward to go only changes the factor"
-    left.set_title(title, loc="left", fontsize=11)
-    title = "Noise against signal: grows like T without a baseline"
-    right.set_title(title, loc="left", fontsize=11)
-    left.legend(frameon=False, title="lines: exact; points: measured, ± 2 s.e.")
-    return figure
+def draw_horizon(axes: Axes, horizons: tuple[int, ...], measured: Variances) -> None:
+    """Draw the variance over the horizon: lines by formula, points by sampling."""
+    for returns, baseline in KINDS:
+        colour = ORANGE if baseline == "none" else BLUE
+        line = "-" if returns == "total" else "--"
+        exact = [float(gradient_variance(THETA, t, returns, baseline)) for t in horizons]
+        axes.plot(horizons, exact, line, color=colour, label=f"{returns}, {baseline}")
+        values, errors = zip(*(measured[t, returns, baseline] for t in horizons), strict=True)
+        axes.errorbar(horizons, values, 2 * torch.tensor(errors), fmt="o", color=colour, capsize=3)
+    axes.set(xscale="log", yscale="log", xlabel="T, actions per episode")
+    axes.set_ylabel("Var[g] of one episode")
+    axes.legend(frameon=False, title="points: measured, ± 2 standard errors")
+
+
+def save(figure: Figure, path: Path) -> None:
+    open_frame(*figure.axes)
+    figure.savefig(path)
+    print(f"figure: {path}")
 
 
 def main(args: Arguments) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     single_updates(args.learning_rate)
     gradients = sampled_gradients(args.samples, generator)
-    draw_bandit(gradients, args.samples).savefig(args.output_dir / "bandit.png")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    draw_bandit(figure.subplots(), gradients, args.samples)
+    save(figure, args.output_dir / "bandit.png")
     generator = torch.Generator().manual_seed(args.seed)
     measured = variances(args, generator)
-    draw_horizon(args, measured).savefig(args.output_dir / "variance_horizon.png")
-    print(f"figures: bandit.png and variance_horizon.png in {args.output_dir}")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    draw_horizon(figure.subplots(), args.horizons, measured)
+    save(figure, args.output_dir / "variance_horizon.png")
 
 
 if __name__ == "__main__":

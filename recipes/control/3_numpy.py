@@ -1,7 +1,7 @@
-"""REINFORCE on CartPole-v1 in NumPy alone: the agent, beside DQN, and with one thing changed at a time.
+"""REINFORCE on CartPole-v1 in NumPy alone: the agent, beside DQN, and with its settings changed.
 
-    python recipes/control/3_numpy.py --dqn         # numpy_cartpole.png, beside DQN of stable-baselines3
-    python recipes/control/3_numpy.py --vary gamma window plain undiscounted      # numpy_variations.png
+    python recipes/control/3_numpy.py --dqn                              # beside DQN of stable-baselines3
+    python recipes/control/3_numpy.py --vary gamma=0.8 gamma=0.95 window=5 standardise=False
 
 The agent comes first, as one page: 100 ReLU units, a gradient written by hand, RMSProp, five episodes an
 update. `P(1 | x) = sigmoid(w2 . relu(W1 x + b1) + b2)`; the score in the logit z is `d log P(a) / dz =
@@ -16,18 +16,8 @@ discounting from each action on is the gradient of no objective. It works all th
 failure: early actions then get positive advantages and late ones negative. An episode that the time limit
 cuts counts as if it had ended there.
 
-Expect, with seeds 0 to 4 [95 % intervals of the mean]: a rolling mean of 475 with all of them, after 1,961 to
-2,860 episodes, which are 647,511 to 801,892 steps; the last 100 of 3,000 episodes return 469 [456, 482], the
-best actions 496 [493, 499]. DQN uses every step many times and needs fewer: after 150,000 steps its last 100
-episodes return 428 [379, 471], those of REINFORCE after as many 293. It takes 171 seconds of one core, and
-REINFORCE 13.
-
-Variations of the usual gamma 0.99, no window, standardised: `gamma`, how far ahead an action is credited;
-`window`, the same with a sharp limit; `plain`, returns not standardised; `undiscounted`, gamma 1. What looks
-ahead by 50 steps or fewer stays behind with every seed: its last 500 episodes return 128 [105, 158] less
-(window 50) to 217 [199, 234] less (window 5) than the usual 473. Gamma 0.999 and 1 are like 0.99. Not
-standardising changes nothing at the end; without the discount too, the only setting whose gradient is
-unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 more [4, 19] at the end.
+Look for: a mean of 475 over 100 episodes with every seed within 3,000 episodes. What looks ahead by 50 steps
+or fewer stays behind. The numbers are in recipes/pages/tutorials/learn_reinforce.md, lesson 4.
 """
 
 # /// script
@@ -37,18 +27,17 @@ unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 m
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import math
+import ast
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
 import tyro
 from curves import GREY, draw_band, mean_with_interval, open_frame, rolling
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl.control import seed_of
@@ -174,11 +163,18 @@ def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
 
 # What follows runs the agent over seeds and draws it.
 
-COLOURS = {"REINFORCE": "#0072B2", "DQN": "#D55E00"}  # Okabe and Ito
-PALETTE = ("#D55E00", "#CC79A7", "#009E73", "#0072B2")  # of the variations
+COLOURS = (
+    "black",
+    "#D55E00",
+    "#CC79A7",
+    "#009E73",
+    "#0072B2",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito
 THRESHOLD = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
 WIDTH = 100  # episodes in a rolling mean and in the evaluation
-TAIL = 500  # episodes at the end by which variations are compared
+TAIL = 500  # episodes at the end by which settings are compared
 # Network, batch and buffer are rl-baselines3-zoo's. Its other settings are for 50,000 steps. These converge in
 # longer runs too: a smaller rate that falls to 0, and slower target networks, chosen by a trial with seed 0.
 DQN = {
@@ -186,36 +182,24 @@ DQN = {
     "gradient_steps": 2, "target_update_interval": 500, "exploration_fraction": 0.1,
     "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]},
 }  # fmt: skip
-USUAL = Settings()
-VARIATIONS: dict[str, dict[str, Settings]] = {
-    "gamma": {f"gamma {x:g}": replace(USUAL, gamma=x) for x in (0.8, 0.95, 0.99, 0.999)},
-    "window": {f"window {n}": replace(USUAL, window=n) for n in (5, 10, 20, 50)},
-    "plain": {"standardised": USUAL, "not standardised": replace(USUAL, standardise=False)},
-    "undiscounted": {
-        "gamma 0.99": USUAL,
-        "gamma 1": replace(USUAL, gamma=1.0),
-        "gamma 1, not standardised": replace(USUAL, gamma=1.0, standardise=False),
-    },
-}
-VARIATIONS["window"]["no window"] = USUAL
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train the NumPy agent over seeds; beside DQN, or with variations of its settings."""
+    """Train the NumPy agent over seeds; beside DQN, or beside itself with other settings."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds; one run of each kind for each."""
     episodes: int = 3000
     """Episodes of each run of REINFORCE, 100 or more."""
-    vary: tuple[Literal["gamma", "window", "plain", "undiscounted"], ...] = ()
-    """What to vary, with one panel for each; without it the agent is drawn by itself."""
+    vary: tuple[str, ...] = ()
+    """Settings to train beside the usual ones, as gamma=0.8, window=5 or gamma=1,standardise=False."""
     dqn: bool = False
     """Train DQN (stable-baselines3) too."""
     dqn_steps: int = 150_000
     """Environment steps of each run of DQN."""
-    output: Path | None = None
-    """Where the figure goes. Default: numpy_cartpole.png, or numpy_variations.png with --vary."""
+    output: Path = Path("numpy_cartpole.png")
+    """Where the figure goes."""
 
 
 class Run(NamedTuple):
@@ -278,38 +262,31 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
     return returns
 
 
-def milestone(runs: list[Run]) -> tuple[str, float, float]:
-    """Return in words how many runs reach a mean of 475, and the median episodes and steps until then."""
+def report(kind: str, runs: list[Run], usual: list[Run]) -> str:
+    """Print the results of one kind, beside the usual agent's with equal seeds; returns a label for the figure."""
     episodes, steps = np.array([run.solved() for run in runs]).T
-    seeds = f"475 in {np.isfinite(episodes).sum()} of {len(runs)} seeds"
-    return seeds, float(np.median(episodes)), float(np.median(steps))
-
-
-def summary(kind: str, runs: list[Run]) -> str:
-    """Print the results of one agent, and return a line for the title."""
-    seeds, episodes, steps = milestone(runs)
+    solved = f"475 in {np.isfinite(episodes).sum()} of {len(runs)} seeds"
     median = "never"
-    if np.isfinite(steps):
-        median = f"{episodes:,.0f} episodes, {steps:,.0f} steps"
-    print(f"{kind}, {len(runs)} seeds: a mean of {seeds}, median {median}")
-    highest = [run.means().max() for run in runs]
-    last = [run.means()[-1] for run in runs]
+    if np.isfinite(np.median(steps)):
+        median = f"{np.median(episodes):,.0f} episodes, {np.median(steps):,.0f} steps"
+    print(f"{kind}, {len(runs)} seeds: a mean of {solved}, median {median}")
+    for label, count in ((f"the last {TAIL}", TAIL), ("the last 100", 100), ("all", 0)):
+        means = np.array([run.returns[-count:].mean() for run in runs])
+        gains = means - [run.returns[-count:].mean() for run in usual]
+        gain = mean_with_interval(gains, "+.0f")
+        against = "" if runs is usual else f"; against the usual agent {gain}"
+        print(f"  {label} training episodes {mean_with_interval(means, '.0f')}{against}")
     greedy = [run.greedy.mean() for run in runs]
-    seconds = [run.seconds for run in runs]
-    print(f"  highest mean of 100 training episodes {mean_with_interval(highest, '.0f')}")
-    print(f"  the last 100 training episodes {mean_with_interval(last, '.0f')}")
     print(f"  100 fresh episodes with the best actions {mean_with_interval(greedy, '.0f')}")
-    print(f"  CPU seconds {mean_with_interval(seconds, '.0f')}")
-    ends = f"{np.mean(last):.0f}, with the best actions {np.mean(greedy):.0f}"
-    return f"{kind}: {seeds} (median: {median}); highest {np.mean(highest):.0f}; at the end {ends}"
+    print(f"  CPU seconds {mean_with_interval([run.seconds for run in runs], '.0f')}")
+    return f"{kind}: {solved}, median {median}"
 
 
-def draw(runs: dict[str, list[Run]]) -> Figure:
-    """Draw each agent by episodes, and by environment steps as far as every seed goes."""
+def draw(runs: dict[str, list[Run]], labels: list[str]) -> Figure:
+    """Draw each kind by episodes, and by environment steps as far as every seed goes."""
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for kind, seeds in runs.items():
-        colour = COLOURS[kind]
+    for seeds, label, colour in zip(runs.values(), labels, COLOURS, strict=False):
         means = [run.means() for run in seeds]
         episodes = [np.arange(len(mean)) + WIDTH for mean in means]
         steps = [np.cumsum(run.returns)[WIDTH - 1 :] for run in seeds]
@@ -318,82 +295,37 @@ def draw(runs: dict[str, list[Run]]) -> Figure:
                 axes.plot(*curve, color=colour, linewidth=0.7, alpha=0.4)
             grid = np.geomspace(max(part[0] for part in x), min(part[-1] for part in x), 2000)
             curves = [np.interp(grid, *curve) for curve in zip(x, means, strict=True)]
-            draw_band(axes, grid, np.array(curves), colour, kind)
-    label_axes(left, "episodes")
-    label_axes(right, "environment steps")
+            draw_band(axes, grid, np.array(curves), colour, label)
+    for axes, label in ((left, "episodes"), (right, "environment steps")):
+        axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
+        axes.set(xlabel=label, ylim=(0, 540))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    open_frame(left, right)
     left.set(xlim=(0, None), ylabel="training return, mean of the last 100 episodes")
     right.set_xscale("log")
-    left.legend(frameon=False, loc="lower right")
-    title = "\n".join(summary(kind, seeds) for kind, seeds in runs.items())
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", frameon=False)
     figure.supxlabel("bands: 95 % of the mean over seeds; thin lines: each seed", fontsize=9)
     return figure
 
 
-def label_axes(axes: Axes, label: str) -> None:
-    axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
-    axes.set(xlabel=label, ylim=(0, 540))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    open_frame(axes)
-
-
-def vary(args: Arguments) -> Figure:
-    """Train every variation with every seed, print the gains over the usual setting, and draw them."""
-    columns = min(2, len(args.vary))
-    rows = math.ceil(len(args.vary) / columns)
-    figure = Figure(figsize=(6.4 * columns, 4.6 * rows), dpi=100, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    usual = train_seeds(USUAL, args)
-    compare("usual", usual, usual)
-    runs = {USUAL: usual}
-    for axes, variation in zip(panels.flat, args.vary, strict=False):
-        colours = iter(PALETTE)
-        for name, settings in VARIATIONS[variation].items():
-            if settings not in runs:
-                runs[settings] = train_seeds(settings, args)
-                compare(name, runs[settings], usual)
-            means = np.array([run.means() for run in runs[settings]])
-            episodes = np.arange(means.shape[1]) + WIDTH
-            last = mean_with_interval([run.returns[-TAIL:].mean() for run in runs[settings]], ".0f")
-            colour = "black" if settings == USUAL else next(colours)
-            draw_band(axes, episodes, means, colour, f"{name}: {last}")
-        label_axes(axes, "episodes")
-        title = f"mean of the last {TAIL} episodes"
-        axes.legend(frameon=False, fontsize=8.5, loc="lower right", title=title)
-        axes.set_title(variation, loc="left", fontsize=11)
-    figure.supylabel("return, mean of 100 episodes", fontsize=10)
-    note = "bands and brackets: 95 % of the mean over seeds; black: the usual setting"
-    figure.supxlabel(note, fontsize=9)
-    return figure
-
-
-def train_seeds(settings: Settings, args: Arguments) -> list[Run]:
-    return [reinforce(replace(settings, seed=seed), args.episodes) for seed in args.seeds]
-
-
-def compare(name: str, runs: list[Run], usual: list[Run]) -> None:
-    """Print the results of one setting, beside the usual one with equal seeds."""
-    seeds, episodes, _ = milestone(runs)
-    print(f"{name}: {seeds}, median {episodes:,.0f} episodes")
-    for label, count in ((f"the last {TAIL}", TAIL), ("all", 0)):
-        means = np.array([run.returns[-count:].mean() for run in runs])
-        gains = means - [run.returns[-count:].mean() for run in usual]
-        gain = mean_with_interval(gains, "+.0f")
-        print(f"  {label} episodes {mean_with_interval(means, '.0f')}; against the usual {gain}")
+def varied(text: str) -> Settings:
+    """Return the usual settings with the changes of a text such as gamma=1,standardise=False."""
+    changes = dict(change.split("=") for change in text.split(","))
+    return replace(Settings(), **{name: ast.literal_eval(value) for name, value in changes.items()})
 
 
 def main(args: Arguments) -> None:
-    if args.vary:
-        figure = vary(args)
-        output = args.output or Path("numpy_variations.png")
-    else:
-        runs = {"REINFORCE": train_seeds(USUAL, args)}
-        if args.dqn:
-            runs["DQN"] = [dqn(seed, args.dqn_steps) for seed in args.seeds]
-        figure = draw(runs)
-        output = args.output or Path("numpy_cartpole.png")
-    figure.savefig(output)
-    print(f"figure: {output}")
+    arms = {"REINFORCE": Settings()} | {text: varied(text) for text in args.vary}
+    runs: dict[str, list[Run]] = {}
+    labels = []
+    for kind, settings in arms.items():
+        runs[kind] = [reinforce(replace(settings, seed=seed), args.episodes) for seed in args.seeds]
+        labels.append(report(kind, runs[kind], runs["REINFORCE"]))
+    if args.dqn:
+        runs["DQN"] = [dqn(seed, args.dqn_steps) for seed in args.seeds]
+        labels.append(report("DQN", runs["DQN"], runs["REINFORCE"]))
+    draw(runs, labels).savefig(args.output)
+    print(f"figure: {args.output}")
 
 
 if __name__ == "__main__":

@@ -14,20 +14,11 @@ layers the advantage is G_t - V(x), and the head learns G_t by half its squared 
 G_t is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
 the textbook's choice.
 
-Look for: the textbook's run is one seed, 0.4872 without the value head and 1.1734 with it; --textbook repeats
-both to the last digit, by a plain loop. Over ten seeds this is chance [95 % intervals]: normalised returns
-end at 0.78 [0.61, 0.96] without V and at 0.83 [0.65, 1.01] with it, single seeds anywhere between 0.39 and
-1.20, and the difference seed by seed is 0.04 [-0.12, 0.22]. Normalised in itself, every episode gets a credit
-that sums to 0, whether it went right, left or nowhere; one that is cut while its steps all paid the same gets
-the same credit whatever they paid. V cannot bring back what was divided out. With raw returns V is worth what
-the textbook says: 1.184 [1.172, 1.196] with it, 1.101 without, more with every seed. Without V the policy
-walks straight to the right; with it, it takes its time on the safe side and arrives all the same. From
-orthogonal weights (--initial-weights orthogonal) the normalised returns end at 0.51 [0.50, 0.54] without V
-and 0.51 [0.48, 0.54] with it, the raw ones at 1.12 [1.11, 1.12] and 1.17 [1.14, 1.20].
-
---env costly_walk is another environment, in which every such step costs 0.01: standing about returns -0.5.
-There V is no gain: raw returns end at 0.899 without V and 0.897 with it, of 0.9. Normalised they end at -0.47
-[-0.92, 0.08] and 0.34 [-0.22, 0.75].
+Look for: normalised in itself, every episode gets a credit that sums to 0, and V cannot bring back what was
+divided out. With raw returns V is worth what the textbook says. Without V the policy walks straight to the
+right; with it, it takes its time on the safe side and arrives all the same. In `--env costly_walk` every such
+step costs 0.01, and V is no gain. The numbers are on the page of `tokenrl control`,
+recipes/pages/reference/control.md.
 """
 
 # /// script
@@ -44,8 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from curves import GREY, draw_band, draw_mean, mean_with_interval, open_frame, rolling
-from matplotlib.axes import Axes
+from curves import draw_band, draw_mean, mean_with_interval, open_frame, rolling
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -53,8 +43,6 @@ from tokenrl import Estimator, train_agent
 from tokenrl.control import Walk
 from tokenrl.runs import read_metrics
 
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
 NORMALISED = replace(PLAIN, returns="episode_normalized", scale_eps=1e-8)
@@ -92,8 +80,8 @@ class Arguments:
     """Directory of the runs."""
 
 
-def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
-    """Print and return the returns of ten actions, raw and normalised [10]."""
+def ten_steps() -> None:
+    """Print the returns of ten actions, raw and normalised."""
     rewards = torch.zeros(1, 10, dtype=torch.double)
     rewards[0, -1] = 1.0
     mask = torch.ones(1, 10, dtype=torch.bool)
@@ -106,7 +94,6 @@ def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
             "more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t])
         )
         print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
-    return raw, normalised
 
 
 def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
@@ -177,63 +164,27 @@ def returns_of(args: Arguments, name: str) -> np.ndarray:
     return np.array(returns)
 
 
-def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> None:
+def draw(runs: dict[str, np.ndarray], last: dict[str, np.ndarray]) -> Figure:
+    """Draw the learning curves, and the end of each seed with the mean of its kind beside them."""
+    figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, returns in runs.items():
         means = rolling(returns, 20)
         episodes = np.arange(means.shape[1]) + returns.shape[1] - means.shape[1] + 1
-        draw_band(axes, episodes, means, COLOURS[name], name)
-    step = 0.01 if args.env == "walk" else -0.01
-    beside = axes.get_yaxis_transform()
-    for height, text in ((50 * step, "standing\nabout"), (1 + 10 * step, "straight")):
-        axes.axhline(height, color=GREY, linestyle=":")
-        axes.text(1.01, height, text, transform=beside, color=GREY, fontsize=8, va="center")
-    axes.set_xlabel("episodes (rolling mean of 20)")
-    axes.set_ylabel("return of an episode")
-    axes.set_ylim(bottom=-0.1 if step > 0 else None)
-    axes.legend(loc="lower right", frameon=False, ncol=2)
-
-
-def draw_seeds(axes: Axes, last: dict[str, np.ndarray]) -> None:
-    """Draw each seed as a point, with the mean of each kind and its interval beside them."""
+        draw_band(left, episodes, means, COLOURS[name], name)
+    left.set(xlabel="episodes (rolling mean of 20)", ylabel="return of an episode")
+    left.legend(loc="lower right", frameon=False, ncol=2)
     for i, (name, values) in enumerate(last.items()):
-        axes.plot(np.full(len(values), i - 0.1), values, "o", color=COLOURS[name], alpha=0.5)
-        draw_mean(axes, i + 0.15, values, COLOURS[name], "s")
-    axes.set_xticks(range(len(last)), last)
-    axes.set_ylabel("mean return of the last 100 episodes, by seed")
-
-
-def draw_table(axes: Axes, raw: torch.Tensor, normalised: torch.Tensor) -> None:
-    axes.axhline(0, color=GREY, linewidth=1)
-    axes.plot(raw, "o-", color=BLUE, label="G_t: every action taken becomes likelier")
-    axes.plot(normalised, "s-", color=ORANGE, label="normalised: the first five rarer")
-    axes.set_xlabel("step t of ten, the last pays 1")
-    axes.set_ylabel("what the action is paid")
-    axes.legend(loc="lower right", frameon=False)
-
-
-def draw(
-    args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarray], table: tuple
-) -> Figure:
-    figure = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    draw_learning(left, runs, args)
-    best = max(last, key=lambda name: last[name].mean())
-    left.set_title(
-        f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11
-    )
-    draw_seeds(middle, last)
-    low = last["normalised, V"].min()
-    high = last["normalised, V"].max()
-    title = f"Normalised, V: one seed ends at {low:.2f}, another at {high:.2f}"
-    middle.set_title(title, loc="left", fontsize=11)
-    draw_table(right, *table)
-    right.set_title("Ten steps: normalising turns half the signs", loc="left", fontsize=11)
-    open_frame(left, middle, right)
+        right.plot(np.full(len(values), i - 0.1), values, "o", color=COLOURS[name], alpha=0.5)
+        draw_mean(right, i + 0.15, values, COLOURS[name], "s")
+    right.set_xticks(range(len(last)), last)
+    right.set_ylabel("mean return of the last 100 episodes, by seed")
+    open_frame(left, right)
     return figure
 
 
 def main(args: Arguments) -> None:
-    table = ten_steps()
+    ten_steps()
     if args.textbook:
         for value_head in (False, True):
             words = "with" if value_head else "without"
@@ -259,7 +210,7 @@ def main(args: Arguments) -> None:
         ("raw, V", "normalised, V"),
     ):
         print(f"{a} minus {b}, seed by seed: {mean_with_interval(last[a] - last[b])}")
-    draw(args, runs, last, table).savefig(args.output)
+    draw(runs, last).savefig(args.output)
     print(f"figure: {args.output}")
 
 

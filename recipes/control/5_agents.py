@@ -9,24 +9,10 @@ each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviatio
 `tuned` has settings for each environment. Both are in tokenrl/control/arguments.py, where comments say what
 each choice is for. Every trained policy is judged by fresh episodes with sampled actions.
 
-Look for: CartPole (solved at 475), where the classic agent ends at 429 [382, 468] (mean and 95 % bootstrap
-interval over thirty seeds, 0 to 29), anywhere from 106 to 500, and 18 of 30 reach 475. Nothing bounds its
-steps, so its return falls back several times before the end, and ten seeds are few: seeds 0 to 9 end at 379
-[284, 451], three of them at 475 or more; seeds 10 to 29 at 454 [397, 494], fifteen of twenty. The tuned agent
-ends at 500 with every seed, with 14 times as many environment steps but less than half of the processor
-time, because it steps 64 environments at once.
-
-Acrobot (-100): the classic agent ends at -238 [-355, -138]. Seven of ten seeds end between -239 and -93, two
-of them above -100, and the other three at -500: they hardly ever reached the goal, and an episode is only
-compared with itself, so failing always teaches nothing. With other starting states two of ten stayed there,
-and one agent had -104 with sampled actions and -476 with the most probable ones: noise is part of what was
-learnt. Tuned: -89 [-92, -87], ten of ten above -100. The initial weights are not what decides: with
-PyTorch's own instead of orthogonal ones the classic agent ended at 445 on CartPole (ten seeds, one at 129
-again), and on Acrobot two of four seeds stayed at -500.
-
-LunarLander (200): after 1,000 episodes the classic agent ends at 84 [9, 136], none of five seeds above 200;
-with other starting states it was 117, one of five. Tuned: 271 [266, 276], all five above 200, with
-4.9 times as many environment steps.
+Look for: the spread of the classic agent over seeds, since nothing bounds its steps, and an episode is only
+compared with itself. The initial weights are not what decides: with PyTorch's own instead of orthogonal ones
+the classic agent ended at 445 on CartPole (ten seeds), and on Acrobot two of four seeds stayed at -500. All
+other numbers are on the page of `tokenrl control`, recipes/pages/reference/control.md.
 """
 
 # /// script
@@ -58,7 +44,6 @@ from tokenrl.runs import read_metrics, smooth
 
 COLOURS = {"classic": "#D55E00", "tuned": "#0072B2"}  # Okabe and Ito
 SMOOTHED = 20  # episodes, at least, in each value of a learning curve
-AXES = ("environment steps", "episodes")
 
 
 @dataclass(frozen=True)
@@ -78,9 +63,7 @@ class Arguments:
     output: Path = Path("agents.png")
     """Where the figure goes."""
     output_dir: Path = Path("runs/agents")
-    """Where the run directories go. Finished runs in it that have the same settings are not run again."""
-    overwrite: bool = False
-    """Run them again nevertheless."""
+    """Where the run directories go; earlier runs in it are replaced."""
     video: bool = False
     """Film an episode of each trained policy."""
 
@@ -102,28 +85,17 @@ class Run(NamedTuple):
         return f"{self.env}, {self.agent}, seed {self.seed}: {reward}, {best}; {steps:,} environment steps"
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether a folder holds a finished run with these settings."""
-    if not (folder / "summary.json").is_file():
-        return False
-    summary = json.loads((folder / "summary.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
-    plain = json.loads(json.dumps(settings, default=vars))
-    return summary["exit_reason"] == "finished" and plain.items() <= config.items()
-
-
 def train(arguments: Arguments, env: str, agent: str, seed: int) -> Run:
-    """Train one agent, unless that has been done; a signal raises KeyboardInterrupt or SystemExit."""
+    """Train one agent; a signal raises KeyboardInterrupt or SystemExit."""
     settings = agent_settings(agent, env) | {"seed": seed, "video": arguments.video}
     settings["eval_episodes"] = arguments.eval_episodes
     settings["eval_every"] = 0  # only before and after training
     if arguments.max_steps is not None:
         settings["max_steps"] = arguments.max_steps
     folder = arguments.output_dir / f"{env}-{agent}-seed{seed}"
-    if arguments.overwrite or not finished(folder, settings):
-        result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
-        if result.exit_code:
-            raise SystemExit(result.exit_code)
+    result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
     summary = json.loads((folder / "summary.json").read_text())
     return Run(env, agent, seed, summary, read_metrics(folder / "metrics.jsonl")[1:])
 
@@ -173,58 +145,42 @@ def played(run: Run) -> int:
     return sum(row["episodes"] for row in run.updates)
 
 
-def curve(run: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps or episodes so far, and the mean return of at least `SMOOTHED` episodes around there."""
+def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return environment steps so far, and the mean return of at least `SMOOTHED` episodes around there."""
     rows = [row for row in run.updates if row["episodes"]]
-    episodes = [row["episodes"] for row in rows]
-    x = np.cumsum(episodes)
-    if axis == "environment steps":
-        x = np.array([row["num_env_steps"] for row in rows])
-    window = 2 * round(SMOOTHED / 2 / np.mean(episodes)) + 1
-    return x, np.array(smooth([row["reward"] for row in rows], window))
+    window = 2 * round(SMOOTHED / 2 / np.mean([row["episodes"] for row in rows])) + 1
+    steps = np.array([row["num_env_steps"] for row in rows])
+    return steps, np.array(smooth([row["reward"] for row in rows], window))
 
 
-def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
+def draw_agent(axes: Axes, agent: str, runs: list[Run]) -> None:
     """Draw the mean learning curve, and the fresh episodes. A run that has ended keeps its last value."""
-    curves = [curve(run, axis) for run in runs if played(run)]
+    curves = [curve(run) for run in runs if played(run)]
     if curves:
         points = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
-        draw_band(
-            axes, points, np.array([np.interp(points, x, y) for x, y in curves]), COLOURS[agent]
-        )
-    end = np.mean([played(run) if axis == "episodes" else run.summary["env_steps"] for run in runs])
+        returns = np.array([np.interp(points, x, y) for x, y in curves])
+        draw_band(axes, points, returns, COLOURS[agent], agent)
+    end = np.mean([run.summary["env_steps"] for run in runs])
     draw_mean(axes, end, ends(runs), COLOURS[agent])
 
 
 def draw(groups: Groups) -> Figure:
-    """Draw a column for each environment: learning curves by environment steps above, by episodes below."""
+    """Draw the learning curves of each environment, by environment steps."""
     envs = list(dict.fromkeys(env for env, _ in groups))
-    figure = Figure(figsize=(3.2 + 2.9 * len(envs), 6.6), dpi=90, layout="constrained")
-    grid = figure.subplots(2, len(envs), squeeze=False)
-    for column, env in enumerate(envs):
+    figure = Figure(figsize=(3.2 + 2.9 * len(envs), 4), dpi=90, layout="constrained")
+    for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0], strict=True):
         agents = {agent: runs for (name, agent), runs in groups.items() if name == env}
+        for agent, runs in agents.items():
+            draw_agent(axes, agent, runs)
         threshold = next(iter(agents.values()))[0].summary["threshold"]
-        for axes, axis in zip(grid[:, column], AXES, strict=True):
-            for agent, runs in agents.items():
-                draw_agent(axes, agent, runs, axis)
-            if threshold is not None:
-                axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
-            axes.set_xscale("log")
-            axes.set_xlabel(axis)
-            open_frame(axes)
-        score = ", ".join(
-            f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in agents.items()
-        )
-        title = env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
-        grid[0][column].set_title(title, loc="left", fontsize=11)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("return")
-    for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
-        style = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
-        grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **style)
-    lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
-    rest = "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
-    figure.supxlabel(f"{lines}\n{rest}", fontsize=9, color="#555555")
+        if threshold is not None:
+            axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
+        axes.set(xscale="log", xlabel="environment steps", ylabel="return")
+        axes.set_title(env, loc="left", fontsize=11)
+        axes.legend(frameon=False)
+    open_frame(*figure.axes)
+    note = f"lines: return in training, over {SMOOTHED} episodes or more; bands, bars: 95 %"
+    figure.supxlabel(f"{note}; dots: fresh episodes; dotted: threshold", fontsize=9)
     return figure
 
 

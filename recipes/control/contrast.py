@@ -23,12 +23,11 @@ the mean: here the baseline adds noise, and without it |g|^2 is about half. With
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from statistics import mean, median
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ import tyro
 from curves import interval, open_frame
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.lines import Line2D
 
 import tokenrl
 from tokenrl import Estimator
@@ -73,23 +72,12 @@ class Arguments:
     """Points of each curve of squared norms."""
 
 
-class Point(NamedTuple):
-    """Updates with similar rewards: mean reward, mean squared norm of the gradient, and its interval."""
-
-    reward: float
-    square: float
-    low: float
-    high: float
-
-
 @dataclass
 class Side:
     """The runs of the agent or of the model, with and without a baseline."""
 
     name: str
     unit: str
-    length: str  # the metric that holds the mean T
-    facts: dict[str, str]
     updates: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
     """Metrics by variant, seed, update."""
     final: dict[str, list[float]] = field(default_factory=dict)
@@ -101,33 +89,30 @@ class Side:
         self.updates.setdefault(variant, []).append(metrics)
         self.final.setdefault(variant, []).append(result.eval_after["reward"])
 
-    def pooled(self, variant: str) -> list[dict[str, Any]]:
-        """Return the metrics of all updates of a variant."""
-        return list(chain.from_iterable(self.updates[variant]))
-
-    def lengths(self) -> str:
-        """Return the mean length of the rows in the first and in the last update."""
-        runs = self.updates["with"] + self.updates["without"]
-        first, last = (mean(run[i][self.length] for run in runs) for i in (0, -1))
-        return f"{first:.1f} at first, {last:.1f} at last"
-
-    def points(self, bins: int) -> dict[str, dict[int, Point]]:
-        """Return the squared norms of each variant at equal rewards, by variant and bin.
+    def points(self, bins: int) -> dict[str, np.ndarray]:
+        """Return by variant the mean reward of updates, their mean squared norm and its interval, [4, bins].
 
         How noisy a gradient is depends on how good the policy is, and the variants learn at different speeds:
-        so they are compared at equal rewards. The bins hold equally many updates, of all variants together.
+        so they are compared at equal rewards. The bins hold equally many updates, of all variants together;
+        where one has none, the numbers are nan.
         """
-        rewards = [row["reward"] for variant in VARIANTS for row in self.pooled(variant)]
+        rows = {variant: list(chain.from_iterable(runs)) for variant, runs in self.updates.items()}
+        rewards = [row["reward"] for of_variant in rows.values() for row in of_variant]
         edges = np.quantile(rewards, np.linspace(0, 1, bins + 1)[1:-1])
-        points: dict[str, dict[int, Point]] = {variant: {} for variant in VARIANTS}
-        for variant in VARIANTS:
-            members: dict[int, list[dict[str, Any]]] = {}
-            for row in self.pooled(variant):
-                members.setdefault(int(np.digitize(row["reward"], edges)), []).append(row)
-            for index, rows in sorted(members.items()):
-                squares = interval([row["grad_norm"] ** 2 for row in rows]).tolist()
-                points[variant][index] = Point(mean(row["reward"] for row in rows), *squares)
+        points = {variant: np.full((4, bins), np.nan) for variant in rows}
+        for variant, of_variant in rows.items():
+            reward = np.array([row["reward"] for row in of_variant])
+            square = np.array([row["grad_norm"] ** 2 for row in of_variant])
+            places = np.digitize(reward, edges)
+            for index in set(places):
+                members = places == index
+                points[variant][:, index] = reward[members].mean(), *interval(square[members])
         return points
+
+    def ratio(self, bins: int) -> float:
+        """Return the squared norm without the baseline over that with it: the median over the bins of both."""
+        points = self.points(bins)
+        return float(np.nanmedian(points["without"][1] / points["with"][1]))
 
 
 def train_both(arguments: Arguments, variant: str, seed: int) -> tuple[Any, Any]:
@@ -156,26 +141,7 @@ def train_both(arguments: Arguments, variant: str, seed: int) -> tuple[Any, Any]
 
 def train_all(arguments: Arguments) -> list[Side]:
     """Train every variant with every seed; returns the agents and the models."""
-    agents = Side(
-        arguments.env,
-        "episode",
-        "episode_length",
-        {
-            "N": f"{arguments.episodes} episodes",
-            "compared with": "all others",
-            "reward": "after every action",
-        },
-    )
-    models = Side(
-        TASK,
-        "completion",
-        "completions/mean_length",
-        {
-            "N": f"{arguments.prompts * GENERATIONS} completions",
-            "compared with": f"the other {GENERATIONS - 1} of the prompt",
-            "reward": "once, at the end",
-        },
-    )
+    agents, models = Side(arguments.env, "episode"), Side(TASK, "completion")
     for seed in range(arguments.seeds):
         for variant in VARIANTS:
             agent, model = train_both(arguments, variant, seed)
@@ -186,32 +152,17 @@ def train_all(arguments: Arguments) -> list[Side]:
     return [agents, models]
 
 
-def ratio(points: dict[str, dict[int, Point]]) -> float:
-    """Return the squared norm without the baseline over that with it: the median over the bins of both."""
-    bins = [b for b in points["without"] if b in points["with"] and points["with"][b].square > 0]
-    ratios = [points["without"][b].square / points["with"][b].square for b in bins]
-    return median(ratios) if ratios else math.nan
-
-
 def print_table(sides: list[Side], bins: int) -> None:
-    def line(label: str, cells: list[str]) -> None:
-        print(f"{label:30}" + "".join(f"{cell:>36}" for cell in cells))
-
-    print()
-    line("", [side.name for side in sides])
-    for fact in sides[0].facts:
-        line(fact, [side.facts[fact] for side in sides])
-    line("T", [side.lengths() for side in sides])
-    for variant in VARIANTS:
-        ends = [side.final[variant] for side in sides]
-        cells = [f"{mean(end):.4g} ({min(end):.4g} to {max(end):.4g})" for end in ends]
-        line(f"reward after, {variant}", cells)
-    ratios = [ratio(side.points(bins)) for side in sides]
-    line("|g|², without / with", [f"{x:.2f} (median, at equal reward)" for x in ratios])
     for side in sides:
-        print(f"\n{side.name}: mean |g|² of an update (95 % interval), by mean reward")
+        print(
+            f"\n{side.name}: |g|² without / with the baseline, at equal reward: {side.ratio(bins):.2f}"
+        )
         for variant, points in side.points(bins).items():
-            for reward, square, low, high in points.values():
+            ends = side.final[variant]
+            print(
+                f"  reward after, {variant}: {mean(ends):.4g} ({min(ends):.4g} to {max(ends):.4g})"
+            )
+            for reward, square, low, high in points.T:
                 print(
                     f"  {reward:8.3f} {variant:>8} baseline {square:12.5g} ({low:.5g} to {high:.5g})"
                 )
@@ -224,18 +175,15 @@ def draw_rewards(axes: Axes, side: Side) -> None:
         axes.plot(updates, rewards.T, color=COLOURS[variant], alpha=0.3, linewidth=1)
         axes.plot(updates, rewards.mean(0), color=COLOURS[variant], linewidth=2.4)
     axes.set(ylim=(0, None), xlabel="update", ylabel=f"mean reward of the update's {side.unit}s")
-    title = f"{side.name}: {side.facts['N']} per update, reward {side.facts['reward']}"
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(side.name, loc="left", fontsize=11)
 
 
 def draw_norms(axes: Axes, side: Side, bins: int) -> None:
     for variant, points in side.points(bins).items():
-        rewards, squares, low, high = np.array(list(points.values())).T
+        rewards, squares, low, high = points
         axes.plot(rewards, squares, "o-", color=COLOURS[variant], linewidth=2.2, markersize=7)
         axes.vlines(rewards, low, high, color=COLOURS[variant], alpha=0.6)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     axes.set_xlabel(f"mean reward of the update's {side.unit}s")
     axes.set_ylabel("mean |g|² ((reward per unit of weight)²)")
     axes.set_title(f"{side.name}: the gradient at equal rewards", loc="left", fontsize=11)
@@ -248,12 +196,9 @@ def draw(sides: list[Side], bins: int) -> Figure:
         draw_rewards(above, side)
         draw_norms(below, side, bins)
     open_frame(*grid.flat)
-    corner = grid[0][1]
-    for height, (variant, label) in zip((0.2, 0.12), LABELS.items(), strict=True):
-        corner.text(
-            0.98, height, label, transform=corner.transAxes, ha="right", color=COLOURS[variant]
-        )
-    ratios = [f"{ratio(side.points(bins)):.2g} times as large on {side.name}" for side in sides]
+    handles = [Line2D([], [], color=COLOURS[variant]) for variant in VARIANTS]
+    grid[0][1].legend(handles, LABELS.values(), frameon=False, loc="lower right")
+    ratios = [f"{side.ratio(bins):.2g} times as large on {side.name}" for side in sides]
     title = f"Without the baseline |g|² is {' and '.join(ratios)}"
     figure.suptitle(title, x=0.01, ha="left")
     note = "thin lines: seeds; bars: 95 % of a bootstrap over updates"

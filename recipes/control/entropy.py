@@ -18,12 +18,10 @@ The sweet spot is the beta with the highest mean return over seeds. Others are n
 these, there is no sweet spot. A run ends at the goal or at the decoy if more than half of the episodes of the
 final policy do. A run without a bonus is flagged `entropy-collapsed` if its last entropy is below 0.1.
 
-Look for: by default, with beta 0, 0.01, 0.1, 0.3 and 1, 14, 12, 7, 0 and 0 of 20 runs in `trap` end at the
-decoy, and the mean returns are 0.61, 0.65, 0.74, 0.86 and 0.80. Beta 1 is not caught either, but nearly
-uniform for most of the run, and no time is left to commit. 0.3 has its price too: the 6 runs that find the
-goal without a bonus return 0.90. Of the 12 flagged runs 9 are at the decoy and 3 at the goal: the flag says
-that a policy has chosen, not that it chose badly. On the plain grid all runs find the goal, and each larger
-beta is a little worse: 0.939, 0.938, 0.925, 0.908, 0.883.
+Look for: the runs that end at the decoy, which fall with beta, and the price of a beta that is too large: a
+policy that is nearly uniform for most of the run has no time left to commit. The flag says that a policy has
+chosen, not that it chose badly. The numbers are on the page of `tokenrl control`,
+recipes/pages/reference/control.md.
 """
 
 # /// script
@@ -53,7 +51,6 @@ from curves import (
     rolling,
     with_interval,
 )
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator, train_agent
@@ -64,7 +61,6 @@ COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")  # 
 ENVIRONMENTS = ("trap", "gridworld")
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
-ENDS = ("goal", "decoy", "neither")
 
 
 @dataclass(frozen=True)
@@ -165,29 +161,14 @@ def sweep(args: Arguments, env: str) -> Sweep:
     return Sweep(env, args.betas, **shaped)
 
 
-def paths(grid: GridWorld) -> dict[str, float]:
-    """Return the exact returns of the shortest path to each end: down, then right; or right at once."""
-    cells = np.arange(grid.cells)
-    moves = {
-        "goal": np.where(cells < grid.cells - grid.size, 2, 1),
-        "decoy": np.full(grid.cells, 1),
-    }
-    names = ENDS[: len(grid.ends)]
-    horizon = GRIDWORLD_STEPS
-    return {end: exact_return(grid, np.eye(4)[moves[end]], horizon=horizon) for end in names}
-
-
-def print_facts(env: str) -> None:
-    """Print exact returns: of the shortest path to each end, of a uniform policy and of its first steps."""
+def print_start(env: str) -> None:
+    """Print exact returns: of a uniform policy, where its episodes end, and after a step off the decoy."""
     grid = grid_of(env)
-    uniform = np.full((grid_of(env).cells, 4), 0.25)
-    best = ", ".join(f"{end} {value:.3f}" for end, value in paths(grid).items())
-    ends = ", ".join(
-        f"{end} {p:.1%}" for end, p in zip(ENDS, chances_of(grid, uniform), strict=True)
-    )
+    uniform = np.full((grid.cells, 4), 0.25)
+    goal, decoy, _ = chances_of(grid, uniform)
     mean = exact_return(grid, uniform, horizon=GRIDWORLD_STEPS)
     print(
-        f"\n{env}: returns of the shortest paths: {best}; of a uniform policy {mean:.3f} (ends: {ends})"
+        f"\n{env}: a uniform policy returns {mean:.3f} (ends: goal {goal:.1%}, decoy {decoy:.1%})"
     )
     if grid.decoy is not None:
         later = exact_values(grid, uniform, horizon=GRIDWORLD_STEPS - 1)[grid.size]
@@ -227,55 +208,32 @@ def verdict(s: Sweep) -> str:
     return f"sweet spot: beta {best:g} ({remainder})"
 
 
-def draw_curves(axes: Axes, s: Sweep, x: np.ndarray) -> None:
-    """Draw the means over seeds of rolling means of [B, S, updates], with their intervals."""
-    for beta, colour, runs in zip(s.betas, itertools.cycle(COLOURS), x, strict=False):
-        means = rolling(runs, WINDOW)
-        episodes = (np.arange(means.shape[1]) + runs.shape[1] - means.shape[1] + 1) * EPISODES
-        draw_band(axes, episodes, means, colour, f"beta = {beta:g}")
-    axes.set_xlabel("episodes (rolling mean of 100)")
-
-
-def draw_final(axes: Axes, s: Sweep) -> None:
-    """Draw the final return of every seed, and its mean with the interval, by beta."""
-    spread = np.random.default_rng(0).uniform(-0.25, 0.25, s.returns.shape[1])
-    for i, colour in zip(range(len(s.betas)), itertools.cycle(COLOURS), strict=False):
-        axes.scatter(i + spread, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
-        draw_mean(axes, i, s.returns[i], "black", "_")
-    axes.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
-    for end, value in paths(grid_of(s.env)).items():
-        axes.axhline(value, color=GREY, linestyle=":", zorder=0)
-        axes.text(len(s.betas) - 0.5, value, end, color=GREY, ha="right", va="bottom")
-    axes.set(
-        xlabel="beta at the start (dots: seeds; bars: mean, 95 %)",
-        ylabel="return of the final policy",
-    )
-
-
 def draw(sweeps: list[Sweep]) -> Figure:
+    """Draw rolling means of return and entropy, and the final return of every seed, by beta."""
     figure = Figure(figsize=(15, 8.4), dpi=100, layout="constrained")
     grid = figure.subplots(len(sweeps), 3, squeeze=False)
     for s, (left, middle, right) in zip(sweeps, grid, strict=True):
-        draw_curves(left, s, s.rewards)
-        draw_curves(middle, s, s.entropies)
-        draw_final(right, s)
-        left.set_ylabel("mean return of an episode")
+        for i, (beta, colour) in enumerate(zip(s.betas, itertools.cycle(COLOURS), strict=False)):
+            for axes, runs in ((left, s.rewards[i]), (middle, s.entropies[i])):
+                means = rolling(runs, WINDOW)
+                updates = np.arange(means.shape[1]) + runs.shape[1] - means.shape[1] + 1
+                draw_band(axes, updates * EPISODES, means, colour, f"beta = {beta:g}")
+            seeds = np.linspace(-0.25, 0.25, s.returns.shape[1])
+            right.scatter(i + seeds, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
+            draw_mean(right, i, s.returns[i], "black", "_")
+        left.set(xlabel="episodes (rolling mean of 100)", ylabel="mean return of an episode")
         left.set_title(f"{s.env}, {verdict(s)}", loc="left", fontsize=11)
-        middle.set(ylim=(0, 1.5), ylabel="entropy (nats; dotted: uniform)")
+        middle.set(
+            xlabel="episodes (rolling mean of 100)", ylabel="entropy, nats (dotted: uniform)"
+        )
         middle.axhline(np.log(4), color=GREY, linestyle=":")
+        right.set(
+            xlabel="beta at the start", ylabel="return of the final policy (bars: mean, 95 %)"
+        )
+        right.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
         open_frame(left, middle, right)
-    handles = grid[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper right", ncols=len(handles[0]), frameon=False)
-    figure.suptitle(title(sweeps[0]), x=0.01, ha="left", fontsize=13)
+    grid[0][0].legend(frameon=False)
     return figure
-
-
-def title(s: Sweep) -> str:
-    """State how many runs the first beta brings to the goal, and how many the best."""
-    escapes = (s.chances[:, :, 0] > 0.5).sum(1)
-    runs = s.returns.shape[1]
-    first = f"{escapes[0]} of {runs} runs escape the {s.env} with beta {s.betas[0]:g}"
-    return f"{first}, {escapes[s.best]} with beta {s.betas[s.best]:g}"
 
 
 def main(args: Arguments) -> None:
@@ -284,7 +242,7 @@ def main(args: Arguments) -> None:
     )
     sweeps = []
     for env in ENVIRONMENTS:
-        print_facts(env)
+        print_start(env)
         sweeps.append(sweep(args, env))
         print_table(sweeps[-1])
     draw(sweeps).savefig(args.output)

@@ -13,15 +13,11 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 # ///
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -50,22 +46,6 @@ STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarati
     "asymptotic": (YELLOW, "exact in the limit of many rows a step"),
     "biased": (RED, "biased"),
 }
-
-
-def write(
-    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float] = (0, 0), **look: Any
-) -> None:
-    """Write a text at a position, shifted by points."""
-    look = {"va": "center", "annotation_clip": False, "textcoords": "offset points"} | look
-    axes.annotate(text, at, shift, **look)
-
-
-def label_ticks(axes: Axes, x: Sequence[float] = (), y: Sequence[float] = ()) -> None:
-    """Label these positions alone, as plain numbers."""
-    for positions, axis in ((x, axes.xaxis), (y, axes.yaxis)):
-        if positions:
-            axis.set_ticks(positions, [f"{position:g}" for position in positions])
-            axis.set_ticks([], minor=True)
 
 
 def save(figure: Figure, output: Path) -> None:
@@ -124,45 +104,29 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     for step in range(4, len(kls), 11):
         errors = " ".join(f"{error:18.2e}" for _, error in points[step].values())
         print(f"{kls[step]:6.3f} {errors}")
-    figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
-    ratios = {}
-    for name in ("k2", "k2_sequence", "k1"):
-        pairs = zip(points, kls, strict=True)
-        ratios[name] = [point[name, "loss"][0] / true_kl for point, true_kl in pairs]
-    errors = {n: [p[n, "loss"][1] for p in points] for n in ESTIMATES}
-    rewarded = {n: [p[n, "reward"][1] for p in points] for n in ("k2", "k3", "k1")}
-    exact = {"k1": "k1: no pull", "full_path": "", "k2_sequence": "k2_sequence,\nfull_path"}
-    panels = [
-        ("Value: expectation / KL", ratios, {"k1": "k1, k3,\nfull_path"}),
-        ("Gradient, in the loss: relative error", errors, exact),
-        ("Gradient, in the reward: relative error", rewarded, {}),
-    ]
-    for axes, (title, lines, names) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name, values in lines.items():
-            axes.plot(kls, values, color=ESTIMATES[name], linewidth=2.2)
-            look = {"color": ESTIMATES[name], "fontsize": 9.5, "fontweight": "bold"}
-            write(axes, names.get(name, name), (kls[-1], values[-1]), (6, 0), **look)
-        axes.set(xscale="log", xlim=(kls[0], kls[-1]), xlabel="true KL(π ‖ ref), nats a completion")
-        label_ticks(axes, (0.01, 0.1, 1))
+    figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
+    value, *gradients = figure.subplots(1, 3)
+    for name, colour in ESTIMATES.items():
+        ratios = [
+            point[name, "loss"][0] / true_kl for point, true_kl in zip(points, kls, strict=True)
+        ]
+        value.plot(kls, ratios, color=colour, linewidth=2.2, label=name)
+        for axes, placement in zip(gradients, ("loss", "reward"), strict=True):
+            axes.set_title(f"Gradient, in the {placement}: relative error", loc="left")
+            if (name, placement) in points[0]:
+                errors = [point[name, placement][1] for point in points]
+                axes.plot(kls, errors, color=colour, linewidth=2.2)
+    value.set_title("Value: expectation / KL", loc="left")
+    for axes in figure.axes:
+        axes.set(xscale="log", xlabel="true KL(π ‖ ref), nats a completion")
         axes.set_ylim(bottom=-0.03)
-        axes.set_title(title, loc="left")
+    figure.legend(loc="outside lower center", ncols=len(ESTIMATES), frameon=False)
     save(figure, output)
 
 
 def angle(moments: Moments) -> float:
     """Degrees between E[g] and grad J."""
     return math.degrees(math.acos(max(-1.0, min(1.0, moments.cosine))))
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-    """Push sorted heights apart until neighbours are `gap` from each other, and keep their mean."""
-    groups: list[list[float]] = []  # runs of labels that touch: the heights of their labels
-    for height in heights:
-        group = [height]
-        while groups and fmean(group) - fmean(groups[-1]) < gap * len(groups[-1] + group) / 2:
-            group = groups.pop() + group
-        groups.append(group)
-    return [fmean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
 
 def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = PAPERS) -> None:
@@ -177,31 +141,29 @@ def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] =
     """
     problem = tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous")
     measured = {name: exact_moments(Estimator.preset(name), problem) for name in estimators}
-    labels: dict[tuple[float, float, str], list[str]] = {}  # presets whose points coincide
+    figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    names: dict[tuple[float, float], list[str]] = {}  # presets whose points coincide
     for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
         status = Estimator.preset(name).bias_status
         print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
-        point = (float(f"{moments.noise:.3g}"), round(angle(moments), 2), status)
-        labels.setdefault(point, []).append(name)
-    figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
-    sides = (left, 0.25, 0.036, "The right direction"), (right, 0.55, 0.03, "Another direction")
-    for axes, aside, gap, title in sides:
-        points = sorted(point for point in labels if (point[1] < 0.01) == (axes is left))
-        heights = spread([math.log10(noise) for noise, _, _ in points], gap)
-        for (noise, degrees, status), height in zip(points, heights, strict=True):
-            colour, x = STATUSES[status][0], 0.0 if axes is left else degrees
-            axes.scatter([x], [noise], color=colour, s=55, zorder=3, edgecolors="white")
-            axes.plot([x, x + aside], [noise, 10**height], color=colour, linewidth=0.7, zorder=2)
-            names = ", ".join(labels[noise, degrees, status])
-            write(axes, names, (x + aside, 10**height), (2, 0), fontsize=9, color=colour)
-        axes.set_title(title, loc="left")
-    left.set(yscale="log", xlim=(-0.2, 3), ylabel="noise: tr Var g / |E g|²")
-    label_ticks(left, [0], (0.7, 1, 1.5, 2, 3, 4))
-    right.set(xlim=(0, 36), xlabel="angle between the expected gradient and that of J, degrees")
+        axes.scatter([angle(moments)], [moments.noise], color=STATUSES[status][0], s=55, zorder=3)
+        point = round(angle(moments), 1), float(f"{moments.noise:.2g}")
+        names.setdefault(point, []).append(name)
+    exact_before = 0
+    for point, alike in sorted(names.items(), key=lambda item: item[0][1]):
+        exact_before += point[0] < 1  # labels of the exact presets stand left and right in turn
+        look = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
+        shift, side = ((-7, 0), "right") if point[0] < 1 and exact_before % 2 else ((7, 0), "left")
+        axes.annotate(", ".join(alike), point, shift, ha=side, **look)
+    axes.set(yscale="log", xlim=(-10, 33), xticks=range(0, 31, 5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="angle between the expected gradient and that of J, degrees")
+    axes.set_ylabel("noise: tr Var g / |E g|²")
     for colour, meaning in STATUSES.values():
-        right.scatter([], [], color=colour, s=45, label=meaning)
-    right.legend(frameon=False, loc="upper right", fontsize=9)
+        axes.scatter([], [], color=colour, s=45, label=meaning)
+    axes.legend(frameon=False, fontsize=9)
     save(figure, output)
 
 
@@ -228,30 +190,13 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     p = torch.linspace(-6.9067, 6.9067, 141, dtype=torch.double).sigmoid().tolist()
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.plot(p, [(x * (1 - x)) ** -0.5 for x in p], color="black", linestyle="--", linewidth=1.3)
-    write(axes, "limit of large G:\n$1/\\sqrt{p(1-p)}$", (0.0065, 19))
-    write(
-        axes,
-        "lines: by the advantages\ndots: all groups enumerated",
-        (0.5, 5.3),
-        ha="center",
-        color=GREY,
-    )
-    axes.axhline(1, color="#777777", linewidth=1)
-    alike = "every prompt alike: the gradient of J (RLOO)"
-    write(axes, alike, (0.5, 1), (0, -10), ha="center", fontsize=9, color=GREY)
+    limit = [(x * (1 - x)) ** -0.5 for x in p]
+    axes.plot(p, limit, color="black", linestyle="--", linewidth=1.3, label="limit of large G")
+    axes.axhline(1, color=GREY, linewidth=1, label="the gradient of J (RLOO)")
     print("  G   w(0.001)   w(0.1)   w(0.5)   w(0.1)/w(0.5)   off the enumeration")
     for size, colour in SIZES.items():
         weights = prompt_weight(GRPO, torch.tensor(p).double(), size)
-        axes.plot(p, weights, color=colour, linewidth=2.2)
-        write(
-            axes,
-            f"G = {size}",
-            (p[-1], float(weights[-1])),
-            (6, 0),
-            color=colour,
-            fontweight="bold",
-        )
+        axes.plot(p, weights, color=colour, linewidth=2.2, label=f"G = {size}")
         dots = (
             [weight_by_enumeration(seed, size) for seed in (48, 0, 1, 6, 49)] if size <= 8 else []
         )
@@ -267,7 +212,7 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     )
     axes.set(xscale="logit", yscale="log", xlim=(0.001, 0.999), ylabel="weight w of the prompt's grad p",
              xlabel="chance p that a completion of the prompt is right")  # fmt: skip
-    label_ticks(axes, (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999), (0.5, 1, 2, 4, 8, 16, 32))
+    axes.legend(frameon=False, loc="upper center", title="dots: all groups enumerated")
     axes.set_title(
         "GRPO lifts prompts that are nearly always failed or solved, if G is large", loc="left"
     )
@@ -303,7 +248,6 @@ def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> No
         print(f"{name:28}" + "".join(f"{weight:<12.3f}" for weight in weights))
     axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
              xlabel="p, the success rate of the prompt")  # fmt: skip
-    label_ticks(axes, (0, 0.25, 0.5, 0.75, 1), (0.02, 0.1, 0.5, 1, 2, 4, 8))
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set_title(f"Which prompts an objective learns from, G = {group_size}", loc="left")
     save(figure, output)

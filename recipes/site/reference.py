@@ -105,7 +105,10 @@ def command_page(name: str) -> str:
         parts.append(
             "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
         )
-    return page(f"tokenrl {name}", *parts, *settings_tables(command.arguments))
+    tables = [*settings_tables(command.arguments)]
+    if f"{name}, results" in examples:
+        tables.append("## Results\n\n" + examples[f"{name}, results"].strip())
+    return page(f"tokenrl {name}", *parts, *tables)
 
 
 def axes_page() -> str:
@@ -225,9 +228,8 @@ def documented(thing: Any) -> str:
     """Return the docstring of a public function or class as Markdown, with lists of arguments and errors."""
     docstring = parse(inspect.getdoc(thing) or "")
     parts = [docstring.short_description or "", docstring.long_description or ""]
-    attributes = [entry for entry in docstring.params if entry.args[0] == "attribute"]
-    arguments = [entry for entry in docstring.params if entry.args[0] != "attribute"]
-    for title, entries in (("Arguments", arguments), ("Attributes", attributes)):
+    for title, kind in (("Arguments", "param"), ("Attributes", "attribute")):
+        entries = [entry for entry in docstring.params if entry.args[0] == kind]
         if entries:
             lines = [f"* `{entry.arg_name}`: {cell(entry.description)}" for entry in entries]
             parts.append("\n".join([f"{title}:", "", *lines]))
@@ -259,23 +261,29 @@ def signature_of(name: str, thing: Any) -> str:
     return re.sub(r"<function (<?\w+>?) at 0x\w+>", r"\1", line.replace("'", ""))
 
 
+def public_functions(package: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the public functions and classes of a package, each class before its public methods."""
+    for name in dir(package):
+        thing = getattr(package, name)
+        if not name.startswith("_") and callable(thing):
+            yield name, thing
+            members = (
+                inspect.getmembers(thing, inspect.isfunction) if inspect.isclass(thing) else []
+            )
+            for method, function in members:
+                if not method.startswith("_") and function.__module__.startswith("tokenrl"):
+                    yield f"{name}.{method}", function
+
+
 def python_page(room: str) -> str:
     """Return the page of the public names of a package, with signatures and docstrings."""
     package = importlib.import_module(room)
     parts = [cleandoc(package.__doc__ or "")]
-    for name in dir(package):
-        thing = getattr(package, name)
-        if name.startswith("_") or not callable(thing):
-            continue
-        is_class = inspect.isclass(thing)
-        code = f"class {name}" if is_class else signature_of(name, thing)
-        parts.append(f"## {name}\n\n```py\n{code}\n```\n\n{documented(thing)}")
-        methods = inspect.getmembers(thing, inspect.isfunction) if is_class else []
-        for method, function in methods:
-            if method.startswith("_") or not function.__module__.startswith("tokenrl"):
-                continue
-            code = signature_of(method, function)
-            parts.append(f"### {name}.{method}\n\n```py\n{code}\n```\n\n{documented(function)}")
+    for name, thing in public_functions(package):
+        _, dot, last = name.rpartition(".")
+        code = f"class {name}" if inspect.isclass(thing) else signature_of(last, thing)
+        level = "###" if dot else "##"
+        parts.append(f"{level} {name}\n\n```py\n{code}\n```\n\n{documented(thing)}")
     return page(room, *parts)
 
 

@@ -44,25 +44,24 @@ COPIES = {
 """For each part the arms whose gradient is the gradient of another arm, times a constant (=) or times a number
 for each step (≈). On sort_digits opo is a copy up to a few completions of another length. On reverse_text
 reinforce_pp weights completions by their lengths in its mean."""
-LEGEND_NAME = "{} {}"
-TICK_NAME = "{}\n{}"
 
 
 class Part(NamedTuple):
-    """The raw tables of a comparison, without the runs for tuning, and its margin."""
+    """The arms and the margin of a plan, and the raw tables of its comparison, without the runs for tuning."""
 
+    arms: list[str]
+    margin: float
     runs: pd.DataFrame
     curves: pd.DataFrame
-    margin: float
 
 
 @cache
 def read(part: str) -> Part:
-    """Read the raw tables of a comparison."""
+    """Read the plan and the raw tables of a comparison."""
+    plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
     runs = pd.read_csv(TABLES / part / "runs.csv").query("role == 'comparison'")
     curves = pd.read_csv(TABLES / part / "curves.csv").query("role == 'comparison' and samples > 0")
-    plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
-    return Part(runs, curves, plan["margin"])
+    return Part(plan["arms"], plan["margin"], runs, curves)
 
 
 @cache
@@ -71,9 +70,9 @@ def judged(part: str, metric: str = "area") -> Any:
     return judged_table(read(part).runs, metric, read(part).margin)
 
 
-def marked(part: str, arm: str, form: str) -> str:
+def with_mark(part: str, arm: str) -> str:
     """Return the name of an arm with the mark of a copy."""
-    return form.format(arm, COPIES.get(part, {}).get(arm, "")).rstrip()
+    return f"{arm} {COPIES.get(part, {}).get(arm, '')}".rstrip()
 
 
 def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
@@ -84,13 +83,14 @@ def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
 
 def rates(axes: Axes, part: str) -> pd.DataFrame:
     """Questions 1 and 8: differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
-    runs, _, margin = read(part)
+    runs, margin = read(part).runs, read(part).margin
     family = judged(part)
     own = runs.groupby("arm")["learning_rate"].mean()
     digits = 3 if margin < 1 else 1
     rows = {}
     for scores in family.arms:
-        verdict = marked(part, scores.arm, score_cell(family, scores, digits) + " {1}")
+        mark = with_mark(part, scores.arm).removeprefix(scores.arm)
+        verdict = score_cell(family, scores, digits) + mark
         rows[scores.arm] = [f"{verdict}, at {own[scores.arm]:g}"]
     title = f"{part[2:].replace('shifted', 'sort_digits with rewards + 1')}: each arm at its own best rate"
     copies = COPIES.get(part, {})
@@ -99,7 +99,7 @@ def rates(axes: Axes, part: str) -> pd.DataFrame:
         fixed = judged(f"{part}_fixed").against_reference
         title += " (hollow: all at 2e-4)"
         forest(axes, fixed, margin, -0.14, hollow=True, copies=copies)
-    axes.set_yticklabels([marked(part, arm, TICK_NAME) for arm in family.against_reference])
+    axes.set_yticklabels([with_mark(part, arm) for arm in family.against_reference])
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
@@ -111,14 +111,13 @@ def division(axes: Axes, part: str) -> pd.DataFrame:
     areas: dict[str, pd.Series] = {}
     rows: dict[str, list[str]] = {}
     for kind in ("adamw_8", "adamw_2", "sgd_8", "sgd_2"):
-        runs, curves, _ = read(f"2_{kind}")
+        plan = read(f"2_{kind}")
         optimiser, _, size = kind.partition("_")
-        rewards = curves.pivot(index="path", columns="samples", values="reward")
-        arms = runs.set_index("seed").groupby(["problem", runs["arm"].str.split(",").str[0].values])
-        for task in runs["problem"].unique():
+        rewards = plan.curves.pivot(index="path", columns="samples", values="reward")
+        by_arm = plan.runs.set_index("seed").groupby(["problem", "arm"])
+        for task in plan.runs["problem"].unique():
             cell = f"{optimiser}, G = {size}, {task.rpartition(':')[2]}"
-            without = arms.get_group((task, "grpo_no_std"))
-            divided = arms.get_group((task, "grpo"))
+            without, divided = (by_arm.get_group((task, arm)) for arm in plan.arms)
             areas[cell] = divided["area"] - without["area"]
             gaps = rewards.loc[divided["path"]].to_numpy() - rewards.loc[without["path"]].to_numpy()
             chosen = [f"{arm['learning_rate'].iloc[0]:g}" for arm in (without, divided)]
@@ -161,7 +160,7 @@ def entropy(axes: Axes, part: str) -> pd.DataFrame:
             against = signed(interval(slopes[arm] - slopes["rloo"], 0.05 / 8))
         rows[arm] = [f"{signed(left)} {curve_verdict(*left)}", against]
         means = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
-        name = marked(part, arm, LEGEND_NAME)
+        name = with_mark(part, arm)
         colour = COLOURS[COPY] if arm in COPIES[part] else None
         axes.plot(means["entropy"], means["reward"], "o-", ms=3, lw=1, label=name, color=colour)
     title = f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}"
@@ -201,14 +200,8 @@ def signs(axes: Axes, part: str) -> pd.DataFrame:
     return by_arm(rows, "area against rloo", "pass@8 against rloo", "entropy at the end")
 
 
-CLIPS = {
-    "none": "epsilon=1e-6",
-    ".2": "token",
-    ".2/.28": "0.28",
-    "CISPO": "epsilon_high=4",
-    "sequence": "product",
-}
-"""Ways to clip, each with a setting that is part of its arm's name. The arms of the plans have this order."""
+CLIPS = ("none", ".2", ".2/.28", "CISPO", "sequence")
+"""What the arms of each plan are called, in the plan's order: ways to clip, and none."""
 
 
 def clipping(axes: Axes, part: str) -> pd.DataFrame:
@@ -216,12 +209,11 @@ def clipping(axes: Axes, part: str) -> pd.DataFrame:
     areas: dict[str, pd.Series] = {}
     rows: dict[str, list[str]] = {}
     for updates in (2, 4, 8):
-        runs, curves, _ = read(f"5_updates_{updates}")
-        last = at_the_end(curves).set_index("path")["entropy"]
-        by_seed = runs.assign(entropy=runs["path"].map(last)).set_index("seed")
-        arms = dict(zip(CLIPS, runs["arm"].unique(), strict=True))
-        assert all(CLIPS[name] in arm for name, arm in arms.items())
-        clips = {name: by_seed[by_seed["arm"] == arm] for name, arm in arms.items()}
+        plan = read(f"5_updates_{updates}")
+        last = at_the_end(plan.curves).set_index("path")["entropy"]
+        by_seed = plan.runs.assign(entropy=plan.runs["path"].map(last)).set_index("seed")
+        named = zip(CLIPS, plan.arms, strict=True)
+        clips = {name: by_seed[by_seed["arm"] == arm] for name, arm in named}
         for name, clip in clips.items():
             cell = f"{updates} updates, {name}"
             against = ""
@@ -233,15 +225,6 @@ def clipping(axes: Axes, part: str) -> pd.DataFrame:
     judge_cells(axes, areas, rows, 1, "area minus that without a ratio, each at its own rate")
     heads = ["own rate", "area against none", "entropy against .2 (exploratory, 95 %)"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("cell")
-
-
-LABELS = {
-    "grpo": (-6, 3, "right"),
-    "dr_grpo": (6, -12, "left"),
-    "reinforce_pp": (-2, 9, "left"),
-    "reinforce_running_mean": (-6, -12, "right"),
-}
-"""The offset of a name from its point, so that names do not overlap; other names stand to the right."""
 
 
 def noise(axes: Axes, part: str) -> pd.DataFrame:
@@ -256,14 +239,10 @@ def noise(axes: Axes, part: str) -> pd.DataFrame:
         rows[arm] = [f"{measured['noise']['start', arm]:.3g}", middle]
         colour = BLUE if at_half["bias"] == "exact" else ORANGE
         axes.plot(x, area, "o", color=colour)
-        if arm in COPIES[part]:
-            axes.lines[-1].set(mfc="none", ms=9, color=COLOURS[COPY])
-        *offset, side = LABELS.get(arm, (6, 3, "left"))
-        if arm == "opo" and arm in COPIES[part]:
-            offset, side = [-6, -12], "right"
-        axes.annotate(arm, (x, area), offset, textcoords="offset points", fontsize=8, ha=side)
+        name = with_mark(part, arm)
+        axes.annotate(name, (x, area), (6, 3), textcoords="offset points", fontsize=8)
     correlation = correlations(half_way["noise"].round(9), areas(part), part)
-    x_name = "noise after 50 steps (blue: unbiased, orange: biased, ring: a copy of another arm)"
+    x_name = "noise after 50 steps (blue: unbiased, orange: biased)"
     title = f"{part[2:]}: rank correlation {correlation}"
     describe(axes, title, x_name, "area at its own rate")
     axes.set_xscale("log")
@@ -271,11 +250,18 @@ def noise(axes: Axes, part: str) -> pd.DataFrame:
     return by_arm(rows, "noise at the start", "noise after 50 steps")
 
 
+def rank_of(arm: str) -> str:
+    """Return the rank of the adapter of an arm, in words."""
+    settings = dict(setting.split("=") for setting in arm.split(",")[1:])
+    return f"rank {settings['lora_r']}" if "lora_r" in settings else "all weights"
+
+
 def lora(axes: Axes, part: str) -> pd.DataFrame:
     """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
-    full = read("7_lora").runs.query("not arm.str.contains('lora_r')")
+    first = read("7_lora")
+    full = first.runs[first.runs["arm"].map(rank_of) == "all weights"]
     runs = pd.concat([full, read(part).runs]).drop_duplicates("path")
-    ranks = runs["arm"].str.extract(r"lora_r=(\d+)")[0].radd("rank ").fillna("all weights")
+    ranks = runs["arm"].map(rank_of)
     seeds = runs["seed"].nunique()
     resampled = np.random.default_rng(0).integers(0, seeds, (10_000, seeds))
     at_best: list[pd.DataFrame] = []
@@ -336,15 +322,12 @@ def zero(axes: Axes, part: str) -> pd.DataFrame:
     gaps = [-judged(name).against_reference["reinforce"].mean.value for name in old["part"]]
     axes.plot(old["ratio"], gaps, "o", mfc="white", color="black", label="bases of question 1")
     names = old["part"].str[2:].replace("shifted", "sort_digits, rewards + 1")
-    points = dict(zip(names, zip(old["ratio"], gaps, strict=True), strict=True))
-    points["SmolLM2, rewards + 1"] = tuple(pretrained.loc[1, ["ratio", "mean"]])
-    beside = {"reverse_text": (-58, -3), "countdown": (-54, -3), "sort_digits": (-28, 11)}
-    for name, point in points.items():
-        axes.annotate(name, point, beside.get(name, (7, -3)), textcoords="offset points", size=8)
-    heads = {(0.3, 0.1): "rloo is quieter\nand learns more"}
-    heads[1.42, -0.165] = "no baseline is quieter\nand learns more"
-    for point, text in heads.items():
-        axes.text(*point, text, ha="center", size=9, color="#007a58")
+    points = [*zip(names, old["ratio"], gaps, strict=True)]
+    points.append(("SmolLM2, rewards + 1", *pretrained.loc[1, ["ratio", "mean"]]))
+    for name, *point in points:
+        axes.annotate(name, point, (7, -3), textcoords="offset points", size=8)
+    axes.text(0.3, 0.1, "rloo is quieter\nand learns more", ha="center", size=9)
+    axes.text(1.4, -0.165, "no baseline is quieter\nand learns more", ha="center", size=9)
     axes.set(xscale="log", xlim=(left, right), ylim=(bottom, top))
     axes.set_xticks([0.15, 0.2, 0.4, 0.7, 1, 1.4], ["0.15", "0.2", "0.4", "0.7", "1", "1.4"])
     axes.minorticks_off()

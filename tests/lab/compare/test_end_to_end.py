@@ -1,7 +1,6 @@
 """Comparisons from the command to the report: made, locked, repeated, killed, on Ray; and their page."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -158,22 +157,6 @@ def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_
     )
     printed = " ".join(capsys.readouterr().out.split())
     assert "truncation on sort_digits 100% of the completions are cut off at 3 tokens" in printed
-
-
-@pytest.mark.slow
-def test_the_recipe_runs(tmp_path):
-    flags = "--tasks sort_digits --arms rloo grpo --seeds 2 --max-steps 2 --output-dir found"
-    done = subprocess.run(
-        [sys.executable, RECIPES / "study" / "compare_baselines.py", *flags.split()],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"sort_digits: grpo against rloo: [+-]\d\.\d+ \[.*\] descriptive", done.stdout)
-    assert (tmp_path / "found" / "report.html").is_file()
 
 
 @pytest.mark.drawn

@@ -1,0 +1,198 @@
+"""What README, the pages and the notebooks show: commands exist and run, code runs and prints what stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from pages import blocks, commands, give_tools, make_chat_model_and_data, write_files
+
+import tokenrl
+from tokenrl.cli import COMMANDS, main
+from tokenrl.flags import parse
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.tools import assistant_message
+from tokenrl.language.supervised.fit import encode_demonstrations
+from toy_tasks.models import TinyModel
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = ROOT / "recipes" / "pages" / "tutorials"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "recipes").glob("*.ipynb"))
+LEARNING = TUTORIALS / "own_task.md"  # trains for a hundred steps
+BRIEF = {  # what shortens a command of a page
+    "train": "--max-steps 1 --eval-generations 0",
+    "compare": "--dry-run",
+    "control": "--max-steps 1 --eval-episodes 2",
+    "reward-model": "--max-steps 1",
+    "sft": "--max-steps 1",
+}
+PACKAGES = {"LunarLander-v3": "Box2D"}
+"""What a command needs that may not be installed; without it the command is refused."""
+TINY = {"max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
+SHORTENED = ("README", "resume", "estimators", "speed", "own_task")
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def programs(page):
+    """The programs of a page, and what it says that each prints: below it, or in comments."""
+    for kind, text, output in blocks(page):
+        if kind == "python" and not text.startswith("# "):  # a file, which a command names
+            comments = re.findall(r"^print\(.*\)(?:  # (.+)$|\n((?:# .+\n)+))", text, re.MULTILINE)
+            lines = [same or below.replace("# ", "").replace("\n", " ") for same, below in comments]
+            yield text, output or "".join(f"{line.strip()}\n" for line in lines)
+
+
+def shown_and_printed(page, capsys):
+    """What the page says that its programs print, and what they print."""
+    Path("data.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{n}>", "answer": str(n)}) for n in range(20))
+    )
+    write_files(page)
+    for text, output in programs(page):
+        Path("block.py").write_text(text)
+        runpy.run_path("block.py")
+        yield output, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_the_commands_of_a_page_exist(page):
+    for name, *words in commands(page):
+        if name == "lab":
+            name, *words = f"lab {words[0]}", *words[1:]
+        assert parse(name, COMMANDS[name], words)
+
+
+def with_programs():
+    """The pages that have programs; those that train are slow."""
+    for page in PAGES:
+        texts = [text for text, _ in programs(page)]
+        trains = any(re.search(r"train\w*\(", text) for text in texts)
+        marks = [pytest.mark.slow] if trains else []
+        yield from [pytest.param(page, marks=marks)] if texts else []
+
+
+@pytest.mark.parametrize("page", [*with_programs()], ids=name_of)
+def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = tokenrl.train
+    if page == LEARNING:
+        monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
+    elif page.stem in SHORTENED:
+        tiny = TINY | {"model": TinyModel(tokens=tuple("0123456789>"))(seed=0)}
+        monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | tiny))
+    for shown, printed in shown_and_printed(page, capsys):
+        if page == LEARNING:  # the reward after the training differs
+            shown, printed = (re.sub("-> .*", "", text) for text in (shown, printed))
+        assert shown == printed or (not shown and page.stem in SHORTENED)
+
+
+@pytest.mark.slow
+def test_the_python_of_a_page_that_learns_prints_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert all(shown == printed for shown, printed in shown_and_printed(LEARNING, capsys))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, handlers, short_warm_start):
+    """All but those that need a download or vLLM, shortened."""
+    monkeypatch.chdir(tmp_path)
+    write_files(page)
+    train = tokenrl.train
+    monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
+    for name in re.findall(r"^python (\w+\.py)$", page.read_text(), re.MULTILINE):
+        runpy.run_path(name)
+    if page.stem == "pretrained":
+        make_chat_model_and_data(tmp_path)
+    if page.stem == "pretrained_tools":
+        give_tools(tmp_path, monkeypatch)
+    Path("recipes").symlink_to(ROOT / "recipes")
+    if page == PAGES[0]:  # as `make train` does
+        first = ["train", "--output-dir", "runs/sort_digits-rloo-seed0"]
+        assert main([*first, *BRIEF["train"].split()]) == 0
+    for name, *words in commands(page):
+        if "downloads/run" in words:  # the page says where it comes from
+            shutil.copytree("runs/vowels", "downloads/run", dirs_exist_ok=True)
+        if page.stem == "pretrained":
+            words = ["model" if "HuggingFaceTB" in word else word for word in words]
+        if "HuggingFaceTB" not in " ".join(words) and "vllm" not in words:
+            lacks = any(word in words and not find_spec(PACKAGES[word]) for word in PACKAGES)
+            passed = (0, 2) if "--check" in words or lacks else (0,)
+            brief = [] if "--run" in words else BRIEF.get(name, "").split()
+            assert main([name, *words, *brief]) in passed, words
+
+
+def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = TUTORIALS / "pretrained_tools.md"
+    write_files(page)
+    give_tools(tmp_path, monkeypatch)
+    policy = load_policy("smollm-tools")
+    task = runpy.run_path("problems.py")["task"]
+    environments = Environments(task.environment)
+    row = next(row for row in task.demonstrations if isinstance(row["completion"], list))
+    ((before, ids),) = encode_demonstrations(policy, [row], environments)
+    text = policy.tokenizer.decode(ids)
+    read = assistant_message(policy.tokenizer, ids, before, text, environments.tools(row))
+    assert read["tool_calls"] == row["completion"][-1]["tool_calls"]
+    (episode,) = environments.reset([task.train_prompts[0]], [0])
+    asked = policy.tokenizer.decode(policy.encode(episode.opening, tools=episode.tools))
+    assert f"```text\n{asked}" in page.read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_the_outputs_of_a_notebook_are_those_of_one_whole_run(path):
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 300_000 and not re.search(
+        r"/(tmp|home|root|work)/", path.read_text()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    # One stream of plain lines: rich would make an output of each, or move the cursor of a terminal.
+    text = next(o["text"] for o in outputs if "tokenrl train: " in o.get("text", ""))
+    assert "step 40/40  reward" in text and "\x1b" not in text and "\r" not in text
+
+
+@pytest.mark.slow
+def test_an_interruption_ends_the_run_but_not_the_notebook(tmp_path, monkeypatch):
+    manager = pytest.importorskip("jupyter_client").manager
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    kernels, kernel = manager.start_new_kernel(cwd=str(tmp_path))
+    try:
+        train = 'r = tokenrl.train(task="vowels", max_steps=10_000, output_dir="run")\nprint(r.exit_reason)'
+        kernel.execute(f"import tokenrl\n{train}")
+        deadline, printed = time.monotonic() + 120, ""
+        while "SIGINT\n" not in printed:
+            assert time.monotonic() < deadline, printed
+            text = kernel.get_iopub_msg(timeout=120)["content"].get("text", "")
+            printed += text
+            if "step     1/10000" in text:
+                kernels.interrupt_kernel()
+        answer = kernel.execute_interactive("assert (r.output_dir / 'model').is_dir()")
+        assert answer["content"]["status"] == "ok"
+    finally:
+        kernels.shutdown_kernel(now=True)
