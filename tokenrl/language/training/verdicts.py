@@ -58,8 +58,6 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
     for finding in judge(run_facts(run, session.rows, "recent"), "sampling-differs"):
         session.warn_once(finding.flag, f"step {step}: {finding.text}")
-    if remark := getattr(run.learner.generator, "remark", ""):
-        session.warn_once("sampling-differs", f"step {step}: {remark}.")
     if (none := findings.get("no-signal")) is None:
         return None
     ends = 0 < run.args.stop_after_zero_spread <= idle
