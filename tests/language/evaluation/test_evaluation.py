@@ -14,12 +14,12 @@ from tokenrl.errors import Refused
 from tokenrl.language.commands.evaluate import evaluation_table, paired_differences
 from tokenrl.language.evaluation.evaluation import (
     SCORED_AT_ONCE,
+    Evaluator,
     all_equal,
     best_of,
     check_sizes,
     evaluate_policy,
     over_prompts,
-    sampled_rows,
 )
 from tokenrl.language.evaluation.probe import probe_policy
 from tokenrl.language.policy.model import wrap
@@ -56,11 +56,13 @@ Recorder.right.binary = True
 
 
 def evaluate(
-    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, **options
+    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, k=(), **options
 ):
     sampling = Sampling(4, generations, **how or {})
     rewards = Rewards(functions, weights, pass_threshold=mark)
-    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
+    if {"batch_size", "generator"} & options.keys():
+        return Evaluator(policy or tiny(), **options).evaluate(ROWS, rewards, sampling, k).metrics
+    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, k=k, **options).metrics
 
 
 def right_reward(completions):
@@ -330,7 +332,7 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     rewards = Rewards([], environments=Environments(Talk, max_turns=3))
     policy, sampling = tiny(context=64), Sampling(9, 4)
     result = evaluate_policy(policy, ROWS, rewards, sampling)
-    rows = sampled_rows(policy, ROWS, rewards, sampling, stream="evaluation")
+    rows = Evaluator(policy).rows(ROWS, rewards, sampling, "evaluation")
     turns = [
         [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
     ]

@@ -12,7 +12,7 @@ from tiny_models import ENDS, gradient, make_learner, make_policy, one_step, qui
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training import rows as collect, step
+from tokenrl.language.training import learner, rows as collect
 
 ESTIMATORS = {
     **{
@@ -75,8 +75,8 @@ def disturb(monkeypatch, where):
 
     sample = collect.sample
     monkeypatch.setattr(collect, "sample", sampled)
-    monkeypatch.setattr(collect, "score_in_parts", scored(collect.score_in_parts))
-    monkeypatch.setattr(step, "score", scored(step.score))
+    for name in ("score_in_parts", "score"):
+        monkeypatch.setattr(learner, name, scored(getattr(learner, name)))
     return changed
 
 

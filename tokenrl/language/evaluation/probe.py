@@ -11,11 +11,11 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import (
     Estimate,
+    Evaluator,
     all_equal,
     best_of,
     known_rewards,
     over_prompts,
-    sampled_rows,
 )
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -78,7 +78,7 @@ def probe_policy(
         raise Refused(
             f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
         )
-    rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
+    rows = Evaluator(policy).rows(prompts, rewards, sampling, "probe")
     totals = known_rewards(rows, samples)
     lengths = [row["length"] for row in rows]
     sizes = [2**power for power in range(samples.bit_length())]

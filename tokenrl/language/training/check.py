@@ -27,7 +27,7 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.learner import Learner, make_optimizer
-from tokenrl.language.training.rows import logprobs_under, sample
+from tokenrl.language.training.rows import sample
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
@@ -290,7 +290,7 @@ def _scoring_gap(run: TrainingRun, rows: Rows) -> dict[str, float]:
         learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1
     )
     rollout = sample(learner, list(enumerate(rows[:4])), sampling, run.rewards.environments)
-    scored = logprobs_under(learner, learner.forward.model, rollout)
+    scored = learner.logprobs(rollout)
     apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 

@@ -15,11 +15,19 @@ from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.rollout import to_device
+from tokenrl.language.rollout.rollout import Rollout, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
-from tokenrl.language.rollout.scoring import Reference
+from tokenrl.language.rollout.scoring import (
+    Reference,
+    Scores,
+    Scoring,
+    score,
+    score_in_parts,
+    with_missing_fields,
+)
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.teacher import Teacher, teacher_scoring
@@ -157,23 +165,66 @@ class Learner:
         return sampling_of(self.args)
 
     @property
-    def scoring(self) -> dict[str, Any]:
-        """Keyword arguments of `score`: completions are scored under the distribution of sampling."""
-        return {"scoring": self.forward.scoring, "distribution": self.args}
+    def reference_scoring(self) -> Scoring:
+        """How completions are scored under the reference."""
+        return self.forward.reference_scoring or self.forward.scoring
 
-    @property
-    def needs(self) -> dict[str, Any]:
-        """Keyword arguments of `score`: what the loss needs besides log-probabilities."""
+    def score(self, rows: Rollout) -> Scores:
+        """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
-        needs: dict[str, Any] = {"entropy": estimator.needs_entropy}
-        if estimator.needs_centres:
-            needs["centres"] = estimator.score_centres
+        reference = None
         if estimator.needs_token_kl:
-            forward = self.forward
-            needs["reference"] = Reference(
-                forward.policy.reference_model, forward.reference_scoring or forward.scoring
-            )
-        return needs
+            reference = Reference(self.forward.policy.reference_model, self.reference_scoring)
+        return score(
+            self.forward.model,
+            rows,
+            self.forward.scoring,
+            distribution=self.sampling,
+            entropy=estimator.needs_entropy,
+            centres=estimator.score_centres if estimator.needs_centres else None,
+            reference=reference,
+        )
+
+    def logprobs(self, rows: Rollout) -> Tensor:
+        """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
+        forward = self.forward
+        return self._logprobs(rows, forward.model, forward.scoring, self.sampling)
+
+    def ref_logprobs(self, rows: Rollout) -> Tensor:
+        """Return the log-probabilities [n, T] of rows under the reference, at the same temperature over all tokens."""
+        with self.forward.policy.reference_model() as reference:
+            return self._logprobs(rows, reference, self.reference_scoring, self.sampling.whole)
+
+    def _logprobs(
+        self, rows: Rollout, model: nn.Module, scoring: Scoring, distribution: Distribution
+    ) -> Tensor:
+        """Return the log-probabilities [n, T] of rows under a model, without a gradient."""
+        size = self.rows_at_once(rows)
+        options: dict[str, Any] = {"rows_at_once": size, "distribution": distribution}
+        return score_in_parts(model, rows, scoring, **options).logprobs
+
+    def with_missing_fields(self, rows: Rollout) -> Rollout:
+        """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
+        return with_missing_fields(
+            self.forward.policy,
+            rows,
+            self.forward.scoring,
+            distribution=self.sampling,
+            rows_at_once=self.rows_at_once(rows),
+            logprobs=True,
+            entropy=True,
+            score_norms=self.estimator.needs_score_norms,
+            hidden=self.estimator.needs_values,
+        )
+
+    def rows_at_once(self, rows: Rollout) -> int:
+        """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
+        size = self.sampling.group_size
+        width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
+        most = max(1, self.forward.tokens // width)
+        if most >= size:
+            most -= most % size  # whole groups
+        return min(most, self.args.micro_batch_size or most)
 
     @property
     def largest_norm(self) -> float:
