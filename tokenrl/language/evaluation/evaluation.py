@@ -80,7 +80,6 @@ class Evaluator:
             temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
             later token counts. None for no KL.
         reference_scoring: how the reference is scored.
-        batch_size: completions in one batch; changes memory only.
     """
 
     policy: Policy
@@ -89,7 +88,6 @@ class Evaluator:
     accelerator: Any = None
     reference: Policy | None = None
     reference_scoring: Scoring = USUAL
-    batch_size: int = 256
 
     def evaluate(
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
@@ -152,7 +150,6 @@ class Evaluator:
             stream=stream,
             generator=self.generator,
             accelerator=self.accelerator,
-            batch_size=self.batch_size,
         ):
             batch = with_missing_fields(policy, batch, self.scoring, **options)
             if check is not None and sampling.num_generations:
@@ -231,10 +228,8 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    evaluator = Evaluator(policy, reference=reference)
-    if reference is not None:
-        scoring = check_scoring(reference, gradient=False)
-        evaluator = replace(evaluator, reference_scoring=scoring)
+    scoring = USUAL if reference is None else check_scoring(reference, gradient=False)
+    evaluator = Evaluator(policy, reference=reference, reference_scoring=scoring)
     return evaluator.evaluate(prompts, rewards, sampling, k)
 
 
@@ -284,27 +279,20 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = _rewards_by_prompt(rows, size, rewards, k) if rewards.functions else {}
+    each: dict[str, list[float]] = {}
+    if rewards.functions:
+        rewarded = known_rewards(rows, size)
+        mark = rewards.pass_threshold
+        each["reward"] = [over_prompts(total).value for total in rewarded]
+        for subset in k:
+            if not rewards.binary:
+                each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
+            if mark is not None:
+                each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
     for name in ("kl", "kl_k3"):
         if name in rows[0]:
-            each[name] = [fmean(row[name] for row in group) for group in groups]
-    return each
-
-
-def _rewards_by_prompt(
-    rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]
-) -> dict[str, list[float]]:
-    """Compute those of `_by_prompt` that are made of rewards."""
-    rewarded = known_rewards(rows, size)
-    mark = rewards.pass_threshold
-    each = {"reward": [over_prompts(total).value for total in rewarded]}
-    for subset in k:
-        if not rewards.binary:
-            each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
-        if mark is not None:
-            passed = [total >= mark for total in rewarded]
-            each[f"pass@{subset}"] = [best_of(total, subset) for total in passed]
+            groups = np.array([row[name] for row in rows]).reshape(-1, size)
+            each[name] = [fmean(group) for group in groups]
     return each
 
 
@@ -334,10 +322,8 @@ def _metrics(
         endings = [row["ending"] for row in rows]
         for ending in dict.fromkeys(endings):
             metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
-    for name in [name for name, value in metrics.items() if math.isnan(value)]:
-        if name not in ("reward", "reward_greedy"):
-            del metrics[name]
-    return metrics
+    kept = ("reward", "reward_greedy")
+    return {name: x for name, x in metrics.items() if name in kept or not math.isnan(x)}
 
 
 class Estimate(NamedTuple):
