@@ -139,8 +139,6 @@ class Evaluator:
         """
         policy = self.policy
         rows = list[dict[str, Any]]()
-        options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
-        options |= {"logprobs": True, "entropy": True}
         check = getattr(self.generator, "check", None)  # of an engine that is checked
         for batch in sample_and_reward(
             policy,
@@ -151,7 +149,15 @@ class Evaluator:
             generator=self.generator,
             accelerator=self.accelerator,
         ):
-            batch = with_missing_fields(policy, batch, self.scoring, **options)
+            batch = with_missing_fields(
+                policy,
+                batch,
+                self.scoring,
+                distribution=sampling,
+                rows_at_once=SCORED_AT_ONCE,
+                logprobs=True,
+                entropy=True,
+            )
             if check is not None and sampling.num_generations:
                 check(batch, sampling)
             columns: dict[str, Any] = {
@@ -168,14 +174,19 @@ class Evaluator:
                 columns |= _episodes(batch)
             if self.reference is not None and sampling.num_generations:
                 columns |= self._kl(self.reference, batch, sampling)
-            for row in zip(*columns.values(), strict=True):
-                rows.append(dict(zip(columns, row, strict=True)))
+            values = zip(*columns.values(), strict=True)
+            rows += [dict(zip(columns, row, strict=True)) for row in values]
         return rows
 
     def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
-        options: dict[str, Any] = {"distribution": sampling.whole, "rows_at_once": SCORED_AT_ONCE}
-        scores = score_in_parts(reference.model, batch, self.reference_scoring, **options)
+        scores = score_in_parts(
+            reference.model,
+            batch,
+            self.reference_scoring,
+            rows_at_once=SCORED_AT_ONCE,
+            distribution=sampling.whole,
+        )
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
         over = torch.isin(batch.completion_ids, ends) & batch.mask
@@ -344,10 +355,8 @@ def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
     numbers = np.array(values, dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     size = len(numbers)
-    mean = math.nan
+    mean = float(numbers.mean()) if size else math.nan
     error = math.nan
-    if size:
-        mean = float(numbers.mean())
     if size > 1:
         spread = float(numbers.std(ddof=1))
         # Equal numbers may differ from their mean by a rounding.
@@ -397,17 +406,12 @@ def transcript(
     prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
 ) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
-    turns = [("prompt", prompt)]
-    for message in messages:
-        turns.append((message["role"], message_text(message)))
     if failure:
         ending = f"{ending}. {failure}"
-    turns.append(("ending", ending))
-    indent = 11 * " "
-    blocks = []
-    for role, text in turns:
-        blocks.append(f"{role:<11}{text}".replace("\n", f"\n{indent}"))
-    return "\n".join(blocks)
+    turns = [(message["role"], message_text(message)) for message in messages]
+    turns = [("prompt", prompt), *turns, ("ending", ending)]
+    indent = "\n" + 11 * " "
+    return "\n".join(f"{role:<11}{text}".replace("\n", indent) for role, text in turns)
 
 
 def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:

@@ -200,8 +200,8 @@ class Learner:
     ) -> Tensor:
         """Return the log-probabilities [n, T] of rows under a model, without a gradient."""
         size = self.rows_at_once(rows)
-        options: dict[str, Any] = {"rows_at_once": size, "distribution": distribution}
-        return score_in_parts(model, rows, scoring, **options).logprobs
+        scores = score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
+        return scores.logprobs
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
