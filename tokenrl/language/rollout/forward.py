@@ -24,7 +24,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring, check_turns
-from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.rollout.scoring import USUAL, Scoring
 
 # weights of a policy, each with its bfloat16 copy
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
@@ -51,8 +51,7 @@ class Forward:
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         words: the choices and their reasons in a line, for the run's header.
         tokens: the most tokens of a pass, which has at least one row.
-        reference_scoring: how completions are scored under a teacher; None for a reference of the same kind
-            as the policy, which is scored alike.
+        reference_scoring: how completions are scored under the reference; a teacher may have a way of its own.
     """
 
     policy: Policy
@@ -61,7 +60,7 @@ class Forward:
     copies: Copies = ()
     words: str = ""
     tokens: int = 1
-    reference_scoring: Scoring | None = None
+    reference_scoring: Scoring = USUAL
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -137,7 +136,7 @@ def choose_forward(
         "training_attention": attention,
         "tokens_per_pass": tokens,
     }
-    return Forward(policy, model, scoring, copies, words, tokens), settings
+    return Forward(policy, model, scoring, copies, words, tokens, scoring), settings
 
 
 def choose_precision(args: Any, policy: Policy, accelerator: Any) -> tuple[str, str]:

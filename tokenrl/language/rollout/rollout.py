@@ -162,8 +162,8 @@ class Rollout:
 
     def take(self, index: Tensor) -> Rollout:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
-        columns = dict[str, Any]()
-        for name, x in self.columns().items():
+        columns = self.columns()
+        for name, x in columns.items():
             if isinstance(x, Tensor):
                 columns[name] = x[index.to(x.device)]
             else:
@@ -173,8 +173,8 @@ class Rollout:
 
     def cut(self, P: int, T: int) -> Rollout:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
-        columns = dict[str, Any]()
-        for name, x in self.columns().items():
+        columns = self.columns()
+        for name, x in columns.items():
             if name in OF_PROMPTS:
                 columns[name] = pad(x, (max(1, P) - x.shape[1], 0))
             elif isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS:

@@ -218,13 +218,14 @@ def checked(
     vocabulary: int = shape_of(policy).vocab_size
     listed = vocabulary if answer.top_ids is None else sampling.keep_top or vocabulary
     sizes = {"N": len(index), "P": ids.shape[1], "K": min(listed, vocabulary)}
-    columns = dict[str, Any]()
-    for name, x in answer.on_host().columns().items():
-        if name not in Scores._fields:
-            columns[name] = _declared(name, x, sizes)
-    for name, x in columns.items():
-        if "T" in COLUMNS[name].axes:
-            columns[name] = zeroed(x, columns["mask"])
+    columns: dict[str, Any] = {
+        name: _declared(name, x, sizes)
+        for name, x in answer.on_host().columns().items()
+        if name not in Scores._fields
+    }
+    for name, column in COLUMNS.items():
+        if "T" in column.axes and name in columns:
+            columns[name] = zeroed(columns[name], columns["mask"])
     table = Rollout(**columns)
     asked = replace(table, prompt_index=index, prompt_ids=ids[index], prompt_mask=present[index])
     for name, allowed, reason in _allowed(table, asked, sampling, policy):

@@ -100,15 +100,12 @@ class Critic:
             The loss before the update, summed over all processes.
         """
         old = self.values(hidden).detach()
-        targets = {
-            "returns": to_device(returns.float(), old.device),
-            "weights": to_device(weights.float(), old.device),
-            "old_values": old,
-        }
+        returns, weights = (to_device(x.float(), old.device) for x in (returns, weights))
         losses = list[Tensor]()
         for _ in range(self.iterations):
             self.optimizer.zero_grad()
-            loss = estimator.critic_loss(self.values(hidden), **targets)
+            values = self.values(hidden)
+            loss = estimator.critic_loss(values, returns, weights, old_values=old)
             loss.backward()
             sum_gradients(accelerator, self.head.parameters())
             losses.append(loss.detach())
@@ -164,17 +161,14 @@ class Learner:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
 
-    @property
-    def reference_scoring(self) -> Scoring:
-        """How completions are scored under the reference."""
-        return self.forward.reference_scoring or self.forward.scoring
-
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
         reference = None
         if estimator.needs_token_kl:
-            reference = Reference(self.forward.policy.reference_model, self.reference_scoring)
+            reference = Reference(
+                self.forward.policy.reference_model, self.forward.reference_scoring
+            )
         return score(
             self.forward.model,
             rows,
@@ -187,21 +181,20 @@ class Learner:
 
     def logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
-        forward = self.forward
-        return self._logprobs(rows, forward.model, forward.scoring, self.sampling)
+        return self._scores(rows, self.forward.model, self.forward.scoring, self.sampling).logprobs
 
     def ref_logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the reference, at the same temperature over all tokens."""
+        whole = self.sampling.whole
         with self.forward.policy.reference_model() as reference:
-            return self._logprobs(rows, reference, self.reference_scoring, self.sampling.whole)
+            return self._scores(rows, reference, self.forward.reference_scoring, whole).logprobs
 
-    def _logprobs(
+    def _scores(
         self, rows: Rollout, model: nn.Module, scoring: Scoring, distribution: Distribution
-    ) -> Tensor:
-        """Return the log-probabilities [n, T] of rows under a model, without a gradient."""
+    ) -> Scores:
+        """Score rows under a model, without a gradient."""
         size = self.rows_at_once(rows)
-        scores = score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
-        return scores.logprobs
+        return score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""

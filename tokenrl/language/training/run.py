@@ -144,7 +144,7 @@ class TrainingRun:
             learner.generator,
             learner.accelerator,
             reference,
-            learner.reference_scoring,
+            learner.forward.reference_scoring,
         )
 
     def tell(self, step: int) -> None:
