@@ -15,13 +15,12 @@ from tokenrl.language.commands.evaluate import evaluation_table, paired_differen
 from tokenrl.language.evaluation.evaluation import (
     SCORED_AT_ONCE,
     Evaluator,
-    all_equal,
     best_of,
     check_sizes,
     evaluate_policy,
     over_prompts,
 )
-from tokenrl.language.evaluation.probe import probe_policy
+from tokenrl.language.evaluation.probe import all_equal, probe_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards

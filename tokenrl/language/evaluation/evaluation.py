@@ -180,13 +180,8 @@ class Evaluator:
 
     def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
-        scores = score_in_parts(
-            reference.model,
-            batch,
-            self.reference_scoring,
-            rows_at_once=SCORED_AT_ONCE,
-            distribution=sampling.whole,
-        )
+        options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling.whole}
+        scores = score_in_parts(reference.model, batch, self.reference_scoring, **options)
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
         over = torch.isin(batch.completion_ids, ends) & batch.mask
@@ -382,24 +377,6 @@ def best_of(rewards: np.ndarray, k: int) -> float:
     subsets = math.comb(n, k)
     shares = [math.comb(i, k - 1) / subsets for i in range(n)]
     return float(np.sort(rewards) @ np.array(shares))
-
-
-def all_equal(rewards: np.ndarray, k: int) -> float:
-    """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
-
-    It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
-    n_v samples have the reward v. It is nan for n < k.
-
-    Args:
-        rewards: rewards of the samples [n].
-        k: size of the subsets.
-    """
-    n = len(rewards)
-    if n < k:
-        return math.nan
-    _, counts = np.unique(rewards, return_counts=True)
-    equal = sum(math.comb(count, k) for count in counts.tolist())
-    return equal / math.comb(n, k)
 
 
 def transcript(

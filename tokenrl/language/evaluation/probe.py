@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import (
     Estimate,
     Evaluator,
-    all_equal,
     best_of,
     known_rewards,
     over_prompts,
@@ -103,3 +103,21 @@ def probe_policy(
         entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),
         passed=right,
     )
+
+
+def all_equal(rewards: np.ndarray, k: int) -> float:
+    """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
+
+    It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
+    n_v samples have the reward v. It is nan for n < k.
+
+    Args:
+        rewards: rewards of the samples [n].
+        k: size of the subsets.
+    """
+    n = len(rewards)
+    if n < k:
+        return math.nan
+    _, counts = np.unique(rewards, return_counts=True)
+    equal = sum(math.comb(count, k) for count in counts.tolist())
+    return equal / math.comb(n, k)
