@@ -93,8 +93,8 @@ class Evaluator:
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
     ) -> Evaluation:
         """Evaluate the policy on held-out prompts, as `evaluate_policy` says; several processes share them."""
-        k = check_sizes(k, sampling.num_generations)
         size = sampling.num_generations
+        k = check_sizes(k, size)
         if not prompts:
             raise Refused(
                 "There are no prompts to evaluate on: give an eval_split or an eval_size."
