@@ -387,7 +387,7 @@ def transcript(
         ending = f"{ending}. {failure}"
     turns = [(message["role"], message_text(message)) for message in messages]
     turns = [("prompt", prompt), *turns, ("ending", ending)]
-    indent = "\n" + 11 * " "
+    indent = "\n           "
     return "\n".join(f"{role:<11}{text}".replace("\n", indent) for role, text in turns)
 
 
