@@ -109,7 +109,7 @@ def column_faults():
             yield pytest.param(name, changed(name, change), id=f"{name} {fault}")
 
 
-@pytest.mark.parametrize(("name", "spoil"), column_faults())
+@pytest.mark.parametrize(("name", "spoil"), [*column_faults()])
 def test_each_column_is_what_it_is_declared_to_be(name, spoil):
     words = rf"^Spoilt.generate returned a rollout that cannot be used.*\b{name}\b"
     with pytest.raises(Stopped, match=words):
@@ -151,13 +151,22 @@ def padded_on_the_right(rollout):
     )
 
 
+def beside_the_sampled(rollout, others):
+    """Other log-probabilities [N, T, V] than the sampler's for all tokens but the sampled ones."""
+    sampled = rollout.sampling_logprobs[..., None]
+    whole = others.scatter(2, rollout.completion_ids[..., None], sampled)
+    return dataclasses.replace(rollout, sampling_distribution=whole)
+
+
+def unnormalised(rollout):
+    return beside_the_sampled(rollout, rollout.sampling_distribution - 3)
+
+
 def uniform(rollout):
     """The sampled token has its probability, and all others share the rest."""
-    x = rollout.sampling_distribution
-    sampled = rollout.sampling_logprobs[..., None]
-    rest = torch.log1p(-sampled.exp()) - math.log(x.shape[2] - 1)
-    spread = rest.expand(x.shape).scatter(2, rollout.completion_ids[..., None], sampled)
-    return dataclasses.replace(rollout, sampling_distribution=spread)
+    shape = rollout.sampling_distribution.shape
+    rest = torch.log1p(-rollout.sampling_logprobs.exp()) - math.log(shape[2] - 1)
+    return beside_the_sampled(rollout, rest[..., None].expand(shape))
 
 
 MASK = r"mask must be True on 1 to 6 tokens, up to the first end; in row "
@@ -185,7 +194,7 @@ WRONG = {
     ),
 }  # fmt: skip
 WRONG_WHOLE = {
-    "logits": (changed("sampling_distribution", lambda x: x - 3), SUM),
+    "logits": (unnormalised, SUM),
     "other tokens": (changed("sampling_distribution", lambda x: x.roll(1, 2)), SUM),
     "uniform": (uniform, "of the probability on other tokens than the trainer's"),
 }
