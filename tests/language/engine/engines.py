@@ -14,7 +14,7 @@ from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, score
+from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, score, with_missing_fields
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.engines import start_engine
 
@@ -42,7 +42,9 @@ def started(policy: Policy, rows_at_once: int | None = None, *, cache: float = 0
     """An engine whose first completions agree with the trainer."""
     make = partial(VllmGenerator.start, cache=cache)
     with contextlib.closing(start_engine(make, policy, USUAL, rows_at_once)) as engine:
-        sampled(engine)
+        rows = sampled(engine)
+        scored = with_missing_fields(policy, rows, USUAL, distribution=UNCHANGED, logprobs=True)
+        engine.check(scored, Sampling(8, 4))
         yield engine.engine
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 from engines import trained, uneven, wide_policy
 from tiny_environments import Guess
 from tiny_models import ENDS, PROMPTS, apart, weights
-
-from tokenrl.cli import main
-from tokenrl.core import Estimator
 
 pytestmark = pytest.mark.vllm
 LORA = {"lora_r": 2}  # on all linear layers
@@ -55,19 +50,6 @@ def test_sampler_and_trainer_agree_at_every_step(tmp_path, family, config, optio
     assert all(abs(row["sampling/kept_mass"] - 1) < 10 * limit for row in rows)
 
 
-CENTRED = Estimator.preset("grpo", importance_centre=True)
-
-
-@pytest.mark.parametrize("estimator", ["remax", "a2c", "optimal", "ppo", CENTRED], ids=str)
-def test_what_the_engine_does_not_return_is_computed(tmp_path, estimator):
-    """Greedy completions, hidden states, score norms, entropies and whole distributions."""
-    options = {"num_iterations": 2} if estimator == "ppo" else {}
-    policy = wide_policy(kind="chat")
-    run = trained(tmp_path / "run", policy, estimator=estimator, **options)
-    assert run.exit_reason == "finished" and weights(policy.model).isfinite().all()
-    assert all(row["grad_norm"] > 0 and row["entropy"] > 0 for row in rows_of(run))
-
-
 def test_episodes_of_several_turns_run_unchanged(tmp_path):
     policy = wide_policy(max_position_embeddings=128)
     policy.eos_ids = ENDS
@@ -77,46 +59,6 @@ def test_episodes_of_several_turns_run_unchanged(tmp_path):
     rows = rows_of(run)
     assert len(rows) == 3 and max(row["sampling/logp_difference/max"] for row in rows) < 1e-4
     assert max(row["episodes/turns"] for row in rows) > 1
-
-
-def test_a_run_is_checked_and_continued_also_by_the_other_generator(
-    tmp_path, monkeypatch, capsys, handlers
-):
-    (tmp_path / "base").mkdir()
-    policy = wide_policy()
-    policy.model.save_pretrained(tmp_path / "base")
-    policy.tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "data.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": f"{p} {n}"}) for p in PROMPTS for n in "123")
-    )
-    (tmp_path / "r.py").write_text(
-        "def f(completions, **_):\n    return [len(c) % 5 / 5 for c in completions]\n"
-    )
-    sizes = "--prompts-per-step 4 --num-generations 4 --max-completion-length 8 --eval-size 2"
-    command = f"train --model base --task data.jsonl --cpu --reward r.py:f {sizes} --output-dir run"
-    command = [*command.split(), "--generator-cache", "0.05"]
-    monkeypatch.chdir(tmp_path)
-    assert main([*command, "--generator", "vllm", "--max-steps", "4", "--check"]) == 0
-    assert "vllm" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    for steps, generator in ((3, "vllm"), (5, "transformers"), (7, "vllm")):
-        resume = ["--resume", "auto"] if steps > 3 else []
-        assert main([*command, "--generator", generator, "--max-steps", str(steps), *resume]) == 0
-        out = " ".join(capsys.readouterr().out.split())
-        assert ("the run is not bit-exact" in out) == (generator == "vllm")
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 7
-    assert main(["evaluate", "--model", str(tmp_path / "run")]) == 0
-
-
-def test_a_signal_saves_a_checkpoint_and_ends_as_usual(tmp_path, handlers):
-    def signalled(step, _):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    run = trained(tmp_path / "run", wide_policy(), callback=signalled, max_steps=9)
-    assert (run.exit_reason, run.exit_code) == ("SIGTERM", 143)
-    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
-    run = trained(tmp_path / "run", wide_policy(), resume="auto", max_steps=9)
-    assert run.exit_reason == "finished" and run.steps == 9
 
 
 def test_a_learning_rate_of_0_leaves_the_numbers_as_they_were(tmp_path):

@@ -14,13 +14,12 @@ from tokenrl.errors import Refused
 from tokenrl.language.commands.evaluate import paired_differences
 from tokenrl.language.evaluation.evaluation import (
     SCORED_AT_ONCE,
-    all_equal,
+    Evaluator,
     best_of,
     evaluate_policy,
     over_prompts,
-    sampled_rows,
 )
-from tokenrl.language.evaluation.probe import probe_policy
+from tokenrl.language.evaluation.probe import all_equal, probe_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -54,11 +53,13 @@ Recorder.right.binary = True
 
 
 def evaluate(
-    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, **options
+    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, k=(), **options
 ):
     sampling = Sampling(4, generations, **how or {})
     rewards = Rewards(functions, weights, pass_threshold=mark)
-    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
+    if "generator" in options:
+        return Evaluator(policy or tiny(), **options).evaluate(ROWS, rewards, sampling, k).metrics
+    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, k=k, **options).metrics
 
 
 def right_reward(completions):
@@ -67,7 +68,7 @@ def right_reward(completions):
 
 def test_every_metric_is_that_of_the_completions():
     seen = Recorder()
-    metrics = evaluate(seen.right, k=(6, 1, 2, 2), batch_size=12)
+    metrics = evaluate(seen.right, k=(6, 1, 2, 2))
     ids = seen.ids[len(ROWS) :]  # the greedy ones come first
     a = tiny().tokenizer.convert_tokens_to_ids("a")
     right = np.array([a in completion for completion in ids]).reshape(-1, 6)  # [B, G]
@@ -257,7 +258,7 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     rewards = Rewards([], environments=Environments(Talk, max_turns=3))
     policy, sampling = tiny(context=64), Sampling(9, 4)
     result = evaluate_policy(policy, ROWS, rewards, sampling)
-    rows = sampled_rows(policy, ROWS, rewards, sampling, stream="evaluation")
+    rows = Evaluator(policy).rows(ROWS, rewards, sampling, "evaluation")
     turns = [
         [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
     ]

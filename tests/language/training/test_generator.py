@@ -116,41 +116,6 @@ def by_hand(learner):
     return policy, rows
 
 
-@pytest.mark.parametrize(
-    ("importance", "centre"),
-    [
-        ({}, True),
-        ({"importance": "token", "importance_cap": 1.5}, False),
-        ({"importance": "token", "importance_cap": 1.5}, True),
-        ({"importance": "geometric"}, False),
-    ],
-)
-def test_the_gradient_of_a_different_sampler_is_weighted_and_centred_as_the_formula_says(
-    importance, centre
-):
-    kind = importance.get("importance", "none")
-    options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "architecture": "gpt2"}
-    estimator = Estimator(importance_centre=centre, **importance)
-    slope, _, learner = stepped(estimator, engine=Different, **options)
-    policy, rows = by_hand(learner)
-    rewards = lengthy([chosen.tolist() for chosen, _ in rows])
-    gains = []
-    for row, (chosen, logp) in enumerate(rows):
-        others = [rewards[i] for i in range(row // 3 * 3, row // 3 * 3 + 3) if i != row]
-        log_mu = learner.generator.rollout.sampling_distribution[row][: len(chosen)]
-        mu = log_mu.exp()
-        assert ((mu > 0).sum(-1) == 5).all()  # w mu is 0 for the others
-        w_mu = mu if kind == "none" else logp.detach().exp().minimum(1.5 * mu)
-        sampled = logp.gather(1, chosen[:, None])[:, 0]
-        w = (w_mu / mu).gather(1, chosen[:, None])[:, 0]
-        if kind == "geometric":
-            w = (sampled.detach() - log_mu.gather(1, chosen[:, None])[:, 0]).mean().exp()
-        score = w * sampled - centre * (w_mu * logp).sum(-1)
-        gains.append((rewards[row] - sum(others) / 2) * score.sum())
-    (-sum(gains) / len(gains)).backward()
-    assert apart(slope, gradient(policy.model)) < 1e-9
-
-
 @pytest.mark.parametrize("top", [1, 3, 4, 5, 200])
 @pytest.mark.parametrize("importance", [{}, {"importance": "token", "importance_cap": 1.5}])
 def test_the_centres_of_the_samplers_top_tokens_are_those_of_the_formula(importance, top):

@@ -28,14 +28,13 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluation import sampled_rows
+from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import USUAL
-from tokenrl.language.training import rows
+from tokenrl.language.training import learner as learners
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows, with_estimates
 from tokenrl.language.training.teacher import load_teacher
@@ -133,8 +132,8 @@ def test_a_teacher_is_scored_in_its_own_way(monkeypatch):
         seen.append((model, scoring))
         return score_in_parts(model, rollout, scoring, **options)
 
-    score_in_parts = rows.score_in_parts
-    monkeypatch.setattr(rows, "score_in_parts", noted)
+    score_in_parts = learners.score_in_parts
+    monkeypatch.setattr(learners, "score_in_parts", noted)
     learner = make_learner(student_of(), PENALTY, teacher=other_model(dtype="float64"))
     alone = replace(learner.forward.reference_scoring, share_prompt=False)
     learner.forward = replace(learner.forward, reference_scoring=alone)
@@ -359,8 +358,8 @@ def test_the_kl_to_a_reference_counts_up_to_where_it_ends():
     sampling = Sampling(24, 8)
 
     def kl_to(reference):
-        options = {"reference": reference, "scoring": USUAL}
-        return sampled_rows(policy, rows, rewards, sampling, stream="evaluation", **options)
+        evaluator = Evaluator(policy, reference=reference)
+        return evaluator.rows(rows, rewards, sampling, "evaluation")
 
     whole = kl_to(replace(ending_at(1)))
     cut = kl_to(ending_at(7, 1))

@@ -34,7 +34,7 @@ from tokenrl.language.rollout.episodes import ENDINGS
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training import rows as collect, step
+from tokenrl.language.training import learner, rows as collect
 from tokenrl.language.training.rows import collect_rows
 from tokenrl.runs.reader import read_run
 
@@ -204,8 +204,8 @@ def disturb(monkeypatch, where):
 
     sample = collect.sample
     monkeypatch.setattr(collect, "sample", sampled)
-    monkeypatch.setattr(collect, "score_in_parts", scored(collect.score_in_parts))
-    monkeypatch.setattr(step, "score", scored(step.score))
+    for name in ("score_in_parts", "score"):
+        monkeypatch.setattr(learner, name, scored(getattr(learner, name)))
     return changed
 
 

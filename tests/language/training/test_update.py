@@ -31,6 +31,7 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import step as module
+from tokenrl.language.training.learner import Learner
 
 ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
     "kl in the reward": Estimator(beta=0.3),
@@ -61,13 +62,13 @@ def abstaining(prompts, completion_ids, **_):
 
 def scored_rows(monkeypatch):
     """How many rows each forward pass of the update scores from now on."""
-    sizes, score = [], module.score
+    sizes, score = [], Learner.score
 
-    def counting(model, part, **settings):
+    def counting(learner, part):
         sizes.append(len(part.mask))
-        return score(model, part, **settings)
+        return score(learner, part)
 
-    monkeypatch.setattr(module, "score", counting)
+    monkeypatch.setattr(Learner, "score", counting)
     return sizes
 
 

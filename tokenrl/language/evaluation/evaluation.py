@@ -22,6 +22,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring, check_turns
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.runs.console import (
@@ -66,20 +67,150 @@ class Evaluation(Tabled):
         return [f"{sizes} of each, of at most {self.sampling.max_completion_length} tokens"]
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples, rewards and scores completions of a policy; a run makes one for all its evaluations.
+
+    Attributes:
+        policy: the policy.
+        scoring: how the policy is scored, for what a generator of another engine does not return.
+        generator: samples the completions; None for the policy's own model.
+        accelerator: accelerate's handle, in a run of several processes; None for a single process.
+        reference: the policy to which the KL of the sampled completions is estimated; both policies at the
+            temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
+            later token counts. None for no KL.
+        reference_scoring: how the reference is scored.
+    """
+
+    policy: Policy
+    scoring: Scoring = USUAL
+    generator: Generator | None = None
+    accelerator: Any = None
+    reference: Policy | None = None
+    reference_scoring: Scoring = USUAL
+
+    def evaluate(
+        self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
+    ) -> Evaluation:
+        """Evaluate the policy on held-out prompts, as `evaluate_policy` says; several processes share them."""
+        size = sampling.num_generations
+        k = check_sizes(k, size)
+        if not prompts:
+            raise Refused(
+                "There are no prompts to evaluate on: give an eval_split or an eval_size."
+            )
+        if self.reference is not None:
+            single = prompts if rewards.environments is None else ()
+            _check_reference(self.policy, self.reference, single, sampling)
+        if rewards.environments is not None:
+            check_turns(self.policy)
+        passes = []
+        failures = list[str]()
+        for count in dict.fromkeys(
+            (0, size)
+        ):  # the greedy completions, then those that are sampled
+            draw = replace(sampling, num_generations=count)
+            rows = self.rows(prompts, rewards, draw, "evaluation")
+            everywhere = rows if self.accelerator is None else gather_objects(rows)
+            passes.append(sorted(everywhere, key=lambda row: row["place"]))
+            failures += [row["failure"] for row in passes[-1] if "failure" in row]
+        greedy = passes[0]
+        rows = passes[-1]
+        by_prompt: dict[str, list[float]] = {}
+        if rewards.functions:
+            by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
+        if size:
+            by_prompt |= _by_prompt(rows, size, rewards, k)
+        return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling, failures)
+
+    def rows(
+        self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, stream: str
+    ) -> list[dict[str, Any]]:
+        """Sample and reward completions, and return a row for each of this process, in the order of prompts.
+
+        The reward of a row is NaN if every function abstained. With a reference, a sampled row has estimates of
+        its KL.
+
+        Args:
+            prompts: rows with a `prompt`; other columns reach the rewards.
+            rewards: the reward functions.
+            sampling: how to sample.
+            stream: the stream of random numbers, a name in `STREAMS`.
+        """
+        policy = self.policy
+        rows = list[dict[str, Any]]()
+        check = getattr(self.generator, "check", None)  # of an engine that is checked
+        for batch in sample_and_reward(
+            policy,
+            prompts,
+            rewards,
+            sampling,
+            stream=stream,
+            generator=self.generator,
+            accelerator=self.accelerator,
+        ):
+            batch = with_missing_fields(
+                policy,
+                batch,
+                self.scoring,
+                distribution=sampling,
+                rows_at_once=SCORED_AT_ONCE,
+                logprobs=True,
+                entropy=True,
+            )
+            if check is not None and sampling.num_generations:
+                check(batch, sampling)
+            columns: dict[str, Any] = {
+                "place": batch.prompt_index.tolist(),
+                "prompt": prompts_of(policy, batch),
+                "completion": texts_of(policy, batch),
+                "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
+                "rewards": batch.by_function.tolist(),
+                "entropy": batch.entropy.double().sum(dim=1).tolist(),
+                "length": batch.mask.sum(dim=1).tolist(),
+                "truncated": batch.truncated.tolist(),
+            }
+            if batch.messages is not None:
+                columns |= _episodes(batch)
+            if self.reference is not None and sampling.num_generations:
+                columns |= self._kl(self.reference, batch, sampling)
+            values = zip(*columns.values(), strict=True)
+            rows += [dict(zip(columns, row, strict=True)) for row in values]
+        return rows
+
+    def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
+        """Return estimates of the KL to the reference for each row of a batch, by name."""
+        options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling.whole}
+        scores = score_in_parts(reference.model, batch, self.reference_scoring, **options)
+        # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
+        ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
+        over = torch.isin(batch.completion_ids, ends) & batch.mask
+        mask = batch.mask & (over.cumsum(dim=1) <= over)
+        kl = completion_kl(batch.logprobs, scores.logprobs, mask)
+        return {name: values.tolist() for name, values in kl.items()}
+
+
+def _episodes(batch: Rollout) -> dict[str, Sequence[Any]]:
+    """Return what the rows of episodes have besides those of completions."""
+    turns = [sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages]
+    return {
+        "turns": turns,
+        "ending": batch.endings,
+        "failure": batch.failures,
+        "messages": batch.messages,
+    }
+
+
 def evaluate_policy(
     policy: Policy,
     prompts: Sequence[Row],
     rewards: Rewards,
     sampling: Sampling,
     *,
-    generator: Generator | None = None,
-    batch_size: int = 256,
-    accelerator: Any = None,
     k: Sequence[int] = (),
     reference: Policy | None = None,
-    scoring: Scoring = USUAL,
 ) -> Evaluation:
-    """Evaluate a policy on held-out prompts; several processes share them.
+    """Evaluate a policy on held-out prompts.
 
     Args:
         policy: the policy.
@@ -87,14 +218,8 @@ def evaluate_policy(
         rewards: the reward functions; `binary` and `pass_threshold` say what a right answer is.
         sampling: how completions are sampled; with 0 generations only the greedy completion is evaluated.
             Evaluations with the same seed use the same random numbers in every step of a run.
-        generator: samples the completions; None for the policy's own model.
-        batch_size: completions in one batch; changes memory only.
-        accelerator: accelerate's handle, in a run of several processes.
         k: the values of k for pass@k or best@k.
-        reference: the policy to which the KL of the sampled completions is estimated; both policies at the
-            temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
-            later token counts.
-        scoring: how the policy is scored, for what a generator of another engine does not return.
+        reference: the policy to which the KL is estimated, see `Evaluator`.
 
     Returns:
         The metrics, with standard errors over prompts (`..._stderr`). `completions/mean_length` in tokens,
@@ -109,40 +234,9 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    k = check_sizes(k, sampling.num_generations)
-    size = sampling.num_generations
-    if not prompts:
-        raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
-    if reference is not None:
-        _check_reference(
-            policy, reference, prompts if rewards.environments is None else (), sampling
-        )
-    if rewards.environments is not None:
-        check_turns(policy)
-    options: dict[str, Any] = {
-        "generator": generator,
-        "accelerator": accelerator,
-        "batch_size": batch_size,
-    }
-    options |= {"stream": "evaluation", "scoring": scoring}
-    passes = []
-    failures = list[str]()
-    for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
-        draw = replace(sampling, num_generations=count)
-        rows = sampled_rows(
-            policy, prompts, rewards, draw, reference=reference if count else None, **options
-        )
-        everywhere = rows if accelerator is None else gather_objects(rows)
-        passes.append(sorted(everywhere, key=lambda row: row["place"]))
-        failures += [row["failure"] for row in passes[-1] if "failure" in row]
-    greedy = passes[0]
-    rows = passes[-1]
-    by_prompt: dict[str, list[float]] = {}
-    if rewards.functions:
-        by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
-    if size:
-        by_prompt |= _by_prompt(rows, size, rewards, k)
-    return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling, failures)
+    scoring = USUAL if reference is None else check_scoring(reference, gradient=False)
+    evaluator = Evaluator(policy, reference=reference, reference_scoring=scoring)
+    return evaluator.evaluate(prompts, rewards, sampling, k)
 
 
 def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
@@ -191,27 +285,20 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    each = _rewards_by_prompt(rows, size, rewards, k) if rewards.functions else {}
+    each: dict[str, list[float]] = {}
+    if rewards.functions:
+        rewarded = known_rewards(rows, size)
+        mark = rewards.pass_threshold
+        each["reward"] = [over_prompts(total).value for total in rewarded]
+        for subset in k:
+            if not rewards.binary:
+                each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
+            if mark is not None:
+                each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
     for name in ("kl", "kl_k3"):
         if name in rows[0]:
-            each[name] = [fmean(row[name] for row in group) for group in groups]
-    return each
-
-
-def _rewards_by_prompt(
-    rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]
-) -> dict[str, list[float]]:
-    """Compute those of `_by_prompt` that are made of rewards."""
-    rewarded = known_rewards(rows, size)
-    mark = rewards.pass_threshold
-    each = {"reward": [over_prompts(total).value for total in rewarded]}
-    for subset in k:
-        if not rewards.binary:
-            each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
-        if mark is not None:
-            passed = [total >= mark for total in rewarded]
-            each[f"pass@{subset}"] = [best_of(total, subset) for total in passed]
+            groups = np.array([row[name] for row in rows]).reshape(-1, size)
+            each[name] = [fmean(group) for group in groups]
     return each
 
 
@@ -241,10 +328,8 @@ def _metrics(
         endings = [row["ending"] for row in rows]
         for ending in dict.fromkeys(endings):
             metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
-    for name in [name for name, value in metrics.items() if math.isnan(value)]:
-        if name not in ("reward", "reward_greedy"):
-            del metrics[name]
-    return metrics
+    kept = ("reward", "reward_greedy")
+    return {name: x for name, x in metrics.items() if name in kept or not math.isnan(x)}
 
 
 class Estimate(NamedTuple):
@@ -265,10 +350,8 @@ def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
     numbers = np.array(values, dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     size = len(numbers)
-    mean = math.nan
+    mean = float(numbers.mean()) if size else math.nan
     error = math.nan
-    if size:
-        mean = float(numbers.mean())
     if size > 1:
         spread = float(numbers.std(ddof=1))
         # Equal numbers may differ from their mean by a rounding.
@@ -296,98 +379,16 @@ def best_of(rewards: np.ndarray, k: int) -> float:
     return float(np.sort(rewards) @ np.array(shares))
 
 
-def all_equal(rewards: np.ndarray, k: int) -> float:
-    """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
-
-    It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
-    n_v samples have the reward v. It is nan for n < k.
-
-    Args:
-        rewards: rewards of the samples [n].
-        k: size of the subsets.
-    """
-    n = len(rewards)
-    if n < k:
-        return math.nan
-    _, counts = np.unique(rewards, return_counts=True)
-    equal = sum(math.comb(count, k) for count in counts.tolist())
-    return equal / math.comb(n, k)
-
-
-def sampled_rows(
-    policy: Policy,
-    prompts: Sequence[Row],
-    rewards: Rewards,
-    sampling: Sampling,
-    *,
-    reference: Policy | None = None,
-    scoring: Scoring = USUAL,
-    **batching: Any,
-) -> list[dict[str, Any]]:
-    """Sample and reward completions, and return a row for each of this process, in the order of prompts.
-
-    The reward of a row is NaN if every function abstained. With a reference a row has estimates of its KL.
-
-    Args:
-        policy: the policy.
-        prompts: rows with a `prompt`; other columns reach the rewards.
-        rewards: the reward functions.
-        sampling: how to sample.
-        reference: the policy to which the KL is estimated, at the temperature of sampling.
-        scoring: how the policy is scored, for what another engine does not return.
-        **batching: further arguments of `sample_and_reward`.
-    """
-    rows = list[dict[str, Any]]()
-    reference_scoring = None if reference is None else check_scoring(reference, gradient=False)
-    options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling}
-    check = getattr(batching.get("generator"), "check", None)  # of an engine that is checked
-    for batch in sample_and_reward(policy, prompts, rewards, sampling, **batching):
-        batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
-        if check is not None and sampling.num_generations:
-            check(batch, sampling)
-        columns: dict[str, Any] = {
-            "place": batch.prompt_index.tolist(),
-            "prompt": prompts_of(policy, batch),
-            "completion": texts_of(policy, batch),
-            "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
-            "rewards": batch.by_function.tolist(),
-            "entropy": batch.entropy.double().sum(dim=1).tolist(),
-            "length": batch.mask.sum(dim=1).tolist(),
-            "truncated": batch.truncated.tolist(),
-        }
-        if batch.messages is not None:
-            turns = [sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages]
-            columns |= {"turns": turns, "ending": batch.endings, "failure": batch.failures}
-            columns |= {"messages": batch.messages}
-        if reference is not None and reference_scoring is not None:
-            whole = options | {"distribution": sampling.whole}
-            scores = score_in_parts(reference.model, batch, reference_scoring, **whole)
-            # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
-            ends = torch.tensor([*{*reference.ends} - {*policy.ends}], dtype=torch.int64)
-            over = torch.isin(batch.completion_ids, ends) & batch.mask
-            mask = batch.mask & (over.cumsum(dim=1) <= over)
-            kl = completion_kl(batch.logprobs, scores.logprobs, mask)
-            columns |= {name: values.tolist() for name, values in kl.items()}
-        for row in zip(*columns.values(), strict=True):
-            rows.append(dict(zip(columns, row, strict=True)))
-    return rows
-
-
 def transcript(
     prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
 ) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
-    turns = [("prompt", prompt)]
-    for message in messages:
-        turns.append((message["role"], message_text(message)))
     if failure:
         ending = f"{ending}. {failure}"
-    turns.append(("ending", ending))
-    indent = 11 * " "
-    blocks = []
-    for role, text in turns:
-        blocks.append(f"{role:<11}{text}".replace("\n", f"\n{indent}"))
-    return "\n".join(blocks)
+    turns = [(message["role"], message_text(message)) for message in messages]
+    turns = [("prompt", prompt), *turns, ("ending", ending)]
+    indent = "\n           "
+    return "\n".join(f"{role:<11}{text}".replace("\n", indent) for role, text in turns)
 
 
 def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:

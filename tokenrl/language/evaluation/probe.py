@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,10 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import (
     Estimate,
-    all_equal,
+    Evaluator,
     best_of,
     known_rewards,
     over_prompts,
-    sampled_rows,
 )
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -56,7 +56,7 @@ def probe_policy(
         raise Refused(
             f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
         )
-    rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe")
+    rows = Evaluator(policy).rows(prompts, rewards, sampling, "probe")
     totals = known_rewards(rows, samples)
     size = 2 ** (samples.bit_length() - 1)
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
@@ -65,3 +65,21 @@ def probe_policy(
         unequal=1 - over_prompts([all_equal(row, size) for row in totals]).value,
         truncated=over_prompts(cut.tolist()),
     )
+
+
+def all_equal(rewards: np.ndarray, k: int) -> float:
+    """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
+
+    It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
+    n_v samples have the reward v. It is nan for n < k.
+
+    Args:
+        rewards: rewards of the samples [n].
+        k: size of the subsets.
+    """
+    n = len(rewards)
+    if n < k:
+        return math.nan
+    _, counts = np.unique(rewards, return_counts=True)
+    equal = sum(math.comb(count, k) for count in counts.tolist())
+    return equal / math.comb(n, k)

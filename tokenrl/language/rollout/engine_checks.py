@@ -23,32 +23,41 @@ COMPARED = 32
 ROUNDING = 0.05
 """Largest difference, in nats per token, between the log-probabilities of the trainer and of an engine that
 agrees with it, in float32."""
+COARSE = 0.3
+"""The same of such an engine in half precision."""
 FARTHEST = 1.0
 """The same of another engine, while both have the weights of the start. Rounded weights and another temperature
 stay below it, and a warning tells of them (`sampling-differs`)."""
-TOLD = 0.3
-"""The same in later steps, in which an engine may have older weights: more is told by that warning."""
 FARTHEST_TOKEN, SHORT = 5.0, 8
-"""By so many nats a token counts at most in the difference of a row, and may be less probable at most as a
-greedy one; and the tokens that a row counts at least."""
+"""Largest difference in nats that counts for a token of a row, and the largest by which a greedy token may be less
+probable; and the least number of tokens by which the sum of a row is divided."""
 ELSEWHERE = 0.2
 """The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
 LESS_PROBABLE = 0.25
-"""By so many nats may a greedy token be less probable than the most probable one, as an engine rounds in its
-own way; and this share of the tokens may be even less probable."""
+"""Nats by which a greedy token may be less probable than the most probable one, as an engine rounds in its own way;
+and the share of the tokens that may be even less probable."""
 
 
-def fault_of_logprobs(rows: Rollout, sampling: Distribution, limit: float) -> str:
-    """Compare the log-probabilities that an engine reports for sampled completions with the trainer's, row by row.
+def check_samples(
+    rows: Rollout, sampling: Sampling, policy: Policy, scoring: Scoring, limit: float
+) -> None:
+    """Compare sampled completions with the trainer.
 
     Args:
         rows: N completions with the trainer's `logprobs`.
-        sampling: the distribution of tokens.
+        sampling: how they were sampled.
+        policy: the policy that was to be sampled.
+        scoring: how it is scored.
         limit: nats per token by which a row, or all rows together, may differ at temperature 1.
 
-    Returns:
-        In words, how far they differ; empty if that is within the limit.
+    Raises:
+        WrongRollout: log-probabilities of the sampled tokens differ by more, or distributions of all tokens have
+            more than the share `ELSEWHERE` of the probability on other tokens.
     """
+
+    def total_variation(logp: Tensor, of_sampler: Tensor) -> Tensor:
+        return (logp.exp() - of_sampler.exp()).abs().sum(dim=-1) / 2
+
     limit /= min(1.0, sampling.temperature)  # the temperature divides what rounding changes
     gaps = (rows.sampling_logprobs - rows.logprobs).abs().double() * rows.mask  # [N, T]
     counts = rows.mask.sum(dim=1)
@@ -56,49 +65,22 @@ def fault_of_logprobs(rows: Rollout, sampling: Distribution, limit: float) -> st
     of_row = gaps.clamp(max=FARTHEST_TOKEN).sum(dim=1) / counts.clamp(min=SHORT)  # [N]
     row = int(of_row.argmax())
     gap = float(gaps.sum() / counts.sum().clamp(min=1))
-    where = "on average"
-    if gap <= limit:
-        if of_row[row] <= limit:
-            return ""
-        gap = float(gaps[row].sum() / counts[row])
-        where = f"in row {row} of {len(rows)}"
-    return (
-        f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token {where}, so these tokens are of "
-        "other weights, another distribution or another prompt"
-    )
-
-
-def fault_of_distributions(
-    rows: Rollout, sampling: Distribution, policy: Policy, scoring: Scoring
-) -> str:
-    """Compare the distributions of tokens that an engine returns with the trainer's, in some rows of a step.
-
-    Args:
-        rows: N completions; those without `sampling_distribution` have no fault.
-        sampling: the distribution of tokens.
-        policy: the policy that was to be sampled.
-        scoring: how it is scored.
-
-    Returns:
-        In words, what share of the probability lies on other tokens; empty if that is at most `ELSEWHERE`.
-    """
-
-    def apart(logp: Tensor, of_sampler: Tensor) -> Tensor:
-        return (logp.exp() - of_sampler.exp()).abs().sum(dim=-1) / 2  # total variation
-
+    if max(gap, float(of_row[row])) > limit:
+        raise WrongRollout(
+            f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token, and by {of_row[row]:.2g} in "
+            f"row {row} of {len(rows)}, so these tokens are of other weights, another distribution or another prompt"
+        )
     if rows.sampling_distribution is None:
-        return ""
-    some = rows.take(torch.arange(min(COMPARED, len(rows))))
-    options: dict[str, Any] = {"rows_at_once": None, "distribution": sampling, "centres": apart}
-    centres = score_in_parts(policy.model, some, scoring, **options).centres
-    assert centres is not None
-    share = float(centres.cpu()[some.mask].double().mean())
-    if share <= ELSEWHERE:
-        return ""
-    return (
-        f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is of "
-        "other weights, or not that of this sampler"
-    )
+        return
+    few = rows.take(torch.arange(min(COMPARED, len(rows))))
+    options: dict[str, Any] = {"distribution": sampling, "centres": total_variation}
+    shares: Any = score_in_parts(policy.model, few, scoring, rows_at_once=None, **options).centres
+    share = float(shares.cpu()[few.mask].double().mean())
+    if share > ELSEWHERE:
+        raise WrongRollout(
+            f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is "
+            "of other weights, or not that of this sampler"
+        )
 
 
 def check_trial(rows: Rollout, sampling: Sampling, policy: Policy) -> None:

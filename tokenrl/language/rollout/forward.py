@@ -24,7 +24,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring, check_turns
-from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.rollout.scoring import USUAL, Scoring
 
 # weights of a policy, each with its bfloat16 copy
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
@@ -81,13 +81,12 @@ class Forward(Passes):
         policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained; `model`
             shares its weights.
         scoring: how completions are scored.
-        reference_scoring: how completions are scored under a teacher; None for a reference of the same kind
-            as the policy, which is scored alike.
+        reference_scoring: how completions are scored under the reference; a teacher may have a way of its own.
     """
 
     policy: Policy
     scoring: Scoring
-    reference_scoring: Scoring | None = None
+    reference_scoring: Scoring = USUAL
 
 
 def choose_passes(args: Any, model: nn.Module) -> tuple[Passes, dict[str, Any]]:
@@ -176,7 +175,13 @@ def choose_forward(
         "tokens_per_pass": tokens,
     }
     forward = Forward(
-        model=model, copies=copies, words=words, tokens=tokens, policy=policy, scoring=scoring
+        policy=policy,
+        model=model,
+        scoring=scoring,
+        reference_scoring=scoring,
+        copies=copies,
+        words=words,
+        tokens=tokens,
     )
     return forward, settings
 

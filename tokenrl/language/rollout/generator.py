@@ -43,7 +43,7 @@ class Abilities:
     Attributes:
         exact: its completions depend on the weights and on `draws` alone, so a run repeats bit for bit.
         agrees: it computes the trainer's probabilities up to rounding; a run refuses to start if it does not.
-            Other engines may differ more (see `fault_of_logprobs`), and a run warns of the difference.
+            Other engines may differ more (see `check_samples`), and a run warns of the difference.
         distributed: it samples in a run of several processes.
         min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
         temperatures: the lowest and the highest temperature that it samples at.

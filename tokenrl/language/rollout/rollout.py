@@ -7,17 +7,48 @@ has computed all that it was given, so it is read in one transfer (`to_host`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-OF_PROMPTS = ("prompt_ids", "prompt_mask")
-"""Columns with an entry per token of the prompt, which are padded on the left."""
+
+class Column(NamedTuple):
+    """Declares the tensors of a column of a `Rollout`.
+
+    Attributes:
+        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, and K tokens whose
+            probabilities are listed. Along P the rows are padded on the left, along T on the right.
+        dtype: the type of its numbers; an engine may return a wider or a narrower one of the same kind.
+        low: the least number at an action; None where any may stand.
+        high: the largest number at an action; ids of tokens also end with the vocabulary.
+    """
+
+    axes: str
+    dtype: torch.dtype
+    low: float | None = None
+    high: float = math.inf
+
+
+COLUMNS = {
+    "prompt_ids": Column("NP", torch.int64),
+    "prompt_mask": Column("NP", torch.bool),
+    "prompt_index": Column("N", torch.int64),
+    "completion_ids": Column("NT", torch.int64, 0),
+    "mask": Column("NT", torch.bool),
+    "sampling_logprobs": Column("NT", torch.float32, -1000, 0),  # less is never sampled
+    "truncated": Column("N", torch.bool),
+    "sampling_distribution": Column("NTK", torch.float32, -math.inf, 0),
+    "top_ids": Column("NTK", torch.int64, 0),
+}
+"""The columns of a `Rollout` that an engine fills, all or all but the last two."""
+OF_PROMPTS = [name for name, column in COLUMNS.items() if "P" in column.axes]
 OF_ROWS = ("by_function",)
 """Columns of two dimensions whose second is not the tokens of the completion."""
 NOT_YET: Any = None
@@ -119,36 +150,31 @@ class Rollout:
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that are filled, by name."""
-        columns = dict(vars(self))
-        del columns["logged"]
-        return {name: x for name, x in columns.items() if x is not None}
+        columns = vars(self).items()
+        return {name: x for name, x in columns if x is not None and name != "logged"}
 
     def on_host(self) -> Rollout:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        columns = dict[str, Any]()
-        for name, x in self.columns().items():
-            if isinstance(x, Tensor) and x.ndim < 3:
-                columns[name] = x
-        host = to_host(columns.values())
-        columns.update(zip(columns, host, strict=True))
-        return replace(self, **columns)
+        tensors = {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
+        small = {name: x for name, x in tensors.items() if x.ndim < 3}
+        host: dict[str, Any] = dict(zip(small, to_host(small.values()), strict=True))
+        return replace(self, **host)
 
     def take(self, index: Tensor) -> Rollout:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
-        columns = dict[str, Any]()
-        for name, x in self.columns().items():
+        columns = self.columns()
+        for name, x in columns.items():
             if isinstance(x, Tensor):
                 columns[name] = x[index.to(x.device)]
             else:
                 columns[name] = [x[i] for i in index.tolist()]
-        longest_prompt = int(columns["prompt_mask"].sum(dim=1).max())
-        longest = int(lengths(columns["mask"]).max())
-        return replace(self, **columns).cut(longest_prompt, longest)
+        rows = replace(self, **columns)
+        return rows.cut(int(rows.prompt_mask.sum(dim=1).max()), int(lengths(rows.mask).max()))
 
     def cut(self, P: int, T: int) -> Rollout:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
-        columns = dict[str, Any]()
-        for name, x in self.columns().items():
+        columns = self.columns()
+        for name, x in columns.items():
             if name in OF_PROMPTS:
                 columns[name] = pad(x, (max(1, P) - x.shape[1], 0))
             elif isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS:
@@ -180,12 +206,13 @@ def cat(parts: Sequence[Rollout]) -> Rollout:
     """Put tables with the same columns one below the other."""
     P = max(part.prompt_ids.shape[1] for part in parts)
     T = max(part.mask.shape[1] for part in parts)
-    fitted = [part.cut(P, T) for part in parts]
-    columns: dict[str, Any] = {"logged": sum((part.logged for part in parts), ())}
-    for name, x in parts[0].columns().items():
-        column = [getattr(part, name) for part in fitted]
-        columns[name] = torch.cat(column) if isinstance(x, Tensor) else [*chain(*column)]
-    return replace(parts[0], **columns)
+    tables = [part.cut(P, T).columns() for part in parts]
+    columns = dict[str, Any]()
+    for name, first in tables[0].items():
+        column = [table[name] for table in tables]
+        columns[name] = torch.cat(column) if isinstance(first, Tensor) else [*chain(*column)]
+    logged = tuple(chain(*(part.logged for part in parts)))
+    return replace(parts[0], logged=logged, **columns)
 
 
 def lengths(mask: Tensor) -> Tensor:
@@ -220,14 +247,10 @@ def zeroed(x: Tensor, mask: Tensor) -> Tensor:
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = width - len(row)
-        ids[i, start:] = torch.tensor(row)
-        mask[i, start:] = True
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    options: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    return pad_sequence(ids, padding_value=pad_id, **options), pad_sequence(masks, **options)
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:

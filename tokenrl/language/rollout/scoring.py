@@ -215,8 +215,7 @@ def score_in_parts(
     index = torch.arange(n).split(rows_at_once or n)
     parts = [score(model, rollout.take(rows), scoring, **options) for rows in index]
     columns = dict[str, Tensor]()
-    for name in Scores._fields:
-        column = [getattr(part, name) for part in parts]
+    for name, column in zip(Scores._fields, zip(*parts, strict=True), strict=True):
         if column[0] is not None:
             columns[name] = torch.cat([pad_right(x, width) for x in column])
     small = [name for name, x in columns.items() if x.ndim < 3]

@@ -1,4 +1,4 @@
-"""Holds an engine to what it was asked for.
+"""Starts the engine that samples a run, and holds it to what it was asked for.
 
 An engine is a `Generator` of another package or of a user. A run learns from what it returns, so each rollout
 is checked before anything reads it, and the first ones are compared with the trainer. The default generator
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenrl.core.rows import completion_mask
 from tokenrl.errors import (
@@ -23,56 +24,40 @@ from tokenrl.errors import (
     Refused,
     Stopped,
     TokenrlError,
-    describe,
     explain,
     raised,
 )
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import WrongRollout
-from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.engine_checks import (
+    COARSE,
     FARTHEST,
     ROUNDING,
-    TOLD,
     check_greedy,
+    check_samples,
     check_trial,
-    fault_of_distributions,
-    fault_of_logprobs,
 )
+from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
     Abilities,
     Generator,
     TransformersGenerator,
     abilities_of,
 )
-from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, zeroed
+from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.rollout.scoring import Scores, Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
+MakeGenerator = Callable[[Policy, int | None], Generator]
+"""Makes a generator of a policy and the most completions that are sampled at once (None: all)."""
+UNUSABLE = (
+    "generate returned a rollout that cannot be used (see tokenrl.language.Rollout for its columns)"
+)
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
-METHODS = ("generate", "sync", "close")
-COLUMNS = {
-    "prompt_ids": ("NP", "whole numbers"),
-    "prompt_mask": ("NP", "True or False"),
-    "prompt_index": ("N", "whole numbers"),
-    "completion_ids": ("NT", "whole numbers"),
-    "mask": ("NT", "True or False"),
-    "sampling_logprobs": ("NT", "finite numbers, at most 0"),
-    "truncated": ("N", "True or False"),
-    "sampling_distribution": (
-        "NTV",
-        "log-probabilities that add up to 1 and agree with sampling_logprobs",
-    ),
-    "top_ids": ("NTV", "whole numbers"),
-}
-"""The axes and the values of the columns of a `Rollout` that an engine fills: the first seven, and perhaps the
-other two."""
-OF_TRAINER = {"logprobs", "entropy", "score_norms", "hidden"}
-"""Columns that the trainer computes itself, whatever an engine says of them."""
 
 
 def named_engine(args: TrainArguments) -> Any:
@@ -86,21 +71,16 @@ def engine_name(args: TrainArguments) -> str:
     return str(getattr(args.generator, "__name__", args.generator))
 
 
-def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]:
-    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
+def engine_of(args: TrainArguments) -> MakeGenerator:
+    """Return what makes the generator that the arguments name."""
     engine = named_engine(args)
-    if engine is VllmGenerator:
-        return partial(engine.start, cache=args.generator_cache)
-    if engine is TransformersGenerator:
-        return partial(engine, cache=args.generator_cache)
-    return engine
+    if engine in ENGINES.values():
+        return partial(getattr(engine, "start", engine), cache=args.generator_cache)
+    return engine  # type: ignore[no-any-return]
 
 
 def start_engine(
-    make: Callable[[Policy, int | None], Generator],
-    policy: Policy,
-    scoring: Scoring,
-    rows_at_once: int | None,
+    make: MakeGenerator, policy: Policy, scoring: Scoring, rows_at_once: int | None
 ) -> Generator:
     """Start a generator; unless it is the default one, all that it returns is checked.
 
@@ -113,29 +93,25 @@ def start_engine(
     Raises:
         Refused: the generator cannot be made, or lacks a method.
     """
-    try:
-        with user_code():
-            engine = make(policy, rows_at_once)
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        text = f"The generator could not be made: {raised(error)}."
-        raise _in_words(error, Refused(text)) from error
+    with _told("The generator could not be made", Refused):
+        engine = make(policy, rows_at_once)
     if type(engine) is TransformersGenerator and engine.policy is policy:
         return engine
-    if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
-        problem = f"generator made {shown(engine)}, which has no method {' and no '.join(missing)}"
-        raise Refused(
-            f"{problem}. It must be a function that returns a tokenrl.language.Generator."
-        )
     return CheckedEngine(engine, policy, scoring)
 
 
-def _in_words(error: BaseException, ours: TokenrlError) -> TokenrlError:
-    """Return what used up memory or a lost process means, or else an error that names the engine."""
-    if isinstance(error, SystemExit):
-        return ours
-    return explain(error) or ours
+@contextmanager
+def _told(failure: str, kind: type[TokenrlError]) -> Iterator[None]:
+    """Raise what goes wrong with an engine in the block as this kind of error, in words."""
+    try:
+        with user_code():
+            yield
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        fault = str(error) if isinstance(error, WrongRollout) else raised(error)
+        lost = None if isinstance(error, SystemExit) else explain(error)
+        raise lost or kind(f"{failure}: {fault}.") from error
 
 
 @dataclass
@@ -146,18 +122,15 @@ class CheckedEngine:
         engine: samples the completions.
         policy: the policy that is sampled, with the weights of the trainer.
         scoring: how the policy is scored.
-        compared: of which kinds completions were compared with the trainer already: greedy ones since the
-            last weights (True), and others (False).
-        checked: whether the numbers of sampled completions were compared already.
-        remark: in words, how far those of later ones differed from the trainer's; empty if little.
+        greedy_compared: whether greedy completions of the present weights were compared with the trainer.
+        samples_compared: whether sampled completions were compared with the trainer.
     """
 
     engine: Generator
     policy: Policy
     scoring: Scoring
-    compared: set[bool] = field(default_factory=set)
-    checked: bool = False
-    remark: str = ""
+    greedy_compared: bool = False
+    samples_compared: bool = False
 
     @property
     def abilities(self) -> Abilities:
@@ -173,78 +146,61 @@ class CheckedEngine:
             Stopped: the engine failed, or returned something else than it was asked for.
         """
         copied = [list(ids) for ids in prompt_ids]  # an engine may change what it is given
-        answer = self._call("generate", copied, sampling, draws)
-        with self._faults_told():
+        with self._told("generate failed"):
+            answer = self.engine.generate(copied, sampling, draws)
+        with self._told(UNUSABLE):
             rollout = checked(answer, prompt_ids, sampling, self.policy)
-            if (draws is None) not in self.compared:
-                if draws is None:
-                    check_greedy(rollout, self.policy, self.scoring)
-                elif self.abilities.agrees:
-                    check_trial(rollout, sampling, self.policy)
-                self.compared.add(draws is None)
+            if draws is None and not self.greedy_compared:
+                check_greedy(rollout, self.policy, self.scoring)
+                self.greedy_compared = True
         return rollout
 
-    def check(self, rows: Rollout, sampling: Distribution) -> None:
+    def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now.
 
+        Those of an engine that agrees with the trainer are compared in each step, others in the first one.
+
         Raises:
-            Stopped: the engine's numbers are of another policy or another distribution, though it has the
-                weights of the start, or says that it agrees. Otherwise a `remark` tells of them.
+            Stopped: the engine's numbers are of another policy or another distribution.
         """
         model: Any = self.policy.model
         agrees = self.abilities.agrees
-        limit = TOLD if self.checked else FARTHEST
-        if agrees and model.dtype.itemsize >= 4:
-            limit = ROUNDING
-        with self._faults_told():
-            fault = fault_of_logprobs(rows, sampling, limit)
-            fault = fault or fault_of_distributions(rows, sampling, self.policy, self.scoring)
-            if fault and (agrees or not self.checked):
-                raise WrongRollout(fault)
-        self.checked = True
-        if fault:
-            self.remark = f"of {type(self.engine).__name__}, {fault}"
+        if self.samples_compared and not agrees:
+            return
+        limit = FARTHEST
+        if agrees:
+            limit = ROUNDING if model.dtype.itemsize >= 4 else COARSE
+        with self._told(UNUSABLE):
+            if agrees and not self.samples_compared:
+                check_trial(rows, sampling, self.policy)
+            check_samples(rows, sampling, self.policy, self.scoring, limit)
+        self.samples_compared = True
 
-    @contextmanager
-    def _faults_told(self) -> Iterator[None]:
-        """Raise `Stopped`, which names the engine, for what is wrong with a rollout in the block."""
-        try:
-            yield
-        except Exception as error:
-            fault = str(error) if isinstance(error, WrongRollout) else describe(error)
-            text = f"{type(self.engine).__name__}.generate returned a rollout that cannot be used: {fault}."
-            raise explain(error) or Stopped(
-                f"{text} See tokenrl.language.Rollout for its columns."
-            ) from error
+    def _told(self, failure: str) -> AbstractContextManager[None]:
+        """Return a context that raises `Stopped`, which names the engine, for what fails in it."""
+        return _told(f"{type(self.engine).__name__}.{failure}", Stopped)
 
     def sync(self, policy: Policy) -> None:
         """Let the engine sample from the weights that this policy has now."""
-        self._call("sync", policy)
-        self.compared.discard(True)
+        with self._told("sync failed"):
+            self.engine.sync(policy)
+        self.greedy_compared = False
 
     def close(self) -> None:
         """Close the engine. An error is only a warning, because the engine is not needed any more."""
         try:
-            self._call("close")
+            with self._told("close failed"):
+                self.engine.close()
         except TokenrlError as error:
             warnings.warn(str(error), stacklevel=2)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the engine."""
-        try:
-            with user_code():
-                return getattr(self.engine, method)(*arguments)
-        except TokenrlError:
-            raise
-        except USER_CODE_FAILED as error:
-            text = f"{type(self.engine).__name__}.{method} failed: {raised(error)}."
-            raise _in_words(error, Stopped(text)) from error
-
 
 def checked(
-    answer: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, policy: Policy
+    answer: object, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, policy: Policy
 ) -> Rollout:
     """Return the rollout that an engine returned as training reads it: copied, on the CPU, 0 off the mask.
+
+    The columns that the trainer computes itself are left out, whatever an engine says of them.
 
     Args:
         answer: what the engine returned.
@@ -256,133 +212,114 @@ def checked(
         WrongRollout: it is not what was asked for.
     """
     if not isinstance(answer, Rollout):
-        raise WrongRollout(f"it is {shown(answer)}")
-    columns = answer.on_host().columns()
-    shape = policy.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    columns = {name: x for name, x in columns.items() if name not in OF_TRAINER}
-    if not set(list(COLUMNS)[:7]) <= columns.keys() <= COLUMNS.keys():
-        raise WrongRollout(f"it has the columns {', '.join(columns)}")
-    sizes = {"N": len(prompt_ids) * sampling.group_size, "V": shape.vocab_size}
-    if "top_ids" in columns and sampling.keep_top is not None:
-        sizes["V"] = min(sampling.keep_top, shape.vocab_size)
-    for name, x in columns.items():
-        columns[name] = _column(name, x, sizes)
-    columns["completion_ids"] = columns["completion_ids"].masked_fill(
-        ~columns["mask"], policy.pad_id
-    )
+        raise WrongRollout(f"it is {shown(answer)}, not a Rollout")
+    ids, present = pad_left(prompt_ids, policy.pad_id)
+    index = torch.arange(len(ids)).repeat_interleave(sampling.group_size)
+    vocabulary: int = shape_of(policy).vocab_size
+    listed = vocabulary if answer.top_ids is None else sampling.keep_top or vocabulary
+    sizes = {"N": len(index), "P": ids.shape[1], "K": min(listed, vocabulary)}
+    columns: dict[str, Any] = {
+        name: _declared(name, x, sizes)
+        for name, x in answer.on_host().columns().items()
+        if name not in Scores._fields
+    }
+    for name, column in COLUMNS.items():
+        if "T" in column.axes and name in columns:
+            columns[name] = zeroed(columns[name], columns["mask"])
     table = Rollout(**columns)
-    index = torch.arange(len(prompt_ids)).repeat_interleave(sampling.group_size)
-    prompts, present = (x[index] for x in pad_left(prompt_ids, policy.pad_id))
-    asked: dict[str, Any] = {"prompt_index": index, "prompt_ids": prompts, "prompt_mask": present}
-    for words, wrong in _faults(table, asked, sampling, policy):
-        if wrong.any():
-            raise WrongRollout(f"{words}, first in row {int(wrong.int().argmax())} of {len(wrong)}")
-    for name in columns.keys() & list(COLUMNS)[7:] | {"sampling_logprobs"}:
-        asked[name] = zeroed(columns[name], table.mask)
-    return replace(table, **asked).cut(prompts.shape[1], int(table.mask.sum(dim=1).max()))
+    asked = replace(table, prompt_index=index, prompt_ids=ids[index], prompt_mask=present[index])
+    for name, allowed, reason in _allowed(table, asked, sampling, policy):
+        x = columns[name]
+        # Equal numbers may be infinite, and a comparison with NaN is False.
+        wrong = ~((x == allowed) | ((x.float() - allowed.float()).abs() <= ROUNDING))
+        rows = wrong.reshape(len(index), -1).any(dim=1)
+        if rows.any():
+            row = int(rows.int().argmax())
+            values = " instead of ".join(shown(numbers[row].tolist()) for numbers in (x, allowed))
+            raise WrongRollout(
+                f"{name} must be {reason}; in row {row} of {len(rows)} it is {values}"
+            )
+    return asked.take(torch.arange(len(index)))
 
 
-def _column(name: str, x: Any, sizes: dict[str, int]) -> Tensor:
-    """Return a copy of a column in the type that training reads; refuse one of another shape or kind.
+def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
+    """Return a column that an engine returned in its declared type; refuse another shape or kind of numbers.
 
     Args:
-        name: its name.
+        name: the name of the column.
         x: the column.
-        sizes: the lengths of the axes that are known; others are added as columns have them.
+        sizes: lengths of axes by their letters; those that are not known yet are added.
     """
-    axes, kind = COLUMNS[name]
-    if not isinstance(x, Tensor):
-        raise WrongRollout(f"{name} is {shown(x)}, not a tensor")
-    expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, x.shape, strict=False)]
-    if x.ndim != len(axes) or list(x.shape) != expected:
-        words = ", ".join(f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes)
-        raise WrongRollout(f"{name} has the shape {list(x.shape)} instead of [{words}]")
-    whole = not (x.is_floating_point() or x.is_complex())
-    if kind == "True or False":
-        dtype = torch.bool
-        fits = bool(((x == 0) | (x == 1)).all())
-    elif kind == "whole numbers":
-        dtype = torch.int64
-        fits = whole and x.dtype != torch.bool
-    else:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        fits = x.is_floating_point()
-    if not fits:
-        raise WrongRollout(f"{name} has numbers of type {x.dtype}; they must be {kind}")
-    return x.detach().to(dtype, copy=True)
+    column = COLUMNS.get(name)
+    if column is None or not isinstance(x, Tensor):
+        raise WrongRollout(f"{name} is {shown(x)}; an engine fills tensors of {', '.join(COLUMNS)}")
+    shape = [sizes.setdefault(axis, n) for axis, n in zip(column.axes, x.shape, strict=False)]
+    kinds = {(dtype.is_floating_point, dtype == torch.bool) for dtype in (x.dtype, column.dtype)}
+    if list(x.shape) != shape or x.ndim != len(column.axes) or len(kinds) > 1:
+        given = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
+        raise WrongRollout(f"{given}, not those of {column} with {sizes}")
+    return x.detach().to(torch.promote_types(x.dtype, column.dtype))
 
 
-def _faults(
-    table: Rollout, asked: dict[str, Tensor], sampling: Sampling, policy: Policy
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield what may be wrong with the rows of a table, in words, and for which rows it is [N].
+def _allowed(
+    table: Rollout, asked: Rollout, sampling: Sampling, policy: Policy
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield columns by name, with what their numbers have to be, given the others, and with the rule.
 
     What comes later reads what was right before.
+
+    Args:
+        table: what the engine returned, 0 off the mask.
+        asked: the same with the prompts that the engine was given.
+        sampling: how the engine was to sample.
+        policy: the policy that was to be sampled.
     """
-    mask = table.mask
-    ids = table.completion_ids
-    present = asked["prompt_mask"]
-    counts = mask.sum(dim=1)
-    limit = sampling.max_completion_length
-    yield (
-        "prompt_index does not count the prompts in order",
-        table.prompt_index != asked["prompt_index"],
-    )
-    prompts = table.cut(present.shape[1], mask.shape[1])
-    same = (prompts.prompt_mask == present) & (
-        (prompts.prompt_ids == asked["prompt_ids"]) | ~present
-    )
-    longer = table.prompt_mask.sum(dim=1) != present.sum(dim=1)
-    yield "the prompt is not the one that was given, padded on the left", longer | ~same.all(dim=1)
-    yield "a completion has no token", counts == 0
-    yield f"a completion has more than {limit} tokens", counts > limit
-    vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    outside = (ids < 0) | (ids >= vocabulary)
-    yield (
-        f"completion_ids holds other numbers than 0 to {vocabulary - 1}",
-        (outside & mask).any(dim=1),
-    )
-    if table.top_ids is not None:
-        ordered = table.top_ids.sort(dim=2).values.cpu()
-        wrong = (ordered.diff(dim=2) == 0).any(dim=2) | (ordered[..., 0] < 0)
-        wrong |= ordered[..., -1] >= vocabulary
-        yield (
-            f"top_ids holds a number twice, or others than 0 to {vocabulary - 1}",
-            (wrong & mask).any(dim=1),
-        )
-    actions = completion_mask(ids, policy.eos_ids, counts)
-    yield (
-        "mask is not True up to the first end, and False from there on",
-        (mask != actions).any(dim=1),
-    )
-    ended = torch.isin(
-        ids.gather(1, counts[:, None] - 1)[:, 0], torch.tensor(policy.eos_ids).long()
-    )
-    if policy.stops is None:
-        wrong = ended == table.truncated
-    else:  # an engine may read the text of a stop string in another way
-        ends = counts.clone()
-        policy.stops.end(ids, ends, ended)
-        yield "a completion goes on behind a stop string", ends != counts
-        wrong = ended & table.truncated
-    yield "a completion has neither an end nor truncated = True, or both", wrong
-    short = table.truncated & (counts < limit)
-    yield f"a completion is truncated although it has fewer than {limit} tokens", short
     for name, x in table.columns().items():
-        kind = COLUMNS[name][1]
-        if kind.startswith(("finite", "log")):
-            yield f"{name} must be {kind}", (mask & ~_in_range(x, table, kind).cpu()).any(dim=1)
+        low, high = COLUMNS[name][2:]
+        if low is not None:
+            if x.dtype == torch.int64:
+                high = shape_of(policy).vocab_size - 1
+            yield name, x.where(x >= low, low).clamp(max=high), f"from {low:g} to {high:g}"
+    yield "prompt_index", asked.prompt_index, "the prompts in order"
+    yield "prompt_mask", asked.prompt_mask, "True on the prompt, padded on the left"
+    prompts = asked.prompt_ids.where(asked.prompt_mask, table.prompt_ids)
+    yield "prompt_ids", prompts, "those of the prompt"
+
+    limit = sampling.max_completion_length
+    ids = table.completion_ids
+    counts = table.mask.sum(dim=1).clamp(1, limit)
+    ends = torch.tensor(policy.eos_ids, dtype=torch.int64)
+    ended = torch.isin(ids.gather(1, counts[:, None] - 1)[:, 0], ends)
+    truncated = ~ended
+    if policy.stops is not None:  # an engine may read the text of a stop string in another way
+        policy.stops.end(ids, counts, ended)
+        truncated = ~ended & table.truncated
+    actions = completion_mask(ids, policy.eos_ids, counts)
+    yield "mask", actions, f"True on 1 to {limit} tokens, up to the first end"
+    # Where a completion ends before the limit without an end, either value is wrong.
+    truncated = truncated & ~(table.truncated & (counts < limit))
+    yield "truncated", truncated, f"True where {limit} tokens have no end, and False elsewhere"
+    if table.sampling_distribution is not None:
+        yield from _allowed_distributions(table)
 
 
-def _in_range(x: Tensor, table: Rollout, kind: str) -> Tensor:
-    """Return of which tokens the numbers are of a kind, but for rounding [N, T]."""
-    if kind.startswith("log"):
-        ids = to_device(table.completion_ids[..., None], x.device)
-        sampled = to_device(table.sampling_logprobs[..., None], x.device)
-        total = x.logsumexp(dim=2)
-        if table.top_ids is not None:  # the sampled token may be another
-            apart = (x - sampled).masked_fill(table.top_ids != ids, 0).abs().amax(dim=2)
-            return (total <= ROUNDING) & (apart <= ROUNDING)
-        apart = (x.gather(2, ids) - sampled).squeeze(2).abs()
-        return (total.abs() <= ROUNDING) & (apart <= ROUNDING)
-    return x.isfinite() & (x <= ROUNDING)
+def _allowed_distributions(table: Rollout) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
+    logp = table.sampling_distribution  # [N, T, K]
+    ids, sampled = (
+        to_device(x[..., None], logp.device)
+        for x in (table.completion_ids, table.sampling_logprobs)
+    )
+    listed = torch.arange(logp.shape[2], device=logp.device)
+    if table.top_ids is not None:
+        listed = table.top_ids
+        ordered, order = listed.sort(dim=2, stable=True)
+        repeated = pad((ordered.diff(dim=2) == 0).long(), (1, 0))
+        repeated = torch.zeros_like(listed).scatter(2, order, repeated)
+        yield "top_ids", listed + zeroed(repeated, table.mask), "different tokens"
+    logp = logp.where(listed != ids, sampled.to(logp.dtype))
+    excess = logp.logsumexp(dim=2, keepdim=True)
+    if table.top_ids is not None:  # the tokens that are not listed have the rest
+        excess = excess.clamp(min=0)
+    rule = "log-probabilities that add up to 1 and agree with sampling_logprobs"
+    yield "sampling_distribution", zeroed(logp - excess, table.mask), rule

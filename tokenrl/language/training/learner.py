@@ -15,11 +15,19 @@ from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.rollout.rollout import to_device
+from tokenrl.language.rollout.rollout import Rollout, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
-from tokenrl.language.rollout.scoring import Reference
+from tokenrl.language.rollout.scoring import (
+    Reference,
+    Scores,
+    Scoring,
+    score,
+    score_in_parts,
+    with_missing_fields,
+)
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.teacher import Teacher, teacher_scoring
@@ -92,15 +100,12 @@ class Critic:
             The loss before the update, summed over all processes.
         """
         old = self.values(hidden).detach()
-        targets = {
-            "returns": to_device(returns.float(), old.device),
-            "weights": to_device(weights.float(), old.device),
-            "old_values": old,
-        }
+        returns, weights = (to_device(x.float(), old.device) for x in (returns, weights))
         losses = list[Tensor]()
         for _ in range(self.iterations):
             self.optimizer.zero_grad()
-            loss = estimator.critic_loss(self.values(hidden), **targets)
+            values = self.values(hidden)
+            loss = estimator.critic_loss(values, returns, weights, old_values=old)
             loss.backward()
             sum_gradients(accelerator, self.head.parameters())
             losses.append(loss.detach())
@@ -156,24 +161,63 @@ class Learner:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
 
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """Keyword arguments of `score`: completions are scored under the distribution of sampling."""
-        return {"scoring": self.forward.scoring, "distribution": self.args}
-
-    @property
-    def needs(self) -> dict[str, Any]:
-        """Keyword arguments of `score`: what the loss needs besides log-probabilities."""
+    def score(self, rows: Rollout) -> Scores:
+        """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
-        needs: dict[str, Any] = {"entropy": estimator.needs_entropy}
-        if estimator.needs_centres:
-            needs["centres"] = estimator.score_centres
+        reference = None
         if estimator.needs_token_kl:
-            forward = self.forward
-            needs["reference"] = Reference(
-                forward.policy.reference_model, forward.reference_scoring or forward.scoring
+            reference = Reference(
+                self.forward.policy.reference_model, self.forward.reference_scoring
             )
-        return needs
+        return score(
+            self.forward.model,
+            rows,
+            self.forward.scoring,
+            distribution=self.sampling,
+            entropy=estimator.needs_entropy,
+            centres=estimator.score_centres if estimator.needs_centres else None,
+            reference=reference,
+        )
+
+    def logprobs(self, rows: Rollout) -> Tensor:
+        """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
+        return self._scores(rows, self.forward.model, self.forward.scoring, self.sampling).logprobs
+
+    def ref_logprobs(self, rows: Rollout) -> Tensor:
+        """Return the log-probabilities [n, T] of rows under the reference, at the same temperature over all tokens."""
+        whole = self.sampling.whole
+        with self.forward.policy.reference_model() as reference:
+            return self._scores(rows, reference, self.forward.reference_scoring, whole).logprobs
+
+    def _scores(
+        self, rows: Rollout, model: nn.Module, scoring: Scoring, distribution: Distribution
+    ) -> Scores:
+        """Score rows under a model, without a gradient."""
+        size = self.rows_at_once(rows)
+        return score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
+
+    def with_missing_fields(self, rows: Rollout) -> Rollout:
+        """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
+        return with_missing_fields(
+            self.forward.policy,
+            rows,
+            self.forward.scoring,
+            distribution=self.sampling,
+            rows_at_once=self.rows_at_once(rows),
+            logprobs=True,
+            entropy=True,
+            score_norms=self.estimator.needs_score_norms,
+            hidden=self.estimator.needs_values,
+        )
+
+    def rows_at_once(self, rows: Rollout) -> int:
+        """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
+        size = self.sampling.group_size
+        width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
+        most = max(1, self.forward.tokens // width)
+        if most >= size:
+            most -= most % size  # whole groups
+        return min(most, self.args.micro_batch_size or most)
 
     @property
     def largest_norm(self) -> float:

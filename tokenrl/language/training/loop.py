@@ -12,7 +12,6 @@ from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
@@ -320,16 +319,11 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     count, learner = run.args.eval_generations, run.learner
     run.tell(step)
     began = time.perf_counter()
-    evaluation = evaluate_policy(
-        learner.forward.policy,
+    evaluation = run.evaluator.evaluate(
         run.task.eval_prompts,
         run.rewards,
         replace(learner.sampling, num_generations=count, step=step),
-        generator=learner.generator,
-        accelerator=learner.accelerator,
-        scoring=learner.forward.scoring,
-        k=(count,) if count else (),
-        reference=run.objective_reference,
+        (count,) if count else (),
     )
     run.eval_seconds = time.perf_counter() - began
     means = evaluation.by_prompt

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
@@ -32,12 +32,7 @@ from tokenrl.language.rollout.rollout import (
     to_device,
     to_host,
 )
-from tokenrl.language.rollout.scoring import (
-    Scores,
-    Scoring,
-    score_in_parts,
-    with_missing_fields,
-)
+from tokenrl.language.rollout.scoring import Scores
 from tokenrl.runs.files import canonical
 from tokenrl.runs.processes import gather_numbers, gather_rows
 
@@ -45,7 +40,6 @@ if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
-    from tokenrl.language.rollout.distribution import Distribution
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
@@ -78,16 +72,7 @@ def sample(
             "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
             "top_ids if it is that of the most probable tokens only."
         )
-    rollout = with_missing_fields(
-        learner.forward.policy,
-        rollout,
-        **learner.scoring,
-        rows_at_once=rows_at_once(learner, rollout),
-        logprobs=True,
-        entropy=True,
-        score_norms=estimator.needs_score_norms,
-        hidden=estimator.needs_values,
-    )
+    rollout = learner.with_missing_fields(rollout)
     check = getattr(learner.generator, "check", None)  # of an engine that is checked
     if check is not None:
         check(rollout, sampling)
@@ -145,14 +130,7 @@ def with_estimates(
     estimator = learner.estimator
     columns = dict[str, Any]()
     if estimator.needs_reference:
-        with learner.forward.policy.reference_model() as reference:
-            columns["ref_logprobs"] = logprobs_under(
-                learner,
-                reference,
-                rows,
-                learner.sampling.whole,
-                learner.forward.reference_scoring,
-            )
+        columns["ref_logprobs"] = learner.ref_logprobs(rows)
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
@@ -181,42 +159,8 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
-        return logprobs_under(learner, learner.forward.model, rows)
+        return learner.logprobs(rows)
     return None
-
-
-def logprobs_under(
-    learner: Learner,
-    model: nn.Module,
-    rows: Rollout,
-    distribution: Distribution | None = None,
-    scoring: Scoring | None = None,
-) -> Tensor:
-    """Return the log-probabilities [n, T] of this process's rows under a model, without a graph.
-
-    Args:
-        learner: says how models are scored.
-        model: the model.
-        rows: this process's rows.
-        distribution: the distribution of tokens; None for that of sampling.
-        scoring: how the model is scored; None for the way of the policy.
-    """
-    options = learner.scoring
-    if distribution is not None:
-        options["distribution"] = distribution
-    if scoring is not None:
-        options["scoring"] = scoring
-    return score_in_parts(model, rows, rows_at_once=rows_at_once(learner, rows), **options).logprobs
-
-
-def rows_at_once(learner: Learner, rows: Rollout) -> int:
-    """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
-    size = learner.sampling.group_size
-    width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
-    most = max(1, learner.forward.tokens // width)
-    if most >= size:
-        most -= most % size  # whole groups
-    return min(most, learner.args.micro_batch_size or most)
 
 
 def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Tensor:

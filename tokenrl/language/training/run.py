@@ -13,6 +13,7 @@ import torch
 
 from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
+from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.characters import prompt_warnings, special_texts
 from tokenrl.language.policy.model import Policy
@@ -127,13 +128,22 @@ class TrainingRun:
             return Rewards([], environments=self.rewards.environments, unrewarded=True)
         return self.rewards
 
-    @property
-    def objective_reference(self) -> Policy | None:
-        """The teacher, if the KL to it is all that is ascended, so that evaluations estimate it too."""
-        policy = self.learner.forward.policy
-        if policy.reference is None or not (self.unrewarded and self.args.eval_generations):
-            return None
-        return replace(policy, model=policy.reference, reference=None)
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Evaluates the policy, and its KL to the teacher where that is all that training ascends."""
+        learner = self.learner
+        policy = learner.forward.policy
+        reference = None
+        if policy.reference is not None and self.unrewarded and self.args.eval_generations:
+            reference = replace(policy, model=policy.reference, reference=None)
+        return Evaluator(
+            policy,
+            learner.forward.scoring,
+            learner.generator,
+            learner.accelerator,
+            reference,
+            learner.forward.reference_scoring,
+        )
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""

@@ -21,7 +21,6 @@ from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import generator_of
 from tokenrl.language.rollout.rewarded import unread_tokens
 from tokenrl.language.rollout.rollout import to_host
-from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.metrics import (
     Scored,
     averaged,
@@ -119,7 +118,7 @@ def training_step(
         learner.optimizer.zero_grad()
         for index in micro_batches(learner, rows, local(accelerator, learning)):
             part = rows.take(index)
-            scores = score(learner.forward.model, part, **learner.scoring, **learner.needs)
+            scores = learner.score(part)
             inputs = loss_inputs(part, scores)
             loss = estimator.loss(**inputs)
             accelerator.backward(loss)
