@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
 from tokenrl.flags import Command, parse

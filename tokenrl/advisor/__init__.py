@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.errors import Refused
 from tokenrl.runs.files import check_place, plain, write_json
 

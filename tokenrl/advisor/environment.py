@@ -11,12 +11,12 @@ import torch
 
 from tokenrl.advisor.advice import (
     Advice,
+    AdviseArguments,
     advised,
     command_line,
     settings_of,
     with_changes,
 )
-from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
