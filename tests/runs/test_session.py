@@ -689,14 +689,14 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
 
 
 def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
-    args = Settings(output_dir="runs/my run")
+    run = ("runs/my run", 0)
     finished = {"exit_reason": "finished"}
     commands = {"control": "advise --run", "reward-model": "train --task TASK --reward"}
     for kind, words in commands.items():
-        first, again = next_commands(kind, args, finished, True)
+        first, again = next_commands(kind, *run, finished, True)
         assert first.startswith(f"tokenrl {words} 'runs/my run'")
         assert again == f"tokenrl {kind} --config 'runs/my run' --seed 1"
     flagged = finished | {"flags": ("nothing-learnt",)}
-    assert next_commands("train", args, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
-    stopped = next_commands("train", args, {"exit_reason": "SIGTERM"}, True)
+    assert next_commands("train", *run, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
+    stopped = next_commands("train", *run, {"exit_reason": "SIGTERM"}, True)
     assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]

@@ -163,7 +163,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
                 )
     usual = vars(TaskArguments()) | {"task": args.environment}
     layers = ("default", usual), ("run", from_runs), ("given", vars(args))
-    filled = arguments(type(args), vars(lay(*layers).values))
+    filled = arguments(type(args), lay(*layers)[0])
     usual = usual | vars(Distribution()) | {"seed": 0, "truncate_prompts": False}
     texts = []
     for name in from_runs:

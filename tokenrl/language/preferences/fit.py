@@ -310,8 +310,8 @@ def fill_defaults(
         "eval_every": max(1, max_steps // 10),
     }
     pairs = decided | {"batch_size": batch_size}
-    layers = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
-    return RewardModelArguments(**vars(layers.values))
+    values, _ = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
+    return RewardModelArguments(**values)
 
 
 def _record(args: RewardModelArguments, data: RewardData, model: RewardModel) -> dict[str, Any]:

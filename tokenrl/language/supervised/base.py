@@ -78,8 +78,30 @@ def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) 
     return policy
 
 
-def policy_of(source: Any, args: LoadingArguments) -> Policy:
+def read_outline(args: ModelArguments, task: Any) -> Policy:
+    """Return the policy that the arguments name as far as settings depend on it: a named one has no weights.
+
+    Raises:
+        Refused: there is no such model, or it cannot be asked as the arguments say.
+    """
+    if args.model is None:
+        check_own_model(task)
+        policy = wrap(*task.build(args.base_seed), source=f"{task.name} base")
+    elif args.model == TINY and not os.path.isdir(TINY):
+        policy = make_tiny(args, task)
+    else:
+        policy = policy_of(args.model, args, weights=False)
+    policy.ask(form_of(fill_form(args)))
+    return policy
+
+
+def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> Policy:
     """Return a policy as it is, make one of a pair (model, tokenizer), or load it by its name.
+
+    Args:
+        source: the policy, the pair or the name.
+        args: how a named model is loaded.
+        weights: whether the weights of a named model are loaded.
 
     Raises:
         Refused: the model cannot be loaded.
@@ -88,7 +110,8 @@ def policy_of(source: Any, args: LoadingArguments) -> Policy:
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
-    return load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    trust = args.trust_remote_code
+    return load_policy(source, dtype=args.dtype, trust_remote_code=trust, weights=weights)
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:
@@ -162,9 +185,7 @@ def warm_started_base(
         Refused: the task has no model of its own, the seed has more than 32 bits, or the cache cannot be
             written.
     """
-    if getattr(task, "build", None) is None:
-        mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
-        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
+    check_own_model(task)
     check_seed(seed)
     folder = cache_directory() / f"{task.name}-{cache_key([task.fingerprint, seed])}"
     with locked_in_cache(folder.name, announce):
@@ -180,6 +201,13 @@ def warm_started_base(
             _learn_demonstrations(policy, task, seed, announce)
             save_policy(policy, new)
     return folder
+
+
+def check_own_model(task: Any) -> None:
+    """Refuse a task without a model of its own, where no other model is named."""
+    if getattr(task, "build", None) is None:
+        mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
+        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
 
 
 def _learn_demonstrations(

@@ -130,7 +130,8 @@ class Learner:
         schedule: sets the learning rate of each step.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
-        args: the settings of the run.
+        args: the settings of the run, in which those about computing may be open.
+        computing: the settings about computing, by name, as the machine decides them.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
@@ -145,6 +146,7 @@ class Learner:
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
+    computing: Mapping[str, Any]
     generator: Generator
     critic: Critic | None = None
     nonfinite: int = 0
@@ -287,7 +289,7 @@ def make_learner(
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
     Args:
-        args: the settings of the run, in which those about computing may be open.
+        args: the settings of the run.
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
@@ -309,7 +311,6 @@ def make_learner(
     if teacher is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
-    args = replace(args, **computing)
     optimizer = make_optimizer(args, policy)
     learner = Learner(
         policy=policy,
@@ -321,6 +322,7 @@ def make_learner(
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,
+        computing=computing,
         generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
     )
     if args.estimator.needs_values:

@@ -38,10 +38,10 @@ from tokenrl.language.training.run import (
     TrainingRun,
     first_facts,
     model_facts,
-    task_of,
+    settings_of,
     warnings_of,
 )
-from tokenrl.language.training.settings import fill_defaults, sizes_of_steps, usual_rate
+from tokenrl.language.training.settings import RunSettings, sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
@@ -107,34 +107,40 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
-    task, rewards = together(accelerator, partial(task_of, choices, accelerator))
+    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
-        if choices.warm_start and not choices.check:
-            if choices.resume and choices.chat_time is None:
-                times = gather_objects([warm_start.time_of(claimed.directory)])
-                choices = replace(choices, chat_time=times[0])
-            _make_warm_start(choices, task, rewards, accelerator, claimed)
-        return _train(choices, task, rewards, accelerator, claimed, callback)
+        if choices.warm_start and choices.resume and choices.chat_time is None:
+            times = gather_objects([warm_start.time_of(claimed.directory)])
+            choices = replace(choices, chat_time=times[0])
+        prepare = partial(settings_of, choices, accelerator.num_processes)
+        settings, task, rewards = together(accelerator, prepare)
+        args = settings.args
+        if args.warm_start and not args.check:
+            _make_warm_start(args, task, rewards, accelerator, claimed)
+        return _train(settings, task, rewards, accelerator, claimed, callback)
 
 
 def _train(
-    choices: TrainArguments,
+    settings: RunSettings,
     task: Task,
     rewards: Rewards,
     accelerator: Any,
     claimed: Claim,
     callback: Callback | None,
 ) -> RunResult:
-    every = choices.logging_steps if choices.logging_steps > 1 else 10
-    with Session(
-        "train", choices, every=every, accelerator=accelerator, claimed=claimed
-    ) as session:
+    args = settings.args
+    every = args.logging_steps if args.logging_steps > 1 else 10
+    with Session("train", args, every=every, accelerator=accelerator, claimed=claimed) as session:
         session.console.start(
-            f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
+            f"tokenrl train: {task.name}", first_facts(args, session.directory, task, rewards)
         )
-        run, provenance = _prepare(choices, task, rewards, accelerator, session)
-        with closing(run.learner.generator), using_threads(run.args.threads), own_process():
+        run, provenance = _prepare(settings, task, rewards, accelerator, session)
+        with (
+            closing(run.learner.generator),
+            using_threads(run.decided["threads"]),
+            own_process(),
+        ):
             _open(run, session, provenance)
             for warning in warnings_of(run):
                 session.console.warn(warning)
@@ -160,7 +166,7 @@ def _train(
 
 
 def _make_warm_start(
-    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
+    args: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
 ) -> None:
     """Make the warm start in the main process, as a supervised run in a folder of the run directory.
 
@@ -171,11 +177,10 @@ def _make_warm_start(
     def make() -> None:
         if not is_main(accelerator):
             return
-        console = Console(quiet=choices.quiet)
+        console = Console(quiet=args.quiet)
         with console.status("loading the model"):
-            policy, _ = load_models(choices, task, console.note)
+            policy, _ = load_models(args, task, console.note)
             policy = replace(policy, model=copy.deepcopy(policy.model), reference=None)
-        args, _ = fill_defaults(choices, task, policy)
         if claimed.step and not warm_start.is_missing(args, folder):
             return
         with using_threads(choose_threads(policy.size, args.threads)[0]):
@@ -189,19 +194,19 @@ def _make_warm_start(
 
 
 def _prepare(
-    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session
+    settings: RunSettings, task: Task, rewards: Rewards, accelerator: Any, session: Session
 ) -> tuple[TrainingRun, Provenance]:
-    """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
+    """Load the policy; return the run, with optimiser and generator, and what it is made from."""
+    args = settings.args
     console = session.console
     warmed = dict[str, Any]()
     warm_seconds = 0.0
     with accelerator.main_process_first():
         with console.status("loading the model"):
-            policy, teacher = load_models(choices, task, console.note)
-        args, origins = fill_defaults(choices, task, policy)
+            policy, teacher = load_models(args, task, console.note)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-        console.facts("", model_facts(args, origins, policy, teacher))
+        console.facts("", model_facts(settings, policy, teacher))
         folder = warm_start.folder_of(session.directory)
         if args.warm_start and args.check:
             with using_threads(choose_threads(policy.size, args.threads)[0]):
@@ -229,21 +234,21 @@ def _prepare(
         using_threads(threads),
         console.status("checking that this model is sampled and scored rightly"),
     ):
-        chat_time = policy.form.chat_time
-        args = replace(args, threads=threads, output_dir=session.directory, chat_time=chat_time)
         turns = rewards.environments is not None
         learner = make_learner(args, policy, accelerator, engine_of(args), teacher, turns=turns)
     if not abilities_of(learner.generator).exact:
         provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
     run = TrainingRun(
-        args=learner.args,
+        args=args,
+        origins=settings.origins,
+        decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},
         task=task,
         rewards=rewards,
         learner=learner,
         stream=PromptStream(task.train_prompts, args.seed),
         memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
-        usual_rate=usual_rate(choices, task, policy),
+        usual_rate=settings.usual_rate,
         teacher=teacher,
         warm_started=warmed,
         warm_seconds=warm_seconds,
@@ -265,6 +270,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         provenance,
         parts | {"run": run},
         run.facts(),
+        decided=run.decided,
         names={"task": run.task.name, "model": policy.source, "teacher": teacher},
         title=run.title,
         **facts,

@@ -28,16 +28,14 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import (
+    RunSettings,
     check_shares,
     train_settings,
     without_effect,
 )
-from tokenrl.language.training.teacher import Teacher, without_teacher
+from tokenrl.language.training.teacher import Teacher, read_models, without_teacher
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import (
-    check_processes,
-)
 from tokenrl.runs.session import Session
 
 
@@ -73,7 +71,9 @@ class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:
-        args: the settings.
+        args: the settings, complete but for those that the machine decides.
+        origins: where the value of each setting comes from, in words.
+        decided: the settings that the machine decides, by name.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
@@ -93,6 +93,8 @@ class TrainingRun:
     """
 
     args: TrainArguments
+    origins: Mapping[str, str]
+    decided: Mapping[str, Any]
     task: Task
     rewards: Rewards
     learner: Learner
@@ -235,12 +237,11 @@ def _ascended(args: TrainArguments, rewards: Rewards) -> str:
     return f"none; what is ascended is {objective}, and evaluations measure {evaluated}"
 
 
-def model_facts(
-    args: TrainArguments, origins: Mapping[str, str], policy: Policy, teacher: Teacher | None
-) -> dict[str, Any]:
+def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
     sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
-    line = partial(with_origins, args, origins)
+    args = settings.args
+    line = partial(with_origins, args, settings.origins)
     rate = line(learning_rate="{:g}", lr_scheduler_type="{}")
     return {
         "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
@@ -252,16 +253,16 @@ def model_facts(
     }
 
 
-def task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
-    """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
+def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, Task, Rewards]:
+    """Return the settings, the task and the rewards; whatever contradicts itself is refused before the weights.
 
     Raises:
-        Refused: the processes were started in different ways, or the task or a setting cannot be used.
+        Refused: the model, the task or a setting cannot be used.
     """
-    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     task, rewards = find_task(choices, may_lack_rewards=True)
-    check_shares(train_settings(choices, task), accelerator.num_processes)
-    return task, rewards
+    settings = train_settings(choices, task, read_models(choices, task))
+    check_shares(settings.args, processes)
+    return settings, task, rewards
 
 
 def warnings_of(run: TrainingRun) -> list[str]:
