@@ -182,9 +182,9 @@ class Session:
                 models, or the processes of this run differ.
         """
         self.args = args
-        self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
-        settings = {**self.origin.settings, **(decided or {}), "kind": self.kind}
-        settings["output_dir"] = self.directory
+        values = {**vars(args), **(decided or {}), "output_dir": self.directory}
+        self.origin = Origin.of(self.kind, values, names or {}, self.output_dir / "config.json")
+        settings = {**self.origin.settings, "kind": self.kind}
         provenance.begin(settings)
         check_processes(self.accelerator, {**settings, **provenance.fingerprints})
         code = {"command": self.origin.command, "code": signatures(plain(settings))}

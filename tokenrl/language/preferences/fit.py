@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.policy.arguments import fill_form, form_line, form_of
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
@@ -238,7 +238,7 @@ def train_reward_model(
         with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
-        reward_model.ask(form_of(choices))
+        reward_model.ask(choices.form)
         threads, reason = choose_threads(reward_model.model.num_parameters(), choices.threads)
         stack.enter_context(using_threads(threads))
         time = reward_model.form.chat_time

@@ -25,8 +25,6 @@ from tokenrl.language.policy.arguments import (
     LoadingArguments,
     LoraArguments,
     ModelArguments,
-    fill_form,
-    form_of,
 )
 from tokenrl.language.policy.loading import device_for, find_model
 from tokenrl.language.policy.model import (
@@ -72,7 +70,7 @@ def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) 
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
     is_new = source == TINY and not os.path.isdir(TINY)
     policy = make_tiny(args, task) if is_new else policy_of(source, args)
-    policy.ask(form_of(fill_form(args)))
+    policy.ask(args.form)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy
@@ -91,7 +89,7 @@ def read_outline(args: ModelArguments, task: Any) -> Policy:
         policy = make_tiny(args, task)
     else:
         policy = policy_of(args.model, args, weights=False)
-    policy.ask(form_of(fill_form(args)))
+    policy.ask(args.form)
     return policy
 
 

@@ -264,19 +264,16 @@ def layers_below(
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
-def with_origins(
-    settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str
-) -> str:
+def with_origins(origins: Mapping[str, str], between: str = ", ", **texts: str) -> str:
     """Write settings in one line, each with its origin; neighbours of the same origin share it.
 
     Args:
-        settings: the settings.
         origins: by setting, where its value comes from.
         between: text between two settings.
-        **forms: by setting, a format of its value, such as "{} steps".
+        **texts: by setting, its value in words.
     """
     lines = []
-    for origin, names in groupby(forms, key=lambda name: origins[name]):
-        values = between.join(forms[name].format(getattr(settings, name)) for name in names)
+    for origin, names in groupby(texts, key=origins.__getitem__):
+        values = between.join(texts[name] for name in names)
         lines.append(f"{values} ({origin})")
     return between.join(lines)

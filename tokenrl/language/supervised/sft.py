@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from tokenrl.errors import Refused, nearest
@@ -124,11 +123,15 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             seed=args.seed,
         )
         evaluate = _evaluation(args, task, rewards, policy, training, session.console.warn)
-        line = partial(with_origins, args, origins)
+        sizes = {
+            "max_steps": f"{args.max_steps} updates",
+            "batch_size": f"{args.batch_size} demonstrations",
+        }
+        rate = with_origins(origins, learning_rate=f"{args.learning_rate:g}")
         facts: dict[str, Any] = {
             "model": policy.source,
-            "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
-            "learning rate": line(learning_rate="{:g}") + ", falling to 0",
+            "training": with_origins(origins, " x ", **sizes),
+            "learning rate": f"{rate}, falling to 0",
             "threads": f"{threads} ({reason})",
             **form_line(policy.form, args.model),
             **scoring.remarks,

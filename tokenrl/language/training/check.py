@@ -89,7 +89,9 @@ def check_run(run: TrainingRun, session: Session, evaluate: Evaluate) -> RunResu
     settings = {"truncation": "max_completion_length"}
     if observed["is_half"]:
         settings["sampling-differs"] = "mixed_precision"
-    left_open = {flag for flag, name in settings.items() if run.origins.get(name) != "given"}
+    left_open = {
+        flag for flag, name in settings.items() if run.settings.origins.get(name) != "given"
+    }
     findings += [f for f in judge(observed) if f.weight != "watch" or f.flag not in left_open]
     lines = _lines(run, observed, records) | _judge_steps(smaller, observed, findings)
     lines["unknown"] = characters
@@ -299,7 +301,7 @@ def _trial_facts(run: TrainingRun, records: Sequence[Record], session: Session) 
     """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
     args = run.args
     policy = run.learner.policy
-    usual = run.usual_rate
+    usual = run.settings.usual_rate
     numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
     numbers["is_half"] = run.decided["mixed_precision"] == "bf16"
     if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing

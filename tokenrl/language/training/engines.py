@@ -49,7 +49,6 @@ from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, zeroe
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
@@ -75,24 +74,23 @@ OF_TRAINER = {"logprobs", "entropy", "score_norms", "hidden"}
 """Columns that the trainer computes itself, whatever an engine says of them."""
 
 
-def named_engine(args: TrainArguments) -> Any:
-    """Return the class of the engine that the arguments name, or the user's function that makes one."""
-    engine = args.generator
+def named_engine(engine: Any) -> Any:
+    """Return the class of the engine of a name; the user's function that makes one is returned as it is."""
     return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
 
 
-def engine_name(args: TrainArguments) -> str:
+def engine_name(engine: Any) -> str:
     """Return the name of the engine that samples, or of the user's function that makes it."""
-    return str(getattr(args.generator, "__name__", args.generator))
+    return str(getattr(engine, "__name__", engine))
 
 
-def engine_of(args: TrainArguments) -> Callable[[Policy, int | None], Generator]:
-    """Return what starts the generator that the arguments name, of a policy and `sampling_batch_size`."""
-    engine = named_engine(args)
+def engine_of(engine: Any, cache: float) -> Callable[[Policy, int | None], Generator]:
+    """Return what starts a generator, by its name, of a policy and `sampling_batch_size`; `cache` is in GiB."""
+    engine = named_engine(engine)
     if engine is VllmGenerator:
-        return partial(engine.start, cache=args.generator_cache)
+        return partial(engine.start, cache=cache)
     if engine is TransformersGenerator:
-        return partial(engine, cache=args.generator_cache)
+        return partial(engine, cache=cache)
     return engine
 
 

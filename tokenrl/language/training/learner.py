@@ -18,7 +18,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import to_device
-from tokenrl.language.rollout.sampling import Sampling, sampling_of
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Reference
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
@@ -156,12 +156,22 @@ class Learner:
     @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        return sampling_of(self.args)
+        args = self.args
+        return Sampling(
+            args.max_completion_length,
+            args.num_generations,
+            args.seed,
+            truncate_prompts=args.truncate_prompts,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+        )
 
     @property
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of `score`: completions are scored under the distribution of sampling."""
-        return {"scoring": self.forward.scoring, "distribution": self.args}
+        return {"scoring": self.forward.scoring, "distribution": self.sampling}
 
     @property
     def needs(self) -> dict[str, Any]:

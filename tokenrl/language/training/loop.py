@@ -224,7 +224,6 @@ def _prepare(
         if warm_start.is_needed(args):
             provenance.fingerprints["warm start"] = fingerprint(policy.model)
     adapt(args, policy)
-    policy.sampling = distribution_of(args)
     if teacher is not None:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
@@ -234,13 +233,14 @@ def _prepare(
         using_threads(threads),
         console.status("checking that this model is sampled and scored rightly"),
     ):
+        engine = engine_of(args.generator, args.generator_cache)
         turns = rewards.environments is not None
-        learner = make_learner(args, policy, accelerator, engine_of(args), teacher, turns=turns)
+        learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
+    policy.sampling = distribution_of(learner.sampling)
     if not abilities_of(learner.generator).exact:
-        provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
+        provenance.caveats.append(f"{engine_name(args.generator)} has random numbers of its own")
     run = TrainingRun(
-        args=args,
-        origins=settings.origins,
+        settings=settings,
         decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},
         task=task,
         rewards=rewards,
@@ -248,7 +248,6 @@ def _prepare(
         stream=PromptStream(task.train_prompts, args.seed),
         memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
-        usual_rate=settings.usual_rate,
         teacher=teacher,
         warm_started=warmed,
         warm_seconds=warm_seconds,

@@ -31,7 +31,6 @@ from tokenrl.language.training.settings import (
     RunSettings,
     check_shares,
     train_settings,
-    without_effect,
 )
 from tokenrl.language.training.teacher import Teacher, read_models, without_teacher
 from tokenrl.runs.console import duration
@@ -71,8 +70,7 @@ class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:
-        args: the settings, complete but for those that the machine decides.
-        origins: where the value of each setting comes from, in words.
+        settings: the settings, and where they come from.
         decided: the settings that the machine decides, by name.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
@@ -80,7 +78,6 @@ class TrainingRun:
         stream: deals the prompts out to steps.
         memory: what the baseline remembers of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
-        usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         teacher: the teacher; None without one.
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
@@ -92,8 +89,7 @@ class TrainingRun:
         failures: what failed in each episode of the latest evaluation; empty without an environment.
     """
 
-    args: TrainArguments
-    origins: Mapping[str, str]
+    settings: RunSettings
     decided: Mapping[str, Any]
     task: Task
     rewards: Rewards
@@ -101,7 +97,6 @@ class TrainingRun:
     stream: PromptStream
     memory: Memory
     threads: str
-    usual_rate: float | None
     teacher: Teacher | None
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
@@ -115,6 +110,11 @@ class TrainingRun:
         self.tell(0)
 
     @property
+    def args(self) -> TrainArguments:
+        """The settings, complete but for those that the machine decides."""
+        return self.settings.args
+
+    @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
@@ -122,7 +122,7 @@ class TrainingRun:
     @property
     def unrewarded(self) -> bool:
         """Whether training steps have no rewards, so that the KL to the teacher is all."""
-        return is_unrewarded(self.args)
+        return is_unrewarded(self.args.reward)
 
     @cached_property
     def training_rewards(self) -> Rewards:
@@ -196,7 +196,7 @@ class TrainingRun:
             "computing": self.learner.forward.words,
         }
         if not abilities_of(self.learner.generator).exact:
-            engine = engine_name(self.args)
+            engine = engine_name(self.args.generator)
             facts["sampling"] = (
                 f"by {engine}, with random numbers of its own: the run is not bit-exact"
             )
@@ -215,7 +215,9 @@ def first_facts(
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
         "task": division_of(task, args.eval_size)[0],
-        "reward": _ascended(args, rewards) if is_unrewarded(args) else ", ".join(rewards.names),
+        "reward": _ascended(args, rewards)
+        if is_unrewarded(args.reward)
+        else ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
         **objective_line(estimator),
@@ -239,15 +241,20 @@ def _ascended(args: TrainArguments, rewards: Rewards) -> str:
 
 def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
-    sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
     args = settings.args
-    line = partial(with_origins, args, settings.origins)
-    rate = line(learning_rate="{:g}", lr_scheduler_type="{}")
+    line = partial(with_origins, settings.origins)
+    sizes = {
+        "max_steps": f"{args.max_steps} steps",
+        "prompts_per_step": f"{args.prompts_per_step} prompts",
+        "num_generations": f"{args.num_generations} completions",
+    }
+    schedule = args.lr_scheduler_type
+    rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
     return {
         "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
         **({} if teacher is None else {"teacher": teacher.line}),
-        "training": line(" x ", max_steps="{} steps", **sizes),
-        "completions": line(max_completion_length="up to {} tokens"),
+        "training": line(" x ", **sizes),
+        "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
         **form_line(policy.form, args.model),
     }
@@ -277,4 +284,4 @@ def warnings_of(run: TrainingRun) -> list[str]:
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    return [*warnings, *without_effect(run.args)]
+    return [*warnings, *run.settings.warnings]

@@ -46,11 +46,13 @@ class RunSettings(NamedTuple):
         args: the settings.
         origins: where the value of each comes from, in words.
         usual_rate: the learning rate of a run that leaves it open; None if unknown, as without AdamW.
+        warnings: a sentence for each setting that was changed but has no effect.
     """
 
     args: TrainArguments
     origins: dict[str, str]
     usual_rate: float | None
+    warnings: tuple[str, ...]
 
 
 def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSettings:
@@ -92,7 +94,8 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
     if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check(args, episodic=getattr(task, "environment", None) is not None)
-    return RunSettings(args, origins, usual["learning_rate"] if args.optimizer == "adamw" else None)
+    usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
+    return RunSettings(args, origins, usual_rate, tuple(without_effect(args)))
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -137,13 +140,13 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         )
     _try_out(args)
     # Without rewards there is no return from which a baseline could be subtracted.
-    if not is_unrewarded(args):
+    if not is_unrewarded(args.reward):
         check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
-    engine = engine_name(args)
-    abilities = abilities_of(named_engine(args))
+    engine = engine_name(args.generator)
+    abilities = abilities_of(named_engine(args.generator))
     if args.top_p < 1 and args.min_p and not abilities.min_p_last:
         raise Refused(
             f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
@@ -172,7 +175,7 @@ def _check_teacher(args: TrainArguments) -> None:
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
             "it one (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
-    if not is_unrewarded(args):
+    if not is_unrewarded(args.reward):
         return
     if args.teacher is None or not estimator.needs_kl:
         raise Refused(
@@ -230,9 +233,9 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
 def check_shares(args: TrainArguments, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
-    if world > 1 and not abilities_of(named_engine(args)).distributed:
+    if world > 1 and not abilities_of(named_engine(args.generator)).distributed:
         problem = f"samples in a run of one process, and this run has {world}"
-        raise Refused(f"{engine_name(args)} {problem}: take transformers.")
+        raise Refused(f"{engine_name(args.generator)} {problem}: take transformers.")
     if prompts % world:
         down = prompts // world * world
         up = (prompts // world + 1) * world

@@ -157,7 +157,7 @@ def run_facts(run: TrainingRun, rows: Rows, *parts: Part, **numbers: Any) -> dic
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
     is_ready = args.warm_start or is_own(task, args.model, run.learner.policy)
     of_run = {
-        "usual_rate": run.usual_rate,
+        "usual_rate": run.settings.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
         "can_warm_start": bool(getattr(task, "demonstrations", None)) and not is_ready,
