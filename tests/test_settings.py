@@ -355,12 +355,7 @@ def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from
     )
     values, origins = lay(("default", usual), ("given", options))
     # 0 is given, None is not
-    assert vars(values) == {
-        "steps": 5,
-        "rate": 0.0,
-        "every": None,
-        "seed": None,
-    }
+    assert values == {"steps": 5, "rate": 0.0, "every": None, "seed": None}
     assert origins == {"steps": "default", "rate": "given"}
     values, origins = lay(("default", usual), ("given", options), ("budget", {"steps": 3}))
-    assert (values.steps, origins) == (3, {"steps": "budget", "rate": "given"})
+    assert (values["steps"], origins) == (3, {"steps": "budget", "rate": "given"})

@@ -247,6 +247,11 @@ def _rule(hint: Any, objects: bool) -> Rule | None:
     return _tuple_rule(parts, objects) if origin is tuple else None
 
 
+def mentions(hint: Any, mark: object) -> bool:
+    """Return whether a type has a mark, such as `OR_OBJECT` or the Ellipsis of tuples, in any of its parts."""
+    return hint is mark or any(mentions(part, mark) for part in get_args(hint))
+
+
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
