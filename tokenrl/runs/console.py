@@ -388,10 +388,7 @@ def next_commands(
         command = f"tokenrl advise --run {run}"
     elif kind == "reward-model":
         command = f"tokenrl train --task TASK --reward {run}/model"
-    commands = [command]
-    if repeatable:
-        commands.append(f"{repeat} --seed {seed + 1}")
-    return commands
+    return [command, f"{repeat} --seed {seed + 1}"] if repeatable else [command]
 
 
 def _rates(metrics: Mapping[str, Any]) -> list[str]:

@@ -187,8 +187,8 @@ class Session:
         settings = {**self.origin.settings, "kind": self.kind}
         provenance.begin(settings)
         check_processes(self.accelerator, {**settings, **provenance.fingerprints})
-        code = {"command": self.origin.command, "code": signatures(plain(settings))}
-        self._config = {"versions": versions(), **settings, **facts, **code}
+        self._config = {"versions": versions(), **settings, **facts}
+        self._config |= {"command": self.origin.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, args, model, held, active=self.main)
         together(self.accelerator, lambda: self.saver.check(parts))
@@ -377,9 +377,8 @@ class Session:
         for text in texts:
             self.console.warn(text)
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        for command in next_commands(
-            self.kind, self.directory, self.args.seed, summary, bool(self.origin.command)
-        ):
+        again = bool(self.origin.command)
+        for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):
             self.console.note(f"next    {command}")
 
     def save(self) -> None:

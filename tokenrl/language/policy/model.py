@@ -290,7 +290,6 @@ def load_policy(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     merge_adapter: bool = True,
-    weights: bool = True,
 ) -> Policy:
     """Load a causal language model and its tokenizer from a local directory or a hub name.
 
@@ -301,7 +300,6 @@ def load_policy(
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the checkpoint's dtype.
         trust_remote_code: run Python code that is shipped with the model.
         merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
-        weights: False reads configuration and tokenizer alone. The model then has shapes, and no weights.
 
     Raises:
         Refused: model or tokenizer cannot be loaded, or do not fit; an adapter belongs to another base.
@@ -316,11 +314,6 @@ def load_policy(
         base = name
         if adapter := find_adapter_config_file(name):
             base, options["revision"] = base_named(name, trust_remote_code)
-        if not weights:
-            model = _shapes(base, tokenizer, options)
-            policy = wrap(model, tokenizer, source=name)
-            policy.ask(PromptArguments(**saved_form(name_or_path)))
-            return policy
         whole: Any = AutoModelForCausalLM
         model, keys = whole.from_pretrained(base, **options, output_loading_info=True)
         if missing := ", ".join(sorted(keys["missing_keys"])):  # transformers would draw them
@@ -334,28 +327,6 @@ def load_policy(
             policy.model = merged(model).requires_grad_(True)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
-
-
-def _shapes(name: str, tokenizer: Any, options: Mapping[str, Any]) -> Any:
-    """Return a model without weights, with a row of the embedding for each token of an adapter's tokenizer.
-
-    Args:
-        name: directory or hub name of the model, or of the base of an adapter.
-        tokenizer: the tokenizer.
-        options: how transformers loads the model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    trust = options["trust_remote_code"]
-    source: dict[str, Any] = {"revision": options.get("revision")}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings and "revision" in options:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with contextlib.suppress(OSError):  # a model may have none
-        model.generation_config = GenerationConfig.from_pretrained(name, **source)
-    return model
 
 
 def enable_gradient_checkpointing(policy: Policy) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import string
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from tokenrl.language.policy.arguments import (
     LoadingArguments,
     LoraArguments,
     ModelArguments,
+    PromptArguments,
+    saved_form,
 )
-from tokenrl.language.policy.loading import device_for, find_model
+from tokenrl.language.policy.loading import device_for, find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -34,7 +36,7 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.supervised.fit import check_trainable, fit
@@ -109,7 +111,34 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
     trust = args.trust_remote_code
-    return load_policy(source, dtype=args.dtype, trust_remote_code=trust, weights=weights)
+    if weights:
+        return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
+    name = find_model(source)
+    with loading("causal language model", name, trust_remote_code=trust):
+        policy = wrap(*_shapes(name, trust_remote_code=trust), source=name)
+    policy.ask(PromptArguments(**saved_form(source)))
+    return policy
+
+
+def _shapes(name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a saved model without weights, and its tokenizer; of an adapter the base, as it is resized for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import find_adapter_config_file
+
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+    base, revision = name, None
+    if adapter := find_adapter_config_file(name):
+        base, revision = base_named(name, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision}
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, **options, **trust)
+        model = AutoModelForCausalLM.from_config(config, **trust)
+        if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(base, **options)
+    return model, tokenizer
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:

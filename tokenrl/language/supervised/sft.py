@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tokenrl.errors import Refused, nearest
@@ -123,15 +124,13 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             seed=args.seed,
         )
         evaluate = _evaluation(args, task, rewards, policy, training, session.console.warn)
-        sizes = {
-            "max_steps": f"{args.max_steps} updates",
-            "batch_size": f"{args.batch_size} demonstrations",
-        }
-        rate = with_origins(origins, learning_rate=f"{args.learning_rate:g}")
+        line = partial(with_origins, origins)
+        steps = f"{args.max_steps} updates"
+        batch = f"{args.batch_size} demonstrations"
         facts: dict[str, Any] = {
             "model": policy.source,
-            "training": with_origins(origins, " x ", **sizes),
-            "learning rate": f"{rate}, falling to 0",
+            "training": line(" x ", max_steps=steps, batch_size=batch),
+            "learning rate": line(learning_rate=f"{args.learning_rate:g}") + ", falling to 0",
             "threads": f"{threads} ({reason})",
             **form_line(policy.form, args.model),
             **scoring.remarks,

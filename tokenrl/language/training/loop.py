@@ -136,11 +136,8 @@ def _train(
             f"tokenrl train: {task.name}", first_facts(args, session.directory, task, rewards)
         )
         run, provenance = _prepare(settings, task, rewards, accelerator, session)
-        with (
-            closing(run.learner.generator),
-            using_threads(run.decided["threads"]),
-            own_process(),
-        ):
+        threads = using_threads(run.decided["threads"])
+        with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
             for warning in warnings_of(run):
                 session.console.warn(warning)
