@@ -18,15 +18,7 @@ SPOILT = {
     "text.json": '"seed"',
     "null.json": "null",
     "deep.json": "[" * 100_000,
-    "seed.json": '{"seed": 9223372036854775808}',
-    "nan.json": '{"learning_rate": NaN}',
-    "infinite.json": '{"max_grad_norm": 1e999}',
-    "list_for_number.json": '{"max_steps": [1]}',
-    "mapping_for_text.json": '{"output_dir": {"a": 1}}',
-    "number_for_text.json": '{"run_name": 5}',
     "null_for_text.json": '{"split": null}',
-    "bool_for_number.json": '{"seed": true}',
-    "text_for_bool.json": '{"quiet": "yes"}',
     "other_kind.json": '{"kind": ["train"]}',
     "unknown.json": '{"vllm_mode": 5, "": 3}',
     "itself.yaml": "&a [*a]\n",
@@ -61,7 +53,7 @@ WORDS |= {
     "twice_inside.yml": "line 4 gives 'scale' a second time",
     "twice_in_braces.yaml": "line 2 gives 'seed' a second time",
 }
-WORDS |= {"broken.yaml": "cannot be read", "seed.json": "it must be a whole number of at least 0"}
+WORDS["broken.yaml"] = "cannot be read"
 
 
 @pytest.fixture(autouse=True)

@@ -30,14 +30,14 @@ from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
-from tokenrl.settings import OR_FUNCTION, arguments, field_types
+from tokenrl.settings import OR_FUNCTION, arguments, field_types, mentions
 
 ABOUT_CONFIG = (
     "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it. Code that a run "
     "names is executed only if you trained the run with it yourself, or with --trust-run."
 )
-FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
-"""A line of the frame around tyro's errors."""
+FRAME = re.compile("^.*[─-]{8}.*$|[│|]", re.MULTILINE)
+"""The frame around tyro's errors, with its title: they are shown as plain text."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
 """By flag that may stand without a value, the flag with the value that it then has."""
 READING = ConstructorRegistry()
@@ -120,10 +120,9 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
                 registry=READING,
                 return_unknown_args=True,
             )
-    except SystemExit:  # tyro's box has the error, then its attempts, then where the help is
-        text = FRAME.split(errors.getvalue())[1].partition("Got errors:")[0]
-        words = re.sub("[│|]", " ", text).split()
-        raise Refused(f"{' '.join(words)} See {prog} --help.") from None
+    except SystemExit:  # tyro has printed what is wrong and where the help is
+        words = FRAME.sub(" ", errors.getvalue()).split()
+        raise Refused(f"{' '.join(words)}.") from None
     options = {}
     if axes := groups.pop("estimator", {}):
         options["axes"] = axes
@@ -135,8 +134,11 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
 
 def _collected(kind: Any, argv: list[str]) -> list[str]:
     """Return the words of a command line, where a list flag that is repeated adds to its first values."""
-    hints = field_types(kind).items()
-    lists = {f"--{name}".replace("_", "-") for name, hint in hints if ", ...]" in str(hint)}
+    lists = {
+        f"--{name}".replace("_", "-")
+        for name, hint in field_types(kind).items()
+        if mentions(hint, ...)
+    }
     parts: dict[Any, list[str]] = {}
     part = parts[""] = []
     for number, word in enumerate(argv):

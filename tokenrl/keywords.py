@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Optional, TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.settings import OR_OBJECT, arguments, field_types
+from tokenrl.settings import OR_OBJECT, arguments, field_types, mentions
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,12 +22,13 @@ def takes(kind: type[Any]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         hints = typing.get_type_hints(kind)
+        types = field_types(kind)  # type: ignore[arg-type]
         groups = dict[str, str]()
         for owner in reversed(kind.__mro__):
             groups |= dict.fromkeys(inspect.get_annotations(owner), getattr(owner, "group", ""))
         keywords = []
         for name, parameter in inspect.signature(kind).parameters.items():
-            hint = Any if OR_OBJECT in str(field_types(kind)[name]) else hints[name]  # type: ignore[arg-type]
+            hint = Any if mentions(types[name], OR_OBJECT) else hints[name]
             if parameter.default is None:
                 hint = Optional[hint]  # noqa: UP045, Any is no class
             keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))

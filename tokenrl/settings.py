@@ -21,7 +21,7 @@ from itertools import chain
 from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
-from types import NoneType, SimpleNamespace, UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
@@ -247,6 +247,11 @@ def _rule(hint: Any, objects: bool) -> Rule | None:
     return _tuple_rule(parts, objects) if origin is tuple else None
 
 
+def mentions(hint: Any, mark: object) -> bool:
+    """Return whether a type has a mark, such as `OR_OBJECT` or the Ellipsis of tuples, in any of its parts."""
+    return hint is mark or any(mentions(part, mark) for part in get_args(hint))
+
+
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -304,23 +309,14 @@ def _tuple_rule(parts: tuple[Any, ...], objects: bool) -> Rule | None:
     return Rule(fits, f"{words}, each {rule.words}")
 
 
-class Layered(NamedTuple):
-    """Settings that were laid over each other.
-
-    Attributes:
-        values: the value of each setting, as an attribute; None where no layer has one.
-        origins: for each setting that has a value, where it comes from.
-    """
-
-    values: Any
-    origins: dict[str, str]
-
-
-def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
+def lay(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
     """Lay settings over each other, the last layer on top; None in a layer leaves a setting to those below.
 
     Args:
         *layers: each layer as a pair: where its values come from, in words, and the values by setting.
+
+    Returns:
+        The value of each setting, None where no layer has one; and where each value comes from.
     """
     values = dict[str, Any]()
     origins = dict[str, str]()
@@ -328,7 +324,7 @@ def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
         chosen = {name: value for name, value in layer.items() if value is not None}
         values = dict.fromkeys(layer) | values | chosen
         origins |= dict.fromkeys(chosen, origin)
-    return Layered(SimpleNamespace(**values), origins)
+    return values, origins
 
 
 def arguments(kind: type[T], options: Mapping[str, Any]) -> T:

@@ -9,12 +9,14 @@ from dataclasses import fields
 import pytest
 
 from tokenrl.control.arguments import ControlArguments
+from tokenrl.language.policy.model import wrap
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
 from tokenrl.runs.origin import versions
+from toy_tasks.models import TinyModel
 
 STEPS = 40
 CONTROL = {"env": "CartPole-v1", "head": "softmax", "max_steps": STEPS}
@@ -50,7 +52,8 @@ def made_up(tmp_path):
         kind, *, steps=STEPS, running=False, evaluated=None, solved=None, settings=(), **metrics
     ):
         if kind == "train":
-            arguments = train_settings(TrainArguments(**TRAIN | dict(settings)), task=None)
+            choices = TrainArguments(**TRAIN | dict(settings))
+            arguments = train_settings(choices, None, wrap(*TinyModel(tokens=("a",))(seed=0))).args
         else:
             settings = {"eval_every": 4, "value_learning_rate": 0.02} | CONTROL | dict(settings)
             arguments = ControlArguments(**settings)

@@ -110,7 +110,7 @@ def test_training_has_the_exact_mean_and_variance(
         cpu=True,
         estimator=estimator,
     )
-    args = train_settings(given, task=None)
+    args = train_settings(given, None, policy).args
     learner = make_learner(args, policy, make_accelerator(args.cpu))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)

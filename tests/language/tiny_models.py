@@ -189,11 +189,11 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
         "cpu": True,
     }
     args = arguments(TrainArguments, values | options | {"estimator": estimator})
-    args = train_settings(args, make_task())
+    args = train_settings(args, make_task(), policy).args
     teacher = None
     if args.teacher is not None:
         teacher = load_teacher(args, policy)
-        policy = with_teacher(policy, teacher)
+        policy = with_teacher(policy, teacher.policy)
     return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
 
 

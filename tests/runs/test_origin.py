@@ -39,7 +39,7 @@ def paid(completions):
 
 def origin(**options):
     names = {"task": "an object"}
-    return Origin.of("train", Settings(**options), names, Path("runs/a b/config.json"))
+    return Origin.of("train", vars(Settings(**options)), names, Path("runs/a b/config.json"))
 
 
 @pytest.mark.parametrize("program", ["/bin/tokenrl", "C:/tokenrl.exe", "/lib/tokenrl/__main__.py"])

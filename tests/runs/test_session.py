@@ -584,3 +584,17 @@ def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, m
     )
     second = live(None, accelerator=second_process({2: [7, 0]}), max_steps=0)
     assert second.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
+
+
+def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
+    run = ("runs/my run", 0)
+    finished = {"exit_reason": "finished"}
+    commands = {"control": "advise --run", "reward-model": "train --task TASK --reward"}
+    for kind, words in commands.items():
+        first, again = next_commands(kind, *run, finished, True)
+        assert first.startswith(f"tokenrl {words} 'runs/my run'")
+        assert again == f"tokenrl {kind} --config 'runs/my run' --seed 1"
+    flagged = finished | {"flags": ("nothing-learnt",)}
+    assert next_commands("train", *run, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
+    stopped = next_commands("train", *run, {"exit_reason": "SIGTERM"}, True)
+    assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]

@@ -74,13 +74,14 @@ class AgentRun:
     """The parts of a run, and its progress.
 
     Attributes:
-        args: the settings.
+        args: the settings, complete but for those that the machine decides.
         spec: the facts about the environment.
         agent: the policy with everything that updates change.
         schedule: the learning rates of policy and critic, which stay or fall linearly to 0 over the run.
         envs: environments for training.
         eval_envs: environments for evaluation.
         actions: random numbers of the actions.
+        decided: the settings that the machine decides, by name.
         threads: the number of threads of torch, and in words where it comes from.
         pieces: collects pieces of episodes; only with `num_steps`, from the first rollout on.
         env_steps: number of environment steps trained on so far.
@@ -95,6 +96,7 @@ class AgentRun:
     envs: Environments
     eval_envs: Environments
     actions: torch.Generator
+    decided: Mapping[str, Any]
     threads: str
     pieces: Pieces | None = None
     env_steps: int = 0
@@ -175,8 +177,8 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
     return f"solved: {result}" if mean >= spec.solved else f"not solved: {result}"
 
 
-def header(run: AgentRun) -> dict[str, Any]:
-    """Return what the header shows of a run, by name."""
+def header(run: AgentRun, directory: str) -> dict[str, Any]:
+    """Return what the header shows of a run in a directory, by name."""
     args = run.args
     spec = run.spec
     estimator = args.estimator
@@ -203,7 +205,7 @@ def header(run: AgentRun) -> dict[str, Any]:
         **objective_line(estimator),
         "step": f"{args.num_envs} environments, {data} each, learning rate {args.learning_rate:g}, "
         f"seed {args.seed}",
-        "run": args.output_dir,
+        "run": directory,
     }
 
 

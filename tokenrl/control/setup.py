@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.runs.schedules import make_schedule
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import lay
 
 
 def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
-    """Return the settings with a value for what was left open, but for threads and output_dir.
+    """Lay the settings that were given over the defaults; only threads and output_dir may stay open.
 
     Raises:
         Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
@@ -37,15 +37,14 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
         check_film(spec)
     if args.num_steps is None:
         check_sizes(estimator, args.num_envs, args.num_envs)
-    eval_every = args.eval_every
-    if eval_every is None:
-        eval_every = max(1, args.max_steps // 10)
-    return replace(
-        args,
-        head=spec.head,
-        eval_every=eval_every,
-        value_learning_rate=args.value_learning_rate or args.learning_rate,
+    defaults = {
+        "eval_every": max(1, args.max_steps // 10),
+        "value_learning_rate": args.learning_rate,
+    }
+    values, _ = lay(
+        ("default", defaults), ("given", vars(args)), ("the environment", {"head": spec.head})
     )
+    return ControlArguments(**values)
 
 
 def check_supported(estimator: Estimator, num_steps: int | None) -> None:
@@ -99,13 +98,12 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
         )
 
 
-def prepare(args: ControlArguments, spec: Spec, directory: str) -> AgentRun:
+def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
     """Make policy, optimiser and environments.
 
     Args:
         args: the settings from `control_settings`.
         spec: the environment.
-        directory: the run directory.
 
     Raises:
         Refused: the policy to load does not fit.
@@ -127,7 +125,6 @@ def prepare(args: ControlArguments, spec: Spec, directory: str) -> AgentRun:
         SavedPolicy(policy, spec.env).read(args.load)
     size = sum(weights.numel() for weights in policy.parameters())
     threads, reason = choose_threads(size, args.threads)
-    args = replace(args, threads=threads, output_dir=directory)
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},
@@ -148,5 +145,6 @@ def prepare(args: ControlArguments, spec: Spec, directory: str) -> AgentRun:
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
+        decided={"threads": threads},
         threads=f"{threads} ({reason})",
     )

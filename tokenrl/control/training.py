@@ -71,18 +71,19 @@ def train_agent(
         Session("control", args, every=args.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
-        run = prepare(args, spec, session.directory)
-        stack.enter_context(using_threads(run.args.threads))
+        run = prepare(args, spec)
+        stack.enter_context(using_threads(run.decided["threads"]))
         saved = SavedPolicy(run.agent.policy, spec.env)
         provenance = Provenance({"initial policy": saved.fingerprint()})
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs), own_process():
-            session.console.start(f"tokenrl control: {spec.env}", header(run))
+            session.console.start(f"tokenrl control: {spec.env}", header(run, session.directory))
             session.open(
                 run.args,
                 saved,
                 provenance,
                 {"agent": run.agent, "run": run},
                 {"threads": run.threads},
+                decided=run.decided,
                 title=f"{spec.env}, {args.estimator.preset_name}, seed {args.seed}",
                 solved=spec.solved,
                 horizon=spec.horizon,

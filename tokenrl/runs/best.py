@@ -40,10 +40,11 @@ class Best:
         evaluations: the step and the value of the metric of each; nan where it has none.
     """
 
-    def __init__(self, args: SelectionArguments) -> None:
-        """Prepare; `args` says by which metric to decide."""
-        self._args = args
-        self.metric = args.best_metric or ""
+    def __init__(self, metric: str | None, keep: str, patience: int) -> None:
+        """Prepare; the arguments are the fields of `SelectionArguments`."""
+        self._keep = keep
+        self._patience = patience
+        self.metric = metric or ""
         self.evaluations = list[tuple[int, float]]()
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -52,7 +53,7 @@ class Best:
         Raises:
             Refused: the metric is not one of those that the first evaluation has.
         """
-        if self._args.keep == "last" and not self._args.patience:
+        if self._keep == "last" and not self._patience:
             return
         evaluated = [name for name in DECISIVE if name in metrics]
         self.metric = self.metric or (evaluated or DECISIVE)[0]
@@ -89,17 +90,17 @@ class Best:
         """Whether the run ends because its last `patience` evaluations were no better."""
         best = self._best()
         later = [step for step, _ in self.evaluations if best is None or step > best[0]]
-        return 0 < self._args.patience <= len(later)
+        return 0 < self._patience <= len(later)
 
     def until(self, step: int | None) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
         best = self._best(math.inf if step is None else step)
-        return best[0] if best and self._args.keep == "best" else None
+        return best[0] if best and self._keep == "best" else None
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
         best = self._best()
-        if best is None or self._args.keep != "best":
+        if best is None or self._keep != "best":
             return {}
         step, value = best
         count = len(self.evaluations)

@@ -102,7 +102,7 @@ class Saver:
         self._folder = folder
         self._args = args
         self._model = model
-        self.best = Best(args)
+        self.best = Best(args.best_metric, args.keep, args.patience)
         self._parts = {**parts, "best": self.best}
         self._active = active
         self._saved = -1

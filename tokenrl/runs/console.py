@@ -364,18 +364,21 @@ def ending(summary: Mapping[str, Any]) -> str:
     return ", ".join([*parts, *_rates(summary)])
 
 
-def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: bool) -> list[str]:
+def next_commands(
+    kind: str, directory: str, seed: int, summary: Mapping[str, Any], repeatable: bool
+) -> list[str]:
     """Return the one or two commands that most people want after a run.
 
     Args:
         kind: the command that ran.
-        args: its settings.
+        directory: its directory.
+        seed: its seed.
         summary: how it ended, as in summary.json.
         repeatable: whether a command line can repeat the run; it cannot give objects of a Python program.
     """
-    if Path(args.output_dir).name == "warm_start":  # the training follows
+    if Path(directory).name == "warm_start":  # the training follows
         return []
-    run = shlex.quote(args.output_dir)
+    run = shlex.quote(directory)
     repeat = f"tokenrl {kind} --config {run}"
     if summary["exit_reason"].startswith("SIG"):
         return [f"{repeat} --resume auto"] if repeatable else []
@@ -384,10 +387,7 @@ def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: 
         command = f"tokenrl advise --run {run}"
     elif kind == "reward-model":
         command = f"tokenrl train --task TASK --reward {run}/model"
-    commands = [command]
-    if repeatable:
-        commands.append(f"{repeat} --seed {args.seed + 1}")
-    return commands
+    return [command, f"{repeat} --seed {seed + 1}"] if repeatable else [command]
 
 
 def _rates(metrics: Mapping[str, Any]) -> list[str]:

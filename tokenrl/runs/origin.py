@@ -61,16 +61,21 @@ class Origin:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, kind: str, args: Any, names: Mapping[str, str | None], config: Path) -> Origin:
+    def of(
+        cls,
+        kind: str,
+        values: Mapping[str, Any],
+        names: Mapping[str, str | None],
+        config: Path,
+    ) -> Origin:
         """Return how this process was started.
 
         Args:
             kind: the command that runs, such as train.
-            args: the settings, a dataclass.
+            values: the settings, by name.
             names: by field, the text that stands for an object given from Python.
             config: where the settings are written, for a command that reads them.
         """
-        values = {f.name: getattr(args, f.name) for f in fields(args)}
         objects = {
             name: word for name, word in names.items() if not isinstance(values[name], str | None)
         }

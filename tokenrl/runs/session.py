@@ -2,7 +2,7 @@
 
 Each training writes its own loop and asks the session what is due::
 
-    with Session("train", choices) as session:      # the directory is locked, and nothing in it has changed
+    with Session("train", args) as session:         # the directory is locked, and nothing in it has changed
         session.open(args, model, provenance, {"run": run}, header)  # a continuation has its state again
         if not session.continues:
             session.evaluated(evaluate())
@@ -63,7 +63,7 @@ class Session:
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
         accelerator, main: accelerate's handle of the processes, and whether this is the main process.
-        choices, args: the settings as the user chose them, and all of them; the same until `open`.
+        args: the settings.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
@@ -80,7 +80,7 @@ class Session:
     def __init__(
         self,
         kind: str,
-        choices: Any,
+        args: Any,
         *,
         every: int = 10,
         accelerator: Any = None,
@@ -90,7 +90,7 @@ class Session:
 
         Args:
             kind: the command that runs.
-            choices: its settings; None as `output_dir` takes the next of the numbered directories.
+            args: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines where the output is no terminal.
             accelerator: accelerate's handle of the processes; None in a run of a single process.
             claimed: the directory, if it has been locked already.
@@ -99,15 +99,15 @@ class Session:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
         self.kind = kind
-        self.choices = self.args = choices
+        self.args = args
         self.accelerator = accelerator
         self.main = is_main(accelerator)
-        self._quiet = choices.quiet or not self.main
+        self._quiet = args.quiet or not self.main
         self._owner = os.getpid()
         self.console = Console(quiet=self._quiet, every=every)
         self.stop = GracefulStop(quiet=self._quiet)
-        self._trackers = Trackers(choices, self.console.warn)
-        self._claim = claimed or claim(kind, choices, accelerator)
+        self._trackers = Trackers(args, self.console.warn)
+        self._claim = claimed or claim(kind, args, accelerator)
         self.directory = self._claim.directory
         self.output_dir = Path(self.directory).absolute()
         self.continues = self._claim.step > 0
@@ -159,6 +159,7 @@ class Session:
         parts: dict[str, Resumable],
         header: Mapping[str, Any],
         *,
+        decided: Mapping[str, Any] | None = None,
         names: Mapping[str, str | None] | None = None,
         **facts: Any,
     ) -> None:
@@ -167,11 +168,12 @@ class Session:
         From here on a signal lets the step end and saves. The files of the directory stay as they are.
 
         Args:
-            args: the complete settings, a dataclass, with the directory in `output_dir`.
+            args: the settings, a dataclass, complete but for the directory and what `decided` holds.
             model: what is trained.
             provenance: what the run is made from, which is compared with the checkpoint's.
             parts: whatever else has a state that a checkpoint must hold, by name.
             header: the rest of the header, by name.
+            decided: the settings that the machine decides, by name.
             names: by field, the text in config.json for an object given from Python.
             **facts: further entries of config.json that the report needs, such as the title.
 
@@ -180,12 +182,13 @@ class Session:
                 models, or the processes of this run differ.
         """
         self.args = args
-        self.origin = Origin.of(self.kind, args, names or {}, self.output_dir / "config.json")
+        values = {**vars(args), **(decided or {}), "output_dir": self.directory}
+        self.origin = Origin.of(self.kind, values, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         provenance.begin(settings)
         check_processes(self.accelerator, {**settings, **provenance.fingerprints})
-        code = {"command": self.origin.command, "code": signatures(plain(settings))}
-        self._config = {"versions": versions(), **settings, **facts, **code}
+        self._config = {"versions": versions(), **settings, **facts}
+        self._config |= {"command": self.origin.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, args, model, held, active=self.main)
         together(self.accelerator, lambda: self.saver.check(parts))
@@ -374,7 +377,8 @@ class Session:
         for text in texts:
             self.console.warn(text)
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        for command in next_commands(self.kind, self.args, summary, bool(self.origin.command)):
+        again = bool(self.origin.command)
+        for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):
             self.console.note(f"next    {command}")
 
     def save(self) -> None:

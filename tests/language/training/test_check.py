@@ -229,7 +229,7 @@ def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
         made.sync = lambda policy: None
         return made
 
-    monkeypatch.setattr(loop, "engine_of", lambda args: engine)
+    monkeypatch.setattr(loop, "engine_of", lambda *_: engine)
     assert check_policy(make_policy()).flags == ("sampling-differs",)
     assert re.search(r"differ by 0\.\d+ nats per token", capsys.readouterr().err)
     assert "entropy-collapsed" in check_policy(make_policy(), temperature=1e-3).flags

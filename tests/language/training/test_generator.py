@@ -209,7 +209,7 @@ def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
         made.append(kind(policy))
         return made[-1]
 
-    monkeypatch.setattr(loop, "engine_of", lambda args: engine)
+    monkeypatch.setattr(loop, "engine_of", lambda *_: engine)
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}

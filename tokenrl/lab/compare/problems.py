@@ -16,10 +16,11 @@ from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, Problem
-from tokenrl.language.supervised.base import load_base
+from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.teacher import read_models
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
 from tokenrl.settings import arguments, check_choice, check_seed, field_types
@@ -130,8 +131,9 @@ def _check_settings(run: PlannedRun) -> None:
         agent = arguments(ControlArguments, run.settings)
         control_settings(agent, describe(agent.env, agent.max_episode_steps))
     else:
-        args = arguments(TrainArguments, run.settings)
-        train_settings(args, find_task(args, may_lack_rewards=True)[0])
+        args = fill_form(arguments(TrainArguments, run.settings))
+        task = find_task(args, may_lack_rewards=True)[0]
+        train_settings(args, task, read_models(args, task))
 
 
 def _problems_and_arms(
@@ -206,9 +208,10 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
     else:
         # as an arm's may not
         fits_every_shape = {"baseline": "running_mean", "ratio": "token", "beta": 1.0}
-        args = arguments(TrainArguments, {**user_settings, "estimator": fits_every_shape})
+        options = {**user_settings, "estimator": fits_every_shape}
+        args = fill_form(arguments(TrainArguments, options))
         task, reward = find_task(args, may_lack_rewards=True)
-        resolved = train_settings(args, task, load_base(args, task, announce))
+        resolved = train_settings(args, task, read_models(args, task)).args
         reward_range = getattr(reward, "range", None)
         unit = "completions"
         per_step = resolved.prompts_per_step * resolved.num_generations

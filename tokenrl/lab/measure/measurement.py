@@ -192,7 +192,7 @@ def rows_at_once(policy: Policy, length: int) -> int:
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
     """Check the numbers; return the arguments with the form of the prompts, which is announced."""
-    from tokenrl.language.policy.arguments import fill_form, form_line, form_of
+    from tokenrl.language.policy.arguments import fill_form, form_line
 
     prompts = args.num_prompts
     step = args.prompts_per_step
@@ -204,7 +204,7 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
             f"{4 * step}."
         )
     args = arguments(MeasureArguments, vars(fill_form(args)))
-    for line in form_line(form_of(args), args.model).values():
+    for line in form_line(args.form, args.model).values():
         announce(f"Asked: {line}.")
     return args
 

@@ -25,7 +25,7 @@ from tokenrl.language.evaluation.evaluation import (
     evaluate_policy,
     over_prompts,
 )
-from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
+from tokenrl.language.policy.arguments import fill_form, print_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
@@ -163,7 +163,7 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
                 )
     usual = vars(TaskArguments()) | {"task": args.environment}
     layers = ("default", usual), ("run", from_runs), ("given", vars(args))
-    filled = arguments(type(args), vars(lay(*layers).values))
+    filled = arguments(type(args), lay(*layers)[0])
     usual = usual | vars(Distribution()) | {"seed": 0, "truncate_prompts": False}
     texts = []
     for name in from_runs:
@@ -237,7 +237,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
     options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(model, **options)
-    policy.ask(form_of(args))
+    policy.ask(args.form)
     print_form(policy.form, model)
     if length is None:
         length = completion_limit(task, model, policy, truncate=sampling.truncate_prompts)[0]

@@ -14,7 +14,7 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
 from tokenrl.language.commands.evaluate import as_in_runs, state_of
 from tokenrl.language.evaluation.evaluation import transcript
-from tokenrl.language.policy.arguments import fill_form, form_of, print_form, run_of
+from tokenrl.language.policy.arguments import fill_form, print_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_turns
@@ -70,7 +70,7 @@ class Sampler:
         )
         if self.environments is not None:
             check_turns(self.policy)
-        self.policy.ask(form_of(args))
+        self.policy.ask(args.form)
         print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then

@@ -61,6 +61,11 @@ class PromptArguments(Settings, group="prompts and ends"):
                 raise Refused(f"stop holds {text!r}: give texts of one character or more.")
 
     @property
+    def form(self) -> PromptArguments:
+        """The part of a command's arguments that says how prompts reach the model."""
+        return PromptArguments(**{name: getattr(self, name) for name in FORM})
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The variables of the chat template."""
         return dict(json.loads(self.chat_template_kwargs or "{}"))
@@ -79,11 +84,6 @@ def _as_json(value: Any) -> str:
 
 
 FORM = tuple(field.name for field in fields(PromptArguments))
-
-
-def form_of(args: Any) -> PromptArguments:
-    """Return the part of a command's arguments that says how prompts reach the model."""
-    return PromptArguments(**{name: getattr(args, name) for name in FORM})
 
 
 def run_of(model: Any) -> Path | None:

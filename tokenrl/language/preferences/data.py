@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.language.policy.arguments import ModelArguments, form_of
+from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
@@ -95,7 +95,7 @@ def _from_task(
     model = args.policy
     if model is None and getattr(task, "build", None) is None:
         model = args.model
-    arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(form_of(args)))
+    arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(args.form))
     policy = make_policy(arguments, task, announce)
     check_scoring(policy, gradient=False)
     length = args.max_completion_length or completion_limit(task, model, policy)[0]

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.policy.arguments import fill_form, form_line, form_of
+from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
@@ -39,6 +39,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -225,7 +226,7 @@ def train_reward_model(
         with session.console.status("loading the preferences and the model"):
             data = load_reward_data(choices, session.console.note)
             reward_model = make_backbone(choices, data.task, session.console.note)
-        reward_model.ask(form_of(choices))
+        reward_model.ask(choices.form)
         threads, reason = choose_threads(reward_model.model.num_parameters(), choices.threads)
         stack.enter_context(using_threads(threads))
         time = reward_model.form.chat_time
@@ -295,16 +296,14 @@ def fill_defaults(
         )
     batch_size = min(choices.batch_size, len(data.train))
     max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
-    rate = choices.learning_rate or (1e-3 if choices.model is None else 1e-5)
-    every = choices.eval_every or max(1, max_steps // 10)
-    return replace(
-        choices,
-        **decided,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=rate,
-        eval_every=every,
-    )
+    defaults = {
+        "max_steps": max_steps,
+        "learning_rate": 1e-3 if choices.model is None else 1e-5,
+        "eval_every": max(1, max_steps // 10),
+    }
+    pairs = decided | {"batch_size": batch_size}
+    values, _ = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
+    return RewardModelArguments(**values)
 
 
 def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import string
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from tokenrl.language.policy.arguments import (
     LoadingArguments,
     LoraArguments,
     ModelArguments,
-    fill_form,
-    form_of,
+    PromptArguments,
+    saved_form,
 )
-from tokenrl.language.policy.loading import device_for
+from tokenrl.language.policy.loading import device_for, find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -35,7 +36,7 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.supervised.fit import check_trainable, fit
@@ -71,14 +72,36 @@ def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) 
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
     is_new = source == TINY and not os.path.isdir(TINY)
     policy = make_tiny(args, task) if is_new else policy_of(source, args)
-    policy.ask(form_of(fill_form(args)))
+    policy.ask(args.form)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy
 
 
-def policy_of(source: Any, args: LoadingArguments) -> Policy:
+def read_outline(args: ModelArguments, task: Any) -> Policy:
+    """Return the policy that the arguments name as far as settings depend on it: a named one has no weights.
+
+    Raises:
+        Refused: there is no such model, or it cannot be asked as the arguments say.
+    """
+    if args.model is None:
+        check_own_model(task)
+        policy = wrap(*task.build(args.base_seed), source=f"{task.name} base")
+    elif args.model == TINY and not os.path.isdir(TINY):
+        policy = make_tiny(args, task)
+    else:
+        policy = policy_of(args.model, args, weights=False)
+    policy.ask(args.form)
+    return policy
+
+
+def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> Policy:
     """Return a policy as it is, make one of a pair (model, tokenizer), or load it by its name.
+
+    Args:
+        source: the policy, the pair or the name.
+        args: how a named model is loaded.
+        weights: whether the weights of a named model are loaded.
 
     Raises:
         Refused: the model cannot be loaded.
@@ -87,7 +110,35 @@ def policy_of(source: Any, args: LoadingArguments) -> Policy:
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
-    return load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    trust = args.trust_remote_code
+    if weights:
+        return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
+    name = find_model(source)
+    with loading("causal language model", name, trust_remote_code=trust):
+        policy = wrap(*_shapes(name, trust_remote_code=trust), source=name)
+    policy.ask(PromptArguments(**saved_form(source)))
+    return policy
+
+
+def _shapes(name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a saved model without weights, and its tokenizer; of an adapter the base, as it is resized for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import find_adapter_config_file
+
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+    base, revision = name, None
+    if adapter := find_adapter_config_file(name):
+        base, revision = base_named(name, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision}
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, **options, **trust)
+        model = AutoModelForCausalLM.from_config(config, **trust)
+        if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(base, **options)
+    return model, tokenizer
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:
@@ -163,9 +214,7 @@ def warm_started_base(
         Refused: the task has no model of its own, or the seed has more than 32 bits.
         Stopped: the directory cannot be written.
     """
-    if getattr(task, "build", None) is None:
-        mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
-        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
+    check_own_model(task)
     check_seed(seed)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
@@ -182,6 +231,13 @@ def warm_started_base(
                 with atomic_directory(folder) as new:
                     save_policy(_made_base(task, seed, announce), new)
     return folder
+
+
+def check_own_model(task: Any) -> None:
+    """Refuse a task without a model of its own, where no other model is named."""
+    if getattr(task, "build", None) is None:
+        mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
+        raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
 
 
 def _made_base(task: Any, seed: int, announce: Callable[[str], None]) -> Policy:

@@ -102,7 +102,7 @@ def room(pairs: Sequence[Pair]) -> int:
 
 
 def completion_limit(
-    task: Any, model: Any, policy: Policy | None, otherwise: int = 256, truncate: bool = False
+    task: Any, model: Any, policy: Policy, otherwise: int = 256, truncate: bool = False
 ) -> tuple[int, str]:
     """Return the most tokens of a completion of a task where it is left open, and where it comes from.
 
@@ -113,17 +113,17 @@ def completion_limit(
     Args:
         task: the task; None if there is none.
         model: the model that the arguments name; None for the task's own.
-        policy: the policy; None before it is loaded, when the number is provisional.
+        policy: the policy, which needs no weights.
         otherwise: the number for a task without a limit and without demonstrations.
         truncate: whether prompts that are too long are cut.
     """
     limit = getattr(task, "max_completion_length", None)
-    toy = hasattr(task, "build") and policy is not None and not is_own(task, model, policy)
+    toy = hasattr(task, "build") and not is_own(task, model, policy)
     if limit and not (toy and getattr(task, "demonstrations", None)):
         return limit, "the task's limit"
     limit = otherwise
     origin = "default"
-    if policy is None or task is None:
+    if task is None:
         return limit, origin
     with suppress(Refused):  # no demonstrations, or a column of that name that holds something else
         pairs = encode_demonstrations(policy, demonstrations(task))
@@ -182,16 +182,16 @@ def _keeps_characters(tokenizer: Any) -> bool:
     return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
-def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
+def is_own(task: Any, model: Any, policy: Policy) -> bool:
     """Return whether the model is the task's own, or was made of it: then it has the same vocabulary.
 
     Args:
         task: the task.
         model: the model that the arguments name; None for the task's own.
-        policy: the policy; None before it is loaded.
+        policy: the policy.
     """
     tokenizer = getattr(getattr(task, "build", None), "tokenizer", None)
-    if model is None or policy is None or tokenizer is None:
+    if model is None or tokenizer is None:
         return model is None
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
 
@@ -220,16 +220,16 @@ def sft_defaults(
         recommended=recommended,
         supervised=True,
     )
-    layers.append(("given", vars(choices)))
-    every = max(1, lay(*layers).values.max_steps // 10)
-    values, origins = lay(("default", {"eval_every": every}), *layers)
-    return SftArguments(**vars(values)), origins
+    values, origins = lay(*layers, ("given", vars(choices)))
+    if values["eval_every"] is None:
+        values["eval_every"] = max(1, values["max_steps"] // 10)
+    return SftArguments(**values), origins
 
 
 def layers_below(
     choices: Any,
     task: Any,
-    policy: Policy | None,
+    policy: Policy,
     *,
     usual: Mapping[str, Any],
     usual_of_toys: Mapping[str, Any],
@@ -241,19 +241,17 @@ def layers_below(
     Args:
         choices: the arguments.
         task: the task; None for a data set.
-        policy: the policy; None before it is loaded.
+        policy: the policy, which needs no weights.
         usual: the defaults of any task.
         usual_of_toys: those of a toy task with another model than its own.
         recommended: what the task recommends, for a toy task with its own model only.
         supervised: whether demonstrations are learnt from.
     """
-    count = int(RATES[1][0]) if policy is None else parameter_count(policy)
+    count = parameter_count(policy)
     unit, letter = next(
         u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3
     )
-    is_random = (
-        policy is not None and policy.source == TINY and not getattr(choices, "warm_start", False)
-    )
+    is_random = policy.source == TINY and not getattr(choices, "warm_start", False)
     size = f"{count / unit:.3g} {letter} {'random ' if is_random else ''}parameters"
     if choices.lora_r:
         size += ", LoRA"
@@ -266,19 +264,16 @@ def layers_below(
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
-def with_origins(
-    settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str
-) -> str:
+def with_origins(origins: Mapping[str, str], between: str = ", ", **texts: str) -> str:
     """Write settings in one line, each with its origin; neighbours of the same origin share it.
 
     Args:
-        settings: the settings.
         origins: by setting, where its value comes from.
         between: text between two settings.
-        **forms: by setting, a format of its value, such as "{} steps".
+        **texts: by setting, its value in words.
     """
     lines = []
-    for origin, names in groupby(forms, key=lambda name: origins[name]):
-        values = between.join(forms[name].format(getattr(settings, name)) for name in names)
+    for origin, names in groupby(texts, key=origins.__getitem__):
+        values = between.join(texts[name] for name in names)
         lines.append(f"{values} ({origin})")
     return between.join(lines)

@@ -146,11 +146,14 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 
 def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
-    line = partial(with_origins, args, origins)
+    line = partial(with_origins, origins)
+    steps = f"{args.max_steps} updates"
+    batch = f"{args.batch_size} demonstrations"
+    rate = line(learning_rate=f"{args.learning_rate:g}")
     return {
         "model": forward.policy.source,
-        "training": line(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
-        "learning rate": f"{line(learning_rate='{:g}')}, {args.lr_scheduler_type}",
+        "training": line(" x ", max_steps=steps, batch_size=batch),
+        "learning rate": f"{rate}, {args.lr_scheduler_type}",
         "computing": forward.words,
         **form_line(forward.policy.form, args.model),
         **forward.scoring.remarks,

@@ -52,22 +52,22 @@ ENOUGH = 0.5
 
 
 def warm_start(
-    choices: Any,
+    args: Any,
     task: Task,
     rewards: Rewards,
     folder: Path,
-    prepare: Callable[[], tuple[Any, Policy]],
+    load: Callable[[], Policy],
 ) -> dict[str, Any]:
     """Fine-tune a policy on the task's demonstrations; a run that was killed in the folder continues.
 
     A run that has ended there is taken as it is, unless it is to be overwritten. A check makes none.
 
     Args:
-        choices: the settings of the training as they were given.
+        args: the settings of the training.
         task: the task, with demonstrations.
         rewards: the rewards, by which auto decides.
         folder: the run directory.
-        prepare: returns all settings of the training, and the policy, without an adapter.
+        load: returns the policy, without an adapter.
 
     Returns:
         The facts of the warm start, see `facts_of`; with 0 updates if auto skips it, none if there is none.
@@ -77,17 +77,17 @@ def warm_start(
         Stopped: the loss became NaN or infinite.
         Interrupted: a signal ended the warm start, after it had been saved.
     """
-    is_there = is_complete(folder, choices.warm_start_steps)
-    if is_there and (choices.check or not choices.overwrite):
+    is_there = is_complete(folder, args.warm_start_steps)
+    if is_there and (args.check or not args.overwrite):
         return facts_of(folder)
-    if choices.check:
+    if args.check:
         return {}
-    if choices.resume and not folder.exists():
+    if args.resume and not folder.exists():
         with suppress(Refused):
             recorded = dict(read_config(folder.parent).get("warm_started") or {})
             if recorded.get("updates") == 0:
                 return recorded
-    args, policy = prepare()
+    policy = load()
     if args.warm_start == "auto" and is_ready(args, policy, task, rewards):
         return {"updates": 0, "in_words": SKIPPED}
     _fine_tune(args, policy, task, folder)

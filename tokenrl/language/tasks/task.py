@@ -149,7 +149,7 @@ def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool
     else:
         splits = memory_splits(source)
         name, origin = records.described(splits)
-    needs_reward = data.environment is None and not is_unrewarded(data)
+    needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
     if reward is None and needs_reward:
         raise Refused(
             f"task '{name}' is data, which has prompts but no reward: give one with --reward module:function "
@@ -276,9 +276,9 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     return changed(task, reward=load_reward(reward), pass_threshold=None)
 
 
-def is_unrewarded(args: DataArguments) -> bool:
-    """Return whether arguments name `none` as the reward, so that training gets no reward."""
-    return "none" in (getattr(args, "reward", None) or ())
+def is_unrewarded(reward: Any) -> bool:
+    """Return whether a setting of rewards names `none`, so that training gets no reward."""
+    return "none" in (reward or ())
 
 
 def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[Task, Rewards]:
@@ -297,7 +297,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         Refused: there is no such task or no reward, `none` stands beside other rewards or their weights, or a
             reward asks for a column that the task lacks.
     """
-    unrewarded = is_unrewarded(args)
+    unrewarded = is_unrewarded(args.reward)
     if unrewarded and not may_lack_rewards:
         raise Refused(
             "reward none is for tokenrl train with a teacher; this command needs rewards. Name one, or leave "

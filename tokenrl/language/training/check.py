@@ -72,7 +72,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
             if record.unread:
                 findings.append(Finding("unread-tokens", "watch", record.unread))
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
-    is_open = session.choices.max_completion_length is None
+    is_open = run.settings.origins.get("max_completion_length") != "given"
     for finding in judge(observed):
         if not (is_open and finding.flag == "truncation" and finding.weight == "watch"):
             findings.append(finding)

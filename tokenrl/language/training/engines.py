@@ -48,7 +48,6 @@ from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_devi
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores, Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
@@ -60,22 +59,21 @@ UNUSABLE = (
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 
 
-def named_engine(args: TrainArguments) -> Any:
-    """Return the class of the engine that the arguments name, or the user's function that makes one."""
-    engine = args.generator
+def named_engine(engine: Any) -> Any:
+    """Return the class of the engine of a name; the user's function that makes one is returned as it is."""
     return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
 
 
-def engine_name(args: TrainArguments) -> str:
+def engine_name(engine: Any) -> str:
     """Return the name of the engine that samples, or of the user's function that makes it."""
-    return str(getattr(args.generator, "__name__", args.generator))
+    return str(getattr(engine, "__name__", engine))
 
 
-def engine_of(args: TrainArguments) -> MakeGenerator:
-    """Return what makes the generator that the arguments name."""
-    engine = named_engine(args)
+def engine_of(engine: Any, cache: float) -> MakeGenerator:
+    """Return what makes a generator by its name, of a policy and the most completions at once; `cache` is in GiB."""
+    engine = named_engine(engine)
     if engine in ENGINES.values():
-        return partial(getattr(engine, "start", engine), cache=args.generator_cache)
+        return partial(getattr(engine, "start", engine), cache=cache)
     return engine  # type: ignore[no-any-return]
 
 

@@ -19,7 +19,7 @@ from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, to_device
-from tokenrl.language.rollout.sampling import Sampling, sampling_of
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import (
     Reference,
     Scores,
@@ -135,7 +135,8 @@ class Learner:
         schedule: sets the learning rate of each step.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
-        args: the settings of the run.
+        args: the settings of the run, in which those about computing may be open.
+        computing: the settings about computing, by name, as the machine decides them.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
@@ -150,6 +151,7 @@ class Learner:
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
+    computing: Mapping[str, Any]
     generator: Generator
     critic: Critic | None = None
     nonfinite: int = 0
@@ -159,7 +161,17 @@ class Learner:
     @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        return sampling_of(self.args)
+        args = self.args
+        return Sampling(
+            args.max_completion_length,
+            args.num_generations,
+            args.seed,
+            truncate_prompts=args.truncate_prompts,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+        )
 
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
@@ -331,7 +343,7 @@ def make_learner(
     """Make the learner, with optimiser and schedule, reference, generator and critic.
 
     Args:
-        args: the settings of the run, in which those about computing may be open.
+        args: the settings of the run.
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
@@ -360,7 +372,6 @@ def make_learner(
     if teacher is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
-    args = replace(args, **computing)
     optimizer = make_optimizer(args, policy)
     learner = Learner(
         policy=policy,
@@ -372,6 +383,7 @@ def make_learner(
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,
+        computing=computing,
         generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
     )
     if args.estimator.needs_values:

@@ -37,10 +37,10 @@ from tokenrl.language.training.run import (
     TrainingRun,
     first_facts,
     model_facts,
-    task_of,
+    settings_of,
     warnings_of,
 )
-from tokenrl.language.training.settings import fill_defaults, sizes_of_steps, usual_rate
+from tokenrl.language.training.settings import RunSettings, sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
@@ -106,19 +106,19 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
-    task, rewards = together(accelerator, partial(task_of, choices, accelerator))
+    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     claimed = claim("train", choices, accelerator)
     with closing(claimed):
+        prepare = partial(settings_of, choices, accelerator.num_processes)
+        settings, task, rewards = together(accelerator, prepare)
         warmed = dict[str, Any]()
-        if choices.warm_start:
-            warmed = _warm_start(choices, task, rewards, accelerator, claimed)
-            time = choices.chat_time or warmed.get("chat_time")
-            choices = replace(choices, chat_time=time)
-        return _train(choices, task, rewards, accelerator, claimed, warmed, callback)
+        if settings.args.warm_start:
+            warmed = _warm_start(settings.args, task, rewards, accelerator, claimed)
+        return _train(settings, task, rewards, accelerator, claimed, warmed, callback)
 
 
 def _train(
-    choices: TrainArguments,
+    settings: RunSettings,
     task: Task,
     rewards: Rewards,
     accelerator: Any,
@@ -126,15 +126,15 @@ def _train(
     warmed: dict[str, Any],
     callback: Callback | None,
 ) -> RunResult:
-    every = choices.logging_steps if choices.logging_steps > 1 else 10
-    with Session(
-        "train", choices, every=every, accelerator=accelerator, claimed=claimed
-    ) as session:
+    args = settings.args
+    every = args.logging_steps if args.logging_steps > 1 else 10
+    with Session("train", args, every=every, accelerator=accelerator, claimed=claimed) as session:
         session.console.start(
-            f"tokenrl train: {task.name}", first_facts(choices, session.directory, task, rewards)
+            f"tokenrl train: {task.name}", first_facts(args, session.directory, task, rewards)
         )
-        run, provenance = _prepare(choices, task, rewards, accelerator, session, warmed)
-        with closing(run.learner.generator), using_threads(run.args.threads), own_process():
+        run, provenance = _prepare(settings, task, rewards, accelerator, session, warmed)
+        threads = using_threads(run.decided["threads"])
+        with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
             for warning in warnings_of(run):
                 session.console.warn(warning)
@@ -160,21 +160,20 @@ def _train(
 
 
 def _warm_start(
-    choices: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
+    args: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
 ) -> dict[str, Any]:
     """Make the warm start in the main process, unless it has been made; return its facts in each process."""
 
-    def prepare() -> tuple[TrainArguments, Policy]:
-        console = Console(quiet=choices.quiet)
+    def load() -> Policy:
+        console = Console(quiet=args.quiet)
         with console.status("loading the model"):
-            policy, _ = load_models(choices, task, console.note)
-        return fill_defaults(choices, task, policy)[0], policy
+            return load_models(args, task, console.note)[0]
 
     def make() -> dict[str, Any]:
         if not is_main(accelerator):
             return {}
         folder = warm_start.folder_of(claimed.directory)
-        return warm_start.warm_start(choices, task, rewards, folder, prepare)
+        return warm_start.warm_start(args, task, rewards, folder, load)
 
     try:
         return gather_objects([together(accelerator, make)])[0]
@@ -184,28 +183,28 @@ def _warm_start(
 
 
 def _prepare(
-    choices: TrainArguments,
+    settings: RunSettings,
     task: Task,
     rewards: Rewards,
     accelerator: Any,
     session: Session,
     warmed: dict[str, Any],
 ) -> tuple[TrainingRun, Provenance]:
-    """Load the policy; return the run, with settings, optimiser and generator, and what it is made from."""
+    """Load the policy; return the run, with optimiser and generator, and what it is made from."""
+    args = settings.args
     console = session.console
     with accelerator.main_process_first():
         with console.status("loading the model"):
-            policy, teacher = load_models(choices, task, console.note)
-        if choices.check and not isinstance(choices.model, str | None):
-            policy = replace(
-                policy, model=copy.deepcopy(policy.model)
-            )  # the caller's stays as it is
-        args, origins = fill_defaults(choices, task, policy)
+            policy, teacher = load_models(args, task, console.note)
+        if args.check and not isinstance(args.model, str | None):  # the caller's stays as it is
+            policy = replace(policy, model=copy.deepcopy(policy.model))
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-        console.facts("", model_facts(args, origins, policy, teacher))
+        console.facts("", model_facts(settings, policy, teacher))
     if warmed:
         console.note(f"warm start: {warmed['in_words']}.")
+        if warmed.get("chat_time") and args.chat_time is None:
+            policy.ask(replace(policy.form, chat_time=warmed["chat_time"]))
         folder = warm_start.folder_of(session.directory)
         # Where the folder is on another machine, the main process sends its weights.
         if warmed["updates"] and folder.exists():
@@ -213,7 +212,6 @@ def _prepare(
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(args, policy)
-    policy.sampling = distribution_of(args)
     if teacher is not None:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
@@ -223,21 +221,21 @@ def _prepare(
         using_threads(threads),
         console.status("checking that this model is sampled and scored rightly"),
     ):
-        chat_time = policy.form.chat_time
-        args = replace(args, threads=threads, output_dir=session.directory, chat_time=chat_time)
+        engine = engine_of(args.generator, args.generator_cache)
         turns = rewards.environments is not None
-        learner = make_learner(args, policy, accelerator, engine_of(args), teacher, turns=turns)
+        learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
+    policy.sampling = distribution_of(learner.sampling)
     if not abilities_of(learner.generator).exact:
-        provenance.caveats.append(f"{engine_name(args)} has random numbers of its own")
+        provenance.caveats.append(f"{engine_name(args.generator)} has random numbers of its own")
     run = TrainingRun(
-        args=learner.args,
+        settings=settings,
+        decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},
         task=task,
         rewards=rewards,
         learner=learner,
         stream=PromptStream(task.train_prompts, args.seed),
         memory=args.estimator.memory(),
         threads=f"{threads} ({reason})",
-        usual_rate=usual_rate(choices, task, policy),
         teacher=teacher,
         warm_started=warmed,
     )
@@ -258,6 +256,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         provenance,
         parts | {"run": run},
         run.facts(),
+        decided=run.decided,
         names={"task": run.task.name, "model": policy.source, "teacher": teacher},
         title=run.title,
         **facts,

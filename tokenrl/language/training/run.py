@@ -29,16 +29,13 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import (
+    RunSettings,
     check_shares,
     train_settings,
-    without_effect,
 )
-from tokenrl.language.training.teacher import Teacher, without_teacher
+from tokenrl.language.training.teacher import Teacher, read_models, without_teacher
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import (
-    check_processes,
-)
 from tokenrl.runs.session import Session
 
 
@@ -74,14 +71,14 @@ class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:
-        args: the settings.
+        settings: the settings, and where they come from.
+        decided: the settings that the machine decides, by name.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
         stream: deals the prompts out to steps.
         memory: what the baseline remembers of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
-        usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         teacher: the teacher; None without one.
         warm_started: the updates of the warm start and its losses; empty without one.
         eval_seconds: seconds of the latest evaluation.
@@ -92,14 +89,14 @@ class TrainingRun:
         failures: what failed in each episode of the latest evaluation; empty without an environment.
     """
 
-    args: TrainArguments
+    settings: RunSettings
+    decided: Mapping[str, Any]
     task: Task
     rewards: Rewards
     learner: Learner
     stream: PromptStream
     memory: Memory
     threads: str
-    usual_rate: float | None
     teacher: Teacher | None
     warm_started: dict[str, Any]
     eval_seconds: float = 0.0
@@ -112,6 +109,11 @@ class TrainingRun:
         self.tell(0)
 
     @property
+    def args(self) -> TrainArguments:
+        """The settings, complete but for those that the machine decides."""
+        return self.settings.args
+
+    @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
@@ -119,7 +121,7 @@ class TrainingRun:
     @property
     def unrewarded(self) -> bool:
         """Whether training steps have no rewards, so that the KL to the teacher is all."""
-        return is_unrewarded(self.args)
+        return is_unrewarded(self.args.reward)
 
     @cached_property
     def training_rewards(self) -> Rewards:
@@ -199,7 +201,7 @@ class TrainingRun:
             "computing": self.learner.forward.words,
         }
         if not abilities_of(self.learner.generator).exact:
-            engine = engine_name(self.args)
+            engine = engine_name(self.args.generator)
             facts["sampling"] = (
                 f"by {engine}, with random numbers of its own: the run is not bit-exact"
             )
@@ -218,7 +220,9 @@ def first_facts(
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
         "task": division_of(task, args.eval_size)[0],
-        "reward": _ascended(args, rewards) if is_unrewarded(args) else ", ".join(rewards.names),
+        "reward": _ascended(args, rewards)
+        if is_unrewarded(args.reward)
+        else ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
         **objective_line(estimator),
@@ -240,33 +244,37 @@ def _ascended(args: TrainArguments, rewards: Rewards) -> str:
     return f"none; what is ascended is {objective}, and evaluations measure {evaluated}"
 
 
-def model_facts(
-    args: TrainArguments, origins: Mapping[str, str], policy: Policy, teacher: Teacher | None
-) -> dict[str, Any]:
+def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
-    sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
-    line = partial(with_origins, args, origins)
-    rate = line(learning_rate="{:g}", lr_scheduler_type="{}")
+    args = settings.args
+    line = partial(with_origins, settings.origins)
+    sizes = {
+        "max_steps": f"{args.max_steps} steps",
+        "prompts_per_step": f"{args.prompts_per_step} prompts",
+        "num_generations": f"{args.num_generations} completions",
+    }
+    schedule = args.lr_scheduler_type
+    rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
     return {
         "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
         **({} if teacher is None else {"teacher": teacher.line}),
-        "training": line(" x ", max_steps="{} steps", **sizes),
-        "completions": line(max_completion_length="up to {} tokens"),
+        "training": line(" x ", **sizes),
+        "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
         **form_line(policy.form, args.model),
     }
 
 
-def task_of(choices: TrainArguments, accelerator: Any) -> tuple[Task, Rewards]:
-    """Return the task and the rewards; what contradicts itself is refused before anything is loaded.
+def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, Task, Rewards]:
+    """Return the settings, the task and the rewards; whatever contradicts itself is refused before the weights.
 
     Raises:
-        Refused: the processes were started in different ways, or the task or a setting cannot be used.
+        Refused: the model, the task or a setting cannot be used.
     """
-    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     task, rewards = find_task(choices, may_lack_rewards=True)
-    check_shares(train_settings(choices, task), accelerator.num_processes)
-    return task, rewards
+    settings = train_settings(choices, task, read_models(choices, task))
+    check_shares(settings.args, processes)
+    return settings, task, rewards
 
 
 def warnings_of(run: TrainingRun) -> list[str]:
@@ -283,4 +291,4 @@ def warnings_of(run: TrainingRun) -> list[str]:
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    return [*warnings, *without_effect(run.args)]
+    return [*warnings, *run.settings.warnings]

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.model import (
-    Policy,
-)
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
-from tokenrl.language.tasks.task import Task, is_unrewarded
+from tokenrl.language.tasks.task import is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
-from tokenrl.settings import Layered, lay
+from tokenrl.settings import lay
 
 ANY = {
     "max_steps": 200,
@@ -41,68 +39,29 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
 
 
-def training_defaults(choices: TrainArguments, task: Any, policy: Policy | None = None) -> Layered:
-    """Lay the settings that were given over what the task recommends, and that over the defaults.
+class RunSettings(NamedTuple):
+    """The settings of a run, complete but for those that the machine decides.
+
+    Attributes:
+        args: the settings.
+        origins: where the value of each comes from, in words.
+        usual_rate: the learning rate of a run that leaves it open; None if unknown, as without AdamW.
+        warnings: a sentence for each setting that was changed but has no effect.
+    """
+
+    args: TrainArguments
+    origins: dict[str, str]
+    usual_rate: float | None
+    warnings: tuple[str, ...]
+
+
+def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSettings:
+    """Lay what was given over what the task recommends and over the defaults; refuse contradictions.
 
     Args:
-        choices: the arguments of `tokenrl train`.
-        task: the task.
-        policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
-    """
-    layers = _below_training(choices, task, policy)
-    if choices.max_completion_length is None:
-        limit, origin = completion_limit(
-            task, choices.model, policy, truncate=choices.truncate_prompts
-        )
-        layers.append((origin, {"max_completion_length": limit}))
-    layers.append(("given", vars(choices)))
-    values = lay(*layers).values
-    every = max(1, values.max_steps // 10)
-    # to evaluate a completion takes up to two thirds of learning from it
-    if choices.model is not None:
-        evaluated = len(task.eval_prompts) * (1 + choices.eval_generations)
-        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
-    every = every if values.eval_every is None else values.eval_every
-    return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
-
-
-def _below_training(
-    choices: TrainArguments, task: Any, policy: Policy | None
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the layers below what was given to `tokenrl train` (see `layers_below`)."""
-    recommended = getattr(task, "train", None) or {}
-    return layers_below(
-        choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended
-    )
-
-
-def usual_rate(choices: TrainArguments, task: Any, policy: Policy) -> float | None:
-    """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
-    if choices.optimizer != "adamw":
-        return None
-    return float(lay(*_below_training(choices, task, policy)).values.learning_rate)
-
-
-OFF = ("", "no", "none", "false", "0", "1", "default")
-"""Values with which the others change nothing, as `accelerate launch` sets them."""
-
-
-def train_settings(
-    args: TrainArguments, task: Task, policy: Policy | None = None
-) -> TrainArguments:
-    """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
-    return fill_defaults(args, task, policy)[0]
-
-
-def fill_defaults(
-    choices: TrainArguments, task: Task, policy: Policy | None = None
-) -> tuple[TrainArguments, dict[str, str]]:
-    """Lay what was given over the defaults (see `training_defaults`), and refuse what contradicts itself.
-
-    Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
-
-    Returns:
-        The settings, complete but for those about computing, and where the value of each comes from.
+        choices: what was given.
+        task: the task; None for the defaults alone.
+        policy: the policy, which needs no weights.
 
     Raises:
         Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
@@ -114,14 +73,44 @@ def fill_defaults(
         raise Refused(
             "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
         )
-    filled = training_defaults(choices, task, policy)
-    args = TrainArguments(**vars(filled.values))
+    recommended = getattr(task, "train", None) or {}
+    layers = layers_below(
+        choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended
+    )
+    usual, _ = lay(*layers)
+    if choices.max_completion_length is None:
+        limit, origin = completion_limit(
+            task, choices.model, policy, truncate=choices.truncate_prompts
+        )
+        layers.append((origin, {"max_completion_length": limit}))
+    values, origins = lay(*layers, ("given", vars(choices)))
+    if values["eval_every"] is None:
+        values["eval_every"] = _evaluation_interval(values, task)
+    if values["log_completions"] is None:
+        values["log_completions"] = values["eval_every"]
+    args = TrainArguments(**values)
     buffer = args.estimator.overlong_buffer
     length = args.max_completion_length
-    if policy is not None and buffer >= length:  # else the length may be provisional
+    if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check(args, episodic=getattr(task, "environment", None) is not None)
-    return args, filled.origins
+    usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
+    return RunSettings(args, origins, usual_rate, tuple(without_effect(args)))
+
+
+def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
+    """Return the steps between evaluations of a run that leaves them open, from its other settings."""
+    every = max(1, values["max_steps"] // 10)
+    if values["model"] is None:
+        return every
+    # to evaluate a completion takes up to two thirds of learning from it
+    evaluated = len(task.eval_prompts) * (1 + values["eval_generations"])
+    completions = values["prompts_per_step"] * values["num_generations"]
+    return max(every, math.ceil(20 * evaluated / 3 / completions))
+
+
+OFF = ("", "no", "none", "false", "0", "1", "default")
+"""Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
 def check(args: TrainArguments, *, episodic: bool = False) -> None:
@@ -151,13 +140,13 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         )
     _try_out(args)
     # Without rewards there is no return from which a baseline could be subtracted.
-    if not is_unrewarded(args):
+    if not is_unrewarded(args.reward):
         check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
-    engine = engine_name(args)
-    abilities = abilities_of(named_engine(args))
+    engine = engine_name(args.generator)
+    abilities = abilities_of(named_engine(args.generator))
     if args.top_p < 1 and args.min_p and not abilities.min_p_last:
         raise Refused(
             f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
@@ -186,7 +175,7 @@ def _check_teacher(args: TrainArguments) -> None:
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
             "it one (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
-    if not is_unrewarded(args):
+    if not is_unrewarded(args.reward):
         return
     if args.teacher is None or not estimator.needs_kl:
         raise Refused(
@@ -244,9 +233,9 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
 def check_shares(args: TrainArguments, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
-    if world > 1 and not abilities_of(named_engine(args)).distributed:
+    if world > 1 and not abilities_of(named_engine(args.generator)).distributed:
         problem = f"samples in a run of one process, and this run has {world}"
-        raise Refused(f"{engine_name(args)} {problem}: take transformers.")
+        raise Refused(f"{engine_name(args.generator)} {problem}: take transformers.")
     if prompts % world:
         down = prompts // world * world
         up = (prompts // world + 1) * world

@@ -23,7 +23,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.supervised.base import load_base, policy_of
+from tokenrl.language.supervised.base import load_base, policy_of, read_outline
 from tokenrl.language.training.arguments import TrainArguments
 
 
@@ -41,6 +41,12 @@ class Teacher(NamedTuple):
     fingerprint: str
 
 
+def read_models(args: TrainArguments, task: Any) -> Policy:
+    """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
+    policy = read_outline(args, task)
+    return policy if args.teacher is None else with_teacher(policy, _named(args, weights=False))
+
+
 def load_models(
     args: TrainArguments, task: Any, announce: Callable[[str], None]
 ) -> tuple[Policy, Teacher | None]:
@@ -49,7 +55,15 @@ def load_models(
     if args.teacher is None:
         return policy, None
     teacher = load_teacher(args, policy)
-    return with_teacher(policy, teacher), teacher
+    return with_teacher(policy, teacher.policy), teacher
+
+
+def _named(args: TrainArguments, *, weights: bool = True) -> Policy:
+    """Return the teacher that the arguments name."""
+    try:
+        return policy_of(args.teacher, args, weights=weights)
+    except Refused as error:
+        raise Refused(f"The teacher cannot be used. {error}") from error
 
 
 def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
@@ -64,10 +78,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     Raises:
         Refused: the teacher cannot be loaded, is the model that is trained, or has another vocabulary.
     """
-    try:
-        teacher = policy_of(args.teacher, args)
-    except Refused as error:
-        raise Refused(f"The teacher cannot be used. {error}") from error
+    teacher = _named(args)
     name = teacher.source
     if teacher.model is policy.model:
         raise Refused(
@@ -103,16 +114,16 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     return Teacher(replace(teacher, model=model), line, digest)
 
 
-def with_teacher(policy: Policy, teacher: Teacher) -> Policy:
+def with_teacher(policy: Policy, teacher: Policy) -> Policy:
     """Return the policy with the teacher as its reference, and room for texts that both models can take.
 
     Completions end at the ends of both. The teacher has learnt nothing of what would follow its own, and the
     policy learns to end as the teacher does.
     """
-    contexts = [policy.context, teacher.policy.context]
+    contexts = [policy.context, teacher.context]
     least = min((context for context in contexts if context is not None), default=None)
-    ends = tuple(sorted({*policy.eos_ids, *teacher.policy.ends}))
-    return replace(policy, reference=teacher.policy.model, context=least, eos_ids=ends)
+    ends = tuple(sorted({*policy.eos_ids, *teacher.ends}))
+    return replace(policy, reference=teacher.model, context=least, eos_ids=ends)
 
 
 def without_teacher(policy: Policy) -> Policy:

@@ -132,8 +132,8 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     mark = run.rewards.pass_threshold if solved is None else solved
     return replace(
         observe(rows, run.args),
-        lowest_rate=run.usual_rate,
-        highest_rate=run.usual_rate,
+        lowest_rate=run.settings.usual_rate,
+        highest_rate=run.settings.usual_rate,
         pass_mark=math.inf if mark is None else mark,
         can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
         uncut=uncut,
