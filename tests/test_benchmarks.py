@@ -28,7 +28,7 @@ def program(monkeypatch):
     """Gives the names of a program, which imports its neighbours from its folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield lambda name: runpy.run_path(str(FOLDER / name))
-    for name in ("gpu_parts", "one_trainer", "step_against_trl"):
+    for name in ("gpu_parts", "one_race", "one_trainer", "step_against_trl"):
         sys.modules.pop(name, None)
 
 
@@ -230,7 +230,7 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
     task.build(0)[1].save_pretrained(tmp_path / "model")
     spec = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
     spec |= {"prompts": 4, "steps": 26, "seed": 1, "started": time.time()}
-    points = printed_by("one_trainer.py", json.dumps(spec), folder=tmp_path)["history"]
+    points = printed_by("one_race.py", json.dumps(spec), folder=tmp_path)["history"]
     assert [step for step, _, _ in points] == list(range(0, last + 1, 5))
     assert all(0 < seconds < 120 and 0 <= reward <= 1 for _, seconds, reward in points)
 

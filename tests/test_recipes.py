@@ -52,6 +52,7 @@ FIGURES = {
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
     "samplers": "--noises 0 0.5 --problems 5",
 }
+OWN = "own_baselines"
 
 
 def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
@@ -107,6 +108,12 @@ def test_every_recipe_says_from_what_uv_makes_its_environment():
         ).resolve() == RECIPES.parent
 
 
+def test_baselines_of_ones_own_are_what_they_declare(tmp_path, monkeypatch, capsys):
+    lines = run(OWN, "", tmp_path, monkeypatch, capsys).splitlines()
+    found = [re.match(r"declared (\w+), found \w+: (\w+),", line).groups() for line in lines]
+    assert found == [("exact", "exact"), ("biased", "biased")]
+
+
 def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
     paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
@@ -119,7 +126,7 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     # tests/control/test_control_recipes.py
     control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
-    alone = ("reinforce_one_page", TABLE, "defaults", "sampler_mismatch", "top_tokens")
+    alone = ("reinforce_one_page", TABLE, "defaults", "sampler_mismatch", "top_tokens", OWN)
     here = {name.split()[0] for name in (*SHORT, *FIGURES, *alone)}
     assert here | control | ELSEWHERE == set(PROGRAMS)
 

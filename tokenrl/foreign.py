@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -40,8 +41,8 @@ class Row(NamedTuple):
         """Return what the row says of a value of the user, which stays unless the row has a remark or values."""
         if not self.ours:
             return self.remark
-        kept = None if self.remark else value
-        ours = {name: kept if our is None else our for name, our in self.ours.items()}
+        users = None if self.remark else value
+        ours = {name: users if our is None else our for name, our in self.ours.items()}
         return f"It is {_written(ours, flags=flags)}{self.remark}."
 
 
@@ -141,11 +142,11 @@ def check_names(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """
     settings = settings_of(hints)
     sentences = {
-        f"setting {name!r}": meaning(name, settings, value) or suggest(name, hints).strip()
+        repr(name): meaning(name, settings, value) or suggest(name, hints).strip()
         for name, value in options.items()
         if name not in hints
     }
-    _refuse(sentences)
+    _refuse("setting", sentences)
 
 
 def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None:
@@ -171,11 +172,15 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
     sentences = {}
     for flag, value in values.items():
         sentence = meaning(flag[2:].replace("-", "_"), settings, value or "true", flags=True)
-        sentences[f"flag {flag}"] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
-    _refuse(sentences)
+        sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
+    _refuse("flag", sentences)
 
 
-def _refuse(sentences: Mapping[str, str]) -> None:
-    """Refuse names that do not exist, with a line for each."""
-    if sentences:
-        raise Refused("\n".join(f"There is no {name}. {text}" for name, text in sentences.items()))
+def _refuse(kind: str, sentences: Mapping[str, str]) -> None:
+    """Refuse names that do not exist, with a line for each sentence, which several may share."""
+    names = defaultdict[str, list[str]](list)
+    for name, sentence in sentences.items():
+        names[sentence].append(name)
+    lines = [f"There is no {kind} {' or '.join(n)}. {text}" for text, n in names.items()]
+    if lines:
+        raise Refused("\n".join(lines))

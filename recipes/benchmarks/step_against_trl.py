@@ -51,9 +51,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from one_trainer import GPU_WORK, WORK, recent_reward
+from one_race import recent_reward
+from one_trainer import GPU_WORK, WORK
 
 CHILD = Path(__file__).with_name("one_trainer.py")
+RACER = str(CHILD.with_name("one_race.py"))
 SETTINGS: list[dict[str, Any]] = [
     {"bf16": bf16, "attention": attention}
     for bf16 in (False, True)
@@ -206,7 +208,7 @@ def race_row(name: str, args: argparse.Namespace) -> list[str]:
     races = []
     for seed in range(args.rounds):
         started = [
-            run(spec | {"who": who, "seed": seed, "started": time.time()})
+            run(spec | {"who": who, "seed": seed, "started": time.time()}, RACER)
             for who in ("trl", "tokenrl")
         ]
         races.append([result["history"] for result in started if result])

@@ -12,6 +12,8 @@ from tokenrl import train_agent
 from tokenrl.cli import COMMANDS, main
 from tokenrl.control import ControlArguments, agent_settings
 from tokenrl.control.arguments import TUNED
+from tokenrl.control.environments import describe
+from tokenrl.control.run import verdict
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse

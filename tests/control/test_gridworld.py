@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from tokenrl.control import GRIDWORLD_STEPS
 from tokenrl.control.environments import describe
 from tokenrl.control.worlds import (
     Bandit,
@@ -123,10 +124,16 @@ TRAP, TO_THE_RIGHT = ENTROPY.grid_of("trap"), np.eye(4)[[RIGHT] * 36]
 
 def test_numbers_of_the_trap(capsys):
     """Those that the docstring of GridWorld states; only the goal reaches the threshold."""
-    ENTROPY.print_facts("trap")
+    ENTROPY.print_start("trap")
     output = capsys.readouterr().out
-    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in output
-    assert "(ends: goal 4.6%, decoy 83.9%" in output and "then uniform: 0.210" in output
+    assert "a uniform policy returns 0.340 (ends: goal 4.6%, decoy 83.9%" in output
+    assert "then uniform: 0.210" in output
+    grid = ENTROPY.grid_of("trap")
+    right, down = TO_THE_RIGHT, DOWNWARDS
+    along_the_wall = np.concatenate([down[: grid.cells - grid.size], right[: grid.size]])
+    for policy, value in ((along_the_wall, 0.9), (right, 0.49)):
+        result = exact_return(grid, policy, horizon=GRIDWORLD_STEPS)
+        assert float(result) == pytest.approx(value, abs=5e-4)
     assert 0.49 < describe("trap").solved < 0.9
 
 

@@ -26,7 +26,7 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> tuple[torch.Te
     for chosen in itertools.product(range(completions), repeat=len(of_row)):
         rows = of_row, torch.tensor(chosen)
         old, ref = problem.logprobs[rows], problem.ref_logprobs[rows]
-        policy, weights, mask, _ = estimator.loss_terms(
+        policy, weights, mask, *_ = estimator.loss_terms(
             problem.rewards[rows],
             problem.mask[rows[1]],
             group_size=size,

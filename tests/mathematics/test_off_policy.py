@@ -56,7 +56,7 @@ def gradients(fields, sampler, problem, policy, noise):
         mask, rewards = problem.mask[chosen_rows], problem.rewards[prompts, chosen_rows]
         return estimator.loss_terms(rewards, mask, group_size=2, max_length=4)
 
-    advantages, weights, mask, _ = torch.vmap(step_terms)(rows)
+    advantages, weights, mask, *_ = torch.vmap(step_terms)(rows)
     chance = log_mu.detach()[prompts, rows].sum((-1, -2)).exp()
     terms = (x.flatten(0, 1) for x in (advantages, weights * chance[:, None, None], mask))
     listed = (x[prompts, rows].flatten(0, 1) for x in (log_pi, sampled, centres))

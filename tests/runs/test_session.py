@@ -22,6 +22,7 @@ from runs.pages import Page
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
+from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome, read_run

@@ -215,7 +215,5 @@ def _size(parameters: list[nn.Parameter]) -> int:
 
 def finish(run: AgentRun, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
-    session.finish(
-        ended, SavedPolicy(run.agent.policy, run.spec.env).write, map(str, run.findings(session))
-    )
+    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write, run.findings(session))
     session.console.note(ended.verdict)

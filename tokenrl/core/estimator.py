@@ -371,8 +371,7 @@ class Estimator(Axes):
             max_length: The largest number of actions that a row may have.
             valid: False where a row abstains [N].
             truncated: True where a row was cut off at the maximum length [N].
-            turn_rewards: The rewards of each row in time [N, T], whose sums are `rewards` [N]; None if these
-                are all that is known.
+            turn_rewards: The rewards in time [N, T], whose sums are `rewards` [N]; None if not known.
             **inputs: Further arguments of `advantages`.
         """
         from tokenrl.core.rows import LossTerms, keep

@@ -271,7 +271,8 @@ def conclude(
     if session.main:
         session.console.check(parts, measurements, findings)
     has_problem = any(finding.weight == "void" for finding in findings)
-    return Refused.exit_code if has_problem else 0
+    session.exit_code = Refused.exit_code if has_problem else 0
+    return session.exit_code
 
 
 def message_text(message: Mapping[str, Any]) -> str:

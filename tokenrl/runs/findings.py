@@ -64,9 +64,9 @@ class Mean(NamedTuple):
     error: float
     step: int
 
-    def exceeds(self, other: Mean, errors: float) -> bool:
+    def exceeds(self, mean: Mean, errors: float) -> bool:
         """Return whether it is above another mean by more than so many standard errors of their difference."""
-        return self.value - other.value > errors * math.hypot(self.error, other.error)
+        return self.value - mean.value > errors * math.hypot(self.error, mean.error)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ _HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069
 
 def quantity(count: int, noun: str) -> str:
     """Return a number with its noun, as in '1 group' and '1,024 groups'."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    ending = "" if count == 1 else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def hush_libraries() -> None:

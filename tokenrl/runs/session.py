@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,17 @@ class Session:
     """One run of a training, as a context manager. Only the main process writes files and prints.
 
     Attributes:
-        kind: the command that runs, as in config.json: train, control, reward-model or sft.
+        kind: the command that runs, as in config.json.
         accelerator, main: accelerate's handle of the processes, and whether this is the main process.
         args: the settings.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
-        continues: whether the run goes on from a checkpoint.
-        origin: how the run was started; set by `open`.
+        continues, origin: whether the run goes on from a checkpoint, and how it was started.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended: warnings about the outcome; why the run ends before its last step: a loop sets it.
+        exit_code: that of the result; None until a run finishes or a check is concluded.
     """
 
     saver: Saver
@@ -115,14 +115,14 @@ class Session:
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
-        self._exit_code: int | None = None  # as in the outcome
+        self.exit_code: int | None = None
         self.ended: str | None = None
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
         self._warned: dict[str, str] = {}  # warnings by their topic
-        self.eval_before: dict[str, float] = {}
-        self.evaluation: dict[str, float] = {}
+        self.eval_before = dict[str, float]()
+        self.evaluation = dict[str, float]()
         self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
 
@@ -148,7 +148,7 @@ class Session:
                 if stopped is not None:
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
-        if error is None and self._exit_code == 0 and not typed_command():
+        if error is None and self.exit_code == 0 and not typed_command():
             self.stop.pass_on()  # a signal after the outcome is not lost; a command ends anyway
 
     def open(
@@ -172,7 +172,7 @@ class Session:
             model: what is trained.
             provenance: what the run is made from, which is compared with the checkpoint's.
             parts: whatever else has a state that a checkpoint must hold, by name.
-            header: the rest of the header, by name.
+            header: the rest of the header.
             decided: the settings that the machine decides, by name.
             names: by field, the text in config.json for an object given from Python.
             **facts: further entries of config.json that the report needs, such as the title.
@@ -206,7 +206,7 @@ class Session:
         self._claim.show(self.console, self._checkpoint, provenance.inexact)
 
     def steps(self) -> Iterator[int]:
-        """Return the steps that are left; they end early after a signal, or once `ended` is set.
+        """Yield the steps that are left; they end early after a signal, or once `ended` is set.
 
         Before the first of them config.json and the evaluation of step 0 are written. A run that the
         directory held goes; of a continued run, what follows the checkpoint.
@@ -221,7 +221,11 @@ class Session:
         self._progress = Progress(self.console, self.args.max_steps, self.step)
         if self.main:
             self._begin()
-        return self._steps(self._progress)
+        with self._progress:
+            while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
+                self.step += 1
+                self.evaluation = {}
+                yield self.step
 
     def _begin(self) -> None:
         """Write config.json and step 0, and open the log and the trackers."""
@@ -238,13 +242,6 @@ class Session:
         if not self.continues:
             self._log.write(0, of_evaluation(self.eval_before))
             self._trackers.write(0, of_evaluation(self.eval_before))
-
-    def _steps(self, progress: Progress) -> Iterator[int]:
-        with progress:
-            while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
-                self.step += 1
-                self.evaluation = {}
-                yield self.step
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
@@ -329,7 +326,7 @@ class Session:
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
-        code = self._exit_code = self.stop.exit_code
+        code = self.stop.exit_code
         return {
             "output_dir": self.output_dir,
             "exit_reason": SIGNALS.get(code, self.ended or "finished"),
@@ -342,18 +339,19 @@ class Session:
         }
 
     def finish(
-        self, ended: Outcome, write: Callable[[Path], None], warnings: Iterable[str] = ()
+        self, ended: Outcome, write: Callable[[Path], None], findings: Sequence[object] = ()
     ) -> None:
         """Save a checkpoint and the model, write summary and report, and print the result.
 
         Args:
             ended: the result.
             write: writes the model into an empty folder. The model has the best weights if `keep` says so.
-            warnings: come after the result.
+            findings: what the rules say of the whole run; printed as warnings after the result.
 
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
+        self.exit_code = ended.exit_code
         try:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller
@@ -364,8 +362,7 @@ class Session:
         self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
-        texts = list(warnings)
-        summary = ended.summary() | {"warnings": [*self.console.warnings, *texts]}
+        summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
         write_json(self.output_dir / "summary.json", summary)
         report = f"\nreport  {Path(self.directory, 'report.html')}"
         try:
@@ -374,8 +371,8 @@ class Session:
             report = f"\nagain   tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error}")
         self.console.finish(summary)
-        for text in texts:
-            self.console.warn(text)
+        for finding in findings:
+            self.console.warn(str(finding))
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
         again = bool(self.origin.command)
         for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from itertools import count
 from types import SimpleNamespace
@@ -443,6 +444,24 @@ def test_an_engine_that_lies_after_its_first_rollouts_is_stopped(tmp_path, kind,
     options = {"learning_rate": 0.5, "max_steps": 8, "eval_generations": 2}
     with pytest.raises(Stopped, match=rf"^At step [1-8]: \w+.generate returned .*{words}"):
         letters_trained(tmp_path, letter_task(ends), generator=kind, **options)
+
+
+def in_a_row(x):
+    return x - 0.8 * (torch.arange(len(x)) == 1)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda x: x - 3, "by 3 nats per token"), (in_a_row, "and by 0.4 in row 1 of")],
+)
+def test_an_engine_whose_numbers_become_others_is_told(tmp_path, change, words):
+    """Old weights may be as far away, so a run goes on."""
+    fields = {"lie": staticmethod(changed("sampling_logprobs", change)), "since": 3}
+    kind = type("Later", (Lying,), fields)
+    options = {"estimator": Estimator(importance="token"), "learning_rate": 0.5, "max_steps": 8}
+    letters_trained(tmp_path, letter_task(ends), generator=kind, eval_generations=2, **options)
+    warnings = json.loads((tmp_path / "summary.json").read_text())["warnings"]
+    assert any(words in " ".join(text.split()) for text in warnings), warnings
 
 
 class LaterSampled(Engine):

@@ -158,9 +158,9 @@ def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[Caveat]:
     for arm in plan.arms:
         for finding in findings_of(arm, problem, runs.query("arm == @arm.label")):
             yield Caveat(f"Training of {arm.label}: {finding.text}")
-    tried = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
+    tuned = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
     rates = runs.groupby("arm")["learning_rate"].first()
-    for label, edges in tried.agg(["min", "max"]).iterrows():
+    for label, edges in tuned.agg(["min", "max"]).iterrows():
         if rates[label] in edges.to_numpy():
             yield Caveat(
                 f"Learning rate: the best rate of {label}, {rates[label]:g}, is the least or the greatest that "

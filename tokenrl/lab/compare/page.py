@@ -184,8 +184,8 @@ def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     for arm in comparison.judgement.of(label).arms:
         failures[arm.arm] = f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
-    shown = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
-    frame = frame.join(shown.dropna(axis=1, how="all"))
+    numbers = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
+    frame = frame.join(numbers.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
 
 

@@ -262,10 +262,10 @@ class Plan:
             budget = f"{problem.budget:,} {problem.unit}"
             facts[f"on {problem.label}"] = f"{budget}, {problem.margin_in_words}"
             facts[f"length on {problem.label}"] = "; ".join(map(problem.length_in_words, self.arms))
-        shown = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        power = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
         if pairs >= LEAST_PAIRS:
             deviations = detectable_difference(pairs, 1.0, self.comparisons)
-            shown = f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
+            power = f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
         below = ""
         if self.failure_below is not None:
             below = f", or end below a reward of {self.failure_below:g}"
@@ -277,7 +277,7 @@ class Plan:
             "runs": str(len(runs)),
             "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
             "failures": f"runs that break off or have no score{below}",
-            "can show": shown,
+            "can show": power,
         }
 
 
@@ -286,8 +286,8 @@ def _folders(labels: Iterable[str]) -> dict[str, str]:
     folders: dict[str, str] = {}
     for label in labels:
         folder = re.sub(r"[^a-z0-9_.=-]+", "-", label, flags=re.IGNORECASE).strip("-.")[:80]
-        taken = ["", *(other.lower() for other in folders.values())]
-        while folder.lower() in taken:
+        earlier = ["", *map(str.lower, folders.values())]
+        while folder.lower() in earlier:
             folder += "+"
         folders[label] = folder
     return folders

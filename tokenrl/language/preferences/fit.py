@@ -83,7 +83,7 @@ class PreferenceTraining(Descent):
     The reward model is changed in place.
     """
 
-    what = "the reward model"
+    subject = "the reward model"
 
     def __init__(
         self,
@@ -238,9 +238,7 @@ def train_reward_model(
         rows = {"train": data.train, "held_out": data.held_out}
         dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
-        line, warnings = division(
-            dicts["train"], dicts["held_out"], size, noun="pairs", divided=False
-        )
+        line, warnings = division(*dicts.values(), size, noun="pairs", divided=False)
         title = f"Reward model, {data.name}, seed {args.seed}"
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
         header = _header(args, line, reward_model)
@@ -264,15 +262,13 @@ def train_reward_model(
 
         if not session.continues:
             session.evaluated(evaluate())
-        code = 0
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
             session.ended = "check"
-        else:
-            run_updates(session, training, evaluate)
-        ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-        if args.check:
+            ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
             return replace(ended, exit_code=ended.exit_code or code)
+        run_updates(session, training, evaluate)
+        ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, title, score_pairs(reward_model, held_out))
         return ended
 

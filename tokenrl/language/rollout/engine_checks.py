@@ -24,7 +24,7 @@ ROUNDING = 0.05
 """Largest difference, in nats per token, between the log-probabilities of the trainer and of an engine that
 agrees with it, in float32."""
 COARSE = 0.3
-"""The same of such an engine in half precision."""
+"""The same of such an engine in half precision, and of any engine in later steps, of which a warning tells."""
 FARTHEST = 1.0
 """The same of another engine, while both have the weights of the start. Rounded weights and another temperature
 stay below it, and a warning tells of them (`sampling-differs`)."""

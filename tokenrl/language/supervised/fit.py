@@ -43,7 +43,7 @@ class Descent(ABC):
         loss_after: the same of the latest batch.
     """
 
-    what: str
+    subject: str
     """What is trained, in words, for errors."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Descent(ABC):
         for name, value in zip(("loss", "norm of the gradient"), metrics.values(), strict=True):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
-                wrong = f"The {name} of {self.what} is {value} at step {self.step}, which changes no weight"
+                wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
         self._schedule.step()
@@ -312,7 +312,7 @@ class SupervisedTraining(Descent):
     The policy is changed in place. Losses are in nats per token.
     """
 
-    what = "the supervised stage"
+    subject = "the supervised stage"
 
     def __init__(
         self, policy: Policy, pairs: Sequence[Pair], args: DescentArguments, forward: Forward

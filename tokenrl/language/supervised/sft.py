@@ -200,7 +200,7 @@ def _finish(
     card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
-    session.finish(ended, lambda path: saved.hand_over(path, card), map(str, findings))
+    session.finish(ended, lambda path: saved.hand_over(path, card), findings)
     return ended
 
 

@@ -152,11 +152,11 @@ def _show_step(run: TrainingRun, session: Session, record: Record) -> None:
         (ids,) = encode(policy, rows[:1], run.learner.sampling)
         text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         console.note(f"The first prompt, as the model reads it: {visible(text, LONGEST_SHOWN)}")
-    shown = examples(rows, run.args.num_generations)
+    table = examples(rows, run.args.num_generations)
     names = [f"rewards/{name}" for name in run.rewards.names]
-    console.completions_table(shown, ["reward"] if len(names) < 2 else [*names, "reward"])
+    console.completions_table(table, ["reward"] if len(names) < 2 else [*names, "reward"])
     if episodic:
-        first = shown[0]
+        first = table[0]
         parts = transcript(first["prompt"], first["messages"], first["ending"], first["failure"])
         console.note(f"The first of these episodes:\n{harmless(parts)}")
 

@@ -122,6 +122,7 @@ class CheckedEngine:
         scoring: how the policy is scored.
         greedy_compared: whether greedy completions of the present weights were compared with the trainer.
         samples_compared: whether sampled completions were compared with the trainer.
+        remark: in words, how far later ones differed from the trainer's; empty if little.
     """
 
     engine: Generator
@@ -129,6 +130,7 @@ class CheckedEngine:
     scoring: Scoring
     greedy_compared: bool = False
     samples_compared: bool = False
+    remark: str = ""
 
     @property
     def abilities(self) -> Abilities:
@@ -156,22 +158,24 @@ class CheckedEngine:
     def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now.
 
-        Those of an engine that agrees with the trainer are compared in each step, others in the first one.
-
         Raises:
-            Stopped: the engine's numbers are of another policy or another distribution.
+            Stopped: the engine's numbers are of another policy or another distribution, though it has the
+                weights of the start, or says that it agrees. Otherwise a `remark` tells of them.
         """
         model: Any = self.policy.model
         agrees = self.abilities.agrees
-        if self.samples_compared and not agrees:
-            return
-        limit = FARTHEST
+        limit = COARSE if self.samples_compared else FARTHEST
         if agrees:
             limit = ROUNDING if model.dtype.itemsize >= 4 else COARSE
-        with self._told(UNUSABLE):
-            if agrees and not self.samples_compared:
-                check_trial(rows, sampling, self.policy)
-            check_samples(rows, sampling, self.policy, self.scoring, limit)
+        try:
+            with self._told(UNUSABLE):
+                if agrees and not self.samples_compared:
+                    check_trial(rows, sampling, self.policy)
+                check_samples(rows, sampling, self.policy, self.scoring, limit)
+        except Stopped as error:  # its weights may be older now
+            if agrees or not self.samples_compared:
+                raise
+            self.remark = str(error)
         self.samples_compared = True
 
     def _told(self, failure: str) -> AbstractContextManager[None]:
@@ -225,8 +229,8 @@ def checked(
         if "T" in column.axes and name in columns:
             columns[name] = zeroed(columns[name], columns["mask"])
     table = Rollout(**columns)
-    asked = replace(table, prompt_index=index, prompt_ids=ids[index], prompt_mask=present[index])
-    for name, allowed, reason in _allowed(table, asked, sampling, policy):
+    prompted = replace(table, prompt_index=index, prompt_ids=ids[index], prompt_mask=present[index])
+    for name, allowed, reason in _allowed(table, prompted, sampling, policy):
         x = columns[name]
         # Equal numbers may be infinite, and a comparison with NaN is False.
         wrong = ~((x == allowed) | ((x.float() - allowed.float()).abs() <= ROUNDING))
@@ -237,7 +241,7 @@ def checked(
             raise WrongRollout(
                 f"{name} must be {reason}; in row {row} of {len(rows)} it is {values}"
             )
-    return asked.take(torch.arange(len(index)))
+    return prompted.take(torch.arange(len(index)))
 
 
 def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
@@ -254,13 +258,13 @@ def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
     shape = [sizes.setdefault(axis, n) for axis, n in zip(column.axes, x.shape, strict=False)]
     kinds = {(dtype.is_floating_point, dtype == torch.bool) for dtype in (x.dtype, column.dtype)}
     if list(x.shape) != shape or x.ndim != len(column.axes) or len(kinds) > 1:
-        given = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
-        raise WrongRollout(f"{given}, not those of {column} with {sizes}")
+        words = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
+        raise WrongRollout(f"{words}, not those of {column} with {sizes}")
     return x.detach().to(torch.promote_types(x.dtype, column.dtype))
 
 
 def _allowed(
-    table: Rollout, asked: Rollout, sampling: Sampling, policy: Policy
+    table: Rollout, prompted: Rollout, sampling: Sampling, policy: Policy
 ) -> Iterator[tuple[str, Tensor, str]]:
     """Yield columns by name, with what their numbers have to be, given the others, and with the rule.
 
@@ -268,7 +272,7 @@ def _allowed(
 
     Args:
         table: what the engine returned, 0 off the mask.
-        asked: the same with the prompts that the engine was given.
+        prompted: the same with the prompts that the engine was given.
         sampling: how the engine was to sample.
         policy: the policy that was to be sampled.
     """
@@ -278,9 +282,9 @@ def _allowed(
             if x.dtype == torch.int64:
                 high = shape_of(policy).vocab_size - 1
             yield name, x.where(x >= low, low).clamp(max=high), f"from {low:g} to {high:g}"
-    yield "prompt_index", asked.prompt_index, "the prompts in order"
-    yield "prompt_mask", asked.prompt_mask, "True on the prompt, padded on the left"
-    prompts = asked.prompt_ids.where(asked.prompt_mask, table.prompt_ids)
+    yield "prompt_index", prompted.prompt_index, "the prompts in order"
+    yield "prompt_mask", prompted.prompt_mask, "True on the prompt, padded on the left"
+    prompts = prompted.prompt_ids.where(prompted.prompt_mask, table.prompt_ids)
     yield "prompt_ids", prompts, "those of the prompt"
 
     limit = sampling.max_completion_length

@@ -380,8 +380,6 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
-    session.finish(
-        ended, lambda path: SavedModel(ended.policy).hand_over(path, card), map(str, findings)
-    )
+    session.finish(ended, lambda path: SavedModel(ended.policy).hand_over(path, card), findings)
     run.learner.accelerator.wait_for_everyone()
     return ended

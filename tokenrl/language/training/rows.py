@@ -225,6 +225,16 @@ def loss_terms(
     )
 
 
+def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
+    """Return the weights [N, T] of the tokens in an update of the chosen rows [N], 0 elsewhere."""
+    return learner.estimator.token_weights(
+        terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
+        max_length=learner.sampling.max_completion_length,
+        valid=terms.in_divisor,
+        chosen=chosen,
+    )
+
+
 def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     """Return True for the rows of an update that can have a gradient [N]; other rows count in divisors only.
 

@@ -40,6 +40,7 @@ from tokenrl.language.training.rows import (
     micro_batches,
     old_logprobs,
     refill,
+    update_weights,
     with_estimates,
 )
 from tokenrl.runs.processes import local, sum_gradients
@@ -106,12 +107,7 @@ def training_step(
     updates: list[dict[str, float]] = []
     scored: list[Scored] = []
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = estimator.token_weights(
-            terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
-            max_length=sampling.max_completion_length,
-            valid=terms.in_divisor,
-            chosen=chosen,
-        )  # [N, T]
+        weights = update_weights(learner, terms, chosen)  # [N, T]
         learning = learning_rows(learner, terms, chosen)  # [N]
         rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []

@@ -55,6 +55,8 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
     )
     findings = {finding.flag: finding for finding in judge(observed)}
+    if remark := getattr(run.learner.generator, "remark", ""):
+        session.warn_once("sampling-differs", f"{start} {remark}")
     destroyed = findings.get("policy-destroyed")
     if destroyed and destroyed.flag not in session.flags:
         session.flags.append(destroyed.flag)
