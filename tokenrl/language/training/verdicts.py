@@ -55,14 +55,14 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
     )
     findings = {finding.flag: finding for finding in judge(observed)}
-    if remark := getattr(run.learner.generator, "remark", ""):
-        session.warn_once("sampling-differs", f"{start} {remark}")
     destroyed = findings.get("policy-destroyed")
     if destroyed and destroyed.flag not in session.flags:
         session.flags.append(destroyed.flag)
     for flag in ("policy-destroyed", "truncation", "sampling-differs"):
         if flag in findings:
             session.warn_once(flag, f"{start} {findings[flag].text}")
+    if remark := getattr(run.learner.generator, "remark", ""):
+        session.warn_once("sampling-differs", f"{start} {remark}")
     none = findings.get("no-signal")
     if none is None:
         return None
