@@ -34,6 +34,7 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
+from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training import learner as learners
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows, with_estimates
@@ -124,22 +125,20 @@ def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lor
     assert torch.equal(weights(teacher.model), before)
 
 
-def test_a_teacher_is_scored_in_its_own_way(monkeypatch):
+@pytest.mark.parametrize("estimator", [PENALTY, CLOSED], ids=["reward", "closed"])
+def test_a_teacher_is_scored_in_its_own_way(monkeypatch, estimator):
     """One whose prompts must not be shared is computed anew for each row, though the policy shares them."""
-    seen = []
-
-    def noted(model, rollout, scoring, **options):
-        seen.append((model, scoring))
-        return score_in_parts(model, rollout, scoring, **options)
-
-    score_in_parts = learners.score_in_parts
-    monkeypatch.setattr(learners, "score_in_parts", noted)
-    learner = make_learner(student_of(), PENALTY, teacher=other_model(dtype="float64"))
-    alone = replace(learner.forward.reference_scoring, share_prompt=False)
-    learner.forward = replace(learner.forward, reference_scoring=alone)
-    one_step(learner)
+    alone = Scoring(share_prompt=False)
+    monkeypatch.setattr(learners, "teacher_scoring", lambda *_: alone)
+    learner = make_learner(student_of(), estimator, teacher=other_model(dtype="float64"))
     assert learner.forward.scoring.share_prompt
-    assert seen == [(learner.policy.reference, alone)]
+    keeps_cache = []
+    reference = learner.policy.reference
+    reference.register_forward_pre_hook(
+        lambda _, __, options: keeps_cache.append(options["use_cache"]), with_kwargs=True
+    )
+    one_step(learner)
+    assert keeps_cache and not any(keeps_cache)
 
 
 @pytest.mark.parametrize("size", [90, 96, 120])
