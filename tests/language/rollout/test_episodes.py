@@ -428,7 +428,7 @@ def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeyp
         add_lora(policy, r=2)
         with torch.no_grad():
             for parameter in policy.trainable_parameters():
-                parameter.normal_(std=0.3)
+                parameter.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter)) / 3)
         expected[family] = policy, played(plainly(policy))
     monkeypatch.setitem(module.LOOK_EVERY, "cpu", 3)
     for family, (policy, episodes) in expected.items():
@@ -437,7 +437,7 @@ def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeyp
         with Reads(policy) as plain:
             assert_same(played(plainly(policy)), episodes)
         if family == "llama":  # states have gone beyond the end
-            assert reads.count < 0.85 * plain.count
+            assert reads.count < 0.5 * plain.count
 
 
 def test_with_little_memory_the_episodes_are_the_same_and_more_is_read():
