@@ -14,7 +14,7 @@ from tiny_models import make_model, make_policy, make_tokenizer
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
 
@@ -293,3 +293,4 @@ def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(sources, tmp_pa
     with pytest.raises(Refused, match="no network"):
         load_policy(tmp_path / "adapter")
     assert seen == [("owner/name", "config.json", "v2")]
+    assert base_named(str(tmp_path / "adapter"), True) == ("owner/name", "v2")  # what is loaded
