@@ -111,7 +111,8 @@ def test_all_that_a_run_names_of_a_file_shares_it():
     assert executions() == 1
 
 
-def test_a_changed_file_is_read_anew_with_all_that_hold_parts_of_it(tmp_path):
+def test_a_changed_file_is_read_anew_with_all_that_hold_parts_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for text in ("1", "2", "2", "3"):
         before = executions() if os.path.exists("log") else 0
         changed = (tmp_path / "game.py").read_text() != (game_text := GAME + f"ROUND = {text}\n")
