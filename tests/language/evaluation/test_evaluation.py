@@ -110,6 +110,7 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
 
     metrics = evaluate([Recorder().right, consoled], k=(1, 6))
     assert metrics["reward"] == metrics["best@6"] == 1.0 and metrics["rewards/right/mean"] < 0.9
+    assert metrics["rewards/consoled/mean"] == pytest.approx(1 - metrics["rewards/right/mean"])
     undeclared = evaluate([right_reward], k=(1, 6))
     assert (
         not any(name.startswith("pass@") for name in (*metrics, *undeclared))
