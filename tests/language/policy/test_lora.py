@@ -91,3 +91,13 @@ def test_gradient_checkpointing_trains_the_same_adapter():
         weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4
     )
     assert not torch.equal(weights(plain.model), before)
+
+
+def test_the_seed_decides_the_adapter_and_nothing_else():
+    state = torch.get_rng_state()
+    policies = [make_policy() for _ in range(3)]
+    for policy, seed in zip(policies, (3, 3, 4), strict=True):
+        add_lora(policy, r=2, seed=seed)
+    first, same, different = (weights(policy.model) for policy in policies)
+    assert torch.equal(first, same) and not torch.equal(first, different)
+    assert torch.equal(torch.get_rng_state(), state)
