@@ -227,12 +227,20 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
     assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 
 
+ASKED, SAID = ({"role": role, "content": "b"} for role in ("user", "assistant"))
+
+
 @pytest.mark.parametrize(
     "row, match",
     [
         ({"prompt": "a"}, "of row 4 has.*completion"),
         ({"prompt": "a", "completion": {"a": 1}}, r"row 4: the completion is .* such as its JSON"),
         ({"prompt": "a", "completion": [1]}, r"row 4: message 0 of the completion is 1 \(int\)"),
+        (
+            {"prompt": "a", "completion": [ASKED]},
+            "row 4: its completion does not end with a message",
+        ),
+        ({"prompt": "a", "completion": [SAID, ASKED, SAID]}, "row 4: several messages follow chat"),
         ({"prompt": "a", "completion": "b\ud800"}, r"of row 4: the completion holds '\\ud800'"),
         ({"prompt": "a", "completion": "the cat " * 60}, "row 4 has .* tokens.*: leave it out"),
         ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4 has .* tokens"),
