@@ -11,6 +11,7 @@ from tiny_models import PROMPTS, completions, make_policy, make_tokenizer
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.rollout.generator import LOOK_EVERY
 
 STOPS = [(" t",), ("at ", "\n "), ("ne t", "é"), ("\n\n", "at"), ("on the mat and",), ("😀", "o")]
 
@@ -91,8 +92,9 @@ def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(kind, stops):
     assert min(expected) < 40 or not any(set(stop) <= alphabet for stop in stops)
 
 
-@pytest.mark.parametrize("generations", [0, 6])
-def test_rows_are_those_without_stop_strings_up_to_their_ends(generations):
+@pytest.mark.parametrize(("generations", "look_every"), [(0, 1), (6, 1), (6, 5)])
+def test_rows_are_those_without_stop_strings_up_to_their_ends(generations, look_every, monkeypatch):
+    monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
     policy = make_policy()
     stops = (" t", "og", "12", "a")
     options = {"num_generations": generations, "max_completion_length": 12}
