@@ -149,6 +149,8 @@ def test_the_reference_is_a_frozen_copy():
         ("opt", {"dropout": 0.5, "layerdrop": 0.5}),
         # Falcon reads them in its configuration.
         ("falcon", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
+        # A router adds noise in training mode.
+        ("mixtral", {"router_jitter_noise": 0.5}),
     ],
 )
 def test_dropout_is_off_also_where_checkpointing_needs_training_mode(family, rates):
