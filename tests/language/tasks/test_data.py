@@ -297,6 +297,16 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
     assert second.state_dict() == whole.state_dict()
 
 
+def test_positions_and_epochs_count_what_was_given_out_and_another_order_is_refused():
+    stream, _ = prompts_of(20, 1, 0)
+    assert [number for number, _ in stream.draw_prompts(32)] == list(range(32))
+    assert stream.epoch == 32 / 20
+    assert [number for number, _ in stream.draw_prompts(2)] == [32, 33]
+    for rows, seed, fault in ((19, 0, "num_rows 20 and this run has 19"), (20, 1, "seed 0 and")):
+        with pytest.raises(Refused, match=fault):
+            prompts_of(rows, 1, seed)[0].load_state_dict(stream.state_dict())
+
+
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
 def test_epochs_and_seeds_have_orders_of_their_own(make):
     streams = [make(30, 30, seed)[1] for seed in (0, 1)]
