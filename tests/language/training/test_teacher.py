@@ -29,6 +29,7 @@ import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import Evaluator
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -272,6 +273,8 @@ def with_two_tokens_exchanged():
 
 def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_path):
     same = make_policy("gpt2")
+    stopping = other_model()
+    stopping.ask(PromptArguments(stop=("on", "<pad>")))
     task = make_task()
     task.demonstrations = [{"prompt": prompt, "completion": " dog"} for prompt in PROMPTS]
     cases = [
@@ -284,6 +287,7 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
         ({"teacher": broken(float("nan"))}, "not finite"),
         ({"teacher": broken(float("inf"))}, "not finite"),
         ({"teacher": other_model(n_positions=12)}, "context of 12"),
+        ({"teacher": stopping}, r"ends its completions at \('on', '<pad>'\).*--stop with the same"),
         ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
         ({"teacher": same, "model": same}, "very model that is trained"),
         (
