@@ -289,8 +289,12 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
     live(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # cut by a crash
+    later = run / "completions" / "step_000005.parquet"
+    later.parent.mkdir()
+    later.touch()
     sessions = []
     live(run, sessions.append, resume=str(run / "checkpoints" / "step_000004"))
+    assert not later.exists()
     assert len(sessions) == 1 and same(whole, run)
     assert sessions[0].rows == read_metrics(run / "metrics.jsonl")
     assert sessions[0].training_seconds > sessions[0].step_seconds > 0  # all five steps count
