@@ -376,6 +376,8 @@ def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only(
 
     beyond = measure_bias(Estimator(baseline=of_eight))
     assert (beyond.found, beyond.of_larger_groups) == ("biased", "")
+    pairs = measure_bias(Estimator(baseline=without_neighbour), [tabular_problem(1)])
+    assert (pairs.found, pairs.of_larger_groups) == ("biased", "")  # larger ones were not tried
 
 
 class Average:

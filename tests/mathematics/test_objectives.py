@@ -193,4 +193,6 @@ def test_the_log_of_success_divides_by_a_mean() -> None:
                 advantages(e, values)[:2], values.new_tensor([success, failure])
             )
         valid = torch.tensor([True, True, True, False, True])
-        assert advantages(e, rewards, valid)[3] == 0
+        kept = advantages(e, rewards, valid)
+        assert kept[3] == 0  # and it is in no mean
+        torch.testing.assert_close(kept[valid], advantages(e, rewards[valid]))

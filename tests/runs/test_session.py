@@ -289,8 +289,12 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
     live(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # cut by a crash
+    later = run / "completions" / "step_000005.parquet"
+    later.parent.mkdir()
+    later.touch()
     sessions = []
     live(run, sessions.append, resume=str(run / "checkpoints" / "step_000004"))
+    assert not later.exists()
     assert len(sessions) == 1 and same(whole, run)
     assert sessions[0].rows == read_metrics(run / "metrics.jsonl")
     assert sessions[0].training_seconds > sessions[0].step_seconds > 0  # all five steps count
@@ -319,6 +323,27 @@ def damaged(run, step):
 
 def lost(run, step):
     shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+
+
+def test_an_evaluation_made_because_a_run_ended_decides_nothing_once_it_goes_on(tmp_path):
+    def call_back(session):
+        session.ended = "callback" if session.step == 5 else session.ended
+
+    usual = {"score": falling, "patience": 3, "max_steps": 14}
+    live(tmp_path, call_back, **usual)
+    again = live(tmp_path, **usual, resume="auto")
+    assert (again.exit_reason, again.steps) == ("no-improvement", 10)  # as without a stop
+
+
+def test_an_earlier_checkpoint_knows_its_own_best(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = {"score": falling, "keep": "best", "keep_checkpoints": 2, "save_every": 1}
+    live(run, **options, max_steps=4)
+    assert results_of(run)[1] == ["step_000002", "step_000003", "step_000004"]
+    damaged(run, 4)  # the best of step 3 is step 2
+    for directory in (run, whole):
+        live(directory, **options, max_steps=6, resume="auto")
+    assert results_of(run) == results_of(whole)
 
 
 @pytest.mark.parametrize("metric", [None, "loss"])

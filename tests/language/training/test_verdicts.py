@@ -77,6 +77,8 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     verify(Path(last[1]))
     summary = summary_of(tmp_path / "run")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["idle_steps"] >= 5  # not steps of which half the groups differ
 
 
 def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path, capsys):
