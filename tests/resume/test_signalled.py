@@ -11,13 +11,13 @@ from killing import TRAIN, Moment, equal, left
 pytestmark = pytest.mark.slow
 
 PLACES = {
-    "evaluation before the first step": ("language/evaluation/evaluation.py:evaluate_policy", 1),
+    "evaluation before the first step": ("language/evaluation/evaluation.py:evaluate", 1),
     "step": ("language/training/loop.py:_one_step", 4),
     "generation": ("language/rollout/decoder.py:draw", 80),
     "update": ("language/training/metrics.py:loss_statistics", 5),
     "optimiser": ("language/training/learner.py:accepts", 4),
-    "evaluation": ("language/evaluation/evaluation.py:evaluate_policy", 3),
-    "last evaluation": ("language/evaluation/evaluation.py:evaluate_policy", 4),
+    "evaluation": ("language/evaluation/evaluation.py:evaluate", 3),
+    "last evaluation": ("language/evaluation/evaluation.py:evaluate", 4),
     "completions": ("runs/metrics.py:write_completions", 3),
     "checkpoint": ("language/policy/saved.py:write", 2),
     "pruning": ("runs/checkpoint.py:checkpoints", 3),

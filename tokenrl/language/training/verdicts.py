@@ -86,12 +86,14 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     """
     last = session.rows[-1] | of_evaluation(session.evaluation)
     observed = observe_run(run, [*session.rows[:-1], last])
+    # The others were set where a run ended that goes on now.
+    session.flags = [flag for flag in session.flags if flag == "policy-destroyed"]
     if session.evaluation and session.step:
         solved = getattr(run.task, "solved", None) or math.inf
         gain = _gain(run, session)
         observed = replace(observed, is_solved=session.rows[-1].get("eval_reward", 0) >= solved)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
-            session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
+            session.flags = []
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
