@@ -19,7 +19,7 @@ from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, to_device
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
     Reference,
     Scores,
@@ -161,17 +161,7 @@ class Learner:
     @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        args = self.args
-        return Sampling(
-            args.max_completion_length,
-            args.num_generations,
-            args.seed,
-            truncate_prompts=args.truncate_prompts,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-        )
+        return sampling_of(self.args)
 
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
