@@ -5,6 +5,7 @@ The base model of a toy task is a tiny model that has learnt from demonstrations
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -12,6 +13,7 @@ import os
 import string
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,13 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         policy = wrap(*_shapes(name, trust_remote_code=trust), source=name)
     policy.ask(PromptArguments(**saved_form(source)))
     return policy
+
+
+def with_own_weights(policy: Policy, source: Any) -> Policy:
+    """Return the policy of a source; a model that the caller holds is copied, so that it stays as it is."""
+    if isinstance(source, str | None):
+        return policy
+    return replace(policy, model=copy.deepcopy(policy.model))
 
 
 def _shapes(name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ after an update do not depend on the number of updates, and a longer warm start 
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +24,7 @@ from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import sampling_of
+from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.sft import sft
 from tokenrl.language.tasks.stream import PromptStream
@@ -95,7 +95,7 @@ def warm_start(
 
 
 def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
-    """Train a copy of the policy in the folder, or the rest of a run that was killed there."""
+    """Train the policy in the folder, or the rest of a run that was killed there; a model in memory is copied."""
     if policy.has_adapter:
         raise Refused(
             "warm_start trains all weights, but the model has an adapter: merge it first."
@@ -105,7 +105,7 @@ def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
     splits = task.train_prompts, task.eval_prompts
     ended = sft(
         task=PromptTask(task.name, *splits, None, demonstrations=rows, environment=environment),
-        model=replace(policy, model=copy.deepcopy(policy.model), reference=None),
+        model=replace(with_own_weights(policy, args.model), reference=None),
         output_dir=str(folder),
         max_steps=args.warm_start_steps,
         overwrite=args.overwrite,

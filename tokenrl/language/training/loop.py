@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,7 +21,7 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
-from tokenrl.language.supervised.base import adapt
+from tokenrl.language.supervised.base import adapt, with_own_weights
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
@@ -196,8 +195,8 @@ def _prepare(
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy, teacher = load_models(args, task, console.note)
-        if args.check and not isinstance(args.model, str | None):  # the caller's stays as it is
-            policy = replace(policy, model=copy.deepcopy(policy.model))
+        if args.check:
+            policy = with_own_weights(policy, args.model)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(settings, policy, teacher))

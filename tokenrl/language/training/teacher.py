@@ -7,7 +7,6 @@ as the policy has (see `fit_rows`), so that both distributions are over the same
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.supervised.base import load_base, policy_of, read_outline
+from tokenrl.language.supervised.base import load_base, policy_of, read_outline, with_own_weights
 from tokenrl.language.training.arguments import TrainArguments
 
 
@@ -86,10 +85,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
             "training, or give a copy of the model (copy.deepcopy)."
         )
     check_tokens(policy, teacher)
-    model = teacher.model
-    if not isinstance(args.teacher, str):
-        model = copy.deepcopy(model)
-    model = model.requires_grad_(False).eval()
+    model = with_own_weights(teacher, args.teacher).model.requires_grad_(False).eval()
     digest = fingerprint(model)
     line = f"{name} ({teacher.size:,} parameters)"
     rows = rows_of(policy.model)
