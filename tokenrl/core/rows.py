@@ -202,9 +202,8 @@ def token_weights(
         rows_of_update = rows_of_update & chosen
     actions = mask.bool() & rows_of_update[:, None]
     lengths = actions.sum(-1, keepdim=True)
-    rows = rows_of_update.sum().clamp(
-        min=1
-    )  # of the whole step: never divide a slice by its own rows
+    # Of the whole update: never divide a slice by its own rows.
+    rows = rows_of_update.sum().clamp(min=1)
     divisors = {
         "sequence_sum": rows,
         "fixed_length": rows * (max_length or 1),

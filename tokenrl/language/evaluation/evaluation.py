@@ -106,9 +106,8 @@ class Evaluator:
             check_turns(self.policy)
         passes = []
         failures = list[str]()
-        for count in dict.fromkeys(
-            (0, size)
-        ):  # the greedy completions, then those that are sampled
+        # The greedy completions, then those that are sampled.
+        for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
             rows = self.rows(prompts, rewards, draw, "evaluation")
             everywhere = rows if self.accelerator is None else gather_objects(rows)
