@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 import string
-import time
-from collections import Counter
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -63,35 +60,21 @@ class Guess:
 
 
 class Faulty(Guess):
-    """Fails, hangs, or returns NaN or nothing, at random; keeps count of that."""
+    """Fails at random."""
 
-    faults: ClassVar[Counter[str]] = Counter()
-    chances: ClassVar[dict[str, float]] = {
-        "fail": 0.05,
-        "nan": 0.05,
-        "nothing": 0.05,
-        "hang": 0.005,
-    }
+    chance = 0.15
 
-    def fate(self) -> str:
-        names = ["", *self.chances]
-        (name,) = random.choices(names, [1 - sum(self.chances.values()), *self.chances.values()])
-        self.faults[name] += 1
-        if name == "hang":
-            time.sleep(60)
-        if name == "fail":
+    def fate(self) -> None:
+        if random.random() < self.chance:
             raise OSError("the disk is full")
-        return name
 
     def reset(self, seed=None):
-        return None if self.fate() in ("nan", "nothing") else super().reset(seed)
+        self.fate()
+        return super().reset(seed)
 
     def step(self, text):
-        fate = self.fate()
-        observation, reward, *rest = super().step(text)
-        return (
-            None if fate == "nothing" else (observation, np.nan if fate == "nan" else reward, *rest)
-        )
+        self.fate()
+        return super().step(text)
 
 
 CHAT = (
