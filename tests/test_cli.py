@@ -437,7 +437,10 @@ def test_a_failure_during_the_run_is_exit_code_1(model, capsys):
 
 def test_no_baseline_for_long_completions_needs_a_flag(capsys):
     long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
-    for extra, words in ([], "subtracts no baseline"), (["--allow-no-baseline"], "leaves no room"):
+    for extra, words in (
+        ([], "subtracts no baseline"),
+        (["--allow-no-baseline"], "more than the model's context"),
+    ):
         assert main([*long, *extra, "--quiet"]) == 2
         assert words in capsys.readouterr().err
 

@@ -112,7 +112,13 @@ def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(com
 
 def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_was_off(tmp_path):
     file = tmp_path / "config.json"
-    old = {"versions": {}, "seed": 4, "minutes": None, "estimator": {"entropy_form": "per_step"}}
+    old = {
+        "versions": {},
+        "seed": 4,
+        "minutes": None,
+        "on_reward_timeout": "stop",
+        "estimator": {"entropy_form": "per_step"},
+    }
     file.write_text(json.dumps(old))
     assert configured(COMMANDS["train"].arguments, file, "train").seed == 4
     file.write_text(json.dumps(old | {"minutes": 5}))

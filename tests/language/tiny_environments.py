@@ -62,10 +62,10 @@ class Guess:
 class Faulty(Guess):
     """Fails at random."""
 
-    chance = 0.15
+    chance = 0.1
 
     def fate(self) -> None:
-        if random.random() < self.chance:
+        if np.random.rand() < self.chance:
             raise OSError("the disk is full")
 
     def reset(self, seed=None):

@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 import tokenrl
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy, wrap
 from tokenrl.language.policy.saved import SavedModel
@@ -152,23 +152,16 @@ def _written(policy, folder):
     return folder
 
 
-@pytest.mark.parametrize("case", ["changed", "merged", "memory"])
-def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_path):
-    folder, policy = base
-    words = "their weights differ"
-    if case == "merged":
-        policy = adapted(load_policy(_written(policy, tmp_path / "first")))
-    elif case == "memory":
-        policy = adapted(make_policy())
-        words = "does not name the base"
+@pytest.mark.parametrize("first", [None, 2])
+def test_an_adapter_is_never_put_on_another_base_than_its_own(base, first, tmp_path):
+    """It was trained on a model in memory, of which another adapter may have become a part."""
+    policy = adapted(make_policy())
+    if first:
+        policy = adapted(load_policy(_written(base[1], tmp_path / "first")))
     adapter = _written(policy, tmp_path / "checkpoint")
-    if case == "changed":
-        save_policy(make_policy(seed=1), folder)
     for merge in (True, False):
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(Refused, match="does not name the base"):
             load_policy(adapter, merge_adapter=merge)
-    if case == "changed":  # in another precision the bytes differ anyway
-        assert load_policy(adapter, dtype="bfloat16").trainable_parameters()
 
 
 # ---- fingerprints ----
@@ -218,31 +211,14 @@ def with_a_bias(policy):
     policy.model.lm_head = torch.nn.Linear(32, 96)
 
 
-def with_other_code(policy):
-    policy.model.lm_head.register_forward_hook(lambda module, given, out: 2 * out)
-
-
-def with_a_tokenizer_of_its_own(policy):
-    class Upper(type(policy.tokenizer)):
-        def _encode_plus(self, text, *args, **options):
-            return super()._encode_plus(text.upper(), *args, **options)
-
-    policy.tokenizer.__class__ = Upper
-
-
-UNSAVABLE = [
-    (tied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
-    (with_a_bias, r"model .*differ: lm_head.bias"),
-    (with_a_tokenizer_of_its_own, "tokenizer .*other tokens"),
-]
-
-
-@pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize(("change", "words"), UNSAVABLE)
-def test_what_cannot_be_saved_is_refused_before_the_first_step(
-    change, words, size, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if size == "large" else 10**7)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (tied_by_hand, r"model .*differ: lm_head.weight.*config.tie_word_embeddings"),
+        (with_a_bias, r"model .*differ: lm_head.bias"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_first_step(change, words, tmp_path):
     policy = make_policy()
     change(policy)
     with pytest.raises(Refused, match=words):
@@ -264,14 +240,6 @@ def logits_of(model):
         return model(torch.arange(0, 90, 9)[None]).logits
 
 
-def test_at_the_end_what_has_been_saved_is_compared_too(tmp_path):
-    policy = make_policy()
-    SavedModel(policy).hand_over(tmp_path, Card("t", {}, []))
-    with_other_code(policy)
-    with pytest.raises(Stopped, match="logits are off"):
-        SavedModel(policy).hand_over(tmp_path, Card("t", {}, []))
-
-
 ADAPTERS = [
     {"target_modules": ["lm_head"]},
     {"target_modules": ["q_proj", "lm_head"]},
@@ -283,22 +251,20 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("options", ADAPTERS, ids=str)
-def test_an_adapter_on_tied_embeddings_is_saved_as_it_is(options, tmp_path, monkeypatch):
+def test_an_adapter_on_tied_embeddings_is_saved_as_it_is(options, tmp_path):
     """Whatever of the two layers it changes, model/ and the adapter alone are the policy of the run."""
     save_policy(make_policy(tie_word_embeddings=True), tmp_path)
     policy = adapted_by_peft(load_policy(tmp_path), init_lora_weights=False, **options)
     with torch.no_grad():
         for weight in policy.trainable_parameters():
             weight += 0.1 * torch.arange(weight.numel()).cos().view_as(weight)
-    folders = [tmp_path / name for name in ("model", "checkpoint", "small", "large")]
+    folders = [tmp_path / name for name in ("model", "checkpoint", "trial")]
     for folder in folders:
         folder.mkdir()
-    model, checkpoint, small, large = folders
-    SavedModel(policy).hand_over(model, Card("t", {}, []))
+    model, checkpoint, trial = folders
+    save_policy(policy, model)
     SavedModel(policy).write(checkpoint)
-    SavedModel(policy).check(small)
-    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0)
-    SavedModel(policy).check(large)
+    SavedModel(policy).check(trial)
     expected = logits_of(policy.model)
     for folder in (model, checkpoint):
         loaded = logits_of(load_policy(folder).model)
@@ -338,27 +304,23 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-@pytest.mark.parametrize("large", [False, True])
-def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(
-    name, large, tmp_path, monkeypatch
-):
+def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(name, tmp_path):
     """One token of many rows has the frequencies of the policy, also at another temperature."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    monkeypatch.setattr("tokenrl.language.policy.saved.LARGE", 0 if large else 10**7)
-    policy = make_policy(vocabulary=90, seed=2 * [*CHANGED].index(name) + large)  # each is tried
+    policy = make_policy(vocabulary=90, seed=[*CHANGED].index(name))
     settings = GenerationConfig(eos_token_id=1, max_length=30)
     setattr(settings, name, CHANGED[name])
     policy.model.generation_config = settings
     policy.sampling = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    SavedModel(policy).check(tmp_path)
+    save_policy(policy, tmp_path)
     assert policy.model.generation_config is settings
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert (saved.temperature, saved.top_k, saved.max_length) == (0.7, 0, 30)
     plain = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
     kept = {"eos_token_id": 1, "max_length": 30}
     assert saved.to_diff_dict() == {**plain.to_diff_dict(), **kept}
-    if large or name != "repetition_penalty":
+    if name != "repetition_penalty":
         return
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = torch.tensor([[3, 4, 5]] * 4000)
@@ -417,7 +379,7 @@ def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path
     card = Card(
         "/home/me/rows.jsonl, rloo", facts, [*lines, "see ~/x/y.py:f, 1/2, a/b."], "owner/name"
     )
-    SavedModel(policy).hand_over(tmp_path, card)
+    save_policy(policy, tmp_path, card=card)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
     front, text = read(tmp_path / "README.md")

@@ -1,8 +1,4 @@
-"""Finds the files of a saved model, and refuses damaged or unsuitable ones before a library reads them.
-
-Libraries quote the error of a damaged file without its name, and go on in silence without a
-generation_config.json that cannot be read, although the tokens that end a completion stand there.
-"""
+"""Finds saved models, and refuses what is none before a library reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +32,9 @@ def find_model(name_or_path: str | Path) -> str:
         name_or_path: a directory, a hub name, or the directory of a run, which means the model it saved.
 
     Raises:
-        Refused: neither a directory nor a model of the hub has this name; the directory is a damaged
-            checkpoint or holds no language model; or one of its files is cut short or no JSON. The message
-            names the file.
+        Refused: neither a directory nor a model of the hub has this name, or the directory is a damaged
+            checkpoint or holds no language model.
     """
-    from safetensors import SafetensorError, safe_open
-
     folder = Path(model_directory(name_or_path))
     if name_or_path == TINY and not folder.is_dir():
         raise Refused(
@@ -50,18 +43,6 @@ def find_model(name_or_path: str | Path) -> str:
     if not folder.is_dir():
         _check_hub(str(name_or_path))
         return str(name_or_path)
-    for file in sorted(folder.iterdir()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            elif file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):  # its header must cover the whole file
-                    pass
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise Refused(
-                f"The file {file.name} of the model in {folder} is damaged ({error}). Copy or save the model "
-                "once more."
-            ) from error
     if fault := _fault_of(folder, name_or_path):
         raise Refused(
             f"{name_or_path} {fault}. A model is a local directory written by save_pretrained, or a hub name."
@@ -102,17 +83,9 @@ def _fault_of(folder: Path, name_or_path: str | Path) -> str:
     files = {file.name for file in folder.iterdir()}
     run = run_of(name_or_path)
     kind = None if run is None else read_config(run).get("kind")  # a model's config.json has none
-    if kind == "control":
-        return "is of an agent that tokenrl control trained, which is no language model"
     if run is not None and kind is not None and run == folder.resolve():
         latest = max((run / "checkpoints").glob("step_*"), default="none yet")
-        reason = "has not saved its model yet"
-        with suppress(OSError, ValueError, KeyError):
-            error = json.loads((run / "summary.json").read_bytes())["error"]
-            reason = f"failed and has no model ({error})"
-        return f"is a run that {reason}. Its latest checkpoint: {latest}"
-    if "plan.json" in files:
-        return "is the directory of a comparison; give the directory of one of its runs"
+        return f"is a run that has saved no model. Its latest checkpoint: {latest}"
     if not files & {"config.json", "adapter_config.json"}:
         return "holds no saved model: it has no config.json"
     if not any(re.match(r"tokenizer|vocab|.*\.model$", name) for name in files):
@@ -161,14 +134,11 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     except Refused:
         raise
     except Exception as error:  # files of a model have errors of all kinds
-        cause = describe(error)
-        if type(error).__name__ == "UnpicklingError":  # torch's message says how to run the program
-            cause = "its weights are a pickle with more in it than weights, which could run as a program"
         hint = (
             "" if trust_remote_code else " Code shipped with a model runs with trust_remote_code."
         )
         raise Refused(
-            f"No {kind} could be loaded from {source!r} ({cause}). Give a local directory written by "
+            f"No {kind} could be loaded from {source!r} ({describe(error)}). Give a local directory written by "
             f"save_pretrained, or a hub name.{hint}"
         ) from error
 

@@ -35,7 +35,7 @@ from tokenrl.language.policy.prompts import (
     reply_ids,
     text_ids,
 )
-from tokenrl.language.policy.saving import base_named, check_adapter, merged, with_adapter
+from tokenrl.language.policy.saving import base_named, merged, with_adapter
 from tokenrl.language.policy.stops import StopStrings, decoded
 
 
@@ -207,18 +207,14 @@ class Policy:
         if self.context is None:
             return encoded
         room = self.context - max_completion_length
-        if room < 1 and truncate is not None:
-            raise Refused(
-                f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context "
-                f"of {self.context} tokens: lower it (--max-completion-length), or take a model with a longer context."
+        remedy = "leave it out, or take a model with a longer context"
+        if truncate is not None:
+            remedy = (
+                "lower max_completion_length (--max-completion-length), give truncate_prompts "
+                f"(--truncate-prompts), which drops tokens from the left, {remedy}"
             )
         for row, ids in enumerate(encoded):
-            if len(ids) > room and not truncate:
-                remedy = "leave it out, or take a model with a longer context"
-                if truncate is False:
-                    remedy = f"give truncate_prompts (--truncate-prompts), which drops tokens from the left, {remedy}"
-                    if len(ids) < self.context:
-                        remedy = f"give max_completion_length {self.context - len(ids)} or less, {remedy}"
+            if len(ids) > room and (not truncate or room < 1):
                 raise Refused(
                     f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
@@ -259,10 +255,8 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         source: where the model came from, for messages.
 
     Raises:
-        Refused: the tokenizer has ids beyond the rows of the model's embedding, or the adapter cannot be merged.
+        Refused: the tokenizer has ids beyond the rows of the model's embedding.
     """
-    if hasattr(model, "active_peft_config"):
-        check_adapter(model.active_peft_config)
     config: Any = model.config
     text_config = config.get_text_config()
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
@@ -325,6 +319,8 @@ def load_policy(
         policy = wrap(model, tokenizer, source=name)
         if adapter and merge_adapter:
             policy.model = merged(model).requires_grad_(True)
+            # A model in memory: an adapter on top of it does not belong to the base alone.
+            policy.model.name_or_path = ""  # type: ignore[assignment]
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
 

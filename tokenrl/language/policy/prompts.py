@@ -58,9 +58,6 @@ def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArgu
     if "strftime_now" in template and not form.chat_time:
         form = replace(form, chat_time=datetime.now().isoformat(timespec="hours"))
     variables = form.variables
-    if not (form.chat or variables or form.system_prompt):
-        return form
-    _check_template(tokenizer, name)
     words = re.findall(r"\w+", template)  # of all named templates
     for variable in variables:
         if variable in OURS or variable not in words:
@@ -126,7 +123,11 @@ def render(
     """
     from transformers.utils import chat_template_utils
 
-    _check_template(tokenizer, name)
+    if not getattr(tokenizer, "chat_template", None):
+        raise Refused(
+            f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template: give plain "
+            "text without chat (--chat), or set tokenizer.chat_template."
+        )
     tools = read_tools(tools)
     if tools and not re.search(r"\btools\b", str(tokenizer.chat_template)):
         raise Refused(
@@ -355,11 +356,3 @@ def following_ids(
             return ids
     words = start + text
     return None if read(ids_of(words)).strip() == words.strip() else alone
-
-
-def _check_template(tokenizer: Any, name: str) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise Refused(
-            f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template: give plain "
-            "text without chat (--chat), or set tokenizer.chat_template."
-        )

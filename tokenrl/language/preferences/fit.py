@@ -22,7 +22,7 @@ from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card
+from tokenrl.language.policy.saving import Card, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
@@ -344,5 +344,4 @@ def _finish(
     facts |= {**form_line(ended.reward_model.form), "weights": ended.weights}
     words = session.origin.in_words()
     card = Card(title, facts, words, session.args.model, ["reward-model"], kind="reward model")
-    saved = SavedModel(ended.reward_model, "reward model")
-    session.finish(ended, lambda path: saved.hand_over(path, card))
+    session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

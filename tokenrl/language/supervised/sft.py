@@ -15,7 +15,7 @@ from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card
+from tokenrl.language.policy.saving import Card, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.forward import Forward, choose_forward
@@ -200,7 +200,7 @@ def _finish(
     card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
-    session.finish(ended, lambda path: saved.hand_over(path, card), findings)
+    session.finish(ended, lambda path: save_policy(saved.policy, path, card=card), findings)
     return ended
 
 

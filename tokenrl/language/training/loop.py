@@ -15,7 +15,7 @@ from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card
+from tokenrl.language.policy.saving import Card, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
@@ -377,6 +377,6 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, session.origin.in_words(), run.args.model)
-    session.finish(ended, lambda path: SavedModel(ended.policy).hand_over(path, card), findings)
+    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), findings)
     run.learner.accelerator.wait_for_everyone()
     return ended

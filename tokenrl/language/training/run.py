@@ -15,7 +15,7 @@ from tokenrl.core.bias import objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import form_line
-from tokenrl.language.policy.characters import prompt_warnings, special_texts
+from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
@@ -281,11 +281,10 @@ def warnings_of(run: TrainingRun) -> list[str]:
     """Return warnings about prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     environments = run.rewards.environments
-    # A check counts the characters that are lost among its problems.
-    warn_of_texts = special_texts if run.args.check else prompt_warnings
-    special = warn_of_texts(run.learner.policy.tokenizer, rows)
     warnings = [] if environments else few_prompts(rows)  # equal prompts begin different episodes
-    warnings += [*special, *remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
+    if not run.args.check:  # which counts the characters that are lost among its problems
+        warnings += prompt_warnings(run.learner.policy.tokenizer, rows)
+    warnings += [*remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
     if environments and environments.has_tools and any(row.get("tools") for row in rows):
         warnings.append(
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
