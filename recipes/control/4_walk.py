@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import tyro
 from curves import draw_band, draw_mean, mean_with_interval, open_frame, rolling
+from gymnasium.wrappers import TimeLimit
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -103,7 +104,7 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     heads = [nn.Linear(128, 2), *([nn.Linear(128, 1)] if value_head else [])]
     parameters = [p for module in (body, *heads) for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=3e-4)
-    env = Walk()
+    env = TimeLimit(Walk(), 50)
     episode_returns = []
     for _ in range(episodes):
         observations = [env.reset()[0]]

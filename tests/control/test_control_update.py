@@ -225,7 +225,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
         ({"overlong_buffer": 3}, None, "environment itself rewards length"),
         ({"importance_centre": True}, None, "the policy that samples is the one that learns"),
         ({"baseline": "none"}, 8, "only a critic"),
-        ({"baseline": "rloo", "returns": "gae"}, 8, "cannot be compared"),
         ({"baseline": "value", "returns": "episode_normalized"}, 8, "or normalised"),
         (
             {"baseline": "value", "returns": "reward_to_go", "scale": "batch_std"},

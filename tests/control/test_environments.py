@@ -200,8 +200,8 @@ def test_a_run_in_an_environment_of_a_user_can_be_repeated(write, capsys, source
             "wrong.py:X-v0",
             r"registers no environment 'X-v0'. Call gymnasium.register\('X-v0', ...\)",
         ),
-        (FILE, "wrong.py:wrnog-v0", "Did you mean 'wrong-v0'.*Available: wrong-v0, wrongOther-v1"),
-        (FILE, "wrong.py:", "registers no environment ''. Available: wrong-v0, wrongOther-v1"),
+        (FILE, "wrong.py:wrnog-v0", "Did you mean 'wrong-v0'"),
+        (FILE, "wrong.py:", "registers no environment ''"),
     ],
 )
 def test_files_that_lead_nowhere(write, text, env, message):

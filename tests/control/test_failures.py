@@ -104,12 +104,8 @@ def episodes(env):
         ({"rewards": {4: 1e300}}, "gave the reward inf in step 4"),
         ({"rewards": {7: -1.1e12}}, "gave the reward -1.1e.12 in step 7.*at most 1e.12 in size"),
         ({"rewards": {2: None}}, "gave the reward nan in step 2"),
-        ({"observations": {5: NAN}}, r"gave the observation \[0.0, nan\] in step 5"),
-        (
-            {"observations": {0: NAN}},
-            r"gave the observation \[0.0, nan\] at the start of an episode",
-        ),
-        ({"rewards": {6: NAN}, "observations": {2: NAN}}, "in step 2 of"),
+        ({"observations": {5: NAN}}, r"gave an observation that is not finite\."),
+        ({"observations": {0: NAN}}, "gave an observation that is not finite"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_named(options, message):

@@ -23,9 +23,9 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised, suggest
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised
 from tokenrl.names import import_source
-from tokenrl.settings import LARGEST, check_number
+from tokenrl.settings import LARGEST
 from tokenrl.user_code import user_code
 
 WORLDS = "tokenrl.control.worlds"
@@ -34,25 +34,22 @@ WALK = f"{WORLDS}:Walk"
 TRAP = {"size": 6, "decoy": 1, "decoy_reward": 0.5}
 OWN: dict[str, tuple[str, str, int, float | None, dict[str, Any]]] = {
     # The threshold of the grid is the return of a path one step longer than the shortest.
-    "gridworld": ("tokenrl/GridWorld-v0", GRID, 50, 0.93, {"time_limit": None}),
+    "gridworld": ("tokenrl/GridWorld-v0", GRID, 50, 0.93, {}),
     # Between the return of the decoy, 0.49, and that of the goal, at most 0.9.
-    "trap": ("tokenrl/Trap-v0", GRID, 50, 0.8, {**TRAP, "time_limit": None}),
+    "trap": ("tokenrl/Trap-v0", GRID, 50, 0.8, TRAP),
     # The return of the straight path.
-    "walk": ("tokenrl/Walk-v0", WALK, 50, 1.1, {"time_limit": None}),
+    "walk": ("tokenrl/Walk-v0", WALK, 50, 1.1, {}),
     # The return of a path two steps longer than the shortest.
     "costly_walk": (
         "tokenrl/CostlyWalk-v0",
         WALK,
         50,
         0.88,
-        {"time_limit": None, "step_reward": -0.01},
+        {"step_reward": -0.01},
     ),
     "bandit": ("tokenrl/Bandit-v0", f"{WORLDS}:Bandit", 1, None, {}),
 }
-"""The environments of tokenrl by their short names: id, class, most steps, threshold, and its arguments.
-
-Their own time limits are off, because gymnasium's wrapper truncates episodes.
-"""
+"""The environments of tokenrl by their short names: id, class, most steps, threshold, and its arguments."""
 PICTURE = 1024
 """A Box with several axes is a picture if its numbers are bytes (uint8), or if they are more than these.
 
@@ -88,41 +85,23 @@ def find(env: str) -> EnvSpec:
     if env in OWN:
         return gymnasium.spec(OWN[env][0])
     source, _, name = env.rpartition(":")
-    registered: list[str] = []
     if source:
-        registered = _import(source)
+        import_source(source, "env")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium warns of older versions
             return gymnasium.spec(name)
     except gymnasium.error.Error as error:
         if source:
-            hint = f" Call gymnasium.register({name!r}, ...) in it."
-            if registered:
-                hint = suggest(name, registered)
             raise Refused(
-                f"env '{env}': {source} registers no environment {name!r}.{hint}"
+                f"env '{env}': {source} registers no environment {name!r}.{nearest(name, gymnasium.registry)} "
+                f"Call gymnasium.register({name!r}, ...) in it."
             ) from error
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise Refused(
             f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
             f"gymnasium id with its version (CartPole-v1), one of {', '.join(OWN)}, or my_envs.py:Mine-v0."
         ) from error
-
-
-_REGISTERED: dict[Any, list[str]] = {}
-"""The ids that modules registered when they were imported."""
-
-
-def _import(source: str) -> list[str]:
-    """Import a file or module, unless it has been; return the ids that it registered."""
-    before = dict(gymnasium.registry)
-    with warnings.catch_warnings():
-        # A file may have been imported before by another name.
-        warnings.filterwarnings("ignore", ".*Overriding environment")
-        module = import_source(source, "env")
-    new = [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
-    return _REGISTERED.setdefault(module, new)
 
 
 @dataclass(frozen=True)
@@ -197,7 +176,6 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
         Refused: the environment cannot be made; see `describe`.
     """
     spec = find(env)
-    check_number("num_envs", num_envs, int, at_least=1)
     limit = _horizon(spec, max_episode_steps)
     mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
     try:
@@ -206,8 +184,6 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
             vector = gymnasium.make_vec(
                 spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit
             )
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise Refused(f"{spec.id} needs a package that is not installed: {error}") from error
     except USER_CODE_FAILED as error:
         raise Refused(f"The environment {spec.id} could not be made: {raised(error)}.") from error
     if vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
@@ -219,14 +195,12 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
 
 
 def _horizon(spec: EnvSpec, limit: int | None) -> int:
-    if limit is not None:
-        check_number("max_episode_steps", limit, int, at_least=1)
-        return limit
-    if spec.max_episode_steps is None:
+    limit = limit or spec.max_episode_steps
+    if limit is None:
         raise Refused(
             f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200."
         )
-    return spec.max_episode_steps
+    return limit
 
 
 def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium
 import numpy as np
@@ -75,18 +76,13 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
         return RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
 
     # Many environments draw with SDL, which fails where there is no display unless its driver is 'dummy'.
-    driver = os.environ.get("SDL_VIDEODRIVER")
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    driver = os.environ.get("SDL_VIDEODRIVER", "dummy")
     start = seed_of(seed, 2, evaluation=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            envs = Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
-            with contextlib.closing(envs):
-                collect_episodes(envs, policy, spec.horizon, None, seed=start)
-    finally:
-        if driver is None:
-            del os.environ["SDL_VIDEODRIVER"]
+    with patch.dict(os.environ, SDL_VIDEODRIVER=driver), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        envs = Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
+        with contextlib.closing(envs):
+            collect_episodes(envs, policy, spec.horizon, None, seed=start)
     return folder / "episode-episode-0.mp4"
 
 

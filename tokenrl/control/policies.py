@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import model_directory, write_json
-from tokenrl.settings import check_choice
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """The log std of a Gaussian is clamped to this range, so that its density stays finite."""
@@ -40,7 +39,6 @@ def check_head(head: str, discrete: bool) -> None:
     Raises:
         Refused: The head is a softmax over continuous actions, or a Gaussian over discrete ones.
     """
-    check_choice("head", head, ("auto", "softmax", "gaussian"))
     fitting = "softmax" if discrete else "gaussian"
     if head not in ("auto", fitting):
         actions = "choices from a finite list" if discrete else "vectors of real numbers"
@@ -322,16 +320,12 @@ class SavedPolicy:
             Refused: the folder holds no policy, or one of another shape.
         """
         saved = read_policy(folder)
-        loaded = vars(saved.shape)
-        differences = []
-        for name, expected in vars(self.policy.shape).items():
-            # The initial weights do not matter, because the loaded ones replace them.
-            if loaded[name] != expected and name != "initial_weights":
-                differences.append(f"{name} {loaded[name]!r} instead of {expected!r}")
-        if differences:
-            text = ", ".join(differences)
+        shape = self.policy.shape
+        # The initial weights do not matter, because the loaded ones replace them.
+        if replace(saved.shape, initial_weights=shape.initial_weights) != shape:
             raise Refused(
-                f"The policy in {folder} has {text}. Give these settings, or leave load out."
+                f"The policy in {folder} is a {saved.shape}, and not a {shape}. Give its settings, or leave load "
+                "out."
             )
         self.policy.load_state_dict(saved.state_dict())
 

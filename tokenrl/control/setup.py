@@ -84,17 +84,12 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
             raise Refused(f"In control {setting} cannot be set: {reason}. Leave it at its default.")
     if num_steps is None:
         return
-    if not estimator.needs_values:
-        raise Refused(
-            f"num_steps {num_steps} cuts episodes, and only a critic can estimate what is cut off. "
-            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out for whole episodes."
-        )
     whole_episodes = "returns" in estimator.within_rows or estimator.baseline != "value"
     if whole_episodes or estimator.scale not in ("none", "token_whiten"):
         raise Refused(
-            f"num_steps {num_steps} cuts episodes, and pieces cannot be compared, or normalised. "
-            "Choose the baseline 'value' with scale 'none' or 'token_whiten' and returns 'gae' or "
-            "'reward_to_go', or leave num_steps out for whole episodes."
+            f"num_steps {num_steps} cuts episodes: only a critic can estimate what is cut off, and pieces cannot be "
+            "compared, or normalised. Choose the baseline 'value' (presets a2c, ppo) with scale 'none' or "
+            "'token_whiten' and returns 'gae' or 'reward_to_go', or leave num_steps out for whole episodes."
         )
 
 

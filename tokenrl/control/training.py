@@ -86,7 +86,6 @@ def train_agent(
                 decided=run.decided,
                 title=f"{spec.env}, {args.estimator.preset_name}, seed {args.seed}",
                 solved=spec.solved,
-                horizon=spec.horizon,
             )
             if args.check:
                 return check_agent(run, session)

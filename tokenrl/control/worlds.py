@@ -27,7 +27,7 @@ MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Row and column of a step up, right, down, left: the actions 0 to 3."""
 
 GRIDWORLD_STEPS = 50
-"""Steps after which an episode of the default environment is truncated."""
+"""Steps after which an episode of the default environment is truncated, by gymnasium's TimeLimit."""
 
 FLOOR = (240, 240, 240)
 START = (204, 222, 235)
@@ -42,8 +42,7 @@ class GridWorld(World):
 
     The cells are numbered row by row; cell 0 is the start and the last cell is the goal. A move into a wall
     stays in its cell. The reward of a step is `step_reward`; the reward of the step into the goal is larger
-    by `goal_reward`, and this step ends the episode (terminated). After `time_limit` steps an episode is
-    truncated, unless that step reaches the goal.
+    by `goal_reward`, and this step ends the episode (terminated). gymnasium's TimeLimit truncates episodes.
 
     The observation is the cell as a one-hot vector, so that a linear softmax policy has one weight per
     cell and action. By default the shortest path takes 6 steps and its return is 0.94. A uniform policy
@@ -59,7 +58,7 @@ class GridWorld(World):
     Actions: `Discrete(4)`, up, right, down, left. Observations: `Box(0, 1, [size^2], float32)`.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}  # noqa: RUF012  gymnasium's own form
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 8}  # noqa: RUF012  gymnasium's own form
 
     def __init__(
         self,
@@ -71,7 +70,6 @@ class GridWorld(World):
         goal_reward: float = 1.0,
         decoy: int | None = None,
         decoy_reward: float = 0.0,
-        time_limit: int | None = GRIDWORLD_STEPS,
         render_mode: str | None = None,
     ) -> None:
         """Lay out the grid.
@@ -84,8 +82,7 @@ class GridWorld(World):
             goal_reward: Added to the reward of the step into the goal.
             decoy: A cell that ends the episode too, neither the start nor the goal; None for no such cell.
             decoy_reward: Added to the reward of the step into the decoy.
-            time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
-            render_mode: `ansi` for text, `rgb_array` for a picture [32 size, 32 size, 3], None for neither.
+            render_mode: `rgb_array` for a picture [32 size, 32 size, 3].
 
         Raises:
             Refused: The decoy is no cell between the start and the goal.
@@ -106,14 +103,12 @@ class GridWorld(World):
         if random_start:
             self.starts = [cell for cell in range(self.cells) if cell not in self.ends]
         self.slip = slip
-        self.time_limit = time_limit
         self.step_reward = step_reward
         self.render_mode = render_mode
         self.action_space = Discrete(len(MOVES))
         self.observation_space = Box(0.0, 1.0, (self.cells,), np.float32)
         self.next_cells = next_cells(size)
         self.cell = 0
-        self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -125,7 +120,6 @@ class GridWorld(World):
         """
         super().reset(seed=seed)
         self.cell = self.starts[int(self.np_random.integers(len(self.starts)))]
-        self.steps = 0
         return self.observe(), {"cell": self.cell}
 
     def step(self, action: np.int64 | int) -> StepResult:
@@ -137,11 +131,9 @@ class GridWorld(World):
         if self.slip and self.np_random.random() < self.slip:
             action = int(self.np_random.integers(len(MOVES)))
         self.cell = int(self.next_cells[self.cell, action])
-        self.steps += 1
         terminated = self.cell in self.ends
-        truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
         reward = self.step_reward + self.ends.get(self.cell, 0.0)
-        return self.observe(), reward, terminated, truncated, {"cell": self.cell}
+        return self.observe(), reward, terminated, False, {"cell": self.cell}
 
     def observe(self) -> Observation:
         """Return the cell as a one-hot vector."""
@@ -149,27 +141,19 @@ class GridWorld(World):
         observation[self.cell] = 1.0
         return observation
 
-    def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
-        """Return the grid as text (S start, G goal, D decoy, A agent) or as a picture, by `render_mode`."""
-        decoy = [] if self.decoy is None else [self.decoy]
-        if self.render_mode == "ansi":
-            marks = np.full(self.cells, ".")
-            marks[0] = "S"
-            marks[decoy] = "D"
-            marks[self.goal] = "G"
-            marks[self.cell] = "A"
-            return "\n".join(" ".join(row) for row in marks.reshape(self.size, self.size)) + "\n"
-        if self.render_mode == "rgb_array":
-            colours = np.full((self.cells, 3), FLOOR, np.uint8)
-            colours[0] = START
-            colours[decoy] = DECOY
-            colours[self.goal] = GOAL
-            colours[self.cell] = AGENT
-            picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
-            picture[::TILE] = 255
-            picture[:, ::TILE] = 255
-            return picture
-        return None
+    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+        """Return the grid as a picture, with the render mode `rgb_array`."""
+        if self.render_mode != "rgb_array":
+            return None
+        colours = np.full((self.cells, 3), FLOOR, np.uint8)
+        colours[0] = START
+        colours[[cell for cell in self.ends if cell != self.goal]] = DECOY
+        colours[self.goal] = GOAL
+        colours[self.cell] = AGENT
+        picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
+        picture[::TILE] = 255
+        picture[:, ::TILE] = 255
+        return picture
 
 
 def next_cells(size: int) -> NDArray[np.int64]:
@@ -188,26 +172,24 @@ def transitions(env: GridWorld) -> NDArray[np.float64]:
 
 
 def exact_values(
-    env: GridWorld, policy: NDArray[np.float64], *, gamma: float = 1.0, horizon: int | None = None
+    env: GridWorld, policy: NDArray[np.float64], *, horizon: int, gamma: float = 1.0
 ) -> NDArray[np.float64]:
     """Return the expected return from each cell, without sampling.
 
-    `V = r + gamma P V`, with `r(s) = sum_a pi(a|s) r(s, a)` and P the policy's transitions. Without a horizon
-    this is one linear system, `V = (I - gamma P)^-1 r`. With one it is iterated that many times from V = 0,
-    because there are no rewards after truncation.
+    `V = r + gamma P V`, with `r(s) = sum_a pi(a|s) r(s, a)` and P the policy's transitions, is iterated
+    `horizon` times from V = 0, because there are no rewards after truncation.
 
     Args:
-        env: The grid; its time limit is not used.
+        env: The grid.
         policy: [cells, 4]; each row holds the probabilities of the four actions in a cell.
+        horizon: Number of steps still to take.
         gamma: Discount per step.
-        horizon: Number of steps still to take; None for no limit.
 
     Returns:
         Values of the cells, [cells]; 0 at the goal and at the decoy.
 
     Raises:
-        Refused: The policy is not such a table; or gamma is 1, there is no horizon, and from some cell the
-            episode never ends.
+        Refused: The policy is not such a table.
     """
     policy = np.asarray(policy, np.float64)
     if (
@@ -224,29 +206,21 @@ def exact_values(
     end_rewards = list(env.ends.values())
     alive = ~np.isin(np.arange(env.cells), ends)
     rewards = env.step_reward * alive + moves[:, ends] @ end_rewards
-    if horizon is not None:
-        values = np.zeros(env.cells)
-        for _ in range(horizon):
-            values = rewards + gamma * moves @ values
-        return values
-    reaches_end = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
-    if gamma >= 1 and not reaches_end.all():
-        cell = int(np.argmin(reaches_end))
-        raise Refused(
-            f"From cell {cell} the policy never ends an episode; give gamma below 1, or a horizon."
-        )
-    return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
+    values = np.zeros(env.cells)
+    for _ in range(horizon):
+        values = rewards + gamma * moves @ values
+    return values
 
 
 def exact_return(
-    env: GridWorld, policy: NDArray[np.float64], *, gamma: float = 1.0, horizon: int | None = None
+    env: GridWorld, policy: NDArray[np.float64], *, horizon: int, gamma: float = 1.0
 ) -> float:
     """Return J, the expected return of an episode: the mean of `exact_values` over the starting cells.
 
     Raises:
         Refused: As for `exact_values`.
     """
-    values = exact_values(env, policy, gamma=gamma, horizon=horizon)
+    values = exact_values(env, policy, horizon=horizon, gamma=gamma)
     return float(values[env.starts].mean())
 
 
@@ -258,8 +232,7 @@ class Walk(World):
     """Start at x = 0 and step by 0.1 to the left or to the right, until x is beyond 1 or -1.
 
     The step to x = 1.1 has a reward of 1, the step to x = -1.1 a reward of -1, and both end the episode
-    (terminated). Every other step has the reward `step_reward`. After `time_limit` steps the episode is
-    truncated, unless that step terminates it.
+    (terminated). Every other step has the reward `step_reward`. gymnasium's TimeLimit truncates episodes.
 
     By default the reward of a step is 0.01. Stepping to and fro for the whole episode has the return 0.5. The
     straight path of eleven steps to the right has the return 1.1, and slower paths to the right have up to
@@ -272,22 +245,19 @@ class Walk(World):
 
     metadata = {"render_modes": []}  # noqa: RUF012  gymnasium's own form
 
-    def __init__(self, *, step_reward: float = 0.01, time_limit: int | None = 50) -> None:
+    def __init__(self, *, step_reward: float = 0.01) -> None:
         """Make the walk.
 
         Args:
             step_reward: Reward of each step that does not end the episode at either end.
-            time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
         """
         self.step_reward = step_reward
-        self.time_limit = time_limit
         self.render_mode = None
         self.action_space = Discrete(2)
         end = np.float32(LAST / 10)
         self.observation_space = Box(-end, end, (4,), np.float32)
         # in whole steps: tenths added up in floating point miss the limit
         self.position = 0
-        self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -295,7 +265,6 @@ class Walk(World):
         """Begin an episode at x = 0. Nothing here is random, and no options are known."""
         super().reset(seed=seed)
         self.position = 0
-        self.steps = 0
         return self.observe(), {}
 
     def step(self, action: np.int64 | int) -> StepResult:
@@ -305,11 +274,9 @@ class Walk(World):
             The observation, the reward, terminated, truncated, and an empty dict.
         """
         self.position += 2 * int(action) - 1
-        self.steps += 1
         terminated = abs(self.position) >= LAST
-        truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
         reward = float(np.sign(self.position)) if terminated else self.step_reward
-        return self.observe(), reward, terminated, truncated, {}
+        return self.observe(), reward, terminated, False, {}
 
     def observe(self) -> Observation:
         """Return (x, 0, 0, 0)."""
