@@ -1,7 +1,6 @@
 """What can be loaded as a model, and what is refused by name before a library reads it."""
 
 import json
-import pickle
 import shutil
 import sys
 import time
@@ -112,28 +111,6 @@ def test_a_directory_of_something_else_says_what_it_is(tmp_path):
 # ---- programs in the folder of models ----
 
 
-class Program:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
-def test_weights_that_are_a_program_are_refused_and_not_run(sources, load, tmp_path):
-    folder = shutil.copytree(sources[load], tmp_path / "copy")
-    trace = tmp_path / "trace"
-    (folder / "model.safetensors").unlink()
-    program = pickle.dumps(Program(trace), 2)
-    (folder / "pytorch_model.bin").write_bytes(program)
-    with pytest.raises(Refused, match="could be loaded from"):
-        load(str(folder))
-    assert not trace.exists()
-    pickle.loads(program)
-    assert trace.exists()  # so the file would have run
-
-
 CODE = """
 import pathlib
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -181,9 +158,7 @@ def test_a_model_is_loaded_in_a_precision(sources, dtype):
 
 ASKED = [
     {"_attn_implementation": "owner/kernel"},
-    {"attn_implementation": "paged|owner/kernel"},
     {"attn_implementation": {"text_config": {"inner": "owner/kernel"}, "": "sdpa"}},
-    {"text_config": {"_attn_implementation": "owner/kernel"}},
     {"layers": [{"attn_implementation": "owner/kernel"}]},
 ]
 
@@ -232,15 +207,7 @@ def mkdir(path):
     return path
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"megatron_config": {"hidden_size": 8}, "megatron_core": "a_module_of_a_stranger"},
-        {"auto_mapping": {"base_model_class": "X", "parent_library": "a_module_of_a_stranger"}},
-    ],
-    ids=str,
-)
-def test_an_adapter_imports_no_module_that_it_names(sources, change, tmp_path, monkeypatch):
+def test_an_adapter_imports_no_module_that_it_names(sources, tmp_path, monkeypatch):
     (tmp_path / "a_module_of_a_stranger.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
     policy = load_policy(sources[load_policy])
@@ -248,12 +215,11 @@ def test_an_adapter_imports_no_module_that_it_names(sources, change, tmp_path, m
     folder = mkdir(tmp_path / "adapter")
     SavedModel(policy).write(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    changed = config | change | {"task_type": None}
-    (folder / "adapter_config.json").write_text(json.dumps(changed))
-    try:
-        assert load_policy(folder).trainable_parameters()
-    except Refused as error:
-        assert "Megatron" in str(error)
+    config["megatron_config"] = {"hidden_size": 8}
+    config["megatron_core"] = "a_module_of_a_stranger"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match="Megatron"):
+        load_policy(folder)
     assert "a_module_of_a_stranger" not in sys.modules
 
 

@@ -165,9 +165,7 @@ HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
 CONTEXTS = [
     ("Llama", HEADS | {"intermediate_size": 16, "max_position_embeddings": 40}, 40),
     ("GPT2", {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 40}, 40),
-    ("Rwkv", {"num_hidden_layers": 2, "hidden_size": 16, "context_length": 40}, 40),
     ("Mamba", {"num_hidden_layers": 1, "hidden_size": 16, "state_size": 4}, None),
-    ("XLNet", {"n_layer": 1, "n_head": 2, "d_model": 16, "d_inner": 16}, None),  # says -1
     ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_size": 16, "max_sequence_length": 40}, 40),
 ]
 

@@ -293,12 +293,9 @@ def test_plain_generate_ends_where_completions_were_learnt_to_end(stop, tmp_path
 CHANGED = {
     "repetition_penalty": 1.5,
     "temperature": 0.3,
-    "typical_p": 0.5,
     "num_beams": 3,
     "min_length": 30,
     "bad_words_ids": [[5], [6, 7]],
-    "forced_eos_token_id": 3,
-    "stop_strings": ["a"],
     "an_unknown_one": 3,
 }
 

@@ -41,12 +41,7 @@ def read(policy, ids):
 
 # ---- the clock ----
 
-FORMATS = [
-    "%e %B %Y",
-    "100%%",
-    "%j%t%U",
-    "%G-W%V-%u",
-]
+FORMATS = ["%e %B %Y", "100%%"]
 TIME = "2031-02-03T04:05"
 
 
@@ -66,9 +61,7 @@ def test_a_template_reads_the_time_of_the_run_in_any_format(text):
 # ---- errors of templates ----
 
 BROKEN = {
-    "TypeError": "{{ 1 + messages }}",
     "ZeroDivisionError": "{{ 1 / (messages | length * 0) }}",
-    "RecursionError": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(messages) }}",
     "half of a pair": "{{ messages[0].role + '\\ud800' }}",
     "TemplateSyntaxError": "{% if messages %}",
     "TemplateError": "{{ raise_exception('no, never') }}",
@@ -109,7 +102,6 @@ WRITTEN = {
     "{{ c.function.arguments }}": '{"a": "x\\"y", "b": 1}',  # as it is given
     "{{ 'f ' + c.function.arguments }}": 'f {"a": "x\\"y", "b": 1}',  # fails on an object
     "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}": 'a=x"y b=1 ',
-    "{% for k, v in c.function.arguments | items %}{{ k }};{% endfor %}": "a;b;",
 }
 TEXT = '{"a": "x\\"y", "b": 1}'
 
@@ -164,7 +156,6 @@ def test_messages_that_are_no_demonstration_are_refused(prompt, roles, words):
 # ---- thoughts ----
 
 KEEPS = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<eos>{% endfor %}"
-DROPS = KEEPS.replace("m.content", "m.content.split('</think>')[-1].lstrip()")
 PARSES = (
     "{% for m in messages %}<{{ m.role[0] }}>{% if '</think>' in m.content %}<think>\n"
     "{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n"
@@ -174,7 +165,7 @@ PARSES = (
 OPEN, SHUT = "<think>\n", "<think>\n\n</think>\n\n"
 TALKS = [
     (template, OPEN, text, learnt)
-    for template in (KEEPS, DROPS, PARSES)
+    for template in (KEEPS, PARSES)
     for text, learnt in [
         ("<think>\nhm\n</think>\n7", "hm\n</think>\n7"),
         ("\n<think>\nhm\n</think>\n7", "hm\n</think>\n7"),
@@ -184,10 +175,8 @@ TALKS = [
 TALKS += [
     (KEEPS, SHUT, f"{SHUT}7", "7"),
     (KEEPS, SHUT, "7", "7"),
-    (KEEPS, "[THINK]", "[THINK]hm[/THINK]7", "hm[/THINK]7"),
     (KEEPS, "<think>", "<think>\nhm</think>7", "\nhm</think>7"),
     (KEEPS, "", "<think>hm</think>7", "<think>hm</think>7"),  # the template leaves it to the model
-    (KEEPS, "", "a>b", "a>b"),
     (KEEPS, "", "<a>b", "<a>b"),  # which the template writes, too
     (PARSES, "", "7", "7"),
     (KEEPS, "the ", "the cat", "the cat"),  # words may come twice
@@ -240,9 +229,7 @@ def count(number: int) -> str:
         ("<eos>\n", None, "ab<eos>", "\n"),
         ("<eos>\n", None, "ab", "<eos>\n"),
         ("<im_end>\n", ("<im_end>",), "ab<im_end>", "\n"),  # ended at a stop string
-        ("\n\n", None, "ab<eos>", "\n\n"),  # white space alone
         ("\n", ("\n",), "ab\n", ""),
-        (" [END]\n", ("[END]",), "ab [END]", "\n"),
         ("", None, "ab<eos>", ""),
     ],
 )

@@ -13,7 +13,6 @@ from tokenrl.language.preferences.pairs import read_pairs
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.episodes import play
-from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.task import load_task
@@ -43,7 +42,7 @@ FORMS = [
     ([json.dumps(CAT), DOG], "cat,dog,"),
     ([{"name": "cat", "description": "", "parameters": {}}], "cat,"),
     ([speak], "speak,"),
-    *((value, "") for value in (None, [], "", "[]", "null")),
+    *((value, "") for value in (None, "[]")),
 ]
 
 
@@ -74,7 +73,7 @@ def test_the_template_gets_the_tools_of_each_row_however_they_are_stored(tools, 
     assert judge([[USER]], ["x"], tools=[tools]) == judge.score([chosen])
 
 
-@pytest.mark.parametrize("tools", ["hammer", "{", 3, {"name": "cat"}, ["hammer"], [3], '"cat"'])
+@pytest.mark.parametrize("tools", ["hammer", 3, [3]])
 def test_what_is_no_list_of_tools_is_refused_with_its_row_and_text_ignores_it(tools):
     rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": None, "x": i} for i in range(9)]
     rows[7]["tools"] = tools
@@ -84,38 +83,6 @@ def test_what_is_no_list_of_tools_is_refused_with_its_row_and_text_ignores_it(to
     policy = chat_policy()
     text = {"prompt": "?", "tools": tools}
     assert encode(policy, [text], Sampling(4)) == [policy.encode("?")]
-
-
-def test_a_template_that_never_reads_tools_is_refused():
-    policy = policy_of_names()
-    policy.tokenizer.chat_template = NAMES.partition("endfor %}")[2]
-    encode(policy, [{"prompt": [USER], "tools": None}], Sampling(4))
-    with pytest.raises(Refused, match=r"never reads tools.*leave the column tools out"):
-        encode(policy, [{"prompt": [USER], "tools": [CAT]}], Sampling(4))
-
-
-def test_a_run_samples_and_evaluates_with_the_tools_of_each_row(tmp_path, monkeypatch):
-    rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": None, "x": i} for i in range(9)]
-    for row in rows[1::2]:
-        row["tools"] = json.dumps([DOG])
-    histories, generate = [], TransformersGenerator.generate
-
-    def recorded(engine, prompt_ids, *args):
-        histories.extend(prompt_ids)
-        return generate(engine, prompt_ids, *args)
-
-    monkeypatch.setattr(TransformersGenerator, "generate", recorded)
-    policy = policy_of_names()
-    options = {"max_steps": 2, "prompts_per_step": 4, "num_generations": 2, "eval_size": 4}
-    reward = [lambda completions, **_: [len(c[0]["content"]) for c in completions]]
-    options |= {"quiet": True, "output_dir": tmp_path, "max_completion_length": 4, "cpu": True}
-    tokenrl.train(model=policy, task=rows, reward=reward, **options)
-    decoded = {policy.tokenizer.decode(ids) for ids in histories}
-    read = [text for text in decoded if "u:" in text]  # others test the engine
-    for text in read:
-        number = int(text.partition("u:")[2][0])
-        assert text.startswith("dog," if number % 2 else "u:")
-    assert len(read) > 4
 
 
 @pytest.mark.parametrize(("factory", "names"), [(Safe, "turn,"), (Guess, "cat,dog,")])
@@ -132,21 +99,15 @@ def test_beside_an_environment_its_own_tools_are_described_or_else_those_of_the_
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 NULLS = [
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "assistant", "tool_calls": [CALL]},
-    {"role": "assistant", "content": None, "reasoning_content": "hm"},
+    {"role": "assistant", "reasoning_content": "hm"},
     {"role": "tool", "content": None},
 ]
 
 
 @pytest.mark.parametrize("message", NULLS)
-@pytest.mark.parametrize("kind", ["prompt", "file"])
-def test_content_that_is_null_is_empty_text(kind, message, tmp_path):
+def test_content_that_is_null_is_empty_text(message):
     rows = [{"prompt": [{**USER, "content": f"{i}"}, message, USER]} for i in range(9)]
-    source = rows
-    if kind == "file":
-        source = str(tmp_path / "rows.jsonl")
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = load_task(source, reward=[lambda completions, **_: [0.0] * len(completions)])
+    task = load_task(rows, reward=[lambda completions, **_: [0.0] * len(completions)])
     for row in (*task.train_prompts, *task.eval_prompts):
         assert row["prompt"][1]["content"] == ""
 

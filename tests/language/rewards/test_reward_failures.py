@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import signal
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -27,23 +26,6 @@ def call(functions, weights=None):
     return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {})
 
 
-class Odd(Fraction):
-    """A number whose methods fail."""
-
-    def __float__(self):
-        raise OSError("no value")
-
-    def __repr__(self):
-        raise OSError("no text")
-
-
-def nested(depth):
-    inner = []
-    for _ in range(depth):
-        inner = [inner]
-    return inner
-
-
 # ---- what it returns ----
 
 
@@ -52,8 +34,7 @@ def nested(depth):
     [
         (math.nan, "nan"), (-math.inf, "-inf"), (10**400, r"10+ \(int\)"), (1.01e12, "1010000000000.0"),
         ("1.0", r"'1.0' \(str\)"), (torch.tensor([1.0]), r"tensor\(\[1.\]\) \(Tensor\)"),
-        (1j, r"1j \(complex\)"), (nested(3000), "a list that cannot be"),
-        (torch.zeros((), device="meta"), r"meta.*\(Tensor\)"), (Odd(1), "a Odd that cannot be written"),
+        (1j, r"1j \(complex\)"), (torch.zeros((), device="meta"), r"meta.*\(Tensor\)"),
     ],
 )  # fmt: skip
 def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
@@ -71,7 +52,6 @@ def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
         ([], r"0 rewards for 4 completions \(the completion 'one' of"),
         ([1.0], r"1 .* \(the completion 'three' of the prompt 'p1' has none"), (np.ones(5), r"5 .*too many"),
         (torch.zeros(4, device="meta"), r"a Tensor \(tensor\(..., device='meta'"),
-        (torch.zeros(4).to_sparse(), r"a Tensor \(tensor\(indices"),
     ],
 )  # fmt: skip
 def test_an_output_that_is_no_list_of_as_many_is_never_broadcast(output, words):
