@@ -1,6 +1,7 @@
 """What can be loaded as a model, and what is refused by name before a library reads it."""
 
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -59,6 +60,7 @@ def test_a_damaged_adapter_is_refused(sources, tmp_path):
 
 
 def test_another_precision_or_vocabulary_is_refused(sources, tmp_path):
+    assert load_policy(sources[load_policy], dtype="bfloat16").model.dtype == torch.bfloat16
     with pytest.raises(Refused, match="float8"):
         load_policy(sources[load_policy], dtype="float8")
     make_model(vocabulary=80).save_pretrained(tmp_path)
@@ -75,13 +77,12 @@ def test_a_model_without_its_language_head_is_refused(sources):
 # ---- what is no model ----
 
 
-@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
-def test_a_name_of_nothing_is_refused_within_seconds(load, tmp_path, monkeypatch):
+def test_a_name_of_nothing_is_refused_within_seconds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("runs/nope", "./nope", "a/b/c", "/nope", "no such model"):
+    for name in ("runs/nope", "/nope", "no such model"):
         began = time.monotonic()
         with pytest.raises(Refused, match=f"There is no directory '{name}' in {tmp_path}"):
-            load(name)
+            load_policy(name)
         # transformers asks the hub for 50 s where there is no network
         assert time.monotonic() - began < 15
 
@@ -109,6 +110,23 @@ def test_a_directory_of_something_else_says_what_it_is(tmp_path):
 
 
 # ---- programs in the folder of models ----
+
+
+class Program:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_are_a_program_are_refused_and_not_run(sources, tmp_path):
+    folder = shutil.copytree(sources[load_policy], tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Program(tmp_path / "trace"), 2))
+    with pytest.raises(Refused, match="could be loaded from"):
+        load_policy(folder)
+    assert not (tmp_path / "trace").exists()
 
 
 CODE = """
@@ -146,14 +164,6 @@ def test_code_shipped_with_a_model_does_not_run_by_default(shipped):
     assert not (shipped.parent / "trace").exists()
     policy = load_policy(shipped, trust_remote_code=True)
     assert type(policy.model).__name__ == "Model" and (shipped.parent / "trace").exists()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64", "auto"])
-def test_a_model_is_loaded_in_a_precision(sources, dtype):
-    expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    assert (
-        load_policy(sources[load_policy], dtype=dtype).trainable_parameters()[0].dtype == expected
-    )
 
 
 ASKED = [

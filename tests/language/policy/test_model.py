@@ -55,8 +55,6 @@ def test_every_eos_of_config_generation_config_and_tokenizer_counts():
     tokenizer.eos_token = None
     policy = wrap(model, tokenizer)
     assert (policy.eos_ids, policy.pad_id) == ((), 2)
-    tokenizer.pad_token = None
-    assert wrap(model, tokenizer).pad_id == 0
 
 
 @pytest.mark.parametrize("kind", ["no_pad", "pad_is_eos", "pads_right"])

@@ -364,24 +364,14 @@ def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path
     policy = adapted(make_policy())
     policy.model.peft_config["default"].base_model_name_or_path = "owner/name"
     lines = [
-        "```sh",
         "tokenrl train --task '/home/me/my data/rows.jsonl' --model=/home/me/base",
-        "```",
+        "see ~/x/y.py:f, 1/2, a/b, https://a.b/c/d.html.",
     ]
-    facts = {
-        "base": "owner/name",
-        "teacher": "/home/me/a b/teacher",
-        "page": "https://a.b/c/d.html",
-    }
-    card = Card(
-        "/home/me/rows.jsonl, rloo", facts, [*lines, "see ~/x/y.py:f, 1/2, a/b."], "owner/name"
-    )
+    card = Card("t", {"teacher": "/home/me/a b/teacher"}, lines, "owner/name")
     save_policy(policy, tmp_path, card=card)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
     front, text = read(tmp_path / "README.md")
-    assert front["base_model"] == "owner/name" and "home" not in text and "a b" not in text
+    assert front["base_model"] == "owner/name" and "| teacher | teacher |" in text
     assert "tokenrl train --task 'rows.jsonl' --model=base" in text
-    for kept in ("# rows.jsonl, rloo", "https://a.b/c/d.html", "| owner/name |", "| teacher |"):
-        assert kept in text
-    assert "see y.py:f, 1/2, a/b." in text
+    assert "see y.py:f, 1/2, a/b, https://a.b/c/d.html." in text
