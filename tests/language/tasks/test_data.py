@@ -68,10 +68,9 @@ RUN = "train --reward length(target=3) --max-completion-length 8"
     ("bad", "suffix", "commands"),
     [
         ("the cat " * 40, ".jsonl", [RUN, "sft", "sft --reward length(target=3)"]),
-        ("a <eos> b", ".csv", [RUN]),
         ("", ".csv", [f"{RUN} --prompt-template {{prompt}}"]),
     ],
-    ids=["long", "special", "empty"],
+    ids=["long", "empty"],
 )
 def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
     bad, suffix, commands, saved, capsys

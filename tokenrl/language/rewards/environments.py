@@ -256,7 +256,7 @@ class Environments:
             if not free:
                 # In a random state of its own, as the episode must not depend on whether the instance is new.
                 ((instance, error, _),) = call_all([(RandomStreams(0), make)])
-                if error:
+                if error is not None:
                     raise error
                 free.append(instance)
             instance = episode.environment = free.pop()
