@@ -29,8 +29,8 @@ from tokenrl.settings import Settings, arguments, check, field_types
 T = TypeVar("T")
 
 KEY_BYTES = 32
-EARLIER = [("entropy_form", "per_step"), ("on_reward_timeout", "stop")]
-"""Settings and axes, with their values, that runs of earlier versions record and that say nothing now."""
+EARLIER_AXES = [("entropy_form", "per_step")]
+"""Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now."""
 
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
@@ -98,13 +98,11 @@ def configured(
             left_out |= {"trust_run", "trust_remote_code"}
             # settings of an earlier version
             earlier = stored.keys() - field_types(kind)  # type: ignore[arg-type]
-            left_out |= {
-                name for name in earlier if not stored[name] or (name, stored[name]) in EARLIER
-            }
+            left_out |= {name for name in earlier if not stored[name]}
         values = {name: value for name, value in stored.items() if name not in left_out}
         axes = values.get("estimator")
         if of_a_run and isinstance(axes, Mapping):
-            values["estimator"] = dict(axis for axis in axes.items() if axis not in EARLIER)
+            values["estimator"] = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
         settings = arguments(kind, values)
         check(settings, objects=False)
         return settings

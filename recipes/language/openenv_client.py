@@ -7,7 +7,7 @@
 It needs websockets: `pip install -c constraints.txt -e '.[openenv]'`. The class can be copied alone. It is
 written for TextArena's servers, such as the one of Wordle; for another server change `action` and `observed`.
 Each episode of a step has a connection of its own, so the server must allow as many sessions as a step has
-completions (`MAX_CONCURRENT_ENVS`). An episode whose server does not answer for a minute fails. Seeds
+completions (`MAX_CONCURRENT_ENVS`). `--reward-timeout 60` ends an episode whose server does not answer. Seeds
 are sent with reset; only a server that uses them gives the completions of a prompt the same episode.
 Where the machine has a proxy (`HTTP_PROXY`), name a server that it cannot reach in `NO_PROXY`.
 """
@@ -59,7 +59,7 @@ class Env:
     def answer(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
         """Send a message, and return the data of the server's answer."""
         self.connection.send(json.dumps({"type": kind, "data": data}))
-        answer = json.loads(self.connection.recv(timeout=60))
+        answer = json.loads(self.connection.recv())
         if answer["type"] == "error":
             raise RuntimeError(answer["data"]["message"])
         return answer["data"]

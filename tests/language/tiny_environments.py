@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import string
+import time
+from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,21 +63,35 @@ class Guess:
 
 
 class Faulty(Guess):
-    """Fails at random."""
+    """Fails, hangs, or returns NaN or nothing, at random; keeps count of that."""
 
-    chance = 0.1
+    faults: ClassVar[Counter[str]] = Counter()
+    chances: ClassVar[dict[str, float]] = {
+        "fail": 0.05,
+        "nan": 0.05,
+        "nothing": 0.05,
+        "hang": 0.005,
+    }
 
-    def fate(self) -> None:
-        if np.random.rand() < self.chance:
+    def fate(self) -> str:
+        names = ["", *self.chances]
+        (name,) = random.choices(names, [1 - sum(self.chances.values()), *self.chances.values()])
+        self.faults[name] += 1
+        if name == "hang":
+            time.sleep(60)
+        if name == "fail":
             raise OSError("the disk is full")
+        return name
 
     def reset(self, seed=None):
-        self.fate()
-        return super().reset(seed)
+        return None if self.fate() in ("nan", "nothing") else super().reset(seed)
 
     def step(self, text):
-        self.fate()
-        return super().step(text)
+        fate = self.fate()
+        observation, reward, *rest = super().step(text)
+        return (
+            None if fate == "nothing" else (observation, np.nan if fate == "nan" else reward, *rest)
+        )
 
 
 CHAT = (

@@ -54,7 +54,7 @@ KINDS = {
     ),
     "episodes that fail": Kind(
         f"{TRAIN} --estimator grpo --estimator.returns reward_to_go {DIGITS} --no-share-seed "
-        "--environment episodes.py:Faulty --max-completion-length 12"
+        "--environment episodes.py:Faulty --reward-timeout 1 --max-completion-length 12"
     ),
     "agent": Kind(f"{CONTROL} --env CartPole-v1 --estimator reinforce_running_mean", 3),
     "critic": Kind(f"{CONTROL} --env CartPole-v1 --estimator a2c", 3),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import TEMPLATE, make_policy
+from tiny_models import TEMPLATE, make_policy, make_task
 
+from tokenrl import evaluate, train
 from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
@@ -147,6 +148,33 @@ QUICK = {
     "eval_generations": 0,
     "cpu": True,
 }
+
+
+# ---- special tokens in a prompt, and what a model writes ----
+
+QUICK = {
+    "max_steps": 1,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "eval_generations": 0,
+    "cpu": True,
+}
+
+
+def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):
+    model, words = str(saved(kind="chat")), 'contains "<eos>"'
+    assert (
+        main(
+            ["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]
+        )
+        == 0
+    )
+    assert capsys.readouterr().err.count(words) == 1
+    task = make_task(["a <eos> b", "the cat"])
+    evaluate(model=model, task=task, num_generations=0)
+    assert capsys.readouterr().err.count(words) == 1
+    train(model=model, task=task, output_dir=tmp_path / "run", **QUICK)
+    assert " ".join(capsys.readouterr().out.split()).count(words) == 1
 
 
 def test_what_a_model_writes_cannot_change_the_terminal(saved, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import make_policy
 
+import tokenrl
 from tokenrl import names
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import TrainerState
@@ -83,6 +86,21 @@ class Judge:
 
 judge = Judge()
 
+def sometimes(completions, log_extra, log_metric, **_):
+    log_metric("calls", 1)
+    if "three" in completions or "hang" in completions:
+        time.sleep(600)
+    log_extra("size", [len(text) for text in completions])
+    return [len(text) for text in completions]
+
+def moody(completions, prompts, **_):
+    if "the cat" in prompts:
+        time.sleep(600)
+    return [1.0 + i for i, _ in enumerate(completions)]
+
+async def later(completions, **_):
+    await asyncio.sleep(600 if "three" in completions else 0)
+    return [1.0] * len(completions)
 """
 
 
@@ -146,6 +164,40 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     with pytest.raises(Stopped, match=message):
         rewards(PROMPTS, COMPLETIONS, IDS, {})
     wait_for(lambda: not any(map(running, started(tmp_path))))
+
+
+LATER = pytest.param("later", [1.0] * 4, marks=pytest.mark.slow)  # the async functions
+
+
+@pytest.mark.parametrize(("name", "values"), [("sometimes", LENGTHS), LATER])
+def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, values):
+    names = ("worked.py:length", f"worked.py:{name}")
+    rewards = Rewards(names, timeout=0.5, abstains=True)
+    result = rewards(PROMPTS, COMPLETIONS, IDS, {}, locations=["a", "b", "c", "d"])
+    assert result.valid.tolist() == [True, False, True, True]
+    assert result.values[[0, 2, 3]].T.tolist() == [[3, 0, 4], [values[0], values[2], values[3]]]
+    assert result.total[1] == 0 and result.logged["frac_rows_late"] == 0.25 and rewards.late == 1
+    if name == "sometimes":
+        assert result.extra == {"size": [3, None, 0, 4]} and result.logged["calls"] == 1
+    in_time = rewards(PROMPTS[:1], COMPLETIONS[:1], IDS[:1], {})
+    assert in_time.logged["frac_rows_late"] == 0 and rewards.late == 1
+    with pytest.raises(Stopped, match=r"strict raised ZeroDivisionError"):
+        Rewards(["worked.py:strict"], timeout=5, abstains=True)(PROMPTS, COMPLETIONS, IDS, {})
+
+
+@pytest.mark.slow  # each late call starts its process anew
+def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsys):
+    rows = [{"prompt": text} for text in ("the cat", "one two", "sat on")]
+    options = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "model": make_policy()}
+    options |= {"eval_generations": 0, "max_completion_length": 2, "output_dir": "run"}
+    options |= {"reward_timeout": 0.5, "on_reward_timeout": "abstain", "cpu": True}
+    task = PromptTask("mine", rows[:2], rows[2:], None)
+    tokenrl.train(task=task, reward=["worked.py:moody"], **options)
+    metrics = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[1])
+    assert metrics["frac_rows_late"] == metrics["frac_rows_abstained"] == 0.5
+    assert "2 completions got no reward, as it missed reward_timeout" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):

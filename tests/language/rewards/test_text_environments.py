@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
+import signal
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.calls import Overdue
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.isolation import RandomStreams, call_all
 from tokenrl.language.rewards.rewards import Rewards
 
 
@@ -27,7 +33,13 @@ class Draws:
             raise ValueError("no map")
         if text == "exit":
             raise SystemExit(0)
-        reward = np.float32(self.turn)
+        if text == "hang":
+            # the first signal is lost, the next one is not
+            with contextlib.suppress(BaseException):
+                time.sleep(30)
+            with contextlib.suppress(Exception):
+                time.sleep(30)
+        reward = np.nan if text == "nan" else np.float32(self.turn)
         observation = f"{random.random():.6f} {np.random.rand():.6f}"
         over = self.turn == 2
         return observation, reward, over, over or text == "long", {}
@@ -108,11 +120,18 @@ def test_episodes_of_gymnasium_end_with_their_rewards():
     [
         ("raise", "error", r"raised ValueError: no map \(test_text_environments.py, line \d+\)\.$"),
         ("exit", "error", "raised SystemExit"),
+        ("nan", "error", r"returned \(.*nan.*the reward is a number from -1e\+12"),
+        (
+            "hang",
+            "timeout",
+            r"did not return within 0.2 s \(test_text_environ.*raise reward_timeout",
+        ),
     ],
 )
 def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(word, ending, failure):
-    environments = Environments(Draws)
-    before = np.geterr(), random.getstate()
+    environments = Environments(Draws, timeout=0.2)
+    timer = signal.getitimer(signal.ITIMER_REAL)
+    before = signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate()
     first, second = environments.reset(rows(2), [1, 2])
     bad, good = environments.step([first, second], turns_of(word, "go"))
     assert (bad.ending, bad.messages, bad.reward, good.ending) == (ending, [], 0.0, "")
@@ -122,7 +141,9 @@ def test_a_failure_ends_its_episode_alone_and_its_instance_is_not_used_again(wor
     third, fourth = environments.reset(rows(2), [1, 2])
     assert third.environment is second.environment
     assert fourth.environment not in (first.environment, second.environment)
-    assert before == (np.geterr(), random.getstate())
+    assert before == (signal.getsignal(signal.SIGALRM), np.geterr(), random.getstate())
+    # also the tests have one
+    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(timer, abs=5)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +173,20 @@ def test_tools_are_called_in_order_and_their_faults_are_answers(observation, ope
     assert [answer.reward for answer in environments.finish([first, second])] == [2.0, 1.0]
 
 
+def test_an_async_tool_misses_the_deadline_without_holding_others():
+    environments = Environments(Tools, timeout=0.2)
+    first, second = environments.reset(rows(2, secret=3), [5, 6])
+    turns = [
+        calling(("wait", {"seconds": 30}), ("guess", {"number": 1})),
+        calling(("wait", {"seconds": 0})),
+    ]
+    late, fine = environments.step([first, second], turns)
+    assert (late.ending, late.messages, fine.ending) == ("timeout", [], "")
+    assert late.failure.startswith("Tools.wait did not return within 0.2 s")
+    assert first.environment.calls == []
+    assert [answer.reward for answer in environments.finish([first, second])] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("method", ["reset", "get_reward"])
 def test_failures_of_reset_and_get_reward(method):
     environments = Environments(type("Broken", (Tools,), {method: lambda self, **_: 1 / 0}))
@@ -169,11 +204,12 @@ def test_failures_of_reset_and_get_reward(method):
         (Tools, "get_reward", "x"),
         (Draws, "reset", "text"),
         (Draws, "reset", (5, {})),
+        (Draws, "step", ("text", 1.0)),
         (Draws, "step", ("text", 1.0, True, {})),
-        (Draws, "step", ("text", np.nan, True, True, {})),
+        (Draws, "step", None),
     ],
 )
-def test_a_method_that_does_not_return_what_it_must_stops_the_run(kind, method, wrong):
+def test_a_method_that_has_never_returned_what_it_must_stops_the_run(kind, method, wrong):
     def returns_wrong(self, *text, seed=None, **_):
         return wrong
 
@@ -205,7 +241,7 @@ def no_docstring(self, number: int) -> str:
     ("factory", "columns", "message"),
     [
         (lambda: 1 / 0, {}, "ZeroDivisionError.*without arguments"),
-        (object, {}, "no attribute 'reset'"),
+        (object, {}, "has no method reset"),
         (
             type("Odd", (Draws,), {"step": lambda self, text, number: None}),
             {},
@@ -264,3 +300,28 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
         Rewards([], environments=Environments(bare))
     with pytest.raises(Refused, match="no column"):
         Rewards(looks).check_columns(["prompt"])
+
+
+def test_a_deadline_that_comes_as_the_call_returns_leaves_no_alarm():
+    """Calls that end within microseconds of their deadline return or are overdue, and nothing later is."""
+    began, alarms = time.perf_counter, []
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # of pytest
+    previous = signal.signal(signal.SIGALRM, lambda *_: alarms.append("ours"))
+    handler = signal.getsignal(signal.SIGALRM)
+
+    def call(end):
+        while began() < end:
+            pass
+        return "done"
+
+    try:
+        for number in range(1000):
+            end = began() + 4e-4 + (number % 40 - 20) * 1e-6
+            (attempt,) = call_all([(RandomStreams(0), partial(call, end))], 4e-4)
+            assert attempt.output == "done" or isinstance(attempt.error, Overdue)
+            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), number
+            assert signal.getsignal(signal.SIGALRM) is handler, number
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    assert not alarms

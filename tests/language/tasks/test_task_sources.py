@@ -110,10 +110,10 @@ def test_an_environment_beside_data_takes_its_rows_and_needs_no_reward(echo_file
     rows = [{"prompt": f"p{i}", "environment": "a"} for i in range(10)]
     for environment in (Echo, {"a": Echo}, f"{echo_file}:Env", f"{echo_file}:FACTORIES"):
         task, rewards = find_task(
-            TaskArguments(task=rows, environment=environment, malformed="observe")
+            TaskArguments(task=rows, environment=environment, reward_timeout=2.0)
         )
         assert len(task.train_prompts) == 8 and task.train_prompts[0]["environment"] == "a"
-        assert rewards.environments.malformed == "observe" and len(rewards.names) == 1
+        assert rewards.environments.timeout == 2.0 and len(rewards.names) == 1
     mine = PromptTask("mine", rows, rows, [], environment=Echo)
     assert find_task(TaskArguments(task=mine))[0].environment is Echo
     other, _ = find_task(TaskArguments(task=mine, environment=make_echo))

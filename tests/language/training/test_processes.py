@@ -141,7 +141,9 @@ def outcome(name: str) -> dict:
 
     if "episodes" in name:
         environment = Faulty if "failing" in name else Guess
-        measured = Rewards([measured], [0.5, 1.0], environments=Environments(environment))
+        measured = Rewards(
+            [measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5)
+        )
     # the longest completion is the first's, or the second's
     step = 8 + list(SCENARIOS).index(name) % 2
     record = one_step(learner, step=step, reward=measured)

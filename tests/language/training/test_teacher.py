@@ -182,7 +182,7 @@ def test_a_teacher_scores_the_chosen_tokens_of_episodes_alone():
     teacher = other_model(dtype="float64", n_positions=128)
     options = {"teacher": teacher, "max_completion_length": 40}
     learner = make_learner(policy, PENALTY, **options)
-    environments = Environments(Guess)
+    environments = Environments(Guess, timeout=0.3)
     counted = Rewards([], environments=environments)
     silent = Rewards([], environments=environments, unrewarded=True)
     prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]

@@ -124,7 +124,7 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
     options = dict(options)
     factory = options.pop("factory", Guess)
     share = options.pop("share_seed", True)
-    rewards = Rewards([], environments=Environments(factory, share_seed=share))
+    rewards = Rewards([], environments=Environments(factory, share_seed=share, timeout=0.3))
     estimator = ESTIMATORS[name]
     policy = policy_of(family)
     reference = policy_of(family, seed=1)
@@ -173,7 +173,7 @@ def trained(estimator, factory=Guess, **options):
         )
     shape = {"num_minibatches": 1 + (estimator.ratio != "none"), "max_completion_length": 10}
     learner = make_learner(policy, estimator, **shape | options)
-    rewards = Rewards([], environments=Environments(factory))
+    rewards = Rewards([], environments=Environments(factory, timeout=0.3))
     record = one_step(learner, reward=rewards)
     parts = [weights(policy.model), gradient(policy.model)]
     parts += [] if learner.critic is None else [weights(learner.critic.head)]

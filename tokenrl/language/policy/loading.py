@@ -33,8 +33,10 @@ def find_model(name_or_path: str | Path) -> str:
 
     Raises:
         Refused: neither a directory nor a model of the hub has this name, or the directory is a damaged
-            checkpoint or holds no language model.
+            checkpoint, holds no language model, or one of its files is cut short or no JSON.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(model_directory(name_or_path))
     if name_or_path == TINY and not folder.is_dir():
         raise Refused(
@@ -43,6 +45,18 @@ def find_model(name_or_path: str | Path) -> str:
     if not folder.is_dir():
         _check_hub(str(name_or_path))
         return str(name_or_path)
+    for file in sorted(folder.iterdir()):  # transformers goes on without a generation_config.json
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # its header must cover the whole file
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise Refused(
+                f"The file {file.name} of the model in {folder} is damaged ({error}). Copy or save the model "
+                "once more."
+            ) from error
     if fault := _fault_of(folder, name_or_path):
         raise Refused(
             f"{name_or_path} {fault}. A model is a local directory written by save_pretrained, or a hub name."

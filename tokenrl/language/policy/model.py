@@ -319,8 +319,6 @@ def load_policy(
         policy = wrap(model, tokenizer, source=name)
         if adapter and merge_adapter:
             policy.model = merged(model).requires_grad_(True)
-            # A model in memory: an adapter on top of it does not belong to the base alone.
-            policy.model.name_or_path = ""  # type: ignore[assignment]
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenrl.language.policy.loading import quietly
 from tokenrl.language.policy.saving import (
     AUTO_CLASSES,
     adapter_weights,
+    base_of,
     has_adapter,
     merged,
     read_weights,
@@ -51,6 +53,12 @@ class SavedModel:
         model = self.policy.model
         if not has_adapter(model):
             return
+        names = model.active_adapters
+        if len(names) != 1:
+            raise Refused(
+                f"The model has {len(names)} active adapters ({', '.join(names)}), and one is trained: "
+                "choose it by model.set_adapter."
+            )
         of_adapter = {weight.data_ptr() for weight in adapter_weights(model).values()}
         for name, weight in model.named_parameters():
             if weight.requires_grad and weight.data_ptr() not in of_adapter:
@@ -58,6 +66,10 @@ class SavedModel:
                     f"The model has an adapter, but weights outside it would be trained too, such as {name}: "
                     "freeze them, or name their modules in peft's modules_to_save."
                 )
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        return base_of(self.policy.model)  # frozen, so once is enough
 
     def write(self, folder: Path) -> None:
         """Write the weights and the tokenizer into an existing folder, which then loads as a model.
@@ -67,7 +79,7 @@ class SavedModel:
         """
         if has_adapter(self.policy.model):
             with quietly():
-                write_adapter(self.policy, folder)
+                write_adapter(self.policy, folder, self._base)
         else:
             save_policy(self.policy, folder)
 

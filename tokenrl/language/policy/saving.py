@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import run_of
 from tokenrl.language.policy.loading import quietly, refuse_attention_of_hub
-from tokenrl.runs.files import write_text
+from tokenrl.runs.files import write_json, write_text
 
 CONFIG = "adapter_config.json"
 KEPT = ("bos_token_id", "pad_token_id", "eos_token_id", "max_length", "max_new_tokens")
 DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 """How transformers draws from the distribution of the logits themselves; by default it keeps 50 tokens."""
+BASE = "base.json"
+"""In the folder of an adapter: the fingerprint of the base that it was trained on."""
 
 
 @quietly()
@@ -47,7 +49,7 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
         base = settings.base_model_name_or_path or ""
         is_ours = card is not None and os.path.isdir(base)
         with patch.object(settings, "base_model_name_or_path", "" if is_ours else base):
-            write_adapter(policy, directory / "adapter")
+            write_adapter(policy, directory / "adapter", base_of(model))
         if card is not None:
             write_text(directory / "adapter" / "README.md", replace(card, kind="adapter").text())
         model = merged(copy.deepcopy(model))
@@ -74,11 +76,7 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
     run = run_of(name) or Path(name)
     for folder in (name, *[str(file.parent) for file in run.glob(f"checkpoints/*/{CONFIG}")]):
         config = PeftConfig.from_pretrained(folder)
-        # Peft imports the module that is named there.
-        if getattr(config, "megatron_config", None):
-            raise Refused(
-                f"The adapter in {folder} needs layers of Megatron: give one of linear layers."
-            )
+        check_adapter(config)
         if base := config.base_model_name_or_path:
             if not trust_remote_code:
                 refuse_attention_of_hub(base, config.revision)
@@ -95,7 +93,18 @@ def with_adapter(model: Any, tokenizer: Any, name: str) -> Any:
 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    return PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
+    model = PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
+    check_base(model, Path(name))
+    return model
+
+
+def check_adapter(config: Any) -> None:
+    """Refuse an adapter, by its configuration, that no base of transformers can take over, or that imports code."""
+    if config.is_prompt_learning or getattr(config, "megatron_config", None):
+        raise Refused(
+            f"The adapter, of the kind {config.peft_type.value}, adds to prompts or needs layers of Megatron, so no "
+            "base can take it over: give a model with a LoRA adapter of linear layers, or without any."
+        )
 
 
 def merged(model: Any) -> Any:
@@ -194,8 +203,8 @@ def adapter_weights(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
-def write_adapter(policy: Any, folder: Path) -> None:
-    """Write the adapter alone, with its tokenizer."""
+def write_adapter(policy: Any, folder: Path, base: Mapping[str, Any]) -> None:
+    """Write the adapter alone, with its tokenizer and what `base_of` says of the base it belongs to."""
     name = policy.model.active_adapter
     policy.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[name])
     if name != "default":  # peft writes such an adapter into a folder of its name
@@ -204,6 +213,7 @@ def write_adapter(policy: Any, folder: Path) -> None:
         (folder / name).rmdir()
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
     policy.tokenizer.save_pretrained(folder)
+    write_json(folder / BASE, base)
 
 
 def _read_adapter(model: Any, folder: Path) -> None:
@@ -213,6 +223,7 @@ def _read_adapter(model: Any, folder: Path) -> None:
     saved = load_file(folder / "adapter_model.safetensors")
     if weight_shapes(saved.items()) != weight_shapes(adapter_weights(model).items()):
         raise ValueError("the names or the shapes of its adapter's weights differ")
+    check_base(model, folder)
     set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
 
 
@@ -221,14 +232,50 @@ def weight_shapes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size
     return {name: weight.shape for name, weight in weights}
 
 
+def check_base(model: Any, folder: Path) -> None:
+    """Check that an adapter has been put on the base that it was trained on, if its folder tells.
+
+    A base in another precision has other bytes, so then nothing can be said.
+
+    Args:
+        model: the model with the adapter.
+        folder: the folder of the adapter.
+
+    Raises:
+        Refused: the weights of the base differ.
+    """
+    if not (folder / BASE).exists():  # written by peft itself
+        return
+    recorded = json.loads((folder / BASE).read_bytes())
+    base = base_of(model)
+    if recorded["dtypes"] == base["dtypes"] and recorded != base:
+        name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
+        raise Refused(
+            f"The adapter in {folder} was trained on another base than the model {name}: their weights "
+            "differ. Give the run's model/, in which base and adapter are merged."
+        )
+
+
+def base_of(model: nn.Module) -> dict[str, Any]:
+    """Return what tells the base under an adapter apart from others: its fingerprint and its precision."""
+    parameters = model.named_parameters()
+    frozen = {name: weight.detach() for name, weight in parameters if not weight.requires_grad}
+    dtypes = {str(weight.dtype) for weight in frozen.values()}
+    return {"sha256": _hash_of(frozen), "dtypes": sorted(dtypes)}
+
+
 def fingerprint(model: nn.Module) -> str:
     """Hash the names, precisions, shapes and bytes of all weights and saved buffers of a model.
 
     Returns:
         A SHA-256 in hexadecimal digits, the same in every process and on every machine.
     """
+    return _hash_of(model.state_dict())
+
+
+def _hash_of(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

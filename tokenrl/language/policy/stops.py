@@ -15,6 +15,9 @@ from tokenrl.errors import Refused
 DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 """Arguments of `batch_decode`: the text of a completion as the model wrote it, without special tokens."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+MARGIN = 8
+"""Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
+parts of a character whose bytes are several tokens."""
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -99,9 +102,19 @@ class StopStrings:
         return ended
 
     def _completes(self, ids: Sequence[int]) -> bool:
-        """Return whether the last token completes a string."""
+        """Return whether the last token completes a string, from as few tokens before it as show that."""
+        if ids[-1] in self.ids:
+            return True
+        width = max(map(len, self.strings), default=0) + MARGIN
+        if width < len(ids):
+            tail = ids[-width - 1 :]
+            before, text = decoded(self._tokenizer, [tail[:-1], tail])
+            # Part of a character may spoil bytes beside it, so those are decoded with all before them.
+            is_whole = len(before) >= width and "\ufffd" not in text[MARGIN:]
+            if is_whole and self.cut(text) == text:
+                return False
         (text,) = decoded(self._tokenizer, [ids])
-        return ids[-1] in self.ids or self.cut(text) != text
+        return self.cut(text) != text
 
     def end(self, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
         """End completions at their first stop string, which an engine may have noticed later.
@@ -124,11 +137,16 @@ class StopStrings:
 
 
 def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> list[str]:
-    """Return the texts of rows of ids.
+    """Return the texts of rows of ids; an id that the tokenizer lacks has no text.
 
     Args:
         tokenizer: the tokenizer.
         rows: N rows of ids.
         **changes: arguments of `batch_decode` that differ from `DECODING`.
     """
-    return list(tokenizer.batch_decode(rows, **DECODING | changes))
+    try:
+        return list(tokenizer.batch_decode(rows, **DECODING | changes))
+    except Exception:  # tokenizers written in Python fail on such ids, each in a way of its own
+        known_ids = set(tokenizer.get_vocab().values())
+        rows = [[i for i in row if i in known_ids] for row in rows]
+        return list(tokenizer.batch_decode(rows, **DECODING | changes))

@@ -7,6 +7,7 @@ under a deadline run in a process of their own (worker.py), which calls them wit
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -38,7 +39,7 @@ Reward = Callable[..., Any]
 
 METRICS = """
 step epoch learning_rate loss grad_norm grad_clipped clip_ratio skipped_steps idle_steps num_tokens
-num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained refilled entropy
+num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained frac_rows_late refilled entropy
 kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_seconds
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
@@ -81,6 +82,10 @@ class Attempt(NamedTuple):
     output: Any
     error: BaseException | None
     seconds: float
+
+
+class Overdue(BaseException):
+    """A call missed its deadline, of some seconds. User code that catches Exception does not catch it."""
 
 
 class CallResults(NamedTuple):
@@ -255,8 +260,13 @@ def _attempt(
     return Attempt(output, None, time.perf_counter() - began)
 
 
-def await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
-    """Await all of them at the same time; return what came of each, in order."""
+def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None) -> list[Attempt]:
+    """Await all of them at the same time; return what came of each, in order.
+
+    Args:
+        awaitables: the N awaitables.
+        timeout: seconds after which those that are not done are cancelled, with the error `Overdue`.
+    """
 
     async def attempt(awaitable: Awaitable[Any]) -> Attempt:
         began = time.perf_counter()
@@ -269,7 +279,10 @@ def await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
 
     loop = _event_loop()
     tasks = [asyncio.run_coroutine_threadsafe(attempt(x), loop) for x in awaitables]
-    return [task.result() for task in tasks]
+    concurrent.futures.wait(tasks, timeout)
+    overdue = Attempt(None, Overdue(timeout), 0.0)
+    # A task that is done cannot be cancelled.
+    return [overdue if task.cancel() else task.result() for task in tasks]
 
 
 @functools.cache

@@ -22,14 +22,13 @@ from tokenrl.errors import (
     USER_CODE_FAILED,
     Refused,
     Stopped,
-    TokenrlError,
     code_line,
     describe,
     suggest,
     with_places,
     written,
 )
-from tokenrl.language.rewards.calls import copied, reward_number
+from tokenrl.language.rewards.calls import Overdue, copied, reward_number
 from tokenrl.language.rewards.isolation import RandomStreams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, joined, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
@@ -49,7 +48,7 @@ class Answer(NamedTuple):
             episode that is over are shown to people, and no policy reads them.
         reward: the reward of the turn that was answered.
         ending: empty if the episode goes on, else a name of `ENDINGS` in rollout/episodes.py.
-        failure: with the ending `error` one sentence that names class, method, problem, line.
+        failure: with the endings `error` and `timeout` one sentence that names class, method, problem, line.
     """
 
     messages: list[Message]
@@ -88,10 +87,17 @@ class Episode:
         """Return what messages call a method of the environment."""
         return f"{type(self.environment).__name__}.{method}"
 
-    def fail(self, call: str, error: BaseException) -> Answer:
-        """End the episode because a call raised an error; return that answer."""
-        self.ending = "error"
-        self.failure = encodable(f"{call} raised {describe(error)}{_line(error)}.")
+    def fail(self, call: str, problem: BaseException | str) -> Answer:
+        """End the episode because a call raised something or returned something wrong; return that answer."""
+        self.ending = "timeout" if isinstance(problem, Overdue) else "error"
+        if isinstance(problem, str):
+            fault = f"returned {problem}"
+        elif isinstance(problem, Overdue):
+            mend = "make it faster, or raise reward_timeout"
+            fault = f"did not return within {problem} s{_line(problem)}: {mend}"
+        else:
+            fault = f"raised {describe(problem)}{_line(problem)}"
+        self.failure = encodable(f"{call} {fault}.")
         return Answer([], 0.0, self.ending, self.failure)
 
 
@@ -100,7 +106,7 @@ class Environments:
     """Environments of one factory or several, which are made once and used again.
 
     An instance is free again once its episode was finished, so reward functions may look at it until the next
-    `reset`. One that failed is not used again. The environments are a reward function
+    `reset`. One that failed or missed the deadline is not used again. The environments are a reward function
     themselves: called so, they return the rewards that they gave in N episodes. It has the name of the class,
     or "environment" if there are several.
 
@@ -109,6 +115,7 @@ class Environments:
         max_turns: the most turns of the policy in an episode.
         share_seed: whether the episodes of a prompt's group are reset with the same seed.
         malformed: a tool call that cannot be parsed ends the episode ("end") or is answered ("observe").
+        timeout: seconds that one call of an environment may take; None: as long as it likes.
         rewarded: whether an environment of them gives rewards.
         has_tools: whether an environment of them has tools.
     """
@@ -117,16 +124,18 @@ class Environments:
     max_turns: int = 10
     share_seed: bool = True
     malformed: str = "end"
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         """Make one instance of each environment, and check it.
 
         Raises:
             Refused: an environment cannot be made, has no `reset`, a `step` that takes no text, or a tool
-                without type hints or docstring.
+                without type hints or docstring; a deadline is impossible here.
         """
         factories = self.factory if isinstance(self.factory, Mapping) else {None: self.factory}
         self._factories: Mapping[str | None, Callable[[], Any]] = factories
+        self._right = set[str]()  # the methods that have returned what they must
         self._free: dict[str | None, list[Any]] = {name: [] for name in factories}
         self._first: dict[str | None, Episode] = {}
         self.rewarded = self.has_tools = False
@@ -252,18 +261,22 @@ class Environments:
         """Give an episode a free instance of its environment, else a new one; return the episode."""
         make = self._factories[episode.name]
         free = self._free[episode.name]
+        fault: Any = None
+        if free:
+            instance = free.pop()
+        else:
+            # In a random state of its own, as the episode must not depend on whether the instance is new.
+            instance, fault, _ = call_all([(RandomStreams(0), make)], self.timeout)[0]
+        episode.environment = instance
         try:
-            if not free:
-                # In a random state of its own, as the episode must not depend on whether the instance is new.
-                ((instance, error, _),) = call_all([(RandomStreams(0), make)])
-                if error is not None:
-                    raise error
-                free.append(instance)
-            instance = episode.environment = free.pop()
-            has_seed = "seed" in inspect.signature(instance.reset).parameters
-            episode.steps = has_seed and hasattr(instance, "step")
+            if fault is None and not callable(getattr(instance, "reset", None)):
+                fault = f"a {type(instance).__name__}, which has no method reset"
+            if fault is None and hasattr(instance, "step"):
+                episode.steps = "seed" in inspect.signature(instance.reset).parameters
         except USER_CODE_FAILED as error:  # attributes may be computed
-            episode.fail(getattr(make, "__name__", written(make)), error)
+            fault = error
+        if fault is not None:
+            episode.fail(getattr(make, "__name__", written(make)), fault)
             return episode
         if not episode.steps:
             # As TRL lists them: the class is read, since an instance may compute attributes.
@@ -295,11 +308,15 @@ class Environments:
     ) -> dict[Episode, Answer]:
         """Call a method of N environments, and make answers of what they return; `returns` describes it.
 
+        A method whose results are all wrong, and were never right, has a mistake in its code, which is no
+        failure of an episode.
+
         Raises:
-            Stopped: a method did not return what it must.
+            Stopped: a method has never returned what it must.
         """
         answers = {}
-        attempts = call_all([(e.streams, call) for e, call in calls.items()])
+        wrong = dict[str, str]()
+        attempts = call_all([(e.streams, call) for e, call in calls.items()], self.timeout)
         for episode, (output, error, _) in zip(calls, attempts, strict=True):
             name = episode.name_of(method)
             if error:
@@ -307,12 +324,14 @@ class Environments:
                 continue
             try:
                 answers[episode] = read(episode, output)
-            except TokenrlError:
-                raise
-            except Exception as problem:
-                raise Stopped(
-                    f"{name} returned {shown(output)}; it must return {returns}."
-                ) from problem
+                self._right.add(name)
+            except Exception:
+                problem = f"{shown(output)}; it must return {returns}"
+                answers[episode] = episode.fail(name, problem)
+                wrong[name] = episode.failure
+        for name, failure in sorted(wrong.items()):
+            if name not in self._right:
+                raise Stopped(failure)
         return answers
 
     def _call_tools(self, turns: Mapping[Episode, Message]) -> dict[Episode, Answer]:
@@ -327,7 +346,7 @@ class Environments:
                 answers[episode] = Answer([reply("unknown", None, reason)])
         queues = {episode: list(turn.get("tool_calls", ())) for episode, turn in turns.items()}
         while True:
-            active = [e for e, queue in queues.items() if queue]
+            active = [e for e, queue in queues.items() if queue and not e.failure]
             if not active:
                 return answers
             calls = []
@@ -335,10 +354,13 @@ class Environments:
                 function = queues[episode][0]["function"]
                 tool = partial(use, episode.tools, function["name"], copied(function["arguments"]))
                 calls.append((episode.streams, tool))
-            attempts = call_all(calls)
+            attempts = call_all(calls, self.timeout)
             for episode, (output, error, _) in zip(active, attempts, strict=True):
                 name = queues[episode].pop(0)["function"]["name"]
-                answers[episode].messages.append(reply(name, output, error))
+                if isinstance(error, Overdue):
+                    answers[episode] = episode.fail(episode.name_of(name), error)
+                else:
+                    answers[episode].messages.append(reply(name, output, error))
 
 
 def _line(error: BaseException) -> str:
@@ -361,7 +383,7 @@ def _opened(episode: Episode, output: Any) -> Answer:
         users = [message for message in episode.opening if message["role"] == "user"]
         if not users:
             problem = "a text, but the prompt has no message of the user at the end of which it could stand"
-            raise Stopped(f"{episode.name_of('reset')} returned {problem}.")
+            return episode.fail(episode.name_of("reset"), problem)
         users[-1]["content"] = joined(users[-1]["content"], text)
     return Answer([])
 

@@ -1,14 +1,19 @@
-"""Calls code of environments: in the random state of its episode, async calls together.
+"""Calls code of environments: in the random state of its episode, with a deadline, async calls together.
 
 Environments draw from the global streams of `random` and `numpy.random`. Each episode has its own state of
 both, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a run
-could not be continued exactly.
+could not be continued exactly. The deadline is a signal, which interrupts Python code, waits in it and regular
+expressions. It cannot end `os.system` and other code that does not return to Python, a loop around `except
+BaseException`, a finalizer (`__del__`), whose errors Python drops, or an environment that uses SIGALRM itself.
+An async method that blocks its thread instead of awaiting holds all others, which then miss their deadlines.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
+import signal
+import sys
 import types
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
@@ -16,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import TokenrlError
-from tokenrl.language.rewards.calls import Attempt, await_all
+from tokenrl.errors import Refused, TokenrlError, describe
+from tokenrl.language.rewards.calls import Attempt, Overdue, await_all
 from tokenrl.user_code import own_process, user_code
 
 
@@ -38,31 +43,80 @@ class RandomStreams:
     __enter__ = __exit__ = _swap_states
 
 
-def call_all(calls: Sequence[tuple[RandomStreams, Callable[[], Any]]]) -> list[Attempt]:
+def call_all(
+    calls: Sequence[tuple[RandomStreams, Callable[[], Any]]], timeout: float | None = None
+) -> list[Attempt]:
     """Make N calls in order, each in its random state; await together what the async ones return.
 
     Args:
         calls: the random state of each call, and the call.
+        timeout: seconds that one call may take, and the async ones together; None: no limit.
 
     Returns:
-        What came of each call.
+        What came of each call; the error of one that missed the deadline is `Overdue`.
+
+    Raises:
+        Refused: a deadline is impossible here.
     """
     attempts = []
     with user_code():
         for streams, call in calls:
             try:
                 with streams, own_process():
-                    attempt = Attempt(call(), None, 0.0)
-            except (KeyboardInterrupt, TokenrlError):
+                    attempt = Attempt(within(timeout, call) if timeout else call(), None, 0.0)
+            except (KeyboardInterrupt, TokenrlError):  # also of a deadline that is impossible
                 raise
             except BaseException as error:
                 attempt = Attempt(None, error, 0.0)
             attempts.append(attempt)
         waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
         driven = [_driven(attempts[i].output, calls[i][0]) for i in waiting]
-        for i, attempt in zip(waiting, await_all(driven), strict=True):
+        for i, attempt in zip(waiting, await_all(driven, timeout), strict=True):
             attempts[i] = attempt
     return attempts
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call something, and interrupt Python code and waits in it after some seconds, by a signal.
+
+    It comes again after as many seconds, for code that catches every exception, or a finalizer that drops it.
+    Once the call has returned, no signal raises anything, also one that came at that very moment. A timer of
+    the program itself stands still during the call.
+
+    Raises:
+        Overdue: the deadline was missed.
+        Refused: signals are impossible, as outside the main thread.
+    """
+    calling = False
+
+    def interrupt(*_: object) -> None:
+        if calling:
+            raise Overdue(seconds)
+
+    mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
+    if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
+        raise Refused(
+            f"This system ({sys.platform}) has no timer for the calls of environments: {mend}."
+        )
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
+    try:
+        before = signal.signal(signal.SIGALRM, interrupt)
+    except ValueError as error:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        problem = f"No signal can bound the calls of environments here ({describe(error)})"
+        raise Refused(f"{problem}: {mend}.") from error
+    try:
+        try:
+            calling = True
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+            return call()
+        finally:
+            calling = False
+    finally:  # also if the signal arrived in the line above, as it may before Python 3.11
+        calling = False
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)  # None: not of Python
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 @types.coroutine
@@ -78,5 +132,5 @@ def _driven(awaitable: Awaitable[Any], streams: RandomStreams) -> Generator[Any,
             return end.value
         try:
             resume = partial(steps.send, (yield pending))
-        except BaseException as error:
+        except BaseException as error:  # such as the cancellation at the deadline
             resume = partial(steps.throw, error)

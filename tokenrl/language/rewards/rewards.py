@@ -88,6 +88,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         *,
         timeout: float | None = None,
+        abstains: bool = False,
         sources: Sequence[Any] | None = None,
         pass_threshold: float | None = None,
         environments: Environments | None = None,
@@ -102,6 +103,7 @@ class Rewards:
             timeout: seconds that one call of a function may take. The functions then run in a process of
                 their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
                 accelerator is, and has no deadline. None: all functions run here, without a deadline.
+            abstains: whether a completion whose call misses the deadline gets no reward; else the run stops.
             sources: for each function, the spec from which that process loads it, as `load_reward` takes it;
                 None sends the functions themselves, which must then be picklable.
             pass_threshold: the least total, after the weights, with which a completion is right. None: the
@@ -161,7 +163,12 @@ class Rewards:
                     )
                 moved[name] = source
                 del self._here[name]
-            self._worker = RewardWorker(moved, timeout) if moved else None
+            self._worker = RewardWorker(moved, timeout, abstains) if moved else None
+
+    @property
+    def late(self) -> int:
+        """The number of completions so far whose reward missed the deadline."""
+        return 0 if self._worker is None else self._worker.late
 
     @property
     def range(self) -> Range | None:
@@ -249,6 +256,7 @@ class Rewards:
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
         results = call_rewards(self._here, rows, self.state, locations, objects=objects)
+        late = self.late
         if self._worker is not None:
             results = CallResults(*map(or_, results, self._worker(rows, self.state, locations)))
         for name, spent in results.seconds.items():
@@ -267,6 +275,8 @@ class Rewards:
                 counts = f"{len(logged)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
         means = {name: float(np.mean(logged)) for name, logged in results.logged.items()}
+        if self._worker is not None and self._worker.abstains:
+            means["frac_rows_late"] = (self.late - late) / len(valid)
         return RewardResult(values, self._total(values, described), valid, means, results.extra)
 
     def seconds_since(self, earlier: Mapping[str, float]) -> dict[str, float]:

@@ -15,12 +15,15 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
+
+import numpy as np
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
 from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
@@ -30,7 +33,13 @@ from tokenrl.runs.signals import GracefulStop
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
+NEEDED = ("fork", "killpg", "setsid")
+"""Functions of the module os that Windows lacks."""
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+
+
+class Late(Stopped):
+    """A call of reward functions missed its deadline."""
 
 
 class RewardWorker:
@@ -38,9 +47,11 @@ class RewardWorker:
 
     Attributes:
         timeout: seconds for one call of a function.
+        abstains: whether completions whose call missed the deadline get no reward, instead of an error.
+        late: number of such completions so far.
     """
 
-    def __init__(self, sources: Mapping[str, Any], timeout: float) -> None:
+    def __init__(self, sources: Mapping[str, Any], timeout: float, abstains: bool = False) -> None:
         """Take the functions; nothing is started yet.
 
         Args:
@@ -48,11 +59,19 @@ class RewardWorker:
                 is pickled, and a pickled function is only the name of its module and its own.
             timeout: seconds for one call of a function. Async functions run together, and the timeout is for
                 all of them.
+            abstains: give completions whose call missed the deadline no reward.
 
         Raises:
-            Refused: a function cannot be pickled.
+            Refused: a function cannot be pickled, or the system is Windows.
         """
+        if not all(hasattr(os, name) for name in NEEDED):
+            raise Refused(
+                f"This system ({sys.platform}) cannot end a reward function with all that it has started, as "
+                "reward_timeout does: leave reward_timeout out, or run on Linux or macOS."
+            )
         self.timeout = timeout
+        self.abstains = abstains
+        self.late = 0
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
 
@@ -61,10 +80,41 @@ class RewardWorker:
     ) -> CallResults:
         """Do what `call_rewards` does, in the process and with a deadline for each function.
 
+        If `abstains`, a call that misses it is made again for each completion alone.
+
         Raises:
             Stopped: as in `call_rewards`, or a function took too long or ended the process.
             Refused: the process cannot be started with these functions.
         """
+        try:
+            return self._called(rows, state, locations)
+        except Late:
+            if not self.abstains:
+                raise
+        count = len(rows["prompts"])
+        if count == 1:
+            self.late += 1
+            spent = dict.fromkeys(self._pickled, self.timeout)
+            return CallResults({name: np.full(1, np.nan) for name in self._pickled}, {}, {}, spent)
+        parts = []
+        for i in range(count):
+            row = {name: column[i : i + 1] for name, column in rows.items()}
+            parts.append(self(row, state, locations[i : i + 1]))
+        names = dict.fromkeys(name for part in parts for name in part.extra)
+        logged: dict[str, list[float]] = {}
+        for part in parts:
+            for name, values in part.logged.items():
+                logged.setdefault(name, []).extend(values)
+        return CallResults(
+            {name: np.concatenate([part.values[name] for part in parts]) for name in self._pickled},
+            {name: [part.extra.get(name, [None])[0] for part in parts] for name in names},
+            logged,
+            {name: sum(part.seconds[name] for part in parts) for name in self._pickled},
+        )
+
+    def _called(
+        self, rows: Mapping[str, list[Any]], state: TrainerState, locations: Sequence[str]
+    ) -> CallResults:
         if self._process is None:
             self._start()
         try:
@@ -111,9 +161,10 @@ class RewardWorker:
                 "reward_timeout needs `if __name__ == '__main__':`, as the process imports the program."
             ) from None
         self.close()
-        raise fault(
+        raise (Late if fault is Stopped else fault)(
             f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed: "
-            "make it faster (nested repetition in a pattern can take for ever), or raise reward_timeout."
+            "make it faster (nested repetition in a pattern can take for ever), raise reward_timeout, or give such "
+            "completions no reward with on_reward_timeout abstain."
         )
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ ENDINGS = [
     "context_overflow",
     "parse_error",
     "error",
+    "timeout",
 ]
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 CUT = ("max_tokens", "context_overflow")

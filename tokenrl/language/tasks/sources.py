@@ -41,8 +41,13 @@ class DataArguments(Settings, group="data"):
     """One weight per reward. Default: 1 for each."""
     reward_timeout: Annotated[float, Bounds(above=0, at_most=1e6)] | None = None
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
-    which is killed at the deadline, and the run stops. Reward models and environments have no deadline.
-    Default: none."""
+    which is killed at the deadline; on_reward_timeout says what follows. Reward models are exempt. It also
+    bounds one call of an environment, whose episode then ends as timeout, and the run goes on. Default: no
+    deadline."""
+    on_reward_timeout: Literal["stop", "abstain"] = "stop"
+    """What follows on a call of reward functions that misses the deadline. stop: the run stops. abstain: they
+    are called again for each completion alone, and one that misses the deadline gets no reward from them; it
+    counts in frac_rows_late."""
     environment: Annotated[str, OR_OBJECT] | None = None
     """Environment that answers to each turn of a completion, so that a row is an episode of several turns:
     `module:Env` or `file.py:Env`, a class or function that takes no arguments, or a dict of them by the

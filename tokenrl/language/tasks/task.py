@@ -327,7 +327,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
     environments = None
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
-        environments = Environments(factory, **options)
+        environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions = getattr(task, "reward", None) or []
     if environments is None and not (functions or unrewarded):
         raise Refused(
@@ -343,6 +343,7 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
+        abstains=args.on_reward_timeout == "abstain",
         sources=named or None,
         pass_threshold=pass_threshold,
         optional=unrewarded,

@@ -365,6 +365,8 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         _evaluated(run, session)
+    if late := run.rewards.late:
+        session.console.warn(f"{late:,} completions got no reward, as it missed reward_timeout.")
     findings = judge_end(run, session)
     warmed = run.warm_started
     ended = run.result(session)

@@ -220,6 +220,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.refills, "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
+        "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
         "warm_start_steps": (args.warm_start, "warm_start is not set"),
     }
