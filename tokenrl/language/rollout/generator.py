@@ -183,6 +183,8 @@ def _decode(
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
     state: Decoder | FixedDecoder = Decoder(policy, prompts, prompt_index, sampling, prefixes)
+    if policy.token_steps is not None:
+        state = policy.token_steps.decoder(state, prompt_ids.shape[1] + length, draws)
     ended = None
     if prefixes is not None:
         ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
@@ -190,9 +192,8 @@ def _decode(
     batch = torch.arange(len(prompt_index))  # rows that are still in the batch
     rows = to_device(batch, device)
     look_every = LOOK_EVERY.get(device.type, 8)
-    steps = policy.token_steps
-    start = 0
-    for end in (*range(look_every if steps is None else 1, length, look_every), length):
+    for start in range(0, length, look_every):
+        end = min(start + look_every, length)
         uniforms = None if draws is None else draws[rows, start:end]
         columns = state.sample(uniforms, end - start)
         tokens.write(start, rows, columns)
@@ -213,9 +214,6 @@ def _decode(
             state.select(index)
             rows = rows[index]
             batch = batch[unfinished]
-        if steps is not None and isinstance(state, Decoder):
-            state = steps.decoder(state, prompt_ids.shape[1] + length, draws)
-        start = end
     unfinished_rows = torch.zeros_like(tokens.columns["mask"][:, 0]).index_put((rows,), state.alive)
     rollout = tokens.rollout(policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows)
     if ended is not None:

@@ -174,9 +174,9 @@ class TokenSteps:
         """Return what samples on from a state, in a bucket if its cache and the memory allow it.
 
         Args:
-            state: the state after the first token.
+            state: the state behind the prompts.
             tokens: the most tokens of a prompt and its completion.
-            uniforms: random numbers [N, T]; None for greedy completions.
+            uniforms: random numbers [n, T]; None for greedy completions.
         """
         columns = LEAST_COLUMNS
         while columns < tokens:
@@ -184,18 +184,24 @@ class TokenSteps:
         step = None
         if state.cache.keeps(columns):
             step = self.bucket(state, len(state.alive), columns, uniforms)
-        return state if step is None else FixedDecoder(self, state, step)
+        return state if step is None else FixedDecoder(self, state, step, uniforms)
 
 
 class FixedDecoder:
     """Samples on in the buckets of `TokenSteps`, with those methods and attributes of `Decoder` that this needs."""
 
-    def __init__(self, steps: TokenSteps, decoder: Decoder, step: TokenStep) -> None:
-        """Load the batch of a decoder, of which one row is kept as a pattern of further buckets."""
+    def __init__(
+        self, steps: TokenSteps, decoder: Decoder, step: TokenStep, uniforms: Tensor | None
+    ) -> None:
+        """Let a decoder sample the first token of its rows, and load them into a bucket.
+
+        One row of the decoder is kept as a pattern of further buckets.
+        """
         self._steps = steps
         self._step = step
         self._rows = len(decoder.alive)
         self._pattern = decoder
+        self._first = decoder.sample(None if uniforms is None else uniforms[:, :1], 1)
         step.load(decoder)
         decoder.select(step.slot.new_zeros(1))
 
@@ -213,11 +219,17 @@ class FixedDecoder:
         """Sample the next tokens of each row, as `Decoder.sample` does."""
         step = self._step
         step.slot.zero_()
+        before = self._first
+        self._first = {}
+        start = 1 if before else 0
         if step.uniforms is not None and uniforms is not None:
-            step.uniforms[: self._rows, :count] = uniforms
-        for _ in range(count):
+            step.uniforms[: self._rows, : count - start] = uniforms[:, start:]
+        for _ in range(start, count):
             step.replay()
-        return {name: x[: self._rows, :count] for name, x in step.columns.items()}
+        columns = {name: x[: self._rows, : count - start] for name, x in step.columns.items()}
+        for name, x in before.items():
+            columns[name] = torch.cat([x, columns[name]], dim=1)
+        return columns
 
     def end(self, ended: Tensor) -> None:
         """End the rows in which `ended` [n] is True."""
