@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
@@ -36,7 +36,7 @@ class _Prompt(NamedTuple):
     cache: Cache | None = None
 
 
-class _Last(NamedTuple):
+class Last(NamedTuple):
     """What follows the last token of n rows.
 
     Attributes:
@@ -128,7 +128,7 @@ class Decoder:
         self.mask = None if mask.all() else to_device(mask, self.device)
         self.position = to_device(mask.sum(dim=1), self.device)  # [B]
 
-    def _read(self, group: Sequence[_Prompt]) -> tuple[Cache, _Last]:
+    def _read(self, group: Sequence[_Prompt]) -> tuple[Cache, Last]:
         """Read what is new in some prompts; return their cache and what follows the last token.
 
         All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
@@ -146,14 +146,8 @@ class Decoder:
             cache = Cache.joined(caches, lengths, room)
             arguments = cache.arguments(arguments)
         unread = to_device(ids[:, width - new :], self.device)
-        return self._forward(unread, **arguments, logits_to_keep=last(1, self.device))
-
-    def _forward(self, ids: Tensor, **arguments: Any) -> tuple[Cache, _Last]:
-        """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
-        keep = self.sampling.keep_hidden
-        out = self.model(ids, **arguments, use_cache=True, output_hidden_states=keep)
-        hidden = out.hidden_states[-1][:, -1] if keep else None
-        return Cache.of(out), _Last(out.logits[:, -1], hidden)
+        keep = last(1, self.device)
+        return forward(self.model, self.sampling, unread, **arguments, logits_to_keep=keep)
 
     def _positions(self, width: int) -> dict[str, Any]:
         """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
@@ -204,13 +198,23 @@ class Decoder:
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         arguments = self.cache.arguments(self._positions(1))
-        self._store(*self._forward(token[:, None], **arguments))
+        self._store(*forward(self.model, self.sampling, token[:, None], **arguments))
 
-    def _store(self, cache: Cache, output: _Last, index: Tensor | slice = slice(None)) -> None:
+    def _store(self, cache: Cache, output: Last, index: Tensor | slice = slice(None)) -> None:
         """Store the cache, and of the rows `index` what the next token is drawn from."""
         self.cache = cache
         self.logits = output.logits[index]
         self.hidden = None if output.hidden is None else output.hidden[index]
+
+
+def forward(
+    model: nn.Module, sampling: Sampling, ids: Tensor, **arguments: Any
+) -> tuple[Cache, Last]:
+    """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
+    keep = sampling.keep_hidden
+    out = model(ids, **arguments, use_cache=True, output_hidden_states=keep)
+    hidden = out.hidden_states[-1][:, -1] if keep else None
+    return Cache.of(out), Last(out.logits[:, -1], hidden)
 
 
 def drawn(
@@ -271,8 +275,8 @@ def _groups(prompts: Sequence[Sequence[int]], prefixes: PrefixCache) -> list[lis
     return list(groups.values())
 
 
-def _joined(parts: Sequence[_Last]) -> _Last:
+def _joined(parts: Sequence[Last]) -> Last:
     """Put what follows the prompts of several groups one below the other."""
     hidden = [part.hidden for part in parts if part.hidden is not None]
     logits = torch.cat([part.logits for part in parts])
-    return _Last(logits, torch.cat(hidden) if hidden else None)
+    return Last(logits, torch.cat(hidden) if hidden else None)

@@ -1,7 +1,7 @@
 """Samples tokens in memory that keeps its address, so that a GPU can replay a token-step as one CUDA graph.
 
-A token-step feeds each row its last token and draws the next one. Launched one by one, its operations (184 for
-a Llama of two layers) take a GPU longer to be started than to be computed. Here they read and write buffers
+A token-step feeds each row its last token and draws the next one. Launched one by one, its operations (some
+hundred) take a GPU longer to be started than to be computed. Here they read and write buffers
 only, and the device counts positions, so that the host is asked for nothing and the whole is started at once.
 Buffers come in sizes (buckets): a batch takes the smallest that holds it, and a smaller one when rows have ended.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.language.rollout.cache import Cache, FixedLayer
-from tokenrl.language.rollout.decoder import Decoder, drawn
+from tokenrl.language.rollout.decoder import Decoder, drawn, forward
 
 WINDOW = 8
 """The most tokens that are sampled before the host looks at them."""
@@ -44,9 +45,7 @@ class TokenStep:
 
     replay: Callable[[], None]
 
-    def __init__(
-        self, decoder: Decoder, rows: int, columns: int, uniforms: Tensor | None, pool: Any
-    ) -> None:
+    def __init__(self, decoder: Decoder, rows: int, columns: int, uniforms: Tensor | None) -> None:
         """Make buffers for batches like that of a decoder, and capture the token-step.
 
         Args:
@@ -54,10 +53,9 @@ class TokenStep:
             rows: R.
             columns: L.
             uniforms: random numbers [n, t], of which only the type counts; None for greedy completions.
-            pool: memory that CUDA graphs share; None on other devices.
         """
-        self.model = decoder.model
-        self.sampling = decoder.sampling
+        self._model = decoder.model
+        self._sampling = decoder.sampling
         self._eos = decoder.eos
         position = decoder.position
         self.column = position.new_zeros(1)
@@ -70,13 +68,15 @@ class TokenStep:
         self.uniforms = None if uniforms is None else uniforms.new_zeros(rows, WINDOW)
         hidden = None if decoder.hidden is None else decoder.hidden[:1]
         first = None if uniforms is None else uniforms[:1, 0]
-        like = drawn(self.sampling, decoder.logits[:1], hidden, first) | {"mask": decoder.alive[:1]}
+        like = drawn(self._sampling, decoder.logits[:1], hidden, first) | {
+            "mask": decoder.alive[:1]
+        }
         self.columns = {}
         for name, x in like.items():
             self.columns[name] = x.new_zeros(rows, WINDOW, *x.shape[1:])
         self.replay = self._compute
         if self.token.is_cuda:
-            self.replay = _captured(self._compute, pool)
+            self.replay = _captured(self._compute)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -115,15 +115,12 @@ class TokenStep:
         """Read the last token of each row, draw the next one, and write down what `drawn` returns."""
         self.mask.index_fill_(3, self.column, True)
         positions = {"attention_mask": self.mask, "position_ids": self.position}
-        keep = self.sampling.keep_hidden
         arguments = self.cache.arguments(positions)
-        ids = self.token[:, None]
-        out = self.model(ids, **arguments, use_cache=True, output_hidden_states=keep)
-        hidden = out.hidden_states[-1][:, -1] if keep else None
+        _, last = forward(self._model, self._sampling, self.token[:, None], **arguments)
         uniforms = None
         if self.uniforms is not None:
             uniforms = self.uniforms.index_select(1, self.slot).squeeze(1)
-        numbers = drawn(self.sampling, out.logits[:, -1], hidden, uniforms)
+        numbers = drawn(self._sampling, last.logits, last.hidden, uniforms)
         for name, x in {**numbers, "mask": self.alive}.items():
             self.columns[name].index_copy_(1, self.slot, x[:, None])
         self.token.copy_(numbers["ids"])
@@ -136,10 +133,9 @@ class TokenSteps:
     """The buckets of a run, which are made when they are first needed."""
 
     def __init__(self, limit: int = LIMIT) -> None:
-        """Begin without buckets, of which all together may take `limit` bytes; the oldest are dropped first."""
+        """Begin without buckets; they may take `limit` bytes, and are dropped where another needs their room."""
         self._limit = limit
         self._steps: dict[Any, TokenStep] = {}
-        self._pool: Any = None
 
     def __len__(self) -> int:
         """Return the number of buckets."""
@@ -158,14 +154,12 @@ class TokenSteps:
         addresses = tuple(x.data_ptr() for x in weights)
         key = rows, columns, sampling, uniforms is None, decoder.eos_ids, decoder.model, addresses
         if key not in self._steps:
-            if self._pool is None and decoder.alive.is_cuda:
-                self._pool = torch.cuda.graph_pool_handle()
-            step = TokenStep(decoder, rows, columns, uniforms, self._pool)
+            step = TokenStep(decoder, rows, columns, uniforms)
             if step.nbytes > self._limit:
                 return None
+            if step.nbytes + sum(other.nbytes for other in self._steps.values()) > self._limit:
+                self._steps.clear()
             self._steps[key] = step
-            while sum(other.nbytes for other in self._steps.values()) > self._limit:
-                del self._steps[next(iter(self._steps))]
         return self._steps[key]
 
     def decoder(
@@ -252,7 +246,13 @@ def _rounded(rows: int) -> int:
     return -(-rows // 32) * 32
 
 
-def _captured(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
+@cache
+def _pool() -> Any:
+    """Return the memory that the graphs of this process share, as never two of them run at once."""
+    return torch.cuda.graph_pool_handle()
+
+
+def _captured(compute: Callable[[], None]) -> Callable[[], None]:
     """Capture a computation as a CUDA graph, and return what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -261,6 +261,6 @@ def _captured(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
             compute()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=_pool()):
         compute()
     return graph.replay  # type: ignore[no-any-return]
