@@ -20,6 +20,7 @@ import pretended
 
 import tokenrl
 from tokenrl.language.policy import loading
+from tokenrl.language.rollout import forward
 from tokenrl.runs import markup
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
@@ -74,6 +75,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "warm start": {"warm_start": True, "warm_start_steps": 4},
+    "token-steps": {"capture": "auto", "task": PADDED, "max_completion_length": 20},
+    "token-steps of episodes": {"capture": "auto", "task": "guess_number", "reward": None},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
     "guess_number": {"task": "guess_number", "reward": None},
     "calculator": {"task": "calculator", "reward": None},
@@ -108,6 +111,7 @@ def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     callback = lambda step, metrics: marks.append(dict(pretended.waits))  # noqa: E731
     result = tokenrl.train(**options, output_dir=folder, cpu=cpu, callback=callback)
     assert (result.policy.device.type == pretended.NAME) != cpu
+    assert (result.policy.token_steps is not None) == (not cpu and "capture" in options)
     rows = []
     waits: dict[str, int] = {}
     if not options.get("check"):
@@ -218,6 +222,7 @@ def main() -> None:
         trained(Path(root, "made on the CPU"), cpu=True, max_steps=1)
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
     pretended.begin(kind)
+    forward.CAPTURING = (pretended.NAME,)  # without a graph
     for name in names:
         results[name]["device"] = attempted(name, Path(root, f"{name} device"), False)
         print(json.dumps({"name": name, **results[name]}), flush=True)

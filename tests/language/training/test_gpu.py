@@ -9,7 +9,7 @@ from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl import train
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_turns
+from tokenrl.language.rollout.agreement import check_token_steps, check_turns
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -38,6 +38,25 @@ def test_sampling_draws_the_same_tokens():
     here, there = (sampled(on(device)) for device in ("cpu", "cuda"))
     assert torch.equal(here.completion_ids, there.completion_ids.cpu())
     torch.testing.assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
+
+
+def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
+    policy = on("cuda")
+    expected = sampled(policy)
+    assert check_token_steps(policy) == ""
+    for _ in range(2):  # captured, and replayed
+        rollout = sampled(policy)
+        assert torch.equal(rollout.completion_ids, expected.completion_ids)
+        torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+    buckets = len(policy.token_steps)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.5)
+    changed = sampled(policy)
+    assert len(policy.token_steps) == buckets
+    assert not torch.equal(changed.completion_ids, expected.completion_ids)
+    policy.token_steps = None
+    assert torch.equal(changed.completion_ids, sampled(policy).completion_ids)
 
 
 def total(scores, rollout):

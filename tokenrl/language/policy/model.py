@@ -56,6 +56,7 @@ class Policy:
         sampling: how the tokens were drawn in training, as `GenerationConfig` names it, for those who load it.
         plain_cache: whether the model's cache may only be handed back to it, as `check_scoring` decides.
         keeps_turns: whether episodes may keep caches over turns; None until `check_turns` has tried it.
+        token_steps: the memory in which tokens are sampled one by one, see `TokenSteps`; None for that of a batch.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Policy:
     sampling: Mapping[str, float] = field(default_factory=dict, repr=False)
     plain_cache: bool = field(default=False, repr=False)
     keeps_turns: bool | None = field(default=None, repr=False)
+    token_steps: Any = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:

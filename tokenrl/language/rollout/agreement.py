@@ -25,6 +25,7 @@ from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
+from tokenrl.language.rollout.token_steps import TokenSteps
 from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
@@ -100,6 +101,38 @@ def check_turns(policy: Policy) -> str:
         if not policy.plain_cache:
             fault = _failure(_continue_rows, policy)
         policy.keeps_turns = not fault
+    return fault
+
+
+def check_token_steps(policy: Policy, *, hidden: bool = False) -> str:
+    """Try whether tokens may be sampled in memory that keeps its address; `token_steps` of the policy then is it.
+
+    Args:
+        policy: the policy.
+        hidden: whether the hidden states are needed too, as by a critic.
+
+    Returns:
+        Why they may not, in words; empty if they may.
+    """
+    policy.token_steps = None
+    steps = TokenSteps()
+
+    def compare() -> None:
+        plain = _sampled(policy, hidden)
+        rollout = _sampled(replace(policy, token_steps=steps), hidden)
+        if not len(steps):
+            raise WrongRollout("its cache does not keep all tokens")
+        trial = Trial.of(policy, rollout, hidden=hidden)
+        trial.compare("sampling in fixed memory", rollout.sampling_logprobs, rollout.hidden)
+        is_exact = trial.tolerances[0] <= TOLERANCES[torch.float32][0]
+        if is_exact and not torch.equal(rollout.completion_ids, plain.completion_ids):
+            raise WrongRollout("sampling in fixed memory draws other tokens")
+
+    fault = "its cache is only handed back to it"
+    if not policy.plain_cache:
+        fault = _failure(compare)
+    if not fault:
+        policy.token_steps = steps
     return fault
 
 

@@ -65,6 +65,27 @@ class Cache:
                 memory = [_aligned([x], [length], tokens) for x in _tokens(layer)]
                 layers[number] = GrowingLayer(memory, length)
 
+    def keeps(self, columns: int) -> bool:
+        """Whether every layer is one of keys and values that keeps each of so many tokens."""
+        layers: Any = getattr(self.held, "layers", [])
+        kinds = DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer
+        of_tokens = all(type(layer) in kinds for layer in layers)
+        return bool(layers) and of_tokens and columns <= self.window
+
+    def fixed(self, rows: int, columns: int, column: Tensor) -> Cache:
+        """Return a cache of the same kind with layers of zeros, which keep their size.
+
+        Args:
+            rows: rows of keys and of values.
+            columns: their tokens.
+            column: where the keys and values of the next token are written, on the device [1].
+        """
+        layers = []
+        for layer in self.held.layers:
+            memory = [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in _tokens(layer)]
+            layers.append(FixedLayer(memory, columns, column))
+        return self._of_layers(layers)
+
     @property
     def has_rows(self) -> bool:
         """Whether rows can be taken out of it, and put together again: not once a window has dropped tokens."""
@@ -212,13 +233,30 @@ class GrowingLayer(DynamicLayer):
         self.whole = [_aligned([x], [self.length], room) for x in rows]
 
 
+class FixedLayer(GrowingLayer):
+    """Keys and values in memory that keeps its size, written one token after the other where a counter says."""
+
+    def __init__(self, whole: list[Tensor], length: int, column: Tensor) -> None:
+        """Take memory [n, heads, length, d], and the column of the next token, on the device [1]."""
+        super().__init__(whole, length)
+        self.column = column
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of the next token, and return the whole memory, which needs a mask."""
+        self.whole[0].index_copy_(2, self.column, key_states)
+        self.whole[1].index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+
 def _has_rows(layer: Any) -> bool:
     """Whether a layer has dropped no token."""
     if type(layer) is DynamicSlidingWindowLayer:
         return bool(layer.cumulative_length < layer.sliding_window)
     if _is_recurrent(layer):
         return not getattr(layer, "is_sliding", False)
-    return type(layer) in (DynamicLayer, GrowingLayer)
+    return type(layer) in (DynamicLayer, GrowingLayer, FixedLayer)
 
 
 def _tokens(layer: Any) -> list[Tensor]:
@@ -245,7 +283,7 @@ def _with(
     length: int | None = None,
 ) -> Any:
     """Return a layer of the same kind that holds other tensors, the first `length` tokens of memory."""
-    if tokens and type(layer) in (DynamicLayer, GrowingLayer):
+    if tokens and type(layer) in (DynamicLayer, GrowingLayer, FixedLayer):
         return GrowingLayer(tokens, tokens[0].shape[2] if length is None else length)
     changed = copy.copy(layer)
     if tokens:

@@ -1,4 +1,4 @@
-"""Reads prompts and feeds tokens to the model: the state of a batch of rows that are sampled."""
+"""Reads prompts and samples token by token: the state of a batch of rows that are sampled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
@@ -36,7 +36,7 @@ class _Prompt(NamedTuple):
     cache: Cache | None = None
 
 
-class _Last(NamedTuple):
+class Last(NamedTuple):
     """What follows the last token of n rows.
 
     Attributes:
@@ -49,11 +49,21 @@ class _Last(NamedTuple):
 
 
 class Decoder:
-    """The model, its cache, and the logits of the next token for each row of the batch."""
+    """The model, its cache, and the logits of the next token for each row of the batch.
 
-    logits: Tensor  # [n, V]
-    hidden: Tensor  # [n, H], if `sampling` asks for it
-    logp: Tensor  # [n, V], of the last token
+    Attributes:
+        alive: True for the rows that have not ended [n].
+        cache: the cache of the tokens that were fed to the model: all but the last one that was drawn.
+        position: how many tokens of each row were fed to it [n].
+        mask: True on these, and False on padding on their left [n, columns]; None without padding.
+    """
+
+    cache: Cache
+    position: Tensor
+    mask: Tensor | None
+    logits: Tensor  # [n, V], of the next token
+    hidden: Tensor | None  # [n, H], if `sampling` asks for it
+    token: Tensor | None = None  # the last token that was drawn [n]
 
     def __init__(
         self,
@@ -76,6 +86,9 @@ class Decoder:
         self.sampling = sampling
         self.device = policy.device
         self.pad_id = policy.pad_id
+        self.eos_ids = policy.eos_ids
+        self.eos = torch.tensor(policy.eos_ids, device=self.device)
+        self.alive = torch.ones(len(prompt_index), dtype=torch.bool, device=self.device)
         if policy.plain_cache:
             prompts = [prompts[i] for i in prompt_index.tolist()]
             prompt_index = torch.arange(len(prompt_index))
@@ -115,7 +128,7 @@ class Decoder:
         self.mask = None if mask.all() else to_device(mask, self.device)
         self.position = to_device(mask.sum(dim=1), self.device)  # [B]
 
-    def _read(self, group: Sequence[_Prompt]) -> tuple[Cache, _Last]:
+    def _read(self, group: Sequence[_Prompt]) -> tuple[Cache, Last]:
         """Read what is new in some prompts; return their cache and what follows the last token.
 
         All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
@@ -133,14 +146,8 @@ class Decoder:
             cache = Cache.joined(caches, lengths, room)
             arguments = cache.arguments(arguments)
         unread = to_device(ids[:, width - new :], self.device)
-        return self._forward(unread, **arguments, logits_to_keep=last(1, self.device))
-
-    def _forward(self, ids: Tensor, **arguments: Any) -> tuple[Cache, _Last]:
-        """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
-        keep = self.sampling.keep_hidden
-        out = self.model(ids, **arguments, use_cache=True, output_hidden_states=keep)
-        hidden = out.hidden_states[-1][:, -1] if keep else None
-        return Cache.of(out), _Last(out.logits[:, -1], hidden)
+        keep = last(1, self.device)
+        return forward(self.model, self.sampling, unread, **arguments, logits_to_keep=keep)
 
     def _positions(self, width: int) -> dict[str, Any]:
         """Return attention mask and positions of the `width` next tokens; nothing if no prompt is padded."""
@@ -152,28 +159,28 @@ class Decoder:
             "position_ids": (self.position[:, None] + steps).clamp(min=0),
         }
 
-    def draw(self, uniforms: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw one token per row with uniforms [n], or greedily without them.
+    def sample(self, uniforms: Tensor | None, count: int) -> dict[str, Tensor]:
+        """Sample the next tokens of each row, with uniforms [n, count] or greedily without them.
 
         Returns:
-            The tokens [n], and their columns of a `Rollout`.
+            `ids`, `mask` with True on tokens up to the end of their row, and the columns of a `Rollout`, each
+            [n, count, ...].
         """
-        logp = self.sampling.log_probabilities(self.logits)
-        self.logp = logp  # kept until the next token: freed memory takes time to get again
-        p = logp.exp()
-        token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
-        logprobs = logp.gather(1, token[:, None]).squeeze(1)
-        numbers = {"logprobs": logprobs, "entropy": entropy_of(logp, p)}
-        if self.sampling.keep_score_norms:
-            numbers["score_norms"] = score_norm_of(logprobs, p)
-        if self.sampling.keep_hidden:
-            numbers["hidden"] = self.hidden
-        if self.sampling.keep_distribution:
-            numbers["sampling_distribution"] = logp
-        if self.sampling.keep_top is not None:
-            top = logp.topk(min(self.sampling.keep_top, logp.shape[1]))
-            numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
-        return token, numbers
+        tokens: dict[str, list[Tensor]] = {}
+        for t in range(count):
+            if self.token is not None:
+                self._advance(self.token)
+            of_token = None if uniforms is None else uniforms[:, t]
+            numbers = drawn(self.sampling, self.logits, self.hidden, of_token)
+            for name, x in {**numbers, "mask": self.alive}.items():
+                tokens.setdefault(name, []).append(x)
+            self.token = numbers["ids"]
+            self.alive = self.alive & ~torch.isin(self.token, self.eos)
+        return {name: torch.stack(columns, dim=1) for name, columns in tokens.items()}
+
+    def end(self, ended: Tensor) -> None:
+        """End the rows in which `ended` [n] is True."""
+        self.alive = self.alive & ~ended
 
     def select(self, index: Tensor) -> None:
         """Make the rows `index` of the tokens that were read the new batch."""
@@ -181,21 +188,64 @@ class Decoder:
         self.position = self.position[index]
         if self.mask is not None:
             self.mask = self.mask[index]
+        if self.token is not None:
+            self.token = self.token[index]
+            self.alive = self.alive[index]
 
-    def advance(self, token: Tensor) -> None:
+    def _advance(self, token: Tensor) -> None:
         """Feed each row its token, `token` [n], to get the logits of the next one."""
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         arguments = self.cache.arguments(self._positions(1))
-        self._store(*self._forward(token[:, None], **arguments))
+        self._store(*forward(self.model, self.sampling, token[:, None], **arguments))
 
-    def _store(self, cache: Cache, output: _Last, index: Tensor | slice = slice(None)) -> None:
+    def _store(self, cache: Cache, output: Last, index: Tensor | slice = slice(None)) -> None:
         """Store the cache, and of the rows `index` what the next token is drawn from."""
         self.cache = cache
         self.logits = output.logits[index]
-        if output.hidden is not None:
-            self.hidden = output.hidden[index]
+        self.hidden = None if output.hidden is None else output.hidden[index]
+
+
+def forward(
+    model: nn.Module, sampling: Sampling, ids: Tensor, **arguments: Any
+) -> tuple[Cache, Last]:
+    """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
+    keep = sampling.keep_hidden
+    out = model(ids, **arguments, use_cache=True, output_hidden_states=keep)
+    hidden = out.hidden_states[-1][:, -1] if keep else None
+    return Cache.of(out), Last(out.logits[:, -1], hidden)
+
+
+def drawn(
+    sampling: Sampling, logits: Tensor, hidden: Tensor | None, uniforms: Tensor | None
+) -> dict[str, Tensor]:
+    """Draw one token per row, and compute its columns of a `Rollout`; the host is not asked for anything.
+
+    Args:
+        sampling: the distribution, and which columns are kept.
+        logits: the logits [n, V].
+        hidden: the last hidden states [n, H]; None if they are not kept.
+        uniforms: random numbers [n]; None to take the most probable token.
+
+    Returns:
+        The tokens, `ids` [n], and the columns [n, ...].
+    """
+    logp = sampling.log_probabilities(logits)
+    p = logp.exp()
+    token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
+    logprobs = logp.gather(1, token[:, None]).squeeze(1)
+    numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
+    if sampling.keep_score_norms:
+        numbers["score_norms"] = score_norm_of(logprobs, p)
+    if hidden is not None:
+        numbers["hidden"] = hidden
+    if sampling.keep_distribution:
+        numbers["sampling_distribution"] = logp
+    if sampling.keep_top is not None:
+        top = logp.topk(min(sampling.keep_top, logp.shape[1]))
+        numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
+    return numbers
 
 
 def _groups(prompts: Sequence[Sequence[int]], prefixes: PrefixCache) -> list[list[_Prompt]]:
@@ -225,8 +275,8 @@ def _groups(prompts: Sequence[Sequence[int]], prefixes: PrefixCache) -> list[lis
     return list(groups.values())
 
 
-def _joined(parts: Sequence[_Last]) -> _Last:
+def _joined(parts: Sequence[Last]) -> Last:
     """Put what follows the prompts of several groups one below the other."""
     hidden = [part.hidden for part in parts if part.hidden is not None]
     logits = torch.cat([part.logits for part in parts])
-    return _Last(logits, torch.cat(hidden) if hidden else None)
+    return Last(logits, torch.cat(hidden) if hidden else None)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import check_scoring, check_turns
+from tokenrl.language.rollout.agreement import check_scoring, check_token_steps, check_turns
 from tokenrl.language.rollout.scoring import USUAL, Scoring
 
 # weights of a policy, each with its bfloat16 copy
@@ -32,6 +32,10 @@ Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
 so many tokens."""
+CAPTURING = ("cuda",)
+"""Kinds of devices on which a token-step may be captured as a graph."""
+LAUNCHED = 1e9
+"""Below so many parameters a GPU starts the operations of a token-step more slowly than it computes them."""
 UNREAD = "sdpa_with_unread_masks"
 """The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30
@@ -167,6 +171,9 @@ def choose_forward(
         model = policy.model
         if attention == "eager":
             model = with_attention(model, "eager")
+    if getattr(args, "capture", "no") == "auto":
+        remarks = {**scoring.remarks, "token-steps": _capture(policy, hidden)}
+        scoring = replace(scoring, remarks=remarks)
     kind = attention.replace("_", " ")
     words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, up to {tokens:,} tokens in a pass"
     settings = {
@@ -222,6 +229,14 @@ def _attention(
         return args.training_attention
     suits = size >= LARGE and length <= SHORT
     return "eager" if device.type == "cpu" and suits else "as_loaded"
+
+
+def _capture(policy: Policy, hidden: bool) -> str:
+    """Let small models on a GPU sample by captured token-steps; return in words whether they do."""
+    fault = f"not below {LAUNCHED / 1e9:g} B parameters on a CUDA device"
+    if policy.device.type in CAPTURING and policy.size < LAUNCHED:
+        fault = check_token_steps(policy, hidden=hidden)
+    return f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
 
 
 def _tokens(model: Any) -> int:

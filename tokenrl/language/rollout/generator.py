@@ -21,6 +21,7 @@ from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
 from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.token_steps import FixedDecoder
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -181,46 +182,39 @@ def _decode(
     length = sampling.max_completion_length
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-    state = Decoder(policy, prompts, prompt_index, sampling, prefixes)
+    state: Decoder | FixedDecoder = Decoder(policy, prompts, prompt_index, sampling, prefixes)
+    if policy.token_steps is not None:
+        state = policy.token_steps.decoder(state, prompt_ids.shape[1] + length, draws)
     ended = None
     if prefixes is not None:
         ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
     tokens = _Tokens(len(prompt_index), length, policy)
-    eos = torch.tensor(policy.eos_ids, device=device)
     batch = torch.arange(len(prompt_index))  # rows that are still in the batch
     rows = to_device(batch, device)
-    alive = torch.ones_like(rows, dtype=torch.bool)  # True for those that are unfinished
     look_every = LOOK_EVERY.get(device.type, 8)
-    unread = 0  # position of the first token that was not read at a look
-    for t in range(length):
-        uniforms = None if draws is None else draws[rows, t]
-        token, numbers = state.draw(uniforms)
-        tokens.write(t, rows, alive, token, numbers)
-        alive = alive & ~torch.isin(token, eos)
-        is_last = t + 1 == length
-        is_look = is_last or (t + 1) % look_every == 0
-        if is_look and policy.stops is not None:
-            at_stops = _end_at_stops(policy.stops, tokens.ids, tokens.mask, unread, t)
-            alive = alive & ~at_stops[rows]
-            unread = t + 1
-        if is_last and ended is None:
+    for start in range(0, length, look_every):
+        end = min(start + look_every, length)
+        uniforms = None if draws is None else draws[rows, start:end]
+        columns = state.sample(uniforms, end - start)
+        tokens.write(start, rows, columns)
+        if policy.stops is not None:
+            ids, mask = tokens.columns["ids"], tokens.columns["mask"]
+            at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
+            state.end(at_stops[rows])
+        if end == length and ended is None:
             break
-        if is_look:
-            unfinished = _unfinished(alive, numbers["entropy"])
-            if ended is not None:
-                ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + t, t)
-            if is_last or not len(unfinished):
-                break
-            # Copying the cache costs as much as keeping a few finished rows.
-            if len(unfinished) <= 0.75 * len(rows) and not policy.plain_cache:
-                index = to_device(unfinished, device)
-                state.select(index)
-                rows = rows[index]
-                batch = batch[unfinished]
-                token = token[index]
-                alive = alive[index]
-        state.advance(token)
-    unfinished_rows = torch.zeros_like(tokens.mask[:, 0]).index_put((rows,), alive)
+        unfinished = _unfinished(state.alive, columns["entropy"])
+        if ended is not None:
+            ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
+        if end == length or not len(unfinished):
+            break
+        # Copying the cache costs as much as keeping a few finished rows.
+        if len(unfinished) <= 0.75 * len(rows) and not policy.plain_cache:
+            index = to_device(unfinished, device)
+            state.select(index)
+            rows = rows[index]
+            batch = batch[unfinished]
+    unfinished_rows = torch.zeros_like(tokens.columns["mask"][:, 0]).index_put((rows,), state.alive)
     rollout = tokens.rollout(policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows)
     if ended is not None:
         ended.keep(rollout)
@@ -231,26 +225,21 @@ class _Tokens:
     """The tokens of N completions that were drawn so far, with their numbers.
 
     Attributes:
-        ids: the tokens [N, T].
-        mask: True on the tokens up to the end of their completion, behind which rows may go on [N, T].
-        numbers: columns of a `Rollout` by name [N, T] or [N, T, ...].
+        columns: `ids`; `mask`, True on tokens up to the end of their completion, behind which rows may go on;
+            and columns of a `Rollout` by name. Each is [N, T, ...].
     """
 
     def __init__(self, rows: int, length: int, policy: Policy) -> None:
-        self.ids = torch.full((rows, length), policy.pad_id, device=policy.device)
-        self.mask = torch.zeros_like(self.ids, dtype=torch.bool)
-        self.numbers: dict[str, Tensor] = {}
+        ids = torch.full((rows, length), policy.pad_id, device=policy.device)
+        self.columns = {"ids": ids, "mask": torch.zeros_like(ids, dtype=torch.bool)}
 
-    def write(
-        self, t: int, rows: Tensor, alive: Tensor, token: Tensor, numbers: Mapping[str, Tensor]
-    ) -> None:
-        """Write what was drawn at position t for some rows, some of which are still `alive`."""
-        self.mask[rows, t] = alive
-        self.ids[rows, t] = token
-        for name, x in numbers.items():
-            if t == 0:
-                self.numbers[name] = x.new_zeros(*self.ids.shape, *x.shape[1:])
-            self.numbers[name][rows, t] = x
+    def write(self, start: int, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Write what was sampled for some rows from position `start` on, as `Decoder.sample` returns it."""
+        end = start + columns["ids"].shape[1]
+        for name, x in columns.items():
+            if name not in self.columns:
+                self.columns[name] = x.new_zeros(*self.columns["ids"].shape, *x.shape[2:])
+            self.columns[name][rows, start:end] = x
 
     def rollout(
         self,
@@ -272,15 +261,17 @@ class _Tokens:
         Raises:
             Stopped: an entropy is not finite.
         """
-        columns: dict[str, Any] = {}
-        for name, x in self.numbers.items():
-            columns[name] = zeroed(x, self.mask)
+        columns: dict[str, Any] = dict(self.columns)
+        ids = columns.pop("ids")
+        mask = columns.pop("mask")
+        for name, x in columns.items():
+            columns[name] = zeroed(x, mask)
         rollout = Rollout(
             prompt_ids=prompt_ids[prompt_index],
             prompt_mask=prompt_mask[prompt_index],
             prompt_index=prompt_index,
-            completion_ids=self.ids.masked_fill(~self.mask, pad_id),
-            mask=self.mask,
+            completion_ids=ids.masked_fill(~mask, pad_id),
+            mask=mask,
             truncated=truncated,
             sampling_logprobs=columns["logprobs"],
             **columns,
@@ -317,10 +308,14 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
 def _unfinished(alive: Tensor, entropy: Tensor) -> Tensor:
     """Return the unfinished rows of the batch, on the host, in one transfer.
 
+    Args:
+        alive: True for the rows that are unfinished [n].
+        entropy: entropies of the last tokens that were sampled [n, t].
+
     Raises:
         Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
     """
-    unfinished, finite = torch.stack([alive, torch.isfinite(entropy)]).cpu()
+    unfinished, finite = torch.stack([alive, torch.isfinite(entropy).all(dim=1)]).cpu()
     if not finite.all():
         raise Stopped(NOT_FINITE)
     return unfinished.nonzero().squeeze(1)

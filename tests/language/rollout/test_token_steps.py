@@ -1,0 +1,215 @@
+"""Token-steps in memory that keeps its address: the tokens of the plain way, whatever the bucket and the company."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import family_policy
+from tiny_environments import Guess
+from tiny_models import ENDS, PROMPTS as TEXTS, make_policy, make_tokenizer, quickly
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from tokenrl import train
+from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rollout import forward, generator, token_steps
+from tokenrl.language.rollout.agreement import check_token_steps, check_turns
+from tokenrl.language.rollout.cache import FixedLayer
+from tokenrl.language.rollout.episodes import play
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.prefixes import PrefixCache
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.token_steps import TokenSteps
+
+PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
+LENGTH, SIZE = 18, 3
+DRAWS = torch.rand(9, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_top=4)
+NUMBERS = ("logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
+WAYS = ("plain", "prefixes", "fixed")
+
+
+def some_policy(family: str, **config):
+    """A random policy whose rows end at several lengths, and whose windows hold 64 tokens."""
+    adapted = family.endswith(" with LoRA")
+    sizes = {"gemma3": {"sliding_window": 64}, "gpt2": {"n_positions": 128}}.get(family, {})
+    policy = family_policy(family.removesuffix(" with LoRA"), **sizes, **config)
+    if adapted:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        policy = replace(policy, model=get_peft_model(policy.model, config).eval())
+    return replace(policy, eos_ids=tuple(range(0, 64, 16)), tokenizer=make_tokenizer())
+
+
+def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", greedy=False):
+    """Completions of the prompts of these numbers, each with its own draws."""
+    steps = TokenSteps() if way == "fixed" else policy.token_steps
+    engine = TransformersGenerator(replace(policy, token_steps=steps))
+    if way == "prefixes":
+        engine = replace(engine, prefixes=PrefixCache(2**30))
+    draws = torch.cat([DRAWS[SIZE * i : SIZE * (i + 1)] for i in prompts])
+    draws = draws[:, : sampling.max_completion_length]
+    rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, None if greedy else draws)
+    assert way != "fixed" or len(steps)
+    return rollout
+
+
+def assert_same(actual, expected, rows=slice(None)):
+    """The same tokens, and the same numbers up to rounding."""
+    width = expected.mask[rows].any(dim=0).sum()
+    assert torch.equal(actual.mask[:, :width], expected.mask[rows][:, :width])
+    assert not actual.mask[:, width:].any()
+    on = actual.mask[:, :width]
+    ids = [rollout.completion_ids for rollout in (actual, expected)]
+    assert torch.equal(ids[0][:, :width][on], ids[1][rows][:, :width][on])
+    for name in NUMBERS:
+        a, b = getattr(actual, name), getattr(expected, name)
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a[:, :width], b[rows][:, :width], atol=5e-6, rtol=1e-5)
+
+
+@pytest.fixture(params=[1, 8])
+def look_every(request, monkeypatch):
+    """The host looks after each token, or after eight, as with a device."""
+    monkeypatch.setitem(generator.LOOK_EVERY, "cpu", request.param)
+
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "llama with LoRA", "mixtral", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("family", quickly(FAMILIES, FAMILIES[5:]))
+def test_fixed_memory_samples_the_tokens_of_the_plain_way(family, look_every):
+    policy = some_policy(family)
+    expected = generated(policy)
+    assert len(set(expected.mask.sum(dim=1).tolist())) > 3  # rows leave, and buckets change
+    assert_same(generated(policy, way="fixed"), expected)
+    assert_same(
+        generated(policy, way="fixed", greedy=True, sampling=replace(KEPT, num_generations=0)),
+        generated(policy, greedy=True, sampling=replace(KEPT, num_generations=0)),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_company_order_or_padding_changes_a_row(way, look_every):
+    policy = some_policy("llama")
+    expected = generated(policy)
+    for order in ((2, 0, 1), (1,), (2, 1)):
+        rows = torch.cat([torch.arange(SIZE * i, SIZE * (i + 1)) for i in order])
+        assert_same(generated(policy, order, way=way), expected, rows)
+    shorter = generated(policy, sampling=replace(KEPT, max_completion_length=5), way=way)
+    assert torch.equal(shorter.completion_ids, expected.completion_ids[:, :5])
+
+
+@pytest.mark.parametrize("distribution", [{"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}])
+def test_the_distribution_and_stop_strings_are_those_of_the_plain_way(distribution, look_every):
+    policy = some_policy("llama", vocabulary=96)
+    policy.stops = StopStrings(policy.tokenizer, ("e", " t"))
+    sampling = replace(KEPT, **distribution)
+    expected = generated(policy, sampling=sampling)
+    assert not torch.equal(expected.mask, generated(replace(policy, stops=None)).mask)
+    assert_same(generated(policy, sampling=sampling, way="fixed"), expected)
+
+
+def test_a_bucket_serves_all_batches_of_its_size_and_reads_new_weights():
+    policy = some_policy("llama")
+    policy.token_steps = TokenSteps()
+    generated(policy, (0, 1))
+    buckets = len(policy.token_steps)
+    vector = parameters_to_vector(policy.model.parameters()).detach()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.5)  # in place, as an optimiser does
+    changed = replace(policy, token_steps=None)
+    assert_same(generated(policy, (1, 2)), generated(changed, (1, 2)))
+    largest = token_steps._rounded(2 * SIZE)
+    assert buckets <= len(policy.token_steps) <= 4 and largest == 8
+    vector_to_parameters(vector, policy.model.parameters())  # at other addresses
+    assert_same(generated(policy, (0, 1)), generated(changed, (0, 1)))
+    assert len(policy.token_steps) > buckets
+
+
+def test_memory_is_bounded():
+    policy = some_policy("llama")
+    expected = generated(policy)
+    policy.token_steps = TokenSteps(limit=1000)
+    assert_same(generated(policy), expected)
+    assert len(policy.token_steps) == 0
+    policy.token_steps = TokenSteps()
+    generated(policy)
+    buckets = sizes_of(policy.token_steps)
+    assert len(buckets) > 2
+    policy.token_steps = TokenSteps(limit=max(buckets))
+    for _ in range(2):
+        assert_same(generated(policy), expected)
+        assert 0 < sum(sizes_of(policy.token_steps)) <= max(buckets)
+
+
+def sizes_of(steps):
+    return [step.nbytes for step in steps._steps.values()]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 4), (32, 32), (33, 64), (65, 96)])
+def test_rows_of_a_bucket(rows, size):
+    assert token_steps._rounded(rows) == size
+
+
+def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
+    policy = some_policy("llama")
+    assert check_token_steps(policy, hidden=True) == "" and policy.token_steps is not None
+    assert "too many values" in check_token_steps(some_policy("bloom"))  # a mask of its own kind
+    for family in ("mistral", "qwen3_5", "mamba"):
+        other = some_policy(family)
+        assert "does not keep all tokens" in check_token_steps(other) and not other.token_steps
+    assert "only handed back" in check_token_steps(replace(policy, plain_cache=True))
+
+    def late(layer, keys, values, *_, **__):
+        """Writes the keys of the next token one column too far."""
+        for whole, x in zip(layer.whole, (keys, values), strict=True):
+            whole.index_copy_(2, layer.column + 1, x)
+        return layer.keys, layer.values
+
+    monkeypatch.setattr(FixedLayer, "update", late)
+    assert "off by" in check_token_steps(policy) and policy.token_steps is None
+
+
+def test_a_step_that_draws_with_other_numbers_is_noticed(monkeypatch):
+    compute = token_steps.drawn
+    monkeypatch.setattr(token_steps, "drawn", lambda *args: compute(*args[:3], args[3] * 0.9))
+    assert "other tokens" in check_token_steps(some_policy("llama"))
+
+
+def test_episodes_keep_what_was_read_in_fixed_memory_too(look_every):
+    policy = replace(make_policy(max_position_embeddings=256), eos_ids=ENDS)
+    assert check_turns(policy) == ""
+    expected = played(policy)
+    policy.token_steps = TokenSteps()
+    rollout = played(policy)
+    assert len(policy.token_steps) and rollout.turns.max() == 2
+    assert torch.equal(rollout.completion_ids, expected.completion_ids)
+    torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
+
+
+def played(policy):
+    sampling = Sampling(max_completion_length=14, num_generations=3, step=1)
+    rows = [(number, {"prompt": prompt}) for number, prompt in enumerate(TEXTS)]
+    engine = TransformersGenerator(policy)
+    return play(policy, engine, Environments(Guess), rows, sampling, "training")
+
+
+def trained(folder, **options):
+    sizes = {"max_steps": 3, "num_generations": 4, "prompts_per_step": 3, "eval_size": 4}
+    task = {"task": "sort_digits", "model": "tiny", "estimator": "ppo", "seed": 3}
+    run = train(**task, **sizes, output_dir=folder, **options)
+    return parameters_to_vector(run.policy.trainable_parameters()), run.policy.token_steps
+
+
+def test_a_run_takes_it_where_it_is_asked_to_and_says_so(tmp_path, monkeypatch, capsys):
+    weights, steps = trained(tmp_path / "plain", capture="auto")
+    assert steps is None and "not captured (not below 1 B" in capsys.readouterr().out
+    monkeypatch.setattr(forward, "CAPTURING", ("cpu",))
+    others, steps = trained(tmp_path / "fixed", capture="auto")
+    assert len(steps) > 1 and "captured, with buffers" in capsys.readouterr().out
+    torch.testing.assert_close(weights, others, atol=1e-4, rtol=0)
