@@ -30,7 +30,7 @@ from tokenrl.language.policy.arguments import (
     PromptArguments,
     saved_form,
 )
-from tokenrl.language.policy.loading import device_for, find_model, loading
+from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -40,7 +40,6 @@ from tokenrl.language.policy.model import (
 )
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.supervised.fit import check_trainable, fit
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
@@ -52,48 +51,38 @@ WRITTEN = f"{string.printable[:95]}\n"
 MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
 
-def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
-    """Load the policy that the arguments name, and add the adapter that they ask for.
-
-    Raises:
-        Refused: the model cannot be loaded, cannot be asked as the arguments say, or cannot be trained.
-    """
-    policy = load_base(args, task, announce)
-    adapt(args, policy)
-    return policy
-
-
-def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+def load_base(
+    args: ModelArguments,
+    task: Any,
+    announce: Callable[[str], None] = print,
+    *,
+    weights: bool = True,
+) -> Policy:
     """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
 
+    Args:
+        args: the arguments.
+        task: the task, which may have a model of its own.
+        announce: prints a line for people.
+        weights: False gives a policy on which settings can be decided, without the weights of a named model
+            and without the warm start of the task's own.
+
     Raises:
-        Refused: the model cannot be loaded.
+        Refused: the model cannot be loaded, or cannot be asked as the arguments say.
     """
     source: Any = args.model
-    if source is None:
-        source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    is_new = source == TINY and not os.path.isdir(TINY)
-    policy = make_tiny(args, task) if is_new else policy_of(source, args)
-    policy.ask(args.form)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(policy)
-    return policy
-
-
-def read_outline(args: ModelArguments, task: Any) -> Policy:
-    """Return the policy that the arguments name as far as settings depend on it: a named one has no weights.
-
-    Raises:
-        Refused: there is no such model, or it cannot be asked as the arguments say.
-    """
-    if args.model is None:
+    if source == TINY and not os.path.isdir(TINY):
+        policy = make_tiny(args, task)
+    elif source is None and not weights:
         check_own_model(task)
         policy = wrap(*task.build(args.base_seed), source=f"{task.name} base")
-    elif args.model == TINY and not os.path.isdir(TINY):
-        policy = make_tiny(args, task)
     else:
-        policy = policy_of(args.model, args, weights=False)
+        if source is None:
+            source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
+        policy = policy_of(source, args, weights=weights)
     policy.ask(args.form)
+    if args.gradient_checkpointing and weights:
+        enable_gradient_checkpointing(policy)
     return policy
 
 
@@ -194,14 +183,6 @@ def adapt(args: ModelArguments, policy: Policy) -> None:
             seed=getattr(args, "seed", 0),
         )
     check_trainable(policy)
-
-
-def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
-    """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
-    policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    policy.model.to(device_for(policy.size))
-    check_scoring(policy, gradient=False)
-    return policy
 
 
 def warm_started_base(

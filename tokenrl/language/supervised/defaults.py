@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Placed, Refused, with_places
+from tokenrl.errors import Placed, Refused, nearest, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import formed
@@ -89,8 +89,10 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
         if column in row
     ]
     if not rows:
+        columns = dict.fromkeys(name for row in task.train_prompts for name in row)
         raise Refused(
-            f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}."
+            f"The task {task.name!r} has no demonstrations, and its rows have no column {column!r}: name one of "
+            f"{', '.join(columns)} by completion_column (--completion-column).{nearest(column, columns)}"
         )
     return rows
 

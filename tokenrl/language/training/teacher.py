@@ -22,7 +22,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.supervised.base import load_base, policy_of, read_outline, with_own_weights
+from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
 from tokenrl.language.training.arguments import TrainArguments
 
 
@@ -42,7 +42,7 @@ class Teacher(NamedTuple):
 
 def read_models(args: TrainArguments, task: Any) -> Policy:
     """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
-    policy = read_outline(args, task)
+    policy = load_base(args, task, weights=False)
     return policy if args.teacher is None else with_teacher(policy, _named(args, weights=False))
 
 
