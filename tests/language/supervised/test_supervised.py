@@ -186,24 +186,18 @@ SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
 def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
     environments = Environments(Store)
     rows = [{"prompt": prompt, "text": text, "completion": "x"}, {"prompt": read, "text": text}]
-    warnings = []
-    for row in as_in_episodes(rows, environments, warnings.append):  # added once
+    for row in as_in_episodes(rows, environments):  # added once
         assert row["prompt"] == read
-    assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
+    assert environments.reset(rows[:1], [7])[0].opening == read
 
 
-def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, capsys):
+def test_what_reset_draws_is_in_no_demonstration_nor_what_it_cannot_be_asked_for():
     rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
-    warnings = []
-    assert as_in_episodes(rows, Environments(Store), warnings.append) == rows
-    assert warnings[0].startswith("Store.reset draws its text at random")
-    options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
-    sft(task=rows, max_steps=1, batch_size=2, **options)
-    assert "warning: Store.reset draws its text" in " ".join(capsys.readouterr().out.split())
+    assert as_in_episodes(rows, Environments(Store)) == rows
     # gymnasium's interface, and columns that reset cannot take
     for factory in (Guess, {"safe": Store}):
         others = [row | {"environment": "another"} for row in rows]
-        assert as_in_episodes(others, Environments(factory), warnings.append) == others
+        assert as_in_episodes(others, Environments(factory)) == others
 
 
 @pytest.mark.parametrize("reward", [None, [vowel_reward]])
@@ -222,7 +216,7 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
         quiet=True,
         **options,
     )
-    shown = as_in_episodes(rows, Environments(Safe), str)
+    shown = as_in_episodes(rows, Environments(Safe))
     losses = fit(chat_policy(), shown, environments=Environments(Safe), **options)
     assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 
@@ -233,17 +227,21 @@ ASKED, SAID = ({"role": role, "content": "b"} for role in ("user", "assistant"))
 @pytest.mark.parametrize(
     "row, match",
     [
-        ({"prompt": "a"}, "of row 4 has.*completion"),
+        ({"prompt": "a"}, "of row 4: the completion is None"),
+        ({"completion": "a"}, "of row 4: it has no prompt"),
         ({"prompt": "a", "completion": {"a": 1}}, r"row 4: the completion is .* such as its JSON"),
         ({"prompt": "a", "completion": [1]}, r"row 4: message 0 of the completion is 1 \(int\)"),
         (
             {"prompt": "a", "completion": [ASKED]},
-            "row 4: its completion does not end with a message",
+            "row 4: its completion has messages of user. It needs",
         ),
-        ({"prompt": "a", "completion": [SAID, ASKED, SAID]}, "row 4: several messages follow chat"),
+        (
+            {"prompt": "a", "completion": [SAID, ASKED, SAID]},
+            "assistant user assistant.*prompt of chat",
+        ),
         ({"prompt": "a", "completion": "b\ud800"}, r"of row 4: the completion holds '\\ud800'"),
-        ({"prompt": "a", "completion": "the cat " * 60}, "row 4 has .* tokens.*: leave it out"),
-        ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4 has .* tokens"),
+        ({"prompt": "a", "completion": "the cat " * 60}, "row 4: it has .* tokens.*: leave it out"),
+        ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4: it has .* tokens"),
     ],
 )
 def test_bad_rows_are_refused(row, match):

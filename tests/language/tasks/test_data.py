@@ -87,7 +87,7 @@ def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
         words = f"{command} --task data{suffix} --model {saved(kind='chat')} --max-steps 1"
         main(words.split())
         output = capsys.readouterr()
-        assert "of line 8 " in " ".join((output.out + output.err).split()), command
+        assert "of line 8" in " ".join((output.out + output.err).split()), command
 
 
 # ---- sources ----

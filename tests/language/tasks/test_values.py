@@ -207,23 +207,6 @@ def test_the_header_of_csv_shows_what_divides_its_cells(text, rows, in_folder):
             read()
 
 
-FRAME = pandas.DataFrame({"prompt": ["a", "b"], "answer": [1, 2]})
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
-@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
-def test_a_table_of_pandas_as_one_object_is_refused_with_the_remedy(name, orient):
-    with (gzip.open if name.endswith(".gz") else open)(name, "wt") as file:
-        file.write(FRAME.to_json(orient=orient))
-    if orient == "records":
-        assert answers(name) == [1, 2]
-        return
-    with pytest.raises(
-        Refused, match=rf"to_json\('{name}', orient='records', lines={'l' in name}\)"
-    ):
-        read_splits(name)
-
-
 def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
     frame = pandas.DataFrame(
         {"prompt": ["a", "b"], "n": [1, 2], "x": [0.5, float("nan")], "t": pandas.array([1, None])}

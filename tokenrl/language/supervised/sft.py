@@ -36,7 +36,6 @@ from tokenrl.language.supervised.fit import (
 from tokenrl.language.tasks.held_out import (
     counted,
     division_of,
-    prompt_keys,
     smaller_evaluation,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -99,7 +98,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         task, rewards = find_task(choices, whole=True)
         rows = demonstrations(task, choices.completion_column)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {"demonstrations": counted(prompt_keys(rows)), "seed": choices.seed}
+        first = {"demonstrations": counted(rows), "seed": choices.seed}
         first |= {"run": session.directory}
         session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
         with session.console.status("loading the model"):
@@ -111,7 +110,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
         if environments is not None:
-            rows = as_in_episodes(rows, environments, session.console.warn)
+            rows = as_in_episodes(rows, environments)
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:

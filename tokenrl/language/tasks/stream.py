@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
-from tokenrl.language.tasks.held_out import prompt_keys
+from tokenrl.language.tasks.held_out import distinct_prompts
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.output import quantity
 from tokenrl.settings import check_seed
@@ -26,7 +26,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = len(set(prompt_keys(rows)))
+    distinct = distinct_prompts(rows)
     if distinct >= MIN_PROMPTS:
         return []
     return [
