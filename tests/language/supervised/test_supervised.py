@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ from tiny_models import (
     vowel_reward,
     weights,
 )
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
@@ -53,13 +53,10 @@ ROWS = [
 def own_loss(model, policy, rows):
     """transformers' cross-entropy with labels, mean over the completions' tokens, padded on the right."""
     pairs = encode_demonstrations(policy, rows)
-    width = max(len(p) + len(c) for p, c in pairs)
-    ids = torch.tensor([p + c + [7] * (width - len(p) - len(c)) for p, c in pairs])
-    labels = torch.tensor(
-        [[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in pairs]
-    )
-    mask = torch.tensor(
-        [[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in pairs]
+    columns = [(p + c, [-100] * len(p) + c, [1] * len(p + c)) for p, c in pairs]
+    ids, labels, mask = (
+        pad_sequence([*map(torch.tensor, column)], batch_first=True, padding_value=value)
+        for column, value in zip(zip(*columns, strict=True), (7, -100, 0), strict=True)
     )
     return model(ids, attention_mask=mask, labels=labels).loss
 
@@ -348,8 +345,6 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(21))
     assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
-    shown = rf"^loss +{ended.loss_before:.4g} +{ended.loss_after:.4g}$"
-    assert re.search(shown, repr(ended), re.MULTILINE)
     loaded = load_policy(run)  # the run directory stands for the model in it
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))
     evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
@@ -357,8 +352,7 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     ends = (ended.eval_before["reward"], ended.eval_after["reward"])
     assert ends == (evaluated[0], evaluated[20])
     assert json.loads((run / "summary.json").read_text())["eval_after"] == ended.eval_after
-    output = capsys.readouterr().out
-    assert "step  2/20  loss" in output and "20 updates x 2 demonstrations (given)" in output
+    assert "20 updates x 2 demonstrations (given)" in capsys.readouterr().out
     card = (run / "model" / "README.md").read_text()
     assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card
     seldom = {"eval_every": 0, "overwrite": True, "quiet": True}

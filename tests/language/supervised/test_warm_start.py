@@ -163,7 +163,6 @@ def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_n
 HARMS = {
     "gone": shutil.rmtree,
     "weights": lambda folder: flip_last_bit(folder / "model" / "model.safetensors"),
-    "summary": lambda folder: (folder / "summary.json").write_text("{"),
     "config": lambda folder: (folder / "config.json").unlink(),
     "checkpoints": lambda folder: shutil.rmtree(folder / "checkpoints"),
 }

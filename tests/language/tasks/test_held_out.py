@@ -138,11 +138,8 @@ EQUAL = {"prompt": "Play."}
     ("rows", "environment", "held_out"),
     [
         ([EQUAL | {"secret": i} for i in range(50)], None, 10),
-        ([EQUAL | {"secret": i} for i in range(50)], Dice, 10),
         ([EQUAL] * 50, Dice, 10),
         ([EQUAL | {"secret": [i % 25]} for i in range(50)], None, 10),
-        ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], Dice, 25),
-        ([{"prompt": str(i % 25), "secret": i} for i in range(50)], Dice, 10),
         ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], None, 25),
     ],
 )

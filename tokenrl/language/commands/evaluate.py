@@ -114,14 +114,12 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """Fill in what the arguments leave open, from the runs that saved the models, and print what was taken.
 
     Raises:
-        Refused: no model is named, or one twice; the file of results cannot be written; nothing names a task;
+        Refused: no model is named; the file of results cannot be written; nothing names a task;
             the runs differ in a setting; or a run was given objects of a Python program, which have no name.
     """
     models = (args.model,) if isinstance(args.model, str) else args.model
     if not all(models) or not models:
         raise Refused("Name the model to evaluate: model (--model), a directory or hub name.")
-    if len(set(models)) < len(models):
-        raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
     filled: EvaluateArguments = as_in_runs(args, models, *vars(Distribution()), "seed")

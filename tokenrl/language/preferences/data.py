@@ -29,7 +29,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_base, warm_started_base
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import check_single_turn, find_task
+from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
@@ -74,7 +74,6 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
-        check_single_turn(rewards, "A reward model")
     if args.data is not None:
         name = args.data if isinstance(args.data, str | Path) else "data in memory"
         train, held_out = load_pairs(

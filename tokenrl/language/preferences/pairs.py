@@ -18,12 +18,11 @@ from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import (
     chosen_rows,
-    eval_split as find_eval_split,
     hold_out,
     prompt_key,
+    read_parts,
 )
-from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, read_splits
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
@@ -87,11 +86,9 @@ def load_pairs(
     """
     name = "the preference data"
     if isinstance(data, str | Path):
+        data = str(data)
         name = f"data '{data}'"
-        splits = read_splits(str(data))
-    else:
-        splits = memory_splits(data)
-    held_out_split = find_eval_split(splits, name, split, eval_split)
+    splits, held_out_split = read_parts(data, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
     if held_out_split is None:
         return divided(pairs, eval_size, seed)

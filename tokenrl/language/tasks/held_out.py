@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.sources import Row
+from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.sources import Row, read_splits
 from tokenrl.runs.files import canonical
 from tokenrl.runs.output import quantity
 
@@ -49,19 +50,26 @@ def chosen_rows(rows: Sequence[T], size: int, seed: Any) -> list[T]:
     return [rows[i] for i in sorted(order.tolist())]
 
 
-def eval_split(
-    splits: Mapping[str, Any], source: str, split: str, chosen: str | None
-) -> str | None:
-    """Return the split to evaluate on: the chosen one, else one for validation or test if there is any.
+def read_parts(
+    source: Any, name: str, split: str, chosen: str | None
+) -> tuple[dict[str, list[dict[str, Any]]], str | None]:
+    """Read all splits of data, and find the one to evaluate on: the chosen one, else one for validation or test.
+
+    Args:
+        source: a file, a folder or a hub data set by its name, or data in memory.
+        name: what error messages call it.
+        split: the split to train on.
+        chosen: the split to evaluate on; None if it was left open.
 
     Raises:
-        Refused: the split to train on, or the chosen one, does not exist.
+        Refused: the data cannot be read, or the split to train on, or the chosen one, does not exist.
     """
-    for name in (split, chosen or split):
-        if name not in splits:
-            raise Refused(f"{source} has no split '{name}'.{suggest(name, splits)}")
+    splits = read_splits(source) if isinstance(source, str) else memory_splits(source)
+    for needed in (split, chosen or split):
+        if needed not in splits:
+            raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
     usual = [name for name in EVAL_SPLITS if name in splits and name != split]
-    return chosen or next(iter(usual), None)
+    return splits, chosen or next(iter(usual), None)
 
 
 def separate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
@@ -41,18 +42,12 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
 def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
     """Return the name of data that was given from Python, and what is recorded of it."""
     digits = fingerprint(splits)
-    counts: dict[str, int] = {}
-    columns: dict[str, None] = {}
-    for split, rows in splits.items():
-        counts[split] = len(rows)
-        for row in rows:
-            columns |= dict.fromkeys(row)
-    origin = {
-        "rows": counts,
-        "columns": list(columns),
+    rows = chain.from_iterable(splits.values())
+    return IN_MEMORY + digits, {
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "columns": [*dict.fromkeys(chain.from_iterable(rows))],
         "fingerprint": digits,
     }
-    return IN_MEMORY + digits, origin
 
 
 def recorded(task: Any) -> dict[str, Any]:

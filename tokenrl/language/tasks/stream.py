@@ -12,7 +12,6 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.held_out import distinct_prompts
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.output import quantity
-from tokenrl.settings import check_seed
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
 
@@ -49,10 +48,7 @@ class RowOrder:
             seed: seed of the orders.
             shuffle: makes the orders of all epochs, one after the other.
 
-        Raises:
-            Refused: the seed is negative.
         """
-        check_seed(seed)
         self.position = 0
         self._num_rows = num_rows
         self._seed = seed
@@ -99,15 +95,7 @@ class PromptStream(RowOrder):
     """Draws the prompts of training; a step may have the end of one epoch and the start of the next."""
 
     def __init__(self, rows: Sequence[Row], seed: int) -> None:
-        """Start before the first epoch.
-
-        Raises:
-            Refused: there are no rows, or the seed is negative.
-        """
-        if len(rows) == 0:
-            raise Refused(
-                "There are no prompts to train on: the data is empty. Give at least one row."
-            )
+        """Start before the first epoch."""
         super().__init__(len(rows), seed, prompt_orders)
         self._rows = rows
 

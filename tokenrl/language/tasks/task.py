@@ -32,8 +32,7 @@ from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
 from tokenrl.language.tasks.files import format_of
-from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
-from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.held_out import changed, read_parts, separate, smaller_evaluation
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
@@ -207,15 +206,11 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
 
 def _of_data(source: Any, data: DataArguments, seed: int, chat: bool, *, whole: bool) -> PromptTask:
     """Return a task, still without a reward, of a file, a folder, a hub dataset or rows in memory."""
-    if isinstance(source, str):
-        title = f"task '{source}'"
-        splits = sources.read_splits(source)
-        name, origin = source, dict[str, Any]()
-    else:
-        title = "task"
-        splits = memory_splits(source)
+    title = f"task '{source}'" if isinstance(source, str) else "task"
+    splits, evaluation = read_parts(source, title, data.split, data.eval_split)
+    name, origin = source, dict[str, Any]()
+    if not isinstance(source, str):
         name, origin = records.described(splits)
-    evaluation = eval_split(splits, title, data.split, data.eval_split)
     train_rows = with_prompts(splits[data.split], f"{title}, split '{data.split}'", data, chat=chat)
     if whole:
         return PromptTask(name, train_rows, [], None, origin=origin)

@@ -255,9 +255,13 @@ def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
     column = COLUMNS.get(name)
     if column is None or not isinstance(x, Tensor):
         raise WrongRollout(f"{name} is {shown(x)}; an engine fills tensors of {', '.join(COLUMNS)}")
-    shape = [sizes.setdefault(axis, n) for axis, n in zip(column.axes, x.shape, strict=False)]
-    kinds = {(dtype.is_floating_point, dtype == torch.bool) for dtype in (x.dtype, column.dtype)}
-    if list(x.shape) != shape or x.ndim != len(column.axes) or len(kinds) > 1:
+    if x.ndim == len(column.axes):
+        for axis, length in zip(column.axes, x.shape, strict=True):
+            sizes.setdefault(axis, length)
+    shape = [sizes.get(axis) for axis in column.axes]
+    is_float = x.dtype.is_floating_point == column.dtype.is_floating_point
+    is_bool = (x.dtype == torch.bool) == (column.dtype == torch.bool)
+    if not (list(x.shape) == shape and is_float and is_bool):
         words = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
         raise WrongRollout(f"{words}, not those of {column} with {sizes}")
     return x.detach().to(torch.promote_types(x.dtype, column.dtype))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -134,20 +135,16 @@ def check_tokens(policy: Policy, teacher: Policy) -> None:
     """Refuse a teacher whose tokenizer has another token under any id, or other ids."""
     ours = policy.tokenizer.get_vocab()
     theirs = teacher.tokenizer.get_vocab()
-    differing = {number for _, number in ours.items() ^ theirs.items()}
-    if not differing:
-        return
-    first = min(differing)
-    tokens = []
-    for vocabulary in (theirs, ours):
-        names = [token for token, number in vocabulary.items() if number == first]
-        tokens.append(repr(names[0]) if names else "no token")
-    raise Refused(
-        f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: "
-        f"{len(differing):,} ids differ, first {first}, which is {tokens[0]} there and {tokens[1]} here. A KL "
-        "compares the same tokens: give a teacher with the policy's tokenizer. If the ids do mean the same, "
-        "give from Python teacher=(model, tokenizer) with the tokenizer of the policy."
-    )
+    differing = sorted(ours.items() ^ theirs.items(), key=itemgetter(1))
+    if differing:
+        token, first = differing[0]
+        count = len({number for _, number in differing})
+        raise Refused(
+            f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: {count:,} ids "
+            f"differ, first {first}, which is {token!r} for one of them only. A KL compares the same tokens: give a "
+            "teacher with the policy's tokenizer. If the ids do mean the same, give from Python teacher=(model, "
+            "tokenizer) with the tokenizer of the policy."
+        )
 
 
 def rows_of(model: Any) -> int:
