@@ -143,10 +143,6 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"temperature was given as {args.temperature:g}; {engine} samples from {lowest:g} to {highest:g}."
         )
-    if args.dtype == "float16":
-        raise Refused(
-            "dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32."
-        )
     if not estimator.needs_old_logprobs and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "

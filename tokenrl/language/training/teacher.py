@@ -92,11 +92,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     rows = rows_of(policy.model)
     if (size := rows_of(model)) != rows:
         fit_rows(model, rows, name)
-        line += f"; its head has {size:,} rows"
-        if size > rows:
-            line += f", of which the policy's {rows:,} are compared"
-        else:
-            line += f" and the policy's {rows:,}: padding rows beyond them get its mean logit"
+        line += f"; its head has {size:,} rows, and the policy's {rows:,}"
     context = teacher.context
     if context is not None and policy.context is not None and context < policy.context:
         line += f"; its context of {context:,} tokens bounds prompts with their completions"
