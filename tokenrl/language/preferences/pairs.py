@@ -234,16 +234,20 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     gaps = np.subtract(list(map(len, chosen)), list(map(len, rejected)))
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
     findings = []
-    if repeated:
-        weight: Weight = "void" if repeated >= MAX_REPEATED_SHARE * len(held_out) else "watch"
-        text = f"{repeated:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
-        findings.append(Finding("held-out-in-training", weight, text))
-    if swapped:
-        weight = "void" if swapped == len(train) else "watch"
-        text = (
-            f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
-        )
-        findings.append(Finding("contradictory-pairs", weight, text))
+    for flag, count, pairs, largest_share, words in (
+        (
+            "held-out-in-training",
+            repeated,
+            held_out,
+            MAX_REPEATED_SHARE,
+            "held-out pairs are trained on too",
+        ),
+        ("contradictory-pairs", swapped, train, 1, "training pairs are there in both orders"),
+    ):
+        if count:
+            weight: Weight = "void" if count >= largest_share * len(pairs) else "watch"
+            text = f"{count:,} of {len(pairs):,} {words}: take them out."
+            findings.append(Finding(flag, weight, text))
     for name, share in shares.items():
         if share >= MIN_LENGTH_SHARE:
             text = (

@@ -38,7 +38,7 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import base_named, save_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.supervised.fit import check_trainable, fit
 from tokenrl.runs.files import atomic_directory, writing
@@ -92,7 +92,7 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
     Args:
         source: the policy, the pair or the name.
         args: how a named model is loaded.
-        weights: whether the weights of a named model are loaded.
+        weights: whether the weights of a named model are loaded; those of an adapter always are.
 
     Raises:
         Refused: the model cannot be loaded.
@@ -101,14 +101,16 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
+    from transformers.utils import find_adapter_config_file
+
     trust = args.trust_remote_code
-    if weights:
-        return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
     name = find_model(source)
     with loading("causal language model", name, trust_remote_code=trust):
-        policy = wrap(*_shapes(name, trust_remote_code=trust), source=name)
-    policy.ask(PromptArguments(**saved_form(source)))
-    return policy
+        if not weights and not find_adapter_config_file(name):
+            policy = wrap(*_shapes(name, trust), source=name)
+            policy.ask(PromptArguments(**saved_form(source)))
+            return policy
+    return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
 
 
 def with_own_weights(policy: Policy, source: Any) -> Policy:
@@ -118,24 +120,17 @@ def with_own_weights(policy: Policy, source: Any) -> Policy:
     return replace(policy, model=copy.deepcopy(policy.model))
 
 
-def _shapes(name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return a saved model without weights, and its tokenizer; of an adapter the base, as it is resized for it."""
+def _shapes(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a saved model without weights, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import find_adapter_config_file
 
     trust = {"trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    base, revision = name, None
-    if adapter := find_adapter_config_file(name):
-        base, revision = base_named(name, trust_remote_code)
-    options: dict[str, Any] = {"revision": revision}
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, **options, **trust)
+        config = AutoConfig.from_pretrained(name, **trust)
         model = AutoModelForCausalLM.from_config(config, **trust)
-        if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with suppress(OSError):  # a model may have none
-        model.generation_config = GenerationConfig.from_pretrained(base, **options)
+        model.generation_config = GenerationConfig.from_pretrained(name)
     return model, tokenizer
 
 
