@@ -95,18 +95,13 @@ def test_an_update_is_adamw_on_that_loss():
     torch.testing.assert_close(weights(policy.model), weights(model), atol=1e-6, rtol=0)
 
 
-def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
+def test_completions_end_with_one_eos():
     policy = make_policy()
     completions = [c for _, c in encode_demonstrations(policy, ROWS)]
     assert all(c[-1] == 1 and 1 not in c[:-1] for c in completions)
     assert completions[3] == [1]  # an empty answer is the end at once
     chat = {"prompt": "a", "completion": [{"role": "assistant", "content": "d"}]}
     assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
-    policy, messages = make_policy(kind="chat"), [{"role": "user", "content": "the cat"}]
-    ((prompt, completion),) = encode_demonstrations(
-        policy, [{"prompt": messages, "completion": "sat"}]
-    )
-    assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
 
 
 def opened(row):

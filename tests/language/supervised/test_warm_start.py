@@ -76,12 +76,11 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert (warmed["loss_before"], warmed["loss_after"]) == pytest.approx((losses[0], losses[3]))
     output = capsys.readouterr().out
     assert "4 updates x 16 demonstrations (given)" in " ".join(output.split())
-    assert output.index("loading the model") < output.index("step 1/4") < output.index("step 1/1")
+    assert output.index("step 1/4") < output.index("step 1/1")
     for file in ("config.json", "summary.json"):
         assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == warmed
     assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
-    for file in ("report.html", "model/README.md"):
-        assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
+    assert "4 updates, loss" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(

@@ -274,7 +274,6 @@ def test_arrays_of_numpy_are_lists_whatever_holds_them():
     by_hand = {"prompt": arrays[0], "names": arrays[1], "count": arrays[2], "share": [arrays[3]]}
     for source in (
         frame.to_dict("records"),
-        {"train": frame.to_dict("records")},
         datasets.Dataset.from_pandas(frame),
         data.with_format("numpy"),
         data.with_transform(lambda batch: {k: [numpy.asarray(v) for v in batch[k]] for k in batch}),

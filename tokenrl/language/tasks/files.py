@@ -91,8 +91,7 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, 
     empty: dict[str, None] = {}
     for row in rows:
         empty |= dict.fromkeys(row)
-    names = [*empty]
-    return [row if [*row] == names else Placed(empty | row, row.location) for row in rows]
+    return [Placed(empty | row, row.location) for row in rows]
 
 
 def change_columns(

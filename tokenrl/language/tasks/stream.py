@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+from tokenrl.errors import Refused
 from tokenrl.language.tasks.held_out import distinct_prompts
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.output import quantity
@@ -105,16 +105,9 @@ class PromptStream(RowOrder):
         return self.position / len(self._rows)
 
     def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
-        """Return the next `count` prompts, each with the number of prompts drawn before it.
-
-        Raises:
-            Stopped: the rows are an object of the user's own, which raised an error.
-        """
+        """Return the next `count` prompts, each with the number of prompts drawn before it."""
         first = self.position
-        try:
-            return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
-        except USER_CODE_FAILED as error:
-            raise Stopped(f"The training prompts could not be read: {raised(error)}.") from error
+        return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
 
 
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
