@@ -213,17 +213,14 @@ class Policy:
             )
         for row, ids in enumerate(encoded):
             if len(ids) > room and not truncate:
-                remedy = (
-                    "give truncate_prompts (--truncate-prompts), which drops tokens from the left"
-                )
+                shorter = ""
                 if len(ids) < self.context:
-                    remedy = (
-                        f"give max_completion_length {self.context - len(ids)} or less, {remedy}"
-                    )
+                    shorter = f"max_completion_length {self.context - len(ids)} or less, give "
                 raise Refused(
                     f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
-                    f"{remedy}, leave it out, or take a model with a longer context."
+                    f"give {shorter}truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it "
+                    "out, or take a model with a longer context."
                 )
         return [ids[-room:] for ids in encoded]
 
