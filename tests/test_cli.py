@@ -154,9 +154,8 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     together = tokenrl.evaluate(model=["run", model], task="vowels", eval_size=16)
     assert list(together) == ["run", model] and together["run"] == alone
     assert alone.metrics == {k: v for k, v in trained.items() if not k.startswith("difference/")}
-    for wrong, words in ((["run", "run"], "given twice"), (["run", ""], "Name the model")):
-        assert main([*EVALUATE, *wrong]) == 2
-        assert words in capsys.readouterr().err
+    assert main([*EVALUATE, "run", ""]) == 2
+    assert "Name the model" in capsys.readouterr().err
 
 
 def talk(lines, *arguments, monkeypatch, capsys):

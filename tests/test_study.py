@@ -15,7 +15,7 @@ from tokenrl import Estimator
 from tokenrl.cli import COMMANDS
 from tokenrl.flags import parse
 from tokenrl.lab.compare import problems
-from tokenrl.language.supervised.base import read_outline
+from tokenrl.language.supervised.base import load_base
 
 STUDY = Path(__file__).parents[1] / "recipes" / "study"
 
@@ -25,7 +25,7 @@ def test_a_plan_can_be_run(path, monkeypatch):
     # some models are made by the study itself
 
     def own_model(args, task):
-        return read_outline(replace(args, model=None), task)
+        return load_base(replace(args, model=None), task, weights=False)
 
     monkeypatch.setattr(problems, "read_models", own_model)
     args = parse("compare", COMMANDS["compare"], ["--config", str(path)])

@@ -141,15 +141,17 @@ def test_each_turn_of_a_demonstration_is_learnt_behind_all_before_it():
 @pytest.mark.parametrize(
     ("prompt", "roles", "words"),
     [
-        ("hi", ["assistant", "user", "assistant"], "several messages follow chat messages"),
-        (USER, ["assistant", "assistant"], "no two of the assistant"),
-        (USER, ["assistant", "user"], "does not end with a message of the assistant"),
+        ("hi", ["assistant", "user", "assistant"], "messages of assistant user assistant"),
+        (USER, ["assistant", "assistant"], "messages of assistant assistant"),
+        (USER, ["assistant", "user"], "messages of assistant user"),
         (USER, [], "the completion is an empty list"),
     ],
 )
 def test_messages_that_are_no_demonstration_are_refused(prompt, roles, words):
     completion = [{"role": role, "content": "a"} for role in roles]
-    with pytest.raises(Refused, match=rf"^The demonstration of row 0: .*{words}.*it needs prompt"):
+    with pytest.raises(
+        Refused, match=rf"^The demonstration of row 0: .*{words}.*It needs a prompt"
+    ):
         encode_demonstrations(policy_with(CALLED), [{"prompt": prompt, "completion": completion}])
 
 

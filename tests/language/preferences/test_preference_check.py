@@ -45,7 +45,7 @@ def test_held_out_pairs_that_are_trained_on_and_contradictions_are_told_together
     both = rows(10) + rows(10, chosen="the dog", rejected="the cat")
     assert check(both, rows(3) + rows(2, first=50)).exit_code == 2
     first, second = problems(capsys)
-    assert "1. held-out-in-training: 3 of 5 held-out pairs are also trained on" in first
+    assert "1. held-out-in-training: 3 of 5 held-out pairs are trained on too" in first
     assert "2. contradictory-pairs: 20 of 20 training pairs are there in both orders" in second
     assert check(rows(20), rows(1) + rows(4, first=50)).exit_code == 0  # few of them are a remark
 

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ from tiny_models import (
     vowel_reward,
     weights,
 )
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
@@ -53,13 +53,10 @@ ROWS = [
 def own_loss(model, policy, rows):
     """transformers' cross-entropy with labels, mean over the completions' tokens, padded on the right."""
     pairs = encode_demonstrations(policy, rows)
-    width = max(len(p) + len(c) for p, c in pairs)
-    ids = torch.tensor([p + c + [7] * (width - len(p) - len(c)) for p, c in pairs])
-    labels = torch.tensor(
-        [[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in pairs]
-    )
-    mask = torch.tensor(
-        [[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in pairs]
+    columns = [(p + c, [-100] * len(p) + c, [1] * len(p + c)) for p, c in pairs]
+    ids, labels, mask = (
+        pad_sequence([*map(torch.tensor, column)], batch_first=True, padding_value=value)
+        for column, value in zip(zip(*columns, strict=True), (7, -100, 0), strict=True)
     )
     return model(ids, attention_mask=mask, labels=labels).loss
 
@@ -98,18 +95,13 @@ def test_an_update_is_adamw_on_that_loss():
     torch.testing.assert_close(weights(policy.model), weights(model), atol=1e-6, rtol=0)
 
 
-def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
+def test_completions_end_with_one_eos():
     policy = make_policy()
     completions = [c for _, c in encode_demonstrations(policy, ROWS)]
     assert all(c[-1] == 1 and 1 not in c[:-1] for c in completions)
     assert completions[3] == [1]  # an empty answer is the end at once
     chat = {"prompt": "a", "completion": [{"role": "assistant", "content": "d"}]}
     assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
-    policy, messages = make_policy(kind="chat"), [{"role": "user", "content": "the cat"}]
-    ((prompt, completion),) = encode_demonstrations(
-        policy, [{"prompt": messages, "completion": "sat"}]
-    )
-    assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
 
 
 def opened(row):
@@ -186,24 +178,18 @@ SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
 def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
     environments = Environments(Store)
     rows = [{"prompt": prompt, "text": text, "completion": "x"}, {"prompt": read, "text": text}]
-    warnings = []
-    for row in as_in_episodes(rows, environments, warnings.append):  # added once
+    for row in as_in_episodes(rows, environments):  # added once
         assert row["prompt"] == read
-    assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
+    assert environments.reset(rows[:1], [7])[0].opening == read
 
 
-def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, capsys):
+def test_what_reset_draws_is_in_no_demonstration_nor_what_it_cannot_be_asked_for():
     rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
-    warnings = []
-    assert as_in_episodes(rows, Environments(Store), warnings.append) == rows
-    assert warnings[0].startswith("Store.reset draws its text at random")
-    options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
-    sft(task=rows, max_steps=1, batch_size=2, **options)
-    assert "warning: Store.reset draws its text" in " ".join(capsys.readouterr().out.split())
+    assert as_in_episodes(rows, Environments(Store)) == rows
     # gymnasium's interface, and columns that reset cannot take
     for factory in (Guess, {"safe": Store}):
         others = [row | {"environment": "another"} for row in rows]
-        assert as_in_episodes(others, Environments(factory), warnings.append) == others
+        assert as_in_episodes(others, Environments(factory)) == others
 
 
 @pytest.mark.parametrize("reward", [None, [vowel_reward]])
@@ -222,7 +208,7 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
         quiet=True,
         **options,
     )
-    shown = as_in_episodes(rows, Environments(Safe), str)
+    shown = as_in_episodes(rows, Environments(Safe))
     losses = fit(chat_policy(), shown, environments=Environments(Safe), **options)
     assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 
@@ -233,17 +219,21 @@ ASKED, SAID = ({"role": role, "content": "b"} for role in ("user", "assistant"))
 @pytest.mark.parametrize(
     "row, match",
     [
-        ({"prompt": "a"}, "of row 4 has.*completion"),
+        ({"prompt": "a"}, "of row 4: the completion is None"),
+        ({"completion": "a"}, "of row 4: it has no prompt"),
         ({"prompt": "a", "completion": {"a": 1}}, r"row 4: the completion is .* such as its JSON"),
         ({"prompt": "a", "completion": [1]}, r"row 4: message 0 of the completion is 1 \(int\)"),
         (
             {"prompt": "a", "completion": [ASKED]},
-            "row 4: its completion does not end with a message",
+            "row 4: its completion has messages of user. It needs",
         ),
-        ({"prompt": "a", "completion": [SAID, ASKED, SAID]}, "row 4: several messages follow chat"),
+        (
+            {"prompt": "a", "completion": [SAID, ASKED, SAID]},
+            "assistant user assistant.*prompt of chat",
+        ),
         ({"prompt": "a", "completion": "b\ud800"}, r"of row 4: the completion holds '\\ud800'"),
-        ({"prompt": "a", "completion": "the cat " * 60}, "row 4 has .* tokens.*: leave it out"),
-        ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4 has .* tokens"),
+        ({"prompt": "a", "completion": "the cat " * 60}, "row 4: it has .* tokens.*: leave it out"),
+        ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4: it has .* tokens"),
     ],
 )
 def test_bad_rows_are_refused(row, match):
@@ -350,8 +340,6 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(21))
     assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
-    shown = rf"^loss +{ended.loss_before:.4g} +{ended.loss_after:.4g}$"
-    assert re.search(shown, repr(ended), re.MULTILINE)
     loaded = load_policy(run)  # the run directory stands for the model in it
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))
     evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
@@ -359,8 +347,7 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     ends = (ended.eval_before["reward"], ended.eval_after["reward"])
     assert ends == (evaluated[0], evaluated[20])
     assert json.loads((run / "summary.json").read_text())["eval_after"] == ended.eval_after
-    output = capsys.readouterr().out
-    assert "step  2/20  loss" in output and "20 updates x 2 demonstrations (given)" in output
+    assert "20 updates x 2 demonstrations (given)" in capsys.readouterr().out
     card = (run / "model" / "README.md").read_text()
     assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card
     seldom = {"eval_every": 0, "overwrite": True, "quiet": True}

@@ -76,12 +76,11 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert (warmed["loss_before"], warmed["loss_after"]) == pytest.approx((losses[0], losses[3]))
     output = capsys.readouterr().out
     assert "4 updates x 16 demonstrations (given)" in " ".join(output.split())
-    assert output.index("loading the model") < output.index("step 1/4") < output.index("step 1/1")
+    assert output.index("step 1/4") < output.index("step 1/1")
     for file in ("config.json", "summary.json"):
         assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == warmed
     assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
-    for file in ("report.html", "model/README.md"):
-        assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
+    assert "4 updates, loss" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(
@@ -163,7 +162,6 @@ def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_n
 HARMS = {
     "gone": shutil.rmtree,
     "weights": lambda folder: flip_last_bit(folder / "model" / "model.safetensors"),
-    "summary": lambda folder: (folder / "summary.json").write_text("{"),
     "config": lambda folder: (folder / "config.json").unlink(),
     "checkpoints": lambda folder: shutil.rmtree(folder / "checkpoints"),
 }
@@ -258,7 +256,7 @@ def test_an_adapter_on_a_warm_start_finds_it_as_its_base_in_its_run(run, tmp_pat
 def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     environments = Environments(Safe)
-    shown = as_in_episodes(rows, environments, str)
+    shown = as_in_episodes(rows, environments)
     losses = fit(
         chat_policy(),
         shown,

@@ -40,19 +40,6 @@ def alone(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        datasets.Dataset.from_list(rows).to_csv(str(path))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
-    return str(path)
-
-
 def toy_tasks(monkeypatch, **tasks):
     package = SimpleNamespace(NAMES=tuple(tasks), load=lambda name: tasks[name])
     monkeypatch.setitem(sys.modules, "toy_tasks", package)
@@ -86,29 +73,16 @@ def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
         words = f"{command} --task data{suffix} --model {saved(kind='chat')} --max-steps 1"
         main(words.split())
         output = capsys.readouterr()
-        assert "of line 8 " in " ".join((output.out + output.err).split()), command
+        assert "of line 8" in " ".join((output.out + output.err).split()), command
 
 
 # ---- sources ----
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_data_file_is_split_into_disjoint_prompts_with_all_columns(tmp_path, suffix):
-    name = write_rows(
-        tmp_path / f"rows{suffix}", [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(20)]
-    )
-    task = load_task(name, reward=reward, eval_size=5)
-    assert task.name == name and task.max_completion_length is None and task.reward is reward
-    assert (len(task.train_prompts), len(task.eval_prompts)) == (15, 5)
-    rows = [*task.train_prompts, *task.eval_prompts]
-    assert {(row["prompt"], row["answer"]) for row in rows} == {
-        (f"q{i}", f"a{i}") for i in range(20)
-    }
-
-
 def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
-    write_rows(tmp_path / "folder" / "train.jsonl", ROWS)
-    write_rows(tmp_path / "folder" / "test.jsonl", [{"prompt": "new", "answer": "x"}, ROWS[3]])
+    (tmp_path / "folder").mkdir()
+    for split, rows in (("train", ROWS), ("test", [{"prompt": "new", "answer": "x"}, ROWS[3]])):
+        datasets.Dataset.from_list(rows).to_json(f"folder/{split}.jsonl")
     task = load_task("folder", reward=reward)
     assert [row["prompt"] for row in task.eval_prompts] == ["new", ROWS[3]["prompt"]]
     assert [row["prompt"] for row in task.train_prompts] == [r["prompt"] for r in ROWS]
@@ -259,9 +233,6 @@ def test_a_file_that_holds_no_rows_is_refused_with_its_line(tmp_path, read, name
         read(name.partition("/")[0])
 
 
-# ---- holding out ----
-
-
 # ---- the stream ----
 
 
@@ -300,7 +271,6 @@ def test_positions_and_epochs_count_what_was_given_out_and_another_order_is_refu
     stream, _ = prompts_of(20, 1, 0)
     assert [number for number, _ in stream.draw_prompts(32)] == list(range(32))
     assert stream.epoch == 32 / 20
-    assert [number for number, _ in stream.draw_prompts(2)] == [32, 33]
     for rows, seed, fault in ((19, 0, "num_rows 20 and this run has 19"), (20, 1, "seed 0 and")):
         with pytest.raises(Refused, match=fault):
             prompts_of(rows, 1, seed)[0].load_state_dict(stream.state_dict())

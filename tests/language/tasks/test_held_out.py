@@ -138,11 +138,8 @@ EQUAL = {"prompt": "Play."}
     ("rows", "environment", "held_out"),
     [
         ([EQUAL | {"secret": i} for i in range(50)], None, 10),
-        ([EQUAL | {"secret": i} for i in range(50)], Dice, 10),
         ([EQUAL] * 50, Dice, 10),
         ([EQUAL | {"secret": [i % 25]} for i in range(50)], None, 10),
-        ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], Dice, 25),
-        ([{"prompt": str(i % 25), "secret": i} for i in range(50)], Dice, 10),
         ([{"prompt": "ab"[i % 2], "secret": i} for i in range(50)], None, 25),
     ],
 )
@@ -167,26 +164,26 @@ MIXED = numbered([f"p{i % 30}" for i in range(300)])
         (
             {"train": numbered(map(str, range(40))), "test": numbered(map(str, range(2, 40)))},
             None,
-            "40 rows of 40 prompts to train on, 38 rows of 38 prompts held out; 38 of the 38 held-out",
+            "40 rows of 40 prompts to train on, 38 rows of 38 prompts held out",
             "38 of the 38 held-out rows are of prompts that are trained on too.*eval_split",
         ),
         (
             numbered(map(str, range(301))),
             5000,
             "151 rows of 151 prompts",
-            "eval_size was given as 5,000, but 150 rows are held out: of 301 at most half",
+            "eval_size was given as 5,000, but 150 rows are held out: .*at most half",
         ),
         (
             {"train": MIXED, "test": numbered(map(str, range(7)))},
             8,
             "300 rows of 30 prompts",
-            "eval_size was given as 8, but 7 rows are held out: all that there are",
+            "eval_size was given as 8, but 7 rows are held out: there are no more",
         ),
         (
             MIXED,
             5,
             "290 rows of 29 prompts",
-            "given as 5, but 10 rows .* all of a prompt together",
+            "given as 5, but 10 rows .* all rows of a prompt together",
         ),
     ],
 )

@@ -178,7 +178,7 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(
         Refused,
-        match=r"task 'in-memory:.*' is data, which has prompts but no reward.*reward=function",
+        match=r"task 'Dataset' is data, which has prompts but no reward.*reward=function",
     ):
         start(tmp_path, task=dataset(), reward=())
     with pytest.raises(Refused, match="'answer'"):

@@ -190,7 +190,6 @@ def test_a_file_gives_its_texts_alone_in_a_folder_and_compressed_and_anew_once_i
         ("prompt;answer\n1,5?;2\n", [{"prompt": "1,5?", "answer": 2}]),
         ('"prompt";"answer"\n"a;b";"c"\n', [{"prompt": "a;b", "answer": "c"}]),
         ("prompt,answer\na;b,c|d\n", [{"prompt": "a;b", "answer": "c|d"}]),
-        ("prompt;answer\n", []),
         ("prompt;answer\na\n", [{"prompt": "a", "answer": None}]),
         ('prompt;answer\n"a\nb";"c ""d"""\n', [{"prompt": "a\nb", "answer": 'c "d"'}]),
     ],
@@ -200,28 +199,7 @@ def test_the_header_of_csv_shows_what_divides_its_cells(text, rows, in_folder):
     os.mkdir("folder")
     Path("folder/train.csv").write_text(text)
     read = partial(read_splits, "folder" if in_folder else "folder/train.csv")
-    if rows:
-        assert read()["train"] == rows
-    elif not in_folder:
-        with pytest.raises(Refused, match="is empty"):
-            read()
-
-
-FRAME = pandas.DataFrame({"prompt": ["a", "b"], "answer": [1, 2]})
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
-@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
-def test_a_table_of_pandas_as_one_object_is_refused_with_the_remedy(name, orient):
-    with (gzip.open if name.endswith(".gz") else open)(name, "wt") as file:
-        file.write(FRAME.to_json(orient=orient))
-    if orient == "records":
-        assert answers(name) == [1, 2]
-        return
-    with pytest.raises(
-        Refused, match=rf"to_json\('{name}', orient='records', lines={'l' in name}\)"
-    ):
-        read_splits(name)
+    assert read()["train"] == rows
 
 
 def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
@@ -296,7 +274,6 @@ def test_arrays_of_numpy_are_lists_whatever_holds_them():
     by_hand = {"prompt": arrays[0], "names": arrays[1], "count": arrays[2], "share": [arrays[3]]}
     for source in (
         frame.to_dict("records"),
-        {"train": frame.to_dict("records")},
         datasets.Dataset.from_pandas(frame),
         data.with_format("numpy"),
         data.with_transform(lambda batch: {k: [numpy.asarray(v) for v in batch[k]] for k in batch}),
@@ -359,15 +336,6 @@ def test_tables_pad_messages_with_nulls_that_no_template_sees_and_lists_keep_the
         assert [
             row["tools"][0]["function"]["parameters"]["properties"] for row in read["train"]
         ] == CALLS
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["prompt"], "rejected": rows[1]["prompt"]}
-        for row in rows
-    ]
-    for source in (pairs, datasets.Dataset.from_list(pairs)):
-        train, held_out = load_pairs(source, eval_size=1)
-        assert {ordered(pair.chosen) for pair in train + held_out} < {
-            ordered(row["prompt"]) for row in rows
-        }
     explicit = [{"prompt": [{"role": "user", "content": "q", "tool_calls": [{"a": None}]}]}]
     assert memory_splits(explicit)["train"] == explicit
 

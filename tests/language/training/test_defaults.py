@@ -73,7 +73,7 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
     assert vars(result.args).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
     assert result.args.learning_rate == default_rate(parameter_count(other), lora=True)
-    assert result.origins["learning_rate"] == "21.7 k parameters, LoRA"
+    assert result.origins["learning_rate"] == f"{parameter_count(other):,} parameters, LoRA"
     assert result.origins["max_steps"] == OTHER
     # 20/3 of the 80 completions of an evaluation, in steps of 64
     long = TrainArguments(model="x", eval_generations=9)
@@ -140,9 +140,11 @@ def test_the_supervised_run_has_defaults_of_its_own(digits, own):
     result = sft_defaults(SftArguments(), digits, own)[0]
     expected = {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
     assert vars(result).items() >= expected.items()
-    other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, make_policy())
+    policy = make_policy()
+    other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, policy)
     assert other.batch_size == 16 and other.eval_every == 5
-    expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": "21.7 k parameters"}
+    size = f"{parameter_count(policy):,} parameters"
+    expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": size}
     assert origins.items() >= expected.items()
 
 
@@ -155,7 +157,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     result = train(task=toy, model=str(saved()), **values)
     output = capsys.readouterr().out
     assert "1 steps (given) x 8 prompts x 8 completions (default for other models)" in output
-    assert "0.0001 (21.7 k parameters), linear (default)" in output
+    assert f"0.0001 ({parameter_count(make_policy()):,} parameters), linear (default)" in output
     longest = len(make_tokenizer()("the cat sat on the mat").input_ids) + 1
     assert (
         f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in output

@@ -222,7 +222,7 @@ def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_
 ):
     result = distilled(tmp_path / "run", task=make_task(reward=fails_in_training))
     out = " ".join(capsys.readouterr().out.split())
-    assert "none; what is ascended is -0.3 KL(pi || teacher), and evaluations measure" in out
+    assert "none: what is learnt is to lower the KL to the teacher; evaluated:" in out
     assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
@@ -296,8 +296,8 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
         ),
         ({"estimator": Estimator()}, "beta is 0"),
         ({"teacher": None}, "name one by teacher .--teacher"),
-        ({"reward": ["none", vowel_reward]}, "no reward at all: leave out the rewards beside it"),
-        ({"reward_weights": 0.5}, "leave out the rewards beside it, and reward_weights"),
+        ({"reward": ["none", vowel_reward]}, "no reward at all: .*without rewards beside it"),
+        ({"reward_weights": 0.5}, "no reward at all: .*without reward_weights"),
         (
             {"estimator": Estimator(beta=0.1, zero_spread="drop")},
             "zero_spread 'drop' needs rewards",
@@ -309,7 +309,7 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
             distilled(tmp_path / "run", quiet=True, **changes)
         assert not (tmp_path / "run" / "config.json").exists()
         assert not (tmp_path / "run" / "warm_start" / "config.json").exists()
-    with pytest.raises(Refused, match="this command needs rewards"):
+    with pytest.raises(Refused, match="it is for tokenrl train with a teacher"):
         tokenrl.sft(task="sort_digits", reward="none", output_dir=tmp_path / "run")
 
 

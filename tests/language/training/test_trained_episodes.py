@@ -348,7 +348,7 @@ def test_a_check_names_what_fails(run, tmp_path, capsys):
     ("command", "purpose"),
     [
         (["lab", "measure"], "lab measure"),
-        (["reward-model", "--output-dir", "OUT"], "A reward model"),
+        (["reward-model", "--output-dir", "OUT"], "A pair of completions"),
     ],
 )
 def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):

@@ -135,7 +135,7 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
     from tokenrl.language.policy.loading import device_for
     from tokenrl.language.policy.model import load_policy
-    from tokenrl.language.supervised.base import make_policy
+    from tokenrl.language.supervised.base import adapt, load_base
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
@@ -146,7 +146,8 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
             adapter, merge_adapter=False, dtype=args.dtype, trust_remote_code=args.trust_remote_code
         )
         args = replace(args, model=trained)  # type: ignore[arg-type]
-    policy = make_policy(args, task, console.note)
+    policy = load_base(args, task, console.note)
+    adapt(args, policy)
     policy.model.to(device_for(policy.size, args.cpu))
     return policy
 

@@ -27,12 +27,14 @@ from tokenrl.language.evaluation.evaluation import (
 )
 from tokenrl.language.policy.arguments import fill_form, print_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
+from tokenrl.language.policy.loading import device_for
+from tokenrl.language.policy.model import Policy, load_policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.supervised.base import load_placed
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import IN_MEMORY
@@ -112,14 +114,12 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """Fill in what the arguments leave open, from the runs that saved the models, and print what was taken.
 
     Raises:
-        Refused: no model is named, or one twice; the file of results cannot be written; nothing names a task;
+        Refused: no model is named; the file of results cannot be written; nothing names a task;
             the runs differ in a setting; or a run was given objects of a Python program, which have no name.
     """
     models = (args.model,) if isinstance(args.model, str) else args.model
     if not all(models) or not models:
         raise Refused("Name the model to evaluate: model (--model), a directory or hub name.")
-    if len(set(models)) < len(models):
-        raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
     if args.json is not None:
         check_place(args.json)
     filled: EvaluateArguments = as_in_runs(args, models, *vars(Distribution()), "seed")
@@ -224,25 +224,45 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     return names
 
 
+def opened(args: Any, model: str, task: Any, length: int = 256) -> tuple[Policy, int]:
+    """Load a model, ask it as the arguments say, and print how; return it with the limit of a completion.
+
+    Args:
+        args: the arguments, those of `tokenrl evaluate` or `tokenrl sample`.
+        model: the model as it was named.
+        task: the task; None if there is none.
+        length: the limit where neither the arguments nor the task have one.
+
+    Raises:
+        Refused: the model cannot be loaded, or cannot be asked so.
+    """
+    policy = load_placed(args, model)
+    policy.ask(args.form)
+    print_form(policy.form, model)
+    truncate = bool(getattr(args, "truncate_prompts", None))
+    limit = args.max_completion_length
+    return policy, limit or completion_limit(task, model, policy, length, truncate)[0]
+
+
+def load_placed(args: Any, model: str) -> Policy:
+    """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
+    policy = load_policy(model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    policy.model.to(device_for(policy.size))
+    check_scoring(policy, gradient=False)
+    return policy
+
+
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
-    args = arguments(EvaluateArguments, vars(fill_form(args, model)))
+    args = fill_form(args, model)
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args, may_lack_rewards=True)
     rewards.state = state_of(model)
-    length = args.max_completion_length
-    # Made first: numbers out of range are refused before the model is loaded.
-    sampling = Sampling(length or 256, generations, args.seed or 0, **distribution_of(args))
+    policy, length = opened(args, model, task)
+    sampling = Sampling(length, generations, args.seed or 0, **distribution_of(args))
     sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
-    options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    policy = load_placed(model, **options)
-    policy.ask(args.form)
-    print_form(policy.form, model)
-    if length is None:
-        length = completion_limit(task, model, policy, truncate=sampling.truncate_prompts)[0]
-        sampling = replace(sampling, max_completion_length=length)
-    reference = None if args.reference is None else load_placed(args.reference, **options)
+    reference = None if args.reference is None else load_placed(args, args.reference)
     divided = division_of(task, args.eval_size)[1]
     for warning in (*divided, *prompt_warnings(policy.tokenizer, task.eval_prompts)):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
@@ -255,14 +275,13 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
         )
         if failed := failures_of(evaluation.failures):
             print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
+        metrics = evaluation.metrics | {"max_completion_length": length}
         if args.best_of:
             gold = _own_rewards(args, rewards)
             gold.state = rewards.state
             pool = replace(sampling, num_generations=args.best_of)
-            best = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
-            evaluation = replace(evaluation, metrics=evaluation.metrics | best)
-    limit = {"max_completion_length": sampling.max_completion_length}
-    return replace(evaluation, metrics=evaluation.metrics | limit)
+            metrics |= best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
+    return replace(evaluation, metrics=metrics)
 
 
 def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:

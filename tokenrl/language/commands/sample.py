@@ -12,9 +12,9 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
-from tokenrl.language.commands.evaluate import as_in_runs, state_of
+from tokenrl.language.commands.evaluate import as_in_runs, opened, state_of
 from tokenrl.language.evaluation.evaluation import transcript
-from tokenrl.language.policy.arguments import fill_form, print_form, run_of
+from tokenrl.language.policy.arguments import fill_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_turns
@@ -29,12 +29,13 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.supervised.base import load_placed
-from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
+
+PROMPTS = ("prompt", "messages")
+"""Columns of a row that are shown as its prompt."""
 
 
 class Sampler:
@@ -65,23 +66,19 @@ class Sampler:
         self.environments = getattr(self.rewards, "environments", None)
         if self.rewards is not None:
             self.rewards.state = state_of(args.model)
-        self.policy = load_placed(
-            args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        )
+        self.policy, self._length = opened(args, args.model, task, 64)
         if self.environments is not None:
             check_turns(self.policy)
-        self.policy.ask(args.form)
-        print_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then
             rows = [row for row in rows if isinstance(row["prompt"], str)]
         self._args = args
         self.rows = {prompt_text(row["prompt"]): row for row in rows}
         self._has_task = task is not None
-        length = args.max_completion_length
         if task is None:  # that of the run cannot be used, but its length can
-            length = length or config.get("max_completion_length")
-        self._length = length or completion_limit(task, args.model, self.policy, otherwise=64)[0]
+            self._length = (
+                args.max_completion_length or config.get("max_completion_length") or self._length
+            )
         self._completed = 0
         self._said = set[str]()
 
@@ -141,12 +138,8 @@ class Sampler:
 
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
-        texts: dict[str, str] = {}  # the first column of each text
-        for name, value in self.rows.get(text, {}).items():
-            if name not in ("prompt", "messages") and value is not None:
-                texts.setdefault(str(value), name)
-        texts.pop(text, None)
-        return ", ".join(f"{name} {value}" for value, name in texts.items())
+        columns = self.rows.get(text, {}).items()
+        return ", ".join(f"{name} {value}" for name, value in columns if name not in PROMPTS)
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""

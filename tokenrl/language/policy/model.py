@@ -182,7 +182,7 @@ class Policy:
         prompts: Sequence[Prompt],
         *,
         max_completion_length: int,
-        truncate: bool | None = False,
+        truncate: bool = False,
         locations: Sequence[str] = (),
         tools: Sequence[Any] = (),
     ) -> list[list[int]]:
@@ -191,8 +191,7 @@ class Policy:
         Args:
             prompts: B prompts, strings or lists of chat messages.
             max_completion_length: the most tokens that a completion may have.
-            truncate: drop tokens from the left of a prompt that is too long, instead of refusing it. None:
-                neither the prompt nor its completion can be changed, as in a demonstration.
+            truncate: drop tokens from the left of a prompt that is too long, instead of refusing it.
             locations: the place of each prompt in the data, for the message of a refusal.
             tools: the tools of each prompt, as in `encode`; empty for none.
 
@@ -209,18 +208,21 @@ class Policy:
         if self.context is None:
             return encoded
         room = self.context - max_completion_length
-        remedy = "leave it out, or take a model with a longer context"
-        if truncate is not None:
-            remedy = (
-                "lower max_completion_length (--max-completion-length), give truncate_prompts "
-                f"(--truncate-prompts), which drops tokens from the left, {remedy}"
+        if room < 1:
+            raise Refused(
+                f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context "
+                f"of {self.context} tokens: lower it (--max-completion-length), or take a model with a longer context."
             )
         for row, ids in enumerate(encoded):
-            if len(ids) > room and (not truncate or room < 1):
+            if len(ids) > room and not truncate:
+                shorter = ""
+                if len(ids) < self.context:
+                    shorter = f"max_completion_length {self.context - len(ids)} or less, give "
                 raise Refused(
                     f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
-                    f"{remedy}."
+                    f"give {shorter}truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it "
+                    "out, or take a model with a longer context."
                 )
         return [ids[-room:] for ids in encoded]
 

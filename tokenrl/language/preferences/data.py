@@ -26,10 +26,10 @@ from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.supervised.base import make_policy, warm_started_base
+from tokenrl.language.supervised.base import load_base, warm_started_base
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import check_single_turn, find_task
+from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
@@ -74,7 +74,6 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
-        check_single_turn(rewards, "A reward model")
     if args.data is not None:
         name = args.data if isinstance(args.data, str | Path) else "data in memory"
         train, held_out = load_pairs(
@@ -96,7 +95,7 @@ def _from_task(
     if model is None and getattr(task, "build", None) is None:
         model = args.model
     arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(args.form))
-    policy = make_policy(arguments, task, announce)
+    policy = load_base(arguments, task, announce)
     check_scoring(policy, gradient=False)
     length = args.max_completion_length or completion_limit(task, model, policy)[0]
 

@@ -239,7 +239,7 @@ def train_reward_model(
         dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
         parts = dicts["train"], dicts["held_out"]
-        line, warnings = division(*parts, size, noun="pairs", divided=False)
+        line, warnings = division(*parts, size, noun="pairs")
         title = f"Reward model, {data.name}, seed {args.seed}"
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
         header = _header(args, line, reward_model)

@@ -18,12 +18,11 @@ from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import (
     chosen_rows,
-    eval_split as find_eval_split,
     hold_out,
     prompt_key,
+    read_parts,
 )
-from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, read_splits
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
@@ -87,11 +86,9 @@ def load_pairs(
     """
     name = "the preference data"
     if isinstance(data, str | Path):
+        data = str(data)
         name = f"data '{data}'"
-        splits = read_splits(str(data))
-    else:
-        splits = memory_splits(data)
-    held_out_split = find_eval_split(splits, name, split, eval_split)
+    splits, held_out_split = read_parts(data, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
     if held_out_split is None:
         return divided(pairs, eval_size, seed)
@@ -237,16 +234,20 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     gaps = np.subtract(list(map(len, chosen)), list(map(len, rejected)))
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
     findings = []
-    if repeated:
-        weight: Weight = "void" if repeated >= MAX_REPEATED_SHARE * len(held_out) else "watch"
-        text = f"{repeated:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
-        findings.append(Finding("held-out-in-training", weight, text))
-    if swapped:
-        weight = "void" if swapped == len(train) else "watch"
-        text = (
-            f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
-        )
-        findings.append(Finding("contradictory-pairs", weight, text))
+    for flag, count, pairs, largest_share, words in (
+        (
+            "held-out-in-training",
+            repeated,
+            held_out,
+            MAX_REPEATED_SHARE,
+            "held-out pairs are trained on too",
+        ),
+        ("contradictory-pairs", swapped, train, 1, "training pairs are there in both orders"),
+    ):
+        if count:
+            weight: Weight = "void" if count >= largest_share * len(pairs) else "watch"
+            text = f"{count:,} of {len(pairs):,} {words}: take them out."
+            findings.append(Finding(flag, weight, text))
     for name, share in shares.items():
         if share >= MIN_LENGTH_SHARE:
             text = (

@@ -30,7 +30,7 @@ from tokenrl.language.policy.arguments import (
     PromptArguments,
     saved_form,
 )
-from tokenrl.language.policy.loading import device_for, find_model, loading
+from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -38,9 +38,8 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import base_named, save_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.supervised.fit import check_trainable, fit
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
@@ -52,48 +51,38 @@ WRITTEN = f"{string.printable[:95]}\n"
 MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
 
-def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
-    """Load the policy that the arguments name, and add the adapter that they ask for.
-
-    Raises:
-        Refused: the model cannot be loaded, cannot be asked as the arguments say, or cannot be trained.
-    """
-    policy = load_base(args, task, announce)
-    adapt(args, policy)
-    return policy
-
-
-def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+def load_base(
+    args: ModelArguments,
+    task: Any,
+    announce: Callable[[str], None] = print,
+    *,
+    weights: bool = True,
+) -> Policy:
     """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
 
+    Args:
+        args: the arguments.
+        task: the task, which may have a model of its own.
+        announce: prints a line for people.
+        weights: False gives a policy on which settings can be decided, without the weights of a named model
+            and without the warm start of the task's own.
+
     Raises:
-        Refused: the model cannot be loaded.
+        Refused: the model cannot be loaded, or cannot be asked as the arguments say.
     """
     source: Any = args.model
-    if source is None:
-        source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    is_new = source == TINY and not os.path.isdir(TINY)
-    policy = make_tiny(args, task) if is_new else policy_of(source, args)
-    policy.ask(args.form)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(policy)
-    return policy
-
-
-def read_outline(args: ModelArguments, task: Any) -> Policy:
-    """Return the policy that the arguments name as far as settings depend on it: a named one has no weights.
-
-    Raises:
-        Refused: there is no such model, or it cannot be asked as the arguments say.
-    """
-    if args.model is None:
+    if source == TINY and not os.path.isdir(TINY):
+        policy = make_tiny(args, task)
+    elif source is None and not weights:
         check_own_model(task)
         policy = wrap(*task.build(args.base_seed), source=f"{task.name} base")
-    elif args.model == TINY and not os.path.isdir(TINY):
-        policy = make_tiny(args, task)
     else:
-        policy = policy_of(args.model, args, weights=False)
+        if source is None:
+            source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
+        policy = policy_of(source, args, weights=weights)
     policy.ask(args.form)
+    if args.gradient_checkpointing and weights:
+        enable_gradient_checkpointing(policy)
     return policy
 
 
@@ -103,7 +92,7 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
     Args:
         source: the policy, the pair or the name.
         args: how a named model is loaded.
-        weights: whether the weights of a named model are loaded.
+        weights: whether the weights of a named model are loaded; those of an adapter always are.
 
     Raises:
         Refused: the model cannot be loaded.
@@ -112,14 +101,16 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
+    from transformers.utils import find_adapter_config_file
+
     trust = args.trust_remote_code
-    if weights:
-        return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
     name = find_model(source)
     with loading("causal language model", name, trust_remote_code=trust):
-        policy = wrap(*_shapes(name, trust_remote_code=trust), source=name)
-    policy.ask(PromptArguments(**saved_form(source)))
-    return policy
+        if not weights and not find_adapter_config_file(name):
+            policy = wrap(*_shapes(name, trust), source=name)
+            policy.ask(PromptArguments(**saved_form(source)))
+            return policy
+    return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
 
 
 def with_own_weights(policy: Policy, source: Any) -> Policy:
@@ -129,24 +120,17 @@ def with_own_weights(policy: Policy, source: Any) -> Policy:
     return replace(policy, model=copy.deepcopy(policy.model))
 
 
-def _shapes(name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return a saved model without weights, and its tokenizer; of an adapter the base, as it is resized for it."""
+def _shapes(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a saved model without weights, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import find_adapter_config_file
 
     trust = {"trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    base, revision = name, None
-    if adapter := find_adapter_config_file(name):
-        base, revision = base_named(name, trust_remote_code)
-    options: dict[str, Any] = {"revision": revision}
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, **options, **trust)
+        config = AutoConfig.from_pretrained(name, **trust)
         model = AutoModelForCausalLM.from_config(config, **trust)
-        if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with suppress(OSError):  # a model may have none
-        model.generation_config = GenerationConfig.from_pretrained(base, **options)
+        model.generation_config = GenerationConfig.from_pretrained(name)
     return model, tokenizer
 
 
@@ -194,14 +178,6 @@ def adapt(args: ModelArguments, policy: Policy) -> None:
             seed=getattr(args, "seed", 0),
         )
     check_trainable(policy)
-
-
-def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
-    """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
-    policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    policy.model.to(device_for(policy.size))
-    check_scoring(policy, gradient=False)
-    return policy
 
 
 def warm_started_base(

@@ -206,75 +206,61 @@ def encode_demonstrations(
         )
     pairs: list[Pair] = []
     for location, row in with_places(rows):
-        turns = row.get("completion")
-        if isinstance(turns, list):
-            turns = as_prompt(turns)
-        problem = fault_of_prompt(turns, "completion")
-        fault = f": {problem}" if problem else ""
-        if isinstance(turns, str):
-            turns = [{"role": "assistant", "content": turns}]
-        if not {"prompt", "completion"} <= row.keys():
-            fault = f" has {', '.join(row)}"
-        elif not fault:
-            fault = _fault_of_turns(row["prompt"], [turn["role"] for turn in turns])
-        if fault:
-            raise Refused(
-                f"The demonstration of {location}{fault}; it needs prompt and completion (text, or a list that "
-                "ends with the assistant's message). Write any other value as text, such as its JSON."
-            )
         tools = (environments and environments.tools(row)) or row.get("tools")
         try:
+            turns = _turns(row)
             for number, message in enumerate(turns):
                 if message["role"] == "assistant":
                     before = as_prompt(row["prompt"])
                     prompt = [*before, *turns[:number]] if number else before
-                    pairs.append(_pair(policy, prompt, message, tools, location))
+                    pairs.append(_pair(policy, prompt, message, tools))
         except Refused as error:
             raise Refused(f"The demonstration of {location}: {error}") from error
     return pairs
 
 
-def as_in_episodes(
-    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
-) -> list[Any]:
+def as_in_episodes(rows: Sequence[Any], environments: Environments) -> list[Any]:
     """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
 
     A prompt that holds this text already stays as it is. So does that of a row whose columns `reset` cannot
-    take, and all of them if `reset` returns another text with another seed.
+    take, or of which it returns another text with another seed.
 
     Args:
         rows: demonstrations with a `prompt`, and the columns that `reset` takes.
         environments: where the rows come from.
-        warn: prints that the text depends on the seed.
     """
     opened = [*rows]
     for number, (location, row) in enumerate(with_places(rows)):
         with suppress(Refused):
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
-            first, second = episodes
-            if first.observation != second.observation:
-                warn(
-                    f"{first.name_of('reset')} draws its text at random, so it is not added to demonstrations: "
-                    "their prompts must hold what the policy reads first."
-                )
-                return [*rows]
-            if first.observation not in "\n".join(texts_in(row["prompt"])):
-                opened[number] = Placed({**row, "prompt": first.opening}, location)
+            text, other = (episode.observation for episode in episodes)
+            if text == other and text not in "\n".join(texts_in(row["prompt"])):
+                opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
     return opened
 
 
-def _fault_of_turns(prompt: Any, roles: Sequence[str]) -> str:
-    if roles[-1] != "assistant":
-        return ": its completion does not end with a message of the assistant"
-    if len(roles) > 1 and (isinstance(prompt, str) or "assistant assistant" in " ".join(roles)):
-        return ": several messages follow chat messages, and no two of the assistant each other"
-    return ""
+def _turns(row: Mapping[str, Any]) -> list[Any]:
+    """Return the completion of a demonstration as messages."""
+    turns = as_prompt(row.get("completion"))
+    fault = fault_of_prompt(turns, "completion")
+    if isinstance(turns, str):
+        turns = [{"role": "assistant", "content": turns}]
+    if not fault:
+        roles = " ".join(turn["role"] for turn in turns)
+        is_divided = isinstance(row.get("prompt"), str) and len(turns) > 1
+        if is_divided or not roles.endswith("assistant") or "assistant assistant" in roles:
+            fault = f"its completion has messages of {roles}"
+    if fault or "prompt" not in row:
+        raise Refused(
+            f"{fault or 'it has no prompt'}. It needs a prompt and a completion, which is text, or a list of "
+            "messages that ends with the assistant's; several messages follow a prompt of chat messages only, no "
+            "two of the assistant each other. Write any other value as text, such as its JSON."
+        )
+    return list(turns)
 
 
-def _pair(
-    policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any, location: str
-) -> Pair:
+def _pair(policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any) -> Pair:
     space, text = completion_text(policy, prompt, message, tools)
     before = policy.encode(prompt, tools=tools)
     ids = following_ids(policy, before, text, space)
@@ -288,9 +274,12 @@ def _pair(
         ids.append(eos)
     if not ids:
         raise Refused("it has no token, nor an EOS: leave it out.")
-    if policy.context is not None and len(before) + len(ids) > policy.context:
-        options: dict[str, Any] = {"max_completion_length": len(ids), "truncate": None}
-        policy.encode_all([prompt], locations=[location], tools=[tools], **options)  # refuses it
+    length = len(before) + len(ids)
+    if policy.context is not None and length > policy.context:
+        raise Refused(
+            f"it has {length} tokens, more than the model's context of {policy.context}: leave it out, or take a "
+            "model with a longer context."
+        )
     return before, ids
 
 

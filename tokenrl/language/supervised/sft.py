@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Refused, nearest
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
@@ -16,12 +15,11 @@ from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card, save_policy
-from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.forward import Forward, choose_forward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.arguments import SftArguments
-from tokenrl.language.supervised.base import make_policy
+from tokenrl.language.supervised.base import adapt, load_base
 from tokenrl.language.supervised.defaults import (
     completion_limit,
     demonstrations,
@@ -38,14 +36,10 @@ from tokenrl.language.supervised.fit import (
 from tokenrl.language.tasks.held_out import (
     counted,
     division_of,
-    eval_split,
-    prompt_keys,
     smaller_evaluation,
 )
-from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.records import described, provenance_of, recorded
-from tokenrl.language.tasks.sources import read_splits, with_prompts
-from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
+from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
 from tokenrl.runs.reader import Outcome
@@ -101,25 +95,25 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     args = arguments_of_call(SftArguments, args, options)
     choices = fill_form(resume_settings(args, "sft"))
     with Session("sft", choices) as session, ExitStack() as stack:
-        task, rewards, rows = _demonstrations(choices)
+        task, rewards = find_task(choices, whole=True)
+        rows = demonstrations(task, choices.completion_column)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {"demonstrations": counted(prompt_keys(rows)), "seed": choices.seed}
+        first = {"demonstrations": counted(rows), "seed": choices.seed}
         first |= {"run": session.directory}
         session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
         with session.console.status("loading the model"):
-            policy = make_policy(choices, task, session.console.note)
+            policy = load_base(choices, task, session.console.note)
+            adapt(choices, policy)
             policy.model.to(device_for(policy.size, choices.cpu))
         args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))
-        environments = None if rewards is None else rewards.environments
-        if rewards is None and task.environment is not None:
-            environments = Environments(task.environment)
+        environments = rewards.environments
         if environments is not None:
-            rows = as_in_episodes(rows, environments, session.console.warn)
+            rows = as_in_episodes(rows, environments)
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
-        if rewards is not None:
+        if rewards.functions and task.eval_prompts:
             length, _ = completion_limit(task, args.model, policy, otherwise=length)
         forward, computing = choose_forward(args, policy, length=length)
         computing |= {"threads": threads, "output_dir": session.directory}
@@ -163,13 +157,13 @@ def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) ->
 def _evaluation(
     args: SftArguments,
     task: Any,
-    rewards: Rewards | None,
+    rewards: Rewards,
     forward: Forward,
     length: int,
     warn: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
-    if rewards is None:
+    if not (rewards.functions and task.eval_prompts):
         return dict
     for warning in division_of(task, args.eval_size)[1]:
         warn(warning)
@@ -202,36 +196,3 @@ def _finish(
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
     session.finish(ended, lambda path: save_policy(saved.policy, path, card=card), findings)
     return ended
-
-
-def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
-    """Return the task, its rewards, and rows of prompt and completion.
-
-    A data set without a reward is used whole; with one, some of its rows are held out. A task object may have
-    no reward either.
-    """
-    named = isinstance(args.task, str)
-    column = args.completion_column
-    if getattr(args.task, "reward", args.reward) is None and not args.reward:
-        return args.task, None, demonstrations(args.task, column)
-    is_task = hasattr(args.task, "train_prompts") or (
-        named and (":" in args.task or is_toy_task(args.task))
-    )
-    if is_task or (args.reward and args.model is not None):
-        task, rewards = find_task(args)
-        return task, rewards, demonstrations(task, column)
-    if args.model is None:
-        raise Refused(
-            "A data set has no model of its own: name one by model (--model), a directory or hub name, or tiny for "
-            "a new one."
-        )
-    splits = read_splits(args.task) if named else memory_splits(args.task)
-    where = repr(args.task) if named else "The data"
-    eval_split(splits, where, args.split, None)  # refuses a split that is not there
-    rows = with_prompts(splits[args.split], where, args)
-    if column not in rows[0]:
-        fault = f"{where} has no column {column!r}; name one of {', '.join(rows[0])} by completion_column"
-        raise Refused(f"{fault} (--completion-column).{nearest(column, rows[0])}")
-    name, origin = (args.task, {}) if named else described(splits)
-    task = PromptTask(name, rows, [], None, origin=origin)
-    return with_environment(task, None, args.environment), None, demonstrations(task, column)

@@ -102,9 +102,9 @@ def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
         )
     rows = demonstrations(task)
     environment = getattr(task, "environment", None)
-    splits = task.train_prompts, task.eval_prompts
+    prompts = task.train_prompts
     ended = sft(
-        task=PromptTask(task.name, *splits, None, demonstrations=rows, environment=environment),
+        task=PromptTask(task.name, prompts, [], None, demonstrations=rows, environment=environment),
         model=replace(with_own_weights(policy, args.model), reference=None),
         output_dir=str(folder),
         max_steps=args.warm_start_steps,

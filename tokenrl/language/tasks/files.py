@@ -29,7 +29,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_CELL_CHARACTERS = 2**31 - 1
 SEPARATORS = ",;\t|"
-"""What may stand between two cells of CSV."""
+"""What may stand between two cells of CSV; the header of the file has most of it."""
 
 
 def _zstandard(file: Path, mode: str) -> Any:
@@ -91,8 +91,7 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, 
     empty: dict[str, None] = {}
     for row in rows:
         empty |= dict.fromkeys(row)
-    names = [*empty]
-    return [row if [*row] == names else Placed(empty | row, row.location) for row in rows]
+    return [Placed(empty | row, row.location) for row in rows]
 
 
 def change_columns(
@@ -118,13 +117,7 @@ def _text(file: Path) -> str:
 def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSON list, or those that follow each other in a text, with their locations."""
     has_escapes = "\\u" in text  # only an escape can write half of a surrogate pair
-    values = list(_json_values(text, file))
-    if len(values) == 1 and _is_table(values[0][1]):
-        raise ValueError(
-            f"{file} holds a table as one object, and not an object for each row; from pandas write "
-            f"frame.to_json({file.name!r}, orient='records', lines={format_of(file) == '.jsonl'})"
-        )
-    for location, value in values:
+    for location, value in _json_values(text, file):
         if not isinstance(value, dict):
             raise ValueError(
                 f"{location} of {file} is {json.dumps(value):.60}: a row is an object; remove it"
@@ -132,15 +125,6 @@ def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if has_escapes and HALF_OF_PAIR.search(json.dumps(value, ensure_ascii=False)):
             raise ValueError(f"{location} of {file} is no UTF-8: it holds half of a surrogate pair")
         yield location, value
-
-
-def _is_table(value: Any) -> bool:
-    """Return whether a value holds a whole table: columns or rows by their names, or what pandas adds to these."""
-    if not isinstance(value, dict):
-        return False
-    keys = {tuple(part) if isinstance(part, dict) else None for part in value.values()}
-    is_described = "data" in value and ("columns" in value or "schema" in value)
-    return is_described or (len(keys) == 1 and None not in keys)
 
 
 def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
@@ -170,7 +154,8 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     if separator == ",":
-        separator = _separator(text)
+        header = text.lstrip().partition("\n")[0]
+        separator = max(SEPARATORS, key=header.count)
     # Blanks behind a separator belong to the cell, but not those in front of a quote.
     before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
     content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
@@ -189,19 +174,6 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
         if cells:
             yield f"line {first}", dict(zip_longest(columns, cells))
         first = lines.line_num + 1
-
-
-def _separator(text: str) -> str:
-    """Return what divides the header and the first row into equally many cells; else what the header has."""
-    for separator in SEPARATORS:
-        with suppress(csv.Error):
-            lines = filter(
-                None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-            )
-            header = next(lines, [])
-            if len(header) == len(next(lines, header)) > 1:
-                return separator
-    return next((mark for mark in SEPARATORS if mark in text.partition("\n")[0]), ",")
 
 
 def _column(cells: Sequence[str | None]) -> list[Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.sources import Row
+from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.sources import Row, read_splits
 from tokenrl.runs.files import canonical
 from tokenrl.runs.output import quantity
 
@@ -49,19 +50,26 @@ def chosen_rows(rows: Sequence[T], size: int, seed: Any) -> list[T]:
     return [rows[i] for i in sorted(order.tolist())]
 
 
-def eval_split(
-    splits: Mapping[str, Any], source: str, split: str, chosen: str | None
-) -> str | None:
-    """Return the split to evaluate on: the chosen one, else one for validation or test if there is any.
+def read_parts(
+    source: Any, name: str, split: str, chosen: str | None
+) -> tuple[dict[str, list[dict[str, Any]]], str | None]:
+    """Read all splits of data, and find the one to evaluate on: the chosen one, else one for validation or test.
+
+    Args:
+        source: a file, a folder or a hub data set by its name, or data in memory.
+        name: what error messages call it.
+        split: the split to train on.
+        chosen: the split to evaluate on; None if it was left open.
 
     Raises:
-        Refused: the split to train on, or the chosen one, does not exist.
+        Refused: the data cannot be read, or the split to train on, or the chosen one, does not exist.
     """
-    for name in (split, chosen or split):
-        if name not in splits:
-            raise Refused(f"{source} has no split '{name}'.{suggest(name, splits)}")
+    splits = read_splits(source) if isinstance(source, str) else memory_splits(source)
+    for needed in (split, chosen or split):
+        if needed not in splits:
+            raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
     usual = [name for name in EVAL_SPLITS if name in splits and name != split]
-    return chosen or next(iter(usual), None)
+    return splits, chosen or next(iter(usual), None)
 
 
 def separate(
@@ -149,7 +157,7 @@ def division(
     eval_size: int | None,
     *,
     noun: str = "rows",
-    divided: bool = True,
+    divided: bool = False,
     episodic: bool = False,
 ) -> tuple[str, list[str]]:
     """Describe both parts of the data: their rows, their prompts, and what is trained and evaluated on.
@@ -164,31 +172,26 @@ def division(
 
     Returns:
         A line for the header. And warnings: that a tenth of the held-out rows has prompts that are trained on
-        too (if there is only one prompt, equals training rows), or that other than `eval_size` rows are there.
+        too, of which there are several, or that other than `eval_size` rows are there.
     """
-    trained, evaluated = map(prompt_keys, (train, held_out))
-    line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out"
-    reason = "all that there are"
-    warnings = []
+    line = f"{counted(train, noun)} to train on, {counted(held_out, noun)} held out"
     if divided:
         line += ", as the data has no split to evaluate on (--eval-size)"
-        reason = f"of {len(train) + len(held_out):,} at most half, and all of a prompt together"
-    keys = {*trained}
-    if len(keys) == 1:
-        keys = {*map(canonical, train)}
-        evaluated = [*map(canonical, held_out)]
-    repeated = sum(key in keys for key in evaluated)
-    if repeated and len(keys) > 1:
-        overlap = f"{repeated:,} of the {len(held_out):,} held-out {noun} are of prompts that are trained on too"
-        line += f"; {overlap}"
-        if repeated >= MAX_OVERLAP * len(held_out) and not episodic:
-            warnings.append(
-                f"{overlap}, so evaluations also show what was learnt by heart. Take them out of one split, or "
-                "name another to evaluate on: eval_split (--eval-split)."
-            )
-    if eval_size not in (None, len(held_out)):
+    count = len(held_out)
+    trained = {prompt_key(row["prompt"]) for row in train}
+    repeated = sum(prompt_key(row["prompt"]) in trained for row in held_out)
+    warnings = []
+    if repeated >= MAX_OVERLAP * count and repeated and len(trained) > 1 and not episodic:
         warnings.append(
-            f"eval_size was given as {eval_size:,}, but {len(held_out):,} {noun} are held out: {reason}."
+            f"{repeated:,} of the {count:,} held-out {noun} are of prompts that are trained on too, so evaluations "
+            "also show what was learnt by heart. Take them out of one split, or name another to evaluate on: "
+            "eval_split (--eval-split)."
+        )
+    if eval_size not in (None, count):
+        warnings.append(
+            f"eval_size was given as {eval_size:,}, but {count:,} {noun} are held out: there are no more, or they "
+            f"are taken out of those to train on, of which at most half are held out and all {noun} of a prompt "
+            "together."
         )
     return line, warnings
 
@@ -204,19 +207,14 @@ def division_of(task: Any, eval_size: int | None) -> tuple[str, list[str]]:
     )
 
 
-def counted(keys: Sequence[str], noun: str = "rows") -> str:
-    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'.
-
-    Args:
-        keys: the prompt of each row, as `prompt_keys` returns them.
-        noun: what the text calls rows.
-    """
-    return f"{len(keys):,} {noun} of {quantity(len(set(keys)), 'prompt')}"
+def counted(rows: Sequence[Row], noun: str = "rows") -> str:
+    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'."""
+    return f"{len(rows):,} {noun} of {quantity(distinct_prompts(rows), 'prompt')}"
 
 
-def prompt_keys(rows: Sequence[Row]) -> list[str]:
-    """Return the prompt of each row, text or chat messages, as a text that equal prompts share."""
-    return [prompt_key(row["prompt"]) for row in rows]
+def distinct_prompts(rows: Sequence[Row]) -> int:
+    """Return the number of different prompts of rows."""
+    return len({prompt_key(row["prompt"]) for row in rows})
 
 
 def prompt_key(prompt: Any) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
 from tokenrl.language.tasks.sources import Row
-from tokenrl.runs.files import FORMLESS, canonical
+from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
 
 IN_MEMORY = "in-memory:"
@@ -16,29 +17,16 @@ IN_MEMORY = "in-memory:"
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Return warnings about values that are missing in some rows, and about those that cannot be compared."""
+    """Return a warning about values that are missing in some rows, if there are any."""
     columns = dict.fromkeys(name for row in rows for name in row)
     missing = {name: sum(row.get(name) is None for row in rows) for name in columns}
     partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
-    formless = [name for name in columns if any(_is_formless(row.get(name)) for row in rows)]
-    warnings = []
-    if partly:
-        warnings.append(
-            f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. Rewards get "
-            "None there."
-        )
-    if formless:
-        warnings.append(
-            f"the values of {', '.join(formless)} are objects without a __repr__ of their own: if they change, "
-            "a continuation of this run cannot notice it."
-        )
-    return warnings
-
-
-def _is_formless(value: Any) -> bool:
-    # so that most data is not written a second time
-    is_plain = isinstance(value, str | int | float)
-    return not is_plain and FORMLESS in canonical(value)
+    if not partly:
+        return []
+    return [
+        f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. Rewards get None "
+        "there."
+    ]
 
 
 def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
@@ -54,18 +42,12 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
 def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
     """Return the name of data that was given from Python, and what is recorded of it."""
     digits = fingerprint(splits)
-    counts: dict[str, int] = {}
-    columns: dict[str, None] = {}
-    for split, rows in splits.items():
-        counts[split] = len(rows)
-        for row in rows:
-            columns |= dict.fromkeys(row)
-    origin = {
-        "rows": counts,
-        "columns": list(columns),
+    rows = chain.from_iterable(splits.values())
+    return IN_MEMORY + digits, {
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "columns": [*dict.fromkeys(chain.from_iterable(rows))],
         "fingerprint": digits,
     }
-    return IN_MEMORY + digits, origin
 
 
 def recorded(task: Any) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
-from tokenrl.language.tasks.held_out import prompt_keys
+from tokenrl.errors import Refused
+from tokenrl.language.tasks.held_out import distinct_prompts
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.output import quantity
-from tokenrl.settings import check_seed
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
 
@@ -26,7 +25,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = len(set(prompt_keys(rows)))
+    distinct = distinct_prompts(rows)
     if distinct >= MIN_PROMPTS:
         return []
     return [
@@ -49,10 +48,7 @@ class RowOrder:
             seed: seed of the orders.
             shuffle: makes the orders of all epochs, one after the other.
 
-        Raises:
-            Refused: the seed is negative.
         """
-        check_seed(seed)
         self.position = 0
         self._num_rows = num_rows
         self._seed = seed
@@ -99,15 +95,7 @@ class PromptStream(RowOrder):
     """Draws the prompts of training; a step may have the end of one epoch and the start of the next."""
 
     def __init__(self, rows: Sequence[Row], seed: int) -> None:
-        """Start before the first epoch.
-
-        Raises:
-            Refused: there are no rows, or the seed is negative.
-        """
-        if len(rows) == 0:
-            raise Refused(
-                "There are no prompts to train on: the data is empty. Give at least one row."
-            )
+        """Start before the first epoch."""
         super().__init__(len(rows), seed, prompt_orders)
         self._rows = rows
 
@@ -117,16 +105,9 @@ class PromptStream(RowOrder):
         return self.position / len(self._rows)
 
     def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
-        """Return the next `count` prompts, each with the number of prompts drawn before it.
-
-        Raises:
-            Stopped: the rows are an object of the user's own, which raised an error.
-        """
+        """Return the next `count` prompts, each with the number of prompts drawn before it."""
         first = self.position
-        try:
-            return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
-        except USER_CODE_FAILED as error:
-            raise Stopped(f"The training prompts could not be read: {raised(error)}.") from error
+        return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
 
 
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:

@@ -32,8 +32,7 @@ from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
 from tokenrl.language.tasks.files import format_of
-from tokenrl.language.tasks.held_out import changed, eval_split, separate, smaller_evaluation
-from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.held_out import changed, read_parts, separate, smaller_evaluation
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
@@ -97,6 +96,8 @@ class PromptTask:
     environment: Any = None
 
 
+REQUIRED = ("name", "train_prompts", "eval_prompts")
+"""The attributes that a task has whatever it is for."""
 TRAIN_EPISODES = 512
 EVAL_EPISODES = 64
 """Rows to train and to evaluate on of a task that is an environment alone. They are all the same, but each
@@ -128,114 +129,108 @@ def load_task(
             nor chat messages, or there is no reward.
     """
     check_seed(seed)
-    data = arguments(DataArguments, options)
-    return with_environment(_loaded(name, data, reward, seed, chat), name, data.environment)
+    return _loaded(name, arguments(DataArguments, options), reward, seed, chat)
 
 
-def _loaded(source: Any, data: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
-    """Return the task of a name, of an object that makes one, or of data."""
-    if callable(source):
-        name = getattr(source, "__name__", type(source).__name__)
-        return _finished(_made_task(source, name, data.eval_size, chat), name, reward)
+def _loaded(
+    source: Any, data: DataArguments, reward: Any, seed: int, chat: bool, *, whole: bool = False
+) -> Task:
+    """Return the task of a name, of an object or of data, checked, with the user's reward and environment."""
     name = source
-    origin: dict[str, Any] = {}
-    splits = None
-    if isinstance(source, str):
-        task = _named_task(source, data.eval_size, chat)
+    if not isinstance(source, str):
+        name = getattr(source, "__name__", type(source).__name__)
+    with _refusing(name):
+        task = _made(source, name, data.eval_size, chat)
         if task is not None:
-            task = _finished(task, source, reward)
-            is_sized = source.startswith(PUZZLES)
-            return task if is_sized else smaller_evaluation(task, data.eval_size, seed)
-    else:
-        splits = memory_splits(source)
+            task = _checked(task, getattr(task, "name", name), whole=whole)
+            task = smaller_evaluation(task, data.eval_size, seed)
+    if task is None:
+        needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
+        if reward is None and needs_reward and not whole:
+            raise Refused(
+                f"task '{name}' is data, which has prompts but no reward: give one with --reward "
+                "module:function (or a file.py, or the folder of a reward model), from Python reward=function."
+            )
+        task = _of_data(source, data, seed, chat, whole=whole and reward is None)
+    if reward is not None:
+        is_one = isinstance(reward, str) or not isinstance(reward, Sequence)
+        functions = load_reward(reward) if is_one else list(map(load_reward, reward))
+        task = changed(task, reward=functions, pass_threshold=None)
+    if data.environment is None or data.environment is source:
+        return task  # type: ignore[no-any-return]
+    environment: Any = data.environment
+    if isinstance(environment, str):
+        environment = import_attribute(environment, "environment")
+    return changed(task, environment=environment)  # type: ignore[no-any-return]
+
+
+def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
+    """Return the task of a name, or the task that an object is or makes; None if it is data.
+
+    Args:
+        source: a name; a task, an environment's class, or a function without arguments that makes one of the
+            two; or data.
+        name: its name.
+        eval_size: rows to evaluate on of puzzles and environments; None for the usual number.
+        chat: make the empty prompt of an environment a message of the user.
+    """
+    factory = source
+    if isinstance(source, str):
+        toy_tasks = importlib.import_module("toy_tasks")
+        if source in toy_tasks.NAMES:
+            return toy_tasks.load(source)
+        if source.startswith(PUZZLES):
+            return PromptTask(source, *puzzles(source, eval_size), pass_threshold=1.0)
+        module = source.rpartition(":")[0]
+        is_there = os.path.exists(source)
+        if is_there or not module or ("/" in module and not module.endswith(".py")):
+            if is_there or "/" in source or format_of(Path(source)) in sources.FORMATS:
+                return None
+            raise Refused(
+                f"There is no task '{source}'.{suggest(source, toy_tasks.NAMES)} Other forms: module:attribute, "
+                f"a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name."
+            )
+        factory = import_attribute(source, "task")
+    elif not callable(source):
+        return source if hasattr(source, "train_prompts") else None
+    task = factory
+    if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
+        task = task()
+    if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
+        return task
+    row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
+    train_prompts = list(repeat(row, TRAIN_EPISODES))
+    eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
+    return PromptTask(name, train_prompts, eval_prompts, [], environment=factory)
+
+
+def _of_data(source: Any, data: DataArguments, seed: int, chat: bool, *, whole: bool) -> PromptTask:
+    """Return a task, still without a reward, of a file, a folder, a hub dataset or rows in memory."""
+    title = f"task '{source}'" if isinstance(source, str) else "task"
+    splits, evaluation = read_parts(source, title, data.split, data.eval_split)
+    name, origin = source, dict[str, Any]()
+    if not isinstance(source, str):
         name, origin = records.described(splits)
-    needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
-    if reward is None and needs_reward:
-        raise Refused(
-            f"task '{name}' is data, which has prompts but no reward: give one with --reward module:function "
-            "(or a file.py, or the folder of a reward model), from Python reward=function."
-        )
-    title = "task" if splits else f"task '{name}'"
-    if splits is None:
-        splits = sources.read_splits(name)
-    evaluation = eval_split(splits, title, data.split, data.eval_split)
     train_rows = with_prompts(splits[data.split], f"{title}, split '{data.split}'", data, chat=chat)
+    if whole:
+        return PromptTask(name, train_rows, [], None, origin=origin)
     held_out = None
     if evaluation is not None:
         subject = f"{title}, split '{evaluation}'"
         held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
     episodic = data.environment is not None
     rows = separate(train_rows, held_out, data.eval_size, seed, title, episodic=episodic)
-    task = PromptTask(name, *rows, reward, origin=origin, divided=evaluation is None)
-    return _finished(task, name, reward)
-
-
-def is_toy_task(name: str) -> bool:
-    """Return whether a task of this name is in `toy_tasks`."""
-    return name in importlib.import_module("toy_tasks").NAMES
-
-
-def _named_task(name: str, eval_size: int | None, chat: bool) -> Any:
-    """Return the task of this name; None if it is that of a file, a folder or a hub dataset."""
-    toy_tasks = importlib.import_module("toy_tasks")
-    if name in toy_tasks.NAMES:
-        return toy_tasks.load(name)
-    if name.startswith(PUZZLES):
-        return PromptTask(name, *puzzles(name, eval_size), pass_threshold=1.0)
-    source = name.rpartition(":")[0]
-    if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
-        return _made_task(import_attribute(name, "task"), name, eval_size, chat)
-    if os.path.exists(name) or "/" in name or format_of(Path(name)) in sources.FORMATS:
-        return None
-    raise Refused(
-        f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "
-        f"{'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name."
-    )
+    return PromptTask(name, *rows, None, origin=origin, divided=evaluation is None)
 
 
 def limit_of(task: Any) -> int | None:
     """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
-    if isinstance(task, str):
-        task = _named_task(task, None, False)
-    return getattr(task, "max_completion_length", None)
-
-
-def _made_task(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
-    """Return the task that an object is or makes; of an environment, a task of empty prompts.
-
-    Args:
-        source: a task, an environment's class, or a function without arguments that makes one of the two.
-        name: its name.
-        eval_size: rows to evaluate on of an environment; None for the usual number.
-        chat: make an empty prompt a message of the user.
-    """
-    task = source
-    if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
-        with _refusing(f"task '{name}' was called without arguments, and"):
-            task = task()
-    if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
-        return task
-    row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
-    train_prompts = list(repeat(row, TRAIN_EPISODES))
-    eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
-    return PromptTask(name, train_prompts, eval_prompts, [], environment=source)
-
-
-def with_environment(task: Any, source: Any, environment: Any) -> Any:
-    """Return the task with the environment of the arguments, if they name one beside the task's `source`."""
-    if environment is None or environment is source:
-        return task
-    if isinstance(environment, str):
-        environment = import_attribute(environment, "environment")
-    return changed(task, environment=environment)
+    return getattr(_made(task, "", None, False), "max_completion_length", None)
 
 
 @contextlib.contextmanager
-def _refusing(beginning: str) -> Iterator[None]:
+def _refusing(name: str) -> Iterator[None]:
     """Refuse a task whose own code raises an error in the block, `sys.exit` included.
-
-    Args:
-        beginning: the words of the message before "it raised".
 
     Raises:
         Refused: the code in the block raised an error.
@@ -245,35 +240,33 @@ def _refusing(beginning: str) -> Iterator[None]:
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
-        raise Refused(f"{beginning} {raised(error)}.") from error
+        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
 
 
-def _finished(task: Any, name: str, reward: Any) -> Task:
-    """Check a task, whatever its origin, and replace its reward by the user's if one is given."""
-    with _refusing(f"task '{name}' was read, and"):
-        required = ["name", "train_prompts", "eval_prompts"]
-        if reward is None and getattr(task, "environment", None) is None:
-            required.append("reward")
-        missing = [attribute for attribute in required if not hasattr(task, attribute)]
-        if missing:
-            raise Refused(
-                f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
-                "tokenrl.PromptTask, or give it those attributes."
-            )
-        for attribute in ("train_prompts", "eval_prompts"):
-            rows = getattr(task, attribute)
-            if len(rows) == 0:
-                raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
-            sources.check_prompts(rows, f"task '{name}', {attribute}")
-            read = [sources.as_prompt(row["prompt"]) for row in rows]
-            if read != [row["prompt"] for row in rows]:
-                rows = [{**row, "prompt": part} for row, part in zip(rows, read, strict=True)]
-                task = changed(task, **{attribute: rows})
-    if reward is None:
-        return task
-    if isinstance(reward, Sequence) and not isinstance(reward, str):
-        return changed(task, reward=list(map(load_reward, reward)), pass_threshold=None)
-    return changed(task, reward=load_reward(reward), pass_threshold=None)
+def _checked(task: Any, name: str, *, whole: bool) -> Any:
+    """Return a task, of whatever origin, with its prompts as they are read, if it has what is needed.
+
+    Args:
+        task: the task.
+        name: its name.
+        whole: whether it may lack rows to evaluate on.
+    """
+    missing = [name for name in REQUIRED if not hasattr(task, name)]
+    if missing:
+        raise Refused(
+            f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
+            "tokenrl.PromptTask, or give it those attributes."
+        )
+    for attribute in REQUIRED[1:]:
+        rows = getattr(task, attribute)
+        if len(rows) == 0 and not whole:
+            raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
+        sources.check_prompts(rows, f"task '{name}', {attribute}")
+        prompts = [sources.as_prompt(row["prompt"]) for row in rows]
+        if prompts != [row["prompt"] for row in rows]:
+            rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+            task = changed(task, **{attribute: rows})
+    return task
 
 
 def is_unrewarded(reward: Any) -> bool:
@@ -281,7 +274,9 @@ def is_unrewarded(reward: Any) -> bool:
     return "none" in (reward or ())
 
 
-def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[Task, Rewards]:
+def find_task(
+    args: TaskArguments, *, may_lack_rewards: bool = False, whole: bool = False
+) -> tuple[Task, Rewards]:
     """The task of the arguments and its rewards.
 
     `args.task` is a name, data as `load_task` takes it, or the task itself; the rewards are those of
@@ -292,20 +287,18 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         args: the arguments.
         may_lack_rewards: whether reward may be `none`. The rewards are then the task's own, for evaluations,
             or have no functions if it has none.
+        whole: whether a task may have no reward. Data without one is then used whole, and none of its rows is
+            held out.
 
     Raises:
         Refused: there is no such task or no reward, `none` stands beside other rewards or their weights, or a
             reward asks for a column that the task lacks.
     """
     unrewarded = is_unrewarded(args.reward)
-    if unrewarded and not may_lack_rewards:
+    if unrewarded and (len(args.reward) > 1 or args.reward_weights or not may_lack_rewards):
         raise Refused(
-            "reward none is for tokenrl train with a teacher; this command needs rewards. Name one, or leave "
-            "reward out for the task's own."
-        )
-    if unrewarded and (len(args.reward) > 1 or args.reward_weights):
-        raise Refused(
-            "reward none means no reward at all: leave out the rewards beside it, and reward_weights."
+            "reward none means no reward at all: it is for tokenrl train with a teacher, without rewards beside "
+            "it and without reward_weights. Leave reward out for the task's own."
         )
     named = () if unrewarded else args.reward or ()
     source: Any = args.task
@@ -314,22 +307,16 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
             f"task '{source}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and name data.jsonl by task (--task)."
         )
+    chat = bool(getattr(args, "chat", None))
     reward = list(map(load_reward, named)) or None
-    task: Any = None
-    with _refusing("The task was read, and"):
-        if hasattr(source, "train_prompts"):
-            task = smaller_evaluation(source, args.eval_size)
-    if task is None:
-        task = _loaded(source, args, reward, 0, bool(getattr(args, "chat", None)))
-    else:
-        task = _finished(task, getattr(source, "name", type(source).__name__), reward)
-    task = with_environment(task, source, args.environment)
+    task = _loaded(source, args, reward, 0, chat, whole=whole)
     environments = None
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(factory, timeout=args.reward_timeout, **options)
     functions = getattr(task, "reward", None) or []
-    if environments is None and not (functions or unrewarded):
+    is_optional = unrewarded or whole
+    if environments is None and not (functions or is_optional):
         raise Refused(
             f"The task {task.name!r} has no reward: name one by reward (--reward), such as module:function."
         )
@@ -346,10 +333,10 @@ def find_task(args: TaskArguments, *, may_lack_rewards: bool = False) -> tuple[T
         abstains=args.on_reward_timeout == "abstain",
         sources=named or None,
         pass_threshold=pass_threshold,
-        optional=unrewarded,
+        optional=is_optional,
     )
     rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
-    for attribute in ("train_prompts", "eval_prompts"):
+    for attribute in REQUIRED[1:]:
         _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
         rewards.check_rows(getattr(task, attribute))
     return task, rewards

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tokenrl.core.rows import completion_mask
 from tokenrl.errors import (
@@ -230,17 +229,12 @@ def checked(
             columns[name] = zeroed(columns[name], columns["mask"])
     table = Rollout(**columns)
     prompted = replace(table, prompt_index=index, prompt_ids=ids[index], prompt_mask=present[index])
-    for name, allowed, reason in _allowed(table, prompted, sampling, policy):
-        x = columns[name]
-        # Equal numbers may be infinite, and a comparison with NaN is False.
-        wrong = ~((x == allowed) | ((x.float() - allowed.float()).abs() <= ROUNDING))
+    for name, wrong, rule in _faults(table, prompted, sampling, policy):
         rows = wrong.reshape(len(index), -1).any(dim=1)
         if rows.any():
             row = int(rows.int().argmax())
-            values = " instead of ".join(shown(numbers[row].tolist()) for numbers in (x, allowed))
-            raise WrongRollout(
-                f"{name} must be {reason}; in row {row} of {len(rows)} it is {values}"
-            )
+            value = shown(columns[name][row].tolist())
+            raise WrongRollout(f"{name} must be {rule}; in row {row} of {len(rows)} it is {value}")
     return prompted.take(torch.arange(len(index)))
 
 
@@ -255,20 +249,23 @@ def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
     column = COLUMNS.get(name)
     if column is None or not isinstance(x, Tensor):
         raise WrongRollout(f"{name} is {shown(x)}; an engine fills tensors of {', '.join(COLUMNS)}")
-    shape = [sizes.setdefault(axis, n) for axis, n in zip(column.axes, x.shape, strict=False)]
-    kinds = {(dtype.is_floating_point, dtype == torch.bool) for dtype in (x.dtype, column.dtype)}
-    if list(x.shape) != shape or x.ndim != len(column.axes) or len(kinds) > 1:
+    for axis, length in zip(column.axes, x.shape, strict=False):
+        sizes.setdefault(axis, length)
+    shape = [sizes.get(axis) for axis in column.axes]
+    to_column = torch.can_cast(x.dtype, column.dtype)
+    is_alike = to_column and torch.can_cast(column.dtype, x.dtype)
+    if list(x.shape) != shape or not is_alike:
         words = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
         raise WrongRollout(f"{words}, not those of {column} with {sizes}")
     return x.detach().to(torch.promote_types(x.dtype, column.dtype))
 
 
-def _allowed(
+def _faults(
     table: Rollout, prompted: Rollout, sampling: Sampling, policy: Policy
 ) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield columns by name, with what their numbers have to be, given the others, and with the rule.
+    """Yield columns by name, with where their numbers are wrong, given the others, and with the rule.
 
-    What comes later reads what was right before.
+    What comes later reads what was right before. A comparison with NaN is False, so rules are negated.
 
     Args:
         table: what the engine returned, 0 off the mask.
@@ -281,47 +278,49 @@ def _allowed(
         if low is not None:
             if x.dtype == torch.int64:
                 high = shape_of(policy).vocab_size - 1
-            yield name, x.where(x >= low, low).clamp(max=high), f"from {low:g} to {high:g}"
-    yield "prompt_index", prompted.prompt_index, "the prompts in order"
-    yield "prompt_mask", prompted.prompt_mask, "True on the prompt, padded on the left"
-    prompts = prompted.prompt_ids.where(prompted.prompt_mask, table.prompt_ids)
-    yield "prompt_ids", prompts, "those of the prompt"
+            is_within = (x >= low) & (x <= high + ROUNDING)
+            yield name, ~is_within, f"from {low:g} to {high:g}"
+    yield "prompt_index", table.prompt_index != prompted.prompt_index, "the prompts in order"
+    differs = table.prompt_mask != prompted.prompt_mask
+    yield "prompt_mask", differs, "True on the prompt, padded on the left"
+    differs = table.prompt_ids != prompted.prompt_ids
+    yield "prompt_ids", differs & prompted.prompt_mask, "those of the prompt"
 
     limit = sampling.max_completion_length
     ids = table.completion_ids
     counts = table.mask.sum(dim=1).clamp(1, limit)
     ends = torch.tensor(policy.eos_ids, dtype=torch.int64)
     ended = torch.isin(ids.gather(1, counts[:, None] - 1)[:, 0], ends)
-    truncated = ~ended
+    is_wrong = table.truncated == ended
     if policy.stops is not None:  # an engine may read the text of a stop string in another way
         policy.stops.end(ids, counts, ended)
-        truncated = ~ended & table.truncated
+        is_wrong = table.truncated & ended
     actions = completion_mask(ids, policy.eos_ids, counts)
-    yield "mask", actions, f"True on 1 to {limit} tokens, up to the first end"
+    yield "mask", table.mask != actions, f"True on 1 to {limit} tokens, up to the first end"
     # Where a completion ends before the limit without an end, either value is wrong.
-    truncated = truncated & ~(table.truncated & (counts < limit))
-    yield "truncated", truncated, f"True where {limit} tokens have no end, and False elsewhere"
+    is_wrong |= table.truncated & (counts < limit)
+    yield "truncated", is_wrong, f"True where {limit} tokens have no end, and False elsewhere"
     if table.sampling_distribution is not None:
-        yield from _allowed_distributions(table)
+        yield from _faults_of_distributions(table)
 
 
-def _allowed_distributions(table: Rollout) -> Iterator[tuple[str, Tensor, str]]:
+def _faults_of_distributions(table: Rollout) -> Iterator[tuple[str, Tensor, str]]:
     """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
     logp = table.sampling_distribution  # [N, T, K]
-    ids, sampled = (
+    ids, sampled, mask = (
         to_device(x[..., None], logp.device)
-        for x in (table.completion_ids, table.sampling_logprobs)
+        for x in (table.completion_ids, table.sampling_logprobs, table.mask)
     )
     listed = torch.arange(logp.shape[2], device=logp.device)
     if table.top_ids is not None:
         listed = table.top_ids
-        ordered, order = listed.sort(dim=2, stable=True)
-        repeated = pad((ordered.diff(dim=2) == 0).long(), (1, 0))
-        repeated = torch.zeros_like(listed).scatter(2, order, repeated)
-        yield "top_ids", listed + zeroed(repeated, table.mask), "different tokens"
-    logp = logp.where(listed != ids, sampled.to(logp.dtype))
-    excess = logp.logsumexp(dim=2, keepdim=True)
+        is_repeated = listed.sort(dim=2).values.diff(dim=2) == 0
+        yield "top_ids", is_repeated & mask, "different tokens"
+    is_sampled = listed == ids
+    whole = logp.where(~is_sampled, sampled.to(logp.dtype))
+    excess = whole.logsumexp(dim=2, keepdim=True)
     if table.top_ids is not None:  # the tokens that are not listed have the rest
         excess = excess.clamp(min=0)
+    agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
     rule = "log-probabilities that add up to 1 and agree with sampling_logprobs"
-    yield "sampling_distribution", zeroed(logp - excess, table.mask), rule
+    yield "sampling_distribution", ~((excess.abs() <= ROUNDING) & agrees) & mask, rule

@@ -223,7 +223,5 @@ def examples(rows: list[dict[str, Any]], group: int) -> list[dict[str, Any]]:
         members = rows[start : start + group]
         ranked = [row for row in members if row["reward"] is not None] or members[:1]
         ranked.sort(key=lambda row: row["reward"])
-        chosen += ranked[-1:]
-        if len(ranked) > 1:
-            chosen.append(ranked[0])
+        chosen += [*ranked[-1:], *ranked[:-1][:1]]
     return [row | {"prompt": prompt_text(row["prompt"])} for row in chosen]

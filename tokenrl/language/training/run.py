@@ -212,6 +212,9 @@ def first_facts(
     args: TrainArguments, directory: str, task: Task, rewards: Rewards
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
+    names = ", ".join(rewards.names)
+    if is_unrewarded(args.reward):
+        names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or 'the KL'}"
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
     stage = ""
@@ -220,9 +223,7 @@ def first_facts(
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     return {
         "task": division_of(task, args.eval_size)[0],
-        "reward": _ascended(args, rewards)
-        if is_unrewarded(args.reward)
-        else ", ".join(rewards.names),
+        "reward": names,
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
         **objective_line(estimator),
@@ -230,18 +231,6 @@ def first_facts(
         "seed": args.seed,
         "run": directory,
     }
-
-
-def _ascended(args: TrainArguments, rewards: Rewards) -> str:
-    """Return in words what a run without rewards ascends, and what its evaluations measure."""
-    estimator = args.estimator
-    weight = "" if estimator.beta == 1 else f"{estimator.beta:g} "
-    objective = f"-{weight}KL(pi || teacher)"
-    if estimator.needs_entropy:
-        objective += f" + {estimator.entropy_coef:g} H(pi)"
-    measured = [*rewards.names, *(["the KL"] if args.eval_generations else [])]
-    evaluated = ", ".join(measured) or "no reward"
-    return f"none; what is ascended is {objective}, and evaluations measure {evaluated}"
 
 
 def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:

@@ -20,17 +20,6 @@ from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import lay
 
-ANY = {
-    "max_steps": 200,
-    "prompts_per_step": 16,
-    "num_generations": 8,
-    "lr_scheduler_type": "linear",
-}
-
-
-TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
-"""A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
-
 
 def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
@@ -74,9 +63,7 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
             "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
         )
     recommended = getattr(task, "train", None) or {}
-    layers = layers_below(
-        choices, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended
-    )
+    layers = layers_below(choices, task, policy, recommended)
     usual, _ = lay(*layers)
     if choices.max_completion_length is None:
         limit, origin = completion_limit(
@@ -155,10 +142,6 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if not lowest <= args.temperature <= highest:
         raise Refused(
             f"temperature was given as {args.temperature:g}; {engine} samples from {lowest:g} to {highest:g}."
-        )
-    if args.dtype == "float16":
-        raise Refused(
-            "dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32."
         )
     if not estimator.needs_old_logprobs and updates > 1:
         raise Refused(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.supervised.base import load_base, policy_of, read_outline, with_own_weights
+from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
 from tokenrl.language.training.arguments import TrainArguments
 
 
@@ -42,7 +43,7 @@ class Teacher(NamedTuple):
 
 def read_models(args: TrainArguments, task: Any) -> Policy:
     """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
-    policy = read_outline(args, task)
+    policy = load_base(args, task, weights=False)
     return policy if args.teacher is None else with_teacher(policy, _named(args, weights=False))
 
 
@@ -91,11 +92,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
     rows = rows_of(policy.model)
     if (size := rows_of(model)) != rows:
         fit_rows(model, rows, name)
-        line += f"; its head has {size:,} rows"
-        if size > rows:
-            line += f", of which the policy's {rows:,} are compared"
-        else:
-            line += f" and the policy's {rows:,}: padding rows beyond them get its mean logit"
+        line += f"; its head has {size:,} rows, and the policy's {rows:,}"
     context = teacher.context
     if context is not None and policy.context is not None and context < policy.context:
         line += f"; its context of {context:,} tokens bounds prompts with their completions"
@@ -134,20 +131,16 @@ def check_tokens(policy: Policy, teacher: Policy) -> None:
     """Refuse a teacher whose tokenizer has another token under any id, or other ids."""
     ours = policy.tokenizer.get_vocab()
     theirs = teacher.tokenizer.get_vocab()
-    differing = {number for _, number in ours.items() ^ theirs.items()}
-    if not differing:
-        return
-    first = min(differing)
-    tokens = []
-    for vocabulary in (theirs, ours):
-        names = [token for token, number in vocabulary.items() if number == first]
-        tokens.append(repr(names[0]) if names else "no token")
-    raise Refused(
-        f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: "
-        f"{len(differing):,} ids differ, first {first}, which is {tokens[0]} there and {tokens[1]} here. A KL "
-        "compares the same tokens: give a teacher with the policy's tokenizer. If the ids do mean the same, "
-        "give from Python teacher=(model, tokenizer) with the tokenizer of the policy."
-    )
+    differing = sorted(ours.items() ^ theirs.items(), key=itemgetter(1))
+    if differing:
+        token, first = differing[0]
+        count = len({number for _, number in differing})
+        raise Refused(
+            f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: {count:,} ids "
+            f"differ, first {first}, which is {token!r} for one of them only. A KL compares the same tokens: give a "
+            "teacher with the policy's tokenizer. If the ids do mean the same, give from Python teacher=(model, "
+            "tokenizer) with the tokenizer of the policy."
+        )
 
 
 def rows_of(model: Any) -> int:
