@@ -25,8 +25,7 @@ from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import TrackerArguments, read_metrics
-from tokenrl.runs.reader import Outcome, read_run
-from tokenrl.runs.report import report_from_directory
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
 
@@ -503,48 +502,6 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     live(tmp_path, wait, max_steps=7, save_every=0, save_minutes=10.0, keep_checkpoints=9)
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_000003", "step_000006", "step_000007"]
-
-
-DAMAGES = {
-    "a changed digit": lambda text: text.replace(b"0.0", b"9.0").replace(b"1.0", b"9.0"),
-    "a damaged byte": lambda text: text[:70] + b"\xff" + text[71:],
-    "the last rows lost": lambda text: text[: len(text) // 2],
-    "all rows lost": lambda text: b"",
-    "a row twice": lambda text: text[: text.index(b"\n") + 1] + text,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl"])
-def test_a_run_whose_log_was_changed_goes_on_with_the_rows_that_it_wrote(
-    tmp_path, log, damage, capsys
-):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    live(whole, max_steps=7)
-    with pytest.raises(Killed):
-        live(run, at(6, Killed()), max_steps=7)
-    written = (run / log).read_bytes()
-    (run / log).write_bytes(DAMAGES[damage](written))
-    recorded = read_run(run)
-    live(run, resume="auto", max_steps=7, quiet=False)
-    words = f"{log} is not as the run wrote it: rows up to step 4 were changed or lost"
-    assert words in " ".join("".join(capsys.readouterr()).split())
-    assert same(whole, run) and len(lines(run, "timings.jsonl")) == 7
-    assert recorded.metrics[:5] == read_metrics(whole / "metrics.jsonl")[:5]
-    assert [row["seconds"] for row in recorded.timings[:4]] == [1.0] * 4
-    assert recorded.fault.startswith(words) == (log == "metrics.jsonl")
-
-
-def test_a_report_names_the_log_that_was_changed_and_shows_the_rows_behind_the_checkpoint(tmp_path):
-    with pytest.raises(Killed):
-        live(tmp_path, at(4, Killed()))
-    metrics = tmp_path / "metrics.jsonl"
-    written = read_metrics(metrics)
-    metrics.write_text(metrics.read_text().replace('"eval_reward": 20', '"eval_reward": 90'))
-    assert read_run(tmp_path).metrics == written and written[-1]["step"] == 3
-    page = Page(report_from_directory(tmp_path).read_text("utf-8"))
-    words = "metrics.jsonl is not as the run wrote it: rows up to step 2 were changed or lost"
-    assert words in " ".join(page.text.split())
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

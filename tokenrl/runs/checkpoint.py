@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -146,12 +147,12 @@ class Saver:
         is_time = 0 < args.save_minutes <= minutes
         return is_step or is_time or self.best.until(None) == step
 
-    def save(self, step: int, logs: Mapping[str, bytes | bytearray]) -> None:
+    def save(self, step: int, logs: Iterable[Path]) -> None:
         """Save the state after a step, unless it is saved already or this process does not save.
 
         Args:
             step: the step, of which everything has been done, and nothing yet of the next one.
-            logs: what metrics.jsonl and timings.jsonl hold up to this step, by name.
+            logs: metrics.jsonl and timings.jsonl, which end with this step.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
@@ -163,10 +164,10 @@ class Saver:
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             self._model.write(partial)
-            for name, text in logs.items():
-                path = copy_of(name, partial)
+            for log in logs:
+                path = copy_of(log.name, partial)
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(text)
+                shutil.copyfile(log, path)
             with user_code():  # of a memory of the user's own
                 state = {name: part.state_dict() for name, part in self._parts.items()}
             try:

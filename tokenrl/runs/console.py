@@ -1,4 +1,4 @@
-"""Prints a run for people: header, one live line (plain lines in a log), sample completions, final table."""
+"""Prints a run for people: header, a line every few steps, sample completions, final table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -46,12 +46,16 @@ class Console:
         Args:
             quiet: print nothing.
             file: where to print; None for stdout.
-            every: steps between two printed lines where the output is no terminal; one is also printed when
-                five seconds have passed without any.
+            every: steps between two printed lines; one is also printed when five seconds have passed without
+                any.
         """
         self.every = every
         self.rich = rich_console(quiet=quiet, file=file)
         self.warnings = list[str]()  # so far, printed or not
+        self._evaluation = ""
+        self._printed_at = time.monotonic()
+        # the first step, which is slower, and its end
+        self._timed_from: tuple[int, float] | None = None
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
@@ -158,78 +162,16 @@ class Console:
         if weights := kept_weights(summary):
             self.print(weights)
 
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print with rich; see `attempt`."""
-        self.attempt(self.rich.print, *objects, **options)
-
-    def attempt(self, show: Callable[..., object], *objects: Any, **options: Any) -> None:
-        """Show something, and go on without output where that fails, as in a terminal that was closed.
-
-        Raises:
-            BrokenPipeError: the program that read the output has ended, as with `| head`.
-        """
-        try:
-            show(*objects, **options)
-        except BrokenPipeError:
-            raise
-        except OSError:  # the files of the run have everything
-            self.rich.quiet = True
-            drop_output()
-
-
-class Progress:
-    """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
-
-    def __init__(self, console: Console, total: int, first: int = 0) -> None:
-        """Prepare the line for steps after `first`; it appears on entering the context.
-
-        Args:
-            console: where the line is shown.
-            total: number of the last step.
-            first: steps made before.
-        """
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress as RichProgress,
-            TextColumn,
-        )
-
-        self._console = console
-        self._total = total
-        self._timed_from: tuple[int, float] | None = (
-            None  # the first step, which is slower, and its end
-        )
-        self._evaluation = ""
-        self._printed_at = time.monotonic()
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(20),
-            TextColumn("{task.fields[line]}"),
-        )
-        is_log = not console.rich.is_terminal
-        self._live = RichProgress(*columns, console=console.rich, disable=is_log)
-        self._task = self._live.add_task("", total=total, completed=first, line="")
-
-    def __enter__(self) -> Progress:
-        self._console.attempt(self._live.start)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Take the live line away; a second call does nothing."""
-        self._console.attempt(self._live.live.stop)
-
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show a step.
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Print a line about a step: the first two, every `every` steps, an evaluation, and after a silence.
 
         Args:
             step: number of updates made so far.
+            total: number of the last step.
             metrics: of this step. Shown are `reward` (or else `kl`, or else `loss`),
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        console = self._console
         parts = []
         name = next((name for name in ("reward", "kl") if name in metrics), "loss")
         if name in metrics:
@@ -241,21 +183,31 @@ class Progress:
             parts.append(self._evaluation)
         parts += _rates(metrics)
         now = time.monotonic()
-        if step and self._timed_from is None:
+        if self._timed_from is None:
             self._timed_from = step, now
-        elif self._timed_from is not None and step < self._total:
+        elif step < total:
             first, began = self._timed_from
             step_seconds = (now - began) / (step - first)
-            parts.append(f"ETA {duration((self._total - step) * step_seconds)}")
-        line = "  ".join(parts)
-        console.attempt(self._live.update, self._task, completed=step, line=line)
-        if console.rich.is_terminal:
-            return
-        is_due = step % console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+            parts.append(f"ETA {duration((total - step) * step_seconds)}")
+        is_due = step % self.every == 0 or step in (1, 2, total) or evaluated is not None
         if is_due or now > self._printed_at + MAX_SILENCE:
-            width = len(str(self._total))
-            console.print(f"step {step:>{width}}/{self._total}  {line}", soft_wrap=True)
+            line = "  ".join(parts)
+            self.note(f"step {step:>{len(str(total))}}/{total}  {line}")
             self._printed_at = now
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print with rich, and go on without output where that fails, as in a terminal that was closed.
+
+        Raises:
+            BrokenPipeError: the program that read the output has ended, as with `| head`.
+        """
+        try:
+            self.rich.print(*objects, **options)
+        except BrokenPipeError:
+            raise
+        except OSError:  # the files of the run have everything
+            self.rich.quiet = True
+            drop_output()
 
 
 def conclude(

@@ -254,19 +254,12 @@ def verify(folder: Path) -> None:
     Raises:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
-    for name in _manifest(folder) or {MANIFEST: None}:
-        if is_whole(folder / name, folder):
-            continue
-        fault = f"its file {name} is missing, altered, cut short or of an earlier release"
+    for name, entry in (_manifest(folder) or {MANIFEST: None}).items():
+        with suppress(OSError, ValueError):  # a null byte in a name
+            if _entry(folder / name) == entry:
+                continue
+        fault = f"its file {name} is missing, altered or cut short"
         raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
-
-
-def is_whole(file: Path, folder: Path) -> bool:
-    """Return whether a file in a folder is there, as the folder's manifest says."""
-    entries = _manifest(folder) or {}
-    with suppress(OSError, ValueError):  # a null byte in a name
-        return _entry(file) == entries.get(file.relative_to(folder).as_posix())
-    return False
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:

@@ -88,7 +88,7 @@ def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
     """Yield what went wrong, how the run ended, its verdict, and remarks."""
     summary = run.summary
     failure = [summary[name] for name in ("error", "remedy") if summary.get(name)]
-    warnings = [*failure, *filter(None, [run.fault]), *summary.get("warnings", ())]
+    warnings = [*failure, *summary.get("warnings", ())]
     if warnings:
         heading = "The run failed" if failure else "Warnings"
         yield markup.verdict(heading, warnings, ())

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describe, explain
+from tokenrl.errors import Refused, Silent, TokenrlError, describe
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
-from tokenrl.runs.console import Console
 from tokenrl.runs.directory import (
     RunDirectory,
     directory_path,
@@ -22,10 +21,9 @@ from tokenrl.runs.directory import (
     numbered,
 )
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
-from tokenrl.runs.metrics import LOGS, read_completions
+from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import code_of, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
-from tokenrl.runs.reader import read_log
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
 
@@ -85,7 +83,7 @@ def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseExcep
     """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
     texts = []
     for error in errors:
-        text = str(error) if isinstance(error, Stopped) else describe(error)
+        text = str(error) if isinstance(error, TokenrlError) else describe(error)
         if text not in texts:
             texts.append(text)
     summary["error"] = " ".join(texts)
@@ -135,70 +133,17 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     return None, []
 
 
-@dataclass
-class Claim:
-    """The locked directory of a run, and the checkpoint from which the run continues.
-
-    Attributes:
-        directory: the run directory as it was named or numbered.
-        step: the step of the checkpoint; 0 where there is none.
-        faults: what is wrong with newer checkpoints.
-        lock: the lock of the directory; None in all but the main process, and after `close`.
-    """
-
-    directory: str
-    step: int
-    faults: list[str]
-    lock: RunDirectory | None
-
-    def show(self, console: Console, checkpoint: Path, inexact: Iterable[str]) -> None:
-        """Print from where the run continues, what is wrong with newer checkpoints, and what may be inexact."""
-        for fault in self.faults:
-            console.warn(f"skipped: {fault}")
-        run = checkpoint.parents[1]
-        faults = [read_log(run / name)[1] for name in LOGS]
-        for table in tables(run / "completions"):
-            try:
-                read_completions(table)
-            except Refused as fault:
-                faults.append(str(fault))
-        for text in filter(None, faults):
-            console.warn(text)
-        console.note(f"The run continues after step {self.step}, from {checkpoint}")
-        if causes := "; ".join(inexact):
-            console.warn(f"The continuation may not be bit-exact: {causes}.")
-
-    def close(self) -> None:
-        """Release the lock; a second call does nothing."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
-
-
-def claim(kind: str, args: Any, accelerator: Any = None) -> Claim:
-    """Lock the directory of a run, and find the checkpoint to continue from; all processes call this.
+def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
+    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
 
     Args:
         kind: the command that runs.
         args: its settings; None as `output_dir` takes the next of the numbered directories.
-        accelerator: accelerate's handle of the processes; None in a run of a single process.
-
-    Raises:
-        Refused: the directory or the checkpoint cannot be used.
-    """
-    claimed = together(accelerator, lambda: _claim(kind, args, main=is_main(accelerator)))
-    lock, faults, *numbers = claimed
-    number, step = all_reduce_max(accelerator, numbers)
-    directory = directory_path(args.output_dir or numbered(kind, number))
-    return Claim(str(directory), step, faults, lock)
-
-
-def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
-    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
+        main: whether this is the main process.
 
     Returns:
-        The directory, what is wrong with newer checkpoints, the number of a numbered directory, and the step
-        of the checkpoint; 0 where there is none.
+        The locked directory, what is wrong with newer checkpoints, the number of a numbered directory, and
+        the step of the checkpoint; 0 where there is none.
 
     Raises:
         Refused: the directory or the checkpoint cannot be used.
@@ -373,20 +318,6 @@ def together(accelerator: Any, prepare: Callable[[], T]) -> T:
     if by_any:
         raise (Refused if main else Silent)("Another process of this run refuses it, and says why.")
     return result
-
-
-def refuse_before_steps(error: BaseException, accelerator: Any) -> None:
-    """Handle an error that ends a run before its first step.
-
-    Raises:
-        Refused: the error is `Stopped`, or plain words explain it; of a process that is lost only the main
-            one speaks.
-    """
-    stopped = error if isinstance(error, Stopped) else explain(error)
-    if stopped is not None:
-        is_silent = isinstance(stopped, Lost) and not is_main(accelerator)
-        kind = Silent if is_silent else Refused
-        raise kind(f"Before the first step: {stopped}") from error
 
 
 def is_main(accelerator: Any) -> bool:

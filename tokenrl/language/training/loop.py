@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -47,12 +47,8 @@ from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
 from tokenrl.runs.resume import (
-    Claim,
     Provenance,
     check_processes,
-    claim,
-    is_main,
-    refuse_before_steps,
     resume_settings,
     together,
 )
@@ -106,32 +102,11 @@ def train(
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
     check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
-    claimed = claim("train", choices, accelerator)
-    with closing(claimed):
+    every = choices.logging_steps if choices.logging_steps > 1 else 10
+    with Session("train", choices, every=every, accelerator=accelerator) as session:
         prepare = partial(settings_of, choices, accelerator.num_processes)
         settings, task, rewards = together(accelerator, prepare)
-        warmed = dict[str, Any]()
-        if settings.args.warm_start:
-            warmed = _warm_start(settings.args, task, rewards, accelerator, claimed)
-        return _train(settings, task, rewards, accelerator, claimed, warmed, callback)
-
-
-def _train(
-    settings: RunSettings,
-    task: Task,
-    rewards: Rewards,
-    accelerator: Any,
-    claimed: Claim,
-    warmed: dict[str, Any],
-    callback: Callback | None,
-) -> RunResult:
-    args = settings.args
-    every = args.logging_steps if args.logging_steps > 1 else 10
-    with Session("train", args, every=every, accelerator=accelerator, claimed=claimed) as session:
-        session.console.start(
-            f"tokenrl train: {task.name}", first_facts(args, session.directory, task, rewards)
-        )
-        run, provenance = _prepare(settings, task, rewards, accelerator, session, warmed)
+        run, provenance = _prepare(settings, task, rewards, session)
         threads = using_threads(run.decided["threads"])
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -159,9 +134,11 @@ def _train(
 
 
 def _warm_start(
-    args: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
+    args: TrainArguments, task: Task, rewards: Rewards, session: Session
 ) -> dict[str, Any]:
     """Make the warm start in the main process, unless it has been made; return its facts in each process."""
+    if not args.warm_start:
+        return {}
 
     def load() -> Policy:
         console = Console(quiet=args.quiet)
@@ -169,29 +146,27 @@ def _warm_start(
             return load_models(args, task, console.note)[0]
 
     def make() -> dict[str, Any]:
-        if not is_main(accelerator):
+        if not session.main:
             return {}
-        folder = warm_start.folder_of(claimed.directory)
+        folder = warm_start.folder_of(session.directory)
         return warm_start.warm_start(args, task, rewards, folder, load)
 
-    try:
-        return gather_objects([together(accelerator, make)])[0]
-    except USER_CODE_FAILED as error:
-        refuse_before_steps(error, accelerator)
-        raise
+    return gather_objects([together(session.accelerator, make)])[0]
 
 
 def _prepare(
     settings: RunSettings,
     task: Task,
     rewards: Rewards,
-    accelerator: Any,
     session: Session,
-    warmed: dict[str, Any],
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with optimiser and generator, and what it is made from."""
     args = settings.args
     console = session.console
+    accelerator = session.accelerator
+    warmed = _warm_start(args, task, rewards, session)
+    facts = first_facts(args, session.directory, task, rewards)
+    console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         with console.status("loading the model"):
             policy, teacher = load_models(args, task, console.note)
