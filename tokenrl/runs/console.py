@@ -8,7 +8,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -121,35 +121,6 @@ class Console:
             self.warnings.append(message)
         self.print(f"warning: {message}", style="yellow")
 
-    def check(
-        self, parts: str, measurements: Mapping[str, str], findings: Iterable[Finding]
-    ) -> None:
-        """Print what a check of a training measured and found.
-
-        The table and the remarks go to the standard output, which `quiet` switches off; the problems go to
-        the standard error, as errors do.
-
-        Args:
-            parts: what was checked, in words, such as "model, data and rewards".
-            measurements: the lines of the table.
-            findings: what was found; a finding of weight `void` is a problem, another a remark.
-        """
-        problems = [str(finding) for finding in findings if finding.weight == "void"]
-        if not problems:
-            self.note(f"Check passed: {parts} work together. Nothing was trained.")
-        self.facts("", measurements)
-        for finding in findings:
-            if finding.weight != "void":
-                self.warn(str(finding))
-        if problems:
-            sys.stdout.flush()  # the table first, where both go to one place
-            print(
-                f"tokenrl: Check not passed: {quantity(len(problems), 'problem')}. Nothing was trained.",
-                *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
-                sep="\n",
-                file=sys.stderr,
-            )
-
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
         table = rich_table("Evaluation (± standard error)", ("",), ("before",))
@@ -212,19 +183,39 @@ class Console:
 
 def conclude(
     session: Session, parts: str, measurements: Mapping[str, str], findings: Sequence[Finding]
-) -> int:
-    """Print what a check of `parts` measured and found, and add the names of all findings to the flags.
+) -> None:
+    """Print what a check of a training measured and found, and keep the flags and the exit code in the session.
 
-    Returns:
-        The exit code: 2 if a finding is `void`, else 0.
+    The table and the remarks go to the standard output, which `quiet` switches off; the problems go to the
+    standard error, as errors do. The exit code is 2 if there is a problem.
+
+    Args:
+        session: the session, which has been opened.
+        parts: what was checked, in words, such as "model, data and rewards".
+        measurements: the lines of the table.
+        findings: what was found; a finding of weight `void` is a problem, another a remark.
     """
     findings = sorted(findings, key=lambda finding: finding.weight != "void")
+    problems = [str(finding) for finding in findings if finding.weight == "void"]
+    session.ended = "check"
     session.flags += [finding.flag for finding in findings]
-    if session.main:
-        session.console.check(parts, measurements, findings)
-    has_problem = any(finding.weight == "void" for finding in findings)
-    session.exit_code = Refused.exit_code if has_problem else 0
-    return session.exit_code
+    session.exit_code = Refused.exit_code if problems else 0
+    if not session.main:
+        return
+    console = session.console
+    if not problems:
+        console.note(f"Check passed: {parts} work together. Nothing was trained.")
+    console.facts("", measurements)
+    for finding in findings[len(problems) :]:
+        console.warn(str(finding))
+    if problems:
+        sys.stdout.flush()  # the table first, where both go to one place
+        print(
+            f"tokenrl: Check not passed: {quantity(len(problems), 'problem')}. Nothing was trained.",
+            *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
+            sep="\n",
+            file=sys.stderr,
+        )
 
 
 def message_text(message: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ class Session:
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended: warnings about the outcome; why the run ends before its last step: a loop sets it.
-        exit_code: that of the result; None until a run finishes or a check is concluded.
+        exit_code: that of the outcome; 2 for a check that found a problem.
     """
 
     saver: Saver
@@ -120,7 +120,7 @@ class Session:
         self._has_begun = False  # from the first call of `steps` on
         self._writes = False  # whether steps are left that this process records
         self._atexit = contextlib.ExitStack()
-        self.exit_code: int | None = None
+        self.exit_code = 0
         self.ended: str | None = None
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
@@ -331,10 +331,11 @@ class Session:
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
         code = self.stop.exit_code
+        self.exit_code = code or self.exit_code
         return {
             "output_dir": self.output_dir,
             "exit_reason": SIGNALS.get(code, self.ended or "finished"),
-            "exit_code": code,
+            "exit_code": self.exit_code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
@@ -355,7 +356,6 @@ class Session:
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
-        self.exit_code = ended.exit_code
         try:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller

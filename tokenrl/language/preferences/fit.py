@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -264,10 +264,8 @@ def train_reward_model(
         if not session.continues:
             session.evaluated(evaluate())
         if args.check:
-            code = check_pairs(session, data.train, data.held_out)
-            session.ended = "check"
-            ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-            return replace(ended, exit_code=ended.exit_code or code)
+            check_pairs(session, data.train, data.held_out)
+            return RewardModelResult(**session.outcome(), reward_model=reward_model)
         run_updates(session, training, evaluate)
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, title, score_pairs(reward_model, held_out))

@@ -52,7 +52,7 @@ from tokenrl.runs.resume import (
     resume_settings,
     together,
 )
-from tokenrl.runs.schedules import load_schedule
+from tokenrl.runs.schedules import set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.user_code import own_process, user_code
@@ -247,9 +247,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     if run.rewards.environments is None:
         check_prompts(learner.policy, run.task.train_prompts, learner.sampling)
     learner.sync()  # with the weights of the checkpoint, if there is one
-    if session.continues:
-        load_schedule(learner.schedule, session.step)
-    else:
+    if not session.continues:
         held_out = len(run.task.eval_prompts)
         with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
             _evaluated(run, session)
@@ -260,25 +258,27 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
 def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner = run.learner
+    args = run.args
     run.tell(step - 1)
+    share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
+    set_rates(learner.optimizer, share)
     record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
     metrics = record.metrics
-    plain, least = sizes_of_steps(run.args)
+    plain, least = sizes_of_steps(args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),
         "completion_tokens": metrics["completions/mean_length"] * plain,
         # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
-        "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
+        "num_samples": least + args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
     metrics |= {
         "epoch": run.stream.epoch,
-        "learning_rate": learner.schedule.get_last_lr()[0],
+        "learning_rate": learner.optimizer.param_groups[0]["lr"],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
-    load_schedule(learner.schedule, step)
     run.totals.update({name: x for name, x in record.timings.items() if "seconds" in name})
     return record
 
