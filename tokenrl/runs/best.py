@@ -68,10 +68,6 @@ class Best:
         """Remove the evaluation of a step, as if it had not been made."""
         self.evaluations = [each for each in self.evaluations if each[0] != step]
 
-    def lose(self) -> None:
-        """Let no evaluation so far be the best, since the weights of the best are lost."""
-        self.evaluations = [(step, math.nan) for step, _ in self.evaluations]
-
     def _best(self, last: float = math.inf) -> tuple[int, float] | None:
         """Return the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if metric_of(self.metric).better == "less" else 1

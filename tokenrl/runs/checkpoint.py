@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -196,17 +196,13 @@ class Saver:
                 os.rename(older, hidden)
                 remove(hidden)
 
-    def restore(self, path: Path) -> int:
-        """Continue from a checkpoint; return its step.
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint.
 
         Raises:
             Refused: the state does not fit this run.
         """
         state = read_state(path)
-        if state["step"] != step_of(path):
-            raise Refused(
-                f"The folder {path} is the checkpoint of step {state['step']}. Rename it back."
-            )
         for name, part in self._parts.items():
             try:
                 with user_code():
@@ -222,31 +218,19 @@ class Saver:
                 ) from error
         self._model.read(path)
         self._saved = step_of(path)
-        return self._saved
-
-    def whole_best(self, step: int, warn: Callable[[str], object]) -> dict[str, Any]:
-        """Return what summary.json says of the weights in model/, of which only whole ones count.
-
-        Args:
-            step: the current step, whose weights are in memory.
-            warn: prints a warning if the best weights are damaged or gone; those of the last step count then.
-        """
-        best = self.best.until(None)
-        if best not in (None, step):
-            try:
-                verify(self._folder / f"step_{best:06d}")
-            except Refused as fault:
-                self.best.lose()
-                lost = f"The best weights, of step {best}, are lost"
-                warn(f"{lost}: model/ gets those of the last step. {fault}")
-        return self.best.summary()
 
     def read_best(self, step: int) -> None:
-        """Give the model the best weights, if these are to be kept and are not those of `step`, the last."""
+        """Give the model the best weights, if these are to be kept and are not those of `step`, the last.
+
+        Raises:
+            Refused: the checkpoint that holds them is damaged.
+        """
         best = self.best.until(None)
         if best in (None, step):
             return
-        self._model.read(self._folder / f"step_{best:06d}")
+        path = self._folder / f"step_{best:06d}"
+        verify(path)
+        self._model.read(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tokenrl.runs.metrics import read_completions, read_metrics
 
 
 class Tabled:
-    """What is shown as a small table with some lines below it, in a terminal and in a notebook."""
+    """What is shown as a small table with some lines below it."""
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table, its header first."""
@@ -43,14 +42,6 @@ class Tabled:
             cells = map(str.rjust, numbers, widths[1:])
             lines.append("  ".join([name.ljust(widths[0]), *cells]))
         return "\n".join([*lines, *self._ending()])
-
-    def _repr_html_(self) -> str:
-        """Return the table for a notebook."""
-        rows = ""
-        for row in self._rows():
-            cells = [f"<td>{escape(cell)}</td>" for cell in row]
-            rows += f"<tr>{''.join(cells)}</tr>"
-        return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenrl.runs.markup as markup
-from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations
 from tokenrl.runs.metric_table import all_metrics, finite, metric_of
@@ -56,13 +55,7 @@ def report_from_directory(run: str | Path) -> Path:
     if os.path.isfile(Path(run) / "plan.json") and page.is_file():
         return page
     recorded = read_run(run)
-    try:
-        return markup.write_page(page, recorded.title, list(_sections(recorded)))
-    except Refused:
-        raise
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
-        raise Refused(f"{fault}. Correct or remove it, and the run can be shown.") from error
+    return markup.write_page(page, recorded.title, list(_sections(recorded)))
 
 
 def _sections(run: RecordedRun) -> Iterator[markup.Section]:

@@ -39,13 +39,7 @@ ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cac
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""
-_MENDS = {
-    "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
-    "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
-    "code": "Restore it, or start a new run from the checkpoint's weights with --model.",
-    "processes": "They split its steps in another way. Start it with as many as before.",
-}
-"""What a run and its continuation must share, and what to do where they do not."""
+_ABSENT = "(not there)"
 
 
 def resume_settings(args: T, kind: str) -> T:
@@ -215,18 +209,18 @@ class Provenance:
         self.settings = settings
         self.code = code_of(settings, self.task)
 
-    def state_dict(self) -> dict[str, Mapping[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
             "code": self.code,
-            "processes": {"processes": self.processes},
+            "processes": self.processes,
             "versions": {**packages, "device": self.device},
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare with what made the checkpoint.
 
         Raises:
@@ -234,34 +228,30 @@ class Provenance:
                 user's code or the number of processes is another.
         """
         self.inexact = []
-        for part, ours in self.state_dict().items():
-            refused = []
-            stored = state.get(part, {})
-            if part == "code":  # an engine may be another, but not the same one with other code
-                stored = {name: stored.get(name, value) for name, value in ours.items()}
-            for name, text in _differences(stored, ours).items():
-                if part == "versions" or name in ROUNDING:
-                    self.inexact.append(text)
-                elif name not in FREE:
-                    refused.append(text)
-            if refused:
-                texts = "; ".join(refused)
-                raise Refused(f"The run was started with other {part}: {texts}. {_MENDS[part]}")
+        refused = []
+        before = flat(state)
+        now = flat(self.state_dict())
+        for name in sorted({*before, *now}):
+            part, _, key = name.partition(".")
+            values = before.get(name, _ABSENT), now.get(name, _ABSENT)
+            # An engine may be another, but not the same one with other code.
+            is_free = key in FREE or (part == "code" and _ABSENT in values)
+            if is_free or values[0] == values[1]:
+                continue
+            text = f"{key or part}: {values[0]!r}, now {values[1]!r}"
+            if part == "versions" or key in ROUNDING:
+                self.inexact.append(text)
+            else:
+                refused.append(text)
+        if refused:
+            mend = (
+                "Continue it with its own settings (--config RUN), data, code and number of processes, or start "
+                "a new run from the checkpoint's weights with --model."
+            )
+            raise Refused(f"The run was started otherwise: {'; '.join(refused)}. {mend}")
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
-
-
-def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Return for each name whose values differ a text with both values."""
-    before = flat(stored)
-    now = flat(ours)
-    absent = "(not there)"
-    texts = {}
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            texts[name] = f"{name}: {before.get(name, absent)!r}, now {now.get(name, absent)!r}"
-    return texts
 
 
 def check_processes(accelerator: Any, values: Mapping[str, Any]) -> None:

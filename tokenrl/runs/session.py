@@ -29,7 +29,7 @@ from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
@@ -202,7 +202,8 @@ class Session:
 
     def _restore(self, provenance: Provenance) -> None:
         """Restore the state of the checkpoint, and say from where and how exactly the run continues."""
-        self.step = self._recorded = self.saver.restore(self._checkpoint)
+        self.saver.restore(self._checkpoint)
+        self.step = self._recorded = step_of(self._checkpoint)
         self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
         if not (self.ended or self.due(self.args.eval_every)):
             self.saver.best.forget(self.step)  # evaluated only because the run ended there
@@ -340,7 +341,7 @@ class Session:
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
             "wall_seconds": self.wall_seconds,
-            "best": self.saver.whole_best(self.step, self.console.warn),
+            "best": self.saver.best.summary(),
         }
 
     def finish(

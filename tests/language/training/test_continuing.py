@@ -203,7 +203,7 @@ def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name, w
     of_code(setting, name)
     of_code(setting, name, resume="auto", max_steps=2)
     Path("mine.py").write_text(MINE + "# changed")
-    with pytest.raises(Refused, match=rf"started with other code: {words}.*Restore it, or start"):
+    with pytest.raises(Refused, match=rf"started otherwise: {words}.*, code and"):
         of_code(setting, name, resume="auto", max_steps=3)
     Path("mine.py").write_text(MINE)
     assert of_code(setting, name, resume="auto", max_steps=3).steps == 3
