@@ -151,7 +151,7 @@ STATE = {"tensors": TENSORS, "numbers": NUMBERS, "rest": REST}
 
 
 def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
-    write_state(tmp_path, STATE)
+    write_state(tmp_path, STATE, "this run")
     state = read_state(tmp_path)
     assert repr(state["numbers"]) == repr([*NUMBERS[:6], 0.5, 3]) and state["rest"] == REST
     for value, again in zip(TENSORS, state["tensors"], strict=True):

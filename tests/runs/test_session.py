@@ -23,7 +23,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
-from tokenrl.runs.metrics import TrackerArguments, read_metrics
+from tokenrl.runs.metrics import LOGS, TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
@@ -484,6 +484,18 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     live(tmp_path, wait, max_steps=7, save_every=0, save_minutes=10.0, keep_checkpoints=9)
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_000003", "step_000006", "step_000007"]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"step": 0, "reward": 9.0}\n\xff'])
+def test_a_run_whose_logs_were_damaged_goes_on_with_the_rows_that_it_wrote(tmp_path, damage):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole)
+    with pytest.raises(Killed):
+        live(run, at(4, Killed()))
+    for log in LOGS:
+        (run / log).write_bytes(damage)
+    live(run, resume="auto")
+    assert same(whole, run) and len(lines(run, "timings.jsonl")) == 5
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -87,8 +87,6 @@ class Saver:
         args: SavingArguments,
         model: Model,
         parts: Mapping[str, Resumable],
-        *,
-        active: bool = True,
     ) -> None:
         """Prepare.
 
@@ -98,14 +96,12 @@ class Saver:
             model: what is trained.
             parts: everything else that has a state, by name. They are restored in this order, before the
                 model.
-            active: whether this process saves; the others only continue from what it has saved.
         """
         self._folder = folder
         self._args = args
         self._model = model
         self.best = Best(args.best_metric, args.keep, args.patience)
         self._parts = {**parts, "best": self.best}
-        self._active = active
         self._saved = -1
         self._saved_at = time.monotonic()
 
@@ -118,10 +114,9 @@ class Saver:
         Raises:
             Refused, Stopped: the model or a state cannot be saved, or not so that the same is read again.
         """
-        if self._active:
-            with trial_directory(self._folder.with_name("model")) as folder:
-                self._model.check(folder)
-                check_states(folder, parts)
+        with trial_directory(self._folder.with_name("model")) as folder:
+            self._model.check(folder)
+            check_states(folder, parts)
 
     def check_finite(self, step: int) -> None:
         """Refuse weights that are not finite after a step.
@@ -139,7 +134,7 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
-        if not self._active or step <= self._saved:
+        if step <= self._saved:
             return False
         args = self._args
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -148,7 +143,7 @@ class Saver:
         return is_step or is_time or self.best.until(None) == step
 
     def save(self, step: int, logs: Iterable[Path]) -> None:
-        """Save the state after a step, unless it is saved already or this process does not save.
+        """Save the state after a step, unless it is saved already.
 
         Args:
             step: the step, of which everything has been done, and nothing yet of the next one.
@@ -157,7 +152,7 @@ class Saver:
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
         """
-        if not self._active or step == self._saved:
+        if step == self._saved:
             return
         self.check_finite(step)
         remove_debris(self._folder)
@@ -170,15 +165,7 @@ class Saver:
                 shutil.copyfile(log, path)
             with user_code():  # of a memory of the user's own
                 state = {name: part.state_dict() for name, part in self._parts.items()}
-            try:
-                write_state(partial, {"step": step, **state})
-                _load(
-                    partial, mmap=True
-                )  # before older ones go; what the tensors hold need not be read
-            except (OSError, RuntimeError):  # of the disk
-                raise
-            except Exception as error:  # pickle raises errors of all kinds
-                raise Stopped(_not_plain("this run", error)) from error
+            write_state(partial, {"step": step, **state}, "this run")  # before older ones go
         self._saved = step
         self._saved_at = time.monotonic()
         self._remove_older()
@@ -257,8 +244,18 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def write_state(folder: Path, state: Any) -> None:
-    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder."""
+def write_state(folder: Path, state: Any, owner: str) -> None:
+    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt, which can be read again.
+
+    Args:
+        folder: the folder.
+        state: the state.
+        owner: whose state it is, for a message.
+
+    Raises:
+        Stopped: the state holds something else, which cannot be read again.
+        OSError, RuntimeError: the disk is full.
+    """
     import numpy as np
     import torch
     from torch.utils._pytree import tree_map
@@ -269,12 +266,17 @@ def write_state(folder: Path, state: Any) -> None:
             return torch.as_tensor(leaf).detach().cpu()
         return leaf.item() if isinstance(leaf, np.generic) else leaf
 
-    with (folder / _STATE).open("wb") as file:
-        try:
+    try:
+        with (folder / _STATE).open("wb") as file:
             torch.save(tree_map(savable, state), file)
-        except RuntimeError as error:
-            # Torch tells a position, and the system that the disk is full.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        _load(folder, mmap=True)  # what the tensors hold need not be read
+    except RuntimeError as error:
+        # Torch tells a position, and the system that the disk is full.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises errors of all kinds
+        raise Stopped(_not_plain(owner, error)) from error
 
 
 def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
@@ -286,8 +288,10 @@ def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
     for name, part in parts.items():
         try:
             with user_code():
-                write_state(folder, {name: part.state_dict()})
+                write_state(folder, {name: part.state_dict()}, repr(name))
                 part.load_state_dict(_load(folder)[name])
+        except Stopped as error:
+            raise Refused(str(error)) from error
         except USER_CODE_FAILED as error:
             raise Refused(_not_plain(repr(name), error)) from error
 
@@ -319,7 +323,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _load(folder: Path, **options: Any) -> dict[str, Any]:
+def _load(folder: Path, mmap: bool = False) -> dict[str, Any]:
     import torch
 
-    return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu", **options))
+    file = folder / _STATE
+    return dict(torch.load(file, weights_only=True, map_location="cpu", mmap=mmap))

@@ -6,10 +6,8 @@ import json
 import math
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -62,25 +60,6 @@ class Console:
         self.facts(title, {**facts, **untested_versions()})
         self.print(note, style="italic dim")
 
-    @contextmanager
-    def status(self, activity: str) -> Iterator[None]:
-        """Print what the block does, and every five seconds how long that has taken so far."""
-        self.note(f"{activity} ...")
-        ended = threading.Event()
-        began = time.monotonic()
-
-        def repeat() -> None:
-            while not ended.wait(MAX_SILENCE):
-                self.note(f"{activity}: {time.monotonic() - began:.0f} s so far")
-
-        thread = threading.Thread(target=repeat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Print a table of facts by name, if there are any."""
         table = rich_table(title, header=False)
@@ -102,13 +81,13 @@ class Console:
         for row in rows:
             prompt = str(row.get("prompt", ""))
             completion = str(row.get("completion", ""))
-            if "messages" in row:  # the answer of an episode comes after the calls of tools
-                prompt = visible(prompt, _OPENING, end=_OPENING * 2 // 3)
-                completion = visible(completion, _EPISODE, end=_EPISODE // 2)
-            else:
-                prompt = visible(prompt, _CELL, end=_CELL * 2 // 3)
-                completion = visible(completion, _CELL, end=_CELL // 2)
-            table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
+            # the answer of an episode comes after the calls of tools
+            opening, most = (_OPENING, _EPISODE) if "messages" in row else (_CELL, _CELL)
+            table.add_row(
+                visible(prompt, opening, end=opening * 2 // 3),
+                visible(completion, most, end=most // 2),
+                *(number(row.get(key)) for key in numbers),
+            )
         self.print(table)
 
     def note(self, message: str) -> None:

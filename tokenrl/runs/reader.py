@@ -173,23 +173,16 @@ class RecordedRun:
             Refused: a table is damaged.
         """
         rows = []
-        for file in _spread(tables(self.path / "completions"), steps):
+        files = tables(self.path / "completions")
+        last = len(files) - 1
+        numbers = {last - round(i * last / max(1, steps - 1)) for i in range(steps) if files}
+        for file in (files[number] for number in sorted(numbers)):
             table = read_completions(file)
             if most is not None:
                 table = table[:: max(1, math.ceil(len(table) / most))]
             for row in table:
                 rows.append({"step": step_of(file), **row})
         return rows
-
-
-def _spread(files: Sequence[Path], count: int) -> list[Path]:
-    """Return at most `count` files in their order, evenly spread, the last one and then the first included."""
-    if not files:
-        return []
-    last = len(files) - 1
-    gaps = max(1, count - 1)
-    numbers = {last - round(i * last / gaps) for i in range(count)}
-    return [files[number] for number in sorted(numbers)]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

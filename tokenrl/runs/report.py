@@ -12,7 +12,7 @@ from typing import Any
 import tokenrl.runs.markup as markup
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations
-from tokenrl.runs.metric_table import all_metrics, finite, metric_of
+from tokenrl.runs.metric_table import all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
 from tokenrl.runs.reader import RecordedRun, read_run, series
@@ -97,11 +97,9 @@ def _evaluations(run: RecordedRun) -> markup.Section:
     """Show the numbers of the evaluation before training and of the last one."""
     metrics = {0: dict[str, float | None]()}
     for row in run.evaluations:
-        metrics[row["step"]] = {name: finite(row[name]) for name in row if name != "step"}
+        metrics[row["step"]] = {name: row[name] for name in row if name != "step"}
     last = max(metrics)
-    both = {"eval_before": metrics[0]}
-    if last:
-        both["eval_after"] = metrics[last]
+    both = {"eval_before": metrics[0], "eval_after": metrics[last] if last else None}
     texts = {name: (before, after) for name, before, after in evaluations(both)}
     heading = f"Held-out evaluation, before → after step {last} (± standard error)"
     return markup.Section(heading, [markup.cards(texts)])

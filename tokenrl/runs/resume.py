@@ -22,7 +22,7 @@ from tokenrl.runs.directory import (
 )
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import LOGS
-from tokenrl.runs.origin import code_of, versions
+from tokenrl.runs.origin import versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
@@ -65,23 +65,16 @@ def resume_settings(args: T, kind: str) -> T:
     return arguments(type(args), vars(args) | chosen)
 
 
-def how_to_continue(run: Path) -> str:
-    """Return in words from which checkpoint a run that failed can be continued."""
-    with contextlib.suppress(Refused):
-        if path := find_checkpoint(run)[0]:
-            return f"The last complete checkpoint is {path}; --resume auto continues from it."
-    return "No checkpoint had been saved yet: see --save-minutes and --save-every."
-
-
 def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseException]) -> str:
     """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
-    texts = []
-    for error in errors:
-        text = str(error) if isinstance(error, TokenrlError) else describe(error)
-        if text not in texts:
-            texts.append(text)
-    summary["error"] = " ".join(texts)
-    summary["remedy"] = how_to_continue(run)
+    texts = [str(e) if isinstance(e, TokenrlError) else describe(e) for e in errors]
+    summary["error"] = " ".join(dict.fromkeys(texts))
+    summary["remedy"] = "No checkpoint had been saved yet: see --save-minutes and --save-every."
+    with contextlib.suppress(Refused):
+        if path := find_checkpoint(run)[0]:
+            summary["remedy"] = (
+                f"The last complete checkpoint is {path}; --resume auto continues from it."
+            )
     with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
         write_json(run / "summary.json", summary)
         report_from_directory(run)
@@ -93,8 +86,7 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
     Args:
         run: the run directory.
-        resume: `auto` for the newest checkpoint that is whole; the path of one of the run's checkpoints; or
-            the run directory itself, as `auto`.
+        resume: `auto` for the newest checkpoint that is whole, or the path of one of the run's checkpoints.
 
     Returns:
         The checkpoint, None where none has been saved yet, and for each newer one what is wrong with it.
@@ -103,8 +95,8 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
     folder = run / "checkpoints"
-    target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
-    if resume != "auto" and target != run.resolve():
+    if resume != "auto":
+        target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
         if target.parent != folder.resolve():
             allowed = (
                 f"it must be auto or a checkpoint of the run in output_dir, as {folder}/step_000100"
@@ -203,11 +195,6 @@ class Provenance:
     code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
-
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Take the settings of the run, and hash its code, before a file of it can change."""
-        self.settings = settings
-        self.code = code_of(settings, self.task)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""

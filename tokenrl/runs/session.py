@@ -41,7 +41,7 @@ from tokenrl.runs.metrics import (
     peak_memory,
     read_metrics,
 )
-from tokenrl.runs.origin import Origin, typed_command, versions
+from tokenrl.runs.origin import Origin, code_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
@@ -189,12 +189,14 @@ class Session:
         values = {**vars(args), **(decided or {}), "output_dir": self.directory}
         self.origin = Origin.of(self.kind, values, names or {}, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        provenance.begin(settings)
+        provenance.settings = settings
+        provenance.code = code_of(settings, provenance.task)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
         self._config |= {"command": self.origin.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, args, model, held, active=self.main)
-        together(self.accelerator, lambda: self.saver.check(parts))
+        self.saver = Saver(self._checkpoint.parent, args, model, held)
+        checked = [parts] if self.main else []
+        together(self.accelerator, lambda: [*map(self.saver.check, checked)])
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
         if self.continues and not getattr(args, "check", False):
@@ -251,7 +253,7 @@ class Session:
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
-        numbers = [self.stop.requested or 0, int(self.saver.due(self.step))]
+        numbers = [self.stop.requested or 0, int(self._writes and self.saver.due(self.step))]
         signal, save = all_reduce_max(self.accelerator, numbers)
         if save:
             self.save()

@@ -223,9 +223,9 @@ def train_reward_model(
         first = {"seed": choices.seed, "run": session.directory}
         source = ", ".join(sources) or "data in memory"
         session.console.start(f"tokenrl reward-model: {source}", first, note=LOSS_NOTE)
-        with session.console.status("loading the preferences and the model"):
-            data = load_reward_data(choices, session.console.note)
-            reward_model = make_backbone(choices, data.task, session.console.note)
+        session.console.note("loading the preferences and the model ...")
+        data = load_reward_data(choices, session.console.note)
+        reward_model = make_backbone(choices, data.task, session.console.note)
         reward_model.ask(choices.form)
         threads, reason = choose_threads(reward_model.model.num_parameters(), choices.threads)
         stack.enter_context(using_threads(threads))

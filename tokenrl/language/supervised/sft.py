@@ -106,9 +106,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         first = {"demonstrations": counted(prompt_keys(rows)), "seed": choices.seed}
         first |= {"run": session.directory}
         session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
-        with session.console.status("loading the model"):
-            policy = make_policy(choices, task, session.console.note)
-            policy.model.to(device_for(policy.size, choices.cpu))
+        session.console.note("loading the model ...")
+        policy = make_policy(choices, task, session.console.note)
+        policy.model.to(device_for(policy.size, choices.cpu))
         args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))

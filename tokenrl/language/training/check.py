@@ -55,8 +55,8 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     observed = observe_run(run, [])
     lines = {}
     try:
-        with session.console.status("making the first step"):
-            record = _first_step(run)
+        session.console.note("making the first step ...")
+        record = _first_step(run)
     except TokenrlError as error:
         text = f"{error} Training would stop at the same error."
         findings.append(Finding("step-failed", "void", text))

@@ -142,8 +142,8 @@ def _warm_start(
 
     def load() -> Policy:
         console = Console(quiet=args.quiet)
-        with console.status("loading the model"):
-            return load_models(args, task, console.note)[0]
+        console.note("loading the model ...")
+        return load_models(args, task, console.note)[0]
 
     def make() -> dict[str, Any]:
         if not session.main:
@@ -168,8 +168,8 @@ def _prepare(
     facts = first_facts(args, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
-        with console.status("loading the model"):
-            policy, teacher = load_models(args, task, console.note)
+        console.note("loading the model ...")
+        policy, teacher = load_models(args, task, console.note)
         if args.check:
             policy = with_own_weights(policy, args.model)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
@@ -191,10 +191,8 @@ def _prepare(
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
-    with (
-        using_threads(threads),
-        console.status("checking that this model is sampled and scored rightly"),
-    ):
+    console.note("checking that this model is sampled and scored rightly ...")
+    with using_threads(threads):
         engine = engine_of(args.generator, args.generator_cache)
         turns = rewards.environments is not None
         learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
@@ -249,8 +247,8 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     learner.sync()  # with the weights of the checkpoint, if there is one
     if not session.continues:
         held_out = len(run.task.eval_prompts)
-        with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
-            _evaluated(run, session)
+        session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
+        _evaluated(run, session)
         judge_start(run, session)
     return session.steps()
 
