@@ -63,7 +63,7 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space"
     ) as caught:
         save(tmp_path, 2, fail, keep=1)
-    with pytest.raises(Stopped, match="was removed or moved"):  # no run directory is made again
+    with pytest.raises(Stopped, match="where it is until"):  # no run directory is made again
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
@@ -134,8 +134,6 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
         ):
             model_directory(inside)
     (model / "manifest.json").unlink()  # what the message advises
-    assert model_directory(model) == model
-    (model / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
     assert model_directory(model) == model
 
 

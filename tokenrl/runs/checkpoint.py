@@ -116,7 +116,15 @@ class Saver:
         """
         with trial_directory(self._folder.with_name("model")) as folder:
             self._model.check(folder)
-            check_states(folder, parts)
+            for name, part in parts.items():
+                try:
+                    with user_code():
+                        write_state(folder, {name: part.state_dict()}, repr(name))
+                        part.load_state_dict(_load(folder)[name])
+                except Stopped as error:
+                    raise Refused(str(error)) from error
+                except USER_CODE_FAILED as error:
+                    raise Refused(_not_plain(repr(name), error)) from error
 
     def check_finite(self, step: int) -> None:
         """Refuse weights that are not finite after a step.
@@ -190,19 +198,17 @@ class Saver:
             Refused: the state does not fit this run.
         """
         state = read_state(path)
-        for name, part in self._parts.items():
-            try:
-                with user_code():
+        try:
+            with user_code():
+                for name, part in self._parts.items():
                     part.load_state_dict(state[name])
-            except Refused:
-                raise
-            except Exception as error:
-                fault = (
-                    f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
-                )
-                raise Refused(
-                    f"{fault} Continue with the model and the tokenrl that saved it."
-                ) from error
+        except Refused:
+            raise
+        except Exception as error:
+            fault = f"The state in {path} does not fit this run ({describe(error)})."
+            raise Refused(
+                f"{fault} Continue with the model and the tokenrl that saved it."
+            ) from error
         self._model.read(path)
         self._saved = step_of(path)
 
@@ -220,18 +226,15 @@ class Saver:
         self._model.read(path)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path, suffix: str = "") -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
-    return sorted(
-        (path for path in folder.glob("step_*") if re.fullmatch(STEP, path.name)), key=step_of
-    )
+    paths = folder.glob(f"step_*{suffix}")
+    return sorted((path for path in paths if re.fullmatch(STEP + suffix, path.name)), key=step_of)
 
 
 def tables(folder: Path) -> list[Path]:
     """List the tables of completions that a run wrote into a folder, oldest first."""
-    return sorted(
-        (f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of
-    )
+    return checkpoints(folder, ".parquet")
 
 
 def copy_of(log: str, checkpoint: Path) -> Path:
@@ -277,23 +280,6 @@ def write_state(folder: Path, state: Any, owner: str) -> None:
         raise
     except Exception as error:  # pickle raises errors of all kinds
         raise Stopped(_not_plain(owner, error)) from error
-
-
-def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
-    """Write the state of each part into a folder and read it back, as a continuation does.
-
-    Raises:
-        Refused: one of them cannot be written or read, or the part does not take it.
-    """
-    for name, part in parts.items():
-        try:
-            with user_code():
-                write_state(folder, {name: part.state_dict()}, repr(name))
-                part.load_state_dict(_load(folder)[name])
-        except Stopped as error:
-            raise Refused(str(error)) from error
-        except USER_CODE_FAILED as error:
-            raise Refused(_not_plain(repr(name), error)) from error
 
 
 def _not_plain(owner: str, error: BaseException) -> str:

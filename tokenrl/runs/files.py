@@ -78,9 +78,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def not_written(path: Path, error: Exception) -> Stopped:
     """Return the error for a file or folder that could not be written, with what helps."""
-    mend = "Free space there, change the permissions, or write to another place."
-    if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
-        mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
+    mend = (
+        "Free space there, change the permissions, or write to another place, and leave a run's directory where "
+        "it is until the run has ended."
+    )
     return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
@@ -278,8 +279,7 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     if os.path.isdir(model):
         path = Path(model).resolve()
         for folder in (path, path.parent):
-            is_checkpoint = folder.match("checkpoints/step_*")
-            if is_checkpoint or _manifest(folder) is not None:
+            if folder.match("checkpoints/step_*") or os.path.exists(folder / MANIFEST):
                 verify(folder)
     return model
 
@@ -298,18 +298,13 @@ def _seal(folder: Path) -> None:
     sync(folder)
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the entries of a manifest: {} of a damaged one, None without one or with another program's."""
-    try:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the entries of a manifest; none of one that is missing or damaged."""
+    with suppress(OSError, ValueError, RecursionError):
         entries = json.loads((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(entries, dict):
-        return {}
-    is_ours = any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
-    return entries if is_ours or not entries else None
+        if isinstance(entries, dict):
+            return entries
+    return {}
 
 
 def _entry(file: Path) -> list[Any]:

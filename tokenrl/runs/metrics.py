@@ -41,19 +41,12 @@ def append_rows(
         Stopped: the disk is full, or the directory is gone.
     """
     for name, row in zip(LOGS, (metrics, timings), strict=True):
-        text = "" if row is None else line_of({"step": int(step), **row})
+        text = ""
+        if row is not None:
+            ordered = {"step": step, **dict(sorted(row.items()))}
+            text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
         with writing(run / name), (run / name).open("ab") as file:
             file.write(text.encode())
-
-
-def line_of(row: Mapping[str, Any]) -> str:
-    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back.
-
-    It begins with the step; the other names follow in alphabetical order.
-    """
-    ordered = {"step": row["step"]}
-    ordered |= sorted(row.items())
-    return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -164,8 +164,8 @@ def cut_back(run: Path, checkpoint: Path) -> None:
         Stopped: a file cannot be written or removed.
     """
     step = step_of(checkpoint)
-    with writing(run / "summary.json"):  # which may be a directory
-        (run / "summary.json").unlink(missing_ok=True)
+    with writing(run / "summary.json"):
+        remove(run / "summary.json")
     for name in LOGS:
         write_text(run / name, copy_of(name, checkpoint).read_text("utf-8"))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):

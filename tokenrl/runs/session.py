@@ -359,14 +359,10 @@ class Session:
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
-        try:
-            self.save()
-        except Stopped as error:  # of a full disk: the model is smaller
-            self.console.warn(str(error))
+        self.save()
         self.saver.read_best(self.step)
         if not self.main:
             return
-        self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
