@@ -115,13 +115,10 @@ class Best:
 def kept_weights(summary: Mapping[str, Any]) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
-    if not best or summary["exit_reason"] == "check":
+    if not best or summary["exit_reason"] in ("check", "failed"):
         return ""
-    folder = "model/"
-    if summary["exit_reason"] == "failed":
-        folder = f"checkpoints/step_{best['step']:06d}"
     text = (
-        f"{folder} holds the weights of step {best['step']}, with the best {best['metric']} of "
+        f"model/ holds the weights of step {best['step']}, with the best {best['metric']} of "
         f"{best['evaluations']} evaluations, {best['value']:.4g}"
     )
     last = (summary.get("eval_after") or {}).get(best["metric"])

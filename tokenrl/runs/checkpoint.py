@@ -126,20 +126,6 @@ class Saver:
                 except USER_CODE_FAILED as error:
                     raise Refused(_not_plain(repr(name), error)) from error
 
-    def check_finite(self, step: int) -> None:
-        """Refuse weights that are not finite after a step.
-
-        Raises:
-            Stopped: a weight is NaN or infinite.
-        """
-        import torch
-
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
-            fault = f"After step {step} the weights are not finite, so they are not saved."
-            raise Stopped(
-                f"{fault} The learning rate is the likely cause: lower it, and start again."
-            )
-
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
         if step <= self._saved:
@@ -160,9 +146,15 @@ class Saver:
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
         """
+        import torch
+
         if step == self._saved:
             return
-        self.check_finite(step)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
+            raise Stopped(
+                f"After step {step} the weights are not finite, so they are not saved. The learning rate is the "
+                "likely cause: lower it, and start again."
+            )
         remove_debris(self._folder)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:

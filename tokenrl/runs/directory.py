@@ -61,7 +61,7 @@ class RunDirectory:
         self.path = run = directory_path(path)
         try:
             str(run).encode()  # what a run writes names it, in UTF-8
-            _refuse_foreign(run)
+            _refuse_content(run, replaceable=overwrite or resume)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=not new)
             busy = f"Another run is using {run}; wait for it to end or give another directory."
@@ -76,13 +76,6 @@ class RunDirectory:
             )
             raise Refused(message) from error
         self._clean()
-        held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
-        if held and not (overwrite or resume):
-            self.release()
-            mend = (
-                "give another directory, continue it (--resume auto), or replace it (--overwrite)"
-            )
-            raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
     def _clean(self) -> None:
         """Remove what a crash or an interrupt left while something was replaced or removed."""
@@ -139,8 +132,8 @@ def new_directory(kind: str) -> RunDirectory:
             return RunDirectory(numbered(kind, newest(kind) + 1).absolute(), new=True)
 
 
-def _refuse_foreign(run: Path) -> None:
-    """Refuse a folder that holds something but no run, or a run in part behind links.
+def _refuse_content(run: Path, *, replaceable: bool) -> None:
+    """Refuse a folder with files that no run wrote, a run in part behind links, or one that is to stay.
 
     A saved model also has a config.json.
     """
@@ -151,17 +144,17 @@ def _refuse_foreign(run: Path) -> None:
         raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", "warm_start", *_PARTIAL)]
+    is_run = "timings.jsonl" in names
     with contextlib.suppress(Refused):
-        if (
-            not names
-            or "timings.jsonl" in names
-            or "tokenrl" in read_config(run).get("versions", ())
-        ):
-            return
-    listing = ", ".join(names[:5])
-    raise Refused(
-        f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
-    )
+        is_run = is_run or "tokenrl" in read_config(run).get("versions", ())
+    if names and not is_run:
+        listing = ", ".join(names[:5])
+        raise Refused(
+            f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
+        )
+    if names and not replaceable:
+        mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
+        raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
 
 def remove_debris(folder: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe
-from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
     RunDirectory,
@@ -78,7 +77,7 @@ def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseExcep
     with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
         write_json(run / "summary.json", summary)
         report_from_directory(run)
-    return f"{summary['error']} {summary['remedy']} {kept_weights(summary)}".rstrip()
+    return f"{summary['error']} {summary['remedy']}"
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:

@@ -226,5 +226,5 @@ def test_nor_is_one_whose_functions_have_changed(of_code, setting, name, before,
     with pytest.raises(Refused, match=f"otherwise: .*{place}: .*Continue it"):
         of_code(setting, held(MINE.replace(before, after)), resume="auto", max_steps=3)
     if isinstance(again, partial):
-        with pytest.raises(Refused, match="otherwise: .*reward: "):
+        with pytest.raises(Refused, match=r"otherwise: .*reward: "):
             of_code(setting, partial(again, scale=4.0), resume="auto", max_steps=3)
