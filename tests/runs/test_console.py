@@ -1,6 +1,5 @@
 import io
 import math
-import re
 
 import pytest
 
@@ -22,15 +21,6 @@ def use_everything(console):
     console.warn("all groups [bold] equal")
     console.finish({"exit_reason": "odd\x1b[2J", "eval_after": {"odd\x9b": 1.0}})
     console.finish(SUMMARY)
-
-
-@pytest.mark.parametrize("name", ["prompt", "completion"])
-def test_of_a_long_text_both_ends_are_shown(name):
-    table = io.StringIO()
-    row = {"prompt": "", "completion": ""} | {name: f"First {'words ' * 60}last?"}
-    Console(file=table).completions_table([row])
-    text = re.sub(r"\s", "", table.getvalue())
-    assert "First" in text and "last?" in text and len(text) < 200
 
 
 def printed(**options):

@@ -152,15 +152,13 @@ def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path)
     assert mine.keys() <= tree(run).keys() and tree(outside) == before
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "completions", "videos"])
-def test_a_folder_of_a_run_that_is_a_link_is_refused_and_its_target_stays(tmp_path, folder):
+def test_a_folder_of_a_run_that_is_a_link_is_refused_and_its_target_stays(tmp_path):
     run, outside = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
-    shutil.rmtree(run / folder, ignore_errors=True)
-    (outside / folder).mkdir(exist_ok=True)
-    (run / folder).symlink_to(outside / folder)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(outside / "checkpoints")
     before = tree(tmp_path)
     for options in ({"overwrite": True}, {"resume": True}):
-        with pytest.raises(Refused, match=f"{folder} is a link"):
+        with pytest.raises(Refused, match="checkpoints is a link"):
             RunDirectory(run, **options)
     assert tree(tmp_path) == before
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runs.pages import Page
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
@@ -193,10 +192,15 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, re
 
 
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
+    def fail(session):
+        session.warn_once("fell", f"step {session.step}: the policy fell.")
+        at(4, Stopped("The reward has gone."))(session)
+
     words = r"At step 4: The reward has gone. The last .* is .*step_000002"
     with pytest.raises(Stopped, match=words):
-        live(tmp_path, at(4, Stopped("The reward has gone.")))
+        live(tmp_path, fail)
     summary = summary_of(tmp_path)
+    assert summary["warnings"] == ["step 1: the policy fell."]
     assert (summary["exit_reason"], summary["steps"], summary["eval_after"]) == ("failed", 3, None)
     assert summary["error"] == "The reward has gone."
     assert not (tmp_path / "model").exists() and (tmp_path / "report.html").exists()
@@ -217,25 +221,6 @@ def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tm
     with pytest.raises(Refused, match="Before the first step: no reward"):
         live(tmp_path, score=raising(Stopped("no reward")), overwrite=True)
     assert bytes_of(tmp_path) == before
-
-
-def test_the_report_of_a_run_that_failed_has_the_warnings_of_the_screen(tmp_path):
-    def warn(session):
-        session.warn_once("fell", f"step {session.step}: the policy fell.")
-        at(5, Stopped("The reward has gone."))(session)
-
-    with pytest.raises(Stopped):
-        live(tmp_path, warn)
-    warning = "step 1: the policy fell."
-    assert summary_of(tmp_path)["warnings"] == [warning]
-    page = Page((tmp_path / "report.html").read_text("utf-8"))
-    words = " ".join(page.text.split())
-    parts = ["The run failed", "The reward has gone.", "step_000004", warning, "failed, 4 steps"]
-    assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
-    assert "Held-out evaluation, before → after step 4" in words and "0 → 40" in words
-    live(tmp_path, lambda session: session.console.warn("further"), resume="auto")
-    assert summary_of(tmp_path)["warnings"] == [warning, "further"]
-    assert "The run failed" not in (tmp_path / "report.html").read_text("utf-8")
 
 
 def second_process(numbers_by_call):
