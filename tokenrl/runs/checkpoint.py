@@ -100,7 +100,7 @@ class Saver:
         self._folder = folder
         self._args = args
         self._model = model
-        self.best = Best(args.best_metric, args.keep, args.patience)
+        self.best = Best(args)
         self._parts = {**parts, "best": self.best}
         self._saved = -1
         self._saved_at = time.monotonic()

@@ -253,12 +253,9 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     Raises:
         Refused: there is no such tracker, or its package is not installed.
     """
-    if names in ((), ("none",)):
+    names = tuple(name for name in names if name != "none")
+    if not names:
         return []
-    if "none" in names:
-        raise Refused(
-            f"report_to was given as {' '.join(names)}; none stands alone, or is left out."
-        )
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = list(map(str, get_available_trackers()))

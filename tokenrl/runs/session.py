@@ -81,14 +81,7 @@ class Session:
     saver: Saver
     origin: Origin
 
-    def __init__(
-        self,
-        kind: str,
-        args: Any,
-        *,
-        every: int = 10,
-        accelerator: Any = None,
-    ) -> None:
+    def __init__(self, kind: str, args: Any, *, every: int = 10, accelerator: Any = None) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
         Args:
