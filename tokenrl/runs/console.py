@@ -230,11 +230,13 @@ def measured(value: Any, error: Any = None) -> str:
     return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
 
 
-def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
+def with_errors(metrics: Mapping[str, Any] | None) -> dict[str, str]:
     """Return each metric as text by its name, with the standard error that the metrics hold beside it.
 
-    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first.
+    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first, without
+    those that repeat them (see `distinct`).
     """
+    metrics = distinct(metrics)
     errors = {f"{name}_stderr" for name in metrics}
     texts = {}
     for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward"):
@@ -256,8 +258,8 @@ def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
-    before = with_errors(distinct(summary.get("eval_before")))
-    after = with_errors(distinct(summary.get("eval_after")))
+    before = with_errors(summary.get("eval_before"))
+    after = with_errors(summary.get("eval_after"))
     rows = []
     for name in before | after:
         rows.append((visible(name), before.get(name, "-"), after.get(name, "-")))

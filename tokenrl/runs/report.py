@@ -11,11 +11,12 @@ from typing import Any
 
 import tokenrl.runs.markup as markup
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, evaluations
+from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
+from tokenrl.runs.findings import evaluations
 from tokenrl.runs.metric_table import all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
-from tokenrl.runs.reader import RecordedRun, read_run, series
+from tokenrl.runs.reader import RecordedRun, read_run
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -100,7 +101,7 @@ def _evaluations(run: RecordedRun) -> markup.Section:
         metrics[row["step"]] = {name: row[name] for name in row if name != "step"}
     last = max(metrics)
     both = {"eval_before": metrics[0], "eval_after": metrics[last] if last else None}
-    texts = {name: (before, after) for name, before, after in evaluations(both)}
+    texts = {name: (before, after) for name, before, after in before_and_after(both)}
     heading = f"Held-out evaluation, before → after step {last} (± standard error)"
     return markup.Section(heading, [markup.cards(texts)])
 
@@ -147,18 +148,16 @@ def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
     """Return the curve of a metric; an evaluation has dots, and a band of its standard errors."""
     import numpy as np
 
-    steps, values = series(metrics, key)
-    y = np.clip(values, -_MAX_NUMBER, _MAX_NUMBER)
-    curve = Curve(steps, y.tolist(), name, colour)
-    if not key.startswith("eval_"):  # the band of a single step would hide the running mean
+    means = evaluations(metrics, key)
+    y = np.clip([mean.value for mean in means], -_MAX_NUMBER, _MAX_NUMBER)
+    curve = Curve([mean.step for mean in means], y.tolist(), name, colour)
+    if not key.startswith("eval_") or not means:  # else the band would hide the running mean
         return curve
-    curve = curve._replace(dots=True)
-    error_at = dict(zip(*series(metrics, f"{key}_stderr"), strict=True))
-    if not error_at or not steps:
+    curve = curve._replace(dots=True, error=means[-1].error)
+    errors = np.nan_to_num(np.clip([mean.error for mean in means], 0.0, _MAX_NUMBER))
+    if not errors.any():
         return curve
-    errors = np.clip([error_at.get(step, 0.0) for step in steps], 0.0, _MAX_NUMBER)
-    band = ((y - errors).tolist(), (y + errors).tolist())
-    return curve._replace(band=band, error=error_at.get(steps[-1]))
+    return curve._replace(band=((y - errors).tolist(), (y + errors).tolist()))
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ from tokenrl.runs.metrics import (
     peak_memory,
     read_metrics,
 )
-from tokenrl.runs.origin import Origin, code_of, typed_command, versions
+from tokenrl.runs.origin import code_of, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
@@ -70,7 +70,8 @@ class Session:
         args: the settings.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
-        continues, origin: whether the run goes on from a checkpoint, and how it was started.
+        continues: whether the run goes on from a checkpoint.
+        settings, command: how it was started, see `origin_of`.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
@@ -79,7 +80,8 @@ class Session:
     """
 
     saver: Saver
-    origin: Origin
+    settings: dict[str, Any]
+    command: str
 
     def __init__(self, kind: str, args: Any, *, every: int = 10, accelerator: Any = None) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
@@ -180,12 +182,13 @@ class Session:
         """
         self.args = args
         values = {**vars(args), **(decided or {}), "output_dir": self.directory}
-        self.origin = Origin.of(self.kind, values, names or {}, self.output_dir / "config.json")
-        settings = {**self.origin.settings, "kind": self.kind}
+        config = self.output_dir / "config.json"
+        self.settings, self.command = origin_of(self.kind, values, names or {}, config)
+        settings = {**self.settings, "kind": self.kind}
         provenance.settings = settings
         provenance.code = code_of(settings, provenance.task)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
-        self._config |= {"command": self.origin.command, "code": signatures(plain(settings))}
+        self._config |= {"command": self.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, args, model, held)
         checked = [parts] if self.main else []
@@ -370,7 +373,7 @@ class Session:
         for finding in findings:
             self.console.warn(str(finding))
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        again = bool(self.origin.command)
+        again = bool(self.command)
         for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):
             self.console.note(f"next    {command}")
 

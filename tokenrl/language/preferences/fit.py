@@ -35,6 +35,7 @@ from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
@@ -340,7 +341,7 @@ def _finish(
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": x for name, x in ended.eval_after.items()}
     facts |= {**form_line(ended.reward_model.form), "weights": ended.weights}
-    words = session.origin.in_words()
+    words = repetition(session.command)
     card = Card(title, facts, words, session.args.model, ["reward-model"], kind="reward model")
     saved = SavedModel(ended.reward_model, "reward model")
     session.finish(ended, lambda path: saved.hand_over(path, card))

@@ -48,6 +48,7 @@ from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task, with_environment
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.rules import judge
@@ -196,8 +197,8 @@ def _finish(
     )
     facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
     facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
-    title = f"{session.origin.settings['task']}, supervised, seed {args.seed}"
-    card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
+    title = f"{session.settings['task']}, supervised, seed {args.seed}"
+    card = Card(title, facts, repetition(session.command), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
     session.finish(ended, lambda path: saved.hand_over(path, card), findings)

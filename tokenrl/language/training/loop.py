@@ -45,6 +45,7 @@ from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
 from tokenrl.runs.resume import (
     Provenance,
@@ -351,7 +352,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         rewards = [name for name in numbers if name.startswith("reward")]
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
-    card = Card(run.title, facts, session.origin.in_words(), run.args.model)
+    card = Card(run.title, facts, repetition(session.command), run.args.model)
     session.finish(ended, lambda path: SavedModel(ended.policy).hand_over(path, card), findings)
     run.learner.accelerator.wait_for_everyone()
     return ended
