@@ -105,15 +105,18 @@ class Saver:
         self._saved = -1
         self._saved_at = time.monotonic()
 
-    def check(self, parts: Mapping[str, Resumable]) -> None:
+    def check(self, parts: Mapping[str, Resumable], *, main: bool) -> None:
         """Save the model and the states of some parts once before the first step, and read them again.
 
         Args:
             parts: the parts whose states a user's code may make.
+            main: whether this is the main process; the others do nothing.
 
         Raises:
             Refused, Stopped: the model or a state cannot be saved, or not so that the same is read again.
         """
+        if not main:
+            return
         with trial_directory(self._folder.with_name("model")) as folder:
             self._model.check(folder)
             for name, part in parts.items():

@@ -191,8 +191,7 @@ class Session:
         self._config |= {"command": self.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, args, model, held)
-        checked = [parts] if self.main else []
-        together(self.accelerator, lambda: [*map(self.saver.check, checked)])
+        together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
         if self.continues and not getattr(args, "check", False):
