@@ -40,16 +40,13 @@ class RunDirectory:
         path: the folder.
     """
 
-    def __init__(
-        self, path: str | Path, *, overwrite: bool = False, resume: bool = False, new: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, may_hold_run: bool = False, new: bool = False) -> None:
         """Make the folder, or use one that is empty or holds a run, and lock it.
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: the run that the folder holds may be replaced. Whoever does so calls `remove_run_files`
-                as late as possible, so that a refusal in between loses no results.
-            resume: continue the run that the folder may hold.
+            may_hold_run: the folder may hold a run, which is to be continued, or replaced: whoever does so calls
+                `remove_run_files` as late as possible, so that a refusal in between loses no results.
             new: the folder must not exist yet.
 
         Raises:
@@ -61,7 +58,7 @@ class RunDirectory:
         self.path = run = directory_path(path)
         try:
             str(run).encode()  # what a run writes names it, in UTF-8
-            _refuse_content(run, replaceable=overwrite or resume)
+            _refuse_content(run, may_hold_run)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=not new)
             busy = f"Another run is using {run}; wait for it to end or give another directory."
@@ -132,7 +129,7 @@ def new_directory(kind: str) -> RunDirectory:
             return RunDirectory(numbered(kind, newest(kind) + 1).absolute(), new=True)
 
 
-def _refuse_content(run: Path, *, replaceable: bool) -> None:
+def _refuse_content(run: Path, may_hold_run: bool) -> None:
     """Refuse a folder with files that no run wrote, a run in part behind links, or one that is to stay.
 
     A saved model also has a config.json.
@@ -152,7 +149,7 @@ def _refuse_content(run: Path, *, replaceable: bool) -> None:
         raise Refused(
             f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
         )
-    if names and not replaceable:
+    if names and not may_hold_run:
         mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
         raise Refused(f"The output directory {run} already holds a run; {mend}.")
 

@@ -145,7 +145,7 @@ def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, lis
         number = int(directory.path.name.rpartition("-")[2])
     else:
         path = directory_path(args.output_dir).absolute()
-        directory = RunDirectory(path, overwrite=args.overwrite, resume=bool(args.resume))
+        directory = RunDirectory(path, may_hold_run=bool(args.overwrite or args.resume))
     if not args.resume:
         return directory, [], number, 0
     try:
