@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import fields
 
 import pytest
@@ -14,7 +14,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
-from tokenrl.runs.metrics import MetricsLog
+from tokenrl.runs.metrics import append_rows
 from tokenrl.runs.origin import versions
 from toy_tasks.models import TinyModel
 
@@ -64,24 +64,17 @@ def made_up(tmp_path):
         write_json(path / "config.json", values | about)
         rows = HEALTHY | (IN_TRAIN if kind == "train" else IN_CONTROL)
         rows |= {name.replace("__", "/"): value for name, value in metrics.items()}
-        with closing(MetricsLog(path)) as log:
-            for step in range(steps + 1):
-                row = {
-                    name: value(step) if callable(value) else value for name, value in rows.items()
+        for step in range(steps + 1):
+            row = {name: value(step) if callable(value) else value for name, value in rows.items()}
+            row = {name: value for name, value in row.items() if value is not None} if step else {}
+            reward = (evaluated or {0: 0.0, STEPS: 0.8}).get(step)
+            if reward is not None:
+                row |= {
+                    "eval_reward": reward,
+                    "eval_reward_greedy": reward,
+                    "eval_reward_stderr": 0.01,
                 }
-                row = (
-                    {name: value for name, value in row.items() if value is not None}
-                    if step
-                    else {}
-                )
-                reward = (evaluated or {0: 0.0, STEPS: 0.8}).get(step)
-                if reward is not None:
-                    row |= {
-                        "eval_reward": reward,
-                        "eval_reward_greedy": reward,
-                        "eval_reward_stderr": 0.01,
-                    }
-                log.write(step, row)
+            append_rows(path, step, row)
         if running:
             open_runs.callback(acquire_lock(path, "").release)
         else:

@@ -80,7 +80,6 @@ NAMES = {
     "accelerate.utils:gather_object": "runs/processes.py",
     "accelerate.utils:broadcast": "runs/processes.py",
     "torch.utils._pytree:tree_map": "runs/checkpoint.py",
-    "torch.optim.lr_scheduler:LambdaLR._last_lr": "runs/schedules.py",
     "torch.autograd.function:once_differentiable": HEAD,
     "torch.compiler:set_stance": VLLM,
     "torch:OutOfMemoryError": "language/rollout/agreement.py",

@@ -89,12 +89,3 @@ def test_a_run_that_is_killed(nursery, tmp_path, name):
         processes=kind.processes,
         places=places,
     )
-
-
-def test_a_run_of_two_processes_is_not_continued_by_one(nursery, tmp_path):
-    argv = f"{TRAIN} --estimator rloo --cpu --max-steps 2 --output-dir {tmp_path}/run".split()
-    again = [*argv, "--resume", "auto"]
-    assert [each["code"] for each in nursery.run_all(argv, processes=2)] == [0, 0], nursery.said
-    assert nursery.run(again) == 2
-    assert "processes: 2, now 1" in nursery.said
-    assert [each["code"] for each in nursery.run_all(again, processes=2)] == [0, 0]

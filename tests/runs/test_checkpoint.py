@@ -33,7 +33,7 @@ def save(folder, step, write, *, keep, **state):
     """Save a checkpoint of a training whose model is whatever `write` writes."""
     part = SimpleNamespace(state_dict=lambda: state)
     model = SimpleNamespace(write=write, tensors=list)
-    Saver(folder, SavingArguments(keep_checkpoints=keep), model, {"part": part}).save(step, {})
+    Saver(folder, SavingArguments(keep_checkpoints=keep), model, {"part": part}).save(step, [])
     return folder / f"step_{step:06d}"
 
 
@@ -63,49 +63,30 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space"
     ) as caught:
         save(tmp_path, 2, fail, keep=1)
-    with pytest.raises(Stopped, match="was removed or moved"):  # no run directory is made again
+    with pytest.raises(Stopped, match="where it is until"):  # no run directory is made again
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
 
 
-DIRECTORY = b"a directory"
-UNREADABLE = [b"[]", b"\xff\xfe\x00\x80", b"[" * 100_000, DIRECTORY]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("sub/state.json", None, "file sub/state.json is missing"),
-        ("weights.bin", b"x" * 100, "file weights.bin is missing, altered, cut short"),
-        ("manifest.json", None, "its file manifest.json is missing"),
-        ("manifest.json", b'{"weights', "its file manifest.json is missing, altered"),
-        *(
-            ("manifest.json", text, "its file manifest.json is missing, altered")
-            for text in UNREADABLE
-        ),
-        (
-            "manifest.json",
-            b'{"weights.bin": 5, "sub/state.json": [8, ""]}',
-            "its file weights.bin is missing",
-        ),
-        ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "its file a.* is missing"),
-        (
-            "manifest.json",
-            b'{"step": 2, "files": {}}',
-            "its file manifest.json is .*an earlier release",
-        ),
+        ("sub/state.json", None, "sub/state.json"),
+        ("manifest.json", None, "manifest.json"),
+        ("manifest.json", b"[]", "manifest.json"),
+        ("manifest.json", b"[" * 100_000, "manifest.json"),
+        ("manifest.json", b'{"weights.bin": 5}', "weights.bin"),
+        ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "a.*"),
     ],
 )
 def test_damage_is_refused_by_name(tmp_path, name, content, words):
     path = save(tmp_path / "checkpoints", 2, write, keep=2)
     (path / name).unlink()
-    if content == DIRECTORY:
-        (path / name).mkdir()
-    elif content is not None:
+    if content is not None:
         (path / name).write_bytes(content)
     for read in (verify, model_directory):
-        with pytest.raises(Refused, match=rf"step_000002 cannot be used: .*{words}"):
+        with pytest.raises(Refused, match=f"step_000002 cannot be used: its file {words} is miss"):
             read(path)
 
 
@@ -140,8 +121,6 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
             model_directory(inside)
     (model / "manifest.json").unlink()  # what the message advises
     assert model_directory(model) == model
-    (model / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
-    assert model_directory(model) == model
 
 
 TENSORS = [
@@ -156,7 +135,7 @@ STATE = {"tensors": TENSORS, "numbers": NUMBERS, "rest": REST}
 
 
 def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
-    write_state(tmp_path, STATE)
+    write_state(tmp_path, STATE, "this run")
     state = read_state(tmp_path)
     assert repr(state["numbers"]) == repr([*NUMBERS[:6], 0.5, 3]) and state["rest"] == REST
     for value, again in zip(TENSORS, state["tensors"], strict=True):

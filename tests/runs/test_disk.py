@@ -98,6 +98,6 @@ def test_a_directory_that_is_gone_stops_the_run_and_is_not_made_again(tmp_path, 
         if session.step == 3:
             gone(tmp_path / "run")
 
-    with pytest.raises(Stopped, match=r"could not be written .* removed or moved") as caught:
+    with pytest.raises(Stopped, match=r"could not be written .* where it is until") as caught:
         live(tmp_path / "run", at_step)
     assert not (tmp_path / "run").exists() and "\n" not in str(caught.value)

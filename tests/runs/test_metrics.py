@@ -1,31 +1,27 @@
 import json
 import math
-from contextlib import closing
 
 import pytest
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, write_completions
+from tokenrl.runs.metrics import append_rows, read_completions, read_metrics, write_completions
 
 
 def write(folder, *rows):
-    with closing(MetricsLog(folder)) as log:
-        for step, metrics, timings in rows:
-            log.write(step, metrics, timings)
+    for row in rows:
+        append_rows(folder, *row)
     return folder / "metrics.jsonl"
 
 
 def test_each_line_is_strict_json_on_disk_at_once_and_the_same_whatever_the_clock_and_the_order(
     tmp_path,
 ):
-    with closing(MetricsLog(tmp_path)) as log:
-        log.write(
-            1, {"reward": math.nan, "kl": math.inf, "entropy": torch.tensor(0.5), "b": 1, "a": None}
-        )
-        text = (tmp_path / "metrics.jsonl").read_text()
-        assert (tmp_path / "timings.jsonl").read_text() == ""
-        log.write(2, {"b": 1}, {"seconds": 2.0})
+    row = {"reward": math.nan, "kl": math.inf, "entropy": torch.tensor(0.5), "b": 1, "a": None}
+    append_rows(tmp_path, 1, row)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "timings.jsonl").read_text() == ""
+    append_rows(tmp_path, 2, {"b": 1}, {"seconds": 2.0})
     assert (
         text == '{"step": 1, "a": null, "b": 1, "entropy": 0.5, "kl": "Infinity", "reward": null}\n'
     )
@@ -33,7 +29,7 @@ def test_each_line_is_strict_json_on_disk_at_once_and_the_same_whatever_the_cloc
 
 
 def test_torn_last_line_is_left_out(tmp_path):
-    path = write(tmp_path, (0, {"eval_reward": 0.1}, None), (1, {"reward": 0.2}, None))
+    path = write(tmp_path, (0, {"eval_reward": 0.1}), (1, {"reward": 0.2}))
     whole = path.read_bytes()
     for cut in range(len(whole.splitlines()[0]) + 2, len(whole) - 1):
         path.write_bytes(whole[:cut])

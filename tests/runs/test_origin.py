@@ -17,7 +17,7 @@ from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import NamedFunction
 from tokenrl.runs import origin as origins
 from tokenrl.runs.console import Console
-from tokenrl.runs.origin import TESTED, Origin, versions
+from tokenrl.runs.origin import TESTED, origin_of, repetition, versions
 
 
 @dataclass
@@ -39,14 +39,14 @@ def paid(completions):
 
 def origin(**options):
     names = {"task": "an object"}
-    return Origin.of("train", vars(Settings(**options)), names, Path("runs/a b/config.json"))
+    return origin_of("train", vars(Settings(**options)), names, Path("runs/a b/config.json"))[1]
 
 
 @pytest.mark.parametrize("program", ["/bin/tokenrl", "C:/tokenrl.exe", "/lib/tokenrl/__main__.py"])
 def test_a_command_that_was_typed_is_shown_as_it_was(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "train", "--task", "a b"])
-    assert origin().command == "tokenrl train --task 'a b'"
-    assert "tokenrl train --task 'a b'" in origin().in_words()
+    assert origin() == "tokenrl train --task 'a b'"
+    assert "tokenrl train --task 'a b'" in repetition(origin())
 
 
 @pytest.mark.parametrize("program", ["/home/someone/train.py", "/lib/pytest/__main__.py"])
@@ -55,7 +55,7 @@ def test_a_program_s_settings_can_be_repeated_by_a_command_if_all_have_names(pro
     by_name = {"estimator": Inner(NamedFunction("mine.py:half"))}
     for options in ({}, {"task": Path("x")}, {"reward": (paid, "length(max=3)")}, by_name):
         command = "tokenrl train --config 'runs/a b/config.json' --overwrite"
-        assert origin(**options).command == command
+        assert origin(**options) == command
 
 
 NAMELESS = [{"reward": (lambda completions: completions,)}, {"reward": LIBRARY["length"](max=3)}]
@@ -64,8 +64,8 @@ NAMELESS += [{"estimator": Inner(lambda rewards: rewards)}, {"task": SimpleNames
 
 @pytest.mark.parametrize("options", NAMELESS, ids=["lambda", "object", "nested", "task"])
 def test_no_command_repeats_a_run_with_nameless_objects(options):
-    assert origin(**options).command == ""
-    assert "started from Python" in origin(**options).in_words()[0]
+    assert origin(**options) == ""
+    assert "started from Python" in repetition(origin(**options))[0]
 
 
 # ---- versions ----

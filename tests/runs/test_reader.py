@@ -60,7 +60,7 @@ def test_completions_are_at_most_so_many_of_a_table_and_spread_over_it(run, most
     assert read_run(run).completions(2, most) == [*rows, {"step": 8, "index": 5}]
 
 
-def test_a_result_is_a_small_table_in_a_terminal_and_in_a_notebook(tmp_path):
+def test_a_result_is_a_small_table(tmp_path):
     before = {"reward": 0.25, "reward_stderr": 0.125}
     after = {"reward": 1.0, "rewards/<a>/mean": 3.5}
     ended = Outcome(tmp_path, "finished", 0, 3, before, after, 61.2)

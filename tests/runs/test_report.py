@@ -5,7 +5,6 @@ import json
 import math
 import re
 from base64 import b64encode
-from contextlib import closing
 
 import pytest
 
@@ -13,7 +12,7 @@ from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
 from tokenrl.runs.markup import Section, completions, write_page
-from tokenrl.runs.metrics import MetricsLog, write_completions
+from tokenrl.runs.metrics import append_rows, write_completions
 from tokenrl.runs.origin import versions
 from tokenrl.runs.report import report_from_directory
 
@@ -28,13 +27,12 @@ def run(tmp_path):
     write_json(
         run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True, "generator": "vllm"}
     )
-    with closing(MetricsLog(run)) as log:
-        log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
-        for step in (1, 2, 3, 4):
-            off = {"sampling/logp_difference/max": 1e-5 / step}
-            log.write(
-                step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1), **off}
-            )
+    before = {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01}
+    append_rows(run, 0, before)
+    for step in (1, 2, 3, 4):
+        off = {"sampling/logp_difference/max": 1e-5 / step}
+        row = {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1), **off}
+        append_rows(run, step, row)
     for step, text in ((1, EVIL), (2, "middle"), (10, "& last\n\x00\ud800")):
         row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
         write_completions(run / "completions", step, [row | {"cut": True}] * 20)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import replace
-from statistics import NormalDist
 from typing import Any
 
 from tokenrl.advisor.advice import Advice, advised, flags, merge, with_changes
@@ -28,8 +27,8 @@ from tokenrl.runs.rules import judge
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
-FALSE_ALARMS = 0.05
-"""Probability that a run whose reward does not change is said to change."""
+ERRORS_OF_CHANCE = 1.96
+"""Standard errors of a difference beyond which a reward is said to have risen: by chance in 2.5 % of runs."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
 SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) counts as solved, or
@@ -112,22 +111,10 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     means = [mean for mean in evaluated if not math.isnan(mean.error)]
     if len(means) < 2 or not run.summary:
         return observed
-    now = means[-1]
-    best = max(means)
-    gained = now.exceeds(means[0], errors_of_chance(1))
+    gained = means[-1].exceeds(means[0], ERRORS_OF_CHANCE)
     if is_language and run.summary["exit_reason"] == "finished" and "flags" in run.summary:
         gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
-    return replace(
-        observed,
-        gained=gained,
-        latest=None if gained else observed.latest,
-        fallen_from=best if best.exceeds(now, errors_of_chance(len(means) - 1)) else None,
-    )
-
-
-def errors_of_chance(comparisons: int) -> float:
-    """Return the standard errors beyond which the largest of some differences is not explained by chance."""
-    return NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / comparisons)
+    return replace(observed, latest=None) if gained else observed
 
 
 def _status(run: RecordedRun, arguments: Any) -> str:

@@ -94,7 +94,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     stop_when_solved: bool = False
     """End the run at the first evaluation that reaches the environment's reward threshold."""
     logging_steps: Count = 10
-    """Steps between two printed lines where the output is no terminal, and between records to trackers."""
+    """Steps between two printed lines, and between records to trackers."""
     stop_after_nonfinite: Count = 5
     """Stop after this many updates in a row whose gradient is not finite."""
     load: str | None = None

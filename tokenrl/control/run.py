@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
@@ -77,7 +76,6 @@ class AgentRun:
         args: the settings, complete but for those that the machine decides.
         spec: the facts about the environment.
         agent: the policy with everything that updates change.
-        schedule: the learning rates of policy and critic, which stay or fall linearly to 0 over the run.
         envs: environments for training.
         eval_envs: environments for evaluation.
         actions: random numbers of the actions.
@@ -92,7 +90,6 @@ class AgentRun:
     args: ControlArguments
     spec: Spec
     agent: Agent
-    schedule: LambdaLR
     envs: Environments
     eval_envs: Environments
     actions: torch.Generator

@@ -16,7 +16,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import check_horizon, check_sizes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
-from tokenrl.runs.schedules import make_schedule
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import lay
 
@@ -136,7 +135,6 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         args=args,
         spec=spec,
         agent=agent,
-        schedule=make_schedule(args.learning_rate_schedule, agent.optimizer, args.max_steps),
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),

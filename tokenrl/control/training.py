@@ -28,7 +28,7 @@ from tokenrl.runs.console import conclude, duration
 from tokenrl.runs.findings import Finding, Means, observe
 from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
-from tokenrl.runs.schedules import load_schedule
+from tokenrl.runs.schedules import set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import arguments
@@ -152,7 +152,9 @@ def _one_update(run: AgentRun, step: int) -> dict[str, float]:
     start = time.process_time()
     agent = run.agent
     rollout = _collect(run, step)
-    load_schedule(run.schedule, step - 1)
+    args = run.args
+    share = share_of_rate(args.learning_rate_schedule, step - 1, args.max_steps)
+    set_rates(agent.optimizer, share)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
     if len(rollout.returns):
@@ -261,7 +263,5 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
             "inputs near 1. Add --normalize-observations, or scale them in the environment."
         )
         findings.append(Finding("observations-far-from-1", "watch", text))
-    code = conclude(session, "environment, policy and estimator", measurements, findings)
-    session.ended = "check"
-    result = run.result(session)
-    return replace(result, flags=session.flags, exit_code=result.exit_code or code)
+    conclude(session, "environment, policy and estimator", measurements, findings)
+    return replace(run.result(session), flags=session.flags)

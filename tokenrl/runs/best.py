@@ -37,15 +37,14 @@ class Best:
 
     Attributes:
         metric: the metric by which they are ranked; empty before the first one.
-        evaluations: the step and the value of the metric of each; nan where it has none.
+        evaluations: the value of the metric by the step; nan where it has none.
     """
 
-    def __init__(self, metric: str | None, keep: str, patience: int) -> None:
-        """Prepare; the arguments are the fields of `SelectionArguments`."""
-        self._keep = keep
-        self._patience = patience
-        self.metric = metric or ""
-        self.evaluations = list[tuple[int, float]]()
+    def __init__(self, args: SelectionArguments) -> None:
+        """Prepare."""
+        self._args = args
+        self.metric = args.best_metric or ""
+        self.evaluations = dict[int, float]()
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the evaluation of a step.
@@ -53,7 +52,7 @@ class Best:
         Raises:
             Refused: the metric is not one of those that the first evaluation has.
         """
-        if self._keep == "last" and not self._patience:
+        if self._args.keep == "last" and not self._args.patience:
             return
         evaluated = [name for name in DECISIVE if name in metrics]
         self.metric = self.metric or (evaluated or DECISIVE)[0]
@@ -62,22 +61,18 @@ class Best:
             raise Refused(
                 f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
             )
-        self.evaluations.append((step, float(metrics.get(self.metric, math.nan))))
+        self.evaluations[step] = float(metrics.get(self.metric, math.nan))
 
     def forget(self, step: int) -> None:
         """Remove the evaluation of a step, as if it had not been made."""
-        self.evaluations = [each for each in self.evaluations if each[0] != step]
-
-    def lose(self) -> None:
-        """Let no evaluation so far be the best, since the weights of the best are lost."""
-        self.evaluations = [(step, math.nan) for step, _ in self.evaluations]
+        self.evaluations.pop(step, None)
 
     def _best(self, last: float = math.inf) -> tuple[int, float] | None:
         """Return the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if metric_of(self.metric).better == "less" else 1
         ranked = [
             (sign * value, -step)
-            for step, value in self.evaluations
+            for step, value in self.evaluations.items()
             if step <= last and not math.isnan(value)
         ]
         if not ranked:
@@ -89,18 +84,18 @@ class Best:
     def exhausted(self) -> bool:
         """Whether the run ends because its last `patience` evaluations were no better."""
         best = self._best()
-        later = [step for step, _ in self.evaluations if best is None or step > best[0]]
-        return 0 < self._patience <= len(later)
+        later = [step for step in self.evaluations if best is None or step > best[0]]
+        return 0 < self._args.patience <= len(later)
 
     def until(self, step: int | None) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
         best = self._best(math.inf if step is None else step)
-        return best[0] if best and self._keep == "best" else None
+        return best[0] if best and self._args.keep == "best" else None
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
         best = self._best()
-        if best is None or self._keep != "best":
+        if best is None or self._args.keep != "best":
             return {}
         step, value = best
         count = len(self.evaluations)
@@ -113,19 +108,16 @@ class Best:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.metric = state["metric"]
-        self.evaluations = list(state["evaluations"])
+        self.evaluations = dict(state["evaluations"])
 
 
 def kept_weights(summary: Mapping[str, Any]) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
-    if not best or summary["exit_reason"] == "check":
+    if not best or summary["exit_reason"] in ("check", "failed"):
         return ""
-    folder = "model/"
-    if summary["exit_reason"] == "failed":
-        folder = f"checkpoints/step_{best['step']:06d}"
     text = (
-        f"{folder} holds the weights of step {best['step']}, with the best {best['metric']} of "
+        f"model/ holds the weights of step {best['step']}, with the best {best['metric']} of "
         f"{best['evaluations']} evaluations, {best['value']:.4g}"
     )
     last = (summary.get("eval_after") or {}).get(best["metric"])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,8 +87,6 @@ class Saver:
         args: SavingArguments,
         model: Model,
         parts: Mapping[str, Resumable],
-        *,
-        active: bool = True,
     ) -> None:
         """Prepare.
 
@@ -97,48 +96,42 @@ class Saver:
             model: what is trained.
             parts: everything else that has a state, by name. They are restored in this order, before the
                 model.
-            active: whether this process saves; the others only continue from what it has saved.
         """
         self._folder = folder
         self._args = args
         self._model = model
-        self.best = Best(args.best_metric, args.keep, args.patience)
+        self.best = Best(args)
         self._parts = {**parts, "best": self.best}
-        self._active = active
         self._saved = -1
         self._saved_at = time.monotonic()
 
-    def check(self, parts: Mapping[str, Resumable]) -> None:
+    def check(self, parts: Mapping[str, Resumable], *, main: bool) -> None:
         """Save the model and the states of some parts once before the first step, and read them again.
 
         Args:
             parts: the parts whose states a user's code may make.
+            main: whether this is the main process; the others do nothing.
 
         Raises:
             Refused, Stopped: the model or a state cannot be saved, or not so that the same is read again.
         """
-        if self._active:
-            with trial_directory(self._folder.with_name("model")) as folder:
-                self._model.check(folder)
-                check_states(folder, parts)
-
-    def check_finite(self, step: int) -> None:
-        """Refuse weights that are not finite after a step.
-
-        Raises:
-            Stopped: a weight is NaN or infinite.
-        """
-        import torch
-
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
-            fault = f"After step {step} the weights are not finite, so they are not saved."
-            raise Stopped(
-                f"{fault} The learning rate is the likely cause: lower it, and start again."
-            )
+        if not main:
+            return
+        with trial_directory(self._folder.with_name("model")) as folder:
+            self._model.check(folder)
+            for name, part in parts.items():
+                try:
+                    with user_code():
+                        write_state(folder, {name: part.state_dict()}, repr(name))
+                        part.load_state_dict(_load(folder)[name])
+                except Stopped as error:
+                    raise Refused(str(error)) from error
+                except USER_CODE_FAILED as error:
+                    raise Refused(_not_plain(repr(name), error)) from error
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by the steps or the time since the last, or as the best one."""
-        if not self._active or step <= self._saved:
+        if step <= self._saved:
             return False
         args = self._args
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -146,38 +139,36 @@ class Saver:
         is_time = 0 < args.save_minutes <= minutes
         return is_step or is_time or self.best.until(None) == step
 
-    def save(self, step: int, logs: Mapping[str, bytes | bytearray]) -> None:
-        """Save the state after a step, unless it is saved already or this process does not save.
+    def save(self, step: int, logs: Iterable[Path]) -> None:
+        """Save the state after a step, unless it is saved already.
 
         Args:
             step: the step, of which everything has been done, and nothing yet of the next one.
-            logs: what metrics.jsonl and timings.jsonl hold up to this step, by name.
+            logs: metrics.jsonl and timings.jsonl, which end with this step.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written or not be read again.
         """
-        if not self._active or step == self._saved:
+        import torch
+
+        if step == self._saved:
             return
-        self.check_finite(step)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
+            raise Stopped(
+                f"After step {step} the weights are not finite, so they are not saved. The learning rate is the "
+                "likely cause: lower it, and start again."
+            )
         remove_debris(self._folder)
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             self._model.write(partial)
-            for name, text in logs.items():
-                path = copy_of(name, partial)
+            for log in logs:
+                path = copy_of(log.name, partial)
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(text)
+                shutil.copyfile(log, path)
             with user_code():  # of a memory of the user's own
                 state = {name: part.state_dict() for name, part in self._parts.items()}
-            try:
-                write_state(partial, {"step": step, **state})
-                _load(
-                    partial, mmap=True
-                )  # before older ones go; what the tensors hold need not be read
-            except (OSError, RuntimeError):  # of the disk
-                raise
-            except Exception as error:  # pickle raises errors of all kinds
-                raise Stopped(_not_plain("this run", error)) from error
+            write_state(partial, {"step": step, **state}, "this run")  # before older ones go
         self._saved = step
         self._saved_at = time.monotonic()
         self._remove_older()
@@ -195,71 +186,50 @@ class Saver:
                 os.rename(older, hidden)
                 remove(hidden)
 
-    def restore(self, path: Path) -> int:
-        """Continue from a checkpoint; return its step.
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint.
 
         Raises:
             Refused: the state does not fit this run.
         """
         state = read_state(path)
-        if state["step"] != step_of(path):
-            raise Refused(
-                f"The folder {path} is the checkpoint of step {state['step']}. Rename it back."
-            )
-        for name, part in self._parts.items():
-            try:
-                with user_code():
+        try:
+            with user_code():
+                for name, part in self._parts.items():
                     part.load_state_dict(state[name])
-            except Refused:
-                raise
-            except Exception as error:
-                fault = (
-                    f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
-                )
-                raise Refused(
-                    f"{fault} Continue with the model and the tokenrl that saved it."
-                ) from error
+        except Refused:
+            raise
+        except Exception as error:
+            fault = f"The state in {path} does not fit this run ({describe(error)})."
+            raise Refused(
+                f"{fault} Continue with the model and the tokenrl that saved it."
+            ) from error
         self._model.read(path)
         self._saved = step_of(path)
-        return self._saved
-
-    def whole_best(self, step: int, warn: Callable[[str], object]) -> dict[str, Any]:
-        """Return what summary.json says of the weights in model/, of which only whole ones count.
-
-        Args:
-            step: the current step, whose weights are in memory.
-            warn: prints a warning if the best weights are damaged or gone; those of the last step count then.
-        """
-        best = self.best.until(None)
-        if best not in (None, step):
-            try:
-                verify(self._folder / f"step_{best:06d}")
-            except Refused as fault:
-                self.best.lose()
-                lost = f"The best weights, of step {best}, are lost"
-                warn(f"{lost}: model/ gets those of the last step. {fault}")
-        return self.best.summary()
 
     def read_best(self, step: int) -> None:
-        """Give the model the best weights, if these are to be kept and are not those of `step`, the last."""
+        """Give the model the best weights, if these are to be kept and are not those of `step`, the last.
+
+        Raises:
+            Refused: the checkpoint that holds them is damaged.
+        """
         best = self.best.until(None)
         if best in (None, step):
             return
-        self._model.read(self._folder / f"step_{best:06d}")
+        path = self._folder / f"step_{best:06d}"
+        verify(path)
+        self._model.read(path)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path, suffix: str = "") -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
-    return sorted(
-        (path for path in folder.glob("step_*") if re.fullmatch(STEP, path.name)), key=step_of
-    )
+    paths = folder.glob(f"step_*{suffix}")
+    return sorted((path for path in paths if re.fullmatch(STEP + suffix, path.name)), key=step_of)
 
 
 def tables(folder: Path) -> list[Path]:
     """List the tables of completions that a run wrote into a folder, oldest first."""
-    return sorted(
-        (f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of
-    )
+    return checkpoints(folder, ".parquet")
 
 
 def copy_of(log: str, checkpoint: Path) -> Path:
@@ -272,8 +242,18 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def write_state(folder: Path, state: Any) -> None:
-    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder."""
+def write_state(folder: Path, state: Any, owner: str) -> None:
+    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt, which can be read again.
+
+    Args:
+        folder: the folder.
+        state: the state.
+        owner: whose state it is, for a message.
+
+    Raises:
+        Stopped: the state holds something else, which cannot be read again.
+        OSError, RuntimeError: the disk is full.
+    """
     import numpy as np
     import torch
     from torch.utils._pytree import tree_map
@@ -284,27 +264,17 @@ def write_state(folder: Path, state: Any) -> None:
             return torch.as_tensor(leaf).detach().cpu()
         return leaf.item() if isinstance(leaf, np.generic) else leaf
 
-    with (folder / _STATE).open("wb") as file:
-        try:
+    try:
+        with (folder / _STATE).open("wb") as file:
             torch.save(tree_map(savable, state), file)
-        except RuntimeError as error:
-            # Torch tells a position, and the system that the disk is full.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def check_states(folder: Path, parts: Mapping[str, Resumable]) -> None:
-    """Write the state of each part into a folder and read it back, as a continuation does.
-
-    Raises:
-        Refused: one of them cannot be written or read, or the part does not take it.
-    """
-    for name, part in parts.items():
-        try:
-            with user_code():
-                write_state(folder, {name: part.state_dict()})
-                part.load_state_dict(_load(folder)[name])
-        except USER_CODE_FAILED as error:
-            raise Refused(_not_plain(repr(name), error)) from error
+        _load(folder, mmap=True)  # what the tensors hold need not be read
+    except RuntimeError as error:
+        # Torch tells a position, and the system that the disk is full.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises errors of all kinds
+        raise Stopped(_not_plain(owner, error)) from error
 
 
 def _not_plain(owner: str, error: BaseException) -> str:
@@ -334,7 +304,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _load(folder: Path, **options: Any) -> dict[str, Any]:
+def _load(folder: Path, mmap: bool = False) -> dict[str, Any]:
     import torch
 
-    return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu", **options))
+    file = folder / _STATE
+    return dict(torch.load(file, weights_only=True, map_location="cpu", mmap=mmap))

@@ -1,4 +1,4 @@
-"""Prints a run for people: header, one live line (plain lines in a log), sample completions, final table."""
+"""Prints a run for people: header, a line every few steps, sample completions, final table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import math
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -46,36 +44,21 @@ class Console:
         Args:
             quiet: print nothing.
             file: where to print; None for stdout.
-            every: steps between two printed lines where the output is no terminal; one is also printed when
-                five seconds have passed without any.
+            every: steps between two printed lines; one is also printed when five seconds have passed without
+                any.
         """
         self.every = every
         self.rich = rich_console(quiet=quiet, file=file)
         self.warnings = list[str]()  # so far, printed or not
+        self._evaluation = ""
+        self._printed_at = time.monotonic()
+        # the first step, which is slower, and its end
+        self._timed_from: tuple[int, float] | None = None
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
         self.facts(title, {**facts, **untested_versions()})
         self.print(note, style="italic dim")
-
-    @contextmanager
-    def status(self, activity: str) -> Iterator[None]:
-        """Print what the block does, and every five seconds how long that has taken so far."""
-        self.note(f"{activity} ...")
-        ended = threading.Event()
-        began = time.monotonic()
-
-        def repeat() -> None:
-            while not ended.wait(MAX_SILENCE):
-                self.note(f"{activity}: {time.monotonic() - began:.0f} s so far")
-
-        thread = threading.Thread(target=repeat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Print a table of facts by name, if there are any."""
@@ -98,13 +81,13 @@ class Console:
         for row in rows:
             prompt = str(row.get("prompt", ""))
             completion = str(row.get("completion", ""))
-            if "messages" in row:  # the answer of an episode comes after the calls of tools
-                prompt = visible(prompt, _OPENING, end=_OPENING * 2 // 3)
-                completion = visible(completion, _EPISODE, end=_EPISODE // 2)
-            else:
-                prompt = visible(prompt, _CELL, end=_CELL * 2 // 3)
-                completion = visible(completion, _CELL, end=_CELL // 2)
-            table.add_row(prompt, completion, *(number(row.get(key)) for key in numbers))
+            # the answer of an episode comes after the calls of tools
+            opening, most = (_OPENING, _EPISODE) if "messages" in row else (_CELL, _CELL)
+            table.add_row(
+                visible(prompt, opening, end=opening * 2 // 3),
+                visible(completion, most, end=most // 2),
+                *(number(row.get(key)) for key in numbers),
+            )
         self.print(table)
 
     def note(self, message: str) -> None:
@@ -116,35 +99,6 @@ class Console:
         if message not in self.warnings:
             self.warnings.append(message)
         self.print(f"warning: {message}", style="yellow")
-
-    def check(
-        self, parts: str, measurements: Mapping[str, str], findings: Iterable[Finding]
-    ) -> None:
-        """Print what a check of a training measured and found.
-
-        The table and the remarks go to the standard output, which `quiet` switches off; the problems go to
-        the standard error, as errors do.
-
-        Args:
-            parts: what was checked, in words, such as "model, data and rewards".
-            measurements: the lines of the table.
-            findings: what was found; a finding of weight `void` is a problem, another a remark.
-        """
-        problems = [str(finding) for finding in findings if finding.weight == "void"]
-        if not problems:
-            self.note(f"Check passed: {parts} work together. Nothing was trained.")
-        self.facts("", measurements)
-        for finding in findings:
-            if finding.weight != "void":
-                self.warn(str(finding))
-        if problems:
-            sys.stdout.flush()  # the table first, where both go to one place
-            print(
-                f"tokenrl: Check not passed: {quantity(len(problems), 'problem')}. Nothing was trained.",
-                *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
-                sep="\n",
-                file=sys.stderr,
-            )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
@@ -158,78 +112,16 @@ class Console:
         if weights := kept_weights(summary):
             self.print(weights)
 
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print with rich; see `attempt`."""
-        self.attempt(self.rich.print, *objects, **options)
-
-    def attempt(self, show: Callable[..., object], *objects: Any, **options: Any) -> None:
-        """Show something, and go on without output where that fails, as in a terminal that was closed.
-
-        Raises:
-            BrokenPipeError: the program that read the output has ended, as with `| head`.
-        """
-        try:
-            show(*objects, **options)
-        except BrokenPipeError:
-            raise
-        except OSError:  # the files of the run have everything
-            self.rich.quiet = True
-            drop_output()
-
-
-class Progress:
-    """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
-
-    def __init__(self, console: Console, total: int, first: int = 0) -> None:
-        """Prepare the line for steps after `first`; it appears on entering the context.
-
-        Args:
-            console: where the line is shown.
-            total: number of the last step.
-            first: steps made before.
-        """
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress as RichProgress,
-            TextColumn,
-        )
-
-        self._console = console
-        self._total = total
-        self._timed_from: tuple[int, float] | None = (
-            None  # the first step, which is slower, and its end
-        )
-        self._evaluation = ""
-        self._printed_at = time.monotonic()
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(20),
-            TextColumn("{task.fields[line]}"),
-        )
-        is_log = not console.rich.is_terminal
-        self._live = RichProgress(*columns, console=console.rich, disable=is_log)
-        self._task = self._live.add_task("", total=total, completed=first, line="")
-
-    def __enter__(self) -> Progress:
-        self._console.attempt(self._live.start)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Take the live line away; a second call does nothing."""
-        self._console.attempt(self._live.live.stop)
-
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show a step.
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Print a line about a step: the first two, every `every` steps, an evaluation, and after a silence.
 
         Args:
             step: number of updates made so far.
+            total: number of the last step.
             metrics: of this step. Shown are `reward` (or else `kl`, or else `loss`),
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        console = self._console
         parts = []
         name = next((name for name in ("reward", "kl") if name in metrics), "loss")
         if name in metrics:
@@ -241,38 +133,68 @@ class Progress:
             parts.append(self._evaluation)
         parts += _rates(metrics)
         now = time.monotonic()
-        if step and self._timed_from is None:
+        if self._timed_from is None:
             self._timed_from = step, now
-        elif self._timed_from is not None and step < self._total:
+        elif step < total:
             first, began = self._timed_from
             step_seconds = (now - began) / (step - first)
-            parts.append(f"ETA {duration((self._total - step) * step_seconds)}")
-        line = "  ".join(parts)
-        console.attempt(self._live.update, self._task, completed=step, line=line)
-        if console.rich.is_terminal:
-            return
-        is_due = step % console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+            parts.append(f"ETA {duration((total - step) * step_seconds)}")
+        is_due = step % self.every == 0 or step in (1, 2, total) or evaluated is not None
         if is_due or now > self._printed_at + MAX_SILENCE:
-            width = len(str(self._total))
-            console.print(f"step {step:>{width}}/{self._total}  {line}", soft_wrap=True)
+            line = "  ".join(parts)
+            self.note(f"step {step:>{len(str(total))}}/{total}  {line}")
             self._printed_at = now
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print with rich, and go on without output where that fails, as in a terminal that was closed.
+
+        Raises:
+            BrokenPipeError: the program that read the output has ended, as with `| head`.
+        """
+        try:
+            self.rich.print(*objects, **options)
+        except BrokenPipeError:
+            raise
+        except OSError:  # the files of the run have everything
+            self.rich.quiet = True
+            drop_output()
 
 
 def conclude(
     session: Session, parts: str, measurements: Mapping[str, str], findings: Sequence[Finding]
-) -> int:
-    """Print what a check of `parts` measured and found, and add the names of all findings to the flags.
+) -> None:
+    """Print what a check of a training measured and found, and keep the flags and the exit code in the session.
 
-    Returns:
-        The exit code: 2 if a finding is `void`, else 0.
+    The table and the remarks go to the standard output, which `quiet` switches off; the problems go to the
+    standard error, as errors do. The exit code is 2 if there is a problem.
+
+    Args:
+        session: the session, which has been opened.
+        parts: what was checked, in words, such as "model, data and rewards".
+        measurements: the lines of the table.
+        findings: what was found; a finding of weight `void` is a problem, another a remark.
     """
     findings = sorted(findings, key=lambda finding: finding.weight != "void")
+    problems = [str(finding) for finding in findings if finding.weight == "void"]
+    session.ended = "check"
     session.flags += [finding.flag for finding in findings]
-    if session.main:
-        session.console.check(parts, measurements, findings)
-    has_problem = any(finding.weight == "void" for finding in findings)
-    session.exit_code = Refused.exit_code if has_problem else 0
-    return session.exit_code
+    session.exit_code = Refused.exit_code if problems else 0
+    if not session.main:
+        return
+    console = session.console
+    if not problems:
+        console.note(f"Check passed: {parts} work together. Nothing was trained.")
+    console.facts("", measurements)
+    for finding in findings[len(problems) :]:
+        console.warn(str(finding))
+    if problems:
+        sys.stdout.flush()  # the table first, where both go to one place
+        print(
+            f"tokenrl: Check not passed: {quantity(len(problems), 'problem')}. Nothing was trained.",
+            *(harmless(f"  {number}. {text}") for number, text in enumerate(problems, 1)),
+            sep="\n",
+            file=sys.stderr,
+        )
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -308,11 +230,13 @@ def measured(value: Any, error: Any = None) -> str:
     return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
 
 
-def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
+def with_errors(metrics: Mapping[str, Any] | None) -> dict[str, str]:
     """Return each metric as text by its name, with the standard error that the metrics hold beside it.
 
-    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first.
+    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first, without
+    those that repeat them (see `distinct`).
     """
+    metrics = distinct(metrics)
     errors = {f"{name}_stderr" for name in metrics}
     texts = {}
     for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward"):
@@ -334,8 +258,8 @@ def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
-    before = with_errors(distinct(summary.get("eval_before")))
-    after = with_errors(distinct(summary.get("eval_after")))
+    before = with_errors(summary.get("eval_before"))
+    after = with_errors(summary.get("eval_after"))
     rows = []
     for name in before | after:
         rows.append((visible(name), before.get(name, "-"), after.get(name, "-")))

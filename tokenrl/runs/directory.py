@@ -40,16 +40,13 @@ class RunDirectory:
         path: the folder.
     """
 
-    def __init__(
-        self, path: str | Path, *, overwrite: bool = False, resume: bool = False, new: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, may_hold_run: bool = False, new: bool = False) -> None:
         """Make the folder, or use one that is empty or holds a run, and lock it.
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: the run that the folder holds may be replaced. Whoever does so calls `remove_run_files`
-                as late as possible, so that a refusal in between loses no results.
-            resume: continue the run that the folder may hold.
+            may_hold_run: the folder may hold a run, which is to be continued, or replaced: whoever does so calls
+                `remove_run_files` as late as possible, so that a refusal in between loses no results.
             new: the folder must not exist yet.
 
         Raises:
@@ -61,7 +58,7 @@ class RunDirectory:
         self.path = run = directory_path(path)
         try:
             str(run).encode()  # what a run writes names it, in UTF-8
-            _refuse_foreign(run)
+            _refuse_content(run, may_hold_run)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=not new)
             busy = f"Another run is using {run}; wait for it to end or give another directory."
@@ -76,13 +73,6 @@ class RunDirectory:
             )
             raise Refused(message) from error
         self._clean()
-        held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
-        if held and not (overwrite or resume):
-            self.release()
-            mend = (
-                "give another directory, continue it (--resume auto), or replace it (--overwrite)"
-            )
-            raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
     def _clean(self) -> None:
         """Remove what a crash or an interrupt left while something was replaced or removed."""
@@ -139,8 +129,8 @@ def new_directory(kind: str) -> RunDirectory:
             return RunDirectory(numbered(kind, newest(kind) + 1).absolute(), new=True)
 
 
-def _refuse_foreign(run: Path) -> None:
-    """Refuse a folder that holds something but no run, or a run in part behind links.
+def _refuse_content(run: Path, may_hold_run: bool) -> None:
+    """Refuse a folder with files that no run wrote, a run in part behind links, or one that is to stay.
 
     A saved model also has a config.json.
     """
@@ -151,17 +141,17 @@ def _refuse_foreign(run: Path) -> None:
         raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", "warm_start", *_PARTIAL)]
+    is_run = "timings.jsonl" in names
     with contextlib.suppress(Refused):
-        if (
-            not names
-            or "timings.jsonl" in names
-            or "tokenrl" in read_config(run).get("versions", ())
-        ):
-            return
-    listing = ", ".join(names[:5])
-    raise Refused(
-        f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
-    )
+        is_run = is_run or "tokenrl" in read_config(run).get("versions", ())
+    if names and not is_run:
+        listing = ", ".join(names[:5])
+        raise Refused(
+            f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
+        )
+    if names and not may_hold_run:
+        mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
+        raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
 
 def remove_debris(folder: Path) -> None:

@@ -78,9 +78,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def not_written(path: Path, error: Exception) -> Stopped:
     """Return the error for a file or folder that could not be written, with what helps."""
-    mend = "Free space there, change the permissions, or write to another place."
-    if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
-        mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
+    mend = (
+        "Free space there, change the permissions, or write to another place, and leave a run's directory where "
+        "it is until the run has ended."
+    )
     return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
@@ -254,19 +255,12 @@ def verify(folder: Path) -> None:
     Raises:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
-    for name in _manifest(folder) or {MANIFEST: None}:
-        if is_whole(folder / name, folder):
-            continue
-        fault = f"its file {name} is missing, altered, cut short or of an earlier release"
+    for name, entry in (_manifest(folder) or {MANIFEST: None}).items():
+        with suppress(OSError, ValueError):  # a null byte in a name
+            if _entry(folder / name) == entry:
+                continue
+        fault = f"its file {name} is missing, altered or cut short"
         raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
-
-
-def is_whole(file: Path, folder: Path) -> bool:
-    """Return whether a file in a folder is there, as the folder's manifest says."""
-    entries = _manifest(folder) or {}
-    with suppress(OSError, ValueError):  # a null byte in a name
-        return _entry(file) == entries.get(file.relative_to(folder).as_posix())
-    return False
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:
@@ -285,8 +279,7 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     if os.path.isdir(model):
         path = Path(model).resolve()
         for folder in (path, path.parent):
-            is_checkpoint = folder.match("checkpoints/step_*")
-            if is_checkpoint or _manifest(folder) is not None:
+            if folder.match("checkpoints/step_*") or os.path.exists(folder / MANIFEST):
                 verify(folder)
     return model
 
@@ -305,18 +298,13 @@ def _seal(folder: Path) -> None:
     sync(folder)
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the entries of a manifest: {} of a damaged one, None without one or with another program's."""
-    try:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the entries of a manifest; none of one that is missing or damaged."""
+    with suppress(OSError, ValueError, RecursionError):
         entries = json.loads((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(entries, dict):
-        return {}
-    is_ours = any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
-    return entries if is_ours or not entries else None
+        if isinstance(entries, dict):
+            return entries
+    return {}
 
 
 def _entry(file: Path) -> list[Any]:

@@ -17,6 +17,8 @@ Number: TypeAlias = "float | None"
 LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
 it, as a share of effective samples: importance weights then about double the variance of the gradient."""
+LONGEST_TENTH = 100
+"""Most steps of which means are taken, since those of a long run are read again at each step."""
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
@@ -133,7 +135,7 @@ class Observed:
         has_entropy_bonus: whether the objective has one.
 
         step: the numbers of the last step.
-        recent, early: means of the last and of the first tenth of the steps.
+        recent, early: means of the last and of the first tenth of the steps, of at most 100.
         latest: the last steps, beside the first one.
         skipped: the share of updates that were skipped because their gradient was not finite.
         sampled, greedy, most: the evaluations so far, the first one before training: of samples, of greedy
@@ -141,8 +143,6 @@ class Observed:
 
         gain: how much the reward of held-out prompts gained.
         gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
-        gained: whether the last evaluation is above the first one by more than chance.
-        fallen_from: the best evaluation, if the last one is below it by more than chance.
         is_solved: whether the last evaluation reaches the threshold.
 
         groups: in words, what was compared before training, in the step of a check.
@@ -178,8 +178,6 @@ class Observed:
 
     gain: Gain | None = None
     gain_of_arm: Number = None
-    gained: bool | None = None
-    fallen_from: Mean | None = None
     is_solved: bool = False
 
     groups: str | None = None
@@ -207,7 +205,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
     estimator = settings.estimator
     named = vars(estimator) | vars(settings)
     steps = [row for row in rows if row["step"] > 0]
-    tenth = max(1, len(steps) // 10)
+    tenth = min(max(1, len(steps) // 10), LONGEST_TENTH)
     start = rows[:1]
     count = named.get("eval_generations")
     return Observed(

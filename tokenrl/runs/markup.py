@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,12 +141,11 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     """
     if not rows:
         return {}
-    texts = set()
-    names: dict[str, None] = {}
-    for row in rows:
-        names |= {name: None for name, value in row.items() if value is not None}
-        texts |= {name for name, value in row.items() if not isinstance(value, int | float | None)}
-    numeric = [name for name in names if name not in texts]
+    numeric = []
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values and all(isinstance(value, int | float) for value in values):
+            numeric.append(name)
     samples = []
     first: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
     for row in rows:

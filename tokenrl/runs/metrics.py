@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,104 +24,36 @@ LOGS = ("metrics.jsonl", "timings.jsonl")
 """The files of a run to which each step appends a line."""
 
 
-class LogFile:
-    """A file of JSON lines to which a run appends, unbuffered.
-
-    Attributes:
-        text: what the file holds; a checkpoint holds a copy of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the file for appending.
-
-        Raises:
-            Stopped: it cannot be written.
-        """
-        self._path = path
-        with writing(path):
-            self._file: FileIO = path.open("ab", buffering=0)
-            self.text = bytearray(path.read_bytes())
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Append a row as a line.
-
-        Raises:
-            Stopped: the disk is full.
-        """
-        line = line_of(row).encode()
-        self.text += line
-        with writing(self._path):
-            while line:  # a disk that is nearly full takes a part of it
-                line = line[self._file.write(line) :]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class MetricsLog:
-    """Appends one line per step to metrics.jsonl and to timings.jsonl.
+def append_rows(
+    run: Path, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
+) -> None:
+    """Append a line to metrics.jsonl and to timings.jsonl: `step`, then the other keys in alphabetical order.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
 
-    Attributes:
-        metrics, timings: the two files.
+    Args:
+        run: the run directory.
+        step: number of updates made so far; 0 is before training.
+        metrics: a number for each name; a tensor of one element counts as a number.
+        timings: seconds and rates of the same step; without them timings.jsonl gets no line.
+
+    Raises:
+        Stopped: the disk is full, or the directory is gone.
     """
-
-    def __init__(self, run: Path) -> None:
-        """Open both files in a run directory for appending.
-
-        Raises:
-            Stopped: a file cannot be written.
-        """
-        self.metrics, self.timings = (LogFile(run / name) for name in LOGS)
-
-    def write(
-        self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
-    ) -> None:
-        """Append a line to each file: `step` first, then the other keys in alphabetical order.
-
-        Args:
-            step: number of updates made so far; 0 is before training.
-            metrics: a number for each name; a tensor of one element counts as a number.
-            timings: seconds and rates of the same step; without them timings.jsonl gets no line.
-
-        Raises:
-            Stopped: the disk is full.
-        """
-        self.metrics.append({"step": int(step), **metrics})
-        if timings is not None:
-            self.timings.append({"step": int(step), **timings})
-
-    @property
-    def texts(self) -> dict[str, bytearray]:
-        """What both files hold, by their names."""
-        return dict(zip(LOGS, (self.metrics.text, self.timings.text), strict=True))
-
-    def close(self) -> None:
-        """Close both files."""
-        self.metrics.close()
-        self.timings.close()
+    for name, row in zip(LOGS, (metrics, timings), strict=True):
+        text = ""
+        if row is not None:
+            ordered = {"step": step, **dict(sorted(row.items()))}
+            text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
+        with writing(run / name), (run / name).open("ab") as file:
+            file.write(text.encode())
 
 
-def line_of(row: Mapping[str, Any]) -> str:
-    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back.
-
-    It begins with the step; the other names follow in alphabetical order.
-    """
-    ordered = {"step": row["step"]}
-    ordered |= sorted(row.items())
-    return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def read_metrics(
-    path: str | os.PathLike[str], *, skip_damaged: bool = False
-) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read metrics.jsonl or timings.jsonl, one dict per line. A last line that a crash cut short is left out.
 
     Args:
         path: the file.
-        skip_damaged: leave out every line that is damaged.
 
     Raises:
         Refused: the file cannot be read, or a line before the last is damaged.
@@ -144,9 +75,7 @@ def read_metrics(
                     row[name] = float(value)
             rows.append({**row, "step": int(row["step"])})
         except Exception as error:  # a damaged line raises many kinds of errors
-            if skip_damaged or number == len(
-                lines
-            ):  # the last has no newline: a crash cut it short
+            if number == len(lines):  # it has no newline: a crash cut it short
                 continue
             fault = f"Line {number} of {path} is damaged ({describe(error)})"
             raise Refused(f"{fault}; remove it to read the others.") from error
@@ -324,12 +253,9 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     Raises:
         Refused: there is no such tracker, or its package is not installed.
     """
-    if names in ((), ("none",)):
+    names = tuple(name for name in names if name != "none")
+    if not names:
         return []
-    if "none" in names:
-        raise Refused(
-            f"report_to was given as {' '.join(names)}; none stands alone, or is left out."
-        )
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = list(map(str, get_available_trackers()))

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import import_module, metadata
@@ -47,54 +47,36 @@ _BROUGHT = {"datasets": "transformers", "peft": "transformers"}
 """Libraries that a run with a model may import later, after its header."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """How a run was started.
+def origin_of(
+    kind: str, values: Mapping[str, Any], names: Mapping[str, str | None], config: Path
+) -> tuple[dict[str, Any], str]:
+    """Return how this process was started.
 
-    Attributes:
-        command: the command line that repeats the run; empty if there is none, because the program gave the
-            run objects that have no name outside of it, such as a lambda.
-        settings: all settings by field, with names in place of objects.
+    Args:
+        kind: the command that runs, such as train.
+        values: the settings, by name.
+        names: by field, the text that stands for an object given from Python.
+        config: where the settings are written, for a command that reads them.
+
+    Returns:
+        All settings by field, with names in place of objects; and the command line that repeats the run,
+        empty if there is none, because the program gave the run objects that have no name outside of it.
     """
+    objects = {
+        name: word for name, word in names.items() if not isinstance(values[name], str | None)
+    }
+    command = typed_command()
+    named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
+    if named and not command:
+        command = shlex.join(["tokenrl", kind, "--config", str(config), "--overwrite"])
+    return {**values, **objects}, command
 
-    command: str
-    settings: dict[str, Any]
 
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        values: Mapping[str, Any],
-        names: Mapping[str, str | None],
-        config: Path,
-    ) -> Origin:
-        """Return how this process was started.
-
-        Args:
-            kind: the command that runs, such as train.
-            values: the settings, by name.
-            names: by field, the text that stands for an object given from Python.
-            config: where the settings are written, for a command that reads them.
-        """
-        objects = {
-            name: word for name, word in names.items() if not isinstance(values[name], str | None)
-        }
-        settings = {**values, **objects}
-        if typed := typed_command():
-            return cls(typed, settings)
-        named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(
-            values
-        )
-        again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
-        return cls(shlex.join(again), settings)
-
-    def in_words(self) -> list[str]:
-        """Return lines of Markdown: the command that repeats the run, if there is one."""
-        if not self.command:
-            return [
-                "It was started from Python. The file config.json of the run holds the settings."
-            ]
-        return ["This command repeats the run:", "", "```sh", self.command, "```"]
+def repetition(command: str) -> list[str]:
+    """Return lines of Markdown: the command that repeats a run, if there is one."""
+    if not command:
+        return ["It was started from Python. The file config.json of the run holds the settings."]
+    return ["This command repeats the run:", "", "```sh", command, "```"]
 
 
 def typed_command() -> str:

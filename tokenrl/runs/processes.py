@@ -98,12 +98,6 @@ def gather_rows(
     return gathered
 
 
-def gather_numbers(accelerator: Any, number: Tensor) -> list[int]:
-    """Return the whole number that each process holds, in the order of the processes."""
-    numbers: Tensor = accelerator.gather(number[None].to(accelerator.device))
-    return numbers.tolist()
-
-
 def gather_objects(objects: list[Any]) -> list[Any]:
     """Return the objects of all processes, which pickle can write, in the order of the processes."""
     from accelerate.utils import gather_object

@@ -18,9 +18,8 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
+from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations
-from tokenrl.runs.files import is_whole
 from tokenrl.runs.metric_table import finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
@@ -95,7 +94,7 @@ class Outcome(Tabled):
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in order, each with its `step`; empty if the run wrote none."""
-        return read_log(self.output_dir / "metrics.jsonl")[0]
+        return _rows_of(self.output_dir / "metrics.jsonl")
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table: evaluations before and after training."""
@@ -116,14 +115,12 @@ class RecordedRun:
         config: config.json; empty if the file is missing.
         metrics: the rows of metrics.jsonl in order, each with its `step` and otherwise numbers or None.
         summary: summary.json; empty if the file is missing, as long as the run has not ended.
-        fault: in what metrics.jsonl differs from what the run wrote, in words; empty if it does not.
     """
 
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
-    fault: str = ""
 
     @property
     def title(self) -> str:
@@ -149,7 +146,7 @@ class RecordedRun:
     @cached_property
     def timings(self) -> list[dict[str, Any]]:
         """The rows of timings.jsonl in order; empty if the file is missing."""
-        return read_log(self.path / "timings.jsonl")[0]
+        return _rows_of(self.path / "timings.jsonl")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -185,23 +182,16 @@ class RecordedRun:
             Refused: a table is damaged.
         """
         rows = []
-        for file in _spread(tables(self.path / "completions"), steps):
+        files = tables(self.path / "completions")
+        last = len(files) - 1
+        numbers = {last - round(i * last / max(1, steps - 1)) for i in range(steps) if files}
+        for file in (files[number] for number in sorted(numbers)):
             table = read_completions(file)
             if most is not None:
                 table = table[:: max(1, math.ceil(len(table) / most))]
             for row in table:
                 rows.append({"step": step_of(file), **row})
         return rows
-
-
-def _spread(files: Sequence[Path], count: int) -> list[Path]:
-    """Return at most `count` files in their order, evenly spread, the last one and then the first included."""
-    if not files:
-        return []
-    last = len(files) - 1
-    gaps = max(1, count - 1)
-    numbers = {last - round(i * last / gaps) for i in range(count)}
-    return [files[number] for number in sorted(numbers)]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:
@@ -219,39 +209,12 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
     for name in ("config", "summary"):
         file = path / f"{name}.json"
         files[name] = read_config(file) if file.exists() else {}
-    rows, fault = read_log(path / "metrics.jsonl")
-    return RecordedRun(path=path, metrics=rows, fault=fault, **files)
+    return RecordedRun(path=path, metrics=read_metrics(path / "metrics.jsonl"), **files)
 
 
-def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of metrics.jsonl or timings.jsonl as the run wrote them.
-
-    The newest checkpoint holds a copy of the rows up to its step, which counts where the file differs from it.
-
-    Args:
-        path: the file in the directory of a run; it may be missing.
-
-    Returns:
-        The rows in order, and in words how the file differs; empty if it does not.
-
-    Raises:
-        Refused: a line is damaged, and no checkpoint has a copy.
-    """
-    text = path.read_bytes() if path.exists() else b""
-    for checkpoint in reversed(checkpoints(path.parent / "checkpoints")):
-        copy = copy_of(path.name, checkpoint)
-        if not is_whole(copy, checkpoint):
-            continue
-        if text.startswith(copy.read_bytes()):
-            break
-        last = step_of(checkpoint)
-        later = read_metrics(path, skip_damaged=True) if text else []
-        rows = [*read_metrics(copy), *(row for row in later if row["step"] > last)]
-        fault = (
-            f"{path.name} is not as the run wrote it: rows up to step {last} were changed or lost"
-        )
-        return rows, f"{fault}, and those of {checkpoint} count."
-    return (read_metrics(path) if text else []), ""
+def _rows_of(log: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl or timings.jsonl; none of a file that is missing."""
+    return read_metrics(log) if log.exists() else []
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

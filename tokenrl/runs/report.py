@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenrl.runs.markup as markup
-from tokenrl.errors import Refused, describe
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, evaluations
-from tokenrl.runs.metric_table import all_metrics, finite, metric_of
+from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
+from tokenrl.runs.findings import evaluations
+from tokenrl.runs.metric_table import all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
-from tokenrl.runs.reader import RecordedRun, read_run, series
+from tokenrl.runs.reader import RecordedRun, read_run
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -56,13 +56,7 @@ def report_from_directory(run: str | Path) -> Path:
     if os.path.isfile(Path(run) / "plan.json") and page.is_file():
         return page
     recorded = read_run(run)
-    try:
-        return markup.write_page(page, recorded.title, list(_sections(recorded)))
-    except Refused:
-        raise
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        fault = f"{recorded.path / 'summary.json'} holds what no run writes ({describe(error)})"
-        raise Refused(f"{fault}. Correct or remove it, and the run can be shown.") from error
+    return markup.write_page(page, recorded.title, list(_sections(recorded)))
 
 
 def _sections(run: RecordedRun) -> Iterator[markup.Section]:
@@ -88,7 +82,7 @@ def _outcome(run: RecordedRun) -> Iterator[markup.Block]:
     """Yield what went wrong, how the run ended, its verdict, and remarks."""
     summary = run.summary
     failure = [summary[name] for name in ("error", "remedy") if summary.get(name)]
-    warnings = [*failure, *filter(None, [run.fault]), *summary.get("warnings", ())]
+    warnings = [*failure, *summary.get("warnings", ())]
     if warnings:
         heading = "The run failed" if failure else "Warnings"
         yield markup.verdict(heading, warnings, ())
@@ -104,12 +98,10 @@ def _evaluations(run: RecordedRun) -> markup.Section:
     """Show the numbers of the evaluation before training and of the last one."""
     metrics = {0: dict[str, float | None]()}
     for row in run.evaluations:
-        metrics[row["step"]] = {name: finite(row[name]) for name in row if name != "step"}
+        metrics[row["step"]] = {name: row[name] for name in row if name != "step"}
     last = max(metrics)
-    both = {"eval_before": metrics[0]}
-    if last:
-        both["eval_after"] = metrics[last]
-    texts = {name: (before, after) for name, before, after in evaluations(both)}
+    both = {"eval_before": metrics[0], "eval_after": metrics[last] if last else None}
+    texts = {name: (before, after) for name, before, after in before_and_after(both)}
     heading = f"Held-out evaluation, before → after step {last} (± standard error)"
     return markup.Section(heading, [markup.cards(texts)])
 
@@ -156,18 +148,16 @@ def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
     """Return the curve of a metric; an evaluation has dots, and a band of its standard errors."""
     import numpy as np
 
-    steps, values = series(metrics, key)
-    y = np.clip(values, -_MAX_NUMBER, _MAX_NUMBER)
-    curve = Curve(steps, y.tolist(), name, colour)
-    if not key.startswith("eval_"):  # the band of a single step would hide the running mean
+    means = evaluations(metrics, key)
+    y = np.clip([mean.value for mean in means], -_MAX_NUMBER, _MAX_NUMBER)
+    curve = Curve([mean.step for mean in means], y.tolist(), name, colour)
+    if not key.startswith("eval_") or not means:  # else the band would hide the running mean
         return curve
-    curve = curve._replace(dots=True)
-    error_at = dict(zip(*series(metrics, f"{key}_stderr"), strict=True))
-    if not error_at or not steps:
+    curve = curve._replace(dots=True, error=means[-1].error)
+    errors = np.nan_to_num(np.clip([mean.error for mean in means], 0.0, _MAX_NUMBER))
+    if not errors.any():
         return curve
-    errors = np.clip([error_at.get(step, 0.0) for step in steps], 0.0, _MAX_NUMBER)
-    band = ((y - errors).tolist(), (y + errors).tolist())
-    return curve._replace(band=band, error=error_at.get(steps[-1]))
+    return curve._replace(band=((y - errors).tolist(), (y + errors).tolist()))
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:

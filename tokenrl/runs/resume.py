@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Lost, Refused, Silent, Stopped, TokenrlError, describe, explain
-from tokenrl.runs.best import kept_weights
+from tokenrl.errors import Refused, Silent, TokenrlError, describe
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
-from tokenrl.runs.console import Console
 from tokenrl.runs.directory import (
     RunDirectory,
     directory_path,
@@ -22,10 +20,9 @@ from tokenrl.runs.directory import (
     numbered,
 )
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
-from tokenrl.runs.metrics import LOGS, read_completions
-from tokenrl.runs.origin import code_of, versions
+from tokenrl.runs.metrics import LOGS
+from tokenrl.runs.origin import versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
-from tokenrl.runs.reader import read_log
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
 
@@ -41,13 +38,7 @@ ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cac
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""
-_MENDS = {
-    "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
-    "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
-    "code": "Restore it, or start a new run from the checkpoint's weights with --model.",
-    "processes": "They split its steps in another way. Start it with as many as before.",
-}
-"""What a run and its continuation must share, and what to do where they do not."""
+_ABSENT = "(not there)"
 
 
 def resume_settings(args: T, kind: str) -> T:
@@ -73,27 +64,20 @@ def resume_settings(args: T, kind: str) -> T:
     return arguments(type(args), vars(args) | chosen)
 
 
-def how_to_continue(run: Path) -> str:
-    """Return in words from which checkpoint a run that failed can be continued."""
-    with contextlib.suppress(Refused):
-        if path := find_checkpoint(run)[0]:
-            return f"The last complete checkpoint is {path}; --resume auto continues from it."
-    return "No checkpoint had been saved yet: see --save-minutes and --save-every."
-
-
 def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseException]) -> str:
     """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
-    texts = []
-    for error in errors:
-        text = str(error) if isinstance(error, Stopped) else describe(error)
-        if text not in texts:
-            texts.append(text)
-    summary["error"] = " ".join(texts)
-    summary["remedy"] = how_to_continue(run)
+    texts = [str(e) if isinstance(e, TokenrlError) else describe(e) for e in errors]
+    summary["error"] = " ".join(dict.fromkeys(texts))
+    summary["remedy"] = "No checkpoint had been saved yet: see --save-minutes and --save-every."
+    with contextlib.suppress(Refused):
+        if path := find_checkpoint(run)[0]:
+            summary["remedy"] = (
+                f"The last complete checkpoint is {path}; --resume auto continues from it."
+            )
     with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
         write_json(run / "summary.json", summary)
         report_from_directory(run)
-    return f"{summary['error']} {summary['remedy']} {kept_weights(summary)}".rstrip()
+    return f"{summary['error']} {summary['remedy']}"
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:
@@ -101,8 +85,7 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
     Args:
         run: the run directory.
-        resume: `auto` for the newest checkpoint that is whole; the path of one of the run's checkpoints; or
-            the run directory itself, as `auto`.
+        resume: `auto` for the newest checkpoint that is whole, or the path of one of the run's checkpoints.
 
     Returns:
         The checkpoint, None where none has been saved yet, and for each newer one what is wrong with it.
@@ -111,8 +94,8 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
     folder = run / "checkpoints"
-    target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
-    if resume != "auto" and target != run.resolve():
+    if resume != "auto":
+        target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
         if target.parent != folder.resolve():
             allowed = (
                 f"it must be auto or a checkpoint of the run in output_dir, as {folder}/step_000100"
@@ -135,70 +118,17 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     return None, []
 
 
-@dataclass
-class Claim:
-    """The locked directory of a run, and the checkpoint from which the run continues.
-
-    Attributes:
-        directory: the run directory as it was named or numbered.
-        step: the step of the checkpoint; 0 where there is none.
-        faults: what is wrong with newer checkpoints.
-        lock: the lock of the directory; None in all but the main process, and after `close`.
-    """
-
-    directory: str
-    step: int
-    faults: list[str]
-    lock: RunDirectory | None
-
-    def show(self, console: Console, checkpoint: Path, inexact: Iterable[str]) -> None:
-        """Print from where the run continues, what is wrong with newer checkpoints, and what may be inexact."""
-        for fault in self.faults:
-            console.warn(f"skipped: {fault}")
-        run = checkpoint.parents[1]
-        faults = [read_log(run / name)[1] for name in LOGS]
-        for table in tables(run / "completions"):
-            try:
-                read_completions(table)
-            except Refused as fault:
-                faults.append(str(fault))
-        for text in filter(None, faults):
-            console.warn(text)
-        console.note(f"The run continues after step {self.step}, from {checkpoint}")
-        if causes := "; ".join(inexact):
-            console.warn(f"The continuation may not be bit-exact: {causes}.")
-
-    def close(self) -> None:
-        """Release the lock; a second call does nothing."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
-
-
-def claim(kind: str, args: Any, accelerator: Any = None) -> Claim:
-    """Lock the directory of a run, and find the checkpoint to continue from; all processes call this.
+def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
+    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
 
     Args:
         kind: the command that runs.
         args: its settings; None as `output_dir` takes the next of the numbered directories.
-        accelerator: accelerate's handle of the processes; None in a run of a single process.
-
-    Raises:
-        Refused: the directory or the checkpoint cannot be used.
-    """
-    claimed = together(accelerator, lambda: _claim(kind, args, main=is_main(accelerator)))
-    lock, faults, *numbers = claimed
-    number, step = all_reduce_max(accelerator, numbers)
-    directory = directory_path(args.output_dir or numbered(kind, number))
-    return Claim(str(directory), step, faults, lock)
-
-
-def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
-    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
+        main: whether this is the main process.
 
     Returns:
-        The directory, what is wrong with newer checkpoints, the number of a numbered directory, and the step
-        of the checkpoint; 0 where there is none.
+        The locked directory, what is wrong with newer checkpoints, the number of a numbered directory, and
+        the step of the checkpoint; 0 where there is none.
 
     Raises:
         Refused: the directory or the checkpoint cannot be used.
@@ -215,7 +145,7 @@ def _claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, li
         number = int(directory.path.name.rpartition("-")[2])
     else:
         path = directory_path(args.output_dir).absolute()
-        directory = RunDirectory(path, overwrite=args.overwrite, resume=bool(args.resume))
+        directory = RunDirectory(path, may_hold_run=bool(args.overwrite or args.resume))
     if not args.resume:
         return directory, [], number, 0
     try:
@@ -233,8 +163,8 @@ def cut_back(run: Path, checkpoint: Path) -> None:
         Stopped: a file cannot be written or removed.
     """
     step = step_of(checkpoint)
-    with writing(run / "summary.json"):  # which may be a directory
-        (run / "summary.json").unlink(missing_ok=True)
+    with writing(run / "summary.json"):
+        remove(run / "summary.json")
     for name in LOGS:
         write_text(run / name, copy_of(name, checkpoint).read_text("utf-8"))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
@@ -265,23 +195,18 @@ class Provenance:
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Take the settings of the run, and hash its code, before a file of it can change."""
-        self.settings = settings
-        self.code = code_of(settings, self.task)
-
-    def state_dict(self) -> dict[str, Mapping[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
             "code": self.code,
-            "processes": {"processes": self.processes},
+            "processes": self.processes,
             "versions": {**packages, "device": self.device},
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare with what made the checkpoint.
 
         Raises:
@@ -289,34 +214,30 @@ class Provenance:
                 user's code or the number of processes is another.
         """
         self.inexact = []
-        for part, ours in self.state_dict().items():
-            refused = []
-            stored = state.get(part, {})
-            if part == "code":  # an engine may be another, but not the same one with other code
-                stored = {name: stored.get(name, value) for name, value in ours.items()}
-            for name, text in _differences(stored, ours).items():
-                if part == "versions" or name in ROUNDING:
-                    self.inexact.append(text)
-                elif name not in FREE:
-                    refused.append(text)
-            if refused:
-                texts = "; ".join(refused)
-                raise Refused(f"The run was started with other {part}: {texts}. {_MENDS[part]}")
+        refused = []
+        before = flat(state)
+        now = flat(self.state_dict())
+        for name in sorted({*before, *now}):
+            part, _, key = name.partition(".")
+            values = before.get(name, _ABSENT), now.get(name, _ABSENT)
+            # An engine may be another, but not the same one with other code.
+            is_free = key in FREE or (part == "code" and _ABSENT in values)
+            if is_free or values[0] == values[1]:
+                continue
+            text = f"{key or part}: {values[0]!r}, now {values[1]!r}"
+            if part == "versions" or key in ROUNDING:
+                self.inexact.append(text)
+            else:
+                refused.append(text)
+        if refused:
+            mend = (
+                "Continue it with its own settings (--config RUN), data, code and number of processes, or start "
+                "a new run from the checkpoint's weights with --model."
+            )
+            raise Refused(f"The run was started otherwise: {'; '.join(refused)}. {mend}")
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
-
-
-def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Return for each name whose values differ a text with both values."""
-    before = flat(stored)
-    now = flat(ours)
-    absent = "(not there)"
-    texts = {}
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            texts[name] = f"{name}: {before.get(name, absent)!r}, now {now.get(name, absent)!r}"
-    return texts
 
 
 def check_processes(accelerator: Any, values: Mapping[str, Any]) -> None:
@@ -373,20 +294,6 @@ def together(accelerator: Any, prepare: Callable[[], T]) -> T:
     if by_any:
         raise (Refused if main else Silent)("Another process of this run refuses it, and says why.")
     return result
-
-
-def refuse_before_steps(error: BaseException, accelerator: Any) -> None:
-    """Handle an error that ends a run before its first step.
-
-    Raises:
-        Refused: the error is `Stopped`, or plain words explain it; of a process that is lost only the main
-            one speaks.
-    """
-    stopped = error if isinstance(error, Stopped) else explain(error)
-    if stopped is not None:
-        is_silent = isinstance(stopped, Lost) and not is_main(accelerator)
-        kind = Silent if is_silent else Refused
-        raise kind(f"Before the first step: {stopped}") from error
 
 
 def is_main(accelerator: Any) -> bool:

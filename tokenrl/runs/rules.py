@@ -205,16 +205,6 @@ def nothing_learnt(observed: Observed) -> Judgement:
     return Finding("nothing-learnt", "act", f"{text}It is no gain beyond noise. {advice}")
 
 
-def reward_fell(observed: Observed) -> Judgement:
-    """The reward is lower than at its best by more than chance."""
-    best = require(observed.fallen_from)
-    rate = require(observed.learning_rate)
-    if observed.is_solved:
-        return None
-    text = f"The reward has fallen from its best, {best.value:.3g} at step {best.step}."
-    return Finding("reward-fell", "act", text, {"learning_rate": rate / 2})
-
-
 def greedy_fell(observed: Observed) -> Judgement:
     """The greedy reward is lower than at its best, whatever the reward of samples, and its weights are lost."""
     best = max(observed.greedy, default=None)
@@ -246,15 +236,6 @@ def samples_below_greedy(observed: Observed) -> Judgement:
         "and so does a lower --temperature; it makes another policy, which is the one that is trained."
     )
     return Finding("greedy-gap", "watch", text)
-
-
-def reward_flat(observed: Observed) -> Judgement:
-    """The reward has not changed by more than its noise."""
-    rate = require(observed.learning_rate)
-    if require(observed.gained) or observed.fallen_from or observed.is_solved:
-        return None
-    text = "The reward has not changed by more than its noise."
-    return Finding("reward-flat", "act", text, {"learning_rate": 2 * rate}, precedence=0)
 
 
 def all_completions_cut(observed: Observed) -> Judgement:
@@ -310,10 +291,8 @@ RULES: tuple[Callable[[Observed], Judgement], ...] = (
     lost_from_start,
     little_signal_at_end,
     nothing_learnt,
-    reward_fell,
     greedy_fell,
     samples_below_greedy,
-    reward_flat,
     completions_cut,
     all_completions_cut,
     unusual_rate,

@@ -28,25 +28,29 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import signatures
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of
-from tokenrl.runs.console import Console, Progress, next_commands
-from tokenrl.runs.directory import remove_run_files
+from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
+from tokenrl.runs.console import Console, next_commands
+from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
-from tokenrl.runs.metrics import MetricsLog, Trackers, of_evaluation, peak_memory, read_metrics
-from tokenrl.runs.origin import Origin, typed_command, versions
+from tokenrl.runs.metrics import (
+    LOGS,
+    Trackers,
+    append_rows,
+    of_evaluation,
+    peak_memory,
+    read_metrics,
+)
+from tokenrl.runs.origin import code_of, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import (
-    Claim,
     Provenance,
-    check_processes,
     claim,
     cut_back,
     is_main,
-    refuse_before_steps,
     together,
     write_failure,
 )
@@ -66,34 +70,27 @@ class Session:
         args: the settings.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
-        continues, origin: whether the run goes on from a checkpoint, and how it was started.
+        continues: whether the run goes on from a checkpoint.
+        settings, command: how it was started, see `origin_of`.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended: warnings about the outcome; why the run ends before its last step: a loop sets it.
-        exit_code: that of the result; None until a run finishes or a check is concluded.
+        exit_code: that of the outcome; 2 for a check that found a problem.
     """
 
     saver: Saver
-    origin: Origin
+    settings: dict[str, Any]
+    command: str
 
-    def __init__(
-        self,
-        kind: str,
-        args: Any,
-        *,
-        every: int = 10,
-        accelerator: Any = None,
-        claimed: Claim | None = None,
-    ) -> None:
+    def __init__(self, kind: str, args: Any, *, every: int = 10, accelerator: Any = None) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
         Args:
             kind: the command that runs.
             args: its settings; None as `output_dir` takes the next of the numbered directories.
-            every: steps between two printed lines where the output is no terminal.
+            every: steps between two printed lines.
             accelerator: accelerate's handle of the processes; None in a run of a single process.
-            claimed: the directory, if it has been locked already.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
@@ -102,20 +99,23 @@ class Session:
         self.args = args
         self.accelerator = accelerator
         self.main = is_main(accelerator)
-        self._quiet = args.quiet or not self.main
+        quiet = args.quiet or not self.main
         self._owner = os.getpid()
-        self.console = Console(quiet=self._quiet, every=every)
-        self.stop = GracefulStop(quiet=self._quiet)
+        self.console = Console(quiet=quiet, every=every)
+        self.stop = GracefulStop(quiet=quiet)
         self._trackers = Trackers(args, self.console.warn)
-        self._claim = claimed or claim(kind, args, accelerator)
-        self.directory = self._claim.directory
+        self._lock, self._skipped, *numbers = together(
+            accelerator, lambda: claim(kind, args, main=self.main)
+        )
+        number, step = all_reduce_max(accelerator, numbers)
+        self.directory = str(directory_path(args.output_dir or numbered(kind, number)))
         self.output_dir = Path(self.directory).absolute()
-        self.continues = self._claim.step > 0
-        self._checkpoint = self.output_dir / "checkpoints" / f"step_{self._claim.step:06d}"
-        self._log: MetricsLog | None = None
-        self._progress: Progress | None = None
+        self.continues = step > 0
+        self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
+        self._has_begun = False  # from the first call of `steps` on
+        self._writes = False  # whether steps are left that this process records
         self._atexit = contextlib.ExitStack()
-        self.exit_code: int | None = None
+        self.exit_code = 0
         self.ended: str | None = None
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
@@ -128,24 +128,23 @@ class Session:
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
-        self._atexit.callback(self._claim.close)
-        self._atexit.enter_context(without_warnings(self._quiet))
+        if self._lock is not None:
+            self._atexit.callback(self._lock.release)
+        self._atexit.enter_context(without_warnings(self.console.rich.quiet))
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
         """Close the run. Record an error that ended it, as `Refused` before `steps` and `Stopped` after it."""
         leave(self._owner)
         with self._atexit:
-            if self._progress is not None:
-                self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            if error is not None and self._progress is None:
-                refuse_before_steps(error, self.accelerator)
-            elif isinstance(error, USER_CODE_FAILED):
-                stopped = error if isinstance(error, Stopped) else explain(error)
-                if isinstance(error, Refused):
-                    stopped = Stopped(str(error))
+            stopped = error if isinstance(error, Stopped) else error and explain(error)
+            if not self._has_begun and stopped:
+                is_silent = isinstance(stopped, Lost) and not self.main
+                kind = Silent if is_silent else Refused
+                raise kind(f"Before the first step: {stopped}") from error
+            if self._has_begun and isinstance(error, USER_CODE_FAILED):
                 failed = self._failed(stopped or error)
-                if stopped is not None:
+                if stopped or isinstance(error, Refused):
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
         if error is None and self.exit_code == 0 and not typed_command():
@@ -183,15 +182,16 @@ class Session:
         """
         self.args = args
         values = {**vars(args), **(decided or {}), "output_dir": self.directory}
-        self.origin = Origin.of(self.kind, values, names or {}, self.output_dir / "config.json")
-        settings = {**self.origin.settings, "kind": self.kind}
-        provenance.begin(settings)
-        check_processes(self.accelerator, {**settings, **provenance.fingerprints})
+        config = self.output_dir / "config.json"
+        self.settings, self.command = origin_of(self.kind, values, names or {}, config)
+        settings = {**self.settings, "kind": self.kind}
+        provenance.settings = settings
+        provenance.code = code_of(settings, provenance.task)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
-        self._config |= {"command": self.origin.command, "code": signatures(plain(settings))}
+        self._config |= {"command": self.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, args, model, held, active=self.main)
-        together(self.accelerator, lambda: self.saver.check(parts))
+        self.saver = Saver(self._checkpoint.parent, args, model, held)
+        together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
         if self.continues and not getattr(args, "check", False):
@@ -199,11 +199,16 @@ class Session:
 
     def _restore(self, provenance: Provenance) -> None:
         """Restore the state of the checkpoint, and say from where and how exactly the run continues."""
-        self.step = self._recorded = self.saver.restore(self._checkpoint)
+        self.saver.restore(self._checkpoint)
+        self.step = self._recorded = step_of(self._checkpoint)
         self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
         if not (self.ended or self.due(self.args.eval_every)):
             self.saver.best.forget(self.step)  # evaluated only because the run ended there
-        self._claim.show(self.console, self._checkpoint, provenance.inexact)
+        for fault in self._skipped:
+            self.console.warn(f"skipped: {fault}")
+        self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
+        if causes := "; ".join(provenance.inexact):
+            self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that are left; they end early after a signal, or once `ended` is set.
@@ -218,17 +223,16 @@ class Session:
             self.console.warnings += self._warned.values()
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
-        self._progress = Progress(self.console, self.args.max_steps, self.step)
+        self._has_begun = True
         if self.main:
             self._begin()
-        with self._progress:
-            while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
-                self.step += 1
-                self.evaluation = {}
-                yield self.step
+        while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
+            self.step += 1
+            self.evaluation = {}
+            yield self.step
 
     def _begin(self) -> None:
-        """Write config.json and step 0, and open the log and the trackers."""
+        """Write config.json and step 0, and start the trackers."""
         if not self.continues:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
@@ -237,15 +241,14 @@ class Session:
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(self._config, self.output_dir)
-        self._log = MetricsLog(self.output_dir)
-        self._atexit.callback(self._log.close)
+        self._writes = True
         if not self.continues:
-            self._log.write(0, of_evaluation(self.eval_before))
+            append_rows(self.output_dir, 0, of_evaluation(self.eval_before))
             self._trackers.write(0, of_evaluation(self.eval_before))
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
-        numbers = [self.stop.requested or 0, int(self.saver.due(self.step))]
+        numbers = [self.stop.requested or 0, int(self._writes and self.saver.due(self.step))]
         signal, save = all_reduce_max(self.accelerator, numbers)
         if save:
             self.save()
@@ -297,13 +300,12 @@ class Session:
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
-        if self._log is not None:
-            self._log.write(self.step, metrics, times)
+        if self._writes:
+            append_rows(self.output_dir, self.step, metrics, times)
             self._trackers.write(self.step, {**metrics, **times})
         self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
-        if self._progress is not None:
-            self._progress.update(self.step, {**metrics, **times})
+        self.console.step(self.step, self.args.max_steps, {**metrics, **times})
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -327,15 +329,16 @@ class Session:
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
         code = self.stop.exit_code
+        self.exit_code = code or self.exit_code
         return {
             "output_dir": self.output_dir,
             "exit_reason": SIGNALS.get(code, self.ended or "finished"),
-            "exit_code": code,
+            "exit_code": self.exit_code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
             "wall_seconds": self.wall_seconds,
-            "best": self.saver.whole_best(self.step, self.console.warn),
+            "best": self.saver.best.summary(),
         }
 
     def finish(
@@ -351,15 +354,10 @@ class Session:
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
-        self.exit_code = ended.exit_code
-        try:
-            self.save()
-        except Stopped as error:  # of a full disk: the model is smaller
-            self.console.warn(str(error))
+        self.save()
         self.saver.read_best(self.step)
         if not self.main:
             return
-        self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
@@ -374,14 +372,14 @@ class Session:
         for finding in findings:
             self.console.warn(str(finding))
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        again = bool(self.origin.command)
+        again = bool(self.command)
         for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):
             self.console.note(f"next    {command}")
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""
-        if self._log is not None and self._recorded == self.step:
-            self.saver.save(self.step, self._log.texts)
+        if self._writes and self._recorded == self.step:
+            self.saver.save(self.step, [self.output_dir / name for name in LOGS])
 
     def _failed(self, error: BaseException) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""

@@ -1,4 +1,16 @@
-"""Catches the signals that ask a run to stop, so that it can end its step and save before it exits."""
+"""Catches the signals that ask a run to stop, so that it can end its step and save before it exits.
+
+What may end a run or a call before its time, and when it acts:
+
+* SIGTERM, SIGINT or SIGHUP is noted by `GracefulStop` and acts between two steps. There the processes of a
+  run exchange what came (`Session.steps`), so that all end with the same step.
+* A second SIGINT acts at once, as KeyboardInterrupt.
+* `reward_timeout` acts inside a step. A timer (SIGALRM) interrupts a call of an environment in this process
+  (`rewards.isolation`). The process that calls reward functions is killed (`rewards.worker`); it goes on after
+  the signals above, since the last step needs it.
+* A process that has ended is noticed in the next exchange between processes (`runs.processes`): PyTorch raises
+  an error there, of which `errors.explain` makes `Lost`.
+"""
 
 from __future__ import annotations
 

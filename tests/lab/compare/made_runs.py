@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tokenrl.lab.compare.loop import continue_plan, judge_directory
 from tokenrl.lab.compare.plan import Plan, write_plan
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.runs.files import write_json
-from tokenrl.runs.metrics import MetricsLog
+from tokenrl.runs.metrics import append_rows
 from tokenrl.settings import arguments
 
 FINISHED = {"exit_reason": "finished", "steps": 50}
@@ -60,15 +59,14 @@ def write_run(
     folder.mkdir(parents=True)
     write_json(folder / "config.json", {"kind": "control", "versions": {}, **(config or {})})
     pairs = list(zip(rewards, greedy or rewards, strict=True))
-    with closing(MetricsLog(folder)) as log:
-        for step in range(every * (len(rewards) - 1) + 1):
-            row = {**PLAIN, **counts(step), **metrics} if step else {}
-            if step % every == 0:
-                row |= {
-                    "eval_reward": pairs[step // every][0],
-                    "eval_reward_greedy": pairs[step // every][1],
-                }
-            log.write(step, row)
+    for step in range(every * (len(rewards) - 1) + 1):
+        row = {**PLAIN, **counts(step), **metrics} if step else {}
+        if step % every == 0:
+            row |= {
+                "eval_reward": pairs[step // every][0],
+                "eval_reward_greedy": pairs[step // every][1],
+            }
+        append_rows(folder, step, row)
     if summary is not None:
         write_json(folder / "summary.json", summary)
 

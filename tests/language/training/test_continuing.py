@@ -110,12 +110,12 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
     first = train()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for changes, words in (
-        ({"seed": 1}, "other settings: seed: 0, now 1"),
+        ({"seed": 1}, "otherwise: seed: 0, now 1"),
         ({"learning_rate": 0.02}, r"learning_rate: 0\.01, now 0\.02"),
         ({"estimator": "grpo"}, "estimator.baseline: 'rloo', now 'group_mean'"),
-        ({"task": make_task([*prompts[:7], "sat on the mat"])}, "other data or models: .*data"),
-        ({"model": make_policy(kind="pad_is_eos")}, "other data or models: .*tokenizer"),
-        ({"model": make_policy(seed=1)}, "other data or models: .*base model"),
+        ({"task": make_task([*prompts[:7], "sat on the mat"])}, "otherwise: .*data"),
+        ({"model": make_policy(kind="pad_is_eos")}, "otherwise: .*tokenizer"),
+        ({"model": make_policy(seed=1)}, "otherwise: .*base model"),
     ):
         with pytest.raises(Refused, match=words):
             train(resume="auto", max_steps=4, **changes)
@@ -203,7 +203,7 @@ def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name, w
     of_code(setting, name)
     of_code(setting, name, resume="auto", max_steps=2)
     Path("mine.py").write_text(MINE + "# changed")
-    with pytest.raises(Refused, match=rf"started with other code: {words}.*Restore it, or start"):
+    with pytest.raises(Refused, match=rf"started otherwise: {words}.*, code and"):
         of_code(setting, name, resume="auto", max_steps=3)
     Path("mine.py").write_text(MINE)
     assert of_code(setting, name, resume="auto", max_steps=3).steps == 3
@@ -223,8 +223,8 @@ def test_nor_is_one_whose_functions_have_changed(of_code, setting, name, before,
     config = Path("run/config.json").read_text()
     assert " at 0x" not in config
     place = {"baseline": "estimator.baseline", "task": "reward"}.get(setting, setting)
-    with pytest.raises(Refused, match=f"other code: {place}: .*Restore it"):
+    with pytest.raises(Refused, match=f"otherwise: .*{place}: .*Continue it"):
         of_code(setting, held(MINE.replace(before, after)), resume="auto", max_steps=3)
     if isinstance(again, partial):
-        with pytest.raises(Refused, match="other settings: reward: "):
+        with pytest.raises(Refused, match=r"otherwise: .*reward: "):
             of_code(setting, partial(again, scale=4.0), resume="auto", max_steps=3)

@@ -15,7 +15,7 @@ from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits
 from tokenrl.lab.compare.plan import SCORES, Problem
-from tokenrl.runs.console import distinct, ending, with_errors
+from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import check_place, flat, write_json, write_text
 from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.origin import versions
@@ -235,7 +235,7 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     curves = []
     for name, run in recorded.items():
         numbers[name] = {"title": run.title, "ended": ending(run.summary)}
-        numbers[name] |= with_errors(distinct(run.summary.get("eval_after")))
+        numbers[name] |= with_errors(run.summary.get("eval_after"))
         compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
         settings[name] = {key: str(value) for key, value in flat(compared).items()}
         curves.append(

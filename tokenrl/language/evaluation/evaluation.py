@@ -25,11 +25,7 @@ from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.runs.console import (
-    distinct as distinct_rewards,
-    message_text,
-    with_errors,
-)
+from tokenrl.runs.console import message_text, with_errors
 from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
@@ -59,7 +55,7 @@ class Evaluation(Tabled):
     def _rows(self) -> list[tuple[str, ...]]:
         return [
             (type(self).__name__, "value"),
-            *with_errors(distinct_rewards(self.metrics)).items(),
+            *with_errors(self.metrics).items(),
         ]
 
     def _ending(self) -> list[str]:

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
@@ -223,9 +224,9 @@ def train_reward_model(
         first = {"seed": choices.seed, "run": session.directory}
         source = ", ".join(sources) or "data in memory"
         session.console.start(f"tokenrl reward-model: {source}", first, note=LOSS_NOTE)
-        with session.console.status("loading the preferences and the model"):
-            data = load_reward_data(choices, session.console.note)
-            reward_model = make_backbone(choices, data.task, session.console.note)
+        session.console.note("loading the preferences and the model ...")
+        data = load_reward_data(choices, session.console.note)
+        reward_model = make_backbone(choices, data.task, session.console.note)
         reward_model.ask(choices.form)
         threads, reason = choose_threads(reward_model.model.num_parameters(), choices.threads)
         stack.enter_context(using_threads(threads))
@@ -264,10 +265,8 @@ def train_reward_model(
         if not session.continues:
             session.evaluated(evaluate())
         if args.check:
-            code = check_pairs(session, data.train, data.held_out)
-            session.ended = "check"
-            ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
-            return replace(ended, exit_code=ended.exit_code or code)
+            check_pairs(session, data.train, data.held_out)
+            return RewardModelResult(**session.outcome(), reward_model=reward_model)
         run_updates(session, training, evaluate)
         ended = RewardModelResult(**session.outcome(), reward_model=reward_model)
         _finish(session, data, ended, title, score_pairs(reward_model, held_out))
@@ -342,6 +341,6 @@ def _finish(
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": x for name, x in ended.eval_after.items()}
     facts |= {**form_line(ended.reward_model.form), "weights": ended.weights}
-    words = session.origin.in_words()
+    words = repetition(session.command)
     card = Card(title, facts, words, session.args.model, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

@@ -217,8 +217,8 @@ MAX_REPEATED_SHARE = 0.5
 """From this share of held-out pairs on that are trained on too, the evaluation is worth nothing."""
 
 
-def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair]) -> int:
-    """Look for mistakes in the pairs, print them, and return the exit code.
+def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+    """Look for mistakes in the pairs, and print them.
 
     Args:
         session: the session of the run, which has been opened.
@@ -259,4 +259,4 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "pairs": f"{len(train):,} to train on, {len(trained):,} of them distinct; {len(held_out):,} held out",
         "chosen": f"the longer in {shares['longer']:.0%}, the shorter in {shares['shorter']:.0%}",
     }
-    return conclude(session, "data, model and loss", measured, findings)
+    conclude(session, "data, model and loss", measured, findings)

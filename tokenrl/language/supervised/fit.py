@@ -22,7 +22,7 @@ from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
-from tokenrl.runs.schedules import load_schedule, make_schedule
+from tokenrl.runs.schedules import share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.settings import MAX_COUNT
 
@@ -67,9 +67,6 @@ class Descent(ABC):
             weight_decay=args.weight_decay,
             fused=self._parameters[0].device.type in ("cpu", "cuda"),
         )
-        self._schedule = make_schedule(
-            args.lr_scheduler_type, self._optimizer, args.max_steps, args.warmup_steps
-        )
         self.step = self.tokens = 0
         self.loss_before: float | None = None
         self.loss_after: float | None = None
@@ -77,7 +74,10 @@ class Descent(ABC):
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        return float(self._schedule.get_last_lr()[0])
+        args = self._args
+        return args.learning_rate * share_of_rate(
+            args.lr_scheduler_type, self.step, args.max_steps, args.warmup_steps
+        )
 
     @abstractmethod
     def width(self, batch: Sequence[int]) -> int:
@@ -99,6 +99,7 @@ class Descent(ABC):
         batch = self._batches.draw(self._args.batch_size)
         fitting = max(1, self._passes.tokens // self.width(batch))
         size = min(fitting, self._args.micro_batch_size or fitting)
+        self._optimizer.param_groups[0]["lr"] = self.learning_rate
         self.step += 1
         self._passes.copy_weights()
         self._optimizer.zero_grad()
@@ -117,7 +118,6 @@ class Descent(ABC):
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
-        self._schedule.step()
         self.loss_before = metrics["loss"] if self.loss_before is None else self.loss_before
         self.loss_after = metrics["loss"]
         return metrics
@@ -140,7 +140,6 @@ class Descent(ABC):
             setattr(self, name, state[name])
         self._batches.load_state_dict(state["batches"])
         self._optimizer.load_state_dict(state["optimizer"])
-        load_schedule(self._schedule, self.step)
 
 
 def run_updates(

@@ -42,6 +42,7 @@ from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.rules import judge
@@ -101,10 +102,10 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         first = {"demonstrations": counted(rows), "seed": choices.seed}
         first |= {"run": session.directory}
         session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
-        with session.console.status("loading the model"):
-            policy = load_base(choices, task, session.console.note)
-            adapt(choices, policy)
-            policy.model.to(device_for(policy.size, choices.cpu))
+        session.console.note("loading the model ...")
+        policy = load_base(choices, task, session.console.note)
+        adapt(choices, policy)
+        policy.model.to(device_for(policy.size, choices.cpu))
         args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))
@@ -190,8 +191,8 @@ def _finish(
     )
     facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
     facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
-    title = f"{session.origin.settings['task']}, supervised, seed {args.seed}"
-    card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
+    title = f"{session.settings['task']}, supervised, seed {args.seed}"
+    card = Card(title, facts, repetition(session.command), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
     session.finish(ended, lambda path: save_policy(saved.policy, path, card=card), findings)

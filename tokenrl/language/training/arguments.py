@@ -128,7 +128,7 @@ class LogArguments(Settings, group="logs"):
     """What a run prints, and what it records of its completions."""
 
     logging_steps: Count = 1
-    """Steps between printed lines where the output is no terminal, and between records to trackers."""
+    """Steps between printed lines (1: every tenth step), and between records to trackers."""
     log_completions: Natural = OPEN
     """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""

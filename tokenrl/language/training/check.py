@@ -55,8 +55,8 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     observed = observe_run(run, [])
     lines = {}
     try:
-        with session.console.status("making the first step"):
-            record = _first_step(run)
+        session.console.note("making the first step ...")
+        record = _first_step(run)
     except TokenrlError as error:
         text = f"{error} Training would stop at the same error."
         findings.append(Finding("step-failed", "void", text))
@@ -76,10 +76,8 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     for finding in judge(observed):
         if not (is_open and finding.flag == "truncation" and finding.weight == "watch"):
             findings.append(finding)
-    code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
-    session.ended = "check"
-    result = run.result(session)
-    return replace(result, exit_code=result.exit_code or code)
+    conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
+    return run.result(session)
 
 
 def _first_step(run: TrainingRun) -> Record:

@@ -32,7 +32,6 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.teacher import Teacher, teacher_scoring
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
-from tokenrl.runs.schedules import make_schedule
 
 MOST_TOKENS = 4096
 """The most tokens whose probabilities are kept at each position: 1 MiB for a completion of 64 tokens."""
@@ -132,7 +131,6 @@ class Learner:
         policy: the policy, with the weights that the optimiser changes.
         forward: how forward passes are computed: what is sampled and scored, and what gradients flow through.
         optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
-        schedule: sets the learning rate of each step.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run, in which those about computing may be open.
@@ -147,7 +145,6 @@ class Learner:
     policy: Policy
     forward: Forward
     optimizer: Any
-    schedule: Any
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
@@ -330,7 +327,7 @@ def make_learner(
     *,
     turns: bool = False,
 ) -> Learner:
-    """Make the learner, with optimiser and schedule, reference, generator and critic.
+    """Make the learner, with optimiser, reference, generator and critic.
 
     Args:
         args: the settings of the run.
@@ -362,14 +359,10 @@ def make_learner(
     if teacher is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
-    optimizer = make_optimizer(args, policy)
     learner = Learner(
         policy=policy,
         forward=forward,
-        schedule=make_schedule(
-            args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps
-        ),
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=accelerator.prepare(make_optimizer(args, policy)),
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,

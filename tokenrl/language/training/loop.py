@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -45,18 +45,15 @@ from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
 from tokenrl.runs.resume import (
-    Claim,
     Provenance,
     check_processes,
-    claim,
-    is_main,
-    refuse_before_steps,
     resume_settings,
     together,
 )
-from tokenrl.runs.schedules import load_schedule
+from tokenrl.runs.schedules import set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.user_code import own_process, user_code
@@ -106,32 +103,11 @@ def train(
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
     check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
-    claimed = claim("train", choices, accelerator)
-    with closing(claimed):
+    every = choices.logging_steps if choices.logging_steps > 1 else 10
+    with Session("train", choices, every=every, accelerator=accelerator) as session:
         prepare = partial(settings_of, choices, accelerator.num_processes)
         settings, task, rewards = together(accelerator, prepare)
-        warmed = dict[str, Any]()
-        if settings.args.warm_start:
-            warmed = _warm_start(settings.args, task, rewards, accelerator, claimed)
-        return _train(settings, task, rewards, accelerator, claimed, warmed, callback)
-
-
-def _train(
-    settings: RunSettings,
-    task: Task,
-    rewards: Rewards,
-    accelerator: Any,
-    claimed: Claim,
-    warmed: dict[str, Any],
-    callback: Callback | None,
-) -> RunResult:
-    args = settings.args
-    every = args.logging_steps if args.logging_steps > 1 else 10
-    with Session("train", args, every=every, accelerator=accelerator, claimed=claimed) as session:
-        session.console.start(
-            f"tokenrl train: {task.name}", first_facts(args, session.directory, task, rewards)
-        )
-        run, provenance = _prepare(settings, task, rewards, accelerator, session, warmed)
+        run, provenance = _prepare(settings, task, rewards, session)
         threads = using_threads(run.decided["threads"])
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -159,42 +135,42 @@ def _train(
 
 
 def _warm_start(
-    args: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, claimed: Claim
+    args: TrainArguments, task: Task, rewards: Rewards, session: Session
 ) -> dict[str, Any]:
     """Make the warm start in the main process, unless it has been made; return its facts in each process."""
+    if not args.warm_start:
+        return {}
 
     def load() -> Policy:
         console = Console(quiet=args.quiet)
-        with console.status("loading the model"):
-            return load_models(args, task, console.note)[0]
+        console.note("loading the model ...")
+        return load_models(args, task, console.note)[0]
 
     def make() -> dict[str, Any]:
-        if not is_main(accelerator):
+        if not session.main:
             return {}
-        folder = warm_start.folder_of(claimed.directory)
+        folder = warm_start.folder_of(session.directory)
         return warm_start.warm_start(args, task, rewards, folder, load)
 
-    try:
-        return gather_objects([together(accelerator, make)])[0]
-    except USER_CODE_FAILED as error:
-        refuse_before_steps(error, accelerator)
-        raise
+    return gather_objects([together(session.accelerator, make)])[0]
 
 
 def _prepare(
     settings: RunSettings,
     task: Task,
     rewards: Rewards,
-    accelerator: Any,
     session: Session,
-    warmed: dict[str, Any],
 ) -> tuple[TrainingRun, Provenance]:
     """Load the policy; return the run, with optimiser and generator, and what it is made from."""
     args = settings.args
     console = session.console
+    accelerator = session.accelerator
+    warmed = _warm_start(args, task, rewards, session)
+    facts = first_facts(args, session.directory, task, rewards)
+    console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
-        with console.status("loading the model"):
-            policy, teacher = load_models(args, task, console.note)
+        console.note("loading the model ...")
+        policy, teacher = load_models(args, task, console.note)
         if args.check:
             policy = with_own_weights(policy, args.model)
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
@@ -216,10 +192,8 @@ def _prepare(
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
-    with (
-        using_threads(threads),
-        console.status("checking that this model is sampled and scored rightly"),
-    ):
+    console.note("checking that this model is sampled and scored rightly ...")
+    with using_threads(threads):
         engine = engine_of(args.generator, args.generator_cache)
         turns = rewards.environments is not None
         learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
@@ -272,12 +246,10 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     if run.rewards.environments is None:
         check_prompts(learner.policy, run.task.train_prompts, learner.sampling)
     learner.sync()  # with the weights of the checkpoint, if there is one
-    if session.continues:
-        load_schedule(learner.schedule, session.step)
-    else:
+    if not session.continues:
         held_out = len(run.task.eval_prompts)
-        with session.console.status(f"evaluating {held_out:,} prompts before the first step"):
-            _evaluated(run, session)
+        session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
+        _evaluated(run, session)
         judge_start(run, session)
     return session.steps()
 
@@ -285,25 +257,27 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
 def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner = run.learner
+    args = run.args
     run.tell(step - 1)
+    share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
+    set_rates(learner.optimizer, share)
     record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
     metrics = record.metrics
-    plain, least = sizes_of_steps(run.args)
+    plain, least = sizes_of_steps(args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),
         "completion_tokens": metrics["completions/mean_length"] * plain,
         # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
-        "num_samples": least + run.args.num_generations * int(metrics.get("refilled", 0)),
+        "num_samples": least + args.num_generations * int(metrics.get("refilled", 0)),
     }
     run.totals.update(done)
     metrics |= {
         "epoch": run.stream.epoch,
-        "learning_rate": learner.schedule.get_last_lr()[0],
+        "learning_rate": learner.optimizer.param_groups[0]["lr"],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
-    load_schedule(learner.schedule, step)
     run.totals.update({name: x for name, x in record.timings.items() if "seconds" in name})
     return record
 
@@ -378,7 +352,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         rewards = [name for name in numbers if name.startswith("reward")]
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
-    card = Card(run.title, facts, session.origin.in_words(), run.args.model)
+    card = Card(run.title, facts, repetition(session.command), run.args.model)
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), findings)
     run.learner.accelerator.wait_for_everyone()
     return ended

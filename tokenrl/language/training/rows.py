@@ -34,7 +34,7 @@ from tokenrl.language.rollout.rollout import (
 )
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import gather_numbers, gather_rows
+from tokenrl.runs.processes import gather_rows
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -107,7 +107,7 @@ def refill(
     refilled = 0
     for _ in range(learner.args.max_refills):
         dead = zero_spread(rows.rewards, size, rows.valid)
-        counts = gather_numbers(accelerator, dead.sum())
+        counts = gather_rows(accelerator, {"dead": dead.sum()[None]})["dead"].tolist()
         if not sum(counts):
             break
         refilled += sum(counts)
