@@ -22,7 +22,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import UniqueKeys
+from tokenrl.configuration import unique
 from tokenrl.errors import Placed
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -145,7 +145,7 @@ def _is_table(value: Any) -> bool:
 
 def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the location of each value, and the value."""
-    decoder = UniqueKeys()
+    decoder = json.JSONDecoder(object_pairs_hook=unique)
     if text.lstrip().startswith("["):
         for number, value in enumerate(decoder.decode(text), start=1):
             yield f"item {number}", value
@@ -162,6 +162,8 @@ def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 row = line if format_of(file) == ".jsonl" else error.lineno
                 raise ValueError(f"line {row} of {file} is no JSON: {error.msg}") from None
+            except ValueError as error:
+                raise ValueError(f"line {line} of {file}: {error}") from None
             yield f"line {line}", value
             line += text.count("\n", start, end)
 
