@@ -17,10 +17,8 @@ from torch import Tensor
 from tokenrl.lab.exact.problems import (
     Completions,
     Problem,
-    slopes_of,
-    token_entropies,
-    token_kls,
-    token_logprobs,
+    greedy_completions,
+    of_policy,
 )
 from tokenrl.settings import check_seed
 
@@ -54,12 +52,6 @@ class Trajectories(NamedTuple):
     actions: Tensor  # [M, T]
     successors: Tensor  # [M, T]
     mask: Tensor  # [M, T]
-
-    @property
-    def last(self) -> Tensor:
-        """The last successor of each trajectory [M]: a state if it was truncated, S if it ended."""
-        lengths = self.mask.sum(-1, keepdim=True).long()
-        return self.successors.gather(1, lengths - 1).squeeze(1)
 
 
 def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> TabularMdp:
@@ -171,32 +163,22 @@ def problem_of_mdp(
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
     rows = Completions(paths.actions, paths.mask, paths.states, [])
-    logits = mdp.logits[None]
-    logprobs = token_logprobs(logits, rows)
+    last = paths.successors.gather(1, rows.last).squeeze(
+        1
+    )  # a state if it was truncated, S if it ended
+    policy = of_policy(mdp.logits[None], mdp.reference[None], rows, shared=True)
+    log_chances = environment.log() + policy["logprobs"].sum(-1)
     return Problem(
         name=f"control, {steps} steps of {whole}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
         mask=paths.mask,
-        truncated=paths.last < len(mdp.start),
-        logprobs=logprobs,
-        ref_logprobs=token_logprobs(mdp.reference[None], rows),
-        entropy=token_entropies(logits, rows),
-        token_kl=token_kls(logits, rows, mdp.reference[None]),
+        truncated=last < len(mdp.start),
         rewards=(mdp.rewards[moves] * paths.mask)[None],
-        scores=slopes_of(token_logprobs, logits, rows, shared=True),
-        entropy_slopes=slopes_of(token_entropies, logits, rows, shared=True),
-        kl_slopes=slopes_of(token_kls, logits, rows, True, mdp.reference[None]),
         values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
-        greedy=_greedy(mdp, paths, environment * logprobs[0].sum(-1).exp()),
+        greedy=greedy_completions(mdp.logits[None], rows, log_chances),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[paths.last, steps][None] if beyond and bootstrap else None,
-        after=mean_rewards[paths.last, :beyond][None] if beyond else None,
+        bootstrap=values[last, steps][None] if beyond and bootstrap else None,
+        after=mean_rewards[last, :beyond][None] if beyond else None,
+        **policy,
     )
-
-
-def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Tensor:
-    """Return the most probable of the trajectories in which every action is the most probable one [1]."""
-    is_best = mdp.logits.argmax(-1)[paths.states] == paths.actions
-    all_best = (is_best | (paths.mask == 0)).all(-1)
-    return torch.where(all_best, chances, 0.0).argmax()[None]
