@@ -134,7 +134,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
         is_yaml = file.suffix in (".yaml", ".yml")
-        config = _from_yaml(text) if is_yaml else json.loads(text, object_pairs_hook=unique)
+        config = _from_yaml(text) if is_yaml else UNIQUE_KEYS.decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -155,7 +155,7 @@ def check_escapes(options: Mapping[str, Any]) -> None:
             )
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these keys and values.
 
     Raises:
@@ -169,6 +169,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+UNIQUE_KEYS = json.JSONDecoder(object_pairs_hook=_unique)
+"""Reads JSON; a ValueError names the key that an object gives a second time."""
+
+
 def _from_yaml(text: str) -> Any:
     """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text.
 
@@ -177,7 +181,7 @@ def _from_yaml(text: str) -> Any:
     import yaml
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
-        unique([(str(key.value), value) for key, value in node.value])
+        _unique([(str(key.value), value) for key, value in node.value])
         return yaml.SafeLoader.construct_mapping(self, node, deep)
 
     loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
