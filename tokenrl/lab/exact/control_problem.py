@@ -45,15 +45,6 @@ class TabularMdp(NamedTuple):
     guesses: Tensor  # [S]
 
 
-class Trajectories(NamedTuple):
-    """State, action and successor of each step, and the mask of steps, [M, T] each; 0 outside the mask."""
-
-    states: Tensor  # [M, T]
-    actions: Tensor  # [M, T]
-    successors: Tensor  # [M, T]
-    mask: Tensor  # [M, T]
-
-
 def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> TabularMdp:
     """Draw an environment of two states; action 0 leads to either of them, action 1 to the other or the end.
 
@@ -87,8 +78,12 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
     return TabularMdp(start, moves, rewards, logits, reference, guesses)
 
 
-def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
-    """List every trajectory of at most `steps` steps that has a positive probability."""
+def all_trajectories(mdp: TabularMdp, steps: int) -> tuple[Completions, Tensor]:
+    """List every trajectory of at most `steps` steps that has a positive probability.
+
+    Returns:
+        Actions and mask, with the states in place of prefixes; and the successor of each step [M, T].
+    """
     end = len(mdp.start)
     moves = mdp.transitions.nonzero().tolist()  # state, action and successor
 
@@ -106,7 +101,8 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
     lengths = torch.tensor([[len(path)] for path in paths])
     padded = torch.tensor([path + [[0, 0, 0]] * (steps - len(path)) for path in paths])
     mask = torch.arange(steps) < lengths
-    return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
+    states, actions, successors = padded.unbind(-1)
+    return Completions(actions, mask.double(), states, []), successors
 
 
 def expected_rewards(mdp: TabularMdp, steps: int) -> Tensor:
@@ -150,10 +146,11 @@ def problem_of_mdp(
     Returns:
         The problem, with one prompt (P = 1) and M trajectories.
     """
-    paths = all_trajectories(mdp, steps)
-    moves = (paths.states, paths.actions, paths.successors)
-    chances = torch.where(paths.mask.bool(), mdp.transitions[moves], 1.0)
-    environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
+    rows, successors = all_trajectories(mdp, steps)
+    states = rows.prefix
+    moves = (states, rows.ids, successors)
+    chances = torch.where(rows.mask.bool(), mdp.transitions[moves], 1.0)
+    environment = mdp.start[states[:, 0]] * chances.prod(-1)
     whole = steps + beyond
     mean_rewards = expected_rewards(mdp, whole)  # [S + 1, K]
     if critic == "true":  # V^pi with k steps left is the sum of k discounted mean rewards
@@ -162,19 +159,17 @@ def problem_of_mdp(
         values = torch.stack(columns, -1)  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
-    rows = Completions(paths.actions, paths.mask, paths.states, [])
-    last = paths.successors.gather(1, rows.last).squeeze(
-        1
-    )  # a state if it was truncated, S if it ended
+    # A state if the trajectory was truncated, S if it ended.
+    last = successors.gather(1, rows.last).squeeze(1)
     policy = of_policy(mdp.logits[None], mdp.reference[None], rows, shared=True)
     log_chances = environment.log() + policy["logprobs"].sum(-1)
     return Problem(
         name=f"control, {steps} steps of {whole}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
-        mask=paths.mask,
+        mask=rows.mask,
         truncated=last < len(mdp.start),
-        rewards=(mdp.rewards[moves] * paths.mask)[None],
-        values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
+        rewards=(mdp.rewards[moves] * rows.mask)[None],
+        values=(values[states, torch.arange(steps)] * rows.mask)[None],
         greedy=greedy_completions(mdp.logits[None], rows, log_chances),
         max_length=steps + 2,
         environment=environment[None],
