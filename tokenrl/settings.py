@@ -290,9 +290,7 @@ def allowed(hint: Any) -> str:
     kind = _bare(hint)
     parts = get_args(kind)
     words = {bool: "True or False", NoneType: "None", str: "text in UTF-8"}.get(kind, "")
-    if OR_OBJECT in metadata:  # an object without a name is null in a file
-        words = allowed(kind | None)
-    elif kind in (int, float):
+    if kind in (int, float):
         adjective = "whole" if kind is int else "finite"
         bounds = [str(each) for each in metadata if isinstance(each, Bounds)]
         words = " ".join([f"a {adjective} number", *bounds]).strip()
