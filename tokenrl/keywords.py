@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def takes(kind: type[Any]) -> Callable[[F], F]:
     """Make a decorator that shows the fields of settings as the keywords of a function with `**options`.
 
-    They are in its signature and its help, with types and defaults, those without a group first.
+    They are in its signature, which `help` shows, with types and defaults, those without a group first.
     """
 
     def decorate(function: F) -> F:
@@ -36,11 +36,6 @@ def takes(kind: type[Any]) -> Callable[[F], F]:
         signature = inspect.signature(function)
         *first, rest = signature.parameters.values()
         vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))
-        about = inspect.cleandoc(function.__doc__ or "")
-        listed = "\n".join(f"    {keyword}" for keyword in keywords)
-        function.__doc__ = (
-            f"{about}\n\nKeywords (the --help of the command explains each):\n{listed}"
-        )
         return function
 
     return decorate

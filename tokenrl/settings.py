@@ -1,6 +1,6 @@
 """Checks the values of settings, and makes settings from keywords. Imports no torch.
 
-The type of a field says which values are allowed, and `check` reads them there::
+The type of a field says which values are allowed, and `fitted` reads them there::
 
     temperature: Positive = 1.0
     num_steps: Annotated[int, Bounds(at_least=2)] | None = None
@@ -22,7 +22,7 @@ from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
@@ -97,16 +97,10 @@ class Settings:
         cls.group = group
 
     def __post_init__(self) -> None:
-        """Refuse values that are not allowed; a text such as `module:function` becomes that function."""
+        """Convert values where nothing is lost, and refuse those that are not allowed, as `fitted` says."""
         kind: Any = type(self)
-        for name in rules_of(kind):
-            value = plain(getattr(self, name))
-            if type(value) is str and ":" in value:
-                hint = field_types(kind)[name]
-                if OR_FUNCTION in getattr(hint, "__metadata__", ()):
-                    value = NamedFunction(value)
-            object.__setattr__(self, name, value)
-        check(self)
+        for name, hint in field_types(kind).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), hint))
 
 
 def plain(value: Any) -> Any:
@@ -117,39 +111,26 @@ def plain(value: Any) -> Any:
     return value.tolist() if is_array else value
 
 
-class Rule(NamedTuple):
-    """Which values one setting may have.
-
-    Attributes:
-        fits: Returns whether a value is allowed.
-        words: The allowed values in words, which follow "it must be" in the error message.
-        names: The names that are allowed. For a misspelled name the message suggests the nearest of them.
-    """
-
-    fits: Callable[[Any], bool]
-    words: str
-    names: tuple[str, ...] = ()
-
-    def check(self, name: str, value: object) -> None:
-        """Refuse a value that is not allowed; say which name was probably meant, and what is allowed."""
-        if not self.fits(value):
-            suggestion = nearest(str(value)[:99], self.names)
-            start = f".{suggestion} It" if suggestion else "; it"
-            raise Refused(f"{name} was given as {shown(value)}{start} must be {self.words}.")
+class Unfit(Exception):
+    """Raised where a type does not allow a value."""
 
 
-def check(settings: Any, *, objects: bool = True) -> None:
-    """Refuse a dataclass in which a field has a value that its type does not allow.
-
-    Args:
-        settings: The dataclass.
-        objects: Whether a field with `OR_OBJECT` may hold an object; settings from a file hold its name.
+def checked(name: str, value: Any, hint: Any, objects: bool = True) -> Any:
+    """Return the value of a setting as its type holds it; see `fitted`.
 
     Raises:
-        Refused: A field has a value that is not allowed; the message names the first such field.
+        Refused: The type does not allow it; the message says what is allowed, and which name was meant.
     """
-    for name, rule in rules_of(type(settings), objects).items():  # type: ignore[arg-type]
-        rule.check(name, getattr(settings, name))
+    try:
+        return fitted(value, hint, objects)
+    except Unfit:
+        raise _refusal(name, plain(value), allowed(hint), names_in(hint)) from None
+
+
+def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:
+    suggestion = nearest(str(value)[:99], names)
+    start = f".{suggestion} It" if suggestion else "; it"
+    return Refused(f"{name} was given as {shown(value)}{start} must be {words}.")
 
 
 def shown(value: object, length: int = 200) -> str:
@@ -158,25 +139,27 @@ def shown(value: object, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: object, names: Iterable[str]) -> None:
     """Refuse a name that is not allowed.
 
     Args:
         name: The name of the setting, as the user wrote it (a field, "preset").
         value: The user's value.
-        allowed: The names that exist.
+        names: The names that exist.
 
     Raises:
         Refused: The name does not exist; the message lists those that do and, for a misspelling, the nearest.
     """
-    _choice_rule(tuple(allowed)).check(name, value)
+    names = list(names)
+    if value not in names:
+        raise _refusal(name, value, f"one of {', '.join(names)}", names)
 
 
 def same_name(value: Any, names: Collection[Any]) -> Any:
     """Return the name that equals a text but for capitals, hyphens and underscores, else the value itself."""
     if not isinstance(value, str) or value in names:
         return value
-    by_letters = {_letters(name): name for name in names if isinstance(name, str)}
+    by_letters = {_letters(str(name)): name for name in names}
     return by_letters.get(_letters(value), value)
 
 
@@ -190,7 +173,9 @@ def check_number(name: str, value: object, kind: type[float] = float, **bounds: 
     Raises:
         Refused: The value is no such number, or outside the bounds.
     """
-    _number_rule(kind, Bounds(**bounds)).check(name, value)
+    hint: Any = Annotated[kind, Bounds(**bounds)]  # type: ignore[valid-type]
+    if not _fits(value, hint):
+        raise _refusal(name, value, allowed(hint))
 
 
 def check_seed(seed: object) -> None:
@@ -207,44 +192,130 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
     return types | {name: types[name] | None for name in left_open}
 
 
-@cache
-def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
-    """Return the rules of the fields that have one; cached, because estimators are made by the thousand."""
-    rules = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
-    return {name: rule for name, rule in rules.items() if rule is not None}
+def fitted(value: Any, hint: Any, objects: bool = True) -> Any:
+    """Return a value as a setting of some type holds it; what it means must be plain.
 
+    Where only a tuple is expected, a single value becomes a tuple of one, and text such as "1,0.3" becomes its
+    numbers; where an `Estimator` is expected, the name of a preset (also with changes, as `Estimator.preset`
+    takes it) or a mapping of fields and perhaps a `preset` becomes one. Where text is expected, a path becomes
+    text, and where a number is expected, text such as "1e-5" becomes the number. A name is taken with other
+    capitals, hyphens or underscores too. Where a function may stand, text such as `module:function` becomes it.
 
-def _rule(hint: Any, objects: bool) -> Rule | None:
-    """Return the rule of a type, or None if every value is allowed."""
+    Args:
+        value: The value.
+        hint: The type, with its metadata.
+        objects: Whether an object may stand where `OR_OBJECT` is; settings from a file hold its name, or null.
+
+    Raises:
+        Unfit: The type does not allow the value.
+        Refused: A mapping or a name makes no dataclass.
+    """
     metadata = getattr(hint, "__metadata__", ())
-    hint = _bare(hint)
-    origin = get_origin(hint)
-    parts = get_args(hint)
-    if OR_OBJECT in metadata:  # an object without a name is null in a file
-        return None if objects else _rule(hint | None, objects)
-    if OR_FUNCTION in metadata:
-        named = _choice_rule(parts)
-        words = f"{named.words}, or a function: module:function or path/to/file.py:function"
-        return named._replace(fits=lambda value: callable(value) or named.fits(value), words=words)
-    if hint in (int, float):
-        bounds = [entry for entry in metadata if isinstance(entry, Bounds)]
-        return _number_rule(hint, *bounds)
-    if hint is bool:
-        return Rule(lambda value: isinstance(value, bool), "True or False")
-    if hint is NoneType:
-        return Rule(lambda value: value is None, "None")
-    if hint is str:
-        return Rule(_is_text, "text in UTF-8")
-    if isinstance(hint, type) and is_dataclass(hint):
-        words = f"a mapping of the fields of {hint.__name__}"
-        if hasattr(hint, "preset"):
-            words = f"the name of a preset, or {words}"
-        return Rule(lambda value: isinstance(value, hint), words)
-    if origin is Literal:
-        return _choice_rule(parts)
+    kind = _bare(hint)
+    origin = get_origin(kind)
+    parts = get_args(kind)
+    if OR_OBJECT in metadata and not objects:
+        return fitted(value, kind | None)
+    if OR_OBJECT in metadata and origin is not tuple and not isinstance(value, os.PathLike):
+        return value
+    value = plain(value)
+    if OR_FUNCTION in metadata and callable(value):
+        return value
+    if OR_FUNCTION in metadata and isinstance(value, str) and ":" in value:
+        return NamedFunction(value)
     if origin in (Union, UnionType):
-        return _union_rule([_rule(part, objects) for part in parts])
-    return _tuple_rule(parts, objects) if origin is tuple else None
+        for part in sorted(parts, key=lambda part: get_origin(_bare(part)) is tuple):
+            with contextlib.suppress(Unfit):
+                return fitted(value, part, objects)
+    elif origin is tuple:
+        item = Annotated[parts[0], OR_OBJECT] if OR_OBJECT in metadata else parts[0]
+        entries = _entries(value, item)
+        if parts[-1] is Ellipsis or len(entries) == len(parts):
+            return tuple(fitted(entry, item, objects) for entry in entries)
+    else:
+        value = _converted(value, kind)
+        if _fits(value, hint):
+            return value
+    raise Unfit
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """Make a value what a type without parts expects, if that is plain; else return it."""
+    if get_origin(kind) is Literal:
+        return same_name(value, get_args(kind))
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is bool and value in ("True", "False"):
+        return value == "True"
+    if kind in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return _record(value, kind) if is_dataclass(kind) else value
+
+
+def _entries(value: Any, item: Any) -> list[Any]:
+    """Return the values of a tuple; where numbers are expected, text may hold some with commas."""
+    if value is None:
+        return []
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not (mentions(item, int) or mentions(item, float)):
+        return values
+    entries = list[Any]()
+    for entry in values:
+        entries += entry.split(",") if isinstance(entry, str) else [entry]
+    return entries
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a type without parts allows a value."""
+    kind = _bare(hint)
+    if get_origin(kind) is Literal:  # True is no 1, and an array equals nothing
+        names = get_args(kind)
+        is_name = isinstance(value, tuple(map(type, names))) and not isinstance(value, bool)
+        return is_name and value in names
+    if kind in (int, float):
+        number: Any = Integral if kind is int else Real
+        if not isinstance(value, number) or isinstance(value, bool) or not abs(value) < inf:
+            return False  # isfinite cannot take 10**400
+        bounds = getattr(hint, "__metadata__", ())
+        return all(each.hold(value) for each in bounds if isinstance(each, Bounds))
+    if kind is str:
+        return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+    return not (kind in (bool, NoneType) or is_dataclass(kind)) or isinstance(value, kind)
+
+
+def allowed(hint: Any) -> str:
+    """Say which values a type allows, as follows "it must be" in a message; empty if it allows any."""
+    metadata = getattr(hint, "__metadata__", ())
+    kind = _bare(hint)
+    parts = get_args(kind)
+    words = {bool: "True or False", NoneType: "None", str: "text in UTF-8"}.get(kind, "")
+    if kind in (int, float):
+        adjective = "whole" if kind is int else "finite"
+        bounds = [str(each) for each in metadata if isinstance(each, Bounds)]
+        words = " ".join([f"a {adjective} number", *bounds]).strip()
+    elif get_origin(kind) is Literal:
+        words = f"one of {', '.join(map(str, parts))}"
+    elif get_origin(kind) in (Union, UnionType):
+        words = ", or ".join(map(allowed, parts))
+    elif get_origin(kind) is tuple:
+        length = "" if parts[-1] is Ellipsis else f"{len(parts)} "
+        words = f"{length}values, each {allowed(parts[0])}"
+    elif isinstance(kind, type) and is_dataclass(kind):
+        words = f"a mapping of the fields of {kind.__name__}"
+        if hasattr(kind, "preset"):
+            words = f"the name of a preset, or {words}"
+    if OR_FUNCTION in metadata:
+        words += ", or a function: module:function or path/to/file.py:function"
+    return words
+
+
+def names_in(hint: Any) -> list[str]:
+    """Return the names that a type allows, in any of its parts."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return list(map(str, parts))
+    return [*chain.from_iterable(map(names_in, parts))]
 
 
 def mentions(hint: Any, mark: object) -> bool:
@@ -255,58 +326,6 @@ def mentions(hint: Any, mark: object) -> bool:
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text, or a path, that can be encoded in UTF-8."""
-    return isinstance(value, (str, os.PathLike)) and not re.search(r"[\ud800-\udfff]", str(value))
-
-
-def _number_rule(kind: type[Any], bounds: Bounds = Bounds()) -> Rule:
-    number, adjective = (Integral, "whole") if kind is int else (Real, "finite")
-
-    def fits(value: Any) -> bool:
-        is_number = isinstance(value, number) and not isinstance(value, bool)
-        return is_number and abs(value) < inf and bounds.hold(value)  # isfinite cannot take 10**400
-
-    return Rule(fits, f"a {adjective} number {bounds}".strip())
-
-
-def _choice_rule(names: tuple[Any, ...]) -> Rule:
-    words = tuple(map(str, names))
-    kinds = tuple(map(type, names))
-
-    def fits(value: Any) -> bool:  # True is no 1, and an array equals nothing
-        return isinstance(value, kinds) and not isinstance(value, bool) and value in names
-
-    return Rule(fits, f"one of {', '.join(words)}", words)
-
-
-def _union_rule(rules: list[Rule | None]) -> Rule | None:
-    """Return the rule of a union of types: a value must fit one of several rules."""
-    parts = [rule for rule in rules if rule is not None]
-    if len(parts) < len(rules):
-        return None
-    return Rule(
-        lambda value: any(rule.fits(value) for rule in parts),
-        ", or ".join(rule.words for rule in parts),
-        sum((rule.names for rule in parts), ()),
-    )
-
-
-def _tuple_rule(parts: tuple[Any, ...], objects: bool) -> Rule | None:
-    """Return the rule of a tuple: any number of values of one type, or exactly as many as the type lists."""
-    rule = _rule(parts[0], objects)
-    length = None if parts[-1] is Ellipsis else len(parts)
-    if rule is None:
-        return None
-
-    def fits(value: Any) -> bool:
-        is_tuple = isinstance(value, (tuple, list)) and length in (None, len(value))
-        return is_tuple and all(map(rule.fits, value))
-
-    words = "values" if length is None else f"{length} values"
-    return Rule(fits, f"{words}, each {rule.words}")
 
 
 def lay(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -327,42 +346,24 @@ def lay(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[st
     return values, origins
 
 
-def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
+def arguments(kind: type[T], options: Mapping[str, Any], *, objects: bool = True) -> T:
     """Make a dataclass of settings from keywords, which come from a Python call or from a configuration file.
 
-    Some values are converted: where only a tuple is expected, a single value becomes a tuple of one, and text
-    such as "1,0.3" becomes its numbers; where an `Estimator` is expected, the name of a preset (also with
-    changes, as `Estimator.preset` takes it) or a mapping of fields and perhaps a `preset` becomes one; where
-    text is expected, a path becomes text; a name is taken with other capitals, hyphens or underscores too.
+    Values are converted where that is plain; see `fitted`.
+
+    Args:
+        kind: The dataclass.
+        options: The keywords.
+        objects: Whether a field with `OR_OBJECT` may hold an object; settings from a file hold its name.
 
     Raises:
         Refused: A keyword is not the name of a field, or a value is not allowed.
     """
     hints = field_types(kind)  # type: ignore[arg-type]  # mypy does not know that a class can be hashed
     check_names(options, hints)
-    return kind(**{name: _converted(value, hints[name]) for name, value in options.items()})
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    if OR_OBJECT not in getattr(hint, "__metadata__", ()):
-        value = plain(value)
-    hint = _bare(hint)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _record(value, hint)
-    parts = [hint]
-    if get_origin(hint) in (Union, UnionType):
-        parts = [_bare(part) for part in get_args(hint)]
-    if str in parts and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None and NoneType in parts:
-        return None
-    names: list[Any] = []
-    for part in parts:
-        if get_origin(part) is Literal:
-            names += get_args(part)
-        if get_origin(part) is tuple and not (str in parts and isinstance(value, str)):
-            return _converted_tuple(value, get_args(part)[0])
-    return same_name(value, names)
+    if not (objects and issubclass(kind, Settings)):  # which checks them itself
+        options = {name: checked(name, x, hints[name], objects) for name, x in options.items()}
+    return kind(**options)
 
 
 def _record(value: Any, kind: Any) -> Any:
@@ -375,22 +376,3 @@ def _record(value: Any, kind: Any) -> Any:
         changes = {str(name): change for name, change in value.items() if name != "preset"}
         return kind.preset(value["preset"], **changes)
     return arguments(kind, value)
-
-
-def _converted_tuple(value: Any, item: Any) -> tuple[Any, ...]:
-    """Make a tuple of a value or of several; where numbers are expected, text may hold some with commas."""
-    if value is None:
-        return ()
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if {int, float} & {_bare(part) for part in (item, *get_args(item))}:
-        values = list(chain.from_iterable(map(_numbers_in, values)))
-    return tuple(_converted(entry, item) for entry in values)
-
-
-def _numbers_in(entry: Any) -> list[Any]:
-    """Return the numbers of a text such as "1,0.3"; anything else is returned alone, as it is."""
-    if not isinstance(entry, str) or "," not in entry:
-        return [entry]
-    with contextlib.suppress(ValueError):
-        return [int(word) if word.strip().isdigit() else float(word) for word in entry.split(",")]
-    return [entry]

@@ -29,7 +29,7 @@ from tokenrl.cli import COMMANDS
 from tokenrl.core import CHOICES, PRESETS
 from tokenrl.flags import dataclasses_of, described_fields
 from tokenrl.runs import all_metrics
-from tokenrl.settings import field_types, rules_of
+from tokenrl.settings import allowed, field_types
 
 PAGES = Path(__file__).parents[1] / "pages" / "reference"
 STUDY = Path(__file__).parents[1] / "study"
@@ -80,13 +80,13 @@ def default_of(field: Any) -> str:
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     """Yield a heading and a table for each group of the settings of a command."""
-    rules = rules_of(kind, False)
+    hints = field_types(kind)
     groups: dict[str, list[tuple[object, ...]]] = {
         owner.group: [] for owner in dataclasses_of(kind)
     }
     for owner, field, text in described_fields(kind):
         flag = f"`{prefix}{field.name.replace('_', '-')}`"
-        values = rules[field.name].words if field.name in rules else "any"
+        values = allowed(hints[field.name]) or "any"
         groups[owner.group].append((flag, default_of(field), values, text))
     for title, rows in groups.items():
         if rows:

@@ -280,7 +280,7 @@ def test_a_configuration_of_trl_is_an_estimator(
         (
             "a.yaml",
             "reward_clip_range: [0, 1]\nloss_type: grpo",
-            "a RLOOConfig of TRL 1.16.0 has no field loss_type",
+            "a GRPOConfig of TRL 1.16.0 has no field reward_clip_range",
         ),
         ("a.yaml", "trainer: gkd\nlmbda: 1.5", "lmbda"),
         ("a.yaml", "trainer: distillation\nlmbda: 1", "has no field lmbda"),

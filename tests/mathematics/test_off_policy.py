@@ -162,7 +162,7 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
     path = tmp_path / "table.json"
     assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "a sampler with temperature=0.8" in out and "can produce" not in out
+    assert "a sampler with temperature=0.8" in out
     assert "exact_for_sampler" in out and "exact_for_policy" in out
     problems = [perturbed_problem(seed, Perturbation(temperature=0.8)) for seed in range(20)]
     records = json.loads(path.read_text())
@@ -172,8 +172,6 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
         biases = [off_policy_moments(estimator, problem)[0].relative_bias for problem in problems]
         numbers = [record["policy_bias"], record["worst_policy_bias"]]
         assert numbers == pytest.approx([median(biases), max(biases)], abs=1e-9)
-    assert main(["lab", "exact", "--sampler", "top_p=0.9"]) == 0
-    assert "No weight brings back the rest" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -301,7 +299,6 @@ REFUSED = [
     ({"importance_centre_top": 8}, "importance_centre_top.*importance_centre is False"),
     ({"importance": "prefix", "importance_centre": True}, "importance 'prefix' weights whole"),
     ({"importance": "token", "importance_bound": "mask"}, "neither is set. Set importance_cap"),
-    ({"importance": "token", "importance_cap": 1.0, "importance_floor": 1.0}, "must be below"),
     *(
         (
             {"importance": weights, "importance_bound": "mask", name: bound},

@@ -66,7 +66,7 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
             "time limits are handled by the value that follows",
         ),
         "importance_centre": (
-            estimator.needs_centres,
+            estimator.importance_centre,
             "the policy that samples is the one that learns",
         ),
         "components": (

@@ -334,11 +334,6 @@ class Axes(Settings):
         return self.importance != "none"
 
     @property
-    def needs_centres(self) -> bool:
-        """Whether the loss needs the mean score of a token at each prefix, under the sampler."""
-        return self.importance_centre
-
-    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the loss needs the logprobs of the policy that sampled."""
         return self.ratio != "none"

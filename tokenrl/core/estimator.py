@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from tokenrl.core.rows import Advantages, LossTerms
+    from tokenrl.core.rows import Advantages, LossTerms, Mask
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Estimator(Axes):
     def advantages(
         self,
         rewards: Float[Tensor, " N *T"],
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        mask: Mask,
         *,
         group_size: int | None,
         valid: Bool[Tensor, " N"] | None = None,
@@ -188,7 +188,7 @@ class Estimator(Axes):
 
     def token_weights(
         self,
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        mask: Mask,
         *,
         max_length: int | None,
         valid: Bool[Tensor, " N"] | None = None,
@@ -218,7 +218,7 @@ class Estimator(Axes):
         logprobs: Float[Tensor, "N T"],
         advantages: Float[Tensor, " N *T"],
         weights: Float[Tensor, "N T"],
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        mask: Mask,
         *,
         old_logprobs: Float[Tensor, "N T"] | None = None,
         sampling_logprobs: Float[Tensor, "N T"] | None = None,
@@ -288,7 +288,7 @@ class Estimator(Axes):
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
             weight = importance_weights(log_weights, live, self.importance, self.importance_clip)
             gain = gain * bounded(weight, self.importance_range, masks=self.masks_weights)
-        if self.needs_centres:
+        if self.importance_centre:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
         if self.kl_in_loss:
             reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
@@ -353,7 +353,7 @@ class Estimator(Axes):
     def loss_terms(
         self,
         rewards: Float[Tensor, " N *T"],
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+        mask: Mask,
         *,
         group_size: int | None,
         max_length: int,

@@ -93,10 +93,6 @@ def check_importance(axes: Axes) -> None:
             "or more and importance_floor to 0.9999 or less, such as 3 and 0.3, or importance_bound "
             "'truncate', which rounding does not change."
         )
-    if len(names) == 2 and axes.importance_floor == axes.importance_cap:
-        raise Refused(
-            "importance_floor must be below importance_cap, but both are 1. Move one of them."
-        )
     if axes.importance_centre_top is not None and not axes.importance_centre:
         raise Refused(
             "importance_centre_top says how many tokens importance_centre is computed from, and "

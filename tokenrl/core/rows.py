@@ -1,7 +1,4 @@
-"""Decides which rows and tokens of a step count: masks, truncations, groups of equal rewards, long rows.
-
-A mask is 1 (or True) where the policy chose the token.
-"""
+"""Decides which rows and tokens of a step count: masks, truncations, groups of equal rewards, long rows."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from tokenrl.core.refusals import check_groups
 from tokenrl.errors import Refused
 
 T = TypeVar("T")
+Mask = Float[Tensor, "N T"] | Bool[Tensor, "N T"]
+"""1 (or True) where the policy chose the token."""
 
 
 def required(name: str, value: T | None, purpose: str) -> T:
@@ -104,7 +103,7 @@ def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Te
 
 def keep(
     rewards: Float[Tensor, " N *T"],
-    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    mask: Mask,
     *,
     masks_truncated: bool,
     skips_equal_groups: bool,
@@ -165,7 +164,7 @@ class LossTerms(NamedTuple):
 
 
 def token_weights(
-    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    mask: Mask,
     *,
     aggregation: str,
     max_length: int | None,

@@ -287,14 +287,14 @@ def test_arrays_of_numpy_are_lists_whatever_holds_them():
 
 REPEATED = {
     "a.jsonl": ('{"prompt": "a"}\n{"prompt": "b", "answer": 1, "answer": 2}\n', "line 2 .*'answer'"),
-    "b.jsonl": ('{"prompt": "}",\n "m": [{"prompt": "\\\"{", "m":\n {"x": 1,\n"x": 2}}]}', "line 4 .*'x'"),
-    "a.json": ('[{"answer": "answer"},\n {"m": {"answer": 1}, "answer": 1},\n {"a": 1, "\\u0061": 2}]', "line 3 .*'a'"),
+    "b.jsonl": ('{"prompt": "}",\n "m": [{"prompt": "\\\"{", "m":\n {"x": 1,\n"x": 2}}]}', "line 1 .*'x'"),
+    "a.json": ('[{"answer": "answer"},\n {"m": {"answer": 1}, "answer": 1},\n {"a": 1, "\\u0061": 2}]', "gives 'a'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPEATED)
 @pytest.mark.parametrize("read", [read_splits, load_pairs])
-def test_a_key_that_stands_twice_in_an_object_is_refused_with_its_line(name, read):
+def test_a_key_that_stands_twice_in_an_object_is_refused_with_its_row(name, read):
     text, words = REPEATED[name]
     os.mkdir("folder")
     for path in (name, f"folder/{name}"):

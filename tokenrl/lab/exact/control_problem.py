@@ -17,10 +17,8 @@ from torch import Tensor
 from tokenrl.lab.exact.problems import (
     Completions,
     Problem,
-    slopes_of,
-    token_entropies,
-    token_kls,
-    token_logprobs,
+    greedy_completions,
+    of_policy,
 )
 from tokenrl.settings import check_seed
 
@@ -45,21 +43,6 @@ class TabularMdp(NamedTuple):
     logits: Tensor  # [S, A]
     reference: Tensor  # [S, A]
     guesses: Tensor  # [S]
-
-
-class Trajectories(NamedTuple):
-    """State, action and successor of each step, and the mask of steps, [M, T] each; 0 outside the mask."""
-
-    states: Tensor  # [M, T]
-    actions: Tensor  # [M, T]
-    successors: Tensor  # [M, T]
-    mask: Tensor  # [M, T]
-
-    @property
-    def last(self) -> Tensor:
-        """The last successor of each trajectory [M]: a state if it was truncated, S if it ended."""
-        lengths = self.mask.sum(-1, keepdim=True).long()
-        return self.successors.gather(1, lengths - 1).squeeze(1)
 
 
 def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> TabularMdp:
@@ -95,8 +78,12 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
     return TabularMdp(start, moves, rewards, logits, reference, guesses)
 
 
-def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
-    """List every trajectory of at most `steps` steps that has a positive probability."""
+def all_trajectories(mdp: TabularMdp, steps: int) -> tuple[Completions, Tensor]:
+    """List every trajectory of at most `steps` steps that has a positive probability.
+
+    Returns:
+        Actions and mask, with the states in place of prefixes; and the successor of each step [M, T].
+    """
     end = len(mdp.start)
     moves = mdp.transitions.nonzero().tolist()  # state, action and successor
 
@@ -114,7 +101,8 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
     lengths = torch.tensor([[len(path)] for path in paths])
     padded = torch.tensor([path + [[0, 0, 0]] * (steps - len(path)) for path in paths])
     mask = torch.arange(steps) < lengths
-    return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
+    states, actions, successors = padded.unbind(-1)
+    return Completions(actions, mask.double(), states, []), successors
 
 
 def expected_rewards(mdp: TabularMdp, steps: int) -> Tensor:
@@ -158,10 +146,11 @@ def problem_of_mdp(
     Returns:
         The problem, with one prompt (P = 1) and M trajectories.
     """
-    paths = all_trajectories(mdp, steps)
-    moves = (paths.states, paths.actions, paths.successors)
-    chances = torch.where(paths.mask.bool(), mdp.transitions[moves], 1.0)
-    environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
+    rows, successors = all_trajectories(mdp, steps)
+    states = rows.prefix
+    moves = (states, rows.ids, successors)
+    chances = torch.where(rows.mask.bool(), mdp.transitions[moves], 1.0)
+    environment = mdp.start[states[:, 0]] * chances.prod(-1)
     whole = steps + beyond
     mean_rewards = expected_rewards(mdp, whole)  # [S + 1, K]
     if critic == "true":  # V^pi with k steps left is the sum of k discounted mean rewards
@@ -170,33 +159,21 @@ def problem_of_mdp(
         values = torch.stack(columns, -1)  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
-    rows = Completions(paths.actions, paths.mask, paths.states, [])
-    logits = mdp.logits[None]
-    logprobs = token_logprobs(logits, rows)
+    # A state if the trajectory was truncated, S if it ended.
+    last = successors.gather(1, rows.last).squeeze(1)
+    policy = of_policy(mdp.logits[None], mdp.reference[None], rows, shared=True)
+    log_chances = environment.log() + policy["logprobs"].sum(-1)
     return Problem(
         name=f"control, {steps} steps of {whole}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
-        mask=paths.mask,
-        truncated=paths.last < len(mdp.start),
-        logprobs=logprobs,
-        ref_logprobs=token_logprobs(mdp.reference[None], rows),
-        entropy=token_entropies(logits, rows),
-        token_kl=token_kls(logits, rows, mdp.reference[None]),
-        rewards=(mdp.rewards[moves] * paths.mask)[None],
-        scores=slopes_of(token_logprobs, logits, rows, shared=True),
-        entropy_slopes=slopes_of(token_entropies, logits, rows, shared=True),
-        kl_slopes=slopes_of(token_kls, logits, rows, True, mdp.reference[None]),
-        values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
-        greedy=_greedy(mdp, paths, environment * logprobs[0].sum(-1).exp()),
+        mask=rows.mask,
+        truncated=last < len(mdp.start),
+        rewards=(mdp.rewards[moves] * rows.mask)[None],
+        values=(values[states, torch.arange(steps)] * rows.mask)[None],
+        greedy=greedy_completions(mdp.logits[None], rows, log_chances),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[paths.last, steps][None] if beyond and bootstrap else None,
-        after=mean_rewards[paths.last, :beyond][None] if beyond else None,
+        bootstrap=values[last, steps][None] if beyond and bootstrap else None,
+        after=mean_rewards[last, :beyond][None] if beyond else None,
+        **policy,
     )
-
-
-def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Tensor:
-    """Return the most probable of the trajectories in which every action is the most probable one [1]."""
-    is_best = mdp.logits.argmax(-1)[paths.states] == paths.actions
-    all_best = (is_best | (paths.mask == 0)).all(-1)
-    return torch.where(all_best, chances, 0.0).argmax()[None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -254,19 +254,26 @@ def tabular_problem(
         group_size=group_size,
         mask=rows.mask,
         truncated=ends != 0,
-        logprobs=logprobs,
-        ref_logprobs=token_logprobs(ref_logits, rows),
-        entropy=token_entropies(logits, rows),
-        token_kl=token_kls(logits, rows, ref_logits),
         rewards=drawn,
-        scores=slopes_of(token_logprobs, logits, rows, shared),
-        entropy_slopes=slopes_of(token_entropies, logits, rows, shared),
-        kl_slopes=slopes_of(token_kls, logits, rows, shared, ref_logits),
         values=values,
-        greedy=_greedy(logits, rows),
+        greedy=greedy_completions(logits, rows, logprobs.sum(-1)),
         max_length=length + 2,
         sampler=None if sampler is None else _sampler(sampler(logits), logits, rows, shared),
+        **of_policy(logits, ref_logits, rows, shared),
     )
+
+
+def of_policy(logits: Tensor, reference: Tensor, rows: Completions, shared: bool) -> dict[str, Any]:
+    """Return the fields of a `Problem` that its policy and its reference make, by their logits [P, S, V]."""
+    return {
+        "logprobs": token_logprobs(logits, rows),
+        "ref_logprobs": token_logprobs(reference, rows),
+        "entropy": token_entropies(logits, rows),
+        "token_kl": token_kls(logits, rows, reference),
+        "scores": slopes_of(token_logprobs, logits, rows, shared),
+        "entropy_slopes": slopes_of(token_entropies, logits, rows, shared),
+        "kl_slopes": slopes_of(token_kls, logits, rows, shared, reference),
+    }
 
 
 def _sampler(sampling: Tensor, logits: Tensor, rows: Completions, shared: bool) -> Sampler:
@@ -359,8 +366,11 @@ def _true_values(logprobs: Tensor, rewards: Tensor, rows: Completions) -> Tensor
     return values[:, rows.prefix] * rows.mask
 
 
-def _greedy(logits: Tensor, rows: Completions) -> Tensor:
-    """Index of the completion whose every token is the most probable one, by prompt."""
+def greedy_completions(logits: Tensor, rows: Completions, log_chances: Tensor) -> Tensor:
+    """Index of the completion whose every token is the most probable one, by prompt [P].
+
+    Where an environment makes several of them, it is the most probable one, by log-probabilities [P, M].
+    """
     is_best = logits.argmax(-1)[:, rows.prefix] == rows.ids  # [P, M, T]
     all_best = (is_best | (rows.mask == 0)).all(-1)
-    return all_best.int().argmax(-1)
+    return torch.where(all_best, log_chances, -torch.inf).argmax(-1)

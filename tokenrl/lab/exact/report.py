@@ -77,11 +77,6 @@ EXPLANATION = (
     "times as large. Cosine: between E g and grad J(policy), the median; noise: tr Var g / |E g|^2, the "
     "median."
 )
-MISSING = (
-    "The sampler can produce completions that have a probability of {share:.3f} under the policy in the "
-    "median, and of {least:.3f} at least. No weight brings back the rest: weights of sequences give the "
-    "gradient of E[(R - b) 1(drawn)] under the policy, with the baseline b and the drawn ones held fixed."
-)
 
 
 def exact(args: LabArguments) -> int:
@@ -268,9 +263,6 @@ def compare_corrections(sampler: str) -> list[dict[str, Any]]:
     console = rich_console(width=120)
     console.print(table)
     console.print(EXPLANATION.format(sampler=sampler, problems=PROBLEMS))
-    shares = [kept_mass(problem) for problem in problems]
-    if min(shares) < 1 - TOLERANCE:
-        console.print(MISSING.format(share=median(shares), least=min(shares)))
     return records
 
 
@@ -289,9 +281,3 @@ def record(name: str, estimator: Estimator, problems: Sequence[Problem]) -> dict
         "cosine": median(moments.cosine for moments, _ in pairs),
         "noise": median(moments.noise for moments, _ in pairs),
     }
-
-
-def kept_mass(problem: Problem) -> float:
-    """Return the policy's probability of what the sampler can produce: the mean weight of a completion."""
-    drawn = problem.of_sampler.chances > 0
-    return float((problem.chances * drawn).sum(-1).mean())

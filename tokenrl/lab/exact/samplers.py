@@ -7,7 +7,7 @@ rounding differs. Here each of these draws the completions of tiny problems, of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -43,17 +43,13 @@ class Perturbation(Distribution):
         Raises:
             Refused: It has another form, or names what a sampler does not have.
         """
-        try:
-            head, changes = read_changes(text)
-            if head:
-                raise Refused(f"{head!r} is not a change.")
-            return arguments(cls, changes)
-        except Refused as error:
-            names = ", ".join(field.name for field in fields(cls))
+        head, changes = read_changes(text) if text else ("", {})
+        if head or not changes:
             raise Refused(
-                f"The sampler {text!r} cannot be used: {error} Give changes from {names}, such as noise=0.3 "
-                "or temperature=0.8,top_p=0.9."
-            ) from error
+                f"The sampler {text!r} cannot be used: give changes of the policy's distribution, such as "
+                "noise=0.3 or temperature=0.8,top_p=0.9."
+            )
+        return arguments(cls, changes)
 
     def logits(self, logits: Tensor, seed: int) -> Tensor:
         """Return the sampler's logits [..., V], from the policy's logits and the seed of the noise."""

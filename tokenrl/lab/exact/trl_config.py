@@ -7,19 +7,18 @@ conditions it has no effect. TRL itself is not needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenrl.configuration import read_config
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
-from tokenrl.settings import arguments, check_choice, check_number
+from tokenrl.settings import Bounds, arguments, check_choice, check_number, checked
 
 CLASSES = {
     "grpo": "GRPOConfig of TRL 1.16.0",
@@ -71,8 +70,8 @@ def _holds(condition: str, values: Mapping[str, str]) -> bool:
 def read_trl_config(path: str) -> Reading:
     """Read the fields of a configuration of TRL from JSON or YAML; TRL's defaults hold for the others.
 
-    A field `trainer`, a name of `CLASSES`, says which class it is; without one it is the first class that has
-    all fields of the file.
+    A field `trainer`, a name of `CLASSES`, says which class it is; without one it is the class that has the
+    most fields of the file.
 
     Returns:
         The class of TRL and its version; the estimator that the configuration is; fields of the file that
@@ -98,7 +97,8 @@ def read_trl_config(path: str) -> Reading:
         raise Refused(
             f"{path} has no field of these: {kinds}. Give loss_type or beta, for example."
         )
-    trainer = fields.pop("trainer", _trainer_of(fields.keys() & names, usual))
+    shared = {name: len(usual[name].keys() & fields) for name in CLASSES}
+    trainer = fields.pop("trainer", max(CLASSES, key=shared.__getitem__))
     check_choice("trainer", trainer, CLASSES)
     foreign = fields.keys() & names - usual[trainer].keys()
     if foreign:
@@ -108,15 +108,6 @@ def read_trl_config(path: str) -> Reading:
         return _reading(trainer, usual[trainer], fields)
     except Refused as error:
         raise Refused(f"{path} cannot be read as a {CLASSES[trainer]}: {error}") from error
-
-
-def _trainer_of(names: Set[str], usual: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the first trainer that has all fields, or else the first with a field that GRPO has not."""
-    names = names - {"trainer"}
-    whole = [trainer for trainer in CLASSES if names <= usual[trainer].keys()]
-    rest = names - usual["grpo"].keys()
-    some = [trainer for trainer in CLASSES if rest & usual[trainer].keys()]
-    return [*whole, *some, "grpo"][0]
 
 
 def _defaults(trainer: str) -> dict[str, str]:
@@ -200,11 +191,9 @@ def _number(name: str, text: str, kind: type[float], **bounds: float) -> float:
     Raises:
         Refused: The text is no such number, or it lies outside the bounds.
     """
-    value: Any = text
-    with suppress(ValueError):
-        value = kind(text)
-    check_number(name, value, kind, **bounds)
-    return kind(value)
+    hint: Any = Annotated[kind, Bounds(**bounds)]
+    value: float = checked(name, text, hint)
+    return value
 
 
 def _plain(value: Any) -> str:

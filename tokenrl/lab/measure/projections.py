@@ -177,11 +177,9 @@ class _Changed(nn.Module):
 
 
 def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Return the first row of each distinct (prompt, completion), and the number of its pair for each row."""
+    """Return a row of each distinct (prompt, completion), and the number of its pair for each row."""
     ids = rollout.completion_ids.masked_fill(~rollout.mask, -1)
     table = torch.cat([rollout.prompt_index[:, None], ids], dim=1)
     unique, row_of = torch.unique(table, dim=0, return_inverse=True)
     rows = torch.arange(len(row_of), device=row_of.device)
-    first = rows.new_full((len(unique),), len(rows))
-    first.scatter_reduce_(0, row_of, rows, reduce="amin")
-    return first, row_of
+    return rows.new_zeros(len(unique)).scatter(0, row_of, rows), row_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_scoring, check_turns
+from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
@@ -73,8 +73,6 @@ def collect(
     """
     group_size = sampling.num_generations
     scoring = check_scoring(policy)
-    if rewards.environments is not None:
-        check_turns(policy)
     sampled = sample_and_reward(
         policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
     )

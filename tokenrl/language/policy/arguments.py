@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from tokenrl.configuration import UniqueKeys, read_config
+from tokenrl.configuration import UNIQUE_KEYS, read_config
 from tokenrl.errors import Refused
 from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments
 
@@ -74,7 +74,7 @@ class PromptArguments(Settings, group="prompts and ends"):
 def _as_json(value: Any) -> str:
     """Return an object, which may be given as JSON, in JSON."""
     try:
-        content = UniqueKeys().decode(value) if isinstance(value, str) else value
+        content = UNIQUE_KEYS.decode(value) if isinstance(value, str) else value
         return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise Refused(

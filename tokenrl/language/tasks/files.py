@@ -22,7 +22,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import UniqueKeys
+from tokenrl.configuration import UNIQUE_KEYS
 from tokenrl.errors import Placed
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -129,9 +129,8 @@ def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the location of each value, and the value."""
-    decoder = UniqueKeys()
     if text.lstrip().startswith("["):
-        for number, value in enumerate(decoder.decode(text), start=1):
+        for number, value in enumerate(UNIQUE_KEYS.decode(text), start=1):
             yield f"item {number}", value
         return
     end = 0
@@ -142,10 +141,11 @@ def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
         end = start
         if start < len(text):
             try:
-                value, end = decoder.raw_decode(text, start)
-            except json.JSONDecodeError as error:
-                row = line if format_of(file) == ".jsonl" else error.lineno
-                raise ValueError(f"line {row} of {file} is no JSON: {error.msg}") from None
+                value, end = UNIQUE_KEYS.raw_decode(text, start)
+            except ValueError as error:
+                row = line if format_of(file) == ".jsonl" else getattr(error, "lineno", line)
+                words = getattr(error, "msg", error)
+                raise ValueError(f"line {row} of {file} is no JSON: {words}") from None
             yield f"line {line}", value
             line += text.count("\n", start, end)
 

@@ -174,7 +174,7 @@ class Learner:
             self.forward.scoring,
             distribution=self.sampling,
             entropy=estimator.needs_entropy,
-            centres=estimator.score_centres if estimator.needs_centres else None,
+            centres=estimator.score_centres if estimator.importance_centre else None,
             reference=reference,
         )
 
@@ -296,7 +296,7 @@ class Learner:
 
 def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
     """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
-    if estimator.needs_centres:
+    if estimator.importance_centre:
         size: int = shape_of(policy).vocab_size
         count = min(size, estimator.importance_centre_top or size)
         if count > MOST_TOKENS:

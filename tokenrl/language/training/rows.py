@@ -58,7 +58,7 @@ def sample(
             sampling,
             keep_score_norms=estimator.needs_score_norms,
             keep_hidden=estimator.needs_values,
-            keep_distribution=estimator.needs_centres,
+            keep_distribution=estimator.importance_centre,
             keep_top=estimator.importance_centre_top,
         )
     rollout = sample_rows(
@@ -66,7 +66,7 @@ def sample(
     )
     if greedy:  # greedy completions are only rewarded, never learnt from
         return rollout
-    if estimator.needs_centres and rollout.sampling_distribution is None:
+    if estimator.importance_centre and rollout.sampling_distribution is None:
         raise Refused(
             "importance_centre needs the sampler's probability of every token, and this generator returns "
             "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
