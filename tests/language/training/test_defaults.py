@@ -177,7 +177,7 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["pad", "chat", "closing", "keeps"])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     text=st.text(max_size=40)
     | st.sampled_from(["the cat", "cat" * 13, "\u3042" * 9, "\ufdfa" * 2]),

@@ -122,7 +122,7 @@ def test_the_centres_are_those_of_the_samplers_top_tokens(top):
     capped = Estimator(importance="token", importance_cap=1.5, importance_centre=True)
     slope, _, learner = stepped(dataclasses.replace(capped, importance_centre_top=top), **options)
     rollout = learner.generator.rollout
-    assert rollout.sampling_distribution.shape[2] == rollout.top_ids.shape[2] == min(top, 96)
+    assert rollout.sampling_distribution.shape[2] == min(top, 96) == rollout.top_ids.shape[2]
     assert (apart(slope, stepped(capped, **options)[0]) < 1e-6) == (top >= 5)
 
 

@@ -223,22 +223,6 @@ def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, mo
     assert not torch.equal(trained(KINDS[name])[0], usual)
 
 
-class Flat(Guess):
-    """Rewards nothing if the number of reset is even, for all of a group, as its seed is shared."""
-
-    def step(self, text):
-        observation, reward, *rest = super().step(text)
-        return observation, reward * (self.number % 2), *rest
-
-
-def test_groups_of_equal_rewards_are_replaced_by_episodes_of_new_prompts():
-    parts, metrics = trained(KINDS["dapo"], Flat)
-    _, never = trained(KINDS["dapo"], Flat, max_refills=0)
-    assert parts.isfinite().all() and metrics["refilled"] > 0 == never["refilled"]
-    # the test has few new prompts
-    assert metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]
-
-
 # ---- whole runs ----
 
 ENVIRONMENT = '''
