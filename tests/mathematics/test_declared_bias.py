@@ -18,7 +18,7 @@ from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, named_estimators, problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.problems import tabular_problem
-from tokenrl.lab.exact.verdict import Verdict, default_problems
+from tokenrl.lab.exact.verdict import Verdict
 
 torch.set_num_threads(1)
 POINTS = named_estimators()
@@ -348,14 +348,6 @@ def test_beyond_what_was_tried_a_bias_is_not_found_and_the_line_says_how_far_tha
     assert repr(verdict).endswith(f"; tried: {TRIED}")
 
 
-def test_what_was_tried_is_that_of_the_problems_that_were_used() -> None:
-    assert measure_bias(Estimator(baseline=median_from(9)), group_size=10).found == "biased"
-    shown = measure_bias("rloo", SMALL[:1]).tried
-    assert shown == "prompts 1, group size 3, tokens 1 to 3, rewards -0.42 to 1.4"
-    assert "group size 5 to 8" in measure_bias("max_at_k").tried
-    assert "rewards 0 to 2" in measure_bias("maxrl").tried
-
-
 def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only() -> None:
     """R_i - mean of all but a neighbour is (G-2)/(G-1) of the gradient: nothing of it for G = 2."""
 
@@ -408,11 +400,3 @@ def undefined(totals, *, group_size, **_):
 def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:
     with pytest.raises(Refused, match=words):
         measure_bias(Estimator(baseline=baseline), SMALL)
-
-
-def test_the_problems_differ() -> None:
-    problems = default_problems()
-    assert {len(p.chances) for p in problems} == {1, 2, 3}
-    assert {p.rewards.ndim for p in problems} == {2, 3} and len({p.name for p in problems}) == len(
-        problems
-    )
