@@ -24,7 +24,7 @@ CACHE, HEAD, FORWARD = (
     "language/rollout/head.py",
     "language/rollout/forward.py",
 )
-VLLM, CHAT = "language/rollout/vllm.py", "language/rewards/environments.py"
+VLLM = "language/rollout/vllm.py"
 AGENTS, METRICS = "control/environments.py", "runs/metrics.py"
 
 NAMES = {

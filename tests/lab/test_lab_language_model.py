@@ -37,7 +37,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def problem(policy: Policy):
-    return problem_of_policy(policy, PROMPTS[:1], points_of, length=3, vocabulary=4)
+    return problem_of_policy(policy, PROMPTS[0], points_of, length=3, vocabulary=4)
 
 
 @pytest.mark.parametrize(
