@@ -159,17 +159,6 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
-def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:
-    rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
-    whole = collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3))
-    assert len(whole.parts) == 1 and len(samples.parts) == 3
-    assert torch.equal(whole.mask, samples.mask) and torch.equal(whole.rewards, samples.rewards)
-    torch.testing.assert_close(whole.logprobs, samples.logprobs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        whole.logprobs.sum(-1), whole.parts[0].logprobs.sum(-1), rtol=1e-10, atol=0
-    )
-
-
 ROWS = [{"prompt": word} for word in WORDS * 8]
 TASK = SimpleNamespace(
     name="points", train_prompts=ROWS, eval_prompts=ROWS, reward=points, max_completion_length=2

@@ -16,7 +16,6 @@ from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, named_estimators, problem_of_mdp, random_mdp
-from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.problems import tabular_problem
 from tokenrl.lab.exact.verdict import Verdict
 
@@ -139,17 +138,6 @@ def test_every_preset_and_every_choice_is_a_point() -> None:
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
     for axis, names in AXES.items():
         assert {getattr(e, axis) for e in POINTS.values()} >= set(names)
-
-
-def test_a_shrunken_gradient_of_one_prompt_is_found_per_prompt() -> None:
-    target = torch.tensor([[1.0, 0, 0], [0, 2.0, 0]]).double()
-    factors = {(1.0, 1.0): "exact", (0.5, 0.5): "exact_up_to_scale", (0.5, 0.6): "exact_per_prompt"}
-    factors |= {(1.0, -1.0): "biased", (1.0, 0.0): "biased"}
-    for pair, status in factors.items():
-        mean = torch.tensor(pair).double()[:, None] * target
-        assert Moments(mean, target, 9.0).status == status
-    slightly = target + torch.tensor([0, 0, 1e-6]).double()
-    assert Moments(slightly, target, 9.0).status == "biased"
 
 
 def test_ok_is_as_good_as_declared_and_a_bias_must_be_found() -> None:
