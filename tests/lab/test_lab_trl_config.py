@@ -35,11 +35,6 @@ CASES = [
         "trl_grpo,aggregation=fixed_length",
         ["still on: scale_rewards", "ref_model_sync_steps: beta is 0"],
     ),
-    (
-        {"loss_type": "dr_grpo", "scale_rewards": False},
-        "trl_grpo,aggregation=fixed_length,scale=none",
-        [],
-    ),
     ({"loss_type": "bnpo"}, "trl_grpo", ["one pass on one device"]),
     (
         {
@@ -122,16 +117,6 @@ CASES = [
         {"use_vllm": False, "vllm_mode": "server", "steps_per_generation": 4, "epsilon": 0.3},
         "trl_grpo,epsilon=0.3",
         ["vllm_mode: use_vllm is off", "several updates"],
-    ),
-    (
-        {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "epsilon": 0.3},
-        "trl_grpo,epsilon=0.3",
-        ["epsilon: each"],
-    ),
-    (
-        {"mask_truncated_completions": True, "entropy_coef": 0.01, "entropy_target": 0.5},
-        "trl_grpo,truncations=mask,entropy_coef=0.01",
-        ["entropy_target: use_adaptive_entropy is off"],
     ),
     (
         {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},

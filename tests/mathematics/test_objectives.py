@@ -158,7 +158,6 @@ REFUSED = [
     ({"objective_order": 4}, "the objective is 'reward'"),
     ({"objective": "log_success", "objective_order": 4}, "follows from the number of completions"),
     ({"objective_form": "sloo"}, "not a form of the objective 'reward'"),
-    ({"objective": "log_success", "objective_form": "sloo"}, "maxrl, keep_failures, leave_one_out"),
     ({"objective": "log_success", "baseline": "group_mean"}, "Set baseline 'rloo'"),
     ({"objective": "log_success", "scale": "batch_std"}, "Set scale 'none'"),
     ({"objective": "log_success", "returns": "reward_to_go"}, "Set returns 'total'"),

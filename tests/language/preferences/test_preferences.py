@@ -130,10 +130,8 @@ USER, GOOD, BAD = (
             {"chosen": "the sky is blue", "rejected": "the sky is bright"},
             ("the sky is", " blue", " bright"),
         ),
-        ({"chosen": "yes", "rejected": "yet"}, ("", "yes", "yet")),
         ({"prompt": None, "chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
-        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, ([USER], "a", "b")),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
         (
             {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
@@ -186,7 +184,6 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
             "some of prompt, chosen and rejected are text",
         ),
         ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
-        ([{"prompt": True, "chosen": "a", "rejected": "b"}], "row 0: the prompt is True"),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}],
             "row 0: margin was given as 'big'",

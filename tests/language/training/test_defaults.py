@@ -99,7 +99,6 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     [
         ({"prompt": "a" * 9}, False, 55, "a prompt has 9 tokens, the model's context 64"),
         ({"prompt": "a" * 9}, True, 32, "a prompt has 9 tokens, the model's context 64"),
-        ({"prompt": "a" * 80}, False, 1, "a prompt has 80 tokens, the model's context 64"),
         (
             {"prompt": "a", "completion": "b" * 8},
             False,
