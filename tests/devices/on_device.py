@@ -59,7 +59,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
     "memory": {"estimator": "reinforce_running_mean"},
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
-    "importance": {"estimator": preset("rloo", importance="sequence", importance_cap=2.0)},
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
     "centred by the top": {
         "estimator": preset("rloo", importance_centre=True, importance_centre_top=5)
