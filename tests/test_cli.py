@@ -146,14 +146,11 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
-    # if the prompts were others
-    apart = math.hypot(trained["reward_stderr"], base["reward_stderr"])
-    assert 0 < trained["difference/reward_stderr"] != pytest.approx(apart)
     assert "difference/reward" not in base
-    alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels", eval_size=16)
     together = tokenrl.evaluate(model=["run", model], task="vowels", eval_size=16)
-    assert list(together) == ["run", model] and together["run"] == alone
-    assert alone.metrics == {k: v for k, v in trained.items() if not k.startswith("difference/")}
+    assert list(together) == ["run", model]
+    alone = {k: v for k, v in trained.items() if not k.startswith("difference/")}
+    assert together["run"].metrics == alone
     assert main([*EVALUATE, "run", ""]) == 2
     assert "Name the model" in capsys.readouterr().err
 

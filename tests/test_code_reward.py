@@ -17,7 +17,7 @@ def recipe():
     spec = importlib.util.spec_from_file_location("code_reward", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.SECONDS = 2
+    module.SECONDS = 1
     return module
 
 
@@ -59,9 +59,9 @@ def test_a_program_is_rewarded_by_its_tests_alone_and_in_time(recipe, program, r
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of processes")
 def test_what_a_program_starts_ends_with_it(recipe, tmp_path):
     sleeper = (
-        f"import pathlib, time; time.sleep(4); pathlib.Path({str(tmp_path)!r}, 'late').touch()"
+        f"import pathlib, time; time.sleep(2); pathlib.Path({str(tmp_path)!r}, 'late').touch()"
     )
     starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeper!r}])"
     assert recipe.passes([f"{RIGHT}\n{starts}"], [TESTS]) == [1]
-    time.sleep(5)
+    time.sleep(2.5)
     assert not (tmp_path / "late").exists()

@@ -1,6 +1,6 @@
-"""Random command lines: each trains, or is refused in one paragraph, whatever it says.
+"""Random command lines of allowed values: each trains, or is refused in one paragraph.
 
-A failure shows the words of its case.
+What a type does not allow is in `test_settings.py`, for each field; here settings meet each other.
 """
 
 from __future__ import annotations
@@ -9,125 +9,80 @@ import contextlib
 import io
 import json
 import random
-import shutil
-import signal
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent / "language"))
-
-from fuzz_values import flags
+import torch
 from safetensors.torch import load_file
-from tiny_models import make_model, make_tokenizer
+from test_settings import leaves
 
-import tokenrl
 from tokenrl.cli import COMMANDS, main
+from tokenrl.core import PRESETS, Estimator
+from tokenrl.settings import field_types
 
-CASES, BLOCKS, SECONDS = 500, 10, 30
-
-
-@contextlib.contextmanager
-def deadline(seconds: int):
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"not done after {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The directory of a random model of 10,000 weights, with a chat template."""
-    path = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(path)
-    make_tokenizer("chat").save_pretrained(path)
-    return str(path)
-
-
-TOY = "task=sort_digits eval_size=2"
+TOY = "--task sort_digits --model tiny --eval-size 2"
 BASES = {
-    "train": f"{TOY} max_steps=1 prompts_per_step=2 num_generations=2 output_dir=run",
-    "sft": f"{TOY} max_steps=1 output_dir=run",
-    "reward-model": "data=pairs.jsonl max_steps=1 output_dir=run",
-    "evaluate": f"{TOY} num_generations=2 max_completion_length=6",
-    "sample": "max_completion_length=6",
-    "control": "max_steps=1 num_envs=2 eval_episodes=2 max_episode_steps=9 output_dir=run",
-    "advise": "episodes=3",
-    "report": "",
-    "lab exact": "estimators=rloo",
-    "lab measure": f"{TOY} num_prompts=4 num_generations=2 prompts_per_step=2 probes=4",
+    "train": f"{TOY} --max-steps 1 --prompts-per-step 2 --num-generations 2",
+    "sft": f"{TOY} --max-steps 1",
+    "reward-model": "--data pairs.jsonl --model tiny --max-steps 1",
+    "control": "--env bandit --max-steps 1 --num-envs 2 --eval-episodes 2 --max-episode-steps 9",
+    "evaluate": "--model tiny --task sort_digits --eval-size 2 --num-generations 2",
+    "lab measure": f"{TOY} --num-prompts 4 --num-generations 2 --prompts-per-step 2 --probes 4",
 }
 """Flags of each command with which it is done in a second."""
+NOT_DRAWN = {"estimator", "config", "output_dir", "reward_timeout", "video", "trust_remote_code"}
+LARGEST = 64
+"""What sizes are drawn up to, so that a case takes neither minutes nor the memory."""
 
 
-def command_line(rng: random.Random, tiny: str, done: str) -> tuple[str, list[str]]:
-    """A command with its words, most of which could be meant."""
-    name = rng.choice(list(BASES))
-    words = [word.split("=") for word in BASES[name].split()]
-    base = {
-        key: value
-        for key, value in words
-        if key in ("output_dir", "estimators") or rng.random() < 0.97
-    }
-    if name not in ("control", "advise", "report", "lab exact"):
-        base["model"] = tiny if rng.random() < 0.95 else "nowhere"
-    if name == "advise":
-        base |= rng.choice([{"env": "bandit"}, {"run": done}])
-    if name == "control":
-        base["env"] = rng.choice(
-            ["bandit", "gridworld", "CartPole-v1", "Pendulum-v1", "Nothing-v0"]
-        )
-    argv = flags(rng, COMMANDS[name].arguments, base)
-    if name == "report":
-        argv += rng.choice(
-            [[], [done], [done, done], [done, "run"], ["x" * 999], [done, "--output", "a/b"]]
-        )
-    return name, [*name.split(), *argv]
+def allowed(rng: random.Random, hint: Any) -> Any:
+    """A value that the type of a setting allows, often at a bound."""
+    kind, bounds = rng.choice(leaves(hint))
+    if get_origin(kind) is Literal:
+        return rng.choice(get_args(kind))
+    if kind in (int, float):
+        usual = (0, 1, 2, 7) if kind is int else (0.0, 1e-3, 0.5, 0.9, 1.0, 10.0)
+        limits = [limit for _, _, limit in bounds.limits() if kind is float or limit < LARGEST]
+        return kind(rng.choice([x for x in (*usual, *limits) if bounds.hold(x)]))
+    return {str: rng.choice(("", "x", "a" * 999, "{a", "none")), bool: True}.get(kind)
+
+
+def flags(rng: random.Random, name: str) -> Iterator[str]:
+    """Flags of a command, some of them those of the estimator."""
+    hints = {n: h for n, h in field_types(COMMANDS[name].arguments).items() if n not in NOT_DRAWN}
+    chosen = {n: allowed(rng, hints[n]) for n in rng.sample(list(hints), rng.randrange(1, 9))}
+    if name in ("train", "control"):
+        yield from ("--estimator", rng.choice(list(PRESETS)))
+        axes = rng.sample(list(field_types(Estimator).items()), rng.randrange(4))
+        chosen |= {f"estimator.{axis}": allowed(rng, hint) for axis, hint in axes}
+    for setting, value in chosen.items():
+        flag = setting.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{rng.choice(('', 'no-'))}{flag}"
+        elif value is not None:
+            yield f"--{flag}={value}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(300))
+def test_random_command_lines(number, tmp_path, monkeypatch):
     """None ends with a traceback, with exit code 0 and no model, or with weights that are not finite."""
-    inside = tmp_path / "work" / "inside"
-    inside.mkdir(parents=True)
-    monkeypatch.chdir(inside)
-    tokenrl.train_agent(
-        env="bandit", max_steps=1, num_envs=2, eval_episodes=2, output_dir="done", quiet=True
-    )
-    pair = {"prompt": "a", "chosen": "the cat", "rejected": "the dog"}
-    Path("pairs.jsonl").write_text(
-        "".join(json.dumps(pair | {"prompt": p}) + "\n" for p in "abcdefgh")
-    )
-
-    for number in range(block, CASES, BLOCKS):
-        shutil.rmtree("run", ignore_errors=True)
-        name, argv = command_line(random.Random(f"line {number}"), tiny, "done")
-        print(argv)  # shown where it fails
-        out = io.TextIOWrapper(io.BytesIO(), "utf-8")
-        error = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-        monkeypatch.setattr("sys.stdin", io.StringIO("a\n/n 1\nb\n"))
-        with (
-            deadline(SECONDS),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(error),
-            contextlib.suppress(SystemExit),  # --help
-        ):
-            code = main(argv)
-            error.seek(0)
-            refused = any(line.startswith("tokenrl:") for line in error.read().splitlines())
-            assert code in (0, 1, 2) and (code == 0 or refused), (code, argv)
-            model = Path("run", "model")
-            if code == 0 and "output_dir" in BASES[name] and "--check" not in argv:
-                assert model.is_dir(), argv
-            for file in model.glob("*.safetensors"):
-                weights = load_file(file).values()
-                assert all(tensor.isfinite().all() for tensor in weights), argv
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    pairs = [{"prompt": x, "chosen": "the cat", "rejected": "the dog"} for x in "abcdefgh"]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    rng = random.Random(number)
+    name = rng.choice(list(BASES))
+    argv = [*name.split(), *BASES[name].split(), *flags(rng, name)]
+    trains = COMMANDS[name].trains
+    argv += ["--output-dir", "run"] * trains
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        code = main(argv)
+    told = [line for line in error.getvalue().splitlines() if line.startswith("tokenrl:")]
+    assert code in (0, 1, 2) and (told or not code), argv
+    has_model = Path("run", "model").is_dir()
+    assert code or has_model == (trains and "--check" not in argv), argv
+    for file in Path("run").glob("model/*.safetensors"):
+        assert all(bool(torch.isfinite(x).all()) for x in load_file(file).values()), argv

@@ -117,17 +117,6 @@ def real_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_learns_the_form_and_then_from_rewards(real_model, tmp_path, capsys):
-    words = f"train --task sort_digits --model {real_model} --lora-r 8 --warm-start --warm-start-steps 60"
-    words += f" --max-steps 4 --eval-size 16 --output-dir {tmp_path / 'one'}"
-    assert main(words.split()) == 0
-    warmed = json.loads((tmp_path / "one" / "config.json").read_text())["warm_started"]
-    assert warmed["loss_before"] > 4 > 1 > warmed["loss_after"]
-    first = capsys.readouterr().out
-    assert first.index("loading the model") < first.index("step  1/60") < first.index("order")
-
-
-@pytest.mark.slow
 def test_a_real_model_learns_the_form_of_a_call_from_the_page(real_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))

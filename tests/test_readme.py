@@ -12,7 +12,7 @@ from tokenrl.lab import named_estimators
 from tokenrl.lab.exact.verdict import default_problems
 
 ROOT = Path(__file__).parents[1]
-RECIPES, FOLDER = ROOT / "recipes", ROOT / "recipes" / "pages"
+FOLDER = ROOT / "recipes" / "pages"
 README, ALL = (ROOT / "README.md").read_text(), (FOLDER / "explain" / "estimators.md").read_text()
 
 

@@ -8,7 +8,6 @@ from test_toy_tasks import LOADED as TASKS
 import toy_tasks
 from toy_tasks import models
 
-every_task = pytest.mark.parametrize("name", toy_tasks.NAMES)
 of_text = pytest.mark.parametrize(
     "name", [name for name in toy_tasks.NAMES if name != "calculator"]
 )
@@ -39,7 +38,7 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer(name, built):
         )
 
 
-@every_task
+@pytest.mark.parametrize("name", ["sort_digits", "sentiment", "calculator"])
 def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

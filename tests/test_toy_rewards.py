@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from hypothesis import given, strategies as st
 
 from toy_tasks import (
     addition,
@@ -87,15 +84,3 @@ def test_target_length():
     targets, expected = [6, 6, 6, 6, 2, 8, 3, 2], [0, 0, -1 / 6, -2 / 6, -1, -1, -1, 0]
     prompts = [f"ab{target}>" for target in targets]
     assert target_length.reward(prompts, texts, target=targets) == pytest.approx(expected)
-
-
-@given(st.text(alphabet="0123456789+-*/().=_ \n٣", max_size=12))
-def test_countdown_accepts_exactly_what_its_grammar_says(text):
-    pieces = text.replace("-", "+").split("+")
-    numbers = all(
-        0 < len(p) <= 2 and p.isascii() and p.isdigit() and str(int(p)) == p for p in pieces
-    )
-    assert (countdown.parse(text) is not None) == numbers
-    if numbers:
-        signed = re.findall(r"[+-]?\d+", text)
-        assert countdown.parse(text) == list(map(int, signed))

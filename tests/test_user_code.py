@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import numpy as np
 import pytest
@@ -130,3 +131,17 @@ def test_an_error_of_user_code_goes_on_and_the_settings_are_given_back():
         torch.set_default_dtype(torch.float16)
         raise ZeroDivisionError
     assert settings() == before and np.geterr()["divide"] == "warn"
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (SystemExit(3), 3), (ValueError("x"), 1)])
+def test_a_process_that_user_code_forks_ends_where_it_would_come_out_of_the_call(error, code):
+    owner = os.getpid()
+    try:
+        with user_code():
+            child = os.fork()
+            if child == 0 and error is not None:
+                raise error
+    finally:
+        if os.getpid() != owner:
+            os._exit(7)  # it would go on with the tests
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code

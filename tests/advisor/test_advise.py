@@ -140,9 +140,3 @@ def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
     assert main(["advise", *argv]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
-
-
-def test_the_command_line_that_is_shown_can_be_typed(capsys):
-    assert main(["advise", "--env", "bandit"]) == 0
-    line = capsys.readouterr().out.partition("Run it: ")[2].splitlines()[0]
-    assert main([*shlex.split(line)[1:], "--check", "--quiet", "--output-dir", "run"]) == 0

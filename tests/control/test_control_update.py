@@ -236,14 +236,3 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
 def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
     with pytest.raises(Refused, match=message):
         check_supported(Estimator(**fields), num_steps)
-
-
-def test_the_update_is_reinforce_by_hand():
-    """`1/N sum_i sum_t G_it (onehot(a) - pi)`, with scaled rewards."""
-    estimator = Estimator(baseline="none", returns="reward_to_go")
-    agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
-    to_go = rollout.rewards.flip(1).cumsum(1).flip(1)
-    expected = slope_of(
-        agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS)
-    )
-    torch.testing.assert_close(moved(agent, rollout), expected)

@@ -45,7 +45,6 @@ def test_facts(env, size, actions, numbers, horizon, solved):
         ("Nope-v1", "no environment 'Nope-v1'.*gridworld, trap, walk, costly_walk, bandit"),
         ("LunarLander-v2", "use `LunarLander-v3` instead"),
         ("CartPole", "Did you mean 'CartPole-v1'.*with its version"),
-        ("gridwrld", "Did you mean 'gridworld'"),
         ("Blackjack-v1", "no limit in length.*--max-episode-steps"),
         ("", "no environment ''"),
         (gymnasium.spec("CartPole-v1"), "given as a EnvSpec; give the id"),
@@ -218,9 +217,7 @@ def test_files_that_lead_nowhere(write, text, env, message):
     [
         (-np.inf, np.inf, np.float16, 0.25, 0.25),
         (-np.finfo(np.float32).max, np.finfo(np.float32).max, np.float32, 0.25, 0.25),
-        (-np.finfo(float).max, np.finfo(float).max, np.float64, -7, -7),
         (0, np.inf, np.float32, -2, 0),
-        (-2, 4, np.float32, 0.5, 2.5),
     ],
 )
 def test_actions_between_bounds_and_without_bounds(low, high, dtype, action, expected):

@@ -270,18 +270,14 @@ def test_imports_only_go_down():
     [
         ("tokenrl.core.losses", "from tokenrl.runs import metrics"),
         ("tokenrl.core.losses", "def f():\n    import transformers"),
-        ("tokenrl.core.losses", "from tokenrl import Estimator"),
         ("tokenrl.language.training.step", "import tokenrl.control.worlds"),
-        ("tokenrl.language.rewards.calls", "from tokenrl.language.tasks import task"),
         ("tokenrl.lab.exact.report", "from tokenrl.lab.measure.measurement import measure"),
         ("tokenrl.errors", "from tokenrl.core import Estimator"),
         (
             "tokenrl.control.run",
             "if TYPE_CHECKING:\n    from tokenrl.language.policy.policy import Policy",
         ),
-        ("tokenrl.advisor", "import tokenrl.cli"),
         ("tokenrl.language.tasks.task", "import toy_tasks"),
-        ("toy_tasks.addition", "from tokenrl.core import Estimator"),
         ("tokenrl.cli", "from recipes import train_lm"),
     ],
 )
@@ -417,16 +413,7 @@ def unsafe(source: Source) -> list[str]:
 
 def test_nothing_runs_data_as_code():
     assert [line for source in PACKAGE_SOURCES + TOY_SOURCES for line in unsafe(source)] == []
-    for line in (
-        *(
-            "eval(text)",
-            "exec(text)",
-            "import pickle",
-            "from pickle import loads",
-            "torch.load(path)",
-        ),
-        *("torch.load(path, weights_only=False)", "numpy.load(path, allow_pickle=True)"),
-    ):
+    for line in ("eval(x)", "from pickle import loads", "torch.load(x)", "f(x, allow_pickle=True)"):
         assert len(unsafe(Source("x", line))) == 1
     assert unsafe(Source("x", "model.eval()\ntorch.load(path, weights_only=True)")) == []
 

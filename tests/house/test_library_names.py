@@ -5,11 +5,9 @@ A library may take such a name away in any release. This says at once which one,
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from functools import reduce
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,7 +16,6 @@ from typing import Any
 
 import pytest
 from packaging.version import Version
-from test_house import PACKAGE_SOURCES, Source
 
 ROOT = Path(__file__).parents[2]
 MODEL, SAVING = "language/policy/model.py", "language/policy/saving.py"
@@ -27,7 +24,7 @@ CACHE, HEAD, FORWARD = (
     "language/rollout/head.py",
     "language/rollout/forward.py",
 )
-VLLM, CHAT = "language/rollout/vllm.py", "language/rewards/environments.py"
+VLLM = "language/rollout/vllm.py"
 AGENTS, METRICS = "control/environments.py", "runs/metrics.py"
 
 NAMES = {
@@ -104,10 +101,6 @@ LATER = {
     "torch.cpu:get_capabilities": ("torch", "2.10"),
 }
 """Names that the lowest supported releases lack, with their own; the package asks whether they are there."""
-DOCUMENTED = {"_replace", "_make", "_asdict", "_fields", "_exit"}
-"""Names with which Python documents named tuples, and `os._exit`."""
-UNDOCUMENTED = {"transformers", "peft", "accelerate", "datasets", "huggingface_hub", "vllm"}
-"""Libraries whose documented names can be imported from the top, for the most part."""
 
 
 def exists(name: str) -> bool:
@@ -152,83 +145,3 @@ def test_the_files_of_the_table_use_the_names():
     texts = {name: (ROOT / "tokenrl" / file).read_text() for name, file in NAMES.items()}
     last = {name: re.split("[.:]", name)[-1] for name in NAMES}
     assert [name for name, text in texts.items() if last[name] not in text] == []
-
-
-# ---- what the table lacks ----
-
-
-def own_names(sources: list[Source]) -> set[str]:
-    """Names with an underscore in front that the package defines itself."""
-    names = set()
-    for node in (node for source in sources for node in source.nodes):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        of_self = isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls")
-        if of_self and isinstance(node.ctx, ast.Store):
-            names.add(node.attr)
-    return {name for name in names if is_private(name)}
-
-
-def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
-
-
-def private_names(source: Source, own: set[str]) -> Iterator[str]:
-    """Attributes and imports with an underscore in front that are a library's; imports from inside one."""
-    for node in source.nodes:
-        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
-            yield from () if ast.unparse(node.value) in ("self", "cls") else (node.attr,)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "getattr",
-            "hasattr",
-            "setattr",
-        ):
-            words = [word.value for word in node.args[1:2] if isinstance(word, ast.Constant)]
-            yield from (word for word in words if is_private(str(word)))
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-            yield from (module for module in modules if any(map(is_private, module.split("."))))
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            library, *inner = node.module.split(".")
-            names = [f"{node.module}:{alias.name}" for alias in node.names if library != "tokenrl"]
-            inside = bool(inner) and library in UNDOCUMENTED
-            yield from (n for n in names if inside or any(map(is_private, re.split("[.:]", n))))
-
-
-def listed(name: str) -> bool:
-    if ":" in name:
-        return any(row == name or row.startswith(f"{name}.") for row in NAMES)
-    return any(row.endswith(f".{name}") for row in NAMES)
-
-
-def test_every_private_name_of_a_library_is_in_the_table():
-    own = own_names(PACKAGE_SOURCES)
-    used = {source.module: [*private_names(source, own)] for source in PACKAGE_SOURCES}
-    assert {m: n for m, names in used.items() if (n := [x for x in names if not listed(x)])} == {}
-    private = {
-        last
-        for last in (row.split(".")[-1] for row in NAMES)
-        if is_private(last) and ":" not in last
-    }
-    # none is hidden by one of our own
-    assert private <= {name for names in used.values() for name in names}
-
-
-@pytest.mark.parametrize(
-    ("line", "name"),
-    [
-        ("schedule._last_rates = rates", "_last_rates"),
-        ("getattr(model, '_no_such_modules', None)", "_no_such_modules"),
-        ("from torch._dynamo import reset", "torch._dynamo:reset"),
-        ("import torch._dynamo", "torch._dynamo"),
-        (
-            "from transformers.cache_utils import StaticLayer",
-            "transformers.cache_utils:StaticLayer",
-        ),
-    ],
-)
-def test_a_name_that_is_not_in_the_table_is_noticed(line, name):
-    source = Source("tokenrl.x", f"{line}\nself._mine = cls._mine = other._mine._replace(x=0)")
-    assert [*private_names(source, {"_mine"})] == [name] and not listed(name)

@@ -147,43 +147,15 @@ def test_the_signatures_are_those_of_the_settings():
 
 
 CALLS: Sequence[tuple[str, str]] = [
-    (
-        "tokenrl.train(task='vowels', max_step=3)",
-        'Unexpected keyword argument "max_step" for "train"',
-    ),
+    ("tokenrl.train(task='vowels', max_step=3)", 'keyword argument "max_step" for "train"'),
     ("tokenrl.train(max_steps='3')", 'has incompatible type "str"; expected "int | None"'),
-    (
-        "tokenrl.train(lr_scheduler_type='step')",
-        "expected \"Literal['constant', 'linear', 'cosine'] | None\"",
-    ),
-    ("tokenrl.sft(batchsize=3)", "Unexpected keyword"),
     ("tokenrl.evaluate(model='a', temprature=2.0)", "No overload variant"),
-    ("tokenrl.compare(arms=('rloo',), max_step=3)", "Unexpected keyword"),
     ("tokenrl.language.load_task('a', prompt_colum='q')", "Unexpected keyword"),
-    (
-        "tokenrl.train(task=[{'prompt': 'a'}], reward=len, model=('a', 'b'), estimator='grpo', seed=1)",
-        "",
-    ),
-    (
-        "tokenrl.train(reward=['exact_match', len], reward_weights=[1, 2], stop='a', output_dir=Path('x'))",
-        "",
-    ),
-    (
-        "tokenrl.train(chat_template_kwargs={'a': 1}, warm_start='auto', temperature=1, max_steps=None)",
-        "",
-    ),
-    (
-        "tokenrl.train(estimator={'preset': 'grpo'}, generator=print, callback=lambda step, row: None)",
-        "",
-    ),
-    ("tokenrl.compare(arms=['rloo', 'grpo'], seeds=3, task='vowels', max_steps=3)", ""),
+    ("tokenrl.train(task=[{'prompt': 'a'}], reward=len, model=('a', 'b'), estimator='grpo')", ""),
+    ("tokenrl.train(reward=['exact_match', len], stop='a', output_dir=Path('x'))", ""),
     ("tokenrl.train_agent(env='CartPole-v1', agent='tuned', hidden=[3, 4]).metrics", ""),
     (
-        "tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model=Path('a')).sampling.seed",
-        "",
-    ),
-    (
-        "tokenrl.train(TrainArguments(), callback=None).policy, tokenrl.language.load_task([1], eval_size=3)",
+        "tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model=Path('a')).sampling",
         "",
     ),
 ]

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from listed_policy import problem_of_policy, rollout_of_all
-from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
+from tiny_lab_model import WORDS, points, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -59,35 +58,6 @@ def projected_samples(policy: Policy, samples: Samples, count: int) -> Projectio
 
 
 # Projected scores
-
-
-@pytest.mark.parametrize(
-    ("architecture", "tolerance"),
-    [
-        ("gpt2", 1e-10),
-        ("llama", 1e-5),
-    ],  # a Llama computes its norms in float32 for weights of any type
-    ids=["gpt2", "llama"],
-)
-def test_projections_are_those_of_exact_scores(architecture: str, tolerance: float) -> None:
-    policy = tiny_policy(architecture)
-    problem = problem_of_policy(policy, PROMPTS, points_of, length=2, vocabulary=4)
-    z = directions(policy, 11, seed=5)
-    for x, prompt in enumerate(PROMPTS):
-        rollout = rollout_of_all(policy, prompt, vocabulary=4, length=2)
-        # equal rows are computed once
-        doubled = rollout.take(torch.arange(len(rollout.mask)).repeat(2))
-        found = project(
-            policy, doubled, chosen_parameters(policy), count=11, seed=5, max_length=3, entropy=True
-        )
-        assert found.entropy is not None
-        for got, exact in (
-            (found.logprobs, problem.scores),
-            (found.entropy, problem.entropy_slopes),
-        ):
-            wanted = (exact[x] @ z.T).repeat(2, 1, 1)  # [2 M, T, K]
-            torch.testing.assert_close(got[:, :2], wanted, rtol=tolerance, atol=tolerance)
-            assert got[:, 2].abs().max() == 0
 
 
 def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Policy) -> None:
@@ -187,17 +157,6 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
         dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14
     )
     torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
-
-
-def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:
-    rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
-    whole = collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3))
-    assert len(whole.parts) == 1 and len(samples.parts) == 3
-    assert torch.equal(whole.mask, samples.mask) and torch.equal(whole.rewards, samples.rewards)
-    torch.testing.assert_close(whole.logprobs, samples.logprobs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        whole.logprobs.sum(-1), whole.parts[0].logprobs.sum(-1), rtol=1e-10, atol=0
-    )
 
 
 ROWS = [{"prompt": word} for word in WORDS * 8]

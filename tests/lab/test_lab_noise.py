@@ -22,7 +22,6 @@ from tokenrl.lab.measure.unit_statistics import Resampling, interval, reciprocal
 from tokenrl.language.policy.model import Policy
 
 torch.set_num_threads(1)
-GRPO = Estimator.preset("grpo")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     the square root of their number.
     """
     rows = 2 * groups
-    problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
+    problem = problem_of_policy(policy, PROMPTS[0], points_of, length=2, vocabulary=4)
     generator = torch.Generator().manual_seed(1)
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
     samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)

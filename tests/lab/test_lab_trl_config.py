@@ -35,11 +35,6 @@ CASES = [
         "trl_grpo,aggregation=fixed_length",
         ["still on: scale_rewards", "ref_model_sync_steps: beta is 0"],
     ),
-    (
-        {"loss_type": "dr_grpo", "scale_rewards": False},
-        "trl_grpo,aggregation=fixed_length,scale=none",
-        [],
-    ),
     ({"loss_type": "bnpo"}, "trl_grpo", ["one pass on one device"]),
     (
         {
@@ -122,16 +117,6 @@ CASES = [
         {"use_vllm": False, "vllm_mode": "server", "steps_per_generation": 4, "epsilon": 0.3},
         "trl_grpo,epsilon=0.3",
         ["vllm_mode: use_vllm is off", "several updates"],
-    ),
-    (
-        {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "epsilon": 0.3},
-        "trl_grpo,epsilon=0.3",
-        ["epsilon: each"],
-    ),
-    (
-        {"mask_truncated_completions": True, "entropy_coef": 0.01, "entropy_target": 0.5},
-        "trl_grpo,truncations=mask,entropy_coef=0.01",
-        ["entropy_target: use_adaptive_entropy is off"],
     ),
     (
         {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
@@ -328,73 +313,6 @@ def test_the_table_has_the_defaults_of_trl_for_distillation(measured, capsys, tm
         assert measured[-2] == Estimator.preset(f"{name},aggregation=token_mean")
         assert f"source {kind.__name__} of TRL" in out
         assert "changes nothing" not in out
-
-
-@pytest.fixture
-def update_of_iw_opd(tmp_path, monkeypatch):
-    """The weights before a step of TRL's IW-OPD minus those after it, with a rate of 1, as one vector."""
-    pytest.importorskip("trl")
-    import torch
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CI", "1")  # nothing is sent
-    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate("_.abcd:")}, unk_token="_"))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="_", eos_token=".")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-    def model(seed):
-        torch.manual_seed(seed)
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=7, pad_token_id=0, eos_token_id=1, **sizes))
-
-    model(1).save_pretrained("teacher")
-    tokenizer.save_pretrained("teacher")
-
-    def update(completion, **fields):
-        student = model(0)
-        before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
-        messages = [{"role": "user", "content": "ab:"}]
-        messages += [{"role": "assistant", "content": completion}] if completion else []
-        fixed = {"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
-        fixed |= {"optim": "sgd", "max_grad_norm": 0.0, "top_p": 1.0, "max_completion_length": 1}
-        fixed |= {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
-        trainer = IWOPDTrainer(
-            model=student,
-            teacher_model="teacher",
-            args=IWOPDConfig(output_dir="out", per_device_train_batch_size=4, **fixed | fields),
-            train_dataset=Dataset.from_list([{"messages": messages}] * 8),
-            processing_class=tokenizer,
-        )
-        trainer.generation_config.do_sample = False  # the same token each time
-        trainer.train()
-        return before - torch.nn.utils.parameters_to_vector(student.parameters()).detach()
-
-    return update
-
-
-def test_the_divisor_of_iw_opd_is_what_the_remark_says(update_of_iw_opd) -> None:
-    whole = update_of_iw_opd("ab")
-    assert whole.abs().max() > 1e-4
-    halves = update_of_iw_opd("ab", gradient_accumulation_steps=2)
-    assert halves.tolist() == pytest.approx((whole / 2).tolist(), abs=1e-6)
-    assert update_of_iw_opd("abcd").tolist() == pytest.approx((whole / 2).tolist(), abs=1e-6)
-    assert update_of_iw_opd("").isnan().any()
-
-
-@pytest.mark.parametrize("mode", ["sampled", "argmax"])
-@pytest.mark.parametrize(("beta", "tail"), [(0, False), (1, False), (1, True)])
-def test_the_divergence_of_one_token_is_0_without_the_others(
-    beta, tail, mode, update_of_iw_opd
-) -> None:
-    fields = {"distillation_objective": "jsd", "loss_top_k": 1, "reverse_kl_top_1_mode": mode}
-    update = update_of_iw_opd("ab", beta=beta, loss_add_tail=tail, **fields)
-    assert bool(update.any()) == tail
 
 
 def test_a_preset_is_explained_beside_rloo(capsys) -> None:

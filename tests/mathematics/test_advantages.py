@@ -203,36 +203,6 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
         torch.testing.assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
 
 
-def test_what_is_no_action_may_be_paid_and_has_no_value() -> None:
-    """A reply of the environment between two actions."""
-    mask, rewards = torch.tensor([[1.0, 1, 0, 1]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    e = Estimator(baseline="value", returns="gae", lam=0.5)
-    values = torch.tensor([[10.0, 20.0, torch.nan, 40.0]])
-    got = e.advantages(rewards, mask, group_size=None, values=values).returns
-    # 4, 3 + 4, 2 + (3 + 40 + 7)/2, 1 + (20 + 27)/2
-    assert got.tolist() == [[24.5, 27.0, 7.0, 4.0]]
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_returns_normalised_in_each_episode(ddof) -> None:
-    """By hand, minus the values; without a critic as the baseline and the scale of the same name."""
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    rewards = torch.tensor([[3.0, 1.0, -2.0, 4.0], [2.0, 1.0, 0, 0], [5.0, 0, 0, 0]]).double()
-    shared = {"scale_ddof": ddof, "scale_eps": 1e-8, "mask": mask, "group_size": None}
-    normalised = {"returns": "episode_normalized", **shared}
-    values = torch.full_like(rewards, 0.5).masked_fill(~mask, torch.nan)
-    policy = advantages(rewards, baseline="value", values=values, **normalised)
-    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
-    for row, n in ((0, 4), (1, 2)):
-        centred = to_go[row, :n] - to_go[row, :n].mean()
-        wanted = centred / to_go[row, :n].std(correction=ddof)
-        torch.testing.assert_close(policy[row, :n], wanted - 0.5, rtol=1e-6, atol=1e-6)
-    assert policy[2, 0] == -0.5 and (policy[~mask] == 0).all()
-    axes = {"baseline": "episode_mean", "scale": "episode_std", "returns": "reward_to_go"}
-    plain = advantages(rewards, baseline="none", **normalised)
-    torch.testing.assert_close(plain, advantages(rewards, **axes, **shared))
-
-
 HEAVY = ("opo", "optimal", "shrinkage")
 
 
@@ -253,14 +223,11 @@ def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline)
         assert not torch.allclose(after, plain)
 
 
-def test_opo_and_optimal_by_hand() -> None:
+def test_optimal_baselines_of_tokens_by_hand() -> None:
+    """Those of whole rows are in `test_reasons.py`."""
     rewards, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
     norms = torch.tensor([[1.0, 9, 9], [2, 3, 9], [4, 5, 6]])  # 9 is padding
     shared = {"mask": mask, "group_size": 3, "score_norms": norms}
-    opo = advantages(rewards, baseline="opo", **shared)
-    torch.testing.assert_close(opo, torch.tensor([1 - 16 / 5, 2 - 13 / 4, 4 - 5 / 3]))
-    whole = advantages(rewards, baseline="optimal", **shared)
-    torch.testing.assert_close(whole, torch.tensor([1 - 70 / 20, 2 - 61 / 16, 4 - 11 / 6]))
     alone = shared | {"mask": mask * torch.tensor([[0], [0], [1]])}  # the others act nowhere
     assert advantages(rewards, baseline="opo", **alone)[2] == 4 - (1 + 2) / 2
     shared |= {"baseline": "optimal", "returns": "reward_to_go"}

@@ -106,17 +106,6 @@ def test_what_is_said_to_be_the_gradient_of_no_objective_has_a_curl(name: str) -
         assert (asymmetry(fields, 2) < 1e-7) == some, asymmetry(fields, 2)
 
 
-def test_groups_equal_in_rewards_and_not_in_what_follows_have_a_gradient() -> None:
-    """What is declared of dropping them supposes that nothing follows a truncation."""
-    mdp = random_mdp(2)
-    alike = mdp._replace(rewards=torch.ones_like(mdp.rewards))
-    drop, cut = Estimator(zero_spread="drop"), {"steps": 2, "beyond": 2, "critic": "true"}
-    assert drop.bias_status == "exact_per_prompt"
-    assert which_objective(drop, problem_of_mdp(alike, steps=2)).undiscounted.cosine > 1 - 1e-12
-    assert which_objective(drop, problem_of_mdp(alike, **cut)).undiscounted.relative_bias > 0.05
-    assert which_objective(Estimator(), problem_of_mdp(alike, **cut)).undiscounted.status == "exact"
-
-
 def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     print_objectives()
     lines = capsys.readouterr().out.splitlines()

@@ -33,20 +33,6 @@ def to_go(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
-@pytest.mark.parametrize("scale", ["loo_std", "other_groups_std"])
-def test_a_divisor_of_other_rows_multiplies_the_gradient_by_its_mean(scale: str) -> None:
-    """E[1/(std of two rows + eps)], of the same prompt or of the other one."""
-    prompts = 1 if scale == "loo_std" else 2
-    problem = tabular_problem(27, prompts=prompts, length=2)
-    means = mean_of({"scale": scale, "scale_eps": 0.1}, problem, 4 - prompts)
-    for prompt, mean in enumerate(means):
-        divisors = prompts - 1 - prompt  # the prompt of the divisor
-        chances, rewards = problem.chances[divisors], problem.totals[divisors]
-        deviations = torch.stack(torch.meshgrid(rewards, rewards, indexing="ij")).std(0)
-        factor = chances @ (1 / (deviations + 0.1)) @ chances
-        torch.testing.assert_close(mean, factor * problem.gradient()[prompt], **CLOSE)
-
-
 # KL and entropy
 
 
@@ -149,10 +135,3 @@ def test_a_long_row_is_penalised_before_the_baseline() -> None:
     e, mask = Estimator(overlong_buffer=2), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     got = e.advantages(torch.tensor([1.0, 3.0]), mask, group_size=2, max_length=4)
     assert got.policy.tolist() == [-3.0, 3.0] and got.returns.tolist() == [[0] * 4, [3, 3, 0, 0]]
-    problem = tabular_problem(55)
-    penalty = overlong_penalty(problem.mask.sum(-1).long(), problem.max_length, 4)
-    wanted = ascent(problem, problem.totals + penalty)
-    torch.testing.assert_close(mean_of({"overlong_buffer": 4}, problem, 2), wanted, **CLOSE)
-
-
-# Ratios, where the rows were sampled by another policy

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from made_runs import WALK as PLANNED, compared, rising, write_run
@@ -15,7 +14,6 @@ from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.lab.compare import loop
 
-RECIPES = Path(__file__).parents[3] / "recipes"
 SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episodes": 4}
 WALK = PLANNED | SHORT | {"arms": ("reinforce", "reinforce_timestep_mean")}
 

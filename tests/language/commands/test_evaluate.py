@@ -126,7 +126,6 @@ def recorded(folder, **changes):
     ("options", "words"),
     [
         ({"temperature": 1.0, "top_k": 0, "seed": 0}, "--temperature 1 --top-k 0 --seed 0"),
-        ({"share_seed": True, "truncate_prompts": False}, "--share-seed --no-truncate-prompts"),
         ({"malformed": "end", "max_turns": 10}, "--malformed end --max-turns 10"),
         ({"prompt_column": "prompt", "split": "train"}, "--prompt-column prompt --split train"),
         (
@@ -134,7 +133,6 @@ def recorded(folder, **changes):
             "--task vowels --max-completion-length 256",
         ),
         ({"reward_weights": (1.0,)}, "--reward-weights 1"),
-        ({"environment": "envs.py:Env"}, "--environment envs.py:Env"),
     ],
 )
 def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_run_s(
@@ -156,11 +154,9 @@ def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_r
         ({}, {"task": "sort_digits"}, False, None),  # it has a limit of its own
         ({}, {"task": "other.jsonl"}, False, 7),
         ({}, {"task": load("vowels")}, True, 7),
-        ({}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward)}, False, 7),
         ({}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)}, False, None),
         ({}, {"task": ROWS}, False, 7),
         (IN_MEMORY, {"task": ROWS}, True, 7),
-        (IN_MEMORY, {"task": {"train": ROWS, "test": ROWS}}, True, 7),
         (IN_MEMORY, {"task": "vowels"}, False, None),
         (
             IN_MEMORY | {"task": "mine"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,32 +112,6 @@ def test_rows_follow_from_seed_stream_and_step(engine):
     usual = sampled(TransformersGenerator(engine.policy), **greedy)
     assert torch.equal(sampled(engine, **greedy).completion_ids, usual.completion_ids)
     assert sampled(engine, **greedy).sampling_logprobs.shape == usual.sampling_logprobs.shape
-
-
-@pytest.mark.parametrize(
-    ("eos", "strings"),
-    [
-        *((tuple(range(1, 90, 9)), []), ((), ["t"]), ((), ["th", "e "]), ((4, 9), ["he", "a"])),
-        *(((), ["\u00e9", "o"]), ((50,), ["<pad>", "i"]), ((), ["<bos>", "<eos>", "<pad>"])),
-    ],
-)
-def test_a_row_ends_where_the_policy_ends_it(engine, eos, strings):
-    stops = StopStrings(engine.policy.tokenizer, strings) if strings else None
-    policy = replace(engine.policy, eos_ids=eos, stops=stops)
-    rows = sampled(replace(engine, policy=policy), num_generations=60, temperature=2.0)
-    for ids, mask, truncated in zip(rows.completion_ids, rows.mask, rows.truncated, strict=True):
-        length, one = int(mask.sum()), torch.tensor([0])
-        ends = [
-            int(ids[t]) in eos or (stops and bool(stops.ended(ids[None], one, t)))
-            for t in range(length)
-        ]
-        assert mask[:length].all() and not any(ends[:-1])
-        assert bool(truncated) == (not ends[-1]) and (length == 8 or ends[-1])
-    full = rows.mask[:, -1] & (rows.mask.sum(1) == 8)
-    assert (full & rows.truncated).any() and (
-        full & ~rows.truncated
-    ).any()  # both at the last token
-    assert gap(engine, rows, Sampling(1, temperature=2.0)) < 1e-4
 
 
 def test_weights_reach_the_engine_and_what_was_computed_with_others_is_dropped(engine):

@@ -31,6 +31,8 @@ def rows_of(run):
         ),
         ("gemma2", {}, {}, 1e-2),  # on a CPU vLLM approximates the soft cap of attention
         ("llama", TIED, {}, 1e-4),
+        # what does not end at the first of them is refused
+        ("llama", {}, {"stop": ("th", "e ", "<pad>")}, 1e-4),
         *(("qwen2", {"tie_word_embeddings": tied}, LORA, 1e-4) for tied in (False, True)),
         ("gpt2", {}, LORA, 1e-4),
         ("llama", {"dtype": "bfloat16"}, {}, 0.3),

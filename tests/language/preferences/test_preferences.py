@@ -37,14 +37,6 @@ def test_the_better_one_is_chosen_as_often_as_the_formula_says(noise):
         assert share == pytest.approx(1 / (1 + math.exp(-difference / noise)), abs=1e-4)
 
 
-def test_without_noise_the_better_one_is_chosen_and_nothing_decides_a_tie():
-    assert first_is_chosen(1.0, 0.5, 0.0, 0.999) is True
-    assert first_is_chosen(0.5, 1.0, 0.0, 0.001) is False
-    assert first_is_chosen(1.0, 1.0, 0.0, 0.3) is None
-    assert first_is_chosen(math.nan, 1.0, 1.0, 0.3) is None
-    assert first_is_chosen(1e6, 0.0, 1e-6, 0.9) is True  # no overflow
-
-
 def test_made_preferences_hold_the_gold_rewards_of_their_texts():
     prompts = rows_of([f"{word} {n}" for word in PROMPTS for n in range(5)])
     noisy = make_preferences(make_policy(), prompts, gold, noise_temperature=0.8, **SIZES)
@@ -138,10 +130,8 @@ USER, GOOD, BAD = (
             {"chosen": "the sky is blue", "rejected": "the sky is bright"},
             ("the sky is", " blue", " bright"),
         ),
-        ({"chosen": "yes", "rejected": "yet"}, ("", "yes", "yet")),
         ({"prompt": None, "chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
-        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, ([USER], "a", "b")),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
         (
             {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
@@ -194,7 +184,6 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
             "some of prompt, chosen and rejected are text",
         ),
         ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
-        ([{"prompt": True, "chosen": "a", "rejected": "b"}], "row 0: the prompt is True"),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}],
             "row 0: margin was given as 'big'",

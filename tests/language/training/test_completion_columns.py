@@ -1,4 +1,4 @@
-"""The page about the files of a run names each column of its tables of completions."""
+"""The page about the directory of a run names each file, and each column of its tables of completions."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def columns_of(folder):
     }
 
 
-def test_every_column_of_a_run_is_on_the_page_and_no_other(tmp_path):
+def test_every_file_and_column_of_a_run_is_on_the_page_and_no_other_column(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": text}], "answer": text} for text in "abcd"]
     options = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4, **QUIET}
     options |= {"eval_generations": 0, "eval_size": 1, "output_dir": tmp_path / "episodes"}
@@ -36,6 +36,8 @@ def test_every_column_of_a_run_is_on_the_page_and_no_other(tmp_path):
     pairs = [{"prompt": text, "chosen": " cat", "rejected": " the"} for text in ("a", "one", "mat")]
     judge = {"data": pairs, "model": make_policy(), "batch_size": 2, "eval_size": 1}
     tokenrl.train_reward_model(**judge, **QUIET, output_dir=tmp_path / "judge")
+    for path in (tmp_path / "episodes").iterdir():
+        assert f"`{path.name}" in PAGE.read_text(), path.name
     columns = columns_of(tmp_path / "episodes") | columns_of(tmp_path / "judge")
     rows_of_tables = [line.split("|")[1] for line in TABLES.splitlines() if line.startswith("| `")]
     assert set(re.findall("`([^`]+)`", "".join(rows_of_tables))) == columns - {"answer", "size"}

@@ -99,7 +99,6 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     [
         ({"prompt": "a" * 9}, False, 55, "a prompt has 9 tokens, the model's context 64"),
         ({"prompt": "a" * 9}, True, 32, "a prompt has 9 tokens, the model's context 64"),
-        ({"prompt": "a" * 80}, False, 1, "a prompt has 80 tokens, the model's context 64"),
         (
             {"prompt": "a", "completion": "b" * 8},
             False,
@@ -179,7 +178,7 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["pad", "chat", "closing", "keeps"])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     text=st.text(max_size=40)
     | st.sampled_from(["the cat", "cat" * 13, "\u3042" * 9, "\ufdfa" * 2]),

@@ -1,33 +1,21 @@
-"""Code of a user that calls `sys.exit`, in the run or in a process that it forked, ends no run in silence."""
+"""Code of a user that calls `sys.exit` ends no run in silence."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 from tiny_models import quickly
 
-import tokenrl
-from tokenrl import Estimator
 from tokenrl.cli import main
 
 FILE = """
 import os, sys, torch
 from tokenrl.language import TransformersGenerator
 
-def leave(code=0):
-    if os.environ["HOW"] == "fork":
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            return
-        os.environ["HOW"] = os.environ["CHILD"]
-    if os.environ["HOW"] == "exit":
-        sys.exit(code)
-    if os.environ["HOW"] == "error":
-        raise ValueError("in the child")
+def leave():
+    sys.exit(0)
 
 def share(completions, trainer_state=None, **rows):
     if os.environ["WHERE"] == "reward" and trainer_state.global_step == 2:
@@ -95,7 +83,6 @@ def argv(saved, tmp_path, monkeypatch):
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOW", "exit")
     return [*QUICK.split(), "--model", str(saved())]
 
 
@@ -113,53 +100,3 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(argv, where, monkeypatch, cap
         )
         monkeypatch.setenv("WHERE", "")
         assert main([*argv, "--resume", "auto"]) == 0
-
-
-FORKS = [(where, child) for where in (*WHERE, "callback") for child in ("exit", "error", "returns")]
-QUICK_FORKS = {("reward", "exit"), ("memory", "returns"), ("callback", "returns")}
-
-
-@pytest.mark.parametrize("fork", quickly(FORKS, {*FORKS} - QUICK_FORKS), ids=" ".join)
-def test_a_forked_helper_that_ends_or_comes_back_changes_nothing(argv, fork, tmp_path, monkeypatch):
-    """The child comes out of the user's code, and its parent trains on."""
-    where, child = fork
-    owner = os.getpid()
-    runs = []
-    for of_run, name in (("", "plain"), (where, "forked")):
-        for variable, value in {"WHERE": of_run, "HOW": "fork", "CHILD": child}.items():
-            monkeypatch.setenv(variable, value)
-        folder = tmp_path / name
-        folder.mkdir()
-        for file in ("mine.py", "rows.jsonl"):
-            (folder / file).write_text((tmp_path / file).read_text())
-        monkeypatch.chdir(folder)
-        result = tokenrl.train(
-            **FORKING, model=argv[-1], output_dir=folder / "run", callback=forking
-        )
-        if os.getpid() != owner:
-            os._exit(7)  # it would go on with the tests
-        assert result.exit_code == 0 and len(list((folder / "run" / "checkpoints").iterdir())) == 2
-        lines = (folder / "run" / "timings.jsonl").read_text().splitlines()
-        files = ("model/model.safetensors", "metrics.jsonl")
-        runs.append([len(lines), *((folder / "run" / file).read_bytes() for file in files)])
-    assert runs[0] == runs[1] and runs[0][0] == 3
-
-
-FORKING = {
-    "task": "rows.jsonl",
-    "reward": ("mine.py:share", "mine.py:waiting", "mine.py:wordy"),
-    "estimator": Estimator(baseline="mine.py:Memory"),
-    "generator": "mine.py:engine",
-    **{"prompts_per_step": 2, "num_generations": 2, "max_steps": 3, "max_completion_length": 6},
-    **{"eval_size": 2, "eval_generations": 0, "save_every": 1, "cpu": True, "threads": 1},
-    "quiet": True,
-}
-
-
-def forking(step, _):
-    if os.environ["WHERE"] == "callback" and step == 2:
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-        elif os.environ["CHILD"] != "returns":
-            raise SystemExit if os.environ["CHILD"] == "exit" else ValueError("in the child")

@@ -230,7 +230,6 @@ def behind(name, value):
 RIGHT = {
     "as it is": as_it_is,
     "log-probabilities of 64 bits": changed("sampling_logprobs", torch.Tensor.double),
-    "ids of 32 bits": changed("completion_ids", torch.Tensor.int),
     "rounding above 0": changed("sampling_logprobs", lambda x: x + 1e-7),
     "anything behind the end": behind("sampling_logprobs", math.nan),
     "any id behind the end": behind("completion_ids", -100),

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_environments import Guess
 from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy, make_task
 
 from tokenrl import train
-from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_token_steps, check_turns
-from tokenrl.language.rollout.episodes import play
+from tokenrl.language.rollout.agreement import check_token_steps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
-from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, score
 
 pytestmark = [
@@ -83,24 +78,6 @@ def test_the_gradient_is_that_of_a_processor(way):
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (
         0.05 if way == "half" else 1e-3
     )
-
-
-@pytest.mark.parametrize("keeps_turns", [True, False])
-def test_episodes_are_those_of_a_processor(keeps_turns):
-    """Rows that have ended go on for some tokens, of which nothing may be kept."""
-    sampling = Sampling(max_completion_length=14, num_generations=3, step=1)
-    rows = [(number, {"prompt": prompt}) for number, prompt in enumerate(PROMPTS)]
-    rollouts = []
-    for device in ("cpu", "cuda"):
-        policy = on(device, max_position_embeddings=256)
-        assert check_turns(policy) == ""
-        policy.keeps_turns = keeps_turns or device == "cpu"
-        generator = TransformersGenerator(policy)
-        rollouts.append(play(policy, generator, Environments(Guess), rows, sampling, "training"))
-    here, there = rollouts
-    assert here.turns.max() > 0 and here.endings == there.endings
-    assert torch.equal(here.completion_ids, there.completion_ids)
-    torch.testing.assert_close(here.logprobs, there.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

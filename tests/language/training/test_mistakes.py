@@ -105,9 +105,6 @@ def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prom
     args = SimpleNamespace(generator="transformers", prompts_per_step=prompts)
     with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
         check_shares(args, 3)
-    args.generator = "vllm"
-    with pytest.raises(Refused, match="vllm samples in a run of one process, and this run has 3"):
-        check_shares(args, 3)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
@@ -116,7 +113,7 @@ def test_without_vllm_a_run_that_asks_for_it_says_what_to_install(tmp_path):
         run(tmp_path / "run", generator="vllm")
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**400, 1.5, "1", None])
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
 def test_functions_that_take_a_seed_refuse_what_is_none(seed):
     from tokenrl.lab import random_mdp
     from tokenrl.language import load_task, reward_backbone, warm_started_base

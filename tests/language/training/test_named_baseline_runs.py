@@ -81,7 +81,6 @@ def test_a_memory_of_ones_own_is_made_once_per_run(train, tmp_path):
 
 def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
     for spec, words in (
-        ("mine.py:halv", "Did you mean 'half'"),
         (
             "mine.py:fails",
             "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from tiny_models import (
     quickly,
     weights,
 )
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
@@ -65,46 +67,33 @@ def policy_of(family, seed=0):
     return policy
 
 
-def loss_by_hand(policy, reference, rows, e):
-    """The loss of a step: each row is scored by itself, as a whole and without padding."""
-    logprobs, kl, entropy, returns, term = {}, {}, {}, {}, {}
-    for i in rows.valid.nonzero().flatten().tolist():
-        actions = rows.mask[i].nonzero().flatten().tolist()
-        prompt = rows.prompt_ids[i][rows.prompt_mask[i]].tolist()
-        ids = torch.tensor(prompt + rows.completion_ids[i][: actions[-1] + 1].tolist())
-        before = torch.tensor([len(prompt) + t - 1 for t in actions])
+def loss_of_actions(policy, reference, rows, e):
+    """The loss of the chosen tokens alone, put side by side; each row is scored by itself, as a whole."""
+    rows_of = defaultdict(list)
+    for i, mask in enumerate(rows.mask):
+        actions = mask.nonzero().flatten()
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i]]
+        ids = torch.cat([prompt, rows.completion_ids[i]])
+        before = len(prompt) + actions - 1
         logp = policy.model(ids[None]).logits[0][before].log_softmax(-1)  # [actions, V]
         with torch.no_grad():
             ref = reference.model(ids[None]).logits[0][before].log_softmax(-1)
         chosen = ids[before + 1, None]
-        logprobs[i] = logp.gather(1, chosen).squeeze(1)
-        kl[i] = logprobs[i] - ref.gather(1, chosen).squeeze(1)
-        entropy[i] = -(logp.exp() * logp).sum(-1)
-        term[i] = kl[i] ** 2 / 2
-        if e.kl_estimator.startswith("closed_form"):
-            term[i] = (logp.exp() * (logp - ref)).sum(-1)
-        if e.kl_estimator == "closed_form_path":
-            later = [term[i][t + 1 :].sum().detach() for t in range(len(actions))]
-            term[i] = term[i] + torch.stack(later) * logprobs[i]
-        turns, rewards = rows.turns[i][actions], rows.turn_rewards[i].to(logp)
-        assert not rewards[~rows.mask[i]].any()
-        rewards = rewards[actions] - (e.beta * kl[i].detach() if e.kl_placement == "reward" else 0)
-        begins = [0] * len(turns)
-        if e.returns != "total":
-            begins = [int((turns == turn).nonzero().min()) for turn in turns]
-        returns[i] = torch.stack([rewards[begin:].sum() for begin in begins])
-    loss, count, tokens = 0.0, len(returns), sum(map(len, returns.values()))
-    for i, logp in logprobs.items():
-        divisors = {
-            "sequence_mean": count * len(logp),
-            "token_mean": tokens,
-            "fixed_length": count * LIMIT,
-        }
-        others = [returns[j][0] for j in returns if j // SIZE == i // SIZE and j != i]
-        gain = (returns[i] - sum(others) / len(others)) * logp + e.entropy_coef * entropy[i]
-        gain = gain - (e.beta * term[i] if e.kl_placement == "loss" else 0)
-        loss = loss - gain.sum() / divisors.get(e.aggregation, count)
-    return loss
+        rows_of["logprobs"].append(logp.gather(1, chosen)[:, 0])
+        rows_of["ref_logprobs"].append(ref.gather(1, chosen)[:, 0])
+        rows_of["entropy"].append(-(logp.exp() * logp).sum(-1))
+        rows_of["token_kl"].append((logp.exp() * (logp - ref)).sum(-1))
+        rows_of["turns"].append(rows.turns[i][actions])
+        rows_of["rewards"].append(rows.turn_rewards[i][actions].double())
+        assert not rows.turn_rewards[i][~mask].any()
+    padded = {name: pad_sequence(x, batch_first=True) for name, x in rows_of.items()}
+    mask = pad_sequence([torch.ones(len(x)) for x in rows_of["turns"]], batch_first=True).double()
+    rewards, turns, scores = padded.pop("rewards"), padded.pop("turns"), padded["logprobs"].detach()
+    at_first = {"logprobs": scores, "ref_logprobs": padded["ref_logprobs"]}
+    advantages, weights, *_ = e.loss_terms(
+        rewards, mask, group_size=SIZE, max_length=LIMIT, valid=rows.valid, turns=turns, **at_first
+    )
+    return e.loss(advantages=advantages, weights=weights, mask=mask, old_logprobs=scores, **padded)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +126,7 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
     behind = rows.mask.flip(1).cumsum(1).flip(1) > 0
     assert (~rows.mask & behind).sum() > 50 and int(rows.turns.max()) == 2
     assert rows.valid.all() == (factory is Guess)
-    loss_by_hand(policy, reference, rows, estimator).backward()
+    loss_of_actions(policy, reference, rows, estimator).backward()
     expected = gradient(policy.model)
     policy.model.zero_grad()
     record = one_step(learner, reward=rewards)
@@ -221,22 +210,6 @@ def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, mo
     assert metrics == pytest.approx(measured, rel=0, abs=0, nan_ok=True)
     disturb(monkeypatch, torch.Tensor.bool)  # those of the policy do count
     assert not torch.equal(trained(KINDS[name])[0], usual)
-
-
-class Flat(Guess):
-    """Rewards nothing if the number of reset is even, for all of a group, as its seed is shared."""
-
-    def step(self, text):
-        observation, reward, *rest = super().step(text)
-        return observation, reward * (self.number % 2), *rest
-
-
-def test_groups_of_equal_rewards_are_replaced_by_episodes_of_new_prompts():
-    parts, metrics = trained(KINDS["dapo"], Flat)
-    _, never = trained(KINDS["dapo"], Flat, max_refills=0)
-    assert parts.isfinite().all() and metrics["refilled"] > 0 == never["refilled"]
-    # the test has few new prompts
-    assert metrics["frac_reward_zero_std"] < never["frac_reward_zero_std"]
 
 
 # ---- whole runs ----

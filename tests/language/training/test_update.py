@@ -201,36 +201,6 @@ def test_the_norm_is_clipped_and_reported_as_it_was_beside_the_share_of_clipped_
     assert metrics["grad_clipped"] == 0.75 and several.idle == 1  # a prompt of equal rewards
 
 
-def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
-    """The policy is that of the tokens in top_p; the reference has the temperature, and all tokens."""
-    policy = make_policy("gpt2", dtype="float64")
-    policy.reference = make_policy("gpt2", dtype="float64", seed=1).model.requires_grad_(False)
-    before, reference, seen = copy.deepcopy(policy.model), policy.reference, []
-    whole, cut = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
-    learner = make_learner(policy, Estimator(beta=0.3), **cut)
-    record = one_step(learner, reward=recorded(vowel_reward, seen))
-
-    def logprob(model, prompt, ids, **settings):
-        return -textbook(
-            model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)], **settings
-        )[1]
-
-    log_ratio = [
-        logprob(before, p, ids, **cut) - logprob(reference, p, ids, **whole) for p, ids, _ in seen
-    ]
-    total = [reward - 0.3 * ratio for (*_, reward), ratio in zip(seen, log_ratio, strict=True)]
-    rows = [
-        (policy.encode(prompt), ids, advantage)
-        for (prompt, ids, _), advantage in zip(seen, advantages_of("rloo", total), strict=True)
-    ]
-    assert apart(gradient(policy.model), textbook(before, rows, **cut)[0]) < 1e-10
-    assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
-    of_prompts = torch.tensor(log_ratio).view(4, 3).mean(dim=1)
-    assert record.metrics["kl_stderr"] == pytest.approx(float(of_prompts.std()) / 2, rel=1e-4)
-    assert 0 < record.metrics["kl_k3_stderr"] < record.metrics["kl_k3"]
-    assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
-
-
 def test_a_row_that_abstains_is_not_in_the_running_mean():
     mean, seen = RunningMean(0.9, 0.2), []
     learner = make_learner(make_policy(), "reinforce_running_mean")

@@ -81,13 +81,6 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     assert json.loads(rows[-1])["idle_steps"] >= 5  # not steps of which half the groups differ
 
 
-def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path, capsys):
-    model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
-    result = train(tmp_path / "run", model=model, learning_rate=0.3)
-    assert (result.exit_reason, result.flags[0]) == ("finished", "policy-destroyed")
-    assert "warning: policy-destroyed: The held-out reward was 0." in printed(capsys)
-
-
 class Falling:
     """A reward for texts with an a that is 0 after some calls, as if the policy had been lost."""
 
