@@ -1,0 +1,346 @@
+"""Answers questions that users of policy gradients argue about, by enumeration in float64.
+
+    python recipes/enumeration/answers.py
+
+A completion has up to three tokens of three; its logits are a random linear function of four parameters, so that all
+prefixes share them. Each section is a question; a row of its table holds medians over 20 such problems. Look at the
+bias, the sine of the angle between the expected gradient and the true one: 0 means the same direction. The pages of
+`recipes/pages/explain/answers` have the text.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from tokenrl import Estimator
+from tokenrl.lab import Moments, Problem, exact_moments, tabular_problem
+
+PARAMETERS = 4
+GROUP = 4
+MOST = 8
+"""The most completions of a prompt that are sampled until one is right and one is wrong."""
+Rewards = tuple[float, ...]
+Weights = Callable[[Rewards], Sequence[float]]
+
+
+def shared_problem(seed: int, rewards: str = "binary", **options: Any) -> Problem:
+    """List all completions of a random policy whose prefixes share four parameters."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    problem = tabular_problem(seed, rewards=rewards, **options)
+    features = torch.randn(problem.scores.shape[-1], PARAMETERS, generator=draw, dtype=torch.double)
+    slopes = {
+        name: getattr(problem, name) @ features
+        for name in ("scores", "entropy_slopes", "kl_slopes")
+    }
+    return replace(problem, **slopes)
+
+
+class Level(NamedTuple):
+    """The completions that have one reward.
+
+    Attributes:
+        reward: the reward.
+        chance: their probability together.
+        score: the mean of their scores [D].
+        norm: the mean of the squared norms of their scores.
+    """
+
+    reward: float
+    chance: float
+    score: Tensor
+    norm: float
+
+
+def levels_of(problem: Problem) -> list[Level]:
+    """Return the levels of the rewards, on which alone the weights of an estimator depend."""
+    scores = problem.scores.sum(-2)[0]  # [M, D]
+    levels = []
+    for reward in problem.totals[0].unique():
+        chances = problem.chances[0] * (problem.totals[0] == reward)
+        chance = float(chances.sum())
+        norm = float(chances @ scores.square().sum(-1)) / chance
+        levels.append(Level(float(reward), chance, chances @ scores / chance, norm))
+    return levels
+
+
+def groups(levels: Sequence[Level], size: int) -> Iterator[tuple[Level, ...]]:
+    """Yield all groups of a size."""
+    yield from itertools.product(levels, repeat=size)
+
+
+def adaptive_groups(levels: Sequence[Level], most: int = MOST) -> Iterator[tuple[Level, ...]]:
+    """Yield all groups that are sampled until two rewards differ, of at most so many completions."""
+    drawn: list[tuple[Level, ...]] = [(level,) for level in levels]
+    while drawn:
+        group = drawn.pop()
+        if len({level.reward for level in group}) > 1 or len(group) == most:
+            yield group
+        else:
+            drawn += [(*group, level) for level in levels]
+
+
+def moments_of(
+    weights: Weights, drawn: Iterator[tuple[Level, ...]], problem: Problem
+) -> tuple[Moments, float]:
+    """Return the moments of the sum of weighted scores over random groups, and the mean size of a group."""
+    target = problem.gradient()
+    mean = torch.zeros_like(target[0])
+    second = size = 0.0
+    for group in drawn:
+        chance = 1.0
+        for level in group:
+            chance *= level.chance
+        factors = weights(tuple(level.reward for level in group))
+        gradient = sum(w * level.score for w, level in zip(factors, group, strict=True))
+        spread = [
+            w**2 * (level.norm - float(level.score @ level.score))
+            for w, level in zip(factors, group, strict=True)
+        ]
+        mean = mean + chance * gradient
+        second += chance * (float(gradient @ gradient) + sum(spread))
+        size += chance * len(group)
+    return Moments(mean[None], target, second), size
+
+
+def rloo(rewards: Rewards) -> list[float]:
+    """Return RLOO's weights: the reward less the mean of the other rewards, over the size of the group."""
+    n = len(rewards)
+    return [(r - (sum(rewards) - r) / (n - 1)) / n for r in rewards]
+
+
+def positive(rewards: Rewards) -> list[float]:
+    """Return RLOO's weights where they are above 0."""
+    return [max(w, 0) for w in rloo(rewards)]
+
+
+def negative(rewards: Rewards) -> list[float]:
+    """Return RLOO's weights where they are below 0."""
+    return [min(w, 0) for w in rloo(rewards)]
+
+
+def earlier(rewards: Rewards) -> list[float]:
+    """Return the reward of each row but the first, less the mean of the rewards of the rows before it."""
+    later = [rewards[i] - sum(rewards[:i]) / i for i in range(1, len(rewards))]
+    return [0.0, *later]
+
+
+def row(name: str, columns: Sequence[Sequence[float]], width: int = 34) -> None:
+    """Print a row of a table: medians over problems."""
+    print(f"{name:{width}}" + "".join(f"{median(column):12.3f}" for column in columns), flush=True)
+
+
+def head(title: str, *names: str, width: int = 34) -> None:
+    """Print a question and the names of the columns of its table."""
+    print(f"\n{title}\n{'':{width}}" + "".join(f"{name:>12}" for name in names))
+
+
+def summary(moments: Moments) -> tuple[float, float, float]:
+    """Return the factor beside the true gradient, the bias in direction, and the noise."""
+    return moments.scale, sine(moments.cosine), moments.noise
+
+
+def sine(cosine: float) -> float:
+    """Return what is left of a gradient of length 1 beside the best multiple of another, by their cosine."""
+    return math.sqrt(max(0.0, 1 - cosine**2))
+
+
+def signs(problems: int) -> None:
+    """Positive samples alone, or negative ones: with rewards 0 and 1."""
+    names = "/ grad p", "bias", "noise", "expected"
+    head("Positive or negative samples alone (rewards 0 and 1)", *names)
+    listed = [shared_problem(seed) for seed in range(problems)]
+    chances = [float(problem.chances[0] @ problem.totals[0]) for problem in listed]
+    for name, constant in (("weights r", 0.0), ("weights r - 1", 1.0)):
+        estimator = Estimator(baseline="constant", baseline_constant=constant)
+        moments = [exact_moments(estimator, problem, group_size=1) for problem in listed]
+        row(name, [*zip(*map(summary, moments), strict=True), [1.0] * problems])
+    for name, weights in (("RLOO's positive half", positive), ("RLOO's negative half", negative)):
+        moments = [moments_of(weights, groups(levels_of(x), GROUP), x)[0] for x in listed]
+        expected = [1 - p if weights is positive else p for p in chances]
+        row(name, [*zip(*map(summary, moments), strict=True), expected])
+
+
+def flipped(
+    problem: Problem, false_positives: float, false_negatives: float, long: bool
+) -> Problem:
+    """Return the problem as a verifier rewards it that errs with two probabilities.
+
+    Args:
+        problem: the problem, with rewards 0 and 1.
+        false_positives: probability that a wrong completion is rewarded.
+        false_negatives: probability that a right one is not.
+        long: whether the verifier errs on completions of the greatest length alone.
+    """
+    right = problem.rewards
+    errs = right * false_negatives + (1 - right) * false_positives  # [P, M]
+    if long:
+        errs = errs * (problem.mask.sum(-1) == problem.mask.shape[-1])
+    doubled: dict[str, Any] = {}
+    for name in ("mask", "truncated"):
+        doubled[name] = torch.cat([getattr(problem, name)] * 2)
+    by_completion = ("logprobs", "ref_logprobs", "entropy", "token_kl", "values")
+    for name in (*by_completion, "scores", "entropy_slopes", "kl_slopes"):
+        doubled[name] = torch.cat([getattr(problem, name)] * 2, dim=1)
+    rewards = torch.cat([right, 1 - right], dim=1)
+    return replace(
+        problem, **doubled, rewards=rewards, environment=torch.cat([1 - errs, errs], dim=1)
+    )
+
+
+def standardised(rewards: Rewards) -> list[float]:
+    """Return the reward less the mean of the group, over the standard deviation and the size of the group."""
+    n = len(rewards)
+    mean = sum(rewards) / n
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / n)
+    return [(r - mean) / (deviation * n) if deviation else 0.0 for r in rewards]
+
+
+def verifier(problems: int) -> None:
+    """A verifier that errs: what is left of the gradient of the probability to be right."""
+    names = "/ without", "bias", "noise", "1-FP-FN"
+    head("A noisy verifier, beside one that never errs", *names, width=48)
+    cases = ((0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.2, 0.2))
+    for name, weights in (("RLOO", rloo), ("divided by the std", standardised)):
+        for false_positives, false_negatives, long in (
+            *((*x, False) for x in cases),
+            (0.2, 0.0, True),
+        ):
+            columns = []
+            for seed in range(problems):
+                problem = shared_problem(seed)
+                noisy = flipped(problem, false_positives, false_negatives, long)
+                both = [
+                    moments_of(weights, groups(levels_of(x), GROUP), problem)[0]
+                    for x in (problem, noisy)
+                ]
+                scale, bias, noise = summary(both[1])
+                columns.append((scale / both[0].scale, bias, noise))
+            expected = [1 - false_positives - false_negatives] * problems
+            title = f"{name}, FP {false_positives:g}, FN {false_negatives:g}"
+            title += ", only where long" if long else ""
+            row(title, [*zip(*columns, strict=True), expected], width=48)
+
+
+def adaptive(problems: int) -> None:
+    """Sampling a prompt until two rewards differ."""
+    names = "/ grad J", "bias", "worst", "E n - 1"
+    head(f"Sampling until two rewards differ, at most {MOST}", *names, width=48)
+    for rewards in ("binary", "graded"):
+        for name, weights in (("RLOO", rloo), ("the mean of earlier rows", earlier)):
+            columns = []
+            for seed in range(problems):
+                problem = shared_problem(seed, rewards)
+                moments, size = moments_of(weights, adaptive_groups(levels_of(problem)), problem)
+                columns.append((moments.scale, sine(moments.cosine), size - 1))
+            scales, biases, sizes = zip(*columns, strict=True)
+            row(f"{name}, {rewards} rewards", [scales, biases, [max(biases)], sizes], width=48)
+
+
+def teachers_of(seed: int) -> tuple[Problem, Problem, Problem]:
+    """Return a problem with three teachers: one saw a failure, one a success, and one what the row itself was."""
+    draw = torch.Generator().manual_seed(2000 + seed)
+    problem = shared_problem(seed)
+    contexts = torch.randn(2, 7, 3, generator=draw, dtype=torch.double)  # of seven prefixes
+    failure, success = (shared_problem(seed, reference=logits) for logits in contexts)
+    is_right = problem.rewards[0].bool()[:, None]  # [M, 1]
+    columns = {}
+    for name in ("ref_logprobs", "token_kl", "kl_slopes"):
+        of_failure, of_success = getattr(failure, name), getattr(success, name)
+        right = is_right if of_failure.ndim == 3 else is_right[..., None]
+        columns[name] = torch.where(right, of_success, of_failure)
+    return failure, success, replace(problem, **columns)
+
+
+def informed(problems: int) -> None:
+    """A teacher that has seen the prompt, another completion of it, or the row itself."""
+    head("A teacher that has seen something", "distance", "worst", "cosine", width=44)
+    forms = [Estimator.preset(name) for name in ("opd_to_go", "opd_full_path")]
+    cases: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(problems):
+        failure, success, own = teachers_of(seed)
+        p = float(own.chances[0] @ own.totals[0])
+        contexts = {
+            "the prompt alone": [(1.0, failure)],
+            "the reward of a sibling": [(1 - p, failure), (p, success)],
+            "the reward of the row itself": [(1.0, own)],
+        }
+        for name, parts in contexts.items():
+            sampled, closed = (
+                sum(chance * distilled(form, problem) for chance, problem in parts)
+                for form in forms
+            )
+            distance = float((sampled - closed).norm() / closed.norm())
+            cosine = float(torch.cosine_similarity(sampled, closed, dim=0))
+            cases.setdefault(name, []).append((distance, cosine))
+    for name, measured in cases.items():
+        distances, cosines = zip(*measured, strict=True)
+        row(name, [distances, [max(distances)], cosines], width=44)
+
+
+def distilled(form: Estimator, problem: Problem) -> Any:
+    """Return the expected gradient [D] of a form of distillation, without rewards."""
+    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
+    return exact_moments(form, problem, group_size=1).mean[0]
+
+
+def entropies(problems: int) -> None:
+    """The gradient of the tokens with the highest entropies alone."""
+    head("Keeping the tokens of the highest entropies", "bias", "cosine", "worst")
+    for share in (1.0, 0.8, 0.5, 0.2):
+        biases, cosines = [], []
+        for seed in range(problems):
+            problem = shared_problem(seed, "continuous")
+            target = problem.gradient()[0]
+            kept = most_uncertain(problem, share)  # [M, T]
+            centred = problem.totals[0] - problem.chances[0] @ problem.totals[0]
+            weights = (problem.chances[0] * centred)[:, None] * kept
+            mean = torch.einsum("mt,mtd->d", weights, problem.scores[0])
+            cosine = float(torch.cosine_similarity(mean, target, dim=0))
+            cosines.append(cosine)
+            biases.append(sine(cosine))
+        row(f"share {share:g}", [biases, cosines, [min(cosines)]])
+
+
+def most_uncertain(problem: Problem, share: float) -> Tensor:
+    """Return 1 for the tokens whose entropy is at least the quantile above which the share lies [M, T]."""
+    visits = problem.chances[0][:, None] * problem.mask
+    entropy = torch.where(problem.mask.bool(), problem.entropy[0], -math.inf)
+    order = entropy.flatten().argsort(descending=True)
+    before = visits.flatten()[order].cumsum(0) - visits.flatten()[order]
+    least = entropy.flatten()[order][before < share * float(visits.sum())].min()
+    return (entropy >= least).double() * problem.mask
+
+
+SECTIONS: dict[str, Callable[[int], None]] = {
+    "signs": signs,
+    "verifier": verifier,
+    "adaptive": adaptive,
+    "informed": informed,
+    "entropies": entropies,
+}
+
+
+def main(sections: tuple[str, ...] = tuple(SECTIONS), problems: int = 20) -> None:
+    """Print the tables of some sections, or of all."""
+    for section in sections:
+        SECTIONS[section](problems)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
