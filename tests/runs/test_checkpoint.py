@@ -121,6 +121,8 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
             model_directory(inside)
     (model / "manifest.json").unlink()  # what the message advises
     assert model_directory(model) == model
+    (model / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
+    assert model_directory(model) == model
 
 
 TENSORS = [

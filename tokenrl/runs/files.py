@@ -279,7 +279,7 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     if os.path.isdir(model):
         path = Path(model).resolve()
         for folder in (path, path.parent):
-            if folder.match("checkpoints/step_*") or os.path.exists(folder / MANIFEST):
+            if folder.match("checkpoints/step_*") or _manifest(folder) is not None:
                 verify(folder)
     return model
 
@@ -298,13 +298,18 @@ def _seal(folder: Path) -> None:
     sync(folder)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Return the entries of a manifest; none of one that is missing or damaged."""
-    with suppress(OSError, ValueError, RecursionError):
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the entries of a manifest: {} of a damaged one, None without one or with another program's."""
+    try:
         entries = json.loads((folder / MANIFEST).read_bytes())
-        if isinstance(entries, dict):
-            return entries
-    return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    is_ours = any(isinstance(entry, list) and len(entry) == 2 for entry in entries.values())
+    return entries if is_ours or not entries else None
 
 
 def _entry(file: Path) -> list[Any]:

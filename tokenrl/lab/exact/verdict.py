@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from html import escape
 
 import torch
 
@@ -87,6 +88,10 @@ class Verdict(Claim):
             larger = f" with groups of 2, {self.of_larger_groups} with larger ones"
         tried = f"; tried: {self.tried}" if self.tried else ""
         return f"{self.estimator}: {self.found}{larger}{declared}, {numbers}{tried}"
+
+    def _repr_html_(self) -> str:
+        """Return the line for a notebook."""
+        return f"<code>{escape(repr(self))}</code>"
 
     @property
     def ok(self) -> bool:
