@@ -76,7 +76,7 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         ("manifest.json", None, "manifest.json"),
         ("manifest.json", b"[]", "manifest.json"),
         ("manifest.json", b"[" * 100_000, "manifest.json"),
-        ("manifest.json", b'{"weights.bin": 5}', "weights.bin"),
+        ("manifest.json", b'{"weights.bin": 5}', "manifest.json"),
         ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "a.*"),
     ],
 )
