@@ -34,6 +34,7 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 
+
 class Sampler:
     """A model that completes prompts one after the other, and the rewards of its completions.
 
