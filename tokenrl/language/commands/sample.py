@@ -34,9 +34,6 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 
-PROMPTS = ("prompt", "messages")
-"""Columns of a row that are shown as its prompt."""
-
 
 class Sampler:
     """A model that completes prompts one after the other, and the rewards of its completions.
@@ -138,8 +135,12 @@ class Sampler:
 
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
-        columns = self.rows.get(text, {}).items()
-        return ", ".join(f"{name} {value}" for name, value in columns if name not in PROMPTS)
+        texts: dict[str, str] = {}  # the first column of each text
+        for name, value in self.rows.get(text, {}).items():
+            if name not in ("prompt", "messages") and value is not None:
+                texts.setdefault(str(value), name)
+        texts.pop(text, None)
+        return ", ".join(f"{name} {value}" for value, name in texts.items())
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
