@@ -106,16 +106,16 @@ def test_trainings_are_compared_for_as_long_as_their_completions_agree(program):
 
 @pytest.mark.slow
 def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
-    table = cells(printed("on_your_gpu.py", "--cpu", "--tiny", folder=tmp_path))
+    table = cells(printed("on_your_gpu.py", "--tiny", folder=tmp_path))
     for name in ("rloo", "grpo, KL in the loss", "ppo, with a critic"):
         assert table[name][:2] == ["equal up to rounding", "2 of 2"]
         assert table[name][2].startswith("0 of ")
     assert table["float32 again"] == ["0.0e+00", "0.0e+00"]
     mean, most = map(float, table["bfloat16"])
     assert 0 < mean < most < 0.2
-    seconds, sampling, rate, peak = (float(cell.replace(",", "")) for cell in table["tiny"][:4])
-    assert 0 < sampling < seconds and peak > 50
-    assert rate == pytest.approx(2 * 4 * 4 / seconds, rel=0.05)
+    _, theirs, seconds, ratio, _, peak = table["tiny"]
+    assert float(seconds) > 0 and float(peak.replace(",", "")) > 50
+    assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed" and ratio == ""
 
 
 @pytest.mark.slow
@@ -140,8 +140,9 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, tmp_path, monkey
     ended = measured(
         "one_race.py", spec | {"steps": 26, "round": 1, "started": time.time()}, tmp_path
     )
-    assert (ended["steps"], ended["reached"]) == ((15, True) if target == 0 else (25, False))
-    assert 0 < ended["seconds"] < 120 and 0 <= ended["start"] <= 1
+    assert target == 0 or "at last" in ended["error"]
+    if target == 0:
+        assert ended["steps"] == 15 and 0 < ended["seconds"] < 120 and 0 <= ended["start"] <= 1
 
 
 @pytest.mark.slow
@@ -153,7 +154,6 @@ def test_a_measurement(who, changed, tmp_path):
         "one_trainer.py", {"who": who, "shape": TINY | changed, "steps": 3}, tmp_path
     )
     assert measurement["seconds"] > 0 and measurement["peak_mb"] > 50
-    assert "ends" in changed or measurement["tokens"] == 32
 
 
 STUB = """

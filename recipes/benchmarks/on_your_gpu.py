@@ -1,8 +1,8 @@
 """Checks and measures tokenrl on your GPU (CUDA, or Apple's MPS), and prints tables in Markdown.
 
 Nearly all numbers on our pages come from CPUs, so tables from a GPU are welcome: send what this program
-prints as an issue. It downloads nothing: the models have random weights and are made here. It takes ten
-minutes at most; what does not fit into them is left out and named. Each measurement is a process of its own;
+prints as an issue. It downloads nothing: the models have random weights and are made here. It begins
+nothing after ten minutes. Each measurement is a process of its own;
 if it fails, its line says why and the rest goes on.
 
 1. Numbers: the same training in float32 (without TF32), with the same seed, on the CPU and on the GPU, for
@@ -12,11 +12,11 @@ if it fails, its line says why and the rest goes on.
    The logits of random weights are nearly equal, so they are scaled to a standard deviation of 3.
 3. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
    flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it.
-   Tokens a second are those of completions.
+   `step_against_trl.py --work gpu-1m` also tries TRL's other settings.
 
     python recipes/benchmarks/on_your_gpu.py | tee table.md
     pip install -c constraints.txt -e '.[benchmarks]'        # for TRL beside it
-    python recipes/benchmarks/on_your_gpu.py --cpu --tiny    # tries the program out, without a GPU
+    python recipes/benchmarks/on_your_gpu.py --tiny          # tries the program out, also without a GPU
 
 Look for: the verdict "equal up to rounding" three times. "float32 again" says whether the device repeats its
 own numbers. On a CPU, the gaps of bfloat16 are .035 nats in the mean and .19 at most.
@@ -36,14 +36,12 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from one_trainer import GPU_WORK, Shape, device, make_model, print_measurement
-from step_against_trl import TRAINER, print_heading, print_row, run, versions
+from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
+from step_against_trl import COLUMNS, TRAINER, print_heading, print_row, run, shape_row, versions
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 """Rounding may change a metric by this share of its largest value on the CPU, and by this much beside it.
@@ -52,9 +50,6 @@ Attention by another formula, on a CPU, changed metrics by far less; bfloat16 ch
 by more.
 """
 SECONDS = 600.0
-TINY = Shape(
-    prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1
-)
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "rloo": {"estimator": "rloo"},
     "grpo, KL in the loss": {"estimator": "grpo,beta=0.1", "num_iterations": 2},
@@ -63,8 +58,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 TRAININGS = ("training", "verdict", "steps with equal completions", "metrics that differ at all")
 TRAININGS += ("largest difference",)
 GAPS = ("precision", "mean, nats", "largest, nats")
-SPEED = ("shape", "tokenrl: s a step", "sampling s", "tokens/s", "peak MB", "TRL: s a step")
-SPEED += ("sampling s", "tokens/s", "peak MB")
 Rows = list[dict[str, float | None]]
 
 
@@ -98,7 +91,7 @@ def measure_gaps(job: dict[str, Any]) -> dict[str, Any]:
     """Mean and largest difference from float32 of log-probabilities of the same tokens, by precision."""
     import torch
 
-    shape, kind = TINY if job["tiny"] else GPU_WORK["gpu-135m"], device(job)
+    shape, kind = SHAPES["tiny" if job["tiny"] else "gpu-135m"], device(job)
     full_precision()
     model = make_model(shape, kind=kind)[0].eval()
     random = torch.Generator().manual_seed(job["seed"])
@@ -161,52 +154,34 @@ def verdict(here: Rows, there: Rows) -> list[str]:
     return [judged, *counts, f"{max(largest.values()):.1e}"]
 
 
-def speed_cells(result: dict[str, Any]) -> list[str]:
-    """Seconds of a step, those of sampling, tokens a second and memory."""
-    if "error" in result:
-        return [result["error"], "", "", ""]
-    seconds, sampling = result["seconds"], result["sampling"]
-    cells = [f"{seconds:.3f}", f"{sampling:.3f}" if sampling else ""]
-    return [*cells, f"{result['tokens'] / seconds:,.0f}", f"{result['peak_mb']:,.0f}"]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     seed = "of the trainings whose numbers are compared"
     parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--cpu", action="store_true", help="measure the CPU in place of a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and few steps, as a trial")
     args = parser.parse_args()
-    job = {"cpu": args.cpu, "tiny": args.tiny, "seed": args.seed, "steps": 2 if args.tiny else 6}
-    ends = time.monotonic() + SECONDS
-
-    def measured(program: str | Path, **changes: Any) -> dict[str, Any]:
-        return run(Path(program), job | changes, max(ends - time.monotonic(), 1))
-
-    about = measured(TRAINER, part="device")
-    if "error" in about or (about["kind"] == "cpu" and not args.cpu):
-        print("torch has no GPU here. To try this program: --cpu --tiny.", file=sys.stderr)
+    ends, program = time.monotonic() + SECONDS, Path(__file__)
+    args.steps, args.rounds, args.tokenrl = 2 if args.tiny else 6, 1, {}
+    job = {"tiny": args.tiny, "seed": args.seed, "steps": args.steps}
+    about = run(TRAINER, {"part": "device"})
+    if about.get("kind", "cpu") == "cpu" and not args.tiny:
+        print("torch has no GPU here. To try this program: --tiny.", file=sys.stderr)
         return 2
     print_heading(TRAININGS, f"{versions(about)}; task vowels in float32, beside the CPU")
     for name in ESTIMATORS:
-        here = measured(__file__, part="train", name=name, cpu=True)
-        there = measured(__file__, part="train", name=name)
+        training = job | {"part": "train", "name": name}
+        here, there = (run(program, training | {"cpu": cpu}) for cpu in (True, False))
         error = here.get("error") or there.get("error")
         print_row([name, error] if error else [name, *verdict(here["rows"], there["rows"])])
     print_heading(GAPS, f"Gaps to float32, model {'tiny' if args.tiny else 'gpu-135m'}")
-    for name, gaps in measured(__file__, part="gaps").items():
+    for name, gaps in run(program, job | {"part": "gaps"}).items():
         print_row([name, gaps] if name == "error" else [name, *(f"{gap:.1e}" for gap in gaps)])
-    shapes = {"tiny": TINY} if args.tiny else GPU_WORK
-    precision = "bfloat16" if about["bf16"] else "float32"
-    print_heading(SPEED, f"Speed of GRPO, {job['steps']} steps; TRL in {precision}")
-    for name, shape in shapes.items():
-        work = {"work": name, "shape": asdict(shape), "bf16": about["bf16"]}
-        results = [measured(TRAINER, **work, who="tokenrl"), {"error": "not installed"}]
-        if find_spec("trl"):
-            results[1] = measured(TRAINER, **work, who="trl")
-        print_row([name, *(cell for result in results for cell in speed_cells(result))])
+    print_heading(COLUMNS, f"Speed of GRPO, {args.steps} steps")
+    for name in ["tiny"] if args.tiny else GPU_WORK:
+        if time.monotonic() < ends:
+            print_row(shape_row(name, args, [{"bf16": about["bf16"], "attention": "sdpa"}]))
     return 0
 
 

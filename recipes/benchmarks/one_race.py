@@ -85,8 +85,10 @@ def race(spec: dict[str, Any]) -> dict[str, Any]:
     policy = Policy(watch.policy.model, watch.policy.tokenizer, list(watch.task.train_prompts))
     falling = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "seed": spec["round"]}
     train(spec, watch, policy, max_completion_length=watch.shape.length, **falling)
-    ended = {"steps": EVERY * (len(watch.rewards) - 1), "reached": watch.reached()}
-    return {"seconds": watch.seconds, "start": watch.rewards[0]} | ended
+    if not watch.reached():
+        return {"error": f"{watch.rewards[-1]:.2f} at last"}
+    steps = EVERY * (len(watch.rewards) - 1)
+    return {"seconds": watch.seconds, "start": watch.rewards[0], "steps": steps}
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ that nothing is saved. With `"cpu": true` both leave a GPU alone.
 A process that measures tokenrl imports it before torch, as the command does: it sets a variable that OpenMP
 reads when torch is loaded. One that measures TRL leaves OpenMP alone.
 
-Seconds and tokens of a step are medians without the first 3 steps (of fewer than 6 steps, the first).
+The seconds of a step are the median without the first 3 steps (of fewer than 6 steps, the first).
 
-Look for: `tokens` are prompts x group x length where no completion may end early.
+Look for: an error if a step has other tokens than prompts x group x length, where no completion may end early.
 """
 
 # /// script
@@ -41,7 +41,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -93,12 +92,18 @@ WORK = {
 }
 LONG: dict[str, Any] = {"prompts": 8, "prompt": 64, "length": 128}
 QWEN: dict[str, Any] = {"vocabulary": 151_936, "kv_heads": 2, "tied": True}
+TINY = Shape(
+    prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1
+)
 GPU_WORK = {
     "gpu-1m": Shape(**LONG),
     "gpu-135m": Shape(**M135 | LONG),
     "gpu-0.5b": Shape(**QWEN | LONG, layers=24, hidden=896, intermediate=4864, heads=14),
     "gpu-1.5b": Shape(**QWEN | LONG, layers=28, hidden=1536, intermediate=8960, heads=12),
 }
+
+
+SHAPES = {**WORK, **GPU_WORK, "tiny": TINY}
 
 
 def device(spec: dict[str, Any]) -> str:
@@ -135,9 +140,9 @@ class Clock:
         self.peak = 0.0
 
     def measurement(self) -> dict[str, float]:
-        """The seconds from a call to the next, the tokens of a step, and the peak of the memory."""
+        """The seconds from a call to the next, and the peak of the memory."""
         seconds = steady([after - before for before, after in pairwise(self.calls)])
-        return {"seconds": seconds, "tokens": steady(self.tokens[1:]), "peak_mb": self.peak}
+        return {"seconds": seconds, "peak_mb": self.peak}
 
     def __call__(
         self, completions: list[str], completion_ids: list[Any], **columns: Any
@@ -215,7 +220,7 @@ class Policy(NamedTuple):
     environment: Any = None
 
 
-def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> list[float]:
+def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
     """Train with one of the trainers until the clock ends it, without a KL, evaluations, records or checkpoints.
 
     Args:
@@ -223,19 +228,11 @@ def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -
         clock: the reward function, with the shape of the work, the number of steps and the kind of device.
         policy: what is trained.
         **settings: options that both trainers have.
-
-    Returns:
-        The seconds of sampling and reward of each step, of tokenrl only.
     """
     trainer = {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
     settings = {"max_steps": clock.steps, "num_generations": clock.shape.group} | settings
-    with tempfile.TemporaryDirectory() as folder:
-        settings["output_dir"] = f"{folder}/run"
-        with contextlib.suppress(Measured):
-            trainer(spec, clock, policy, **settings)
-        timings = Path(folder, "run", "timings.jsonl")
-        records = [json.loads(line) for line in timings.open()] if timings.exists() else []
-    return [record["collect"] for record in records]
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
+        trainer(spec, clock, policy, output_dir=f"{folder}/run", **settings)
 
 
 def train_trl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
@@ -304,15 +301,12 @@ def train_tokenrl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls.
-
-    `sampling` has the seconds of sampling and reward in a step; of tokenrl only.
-    """
+    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls."""
     if spec.get("part") == "device":
         return describe_device(spec)
     if spec["who"] == "tokenrl":
         import tokenrl  # noqa: F401  # before torch
-    shape = Shape(**spec["shape"]) if "shape" in spec else (WORK | GPU_WORK)[spec["work"]]
+    shape = Shape(**spec["shape"]) if "shape" in spec else SHAPES[spec["work"]]
     clock = Clock(shape, spec["steps"] + 1, device(spec))
     model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
     # For TRL, an end that is beyond the model's vocabulary costs nothing and is never drawn.
@@ -321,11 +315,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     constant = {"learning_rate": 1e-4, "lr_scheduler_type": "constant"}
     policy = Policy(model, tokenizer, make_prompts(shape, clock.steps))
-    sampling = train(spec, clock, policy, max_completion_length=shape.length, **constant)
+    train(spec, clock, policy, max_completion_length=shape.length, **constant)
     full = shape.prompts * shape.group * shape.length
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
-    return clock.measurement() | {"sampling": steady(sampling) if sampling else None}
+    return clock.measurement()
 
 
 def describe_device(spec: dict[str, Any]) -> dict[str, Any]:
