@@ -79,7 +79,7 @@ TRAINED = {
         )
         for rung, (_, bias) in LADDER.items()
     },
-    "train_lm --max-steps 2 --prompts-per-step 2 --lora-r 2": (r"reward_greedy: \d",),
+    "train_lm --max-steps 2 --prompts-per-step 2 --lora-r 2": (r"reward_greedy: -?\d",),
     "filter_by_difficulty --prompts 32 --samples 2 --low 0.4 --max-steps 2": (),
     "pretrained_gsm8k_lora --max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1": (r"most\): \d",),
@@ -115,8 +115,8 @@ LEARNING = {
     ),
     "pass_at_k --task hidden --seeds 3 --max-steps 1": ("±",),
     "pass_at_k --task difficulty --seeds 3 --max-steps 1": ("±",),
-    "distillation --arms rloo opd_full_path rloo_opd --seeds 2 --max-steps 10 --teacher-steps 2": (
-        r"rloo +area 0\.\d+\nopd_full_path +area 0\.\d+\nrloo_opd +area 0\.\d+\n",
+    "distillation --arms rloo opd_full_path --seeds 2 --max-steps 10 --teacher-steps 2": (
+        r"rloo +area 0\.\d+\nopd_full_path +area 0\.\d+\n",
     ),
     "sampler_mismatch --task vowels --mismatches old=2 bits=4 --corrections sequence --seeds 2 "
     "--max-steps 2": (
