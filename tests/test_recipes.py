@@ -80,7 +80,7 @@ TRAINED = {
         for rung, (_, bias) in LADDER.items()
     },
     "train_lm --max-steps 2 --prompts-per-step 2 --lora-r 2": (r"reward_greedy: -?\d",),
-    "filter_by_difficulty --prompts 32 --samples 2 --low 0.4 --max-steps 2": (),
+    "filter_by_difficulty --prompts 32 --samples 2 --low 0 --max-steps 2": (),
     "pretrained_gsm8k_lora --max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1": (r"most\): \d",),
 }
