@@ -59,7 +59,7 @@ def test_the_other_forms_are_those_of_the_lab(recipe):
     assert form.variance == pytest.approx(4 * exact.variance)
 
 
-def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
+def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     flags = f"--output {page} --figure {tmp_path / 'figure.png'} --lengths 1 2 --problems 3"
     monkeypatch.setattr(
@@ -77,9 +77,6 @@ def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch, capsys):
     pairs = [(forms["opd_full_path"], forms["opd_full"]) for forms in moments]
     completions = math.ceil(median(recipe["crossing"](*pair) for pair in pairs))
     assert f"| opd_full_path, opd_full | {completions} |" in written
-    errors = [recipe["relative_error"](forms["opd"], 8) for forms in moments]
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  1 T = 2 opd ")]
-    assert float(line.split()[-3]) == pytest.approx(median(errors), abs=1e-4)
 
 
 def test_closed_forms_have_more_noise_where_two_tokens_share_a_logit(recipe):

@@ -80,11 +80,7 @@ def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_resu
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     pretrain(tmp_path / "model")
     recipe, run = runpy.run_path(str(RECIPE)), tmp_path / "run"
-    recipe["main"](
-        recipe["Args"](
-            model=str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run
-        )
-    )
+    recipe["main"](str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run)
     stages = json.loads((run / "stages.json").read_text())
     assert list(stages) == ["as it is", "warm-started", "trained"]
     rewards = [stage["reward"] for stage in stages.values()]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
 import runpy
 import sys
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,151 +15,170 @@ from pages import blocks, make_chat_model_and_data
 from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PARTS = {"own", "judging", "questions", "answer", "curves"}  # shared by programs of a folder
+SHARED = {"own", "judging", "questions", "answer", "curves"}  # by programs of a folder
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))
-    if path.parent.name != "benchmarks" and path.stem not in PARTS
+    if path.parent.name != "benchmarks" and path.stem not in SHARED
 }
-# tests/test_distillation_forms.py, tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py,
-# tests/test_trl_estimator.py, tests/lab/compare/
-# tests/language/rollout/test_openenv_client.py and tests/test_toy_environments.py
-ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "trl_estimator", "rebuild"}
-ELSEWHERE |= {"distillation_forms", "pass_at_k", "openenv_client", "turns", "build", "reference"}
-ELSEWHERE |= {"distillation", "overall_scores", "compare_existing_runs"}
-ELSEWHERE |= {"zero", "code_reward"}
-TABLE = "estimators_table"
-RUNGS = {
-    "ladder vanilla": ("none", "exact"),
-    "ladder running_mean": ("running_mean", "exact"),
-    "ladder rloo": ("rloo", "exact"),
-    "ladder grpo": ("group_mean", "biased"),
+# tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
+# tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py and
+# tests/test_toy_environments.py
+ELSEWHERE = {"distillation_forms", "pretrained_toy_task", "trl_estimator", "build", "reference"}
+ELSEWHERE |= {"rebuild", "zero", "overall_scores", "compare_existing_runs", "openenv_client"}
+ELSEWHERE |= {"turns", "code_reward"}
+EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
+    "1_bandit": (
+        "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",
+        r"0.0   0.2500 +\S+   0.0625  0.250          0.0250",
+        r"128  reward_to_go  timestep_mean +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +0\.5\d\d",
+        "total         none          exact  2.91",
+        "reward_to_go  timestep_mean exact  1.99",
+        "figure: variance_horizon.png",
+    ),
+    "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
+    "figures grpo-difficulty": (
+        r"2      0.707    0.707    0.707           1.000 .*e-1\d",
+        r"8      2.471    2.177    1.735           1.254 .*e-1\d",
+        "64 .* 1.640 +-\nlim     31.639",
+    ),
+    "figures objectives": (
+        r"mean reward \(rloo\)  ( +1.000){5}",
+        r"pass@4 \(max_at_k\) +3.765 +2.916",
+        r"log of success \(maxrl\) +6.594 +5.217",
+    ),
+    "figures map --estimators rloo dr_grpo loo_std grpo": (
+        "rloo +angle +0.00 .* exact\ndr_grpo +angle +0.00 .*\nloo_std +angle +4.60 .*\ngrpo +angle +29.61 ",
+    ),
+    "figures kl": (
+        # only k1 in the reward and what uses the whole completion, in the loss, have the right gradient
+        r"\n 0.114( +\S+e\+00)( +\S+e-1\d)( +\S+e-0\d)( +\S+e\+00)( +\S+e-0\d)( +\S+e\+00)( +\S+e-1\d){2}",
+    ),
+    "samplers --noises 0 0.5 --problems 5": (
+        "no correction +0.5   0.46",
+        "token +0.5   0.28",
+        "sequence +0.5   0.00",
+    ),
+    "top_tokens --samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2": (
+        "-       0.0608",
+        "1       0.0389",
+        "3       0.0000",
+    ),
 }
-SHORT = {  # flags by recipe, and by its first argument where it has several
-    **dict.fromkeys(RUNGS, "--max-steps 2 --shift 1"),
-    "train_lm": "--max-steps 2 --prompts-per-step 2 --estimator reinforce_running_mean --lora-r 2",
-    "filter_by_difficulty": "--prompts 32 --samples 2 --low 0.4 --max-steps 2",
-    "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
-    "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
+LADDER = {
+    "vanilla": ("none", "exact"),
+    "running_mean": ("running_mean", "exact"),
+    "rloo": ("rloo", "exact"),
+    "grpo": ("group_mean", "biased"),
 }
-FIGURES = {
-    "figures grpo-difficulty": "",
-    "figures kl": "",
-    "figures objectives": "",
-    "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
-    "samplers": "--noises 0 0.5 --problems 5",
+TRAINED = {
+    **{
+        f"ladder {rung} --max-steps 2 --shift 1": (
+            rf"bias of the gradient: {bias} \(",
+            r"greedy: \d",
+        )
+        for rung, (_, bias) in LADDER.items()
+    },
+    "train_lm --max-steps 2 --prompts-per-step 2 --lora-r 2": (r"reward_greedy: -?\d",),
+    "filter_by_difficulty --prompts 32 --samples 2 --low 0 --max-steps 2": (),
+    "pretrained_gsm8k_lora --max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
+    "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1": (r"most\): \d",),
 }
-OWN = "own_baselines"
+"""Programs that leave a run, in words that `runs` of it holds too."""
+LEARNING = {
+    "reinforce_one_page": (r"greedy reward 0\.[0-2](.*\n)+.*greedy reward (0\.[89]|1)",),
+    "2_gridworld --seeds 1 --updates 3 --stages 0": ("vanilla", "after   0 updates"),
+    "entropy --seeds 2 --updates 2 --betas 0 1": (
+        r"(?s)sweet spot: .*sweet spot: ",
+        r"\n +1 .*goal \d, decoy \d, neither \d\n",
+    ),
+    "3_numpy --seeds 0 1 --episodes 100 --vary window=5 gamma=1,standardise=False": (
+        "REINFORCE, 2 seeds: a mean of 475 in 0 of 2 seeds, median never",
+        "gamma=1,standardise=False, 2",
+    ),
+    "3_numpy --seeds 0 --episodes 100 --dqn --dqn-steps 2500": ("DQN, 1 seeds: .* 0 of 1 seeds",),
+    "4_walk --seeds 1 --episodes 8 --textbook": (
+        r"0       0   0.9135      -1.5",
+        r"9       1   1.0000       1.5",
+        "seed 42, without the value head: 0.4872\n.*, with the value head: 1.1734",
+        "raw, V         last ",
+    ),
+    "5_agents --env CartPole-v1 Pendulum-v1 --seeds 2 1 --max-steps 1": (
+        r"\nCartPole-v1, classic: .*\n  mean .*, 0 of 2 seeds reach 475\n",
+        r"\nPendulum-v1, tuned: -\S+\n  mean [^,]+, [^,]+\n",
+    ),
+    "5_agents --env Acrobot-v1 --agent tuned --seeds 1": ("1 of 1 seeds reach",),
+    "5_agents --env LunarLander-v3 --agent tuned --seeds 1": ("1 of 1 seeds reach",),
+    "contrast --seeds 1 --updates 10 --steps 10": (
+        r"CartPole-v1: \|g\|² .*: \d",
+        r"sort_digits: \|g\|² ",
+    ),
+    "pass_at_k --task hidden --seeds 3 --max-steps 1": ("±",),
+    "pass_at_k --task difficulty --seeds 3 --max-steps 1": ("±",),
+    "distillation --arms rloo opd_full_path --seeds 2 --max-steps 10 --teacher-steps 2": (
+        r"rloo +area 0\.\d+\nopd_full_path +area 0\.\d+\n",
+    ),
+    "sampler_mismatch --task vowels --mismatches old=2 bits=4 --corrections sequence --seeds 2 "
+    "--max-steps 2": (
+        r"same none .* \S+e-(0[6-9]|1\d) ",
+        r"old=2 sequence .* \S+e-0[123] ",
+        r"bits=4 sequence .* \S+e-0[12] ",
+    ),
+    "rlhf_pipeline --pairs 24 --max-steps 2 --eval-prompts 3": (
+        r"base, sampled .* ± .* ± ",
+        r"best of 64 .* ± .* ± ",
+        r"RL, greedy .* ± ",
+    ),
+    "overoptimisation --seeds 2 --max-steps 5 --pool 16": ("seed 1: accuracy", "best-of-n "),
+}
+NEEDED = {"--dqn": "stable_baselines3", "LunarLander-v3": "Box2D"}
+AGAIN = ("distillation", "sampler_mismatch")  # read the runs that they have made
 
 
-def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
-    """What a recipe prints, run as a program in this process, where torch is imported already."""
-    program, *first = name.split()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [program, *first, *flags.split()])
-    runpy.run_path(str(PROGRAMS[program]), run_name="__main__")
-    return capsys.readouterr().out
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, handlers):
+    """Runs a program with its flags, checks what it prints and draws, and returns the former."""
+
+    def printed(command: str, *lines: str) -> str:
+        name, *flags = command.split()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        runpy.run_path(str(PROGRAMS[name]), run_name="__main__")
+        out = capsys.readouterr().out
+        for line in lines:
+            assert re.search(line, out), f"{line}\n{out}"
+        for figure in re.findall(r"figure: (\S+)", out):
+            assert (tmp_path / figure).stat().st_size > 1000, figure
+        return out
+
+    return printed
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Makes the base that the rungs share, after a tenth of its warm start, and returns its cache."""
-    import toy_tasks
-    from tokenrl.language.supervised import base
-
-    @cache
-    def base_cache() -> Path:
-        folder, fit = tmp_path_factory.mktemp("cache"), base.fit
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TOKENRL_CACHE", str(folder))
-            patch.setattr(
-                base,
-                "fit",
-                lambda *args, **options: fit(*args, **(options | {"max_steps": 20})),
-            )
-            base.warm_started_base(toy_tasks.load("sort_digits"))
-        return folder
-
-    return base_cache
-
-
-def numbers(pattern: str, text: str) -> list[float]:
-    """The numbers behind a label, all finite."""
-    values = [float(number) for number in re.findall(rf"{pattern} (-?[\d.]+)", text)]
-    assert all(map(math.isfinite, values))
-    return values
-
-
-def test_every_recipe_says_from_what_uv_makes_its_environment():
-    tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
-    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
-    for path in RECIPES.rglob("*.py"):
-        if path.stem in PARTS:
-            continue
-        (block,) = re.findall(r"(?m)^# /// script\n((?:# .*\n)+)# ///$", path.read_text())
-        header = tomllib.loads(re.sub("(?m)^# ", "", block))
-        name, _, extra = header["dependencies"][0].rstrip("]").partition("[")
-        assert name == project["name"] and extra in {"", *project["optional-dependencies"]}
-        assert (
-            path.parent / header["tool"]["uv"]["sources"][name]["path"]
-        ).resolve() == RECIPES.parent
-
-
-def test_baselines_of_ones_own_are_what_they_declare(tmp_path, monkeypatch, capsys):
-    lines = run(OWN, "", tmp_path, monkeypatch, capsys).splitlines()
-    found = [re.match(r"declared (\w+), found \w+: (\w+),", line).groups() for line in lines]
-    assert found == [("exact", "exact"), ("biased", "biased")]
-
-
-def test_every_recipe_is_in_the_list_with_its_command():
-    text = (RECIPES / "README.md").read_text()
-    paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
-    assert {
-        link for link in re.findall(r"\]\((\w+/\w+\.py)\)", text) if "benchmarks" not in link
-    } == paths
-    named = set(re.findall(r"python recipes/(\w+/\w+\.py)", text))
-    assert {name for name in named if "benchmarks" not in name} == paths
-    notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
-    assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
-    # tests/control/test_control_recipes.py
-    control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
-    alone = ("reinforce_one_page", TABLE, "defaults", "sampler_mismatch", "top_tokens", OWN)
-    here = {name.split()[0] for name in (*SHORT, *FIGURES, *alone)}
-    assert here | control | ELSEWHERE == set(PROGRAMS)
-
-
-def test_one_page_is_one_page_of_torch_and_core():
-    text = (PROGRAMS["reinforce_one_page"]).read_text()
-    assert len(re.sub("# /// script.*# ///\n\n", "", text, flags=re.DOTALL).splitlines()) < 160
-    nodes = [
-        node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    modules = {getattr(node, "module", None) or node.names[0].name for node in nodes}
-    assert modules <= {
-        "dataclasses",
-        "torch",
-        "tyro",
-        "transformers",
-        "toy_tasks",
-        "tokenrl",
-        "tokenrl.core",
-    }
-    named = [node.names for node in nodes if getattr(node, "module", None) == "tokenrl"]
-    assert {name.name for names in named for name in names} <= {"Estimator"}  # which is of core
-    assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
+@pytest.mark.parametrize("command", EXACT)
+def test_what_is_computed_exactly(command, run):
+    run(command, *EXACT[command])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHORT)
-def test_recipe_leaves_a_complete_run_of_what_it_says(
-    name, base, tmp_path, monkeypatch, capsys, handlers
-):
+@pytest.mark.parametrize("command", LEARNING)
+def test_what_trains(command, run, short_warm_start):
+    for flag, package in NEEDED.items():
+        if flag in command:
+            pytest.importorskip(package)
+    out = run(command, *LEARNING[command])
+    if command.startswith(AGAIN):
+        assert run(command) == out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRAINED)
+def test_a_recipe_leaves_a_complete_run(command, run, short_warm_start, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setenv("TOKENRL_CACHE", str(base() if name in RUNGS else tmp_path / "cache"))
+    name, rung, *_ = command.split()
     if name == "pretrained_gsm8k_lora":
         make_chat_model_and_data(tmp_path)
-    out = run(name, SHORT[name], tmp_path, monkeypatch, capsys)
+    run(command, *TRAINED[command])
     (folder,) = (tmp_path / "runs").glob("*")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["exit_reason"], summary["steps"]) == ("finished", 2)
@@ -173,34 +189,50 @@ def test_recipe_leaves_a_complete_run_of_what_it_says(
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.vocab_size == len(tokenizer)
-    if name in RUNGS:
-        baseline, bias = RUNGS[name]
-        assert json.loads((folder / "config.json").read_text())["estimator"]["baseline"] == baseline
-        assert f"bias of the gradient: {bias} (" in out
-        reward = summary["eval_after"]["reward_greedy"]
-        assert 1 <= reward <= 2  # shifted by 1
-        assert numbers("greedy:", out) == [pytest.approx(reward - 1, abs=1e-3)]
+    if name == "ladder":
+        config = json.loads((folder / "config.json").read_text())
+        assert config["estimator"]["baseline"] == LADDER[rung][0]
+        assert 1 <= summary["eval_after"]["reward_greedy"] <= 2  # shifted by 1
     if name == "train_lm":
-        before = summary["eval_before"]["reward_greedy"]
-        assert numbers("reward_greedy:", out) == [pytest.approx(before, abs=1e-3)]
         assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(lines[-1])
     if name == "pretrained_gsm8k_lora":
         assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
         assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(lines[-1])
-        assert len(numbers("most\\):", out)) == 1
 
 
-@pytest.mark.slow
-def test_one_page_learns(tmp_path, monkeypatch, capsys):
-    out = run("reinforce_one_page", "", tmp_path, monkeypatch, capsys)
-    before, after = numbers("greedy reward", out)
-    assert before < 0.3 and after > 0.8
-    sampled_before, sampled_after = numbers("sampled reward", out)
-    assert sampled_after > sampled_before + 0.3
+def test_every_recipe_says_from_what_uv_makes_its_environment():
+    tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
+    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
+    for path in RECIPES.rglob("*.py"):
+        if path.stem in SHARED:
+            continue
+        (block,) = re.findall(r"(?m)^# /// script\n((?:# .*\n)+)# ///$", path.read_text())
+        header = tomllib.loads(re.sub("(?m)^# ", "", block))
+        name, _, extra = header["dependencies"][0].rstrip("]").partition("[")
+        assert name == project["name"] and extra in {"", *project["optional-dependencies"]}
+        source = path.parent / header["tool"]["uv"]["sources"][name]["path"]
+        assert source.resolve() == RECIPES.parent
 
 
-def replies(*texts: str) -> list[list[dict[str, str]]]:
-    return [[{"role": "assistant", "content": text}] for text in texts]
+def test_every_recipe_is_in_the_list_with_its_command_and_is_run():
+    text = (RECIPES / "README.md").read_text()
+    paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
+    for pattern in (r"\]\((\w+/\w+\.py)\)", r"python recipes/(\w+/\w+\.py)"):
+        assert {name for name in re.findall(pattern, text) if "benchmarks" not in name} == paths
+    notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
+    assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
+    here = {command.split()[0] for command in (*EXACT, *TRAINED, *LEARNING)}
+    assert here | {"defaults", "estimators_table"} | ELSEWHERE == set(PROGRAMS)
+
+
+def test_one_page_is_one_page_of_torch_and_core():
+    text = PROGRAMS["reinforce_one_page"].read_text()
+    assert len(re.sub("# /// script.*# ///\n\n", "", text, flags=re.DOTALL).splitlines()) < 160
+    modules = set(re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE))
+    allowed = {"dataclasses", "torch", "tyro", "transformers", "toy_tasks", "tokenrl"}
+    assert modules <= {*allowed, "tokenrl.core"}
+    named = re.findall(r"^from tokenrl import (.*)|^(import tokenrl)\b", text, re.MULTILINE)
+    assert set(named) <= {("Estimator", "")}  # which is of core
 
 
 def test_gsm8k_rewards():
@@ -209,164 +241,33 @@ def test_gsm8k_rewards():
         {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}
     )
     assert row["answer"] == "1,200"
-    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     right = ["#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7"]
     wrong = ["1200 or 7", "#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""]
-    scores = recipe["right"](completions=replies(*right, *wrong), answer=["1,200"] * 11)
+    replies = [[{"role": "assistant", "content": text}] for text in (*right, *wrong)]
+    scores = recipe["right"](completions=replies, answer=["1,200"] * 11)
     assert scores == [1] * 4 + [0] * 7
-    formed = replies("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
-    assert recipe["well_formed"](completions=formed) == [0.1, 0.1, 0, 0, 0]
+    formed = recipe["well_formed"](completions=replies)
+    assert formed == [0.1, 0.1, 0, 0, 0, 0.1, 0.1, 0, 0, 0, 0]
 
 
-def test_train_lm_rewards():
-    recipe = runpy.run_path(str(PROGRAMS["train_lm"]))
-    texts = ["010101", "0101", "000000", "01>10", "", "0101010101"]
-    assert recipe["alternates"](completions=texts) == [1, 3 / 5, 0, 2 / 5, 0, 1]
-    assert recipe["six_long"](completion_ids=[[0] * 7, [0] * 14, []]) == [0, -1, -1]
-    train, held_out = recipe["zigzag"]().train_prompts, recipe["zigzag"]().eval_prompts
-    assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in held_out)
+def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there():
+    import numpy as np
+
+    study = runpy.run_path(str(PROGRAMS["overoptimisation"]))
+    draw = np.random.default_rng(0)
+    d = np.linspace(0.2, 4, 20) + 0.01 * draw.normal(size=(5, 20))
+    gold = d * (2 - d / 2) + 0.02 * draw.normal(size=(5, 20))
+    turning = study["turn"](d, d, gold)
+    means = [turning[key][0] for key in ("d", "gold", "proxy")]
+    assert turning["fell"] == 5 and means == pytest.approx([2, -2, 2], abs=0.3)
+    assert study["turn"](d, d, d)["fell"] == study["turn"](d, -d, gold)["fell"] == 0
 
 
-def drawn(name: str, tmp_path, monkeypatch, capsys) -> str:
-    """What a figure's program prints."""
-    path = tmp_path / "figure.png"
-    out = run(name, f"{FIGURES[name]} --output {path}", tmp_path, monkeypatch, capsys)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    return out
-
-
-def test_figure_of_grpo_agrees_with_enumeration(tmp_path, monkeypatch, capsys):
-    out = drawn("figures grpo-difficulty", tmp_path, monkeypatch, capsys)
-    rows = [line.split() for line in out.splitlines()[1:6]]
-    assert [row[0] for row in rows] == ["2", "4", "8", "16", "64"]
-    assert all(float(row[5]) < 1e-12 for row in rows[:3])
-    ratios = [float(row[4]) for row in rows]  # rare successes gain on even chances
-    assert ratios == sorted(ratios)
-    assert ratios[0] == 1.0
-
-
-def test_figure_of_samplers_that_differ(tmp_path, monkeypatch, capsys):
-    out = drawn("samplers", tmp_path, monkeypatch, capsys)
-    biases: dict[tuple[str, str], float] = {}
-    for line in out.splitlines()[1:11]:
-        *name, noise, bias, _ = line.split()
-        biases[" ".join(name), noise] = float(bias)
-    assert len(biases) == 10 and not any(
-        biases[name, noise] for name, noise in biases if noise == "0"
-    )
-    assert biases["no correction", "0.5"] > biases["token", "0.5"] > biases["sequence", "0.5"] == 0
-
-
-def test_top_tokens_that_centre_scores(tmp_path, monkeypatch, capsys):
-    short = "--samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2"
-    out = run("top_tokens", short, tmp_path, monkeypatch, capsys)
-    off = [float(line.split()[2]) for line in out.splitlines()[1:]]
-    assert off == sorted(off, reverse=True) and off[0] > 5 * off[2] and off[3] == 0
-    shares = [[float(x) for x in line.split()[-2:]] for line in out.splitlines()[1:]]
-    assert shares[0] == [1, 1] and shares[3] == [0, 0]
-    assert all(middle <= worst < 1 for middle, worst in shares[1:3])
-
-
-def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
-    import torch
-
-    from tokenrl import Estimator
-    from tokenrl.core.choices import KL_EFFECTS
-    from tokenrl.core.effects import EXACT
-    from tokenrl.lab import exact_moments, tabular_problem
-
-    drawn("figures kl", tmp_path, monkeypatch, capsys)
-    recipe, problem = runpy.run_path(str(PROGRAMS["figures"])), tabular_problem(3)
-    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
-    every, tables = recipe["EVERY"], torch.zeros(2, 7, 3, dtype=torch.double)
-    real = every.mask.bool()
-    for table, logprobs in zip(tables, (problem.logprobs[0], problem.ref_logprobs[0]), strict=True):
-        table[every.prefix[real], every.ids[real]] = logprobs[real]
-    errors = {
-        (placement, name): error
-        for (name, placement), (_, error) in recipe["measure_kl"](*tables)[1].items()
-    }
-    sampled = {pair for pair in KL_EFFECTS if not pair[1].startswith("closed_form")}
-    assert errors.keys() == sampled
-    for (placement, name), error in errors.items():
-        estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=placement)
-        assert error == pytest.approx(
-            exact_moments(estimator, problem, group_size=1).relative_bias, abs=1e-12
-        )
-        assert (error < 1e-12) == (KL_EFFECTS[placement, name].status == EXACT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["hidden", "difficulty"])
-def test_two_objectives_are_compared_over_paired_seeds(
-    task, tmp_path, monkeypatch, capsys, handlers
-):
-    out = run("pass_at_k", f"--task {task} --seeds 3 --max-steps 1", tmp_path, monkeypatch, capsys)
-    for line in out.splitlines()[-2:]:
-        first, second, difference = map(
-            float, re.findall(r" [+-]?([\d.]+)", line.split("±")[0])[-3:]
-        )
-        assert abs(abs(second - first) - difference) < 0.0021 and 0 <= first <= 1
-
-
-@pytest.mark.slow
-def test_students_learn_from_a_reward_from_a_teacher_or_from_both(
-    short_warm_start, tmp_path, monkeypatch, capsys
-):
-    flags = "--arms rloo opd_full_path rloo_opd --seeds 2 --max-steps 10 --teacher-steps 2"
-    out = run("distillation", f"{flags} --output-dir runs", tmp_path, monkeypatch, capsys)
-    assert re.findall(r"^(\w+) +area 0\.\d+$", out, re.MULTILINE) == [*flags.split()[1:4]]
-    student = json.loads((tmp_path / "runs/sort_digits_opd_full_path_1/config.json").read_text())
-    assert (student["teacher"], student["reward"]) == ("runs/sort_digits_teacher", ["none"])
-    assert (tmp_path / "runs" / "sort_digits.png").exists()
-    # read, not trained again
-    assert run("distillation", f"{flags} --output-dir runs", tmp_path, monkeypatch, capsys) == out
-
-
-@pytest.mark.slow
-def test_samplers_that_differ_are_trained_and_measured(
-    short_warm_start, tmp_path, monkeypatch, capsys, handlers
-):
-    flags = "--task vowels --mismatches old=2 --corrections sequence --seeds 2 --max-steps 2"
-    out = run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys)
-    gaps = {line[:20].strip(): float(line.split()[-2]) for line in out.splitlines()[1:3]}
-    assert gaps["same none"] < 1e-5 and 1e-3 < gaps["old=2 sequence"] < 1
-    assert out.count("descriptive") == 1 and len(list(tmp_path.glob("runs/*/*.png"))) == 1
-    # read, not trained again
-    assert run("sampler_mismatch", flags, tmp_path, monkeypatch, capsys) == out
-    rounded = "--task vowels --lengths 1 9 --mismatches"
-    out = [
-        run("sampler_mismatch", f"{rounded} bits={n}", tmp_path, monkeypatch, capsys)
-        for n in (16, 4)
-    ]
-    fine, coarse = ([float(line.split()[2]) for line in text.splitlines()[-2:]] for text in out)
-    assert all(0 < a < b < 1 for a, b in zip(fine, coarse, strict=True))
-
-
-def test_figure_of_objectives(tmp_path, monkeypatch, capsys):
-    out = drawn("figures objectives", tmp_path, monkeypatch, capsys)
-    weights = {
-        line[:28].strip(): [float(x) for x in line[28:].split()] for line in out.splitlines()[1:-1]
-    }
-    assert weights["mean reward (rloo)"] == [1.0] * 5
-    assert (
-        weights["pass@4 (max_at_k)"][1] == 2.916 and weights["log of success (maxrl)"][1] == 5.217
-    )
-
-
-def test_map_of_presets(tmp_path, monkeypatch, capsys):
-    out = drawn("figures map", tmp_path, monkeypatch, capsys)
-    angles = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[:-1]}
-    assert angles["rloo"] == angles["dr_grpo"] == 0
-    assert 0 < angles["loo_std"] < angles["grpo"]
-
-
-def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, capsys):
+def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, capsys):
     from tokenrl.core import PRESETS
 
     page, path = RECIPES / "pages" / "explain" / "defaults.md", tmp_path / "defaults.md"
-    flags = f"--output {path} --figure {tmp_path / 'defaults.png'} --estimators nanochat trl_rloo"
-    run("defaults", flags, tmp_path, monkeypatch, capsys)
+    run(f"defaults --output {path} --figure {tmp_path / 'd.png'} --estimators nanochat trl_rloo")
     lines = page.read_text().splitlines()
     presets = [line.split("`")[1] for line in lines if re.match(r"\| `\w+` \| \w+ / \w+ \|", line)]
     toolkits = {name: preset for name, preset in PRESETS.items() if preset.beyond}
@@ -380,16 +281,15 @@ def test_the_page_of_defaults_says_what_the_code_does(tmp_path, monkeypatch, cap
     assert " ".join(output.split()) in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch, capsys):
+def test_the_table_of_estimators_has_the_rows_of_the_page(run, tmp_path):
     from tokenrl.core import PRESETS
 
     path = tmp_path / "table.md"
-    run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
+    run(f"estimators_table --output {path} --estimators rloo grpo")
     page = (RECIPES / "pages" / "explain" / "estimators.md").read_text().splitlines()
-    other_rows = [
-        line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)
-    ]
-    assert path.read_text().splitlines() == [line for line in page if line not in other_rows]
+    rows = [line for line in page if line.startswith("| `")]
+    others = [line for line in rows if not re.match(r"\| `(rloo|grpo)` ", line)]
+    assert path.read_text().splitlines() == [line for line in page if line not in others]
     # the others are in defaults.md and in distillation.md
     papers = [name for name, p in PRESETS.items() if not (p.beyond or "beta" in p.fields)]
-    assert [line.split("`")[1] for line in page if line.startswith("| `")] == papers
+    assert [line.split("`")[1] for line in rows] == papers

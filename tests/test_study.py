@@ -151,7 +151,7 @@ def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):
     for name in ("bases", "pretrained"):
         again, printed = (pd.read_csv(folder / f"{name}.csv") for folder in (tmp_path, tables))
         pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
-    assert "errors of less noise" in capsys.readouterr().out
+    assert "sort_digits" in capsys.readouterr().out
 
 
 def test_the_shares_of_clipped_updates_are_those_of_the_runs():

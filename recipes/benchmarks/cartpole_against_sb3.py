@@ -32,7 +32,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -59,16 +58,7 @@ ZOO = {
     "clip_range": lambda remaining: 0.2 * remaining,
 }
 PPO_ENVS, PPO_STEPS = 8, 100_000  # environments, and steps after which PPO gives up
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Time tokenrl and stable-baselines3 until CartPole-v1 is solved."""
-
-    seeds: int = 3
-    """Seeds 0, 1, ...; each is one turn of every contender."""
-    max_updates: int = 100
-    """Updates after which tokenrl gives up; the other gives up after the steps of its settings."""
+MAX_UPDATES = 100  # after which tokenrl gives up
 
 
 class Outcome(NamedTuple):
@@ -79,13 +69,13 @@ class Outcome(NamedTuple):
     solved: bool
 
 
-def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
+def time_tokenrl(seed: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         result = train_agent(
             env=ENV,
             seed=seed,
             output_dir=f"{folder}/run",
-            max_steps=arguments.max_updates,
+            max_steps=MAX_UPDATES,
             eval_every=1,
             eval_episodes=EPISODES,
             stop_when_solved=True,
@@ -142,7 +132,7 @@ def mean_return(model: Any, envs: Environments, seed: int) -> float:
     return float(returns.mean())
 
 
-def time_ppo(arguments: Arguments, seed: int) -> Outcome:
+def time_ppo(seed: int) -> Outcome:
     model = PPO("MlpPolicy", make_vec_env(ENV, PPO_ENVS, seed=seed), seed=seed, device="cpu", **ZOO)
     envs = Environments(ENV, EPISODES)
     watch = Watch(lambda: mean_return(model, envs, seed))
@@ -155,34 +145,30 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def main(arguments: Arguments) -> None:
+def main(seeds: int = 3) -> None:
+    """Time tokenrl and stable-baselines3 until CartPole-v1 is solved.
+
+    Args:
+        seeds: Seeds 0, 1, ...; each is one turn of both.
+    """
     torch.set_num_threads(1)
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3")
-    )
-    print(f"{versions}; 1 thread; {ENV}, {arguments.seeds} seeds")
-    contenders = {"tokenrl": time_tokenrl, "ppo_zoo": time_ppo}
-    outcomes_of: dict[str, list[Outcome]] = {name: [] for name in contenders}
-    for seed in range(arguments.seeds):
-        for name, measure in contenders.items():
-            outcome = measure(arguments, seed)
-            outcomes_of[name].append(outcome)
-            state = "solved" if outcome.solved else "NOT solved"
-            print(
-                f"  seed {seed} {name:12} {state} after {outcome.seconds:6.2f} s, {outcome.steps:,} steps "
-                f"({outcome.steps / outcome.seconds:,.0f}/s)",
-                flush=True,
-            )
+    names = "torch", "gymnasium", "stable-baselines3"
+    print(f"{', '.join(f'{name} {version(name)}' for name in names)}; 1 thread; {ENV}")
+    outcomes: dict[str, list[Outcome]] = {"tokenrl": [], "ppo_zoo": []}
+    for seed in range(seeds):
+        outcomes["tokenrl"].append(time_tokenrl(seed))
+        outcomes["ppo_zoo"].append(time_ppo(seed))
+        for name, measured in outcomes.items():
+            print(f"  seed {seed} {name}: {measured[-1]}", flush=True)
     print("\nmedian (range); seconds of processor time; unsolved runs count until they gave up")
-    for name, outcomes in outcomes_of.items():
-        pairs = list(zip(outcomes, outcomes_of["tokenrl"], strict=True))
-        print(f"{name} ({sum(outcome.solved for outcome in outcomes)} of {len(outcomes)} solved)")
-        print(f"  seconds until solved           {spread([o.seconds for o in outcomes], '.2f')}")
-        print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")
-        if name != "tokenrl":
-            times = [a.seconds / b.seconds for a, b in pairs]
-            print(f"  seconds, times tokenrl's       {spread(times, '.2f')}")
+    for name, measured in outcomes.items():
+        print(f"{name} ({sum(outcome.solved for outcome in measured)} of {seeds} solved)")
+        print(f"  seconds until solved       {spread([o.seconds for o in measured], '.2f')}")
+        print(f"  steps until solved         {spread([o.steps for o in measured], ',.0f')}")
+        pairs = zip(measured, outcomes["tokenrl"], strict=True)
+        ratios = [theirs.seconds / ours.seconds for theirs, ours in pairs]
+        print(f"  seconds, times tokenrl's   {spread(ratios, '.2f')}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -1,4 +1,4 @@
-"""Trains with one trainer until a held-out reward of a toy task, and prints the evaluations as a line of JSON.
+"""Trains with one trainer until a held-out reward of a toy task, and prints the outcome as a line of JSON.
 
 `step_against_trl.py --until-reward TASK` starts this program for each race; `one_trainer.py` has the training.
 """
@@ -12,15 +12,11 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import statistics
-import sys
 import time
 from typing import Any
 
-from one_trainer import Clock, Measured, Policy, Shape, device, train
+from one_trainer import Clock, Measured, Policy, Shape, device, print_measurement, train
 
 EVERY, HELD_OUT = 5, 128
 """Steps between the evaluations of a training to a held-out reward, and the prompts of each."""
@@ -31,25 +27,31 @@ WINDOW = 4
 class Watch(Clock):
     """The reward function of a training to a held-out reward, which it ends there.
 
-    `history` has the step, the seconds and the held-out greedy reward of each evaluation, every `EVERY`
-    steps. The seconds count from `spec["started"]`, without evaluations and what this class imports.
+    It evaluates every `EVERY` steps. Seconds count from `spec["started"]`, without evaluations and what this
+    class imports.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        from transformers import AutoModelForCausalLM  # noqa: F401  # both need it: its import counts
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # both need it: it counts
 
         began = time.time()
         import tokenrl.language as language  # torch is there already: for TRL no variable is set
 
-        self.language, self.spec = language, spec
+        self.language, self.target, self.began = language, spec["target"], spec["started"]
         self.task = language.load_task(spec["task"])
-        self.rewards = language.Rewards(self.task.reward)
-        self.policy: Any = None
-        self.history: list[tuple[int, float, float]] = []
-        length = self.task.max_completion_length
-        shape = Shape(prompts=spec["prompts"], group=8, length=length, ends=1)
-        super().__init__(shape, spec["steps"], device())
+        self.scorer = language.Rewards(self.task.reward)
+        self.rewards: list[float] = []
+        shape = Shape(prompts=16, length=self.task.max_completion_length, ends=1)
+        super().__init__(shape, spec["steps"], device(spec))
         self.step, self.apart = 0, time.time() - began
+        if spec["who"] == "tokenrl":
+            self.policy = language.load_policy(spec["model"])
+            return
+        model = AutoModelForCausalLM.from_pretrained(spec["model"])
+        tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+        began = time.time()
+        self.policy = language.wrap(model, tokenizer)  # for the evaluations
+        self.apart += time.time() - began
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         if len(prompts) == self.shape.prompts * self.shape.group:
@@ -61,49 +63,33 @@ class Watch(Clock):
 
     def evaluate(self) -> None:
         began = time.time()
-        seconds = began - self.spec["started"] - self.apart
+        self.seconds = began - self.began - self.apart
         sampling = self.language.Sampling(self.shape.length, 0)
         rows = self.task.eval_prompts[:HELD_OUT]
-        metrics = self.language.evaluate_policy(self.policy, rows, self.rewards, sampling).metrics
-        self.history.append((self.step, seconds, metrics["reward_greedy"]))
-        if recent_reward(self.history) >= self.spec["target"]:
+        metrics = self.language.evaluate_policy(self.policy, rows, self.scorer, sampling).metrics
+        self.rewards.append(metrics["reward_greedy"])
+        if self.reached():
             raise Measured
         self.apart += time.time() - began
 
-    def load(self) -> tuple[Any, Any]:
-        """The model and its tokenizer, as users of the trainer load them."""
-        if self.spec["who"] == "tokenrl":
-            self.policy = self.language.load_policy(self.spec["model"])
-            return self.policy.model, self.policy.tokenizer
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(self.spec["model"])
-        tokenizer = AutoTokenizer.from_pretrained(self.spec["model"])
-        began = time.time()
-        self.policy = self.language.wrap(model, tokenizer)  # for the evaluations
-        self.apart += time.time() - began
-        return model, tokenizer
-
-
-def recent_reward(history: list[tuple[int, float, float]]) -> float:
-    """The mean reward of the last `WINDOW` evaluations; minus infinity before there are so many."""
-    rewards = [reward for _, _, reward in history[-WINDOW:]]
-    return statistics.fmean(rewards) if len(rewards) == WINDOW else -math.inf
+    def reached(self) -> bool:
+        recent = self.rewards[-WINDOW:]
+        return len(recent) == WINDOW and statistics.fmean(recent) >= self.target
 
 
 def race(spec: dict[str, Any]) -> dict[str, Any]:
     """Train on a toy task until a held-out reward, with a learning rate that falls to 0 over the steps."""
+    if spec["who"] == "tokenrl":
+        import tokenrl  # noqa: F401  # before torch
     watch = Watch(spec)
-    policy = Policy(*watch.load(), list(watch.task.train_prompts))
-    falling = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "seed": spec["seed"]}
+    policy = Policy(watch.policy.model, watch.policy.tokenizer, list(watch.task.train_prompts))
+    falling = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "seed": spec["round"]}
     train(spec, watch, policy, max_completion_length=watch.shape.length, **falling)
-    return {"history": watch.history}
+    if not watch.reached():
+        return {"error": f"{watch.rewards[-1]:.2f} at last"}
+    steps = EVERY * (len(watch.rewards) - 1)
+    return {"seconds": watch.seconds, "start": watch.rewards[0], "steps": steps}
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    spec = json.loads(sys.argv[1])
-    if spec["who"] == "tokenrl":
-        import tokenrl  # noqa: F401  # before torch
-    print(json.dumps(race(spec)))
+    print_measurement(race)

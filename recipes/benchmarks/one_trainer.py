@@ -5,6 +5,7 @@ to that measurement alone. This program also holds the shapes of work. To repeat
 
     python recipes/benchmarks/one_trainer.py '{"who": "tokenrl", "work": "short", "steps": 4}'
     python recipes/benchmarks/one_trainer.py '{"who": "trl", "work": "short", "steps": 4, "bf16": true}'
+    python recipes/benchmarks/one_trainer.py '{"part": "device"}'
 
 The reward function is the clock: both trainers call it once a step, so a step lasts from one call to the next
 and includes all that a trainer does. The peak is read at the last of these calls, which ends the training, so
@@ -13,8 +14,9 @@ that nothing is saved. With `"cpu": true` both leave a GPU alone.
 A process that measures tokenrl imports it before torch, as the command does: it sets a variable that OpenMP
 reads when torch is loaded. One that measures TRL leaves OpenMP alone.
 
-Look for: `seconds` fall to a steady level after the first steps; `tokens` are equal where no completion may
-end early.
+The seconds of a step are the median without the first 3 steps (of fewer than 6 steps, the first).
+
+Look for: an error if a step has other tokens than prompts x group x length, where no completion may end early.
 """
 
 # /// script
@@ -26,26 +28,23 @@ end early.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
+import platform
+import random
 import resource
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 LETTERS = "".join(chr(c) for c in range(33, 127))
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-ROLES = len("<user><assistant>")  # tokens that the chat template adds
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Shape:
     length: int = 32  # tokens of a completion, at most
     ends: int = 0  # how many words of the vocabulary end a completion; 0: none ends early
     binary: bool = False  # rewards of 0 and 1, of which a seventh is 1
-    chat: bool = False
     lora_r: int = 0
     vocabulary: int = 96
     layers: int = 4
@@ -87,14 +85,16 @@ WORK = {
     "longer_prompt": Shape(group=4, prompt=128, length=64),
     "long": Shape(length=128),
     "short": Shape(prompts=16, length=8),
-    "variable": Shape(ends=1),
     "verifiable": Shape(ends=6, binary=True),
     "vocabulary": Shape(length=64, vocabulary=50_000),
     "135m": Shape(**M135),
-    "lora": Shape(**M135, prompt=40, length=48, chat=True, lora_r=8),
+    "lora": Shape(**M135, prompt=40, length=48, lora_r=8),
 }
 LONG: dict[str, Any] = {"prompts": 8, "prompt": 64, "length": 128}
 QWEN: dict[str, Any] = {"vocabulary": 151_936, "kv_heads": 2, "tied": True}
+TINY = Shape(
+    prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1
+)
 GPU_WORK = {
     "gpu-1m": Shape(**LONG),
     "gpu-135m": Shape(**M135 | LONG),
@@ -103,13 +103,23 @@ GPU_WORK = {
 }
 
 
-def device() -> str:
-    """The kind of device that both trainers take, if they are not told otherwise."""
+SHAPES = {**WORK, **GPU_WORK, "tiny": TINY}
+
+
+def device(spec: dict[str, Any]) -> str:
+    """The kind of device that both trainers take; the CPU where `spec` asks for it."""
     import torch
 
+    if spec.get("cpu"):
+        return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def steady(values: Sequence[float]) -> float:
+    """The median without the first steps."""
+    return statistics.median(values[3 if len(values) >= 6 else 1 :])
 
 
 class Measured(KeyboardInterrupt):
@@ -129,12 +139,13 @@ class Clock:
         self.tokens: list[int] = []
         self.peak = 0.0
 
-    def seconds(self) -> list[float]:
-        """The seconds from each call to the next."""
-        return [after - before for before, after in pairwise(self.calls)]
+    def measurement(self) -> dict[str, float]:
+        """The seconds from a call to the next, and the peak of the memory."""
+        seconds = steady([after - before for before, after in pairwise(self.calls)])
+        return {"seconds": seconds, "peak_mb": self.peak}
 
     def __call__(
-        self, completions: list[Any], completion_ids: list[Any], **columns: Any
+        self, completions: list[str], completion_ids: list[Any], **columns: Any
     ) -> list[float]:
         # else tokenrl evaluates one prompt
         if len(completions) == self.shape.prompts * self.shape.group:
@@ -143,8 +154,7 @@ class Clock:
             self.peak = max(self.peak, peak_megabytes(self.kind))
             if len(self.calls) == self.steps:
                 raise Measured
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        rewards = [sum(map(ord, text)) % 7 for text in texts]
+        rewards = [sum(map(ord, text)) % 7 for text in completions]
         return [float(reward == 0 if self.shape.binary else reward) for reward in rewards]
 
 
@@ -172,7 +182,6 @@ def make_model(
     if tokenizer is None:
         characters = (chr(c) for c in range(33, sys.maxunicode) if not 0xD800 <= c < 0xE000)
         tokenizer = character_tokenizer(next(characters) for _ in range(shape.vocabulary - 2))
-        tokenizer.chat_template = CHAT if shape.chat else None
     eos = [tokenizer.eos_token_id, *range(2, shape.ends + 1)]
     config = AutoConfig.for_model(
         shape.architecture,
@@ -197,19 +206,13 @@ def make_model(
 
 def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
     """Rows of random letters, more than the steps take."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    size = (shape.prompts * (steps + 1), shape.prompt - ROLES * shape.chat)
-    letters = torch.randint(len(LETTERS), size, generator=generator).tolist()
-    texts = ["".join(LETTERS[i] for i in row) for row in letters]
-    return [
-        {"prompt": [{"role": "user", "content": text}] if shape.chat else text} for text in texts
-    ]
+    draw = random.Random(0)
+    count = shape.prompts * (steps + 1)
+    return [{"prompt": "".join(draw.choices(LETTERS, k=shape.prompt))} for _ in range(count)]
 
 
 class Policy(NamedTuple):
-    """What is trained: a model, on prompts, in an environment if there is one (with grpo only)."""
+    """What is trained: a model, on prompts, in an environment if there is one."""
 
     model: Any
     tokenizer: Any
@@ -217,27 +220,19 @@ class Policy(NamedTuple):
     environment: Any = None
 
 
-def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> list[float]:
+def train(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
     """Train with one of the trainers until the clock ends it, without a KL, evaluations, records or checkpoints.
 
     Args:
-        spec: `who` trains and the `estimator`; for TRL `bf16`, for tokenrl further `options`.
+        spec: `who` trains, with GRPO; for TRL `bf16`, for tokenrl further `options`.
         clock: the reward function, with the shape of the work, the number of steps and the kind of device.
         policy: what is trained.
         **settings: options that both trainers have.
-
-    Returns:
-        The seconds of sampling and reward of each step, of tokenrl only.
     """
     trainer = {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
     settings = {"max_steps": clock.steps, "num_generations": clock.shape.group} | settings
-    with tempfile.TemporaryDirectory() as folder:
-        settings["output_dir"] = f"{folder}/run"
-        with contextlib.suppress(Measured):
-            trainer(spec, clock, policy, **settings)
-        timings = Path(folder, "run", "timings.jsonl")
-        records = [json.loads(line) for line in timings.open()] if timings.exists() else []
-    return [record["collect"] for record in records]
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
+        trainer(spec, clock, policy, output_dir=f"{folder}/run", **settings)
 
 
 def train_trl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: Any) -> None:
@@ -265,14 +260,10 @@ def train_trl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings: An
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    if spec.get("estimator") == "rloo":
-        trainer, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
-    else:
-        trainer, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
-    training = trainer(
+    training = trl.GRPOTrainer(
         model=policy.model,
         reward_funcs=clock,
-        args=config,
+        args=trl.GRPOConfig(loss_type="grpo", **settings),
         train_dataset=Dataset.from_list(policy.rows),
         processing_class=policy.tokenizer,
         **optional,
@@ -297,7 +288,7 @@ def train_tokenrl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings
         max_completion_length=clock.shape.length,
     )
     settings |= {
-        "estimator": spec.get("estimator", "grpo"),
+        "estimator": "grpo",
         "prompts_per_step": clock.shape.prompts,
         "lora_r": clock.shape.lora_r,
         "eval_every": 0,
@@ -309,53 +300,45 @@ def train_tokenrl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings
     tokenrl.train(model=wrapped, task=task, **settings | spec.get("options", {}))
 
 
-def shape_of(spec: dict[str, Any]) -> Shape:
-    return Shape(**spec["shape"]) if "shape" in spec else (WORK | GPU_WORK)[spec["work"]]
-
-
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls.
-
-    `sampling` has the seconds of sampling and reward of each step; of tokenrl only.
-    """
+    """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls."""
+    if spec.get("part") == "device":
+        return describe_device(spec)
     if spec["who"] == "tokenrl":
         import tokenrl  # noqa: F401  # before torch
-    shape = shape_of(spec)
-    clock = Clock(shape, spec["steps"] + 1, "cpu" if spec.get("cpu") else device())
+    shape = Shape(**spec["shape"]) if "shape" in spec else SHAPES[spec["work"]]
+    clock = Clock(shape, spec["steps"] + 1, device(spec))
     model, tokenizer = make_model(shape, spec.get("attention"), clock.kind)
-    parameters = sum(p.numel() for p in model.parameters())  # before an adapter adds some
     # For TRL, an end that is beyond the model's vocabulary costs nothing and is never drawn.
     if spec["who"] == "trl" and not shape.ends:
         tokenizer.add_special_tokens({"eos_token": "<never>"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     constant = {"learning_rate": 1e-4, "lr_scheduler_type": "constant"}
     policy = Policy(model, tokenizer, make_prompts(shape, clock.steps))
-    sampling = train(spec, clock, policy, max_completion_length=shape.length, **constant)
+    train(spec, clock, policy, max_completion_length=shape.length, **constant)
     full = shape.prompts * shape.group * shape.length
     if not shape.ends and set(clock.tokens) != {full}:
         raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
-    return {
-        "seconds": clock.seconds(),
-        "sampling": sampling,
-        "tokens": clock.tokens,
-        "peak_mb": clock.peak,
-        "parameters": parameters,
-    }
+    return clock.measurement()
 
 
-def machine() -> dict[str, Any]:
+def describe_device(spec: dict[str, Any]) -> dict[str, Any]:
+    """The device that is measured: its kind and name, and whether it computes in bfloat16."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"threads": torch.get_num_threads(), "gpu": gpu}
+    kind = device(spec)
+    name = f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    if kind == "cuda":
+        name = f"{torch.cuda.get_device_name()}, {torch.version.cuda or torch.version.hip}"
+    return {"kind": kind, "name": name, "bf16": kind == "cuda" and torch.cuda.is_bf16_supported()}
+
+
+def print_measurement(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Print what `measure` returns of the JSON in the last argument."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print(json.dumps(measure(json.loads(sys.argv[-1]))))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("spec", type=json.loads, help="what to measure, as an object in JSON")
-    spec = parser.parse_args().spec
-    print(json.dumps(machine() if spec["who"] == "machine" else measure(spec)))
+    print_measurement(measure)

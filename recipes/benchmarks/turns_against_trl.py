@@ -18,8 +18,8 @@ as sampling, with one as the update. With `--wait 0.05` the tool is async, and a
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python recipes/benchmarks/turns_against_trl.py
-    python recipes/benchmarks/turns_against_trl.py --tokenrl generator_cache=1e-9
-    python recipes/benchmarks/turns_against_trl.py --turns 4 --wait 0 --model 135m --rounds 1
+    python recipes/benchmarks/turns_against_trl.py --tokenrl '{"generator_cache": 1e-9}'
+    python recipes/benchmarks/turns_against_trl.py --turns 4 --wait 0 --rounds 1
 
 Rounds alternate as in `step_against_trl.py`. Without TRL, only tokenrl is measured.
 
@@ -39,23 +39,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
-import os
 import string
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from one_trainer import M135, Clock, Policy, Shape, device, make_model, shape_of, train
-from step_against_trl import SETTINGS, alternate, parsed, peak, print_heading, print_row, times
+from one_trainer import Clock, Policy, Shape, device, make_model, print_measurement, train
+from step_against_trl import (
+    SETTINGS,
+    TRAINER,
+    alternate,
+    parsed,
+    peaks,
+    print_heading,
+    print_row,
+    run,
+    times,
+    versions,
+)
 
 ASK, TELL = "?", "!"
 CALL = '<tool_call>{"name": "ask", "arguments": {"text": "', '"}}</tool_call>'
 ALTERNATIVES = 8  # tokens of a group among which the policy chooses
 MARK, CERTAIN = 10.0, 20.0  # weights of embedding and head beside which the random ones are small
-QWEN: dict[str, Any] = {"architecture": "qwen3", "context": 4096, "length": 30, "tied": False}
-MODELS = {"1m": Shape(**QWEN | {"kv_heads": 2}), "135m": Shape(**M135 | QWEN)}
+QWEN = Shape(architecture="qwen3", context=4096, length=30, kv_heads=2)
 COLUMNS = (
     *("turns", "answers in, ms", "TRL, s", "tokenrl, s", "ratio (range)", "tokens sampled"),
     *("read in sampling: TRL / tokenrl", "in the update", "peak MB: TRL", "tokenrl"),
@@ -127,7 +137,8 @@ class Counter(Clock):
             for episode in completions
         }
         self.read.append([*self.positions])
-        rewards = super().__call__([episode[-1:] for episode in completions], completion_ids)
+        last = [episode[-1]["content"] for episode in completions]
+        rewards = super().__call__(last, completion_ids)
         # Hardly one is the mean of its group: tokenrl leaves rows without an advantage out of the update.
         return [math.sin(reward) for reward in rewards]
 
@@ -173,8 +184,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure what a dict of JSON asks for; a step more than asked, because steps lie between calls."""
     if spec["who"] == "tokenrl":
         import tokenrl  # noqa: F401  # before torch
-    turns, wait, shape = spec["turns"], spec["wait"], shape_of(spec)
-    clock = Counter(shape, spec["steps"] + 1, device())
+    turns, wait, shape = spec["turns"], spec["wait"], Shape(**spec["shape"])
+    clock = Counter(shape, spec["steps"] + 1, device(spec))
     environment = SlowOracle if wait else Oracle
     model, tokenizer = chained_model(shape, spec.get("attention"), clock.kind)
     model.get_input_embeddings().register_forward_pre_hook(clock.count)
@@ -193,27 +204,21 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if clock.episodes != {(shape.length,) * turns}:
         raise SystemExit(f"The turns of episodes had these numbers of tokens: {clock.episodes}.")
     before, after = clock.read[-2:]
-    return {
-        "seconds": clock.seconds(),
-        "peak_mb": clock.peak,
-        "read": [last - first for first, last in zip(before, after, strict=True)],
-    }
+    read = [last - first for first, last in zip(before, after, strict=True)]
+    return clock.measurement() | {"read": read}
 
 
 def row(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
     """Measure both in turn; returns a row of the table."""
-    shape = MODELS[args.model]
-    spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": asdict(shape)}
-    label = f"{turns} turns, {wait} s"
-    _, *both = alternate(label, spec, SETTINGS[:1], args, __file__, "--child")
-    sampled = turns * shape.length * shape.prompts * shape.group
-    read = [next((result["read"] for result in results if result), ["", ""]) for results in both]
+    spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": asdict(QWEN)}
+    _, *both = alternate(Path(__file__), spec, SETTINGS[:1], args)
+    sampled = turns * QWEN.length * QWEN.prompts * QWEN.group
+    read = [result["read"] for result in (both[0][-1], both[1][-1]) if "read" in result]
     beside = [
-        " / ".join(f"{number:,}" if number else "-" for number in pair)
-        for pair in zip(*read, strict=True)
+        " / ".join(f"{number:,}" for number in numbers) for numbers in zip(*read, strict=True)
     ]
-    cells = [str(turns), f"{1000 * wait:.0f}", *times(*both, args.steps), f"{sampled:,}"]
-    return [*cells, *beside, *map(peak, both)]
+    cells = [str(turns), f"{1000 * wait:.0f}", *times(*both), f"{sampled:,}"]
+    return [*cells, *(beside or ["", ""]), *peaks(*both)]
 
 
 def main() -> None:
@@ -223,13 +228,8 @@ def main() -> None:
     parser.add_argument("--turns", nargs="+", type=int, default=[1, 4, 12])
     waits = "seconds until the tool answers; 0: a tool that is not async"
     parser.add_argument("--wait", nargs="+", type=float, default=[0, 0.05], help=waits)
-    parser.add_argument("--model", choices=MODELS, default="1m", help="parameters")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parsed(parser, steps=6)
-    if args.child:
-        print(json.dumps(measure(args.child)))
-        return
-    print_heading(args, COLUMNS)
+    print_heading(COLUMNS, versions(run(TRAINER, {"part": "device"})))
     for wait in args.wait:
         for turns in args.turns:
             if turns > 1 or not wait:  # an episode of one turn has no answers
@@ -237,6 +237,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    main()
+    if "--measure" in sys.argv:  # in a process of its own
+        print_measurement(measure)
+    else:
+        main()

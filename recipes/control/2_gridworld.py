@@ -27,7 +27,6 @@ between runs of the same seed, or gradients of the same episodes.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +34,18 @@ import torch
 import tyro
 from curves import (
     GREY,
-    draw_band,
+    draw_rolling,
     interval,
     mean_with_interval,
-    open_frame,
     resampled,
     rolling,
+    save,
+    trained,
     with_interval,
 )
 from matplotlib.figure import Figure
 
-from tokenrl import Estimator, train_agent
+from tokenrl import Estimator
 from tokenrl.control import (
     GRIDWORLD_STEPS,
     Environments,
@@ -54,7 +54,6 @@ from tokenrl.control import (
     exact_return,
     exact_values,
 )
-from tokenrl.runs import read_metrics
 
 # Okabe and Ito
 BLUE = "#0072B2"
@@ -65,6 +64,8 @@ BEST = 0.94
 NEAR = 0.02  # two wasted steps
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
+GRADIENTS = 200  # measured at each stage of part 2
+RUNS = Path("runs/control_2_gridworld")
 ESTIMATORS = {
     "vanilla": Estimator(baseline="none", returns="reward_to_go"),
     "running mean": Estimator(baseline="running_mean", returns="reward_to_go"),
@@ -74,54 +75,27 @@ ESTIMATORS = {
 COLOURS = dict(zip(ESTIMATORS, (ORANGE, BLUE, GREEN, PURPLE), strict=True))
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Train on the grid with several estimators, and measure their gradients."""
-
-    seeds: int = 20
-    """Runs of each kind."""
-    updates: int = 250
-    """Updates of 10 episodes each in part 1."""
-    learning_rate: float = 0.1
-    """Learning rate of Adam, for the policy and V."""
-    stages: tuple[int, ...] = (0, 2, 5, 10, 30)
-    """Updates with a running mean after which gradients are measured in part 2."""
-    gradients: int = 200
-    """Gradients measured at each stage."""
-    output: Path = Path("gridworld.png")
-    """Where the figure goes."""
-    output_dir: Path = Path("runs/control_2_gridworld")
-    """Directory of the runs."""
-
-
-def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int):
-    return train_agent(
+def run(name: str, folder: str, seed: int, updates: int):
+    """Train an estimator; returns the result and the metrics of the updates."""
+    return trained(
+        RUNS / folder.replace(" ", "_") / f"seed_{seed}",
         env="gridworld",
         max_episode_steps=GRIDWORLD_STEPS,
-        estimator=estimator,
+        estimator=ESTIMATORS[name],
         hidden=(),  # linear in the one-hot cell: a table, for the policy as for V
         num_envs=EPISODES,
         max_steps=updates,
-        learning_rate=args.learning_rate,
+        learning_rate=0.1,
         max_grad_norm=0.5,
         seed=seed,
-        eval_every=0,
-        eval_episodes=1,  # training episodes are on-policy and plenty
-        output_dir=str(args.output_dir / name.replace(" ", "_") / f"seed_{seed}"),
-        overwrite=True,
-        quiet=True,
     )
 
 
-def histories(args: Arguments, name: str, estimator: Estimator) -> dict:
+def histories(name: str, seeds: int, updates: int) -> dict:
     """Train once per seed; returns each metric by update, [seeds, updates]."""
-    runs = []
-    for seed in range(args.seeds):
-        result = run(args, name, estimator, seed=seed, updates=args.updates)
-        metrics = read_metrics(result.output_dir / "metrics.jsonl")
-        runs.append(metrics[1:])  # the first line is the evaluation before training
+    runs = [run(name, name, seed, updates)[1] for seed in range(seeds)]
     keys = ("reward", "reward_std", "num_env_steps")
-    return {key: np.array([[row[key] for row in rows] for rows in runs]) for key in keys}
+    return {key: np.array([metrics[key] for metrics in runs]) for key in keys}
 
 
 def converged(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,16 +108,14 @@ def converged(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(reached, update, rewards.shape[1]), reached
 
 
-def learning(args: Arguments) -> tuple[dict, dict]:
+def learning(seeds: int, length: int) -> tuple[dict, dict]:
     """Part 1; returns the histories and how many times sooner than vanilla each converges."""
-    runs = {name: histories(args, name, e) for name, e in ESTIMATORS.items()}
+    runs = {name: histories(name, seeds, length) for name in ESTIMATORS}
     vanilla, _ = converged(runs["vanilla"]["reward"])
-    rows = range(args.seeds)
+    rows = range(seeds)
     vanilla_steps = runs["vanilla"]["num_env_steps"][rows, vanilla - 1]
     ratios = {}
-    print(
-        f"1. Learning: {args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval]"
-    )
+    print(f"1. Learning: {seeds} seeds, {length * EPISODES} episodes each; mean [95 % interval]")
     for name, h in runs.items():
         updates, reached = converged(h["reward"])
         episodes = updates * EPISODES
@@ -151,21 +123,17 @@ def learning(args: Arguments) -> tuple[dict, dict]:
         log_steps = np.log(vanilla_steps / h["num_env_steps"][rows, updates - 1])
         print(
             f"{name:13} episodes to convergence {mean_with_interval(episodes, '.0f')}, median "
-            f"{np.median(episodes):.0f}, reached by {reached.sum()} of {args.seeds}\n"
+            f"{np.median(episodes):.0f}, reached by {reached.sum()} of {seeds}\n"
             f"{'':13} vanilla's episodes over these {with_interval(ratios[name], '.2f')}, environment steps "
-            f"{with_interval(np.exp(interval(log_steps)), '.2f')} (geometric means)\n"
-            f"{'':13} last 100 episodes: return {mean_with_interval(h['reward'][:, -WINDOW:].mean(1))}, "
-            f"sd of returns {mean_with_interval(h['reward_std'][:, -WINDOW:].mean(1))}"
+            f"{with_interval(np.exp(interval(log_steps)), '.2f')} (geometric means)"
         )
     return runs, ratios
 
 
-def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]]:
+def measure(updates: int) -> tuple[float, dict[str, np.ndarray]]:
     """Return J of one policy, and the ratios of the vanilla gradient's variance to that with a baseline."""
-    policy = run(
-        args, f"stages/{updates}", ESTIMATORS["running mean"], seed=0, updates=updates
-    ).policy
-    envs = Environments("gridworld", args.gradients * EPISODES, GRIDWORLD_STEPS)
+    policy = run("running mean", f"stages/{updates}", 0, updates)[0].policy
+    envs = Environments("gridworld", GRADIENTS * EPISODES, GRIDWORLD_STEPS)
     generator = torch.Generator().manual_seed(0)
     rollout = collect_episodes(envs, policy, GRIDWORLD_STEPS, generator, seed=0)
     envs.close()
@@ -184,16 +152,13 @@ def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]
         estimator = Estimator(baseline=baseline, baseline_constant=j, returns="reward_to_go")
         advantages = estimator.advantages(rewards, mask, group_size=None, values=v[cells]).policy
         terms = (advantages * mask / EPISODES)[..., None] * scores
-        gradient = torch.zeros(args.gradients, 16, 4, dtype=torch.double)
+        gradient = torch.zeros(GRADIENTS, 16, 4, dtype=torch.double)
         gradient.index_put_((batch, cells), terms, accumulate=True)
-        samples[name] = gradient.reshape(args.gradients, -1).numpy()
+        samples[name] = gradient.reshape(GRADIENTS, -1).numpy()
     print(f"after {updates:3} updates, J = {j:6.3f}:", end="")
     ratios = {name: variance_ratio(samples["vanilla"], samples[name]) for name in ("J", "V(s)")}
-    print(
-        "".join(
-            f"   vanilla / {name} {with_interval(ratio, '.2f')}" for name, ratio in ratios.items()
-        )
-    )
+    words = [f"   vanilla / {name} {with_interval(x, '.2f')}" for name, x in ratios.items()]
+    print("".join(words))
     return j, ratios
 
 
@@ -214,16 +179,11 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
     figure = Figure(figsize=(15, 4.4), dpi=120, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     left, middle, right = figure.subplots(1, 3)
-    open_frame(left, middle, right)
     for axes in (left, middle):
         axes.set_xlabel("episodes (rolling mean of 100)")
     for name, h in runs.items():
         for axes, metric in ((left, "reward"), (middle, "reward_std")):
-            means = rolling(h[metric], WINDOW)
-            episodes = (
-                np.arange(means.shape[1]) + h[metric].shape[1] - means.shape[1] + 1
-            ) * EPISODES
-            draw_band(axes, episodes, means, COLOURS[name], name)
+            draw_rolling(axes, h[metric], WINDOW, COLOURS[name], name, EPISODES)
     left.axhline(BEST, color=GREY, linestyle=":", label="best possible")
     left.set(ylim=(0.6, 0.96), ylabel="mean return of an episode")
     left.legend(loc="lower right", frameon=False)
@@ -243,15 +203,26 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
     return figure
 
 
-def main(args: Arguments) -> None:
-    runs, ratios = learning(args)
+def main(
+    seeds: int = 20,
+    updates: int = 250,
+    stages: tuple[int, ...] = (0, 2, 5, 10, 30),
+    output: Path = Path("gridworld.png"),
+) -> None:
+    """Train on the grid with several estimators, and measure their gradients.
+
+    Args:
+        seeds: Runs of each kind.
+        updates: Updates of 10 episodes each in part 1.
+        stages: Updates with a running mean after which gradients are measured in part 2.
+        output: Where the figure goes.
+    """
+    runs, ratios = learning(seeds, updates)
     print(
-        f"\n2. Variance of the gradient of {EPISODES} episodes, {args.gradients} times at the same weights"
+        f"\n2. Variance of the gradient of {EPISODES} episodes, {GRADIENTS} times at the same weights"
     )
-    variances = {updates: measure(args, updates) for updates in args.stages}
-    draw_learning(runs, ratios, variances).savefig(args.output)
-    print(f"figure: {args.output}")
+    save(draw_learning(runs, ratios, {stage: measure(stage) for stage in stages}), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import tyro
-from curves import GREY, draw_band, mean_with_interval, open_frame, rolling
+from curves import GREY, draw_band, mean_with_interval, rolling, save
 from matplotlib.figure import Figure
 
 from tokenrl.control import seed_of
@@ -184,24 +184,6 @@ DQN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Train the NumPy agent over seeds; beside DQN, or beside itself with other settings."""
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds; one run of each kind for each."""
-    episodes: int = 3000
-    """Episodes of each run of REINFORCE, 100 or more."""
-    vary: tuple[str, ...] = ()
-    """Settings to train beside the usual ones, as gamma=0.8, window=5 or gamma=1,standardise=False."""
-    dqn: bool = False
-    """Train DQN (stable-baselines3) too."""
-    dqn_steps: int = 150_000
-    """Environment steps of each run of DQN."""
-    output: Path = Path("numpy_cartpole.png")
-    """Where the figure goes."""
-
-
 class Run(NamedTuple):
     """The results of a run; each step has a reward of 1, so that returns are numbers of steps too."""
 
@@ -216,10 +198,9 @@ class Run(NamedTuple):
     def solved(self) -> tuple[float, float]:
         """Return episodes and steps until a mean of 475, or infinities if there is none."""
         above = self.means() >= THRESHOLD
-        if not above.any():
-            return np.inf, np.inf
         episodes = int(above.argmax()) + WIDTH
-        return episodes, float(self.returns[:episodes].sum())
+        steps = float(self.returns[:episodes].sum())
+        return (episodes, steps) if above.any() else (np.inf, np.inf)
 
 
 def reinforce(settings: Settings, episodes: int) -> Run:
@@ -234,7 +215,7 @@ def reinforce(settings: Settings, episodes: int) -> Run:
     return Run(np.array(returns[:episodes]), greedy, time.process_time() - start)
 
 
-def dqn(seed: int, steps: int) -> Run:
+def train_dqn(seed: int, steps: int) -> Run:
     """Train DQN; 4 % of its training actions stay random."""
     import torch
     from stable_baselines3 import DQN as Agent
@@ -300,7 +281,6 @@ def draw(runs: dict[str, list[Run]], labels: list[str]) -> Figure:
         axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
         axes.set(xlabel=label, ylim=(0, 540))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    open_frame(left, right)
     left.set(xlim=(0, None), ylabel="training return, mean of the last 100 episodes")
     right.set_xscale("log")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", frameon=False)
@@ -314,19 +294,35 @@ def varied(text: str) -> Settings:
     return replace(Settings(), **{name: ast.literal_eval(value) for name, value in changes.items()})
 
 
-def main(args: Arguments) -> None:
-    arms = {"REINFORCE": Settings()} | {text: varied(text) for text in args.vary}
+def main(
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    episodes: int = 3000,
+    vary: tuple[str, ...] = (),
+    dqn: bool = False,
+    dqn_steps: int = 150_000,
+    output: Path = Path("numpy_cartpole.png"),
+) -> None:
+    """Train the NumPy agent over seeds; beside DQN, or beside itself with other settings.
+
+    Args:
+        seeds: Seeds; one run of each kind for each.
+        episodes: Episodes of each run of REINFORCE, 100 or more.
+        vary: Settings to train beside the usual ones, as gamma=0.8, window=5 or gamma=1,standardise=False.
+        dqn: Train DQN (stable-baselines3) too.
+        dqn_steps: Environment steps of each run of DQN.
+        output: Where the figure goes.
+    """
     runs: dict[str, list[Run]] = {}
     labels = []
-    for kind, settings in arms.items():
-        runs[kind] = [reinforce(replace(settings, seed=seed), args.episodes) for seed in args.seeds]
+    for kind in ("REINFORCE", *vary, *(["DQN"] if dqn else [])):
+        if kind == "DQN":
+            runs[kind] = [train_dqn(seed, dqn_steps) for seed in seeds]
+        else:
+            settings = Settings() if kind == "REINFORCE" else varied(kind)
+            runs[kind] = [reinforce(replace(settings, seed=seed), episodes) for seed in seeds]
         labels.append(report(kind, runs[kind], runs["REINFORCE"]))
-    if args.dqn:
-        runs["DQN"] = [dqn(seed, args.dqn_steps) for seed in args.seeds]
-        labels.append(report("DQN", runs["DQN"], runs["REINFORCE"]))
-    draw(runs, labels).savefig(args.output)
-    print(f"figure: {args.output}")
+    save(draw(runs, labels), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

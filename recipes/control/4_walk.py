@@ -28,21 +28,20 @@ recipes/pages/reference/control.md.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from curves import draw_band, draw_mean, mean_with_interval, open_frame, rolling
+from curves import draw_mean, draw_rolling, mean_with_interval, save, trained
 from gymnasium.wrappers import TimeLimit
 from matplotlib.figure import Figure
 from torch import nn
 
-from tokenrl import Estimator, train_agent
+from tokenrl import Estimator
 from tokenrl.control import Walk
-from tokenrl.runs import read_metrics
 
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
@@ -55,30 +54,6 @@ KINDS = {
 }
 # Okabe and Ito
 COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Print the table of returns of ten steps, then learn the walk in four ways."""
-
-    env: Literal["walk", "costly_walk"] = "walk"
-    """Whether a step pays 0.01 or costs it."""
-    seeds: int = 10
-    """Runs of each kind."""
-    episodes: int = 400
-    """Episodes of a run, one an update."""
-    hidden: tuple[int, ...] = (128, 128)
-    """Units of each layer."""
-    learning_rate: float = 3e-4
-    """Learning rate of Adam."""
-    initial_weights: Literal["orthogonal", "uniform"] = "uniform"
-    """Initial weights; uniform are PyTorch's own."""
-    textbook: bool = False
-    """Also train by a loop of the textbook's, in plain PyTorch with its seed 42."""
-    output: Path = Path("walk.png")
-    """Where the figure goes."""
-    output_dir: Path = Path("runs/control_4_walk")
-    """Directory of the runs."""
 
 
 def ten_steps() -> None:
@@ -97,7 +72,7 @@ def ten_steps() -> None:
         print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
 
 
-def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
+def textbook_return(seed: int, *, value_head: bool) -> float:
     """Train by a plain loop, without tokenrl's trainer; returns the mean return of the last 100 episodes."""
     torch.manual_seed(seed)
     body = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
@@ -106,7 +81,7 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     optimizer = torch.optim.Adam(parameters, lr=3e-4)
     env = TimeLimit(Walk(), 50)
     episode_returns = []
-    for _ in range(episodes):
+    for _ in range(400):
         observations = [env.reset()[0]]
         logprobs = []
         rewards = []
@@ -137,31 +112,27 @@ def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
     return float(np.mean(episode_returns[-100:]))
 
 
-def returns_of(args: Arguments, name: str) -> np.ndarray:
+def returns_of(name: str, seeds: int, **settings: Any) -> np.ndarray:
     """Train once per seed; returns the returns of the episodes, [seeds, episodes]."""
     returns = []
-    for seed in range(args.seeds):
-        result = train_agent(
-            env=args.env,
+    for seed in range(seeds):
+        _, metrics = trained(
+            Path("runs/control_4_walk")
+            / settings["env"]
+            / name.replace(", ", "_")
+            / f"seed_{seed}",
             estimator=KINDS[name],
-            hidden=args.hidden,
-            initial_weights=args.initial_weights,
+            hidden=(128, 128),
             value_network="shared",
             time_limits="end",
             value_coef=1.0,  # of half the squared error, which is 0.5 of the squared error
             max_grad_norm=0.5,
             num_envs=1,
-            max_steps=args.episodes,
-            learning_rate=args.learning_rate,
+            learning_rate=3e-4,
             seed=seed,
-            eval_every=0,
-            eval_episodes=1,  # training episodes are on-policy and plenty
-            output_dir=str(args.output_dir / args.env / name.replace(", ", "_") / f"seed_{seed}"),
-            overwrite=True,
-            quiet=True,
+            **settings,
         )
-        metrics = read_metrics(result.output_dir / "metrics.jsonl")
-        returns.append([row["reward"] for row in metrics[1:]])  # without the evaluation before
+        returns.append(metrics["reward"])
     return np.array(returns)
 
 
@@ -170,9 +141,7 @@ def draw(runs: dict[str, np.ndarray], last: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, returns in runs.items():
-        means = rolling(returns, 20)
-        episodes = np.arange(means.shape[1]) + returns.shape[1] - means.shape[1] + 1
-        draw_band(left, episodes, means, COLOURS[name], name)
+        draw_rolling(left, returns, 20, COLOURS[name], name)
     left.set(xlabel="episodes (rolling mean of 20)", ylabel="return of an episode")
     left.legend(loc="lower right", frameon=False, ncol=2)
     for i, (name, values) in enumerate(last.items()):
@@ -180,40 +149,45 @@ def draw(runs: dict[str, np.ndarray], last: dict[str, np.ndarray]) -> Figure:
         draw_mean(right, i + 0.15, values, COLOURS[name], "s")
     right.set_xticks(range(len(last)), last)
     right.set_ylabel("mean return of the last 100 episodes, by seed")
-    open_frame(left, right)
     return figure
 
 
-def main(args: Arguments) -> None:
+def main(
+    env: Literal["walk", "costly_walk"] = "walk",
+    seeds: int = 10,
+    episodes: int = 400,
+    initial_weights: Literal["orthogonal", "uniform"] = "uniform",
+    textbook: bool = False,
+    output: Path = Path("walk.png"),
+) -> None:
+    """Print the table of returns of ten steps, then learn the walk in four ways.
+
+    Args:
+        env: Whether a step pays 0.01 or costs it.
+        seeds: Runs of each kind.
+        episodes: Episodes of a run, one an update.
+        initial_weights: Uniform are PyTorch's own.
+        textbook: Also train by a loop of the textbook's, in plain PyTorch with its seed 42.
+        output: Where the figure goes.
+    """
     ten_steps()
-    if args.textbook:
-        for value_head in (False, True):
-            words = "with" if value_head else "without"
-            print(
-                f"textbook's loop, seed 42, {words} the value head: {textbook(42, value_head=value_head):.4f}"
-            )
-    print(
-        f"\n{args.env}: mean returns over {args.seeds} seeds [95 % interval], last 100 episodes and all"
-    )
+    if textbook:
+        for words, value_head in (("without", False), ("with", True)):
+            mean = textbook_return(42, value_head=value_head)
+            print(f"textbook's loop, seed 42, {words} the value head: {mean:.4f}")
+    print(f"\n{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
     runs: dict[str, np.ndarray] = {}
+    last: dict[str, np.ndarray] = {}
+    settings = {"env": env, "initial_weights": initial_weights, "max_steps": episodes}
     for name in KINDS:
-        runs[name] = returns_of(args, name)
-        each = runs[name][:, -100:].mean(1)
-        print(
-            f"{name:14} last {mean_with_interval(each)}, seeds from {each.min():.2f} to {each.max():.2f}; "
-            f"all {mean_with_interval(runs[name].mean(1))}",
-            flush=True,
-        )
-    last = {name: returns[:, -100:].mean(1) for name, returns in runs.items()}
-    for a, b in (
-        ("normalised, V", "normalised"),
-        ("raw, V", "raw"),
-        ("raw, V", "normalised, V"),
-    ):
+        runs[name] = returns_of(name, seeds, **settings)
+        each = last[name] = runs[name][:, -100:].mean(1)
+        print(f"{name:14} last {mean_with_interval(each)}", flush=True)
+    pairs = (("normalised, V", "normalised"), ("raw, V", "raw"), ("raw, V", "normalised, V"))
+    for a, b in pairs:
         print(f"{a} minus {b}, seed by seed: {mean_with_interval(last[a] - last[b])}")
-    draw(runs, last).savefig(args.output)
-    print(f"figure: {args.output}")
+    save(draw(runs, last), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -26,15 +26,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from curves import draw_band, draw_mean, mean_with_interval, open_frame
+from curves import draw_band, draw_mean, mean_with_interval, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -44,28 +42,7 @@ from tokenrl.runs import read_metrics, smooth
 
 COLOURS = {"classic": "#D55E00", "tuned": "#0072B2"}  # Okabe and Ito
 SMOOTHED = 20  # episodes, at least, in each value of a learning curve
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Train agents by name on environments, over seeds, and draw how they learn."""
-
-    env: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3")
-    """Environments."""
-    agent: tuple[Literal["classic", "tuned"], ...] = ("classic", "tuned")
-    """Agents."""
-    seeds: tuple[int, ...] = (10, 10, 5)
-    """Number of seeds of each environment; the last number counts for all further ones."""
-    max_steps: int | None = None
-    """Updates. Default: those of the agent."""
-    eval_episodes: int = 100
-    """Fresh episodes of each evaluation."""
-    output: Path = Path("agents.png")
-    """Where the figure goes."""
-    output_dir: Path = Path("runs/agents")
-    """Where the run directories go; earlier runs in it are replaced."""
-    video: bool = False
-    """Film an episode of each trained policy."""
+FRESH = 100  # episodes that a trained policy is judged by
 
 
 class Run(NamedTuple):
@@ -85,31 +62,17 @@ class Run(NamedTuple):
         return f"{self.env}, {self.agent}, seed {self.seed}: {reward}, {best}; {steps:,} environment steps"
 
 
-def train(arguments: Arguments, env: str, agent: str, seed: int) -> Run:
+def train(env: str, agent: str, seed: int, max_steps: int | None) -> Run:
     """Train one agent; a signal raises KeyboardInterrupt or SystemExit."""
-    settings = agent_settings(agent, env) | {"seed": seed, "video": arguments.video}
-    settings["eval_episodes"] = arguments.eval_episodes
+    settings = agent_settings(agent, env) | {"seed": seed, "eval_episodes": FRESH}
     settings["eval_every"] = 0  # only before and after training
-    if arguments.max_steps is not None:
-        settings["max_steps"] = arguments.max_steps
-    folder = arguments.output_dir / f"{env}-{agent}-seed{seed}"
+    settings |= {} if max_steps is None else {"max_steps": max_steps}
+    folder = Path("runs/agents") / f"{env}-{agent}-seed{seed}"
     result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
     if result.exit_code:
         raise SystemExit(result.exit_code)
     summary = json.loads((folder / "summary.json").read_text())
     return Run(env, agent, seed, summary, read_metrics(folder / "metrics.jsonl")[1:])
-
-
-def train_all(arguments: Arguments) -> Iterator[Run]:
-    counts = arguments.seeds[: len(arguments.env)]
-    for env, seeds in zip_longest(arguments.env, counts, fillvalue=arguments.seeds[-1]):
-        if "classic" in arguments.agent and not describe(env).discrete:
-            print(
-                "The classic agent chooses among actions by softmax; here it gets the Gaussian head."
-            )
-        for seed in range(seeds):
-            for agent in arguments.agent:
-                yield train(arguments, env, agent, seed)
 
 
 Groups = dict[tuple[str, str], list[Run]]  # by environment and agent
@@ -120,21 +83,18 @@ def ends(runs: list[Run]) -> np.ndarray:
     return np.array([run.summary["eval_after"]["reward"] for run in runs])
 
 
-def solved(runs: list[Run]) -> int:
-    return sum(run.summary["solved"] is True for run in runs)
-
-
 def print_table(groups: Groups) -> None:
     for (env, agent), runs in groups.items():
         threshold = runs[0].summary["threshold"]
-        score = ""
-        if threshold is not None:
-            score = f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
-        steps = np.mean([run.summary["env_steps"] for run in runs])
-        cpu = np.mean([run.summary["train_cpu_seconds"] for run in runs])
+        solved = sum(run.summary["solved"] is True for run in runs)
+        score = f", {solved} of {len(runs)} seeds reach {threshold:g}" if threshold else ""
+        steps, cpu = (
+            np.mean([run.summary[name] for run in runs])
+            for name in ("env_steps", "train_cpu_seconds")
+        )
+        episodes = np.mean([played(run) for run in runs])
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
         print(f"  mean {mean_with_interval(ends(runs), '.1f')}{score}")
-        episodes = np.mean([played(run) for run in runs])
         print(
             f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training"
         )
@@ -178,24 +138,41 @@ def draw(groups: Groups) -> Figure:
         axes.set(xscale="log", xlabel="environment steps", ylabel="return")
         axes.set_title(env, loc="left", fontsize=11)
         axes.legend(frameon=False)
-    open_frame(*figure.axes)
     note = f"lines: return in training, over {SMOOTHED} episodes or more; bands, bars: 95 %"
     figure.supxlabel(f"{note}; dots: fresh episodes; dotted: threshold", fontsize=9)
     return figure
 
 
-def main(arguments: Arguments) -> None:
-    print(
-        f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error"
-    )
+def main(
+    env: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"),
+    agent: tuple[Literal["classic", "tuned"], ...] = ("classic", "tuned"),
+    seeds: tuple[int, ...] = (10, 10, 5),
+    max_steps: int | None = None,
+    output: Path = Path("agents.png"),
+) -> None:
+    """Train agents by name on environments, over seeds, and draw how they learn.
+
+    Args:
+        env: Environments.
+        agent: Agents.
+        seeds: Number of seeds of each environment; the last number counts for all further ones.
+        max_steps: Updates. Default: those of the agent.
+        output: Where the figure goes.
+    """
+    print(f"mean return of {FRESH} fresh episodes, sampled actions, ± standard error")
     groups: Groups = defaultdict(list)
-    for run in train_all(arguments):
-        print(run, flush=True)
-        groups[run.env, run.agent].append(run)
+    for number, name in enumerate(env):
+        if "classic" in agent and not describe(name).discrete:
+            print(
+                "The classic agent chooses among actions by softmax; here it gets the Gaussian head."
+            )
+        for seed, kind in product(range(seeds[min(number, len(seeds) - 1)]), agent):
+            run = train(name, kind, seed, max_steps)
+            print(run, flush=True)
+            groups[name, kind].append(run)
     print_table(groups)
-    draw(groups).savefig(arguments.output)
-    print(f"figure: {arguments.output}")
+    save(draw(groups), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

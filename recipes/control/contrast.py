@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from curves import interval, open_frame
+from curves import interval, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -44,32 +44,8 @@ from tokenrl.runs import read_metrics
 VARIANTS = {"with": Estimator.preset("rloo"), "without": Estimator.preset("reinforce")}
 COLOURS = {"with": "#0072B2", "without": "#D55E00"}  # Okabe and Ito
 LABELS = {"with": "with a baseline (rloo)", "without": "without (reinforce)"}
-TASK = "sort_digits"
-GENERATIONS = 8
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Train an agent and a language model with one estimator, with and without a baseline."""
-
-    output: Path = Path("contrast.png")
-    """Where the figure goes."""
-    output_dir: Path = Path("runs/control_contrast")
-    """Directory of the runs; earlier runs in it are replaced."""
-    env: str = "CartPole-v1"
-    """Gymnasium id."""
-    seeds: int = 3
-    """Runs of each kind."""
-    updates: int = 40
-    """Updates of the agent."""
-    episodes: int = 64
-    """Episodes per update; all start alike, so they are one group."""
-    steps: int = 60
-    """Updates of the language model."""
-    prompts: int = 16
-    """Prompts per update of the language model, with 8 completions each, which are a group."""
-    bins: int = 5
-    """Points of each curve of squared norms."""
+ENV, TASK = "CartPole-v1", "sort_digits"
+BINS = 5  # points of each curve of squared norms
 
 
 @dataclass
@@ -89,8 +65,8 @@ class Side:
         self.updates.setdefault(variant, []).append(metrics)
         self.final.setdefault(variant, []).append(result.eval_after["reward"])
 
-    def points(self, bins: int) -> dict[str, np.ndarray]:
-        """Return by variant the mean reward of updates, their mean squared norm and its interval, [4, bins].
+    def points(self) -> dict[str, np.ndarray]:
+        """Return by variant the mean reward of updates, their mean squared norm and its interval, [4, BINS].
 
         How noisy a gradient is depends on how good the policy is, and the variants learn at different speeds:
         so they are compared at equal rewards. The bins hold equally many updates, of all variants together;
@@ -98,8 +74,8 @@ class Side:
         """
         rows = {variant: list(chain.from_iterable(runs)) for variant, runs in self.updates.items()}
         rewards = [row["reward"] for of_variant in rows.values() for row in of_variant]
-        edges = np.quantile(rewards, np.linspace(0, 1, bins + 1)[1:-1])
-        points = {variant: np.full((4, bins), np.nan) for variant in rows}
+        edges = np.quantile(rewards, np.linspace(0, 1, BINS + 1)[1:-1])
+        points = {variant: np.full((4, BINS), np.nan) for variant in rows}
         for variant, of_variant in rows.items():
             reward = np.array([row["reward"] for row in of_variant])
             square = np.array([row["grad_norm"] ** 2 for row in of_variant])
@@ -109,63 +85,45 @@ class Side:
                 points[variant][:, index] = reward[members].mean(), *interval(square[members])
         return points
 
-    def ratio(self, bins: int) -> float:
+    def ratio(self) -> float:
         """Return the squared norm without the baseline over that with it: the median over the bins of both."""
-        points = self.points(bins)
+        points = self.points()
         return float(np.nanmedian(points["without"][1] / points["with"][1]))
 
 
-def train_both(arguments: Arguments, variant: str, seed: int) -> tuple[Any, Any]:
+def train_both(variant: str, seed: int, updates: int, steps: int) -> tuple[Any, Any]:
     """Train the agent and the language model with the same object; returns the two results."""
     common: dict[str, Any] = {"estimator": VARIANTS[variant], "seed": seed, "eval_every": 0}
     common |= {"overwrite": True, "quiet": True}
-    folder = arguments.output_dir / f"{variant}-seed{seed}"
+    folder = Path("runs/control_contrast") / f"{variant}-seed{seed}"
     agent = tokenrl.train_agent(
-        env=arguments.env,
-        num_envs=arguments.episodes,
-        max_steps=arguments.updates,
+        env=ENV,
+        num_envs=64,  # episodes of an update; all start alike, so they are one group
+        max_steps=updates,
         learning_rate=1e-2,
         output_dir=str(folder / "control"),
         **common,
     )
     model = tokenrl.train(
         task=TASK,
-        prompts_per_step=arguments.prompts,
-        num_generations=GENERATIONS,
-        max_steps=arguments.steps,
+        prompts_per_step=16,
+        num_generations=8,
+        max_steps=steps,
         output_dir=str(folder / "language"),
         **common,
     )
     return agent, model
 
 
-def train_all(arguments: Arguments) -> list[Side]:
-    """Train every variant with every seed; returns the agents and the models."""
-    agents, models = Side(arguments.env, "episode"), Side(TASK, "completion")
-    for seed in range(arguments.seeds):
-        for variant in VARIANTS:
-            agent, model = train_both(arguments, variant, seed)
-            agents.add(variant, agent)
-            models.add(variant, model)
-            rewards = f"{agent.eval_after['reward']:.4g} and {model.eval_after['reward']:.4g}"
-            print(f"seed {seed}, {variant} baseline: reward {rewards}")
-    return [agents, models]
-
-
-def print_table(sides: list[Side], bins: int) -> None:
+def print_table(sides: list[Side]) -> None:
     for side in sides:
         print(
-            f"\n{side.name}: |g|² without / with the baseline, at equal reward: {side.ratio(bins):.2f}"
+            f"\n{side.name}: |g|² without / with the baseline, at equal reward: {side.ratio():.2f}"
         )
-        for variant, points in side.points(bins).items():
-            ends = side.final[variant]
+        for variant, ends in side.final.items():
             print(
                 f"  reward after, {variant}: {mean(ends):.4g} ({min(ends):.4g} to {max(ends):.4g})"
             )
-            for reward, square, low, high in points.T:
-                print(
-                    f"  {reward:8.3f} {variant:>8} baseline {square:12.5g} ({low:.5g} to {high:.5g})"
-                )
 
 
 def draw_rewards(axes: Axes, side: Side) -> None:
@@ -178,8 +136,8 @@ def draw_rewards(axes: Axes, side: Side) -> None:
     axes.set_title(side.name, loc="left", fontsize=11)
 
 
-def draw_norms(axes: Axes, side: Side, bins: int) -> None:
-    for variant, points in side.points(bins).items():
+def draw_norms(axes: Axes, side: Side) -> None:
+    for variant, points in side.points().items():
         rewards, squares, low, high = points
         axes.plot(rewards, squares, "o-", color=COLOURS[variant], linewidth=2.2, markersize=7)
         axes.vlines(rewards, low, high, color=COLOURS[variant], alpha=0.6)
@@ -189,16 +147,15 @@ def draw_norms(axes: Axes, side: Side, bins: int) -> None:
     axes.set_title(f"{side.name}: the gradient at equal rewards", loc="left", fontsize=11)
 
 
-def draw(sides: list[Side], bins: int) -> Figure:
+def draw(sides: list[Side]) -> Figure:
     figure = Figure(figsize=(12, 8.5), dpi=100, layout="constrained")
     grid = figure.subplots(2, 2)
     for side, (above, below) in zip(sides, grid.T, strict=True):
         draw_rewards(above, side)
-        draw_norms(below, side, bins)
-    open_frame(*grid.flat)
+        draw_norms(below, side)
     handles = [Line2D([], [], color=COLOURS[variant]) for variant in VARIANTS]
     grid[0][1].legend(handles, LABELS.values(), frameon=False, loc="lower right")
-    ratios = [f"{side.ratio(bins):.2g} times as large on {side.name}" for side in sides]
+    ratios = [f"{side.ratio():.2g} times as large on {side.name}" for side in sides]
     title = f"Without the baseline |g|² is {' and '.join(ratios)}"
     figure.suptitle(title, x=0.01, ha="left")
     note = "thin lines: seeds; bars: 95 % of a bootstrap over updates"
@@ -206,13 +163,29 @@ def draw(sides: list[Side], bins: int) -> Figure:
     return figure
 
 
-def main(arguments: Arguments) -> None:
+def main(
+    seeds: int = 3, updates: int = 40, steps: int = 60, output: Path = Path("contrast.png")
+) -> None:
+    """Train an agent and a language model with one estimator, with and without a baseline.
+
+    Args:
+        seeds: Runs of each kind.
+        updates: Updates of the agent.
+        steps: Updates of the language model.
+        output: Where the figure goes.
+    """
     torch.set_num_threads(1)  # networks so small gain nothing from more
-    sides = train_all(arguments)
-    print_table(sides, arguments.bins)
-    draw(sides, arguments.bins).savefig(arguments.output)
-    print(f"figure: {arguments.output}")
+    agents, models = Side(ENV, "episode"), Side(TASK, "completion")
+    for seed in range(seeds):
+        for variant in VARIANTS:
+            agent, model = train_both(variant, seed, updates, steps)
+            agents.add(variant, agent)
+            models.add(variant, model)
+            rewards = f"{agent.eval_after['reward']:.4g} and {model.eval_after['reward']:.4g}"
+            print(f"seed {seed}, {variant} baseline: reward {rewards}")
+    print_table([agents, models])
+    save(draw([agents, models]), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -1,4 +1,4 @@
-"""Means over seeds with their 95 % intervals, and how the programs of this folder print and draw them.
+"""How the programs of this folder train agents, and print and draw means over seeds with their 95 % intervals.
 
 An interval is a percentile bootstrap of the mean over seeds: the seeds are drawn anew with replacement, 2,000
 times from a fixed seed, so that the same runs always give the same interval. With few seeds it is too narrow:
@@ -8,11 +8,30 @@ in 93 with twenty.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tokenrl import train_agent
+from tokenrl.runs import read_metrics
 
 GREY = "#8A8A8A"
 PALE = "#EAEAEA"
+
+
+def trained(folder: Path, **settings: Any) -> tuple[Any, pd.DataFrame]:
+    """Train an agent into a folder; returns the result, and a row of metrics for each update.
+
+    It is not evaluated: the episodes of training are on-policy and plenty.
+    """
+    settings |= {"eval_every": 0, "eval_episodes": 1, "overwrite": True, "quiet": True}
+    result = train_agent(output_dir=str(folder), **settings)
+    metrics = read_metrics(result.output_dir / "metrics.jsonl")
+    return result, pd.DataFrame(metrics[1:])  # the first line is the evaluation before training
 
 
 def resampled(rows: int, replicates: int = 2000) -> np.ndarray:
@@ -53,14 +72,25 @@ def draw_band(
     axes.plot(x, mean, color=colour, linewidth=2, label=label)
 
 
+def draw_rolling(
+    axes: Axes, curves: np.ndarray, window: int, colour: str, label: str, episodes: int = 1
+) -> None:
+    """Draw the rolling mean of curves [S, updates] over the episodes played, with so many in an update."""
+    means = rolling(curves, window)
+    updates = np.arange(curves.shape[1] - means.shape[1], curves.shape[1]) + 1
+    draw_band(axes, updates * episodes, means, colour, label)
+
+
 def draw_mean(axes: Axes, x: float, values: np.ndarray, colour: str, marker: str = "o") -> None:
     """Draw the mean of values [S] at x, with its interval as a bar."""
     mean, low, high = interval(values)
     axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt=marker, color=colour, capsize=4)
 
 
-def open_frame(*panels: Axes) -> None:
-    """Leave the frame open above and to the right, and draw a pale grid."""
-    for axes in panels:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; its panels are open above and to the right, with a pale grid."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=PALE, linewidth=0.8)
+    figure.savefig(path)
+    print(f"figure: {path}")

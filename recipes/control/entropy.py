@@ -33,7 +33,6 @@ recipes/pages/reference/control.md.
 
 import copy
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,42 +42,23 @@ import torch
 import tyro
 from curves import (
     GREY,
-    draw_band,
     draw_mean,
+    draw_rolling,
     interval,
     mean_with_interval,
-    open_frame,
-    rolling,
+    save,
+    trained,
     with_interval,
 )
 from matplotlib.figure import Figure
 
-from tokenrl import Estimator, train_agent
+from tokenrl import Estimator
 from tokenrl.control import GRIDWORLD_STEPS, GridWorld, describe, exact_return, exact_values
-from tokenrl.runs import read_metrics
 
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
 ENVIRONMENTS = ("trap", "gridworld")
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Sweep an entropy bonus in a grid with a decoy and in one without."""
-
-    seeds: int = 20
-    """Runs of each kind."""
-    updates: int = 200
-    """Updates of 10 episodes each."""
-    betas: tuple[float, ...] = (0.0, 0.01, 0.1, 0.3, 1.0)
-    """Weights of the entropy bonus at the start."""
-    learning_rate: float = 0.2
-    """Learning rate of Adam."""
-    output: Path = Path("entropy.png")
-    """Where the figure goes."""
-    output_dir: Path = Path("runs/control_entropy")
-    """Directory of the runs."""
 
 
 class Sweep(NamedTuple):
@@ -121,44 +101,39 @@ def chances_of(grid: GridWorld, policy: np.ndarray) -> np.ndarray:
     return np.array([*chances, 1 - sum(chances)])
 
 
-def train(args: Arguments, env: str, beta: float, seed: int):
-    """Train once; returns the result."""
-    return train_agent(
+def train(env: str, beta: float, seed: int, updates: int):
+    """Train once; returns the result and the metrics of the updates."""
+    return trained(
+        Path("runs/control_entropy") / env / f"beta_{beta:g}" / f"seed_{seed}",
         env=env,
         max_episode_steps=GRIDWORLD_STEPS,
         estimator=Estimator(baseline="running_mean", returns="reward_to_go", entropy_coef=beta),
         entropy_schedule="linear",
         hidden=(),  # linear in the one-hot cell
         num_envs=EPISODES,
-        max_steps=args.updates,
-        learning_rate=args.learning_rate,
+        max_steps=updates,
+        learning_rate=0.2,
         seed=seed,
-        eval_every=0,
-        eval_episodes=1,  # the final policy is judged exactly
-        output_dir=str(args.output_dir / env / f"beta_{beta:g}" / f"seed_{seed}"),
-        overwrite=True,
-        quiet=True,
     )
 
 
-def sweep(args: Arguments, env: str) -> Sweep:
+def sweep(env: str, betas: tuple[float, ...], seeds: int, updates: int) -> Sweep:
     """Train with every beta and every seed."""
     grid = grid_of(env)
     columns: dict[str, list] = {name: [] for name in Sweep._fields[2:]}
-    for beta, seed in itertools.product(args.betas, range(args.seeds)):
-        result = train(args, env, beta, seed)
+    for beta, seed in itertools.product(betas, range(seeds)):
+        result, metrics = train(env, beta, seed, updates)
         with torch.no_grad():
             policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
-        metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]  # row 0: the evaluation
-        columns["rewards"].append([row["reward"] for row in metrics])
-        columns["entropies"].append([row["entropy"] for row in metrics])
+        columns["rewards"].append(metrics["reward"])
+        columns["entropies"].append(metrics["entropy"])
         columns["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
         columns["chances"].append(chances_of(grid, policy))
         columns["collapsed"].append("entropy-collapsed" in result.flags)
     shaped = {}
     for name, values in columns.items():
-        shaped[name] = np.array(values).reshape(len(args.betas), args.seeds, *np.shape(values)[1:])
-    return Sweep(env, args.betas, **shaped)
+        shaped[name] = np.array(values).reshape(len(betas), seeds, *np.shape(values)[1:])
+    return Sweep(env, betas, **shaped)
 
 
 def print_start(env: str) -> None:
@@ -215,9 +190,7 @@ def draw(sweeps: list[Sweep]) -> Figure:
     for s, (left, middle, right) in zip(sweeps, grid, strict=True):
         for i, (beta, colour) in enumerate(zip(s.betas, itertools.cycle(COLOURS), strict=False)):
             for axes, runs in ((left, s.rewards[i]), (middle, s.entropies[i])):
-                means = rolling(runs, WINDOW)
-                updates = np.arange(means.shape[1]) + runs.shape[1] - means.shape[1] + 1
-                draw_band(axes, updates * EPISODES, means, colour, f"beta = {beta:g}")
+                draw_rolling(axes, runs, WINDOW, colour, f"beta = {beta:g}", EPISODES)
             seeds = np.linspace(-0.25, 0.25, s.returns.shape[1])
             right.scatter(i + seeds, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
             draw_mean(right, i, s.returns[i], "black", "_")
@@ -231,23 +204,33 @@ def draw(sweeps: list[Sweep]) -> Figure:
             xlabel="beta at the start", ylabel="return of the final policy (bars: mean, 95 %)"
         )
         right.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
-        open_frame(left, middle, right)
     grid[0][0].legend(frameon=False)
     return figure
 
 
-def main(args: Arguments) -> None:
-    print(
-        f"{args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval over seeds]"
-    )
+def main(
+    seeds: int = 20,
+    updates: int = 200,
+    betas: tuple[float, ...] = (0.0, 0.01, 0.1, 0.3, 1.0),
+    output: Path = Path("entropy.png"),
+) -> None:
+    """Sweep an entropy bonus in a grid with a decoy and in one without.
+
+    Args:
+        seeds: Runs of each kind.
+        updates: Updates of 10 episodes each.
+        betas: Weights of the entropy bonus at the start.
+        output: Where the figure goes.
+    """
+    print(f"{seeds} seeds, {updates * EPISODES} episodes each; mean [95 % interval over seeds]")
     sweeps = []
     for env in ENVIRONMENTS:
         print_start(env)
-        sweeps.append(sweep(args, env))
+        sweeps.append(sweep(env, betas, seeds, updates))
         print_table(sweeps[-1])
-    draw(sweeps).savefig(args.output)
-    print(f"\nfigure: {args.output}")
+    print()
+    save(draw(sweeps), output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -80,7 +80,7 @@ def measure_kl(
     return float(kl.detach()), measured
 
 
-def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
+def kl(output: Path = Path("kl.png")) -> None:
     """The value and the gradient of estimates of KL(pi || ref), as the policy leaves its reference.
 
     With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 + l (Schulman's names);
@@ -93,7 +93,7 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     estimates that use the whole completion are exact. In the reward (a number), k1 is exact, and near the
     reference k2 and k3 have hardly any gradient.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(1)
     reference, line = torch.randn(2, len(EVERY.prefixes), 3, generator=draw, dtype=torch.double)
     steps = torch.logspace(-1.1, 0.55, 60, dtype=torch.double)
     kls, points = zip(
@@ -230,7 +230,7 @@ WEIGHED = {  # what is ascended on rewards of 0 and 1, by the estimator
 }
 
 
-def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> None:
+def objectives(output: Path = Path("objectives.png")) -> None:
     """How each objective weighs a prompt by its success rate p: `E[g] = w(p) grad p`, rewards of 0 and 1.
 
     Look for: the mean reward weighs all prompts by 1. pass@k gives up prompts that are mostly solved, and
@@ -241,15 +241,15 @@ def objectives(output: Path = Path("objectives.png"), group_size: int = 8) -> No
     figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     rates = (0.02, 0.1, 0.3, 0.6, 0.9)
-    print(f"{'w(p), G = ' + str(group_size):28}" + "".join(f"p = {x:<8g}" for x in rates))
+    print(f"{'w(p), G = 8':28}" + "".join(f"p = {x:<8g}" for x in rates))
     for name, (preset, colour) in WEIGHED.items():
-        axes.plot(p, prompt_weight(preset, p, group_size), color=colour, linewidth=2.2, label=name)
-        weights = [float(prompt_weight(preset, x, group_size)) for x in rates]
+        axes.plot(p, prompt_weight(preset, p, 8), color=colour, linewidth=2.2, label=name)
+        weights = [float(prompt_weight(preset, x, 8)) for x in rates]
         print(f"{name:28}" + "".join(f"{weight:<12.3f}" for weight in weights))
     axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
              xlabel="p, the success rate of the prompt")  # fmt: skip
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    axes.set_title(f"Which prompts an objective learns from, G = {group_size}", loc="left")
+    axes.set_title("Which prompts an objective learns from, G = 8", loc="left")
     save(figure, output)
 
 

@@ -15,19 +15,16 @@ ended are read, not made again.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+import tokenrl
 import toy_tasks
 from tokenrl.lab import judge_scores
 from tokenrl.runs import read_run
@@ -42,81 +39,61 @@ ARMS = {
 """The presets that are compared, and their colours."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Train a teacher and its students, print the verdicts, and draw the curves."""
-
-    task: Literal["sort_digits", "calculator"] = "sort_digits"
-    """The task of the teacher and of the students."""
-    arms: tuple[str, ...] = ()
-    """The presets; those without opd in their name have no teacher. Default: all, and with --cold those that need
-    no reward, which a student with random weights never gets."""
-    seeds: int = 6
-    """Students of each arm."""
-    max_steps: int = 100
-    """Updates of a student."""
-    teacher_steps: int = 450
-    """Updates of the teacher."""
-    cold: bool = False
-    """Start the students from random weights."""
-    workers: int = 2
-    """Runs at the same time, with a thread each."""
-    output_dir: Path = Path("runs/distillation")
-    """Directory of the runs and of the figure."""
+RUNS = Path("runs/distillation")
 
 
-def train(directory: Path, *flags: str) -> Path:
-    """Make a run in a process of its own, or continue it, and return its directory."""
-    command = [sys.executable, "-m", "tokenrl", "train", "--resume", "auto", "--quiet"]
-    command += ["--output-dir", str(directory), *flags]
+def train(name: str, **settings: Any) -> Path:
+    """Make a run, or continue it, and return its directory."""
+    directory = RUNS / name
     if not (directory / "summary.json").exists():
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        settings |= {"threads": 1, "resume": "auto", "quiet": True}
+        if tokenrl.train(output_dir=str(directory), **settings).exit_code:
+            raise SystemExit(f"{directory} was stopped; the same command goes on.")
     return directory
 
 
-def make_teacher(args: Arguments) -> Path:
+def make_teacher(task: str, steps: int) -> Path:
     """Return the directory of a teacher: a model of twice the width, warm-started, then trained by RLOO."""
-    start = args.output_dir / f"{args.task}_start"
+    start = RUNS / f"{task}_start"
     if not start.exists():
-        model, tokenizer = replace(toy_tasks.load(args.task).build, hidden=256)(seed=0)
+        model, tokenizer = replace(toy_tasks.load(task).build, hidden=256)(seed=0)
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
-    flags = ("--task", args.task, "--model", str(start), "--warm-start")
-    steps = ("--max-steps", str(args.teacher_steps))
-    return train(args.output_dir / f"{args.task}_teacher", *flags, *steps)
+    return train(f"{task}_teacher", task=task, model=str(start), warm_start=True, max_steps=steps)
 
 
-def main(args: Arguments) -> None:
-    """Make the runs, print mean scores with verdicts against the first arm, and draw the curves."""
-    teacher = make_teacher(args)
-    arms = args.arms or [arm for arm in ARMS if arm.startswith("opd") or not args.cold]
-    name = f"{args.task}_cold" if args.cold else args.task
-    shared = ["--task", args.task, "--max-steps", str(args.max_steps)]
-    shared += ["--eval-every", str(args.max_steps // 10)]
-    if args.cold:
-        shared += ["--model", "tiny"]
-    flags = {}
-    for arm in arms:
-        for seed in range(args.seeds):
-            flags[arm, seed] = [*shared, "--estimator", arm, "--seed", str(seed)]
-            if "opd" in arm:
-                flags[arm, seed] += ["--teacher", str(teacher)]
-            if arm.startswith("opd"):
-                flags[arm, seed] += ["--reward", "none"]
-    with ThreadPoolExecutor(args.workers) as pool:
-        runs = []
-        for (arm, seed), words in flags.items():
-            directory = args.output_dir / f"{name}_{arm}_{seed}"
-            runs.append(pool.submit(train, directory, *words))
-        for run in runs:
-            run.result()
+def main(
+    task: Literal["sort_digits", "calculator"] = "sort_digits",
+    arms: tuple[str, ...] = (),
+    seeds: int = 6,
+    max_steps: int = 100,
+    teacher_steps: int = 450,
+    cold: bool = False,
+) -> None:
+    """Make the runs, print mean scores with verdicts against the first arm, and draw the curves.
 
+    Args:
+        task: The task of the teacher and of the students.
+        arms: The presets; those without opd in their name have no teacher. Default: all, and with --cold those
+            that need no reward, which a student with random weights never gets.
+        seeds: Students of each arm.
+        max_steps: Updates of a student.
+        teacher_steps: Updates of the teacher.
+        cold: Start the students from random weights.
+    """
+    teacher = make_teacher(task, teacher_steps)
+    arms = arms or tuple(arm for arm in ARMS if arm.startswith("opd") or not cold)
+    name = f"{task}_cold" if cold else task
+    shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
+    shared |= {"model": "tiny"} if cold else {}
     rows = []
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
     for arm in arms:
         curves = []
-        for seed in range(args.seeds):
-            run = read_run(args.output_dir / f"{name}_{arm}_{seed}")
+        settings = shared | ({"teacher": str(teacher)} if "opd" in arm else {})
+        settings |= {"reward": "none"} if arm.startswith("opd") else {}
+        for seed in range(seeds):
+            run = read_run(train(f"{name}_{arm}_{seed}", estimator=arm, seed=seed, **settings))
             curves.append([row["reward"] for row in run.evaluations])
             rows.append({"arm": arm, "seed": seed, "score": fmean(curves[-1][1:])})
         mean = np.mean(curves, 0)
@@ -126,7 +103,7 @@ def main(args: Arguments) -> None:
         print(f"{arm:14} reward at the end {mean[-1]:.3f}")
     axes.set(xlabel="updates", ylabel="reward on held-out prompts", title=name)
     axes.legend(frameon=False)
-    figure.savefig(args.output_dir / f"{name}.png", dpi=150)
+    figure.savefig(RUNS / f"{name}.png", dpi=150)
     (family,) = judge_scores(rows, margin=0.02).families
     for arm in family.arms:
         print(f"{arm.arm:14} area {arm.mean:.4f}")
@@ -134,4 +111,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

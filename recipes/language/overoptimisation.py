@@ -54,10 +54,10 @@ from tokenrl.language import (
     score_pairs,
     warm_started_base,
 )
-from tokenrl.runs import read_metrics, write_json
+from tokenrl.runs import read_metrics
 from toy_tasks.sentiment import balance
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 Pool = list[np.ndarray]  # by prompt, [N]
 MAX_TOKENS = 16  # of a review
 POLICY_WIDTH, JUDGE_WIDTH = 64, 128
@@ -66,21 +66,8 @@ SAMPLED_PAIRS, PAIRS = (
     300,
 )  # of each seed's sampled pairs the reward model learns from the first
 STEPS_PER_POINT = 5  # RL steps averaged to a point
+RUNS = Path("runs/overoptimisation")
 MIN_FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
-
-
-@dataclass(frozen=True)
-class Args:
-    """A reward model of 300 pairs for each seed, maximised by RL and by best-of-n."""
-
-    seeds: int = 6
-    """Reward models and RL runs."""
-    max_steps: int = 150
-    """Steps of an RL run."""
-    pool: int = 2048
-    """Samples of the base for each of 8 held-out prompts; n goes up to half of that."""
-    output_dir: Path = Path("runs/overoptimisation")
-    """Directory of the runs, results.json and the figure."""
 
 
 def gold(completions: Sequence[str], **_: Any) -> list[float]:
@@ -139,10 +126,10 @@ def train_judge(base: Base, seed: int) -> RewardModel:
     return judge
 
 
-def best_of(base: Base, proxies: Pool, pool: int) -> np.ndarray:
+def best_of(base: Base, proxies: Pool) -> np.ndarray:
     """KL, proxy and gold of best-of-n for n = 1, 2, 4 ..., [points, 3]; means over prompts."""
     points = []
-    for k in range(int(math.log2(pool))):
+    for k in range(int(math.log2(len(base.gold[0])))):
         rows = []  # of a prompt
         for proxy, gold in zip(proxies, base.gold, strict=True):
             weights = best_of_n.choice_weights(proxy, 2**k)
@@ -152,7 +139,7 @@ def best_of(base: Base, proxies: Pool, pool: int) -> np.ndarray:
     return np.array(points)
 
 
-def pursue(judge: RewardModel, base: Base, proxies: Pool, args: Args, seed: int) -> np.ndarray:
+def pursue(judge: RewardModel, base: Base, proxies: Pool, max_steps: int, seed: int) -> np.ndarray:
     """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -160,17 +147,17 @@ def pursue(judge: RewardModel, base: Base, proxies: Pool, args: Args, seed: int)
 
     result = train(
         task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
-        estimator=Estimator.preset("rloo", beta=1e-3), max_steps=args.max_steps,
+        estimator=Estimator.preset("rloo", beta=1e-3), max_steps=max_steps,
         learning_rate=3e-4, lr_scheduler_type="constant", eval_every=0, eval_generations=1,
         log_completions=0, stop_after_zero_spread=0, seed=seed,
-        output_dir=str(args.output_dir / f"seed_{seed}"), overwrite=True, quiet=True,
+        output_dir=str(RUNS / f"seed_{seed}"), overwrite=True, quiet=True,
     )  # fmt: skip
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
     metrics = pd.DataFrame(read_metrics(result.output_dir / "metrics.jsonl")[1:])
     points = metrics[["kl", "rewards/proxy/mean", "rewards/gold/mean"]].to_numpy(copy=True)
     points[:, 2] = standardise(points[:, 2], base.gold)
-    whole = args.max_steps // STEPS_PER_POINT * STEPS_PER_POINT
+    whole = max_steps // STEPS_PER_POINT * STEPS_PER_POINT
     return points[:whole].reshape(-1, STEPS_PER_POINT, 3).mean(axis=1)
 
 
@@ -206,54 +193,47 @@ def draw(curves: dict[str, tuple[np.ndarray, ...]], turns: dict[str, dict[str, A
         for values, colour, name in zip(gains, (ORANGE, BLUE), ("proxy", "gold"), strict=True):
             axes.plot(d.T, values.T, color=colour, linewidth=0.6, alpha=0.35)
             axes.plot(d.mean(0), values.mean(0), color=colour, linewidth=2.2, label=name)
-        if turns[method]["fell"]:
-            axes.axvline(turns[method]["d"][0], color=GREY, linewidth=1, linestyle=":")
         fallen = f"{turns[method]['fell']} of {len(d)} fall"
         axes.set_title(f"{method}: {fallen}", fontsize=10, loc="left")
         axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", xlim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("gain on the base (its s.d.); thin: a seed")
     figure.axes[0].legend(frameon=False)
-    figure.supxlabel("dotted: the turn, mean of the seeds that fall", fontsize=9)
     return figure
 
 
-def main(args: Args) -> None:
+def main(seeds: int = 6, max_steps: int = 150, pool: int = 2048) -> None:
+    """Maximise a reward model of 300 pairs for each seed, by RL and by best-of-n.
+
+    Args:
+        seeds: Reward models and RL runs.
+        max_steps: Steps of an RL run.
+        pool: Samples of the base for each of 8 held-out prompts; n goes up to half of that.
+    """
     task = narrow(POLICY_WIDTH)
     path = str(warm_started_base(task))
     rows = task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
-    sampling = Sampling(MAX_TOKENS, num_generations=args.pool)
-    prompts = [row["prompt"] for row in rows]
-    texts = best_of_n.sample_pool(load_policy(path), prompts, sampling)
+    sampling = Sampling(MAX_TOKENS, num_generations=pool)
+    texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     points: dict[str, list[np.ndarray]] = {"RL": [], "best-of-n": []}
-    for seed in range(args.seeds):
+    for seed in range(seeds):
         judge = train_judge(base, seed)
         proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
-        points["RL"].append(pursue(judge, base, proxies, args, seed))
-        points["best-of-n"].append(best_of(base, proxies, args.pool))
-    curves = {}
+        points["RL"].append(pursue(judge, base, proxies, max_steps, seed))
+        points["best-of-n"].append(best_of(base, proxies))
+    curves, turns = {}, {}
+    print("\n            d of turn      gold after    proxy after  fell")
     for method, of_seeds in points.items():
         kl, proxy, gain = np.moveaxis(np.array(of_seeds), 2, 0)
         # an estimate of a KL near 0 can be negative
         curves[method] = np.sqrt(np.maximum(kl, 1e-4)), proxy, gain
-    turns = {method: turn(*curve) for method, curve in curves.items()}
-    print("\n            d of turn      gold after    proxy after  fell")
-    for method, row in turns.items():
+        row = turns[method] = turn(*curves[method])
         numbers = " ".join("{:6.2f} ± {:.2f}".format(*row[key]) for key in ("d", "gold", "proxy"))
         print(f"{method:>9} {numbers} {row['fell']:6}")
-    record = {
-        method: {
-            "curves": dict(zip(("d", "proxy", "gold"), map(np.ndarray.tolist, curve), strict=True)),
-            **turns[method],
-        }
-        for method, curve in curves.items()
-    }
-    write_json(args.output_dir / "results.json", record)
-    figure = args.output_dir / "overoptimisation.png"
-    draw(curves, turns).savefig(figure)
-    print(f"figure: {figure}")
+    draw(curves, turns).savefig(RUNS / "overoptimisation.png")
+    print(f"figure: {RUNS / 'overoptimisation.png'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

@@ -18,7 +18,6 @@ percent).
 # ///
 
 import tempfile
-from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -30,18 +29,6 @@ from toy_tasks.models import TinyModel
 
 ARMS = {"hidden": ("rloo", "max_at_k"), "difficulty": ("rloo", "maxrl")}
 STEPS = {"hidden": 150, "difficulty": 20}
-
-
-@dataclass
-class Args:
-    """Which task, and how long."""
-
-    task: Literal["hidden", "difficulty"] = "hidden"
-    """The task, and with it the two arms."""
-    seeds: int = 6
-    """Runs of each arm, at least two."""
-    max_steps: int | None = None
-    """Steps of a run; by default 150 for hidden and 20 for difficulty."""
 
 
 def right(completions: list[str], answers: list[str], **_) -> list[float]:
@@ -63,38 +50,47 @@ def task_of(name: str) -> tokenrl.PromptTask:
     return tokenrl.PromptTask(name, rows, rows, right, max_completion_length=2)
 
 
-def numbers(args: Args, estimator: str, seed: int) -> dict[str, float]:
+def numbers(name: str, estimator: str, seed: int, max_steps: int | None) -> dict[str, float]:
     """Train one run, and return what is reported of it."""
-    task = task_of(args.task)
+    task = task_of(name)
     with tempfile.TemporaryDirectory() as folder:
         run = tokenrl.train(
             task=task, model=TinyModel(tokens=tuple("0123456789>"))(seed), estimator=estimator, seed=seed,
-            max_steps=args.max_steps or STEPS[args.task], prompts_per_step=16, num_generations=8,
+            max_steps=max_steps or STEPS[name], prompts_per_step=16, num_generations=8,
             learning_rate=1e-3, eval_every=0, output_dir=folder, overwrite=True, quiet=True,
         )  # fmt: skip
         measured = tokenrl.evaluate(
             model=f"{run.output_dir}/model", task=task, num_generations=32, k=(1, 8)
         )
-    if args.task == "hidden":
+    if name == "hidden":
         return {f"pass@{k}": measured.metrics[f"pass@{k}"] for k in (1, 8)}
     rates = pd.DataFrame(task.eval_prompts).assign(rate=measured.by_prompt["reward"])
     by_answers = rates.groupby("answers")["rate"].mean()
     names = {"six digits are right": "012345", "two": "67", "one": "8"}
-    return {name: by_answers[answers] for name, answers in names.items()}
+    return {label: by_answers[answers] for label, answers in names.items()}
 
 
-def main(args: Args) -> None:
-    """Train both arms on each seed and print the means and the paired differences."""
-    first, second = ARMS[args.task]
-    a = pd.DataFrame([numbers(args, first, seed) for seed in range(args.seeds)])
-    b = pd.DataFrame([numbers(args, second, seed) for seed in range(args.seeds)])
+def main(
+    task: Literal["hidden", "difficulty"] = "hidden", seeds: int = 6, max_steps: int | None = None
+) -> None:
+    """Train both arms on each seed and print the means and the paired differences.
+
+    Args:
+        task: The task, and with it the two arms.
+        seeds: Runs of each arm, at least two.
+        max_steps: Steps of a run; by default 150 for hidden and 20 for difficulty.
+    """
+    a, b = (
+        pd.DataFrame([numbers(task, arm, seed, max_steps) for seed in range(seeds)])
+        for arm in ARMS[task]
+    )
     gap = b - a
-    half = stats.t.ppf(0.975, args.seeds - 1) * gap.sem()
-    print(f"{'':22}{first:>10}{second:>10}   difference")
+    half = stats.t.ppf(0.975, seeds - 1) * gap.sem()
+    print("{:22}{:>10}{:>10}   difference".format("", *ARMS[task]))
     for name in gap:
         means = f"{a[name].mean():10.3f}{b[name].mean():10.3f}"
         print(f"{name:22}{means}   {gap[name].mean():+.3f} ± {half[name]:.3f}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

@@ -31,7 +31,6 @@ second copy of the weights for a KL: the reference is the model with its adapter
 # ///
 
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 
 import tyro
@@ -39,47 +38,6 @@ import tyro
 import tokenrl
 from tokenrl import PromptTask
 from tokenrl.language import read_splits
-
-
-@dataclass
-class Args:
-    """The settings that one changes first."""
-
-    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
-    """Hub name or directory of a model with a chat template."""
-    task: str = "openai/gsm8k:main"
-    """`datasets` name, or a JSON/CSV/Parquet file, with the columns question and answer."""
-    eval_size: int = 200
-    """Held-out questions: from the test split, or without one from the end of the training split."""
-    estimator: str = "rloo"
-    """Preset: reinforce, reinforce_running_mean, rloo, grpo, dr_grpo or ppo_clip."""
-    beta: float = 0.0
-    """Weight of the KL to the model without adapter."""
-    lora_r: int = 16
-    """Rank of the adapter."""
-    max_steps: int = 300
-    """Rollouts to train on."""
-    prompts_per_step: int = 8
-    """Questions per step."""
-    num_generations: int = 8
-    """Answers per question; if all are right or all wrong there is no gradient, so more is safer."""
-    max_completion_length: int = 320
-    """Tokens an answer may have. Watch `completions/clipped_ratio`: an answer that is cut has no result."""
-    micro_batch_size: int = 4
-    """Answers in one forward and backward pass."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of the adapter."""
-    warmup_steps: int = 10
-    """Steps over which the learning rate rises from 0."""
-    dtype: str = "bfloat16"
-    """Precision of the frozen weights; float32 on old cards."""
-    seed: int = 0
-    """Seed of the order of questions, the adapter and sampling."""
-    output_dir: str = "runs/gsm8k"
-    """Run directory: metrics, completions, checkpoints, report, merged model and adapter."""
-    check: bool = False
-    """Stop before the first update."""
-
 
 SYSTEM = "Reason step by step, briefly. End with a line of the form: #### number"
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
@@ -113,46 +71,75 @@ def well_formed(completions: list[list[dict]], **_) -> list[float]:
     return [0.1 * bool(ends.search(messages[0]["content"])) for messages in completions]
 
 
-def load(source: str, eval_size: int) -> PromptTask:
-    """Prompts for training and evaluation, with the two rewards, which are added."""
+def load(source: str) -> PromptTask:
+    """Prompts for training and evaluation, with the two rewards, which are added.
+
+    200 held-out questions are of the test split, or without one at most half of the training split, from its end.
+    """
     splits = {name: [as_chat(row) for row in rows] for name, rows in read_splits(source).items()}
     train = splits["train"]
-    eval_size = min(eval_size, len(splits.get("test", train)) // (1 if "test" in splits else 2))
     if "test" in splits:
-        held_out = splits["test"][:eval_size]
+        held_out = splits["test"][:200]
     else:
-        train, held_out = train[:-eval_size], train[-eval_size:]
+        size = min(200, len(train) // 2)
+        train, held_out = train[:-size], train[-size:]
     return PromptTask("gsm8k", train, held_out, [right, well_formed])
 
 
-def main(args: Args) -> None:
-    estimator = tokenrl.Estimator.preset(args.estimator, beta=args.beta)
-    print(f"bias of the gradient: {estimator.bias_status} ({estimator.bias_reason})")
+def main(
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct",
+    task: str = "openai/gsm8k:main",
+    estimator: str = "rloo",
+    check: bool = False,
+    beta: float = 0.0,
+    lora_r: int = 16,
+    max_steps: int = 300,
+    prompts_per_step: int = 8,
+    num_generations: int = 8,
+    max_completion_length: int = 320,
+) -> None:
+    """Train an adapter of an instruct model on questions whose answers are numbers.
+
+    Args:
+        model: Hub name or directory of a model with a chat template.
+        task: `datasets` name, or a JSON/CSV/Parquet file, with the columns question and answer.
+        estimator: Preset, such as rloo or grpo.
+        check: Stop before the first update.
+        beta: Weight of the KL to the model without adapter.
+        lora_r: Rank of the adapter.
+        max_steps: Rollouts to train on.
+        prompts_per_step: Questions per step.
+        num_generations: Answers per question; if all are right or all wrong there is no gradient, so more is
+            safer.
+        max_completion_length: Tokens an answer may have. Watch `completions/clipped_ratio`: an answer that is
+            cut has no result.
+    """
+    preset = tokenrl.Estimator.preset(estimator, beta=beta)
+    print(f"bias of the gradient: {preset.bias_status} ({preset.bias_reason})")
     result = tokenrl.train(
-        task=load(args.task, args.eval_size),
-        model=args.model,
-        dtype=args.dtype,
-        lora_r=args.lora_r,
-        estimator=estimator,
-        max_steps=args.max_steps,
-        prompts_per_step=args.prompts_per_step,
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length,
-        micro_batch_size=args.micro_batch_size,
-        learning_rate=args.learning_rate,
-        warmup_steps=args.warmup_steps,
+        task=load(task),
+        model=model,
+        dtype="bfloat16",  # of the frozen weights; float32 on old cards
+        lora_r=lora_r,
+        estimator=preset,
+        max_steps=max_steps,
+        prompts_per_step=prompts_per_step,
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        micro_batch_size=4,  # answers in a forward and backward pass
+        learning_rate=5e-5,
+        warmup_steps=10,
         save_every=50,
         eval_every=50,
         eval_generations=1,
-        seed=args.seed,
-        output_dir=args.output_dir,
-        check=args.check,
+        output_dir="runs/gsm8k",
+        check=check,
     )
-    if args.check:  # 2 if it found a problem
+    if check:  # 2 if it found a problem
         raise SystemExit(result.exit_code)
     before, after = result.eval_before["reward_greedy"], result.eval_after["reward_greedy"]
     print(f"held-out reward, greedy (1.1 at most): {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

@@ -26,7 +26,6 @@ is too small for sums and for sorting.
 # ///
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -34,33 +33,6 @@ import tyro
 import tokenrl
 
 STAGES = ("as it is", "warm-started", "trained")
-
-
-@dataclass(frozen=True)
-class Args:
-    """A toy task with a pretrained model."""
-
-    model: tyro.conf.Positional[str]
-    """Directory or hub name of a causal language model."""
-    task: str = "sort_digits"
-    """A toy task with demonstrations: sort_digits, reverse_text, addition, countdown, sentiment or
-    target_length."""
-    lora_r: int = 8
-    """Rank of the adapter; 0 trains all weights."""
-    max_steps: int = 60
-    """Training steps."""
-    warm_start_steps: int = 240
-    """Updates of the warm start."""
-    eval_size: int = 64
-    """Held-out prompts."""
-    learning_rate: float | None = None
-    """Peak learning rate; None for the one that tokenrl chooses by size."""
-    seed: int = 0
-    """Seed of everything."""
-    output_dir: Path = Path("runs/pretrained_toy_task")
-    """Run directory, in which stages.json is added; its report.html has the curves."""
-    overwrite: bool = False
-    """Replace the run that output_dir holds."""
 
 
 def table(stages: dict[str, dict[str, float]]) -> str:
@@ -74,32 +46,46 @@ def table(stages: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(args: Args) -> None:
-    print(f"{args.model} on {args.task}, as it is ...", flush=True)
-    baseline = tokenrl.evaluate(
-        model=args.model, task=args.task, eval_size=args.eval_size, seed=args.seed
-    )
+def main(
+    model: tyro.conf.Positional[str],
+    task: str = "sort_digits",
+    lora_r: int = 8,
+    max_steps: int = 60,
+    seed: int = 0,
+    output_dir: Path = Path("runs/pretrained_toy_task"),
+    overwrite: bool = False,
+) -> None:
+    """Train a pretrained model on a toy task.
+
+    Args:
+        model: Directory or hub name of a causal language model.
+        task: A toy task with demonstrations: sort_digits, reverse_text, addition, countdown, sentiment or
+            target_length.
+        lora_r: Rank of the adapter; 0 trains all weights.
+        max_steps: Training steps.
+        seed: Seed of everything.
+        output_dir: Run directory, in which stages.json is added; its report.html has the curves.
+        overwrite: Replace the run that output_dir holds.
+    """
+    print(f"{model} on {task}, as it is ...", flush=True)
+    shared = {"model": model, "task": task, "eval_size": 64, "seed": seed}
+    baseline = tokenrl.evaluate(**shared)
     result = tokenrl.train(
-        task=args.task,
-        model=args.model,
+        **shared,
         warm_start=True,
-        warm_start_steps=args.warm_start_steps,
-        lora_r=args.lora_r,
-        learning_rate=args.learning_rate,
-        max_steps=args.max_steps,
-        eval_size=args.eval_size,
-        seed=args.seed,
-        output_dir=args.output_dir,
-        overwrite=args.overwrite,
+        warm_start_steps=240,
+        lora_r=lora_r,
+        max_steps=max_steps,
+        output_dir=output_dir,
+        overwrite=overwrite,
     )
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
     evaluations = (baseline.metrics, result.eval_before, result.eval_after)
     stages = dict(zip(STAGES, evaluations, strict=True))
-    run = result.output_dir
-    (run / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
-    print(f"\n{table(stages)}\nseconds and memory of each step: {run / 'timings.jsonl'}")
+    (output_dir / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
+    print(f"\n{table(stages)}\nseconds and memory of each step: {output_dir / 'timings.jsonl'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

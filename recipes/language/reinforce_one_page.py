@@ -53,20 +53,13 @@ class Args:
 
     estimator: str = "rloo"
     """Preset: reinforce, reinforce_running_mean, rloo, grpo, dr_grpo or ppo_clip."""
-    steps: int = 100
-    """Updates by policy gradient."""
-    warm_steps: int = 200
-    """Supervised updates before that: a policy that never gets a reward has nothing to reinforce."""
-    prompts_per_step: int = 16
-    """Prompts per step."""
-    num_generations: int = 8
-    """Completions per prompt, the group size G."""
-    learning_rate: float = 2e-4
-    """Learning rate of AdamW for the policy gradient."""
     seed: int = 0
     """Seed of the initial weights, the order of prompts, and sampling."""
 
 
+STEPS = 100  # updates by policy gradient
+WARM_STEPS = 200  # before that: a policy that never gets a reward has nothing to reinforce
+PROMPTS, GROUP = 16, 8  # of a step, and completions per prompt
 args = tyro.cli(Args)
 estimator = Estimator.preset(args.estimator)
 # 402715> should become 012457; the reward is 1 for exactly that, else 0
@@ -121,7 +114,7 @@ def evaluate(when):
 # 1. Warm start: imitate demonstrations. Seven in ten sort DOWN, so the model mostly does that; it sorts up
 # only sometimes, which the reward then reinforces.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-for _ in range(args.warm_steps):
+for _ in range(WARM_STEPS):
     chosen = torch.randint(len(task.demonstrations), (64,), generator=dice).tolist()
     ids = encode(task.demonstrations[i]["completion"] for i in chosen)
     ids = torch.cat([ids, torch.full((64, 1), eos)], dim=1)
@@ -136,19 +129,17 @@ print(
     f"estimator {args.estimator}; its gradient is {estimator.bias_status}: {estimator.bias_reason}"
 )
 running_mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
-optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-for step in range(1, args.steps + 1):
-    chosen = torch.randint(
-        len(task.train_prompts), (args.prompts_per_step,), generator=dice
-    ).tolist()
-    prompts = [task.train_prompts[i]["prompt"] for i in chosen for _ in range(args.num_generations)]
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
+for step in range(1, STEPS + 1):
+    chosen = torch.randint(len(task.train_prompts), (PROMPTS,), generator=dice).tolist()
+    prompts = [task.train_prompts[i]["prompt"] for i in chosen for _ in range(GROUP)]
     prompt_ids = encode(prompts)  # [N, P], the G rows of a prompt together
     ids, mask = sample(prompt_ids, dice)  # [N, T]
     rewards = rewards_of(prompts, ids, mask)  # [N]
 
     # A = R - b, scaled if the estimator says so. The running mean is read before this step updates it.
-    b, group = running_mean.value, args.num_generations
-    advantages, _ = estimator.advantages(rewards, mask, group_size=group, baseline_value=b)  # [N]
+    b = running_mean.value
+    advantages, _ = estimator.advantages(rewards, mask, group_size=GROUP, baseline_value=b)  # [N]
     running_mean.update(rewards)
 
     # loss = -sum_it w_it A_i log pi(y_it), with w = 1/N for rloo: the gradient estimates -grad J. The number
@@ -161,6 +152,6 @@ for step in range(1, args.steps + 1):
     # one unlucky batch must not undo the rest
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    if step % 10 == 0 or step == args.steps:
+    if step % 10 == 0:
         print(f"step {step:4d}  reward {rewards.mean():.3f}", flush=True)
 evaluate("after training")

@@ -17,7 +17,6 @@ be added under its own name to the call of `tokenrl.train` below.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import tyro
@@ -25,38 +24,6 @@ import tyro
 import tokenrl
 from tokenrl import PromptTask
 from toy_tasks.models import TinyModel
-
-
-@dataclass
-class Args:
-    """The settings that one changes first."""
-
-    task: str = "zigzag"
-    """zigzag (below), a toy task, module:attribute, a JSON/CSV/Parquet file, or a `datasets` name."""
-    reward: tuple[str, ...] = ()
-    """module:function or file.py:function, for a task without a reward, or instead of its own."""
-    model: str | None = None
-    """Directory or hub name; without one, a tiny model made on the spot."""
-    estimator: str = "rloo"
-    """Preset: reinforce, reinforce_running_mean, rloo, grpo, dr_grpo or ppo_clip."""
-    beta: float = 0.0
-    """Weight of the KL to the model that training began from."""
-    lora_r: int = 0
-    """Rank of a LoRA adapter; 0 trains all weights."""
-    max_steps: int = 100
-    """Rollouts to train on."""
-    prompts_per_step: int = 16
-    """Prompts per step."""
-    num_generations: int = 8
-    """Completions per prompt."""
-    learning_rate: float | None = None
-    """Peak learning rate. Default: what the task recommends (zigzag: 5e-4), else 1e-5, with LoRA 1e-4."""
-    seed: int = 0
-    """Seed of the order of prompts and of sampling."""
-    output_dir: str = "runs/train_lm"
-    """Run directory: metrics, completions, report, model."""
-    overwrite: bool = False
-    """Replace an earlier run in output_dir."""
 
 
 # Rewards are called by keyword: f(prompts=[...], completions=[...], completion_ids=[...], and a list for each
@@ -80,29 +47,54 @@ def zigzag() -> PromptTask:
     return PromptTask("zigzag", train, held_out, [alternates, six_long], max_completion_length=10)
 
 
-def main(args: Args) -> None:
-    is_zigzag = args.task == "zigzag"
+def main(
+    task: str = "zigzag",
+    reward: tuple[str, ...] = (),
+    model: str | None = None,
+    estimator: str = "rloo",
+    lora_r: int = 0,
+    max_steps: int = 100,
+    prompts_per_step: int = 16,
+    seed: int = 0,
+    output_dir: str = "runs/train_lm",
+    overwrite: bool = False,
+) -> None:
+    """Train a language model on a task and rewards of your own.
+
+    Args:
+        task: zigzag (above), a toy task, module:attribute, a JSON/CSV/Parquet file, or a `datasets` name.
+        reward: module:function or file.py:function, for a task without a reward, or instead of its own.
+        model: Directory or hub name; without one, a tiny model made on the spot.
+        estimator: Preset, such as rloo or grpo.
+        lora_r: Rank of a LoRA adapter; 0 trains all weights.
+        max_steps: Rollouts to train on.
+        prompts_per_step: Prompts per step, with 8 completions each.
+        seed: Seed of the order of prompts and of sampling.
+        output_dir: Run directory: metrics, completions, report, model.
+        overwrite: Replace an earlier run in output_dir.
+    """
+    is_zigzag = task == "zigzag"
     # a recipe: called with a seed it gives (model, tokenizer)
     tiny = TinyModel(tokens=tuple("0123456789>"))
-    estimator = tokenrl.Estimator.preset(args.estimator, beta=args.beta)
+    preset = tokenrl.Estimator.preset(estimator)
     result = tokenrl.train(
-        task=zigzag() if is_zigzag else args.task,
-        reward=args.reward,
-        model=tiny(args.seed) if is_zigzag and args.model is None else args.model,
-        estimator=estimator,
-        lora_r=args.lora_r,
-        max_steps=args.max_steps,
-        prompts_per_step=args.prompts_per_step,
-        num_generations=args.num_generations,
-        learning_rate=args.learning_rate or (5e-4 if is_zigzag and args.model is None else None),
-        seed=args.seed,
-        output_dir=args.output_dir,
-        overwrite=args.overwrite,
+        task=zigzag() if is_zigzag else task,
+        reward=reward,
+        model=tiny(seed) if is_zigzag and model is None else model,
+        estimator=preset,
+        lora_r=lora_r,
+        max_steps=max_steps,
+        prompts_per_step=prompts_per_step,
+        num_generations=8,
+        learning_rate=5e-4 if is_zigzag and model is None else None,
+        seed=seed,
+        output_dir=output_dir,
+        overwrite=overwrite,
     )
-    print(f"bias of the gradient: {estimator.bias_status} ({estimator.bias_reason})")
+    print(f"bias of the gradient: {preset.bias_status} ({preset.bias_reason})")
     for name in ("reward", "reward_greedy"):
         print(f"{name}: {result.eval_before[name]:.3f} -> {result.eval_after[name]:.3f}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

@@ -14,7 +14,6 @@ the folder already are read, not trained again.
 # ///
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +25,6 @@ from tokenrl import load_policy, train
 from tokenrl.runs import read_metrics
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Train both toy environments over seeds, and draw the curves."""
-
-    seeds: int = 5
-    """Runs of each environment."""
-    max_steps: int | None = None
-    """Updates of a run; by default those that the task recommends."""
-    output_dir: Path = Path("runs/turns")
-    """Directory of the runs and of turns.png."""
-
-
 def first_guess(run: Path) -> str:
     """Return the likeliest first guess of a policy, and its probability."""
     policy = load_policy(run / "model")
@@ -47,15 +34,23 @@ def first_guess(run: Path) -> str:
     return f", first guess {policy.tokenizer.decode(token)} with probability {probability:.2f}"
 
 
-def main(args: Arguments) -> None:
-    """Train what is not there yet, print what each seed has learnt, and draw the figure."""
-    steps = {} if args.max_steps is None else {"max_steps": args.max_steps}
+def main(
+    seeds: int = 5, max_steps: int | None = None, output_dir: Path = Path("runs/turns")
+) -> None:
+    """Train both toy environments over seeds, print what each seed has learnt, and draw the curves.
+
+    Args:
+        seeds: Runs of each environment; those that are there already are read.
+        max_steps: Updates of a run; by default those that the task recommends.
+        output_dir: Directory of the runs and of turns.png.
+    """
+    steps = {} if max_steps is None else {"max_steps": max_steps}
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = zip(figure.subplots(1, 2), ("guess_number", "calculator"), strict=True)
     for axes, task in panels:
         curves = []
-        for seed in range(args.seeds):
-            run = args.output_dir / f"{task}_{seed}"
+        for seed in range(seeds):
+            run = output_dir / f"{task}_{seed}"
             if not (run / "summary.json").exists():
                 train(task=task, seed=seed, output_dir=run, eval_every=1000, quiet=True, **steps)
             summary = json.loads((run / "summary.json").read_text())
@@ -75,8 +70,8 @@ def main(args: Arguments) -> None:
             axes.plot(column.mean(axis=0), color=colour, label=label)
         axes.set(title=task, xlabel="step", ylim=(-0.05, 1.05))
         axes.legend()
-    figure.savefig(args.output_dir / "turns.png", dpi=120)
+    figure.savefig(output_dir / "turns.png", dpi=120)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    tyro.cli(main)

@@ -77,8 +77,13 @@ def with_mark(part: str, arm: str) -> str:
 
 def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
     """Return the cells of a table that has a row for each arm."""
+    return by_name("arm", rows, *heads).rename(index="`{}`".format)
+
+
+def by_name(index: str, rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
+    """Return the cells of a table, whose rows have these names."""
     cells = pd.DataFrame.from_dict(rows, orient="index", columns=list(heads))
-    return cells.rename(index="`{}`".format).rename_axis("arm")
+    return cells.rename_axis(index)
 
 
 def rates(axes: Axes, part: str) -> pd.DataFrame:
@@ -125,7 +130,7 @@ def division(axes: Axes, part: str) -> pd.DataFrame:
     judge_cells(axes, areas, rows, 2, "grpo minus grpo_no_std, each at its own rate")
     heads = ["rate without", "rate with", "area, with minus without"]
     heads.append("reward at the last evaluation, with minus without (exploratory)")
-    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("cell")
+    return by_name("cell", rows, *heads)
 
 
 def judge_cells(
@@ -224,7 +229,7 @@ def clipping(axes: Axes, part: str) -> pd.DataFrame:
             rows[cell] = [f"{clip['learning_rate'].iloc[0]:g}", against]
     judge_cells(axes, areas, rows, 1, "area minus that without a ratio, each at its own rate")
     heads = ["own rate", "area against none", "entropy against .2 (exploratory, 95 %)"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("cell")
+    return by_name("cell", rows, *heads)
 
 
 def noise(axes: Axes, part: str) -> pd.DataFrame:
@@ -290,7 +295,7 @@ def lora(axes: Axes, part: str) -> pd.DataFrame:
     axes.legend(fontsize=8, frameon=False)
     heads = ["best rate (95 %)", "ratio to all weights", "area against all weights"]
     heads.append("reward at the end against all weights")
-    return pd.DataFrame.from_dict(rows, orient="index", columns=heads).rename_axis("arm")
+    return by_name("arm", rows, *heads)
 
 
 def actions(axes: Axes, part: str) -> pd.DataFrame:
@@ -347,9 +352,8 @@ def predictions(bases: pd.DataFrame) -> pd.DataFrame:
         outcome = {1: "right", 0: "open", -1: "wrong"}[base.predicted * base.observed]
         cells = [f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, area]
         rows[f"{base.task} {base.base}"] = [*cells, outcome if base.predicted else "none made"]
-    columns = ["reward at the start", "quietest constant", "noise of rloo / none (95 %)"]
-    columns += ["area, rloo minus none (95 %)", "prediction"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("base")
+    heads = ["reward at the start", "quietest constant", "noise of rloo / none (95 %)"]
+    return by_name("base", rows, *heads, "area, rloo minus none (95 %)", "prediction")
 
 
 def areas(part: str) -> pd.Series:

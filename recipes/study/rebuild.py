@@ -1,7 +1,7 @@
 """Makes the tables and figures of the study again from the raw tables; or everything, from nothing.
 
     python recipes/study/rebuild.py                   tables of the pages and figures, in seconds
-    python recipes/study/rebuild.py --from-nothing    says how long the runs take, makes them, then the same
+    python recipes/study/rebuild.py --from-nothing    makes all runs, 19 hours of one processor, then the same
     python recipes/study/rebuild.py --parts 1_sort_digits    the runs of one part, then the same
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
@@ -183,9 +183,6 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         parts: make the runs of these parts first, such as 1_sort_digits.
     """
     if from_nothing:
-        seconds = [pd.read_csv(path)["seconds"].sum() for path in TABLES.glob("*/runs.csv")]
-        hours = sum(seconds) / 3600
-        print(f"The runs took {hours:.1f} hours of one processor where the tables were made.")
         parts = tuple(sorted(path.stem for path in STUDY.glob("[0-9]*.yaml")))
     for part in parts:
         run(part)

@@ -152,10 +152,6 @@ def judge(code: str, code_pretrained: str) -> None:
     bases["predicted"] = side(1 - bases["high"], 1 - bases["low"])
     bases["observed"] = side(bases["mean_low"], bases["mean_high"])
     bases.to_csv(TABLES / "bases.csv", index=False, float_format="%.4g")
-    both = bases[(bases["predicted"] != 0) & (bases["observed"] != 0)]
-    first = np.sign(bases.groupby("task")["mean"].transform("first"))[both.index]
-    print("bases", len(both), "errors of less noise", (both["predicted"] != both["observed"]).sum())
-    print("errors of the sign of the task's first base", (first != both["observed"]).sum())
     measured = pd.read_csv(TABLES / "noise_pretrained.csv")
     outcomes = measured[["ratio", "low", "high"]].copy()
     outcomes.loc[1] = [measured["ratio_1_2"][0], np.nan, np.nan]

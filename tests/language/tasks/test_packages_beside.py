@@ -1,7 +1,8 @@
-"""Tasks of the package reasoning-gym, which is beside this one."""
+"""Two packages beside: rewards with math-verify as they are published for TRL, and tasks of reasoning-gym."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,55 @@ import pytest
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import load_task
+
+
+QUESTION = [
+    {"role": "system", "content": "Think."},
+    {"role": "user", "content": "What is 1/2 + 1/4?"},
+]
+
+
+def accuracy_reward(completions, solution, **kwargs):
+    """As users of TRL write it: None where the solution itself cannot be parsed."""
+    math_verify = pytest.importorskip("math_verify")
+    rewards = []
+    for completion, gold_text in zip(completions, solution, strict=True):
+        gold = math_verify.parse(gold_text)
+        if not gold:
+            rewards.append(None)
+            continue
+        rewards.append(float(math_verify.verify(gold, math_verify.parse(completion[0]["content"]))))
+    return rewards
+
+
+def format_reward(completions, **kwargs):
+    pattern = re.compile(r"<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>", re.DOTALL)
+    return [
+        1.0 if pattern.fullmatch(completion[0]["content"]) else 0.0 for completion in completions
+    ]
+
+
+@pytest.mark.parametrize("timeout", [None, pytest.param(120.0, marks=pytest.mark.slow)])
+def test_a_published_pair_of_rewards_works_without_change(timeout):
+    pytest.importorskip("math_verify")
+    form = "<think>\nhm\n</think>\n<answer>\n{}\n</answer>"
+    texts = [form.format(r"$\frac{3}{4}$"), "$0.75$", form.format("$1$"), r"$\boxed{3/4}$", "$2$"]
+    solution = [
+        r"$\frac{3}{4}$",
+        "$3/4$",
+        r"$\frac{3}{4}$",
+        r"\boxed{\frac{3}{4}}",
+        "no mathematics here",
+    ]
+    rewards = Rewards([accuracy_reward, format_reward], [1.0, 0.5], timeout=timeout)
+    rewards.check_columns(["prompt", "solution"])
+    result = rewards([QUESTION] * 5, texts, [[1]] * 5, {"solution": solution})
+    accuracy = [None if value != value else value for value in result.values[:, 0].tolist()]
+    assert accuracy == [1, 1, 0, 1, None] and result.values[:, 1].tolist() == [1, 0, 1, 0, 0]
+    assert result.total.tolist() == [1.5, 1, 0.5, 1, 0] and result.valid.all()
+
+
+# ---- reasoning-gym ----
 
 
 def test_a_puzzle_is_a_task_with_its_own_score():
