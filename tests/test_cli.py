@@ -412,7 +412,7 @@ def test_no_baseline_for_long_completions_needs_a_flag(capsys):
     long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
     for extra, words in (
         ([], "subtracts no baseline"),
-        (["--allow-no-baseline"], "more than the model's context"),
+        (["--allow-no-baseline"], "leaves no room"),
     ):
         assert main([*long, *extra, "--quiet"]) == 2
         assert words in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_every_recipe_is_in_the_list_with_its_command_and_is_run():
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     here = {command.split()[0] for command in (*EXACT, *TRAINED, *LEARNING)}
-    assert here | {"defaults", "estimators_table"} | ELSEWHERE == set(PROGRAMS)
+    assert here | {"answers", "defaults", "estimators_table"} | ELSEWHERE == set(PROGRAMS)
 
 
 def test_one_page_is_one_page_of_torch_and_core():

@@ -12,7 +12,7 @@ from tokenrl.runs.checkpoint import read_state, write_state
 def through_a_checkpoint(state):
     """A copy of a state; what a checkpoint cannot hold is refused."""
     with tempfile.TemporaryDirectory() as folder:
-        write_state(Path(folder), {"state": state})
+        write_state(Path(folder), {"state": state}, "this test")
         return read_state(Path(folder))["state"]
 
 

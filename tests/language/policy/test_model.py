@@ -88,7 +88,7 @@ def test_too_long_a_prompt_is_refused_with_its_lengths():
     policy = make_policy()
     length = len(policy.encode(LONG))
     assert 32 < length <= 64
-    remedies = "lower max_completion_length .*, give truncate_prompts .--truncate-prompts., which"
+    remedies = f"give max_completion_length {64 - length} or less, give truncate_prompts .--truncate-prompts., which"
     words = rf"^The prompt 'count.* has {length} tokens.*{length + 32}.*context of 64: {remedies}"
     with pytest.raises(Refused, match=words):
         policy.encode_all(["a", LONG], max_completion_length=32)

@@ -178,18 +178,24 @@ SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
 def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
     environments = Environments(Store)
     rows = [{"prompt": prompt, "text": text, "completion": "x"}, {"prompt": read, "text": text}]
-    for row in as_in_episodes(rows, environments):  # added once
+    warnings = []
+    for row in as_in_episodes(rows, environments, warnings.append):  # added once
         assert row["prompt"] == read
-    assert environments.reset(rows[:1], [7])[0].opening == read
+    assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
 
 
-def test_what_reset_draws_is_in_no_demonstration_nor_what_it_cannot_be_asked_for():
+def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, capsys):
     rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
-    assert as_in_episodes(rows, Environments(Store)) == rows
+    warnings = []
+    assert as_in_episodes(rows, Environments(Store), warnings.append) == rows
+    assert warnings[0].startswith("Store.reset draws its text at random")
+    options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
+    sft(task=rows, max_steps=1, batch_size=2, **options)
+    assert "warning: Store.reset draws its text" in " ".join(capsys.readouterr().out.split())
     # gymnasium's interface, and columns that reset cannot take
     for factory in (Guess, {"safe": Store}):
         others = [row | {"environment": "another"} for row in rows]
-        assert as_in_episodes(others, Environments(factory)) == others
+        assert as_in_episodes(others, Environments(factory), warnings.append) == others
 
 
 @pytest.mark.parametrize("reward", [None, [vowel_reward]])
@@ -208,7 +214,7 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
         quiet=True,
         **options,
     )
-    shown = as_in_episodes(rows, Environments(Safe))
+    shown = as_in_episodes(rows, Environments(Safe), str)
     losses = fit(chat_policy(), shown, environments=Environments(Safe), **options)
     assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 

@@ -256,7 +256,7 @@ def test_an_adapter_on_a_warm_start_finds_it_as_its_base_in_its_run(run, tmp_pat
 def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     environments = Environments(Safe)
-    shown = as_in_episodes(rows, environments)
+    shown = as_in_episodes(rows, environments, str)
     losses = fit(
         chat_policy(),
         shown,

@@ -11,7 +11,6 @@ from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import load_task
 
-
 QUESTION = [
     {"role": "system", "content": "Think."},
     {"role": "user", "content": "What is 1/2 + 1/4?"},

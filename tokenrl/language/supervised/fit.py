@@ -218,15 +218,18 @@ def encode_demonstrations(
     return pairs
 
 
-def as_in_episodes(rows: Sequence[Any], environments: Environments) -> list[Any]:
+def as_in_episodes(
+    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
+) -> list[Any]:
     """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
 
     A prompt that holds this text already stays as it is. So does that of a row whose columns `reset` cannot
-    take, or of which it returns another text with another seed.
+    take, and all of them if `reset` returns another text with another seed.
 
     Args:
         rows: demonstrations with a `prompt`, and the columns that `reset` takes.
         environments: where the rows come from.
+        warn: prints that the text depends on the seed.
     """
     opened = [*rows]
     for number, (location, row) in enumerate(with_places(rows)):
@@ -234,7 +237,13 @@ def as_in_episodes(rows: Sequence[Any], environments: Environments) -> list[Any]
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
             text, other = (episode.observation for episode in episodes)
-            if text == other and text not in "\n".join(texts_in(row["prompt"])):
+            if text != other:
+                warn(
+                    f"{episodes[0].name_of('reset')} draws its text at random, so it is not added to "
+                    "demonstrations: their prompts must hold what the policy reads first."
+                )
+                return [*rows]
+            if text not in "\n".join(texts_in(row["prompt"])):
                 opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
     return opened
 

@@ -111,7 +111,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
         if environments is not None:
-            rows = as_in_episodes(rows, environments)
+            rows = as_in_episodes(rows, environments, session.console.warn)
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
