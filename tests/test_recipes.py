@@ -156,7 +156,7 @@ def run(tmp_path, monkeypatch, capsys, handlers):
 
 @pytest.mark.parametrize("command", EXACT)
 def test_what_is_computed_exactly(command, run):
-    run(command, *EXACT[command])
+    assert run(command, *EXACT[command])
 
 
 @pytest.mark.slow

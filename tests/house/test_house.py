@@ -21,31 +21,31 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_300,
-    "core": 20_450,
-    "runs": 28_700,
-    "control": 14_900,
-    "advisor": 3_600,
+    "top": 12_850,
+    "core": 20_300,
+    "runs": 26_450,
+    "control": 14_100,
+    "advisor": 3_550,
     "language": 100,
-    "language/policy": 11_700,
+    "language/policy": 11_050,
     "language/rewards": 13_900,
-    "language/tasks": 10_150,
-    "language/rollout": 24_350,
-    "language/training": 19_600,
-    "language/supervised": 8_100,
-    "language/commands": 4_800,
-    "language/preferences": 7_000,
+    "language/tasks": 9_550,
+    "language/rollout": 27_250,
+    "language/training": 19_150,
+    "language/supervised": 7_450,
+    "language/commands": 4_750,
+    "language/preferences": 6_950,
     "language/evaluation": 4_150,
     "lab": 100,
-    "lab/exact": 16_250,
-    "lab/measure": 5_800,
+    "lab/exact": 15_850,
+    "lab/measure": 5_750,
     "lab/compare": 15_500,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 221_700, 182, 85_200, 259_200, 61_300, 7_600
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 36, 45_900, 44
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_100, 183, 86_500, 241_500, 57_800, 7_600
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 48_150, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
