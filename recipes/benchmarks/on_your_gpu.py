@@ -2,8 +2,8 @@
 
 Nearly all numbers on our pages come from CPUs, so tables from a GPU are welcome: send what this program
 prints as an issue. It downloads nothing: the models have random weights and are made here. It begins
-nothing after ten minutes. Each measurement is a process of its own;
-if it fails, its line says why and the rest goes on.
+no measurement of speed after ten minutes. Each measurement is a process of its own; if it fails, its line
+says why and the rest goes on.
 
 1. Numbers: the same training in float32 (without TF32), with the same seed, on the CPU and on the GPU, for
    three estimators. Rounding alone may lie between them. It can also flip a token, which changes all that
@@ -11,7 +11,8 @@ if it fails, its line says why and the rest goes on.
 2. Precision: how far log-probabilities of the same tokens in TF32 and bfloat16 are from those in float32.
    The logits of random weights are nearly equal, so they are scaled to a standard deviation of 3.
 3. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
-   flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it.
+   flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it. The
+   line below each is tokenrl with `--capture auto`.
    `step_against_trl.py --work gpu-1m` also tries TRL's other settings.
 
     python recipes/benchmarks/on_your_gpu.py | tee table.md
@@ -180,8 +181,13 @@ def main() -> int:
         print_row([name, gaps] if name == "error" else [name, *(f"{gap:.1e}" for gap in gaps)])
     print_heading(COLUMNS, f"Speed of GRPO, {args.steps} steps")
     for name in ["tiny"] if args.tiny else GPU_WORK:
-        if time.monotonic() < ends:
-            print_row(shape_row(name, args, [{"bf16": about["bf16"], "attention": "sdpa"}]))
+        for options in ({}, {"capture": "auto"}):
+            if time.monotonic() > ends:
+                break
+            args.tokenrl = options
+            settings = [] if options else [{"bf16": about["bf16"], "attention": "sdpa"}]
+            row = shape_row(name, args, settings)
+            print_row(["captured", *row[1:]] if options else row)
     return 0
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 12_850,
-    "core": 20_300,
+    "core": 20_400,
     "runs": 26_450,
     "control": 14_100,
     "advisor": 3_550,
@@ -44,7 +44,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_100, 183, 86_500, 241_500, 57_800, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_250, 183, 86_600, 241_900, 57_800, 7_600
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 48_150, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -16,6 +16,7 @@ from tokenrl.core.losses import bounded
 from tokenrl.errors import Refused
 from tokenrl.lab import (
     Perturbation,
+    exact_moments,
     measure_off_policy,
     off_policy_moments,
     perturbed_problem,
@@ -254,3 +255,40 @@ REFUSED = [
 def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(Refused, match=words):
         Estimator(**fields)
+
+
+@pytest.mark.parametrize("importance", ["none", "sequence"])
+def test_the_optimal_baseline_weighs_by_the_squares_of_the_importance_weights(importance):
+    """Least noise of a constant baseline, found on a line, and the mean of the other rows by hand."""
+    problem = perturbed_problem(3, Perturbation(noise=1.0))
+    chances = problem.of_sampler.chances[0]
+    weights = torch.ones_like(chances)
+    if importance == "sequence":
+        weights = problem.chances[0] / chances
+    rewards, norms = problem.totals[0], problem.scores.sum(-2)[0].square().sum(-1)
+    best = float((chances * weights**2 * norms) @ rewards / ((chances * weights**2) @ norms))
+
+    def second_moment(constant):
+        estimator = Estimator(
+            baseline="constant", baseline_constant=constant, importance=importance
+        )
+        return exact_moments(estimator, problem, group_size=1).second
+
+    moments = [second_moment(best + shift) for shift in (-0.1, -1e-3, 0.0, 1e-3, 0.1)]
+    assert moments[2] == min(moments)
+    rows = torch.tensor([0, 4, 7, 11])  # some completions
+    of_tokens = problem.scores[0, rows].square().sum(-1)
+    estimator = Estimator(baseline="optimal", importance=importance)
+    advantages = estimator.advantages(
+        rewards[rows],
+        problem.mask[rows],
+        group_size=4,
+        logprobs=problem.logprobs[0, rows],
+        sampling_logprobs=problem.sampler.logprobs[0, rows],
+        score_norms=of_tokens,
+    ).policy
+    squares = weights[rows] ** 2 * of_tokens.sum(-1)
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        mean = squares[others] @ rewards[rows][others] / squares[others].sum()
+        assert float(advantages[i]) == pytest.approx(float(rewards[rows][i] - mean))

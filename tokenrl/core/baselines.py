@@ -136,7 +136,8 @@ def weighted_by_row(
 
     With the sums of the squared norms of the tokens' scores it estimates `E[|S|^2 R]/E[|S|^2]`, the constant
     baseline of least variance (Greensmith et al. 2004). S is the sum of the scores of a row's tokens; that sum
-    of squares equals |S|^2 in expectation, and in every row when tokens share no parameters.
+    of squares equals |S|^2 in expectation, and in every row when tokens share no parameters. With importance
+    weights w the rows of the gradient are w S, so that the constant is `E[w^2 |S|^2 R]/E[w^2 |S|^2]`.
     """
     weighted, defined = weighted_mean(totals, valid, weights, leave_one_out=leave_one_out)
     plain = rloo if leave_one_out else mean

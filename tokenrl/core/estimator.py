@@ -115,6 +115,7 @@ class Estimator(Axes):
         bootstrap: Float[Tensor, " N"] | None = None,
         greedy_rewards: Float[Tensor, " N"] | None = None,
         score_norms: Float[Tensor, "N T"] | None = None,
+        sampling_logprobs: Float[Tensor, "N T"] | None = None,
         baseline_value: float | Float[Tensor, " *N"] | None = None,
         components: Float[Tensor, "N K"] | None = None,
         component_weights: Float[Tensor, " K"] | None = None,
@@ -137,13 +138,16 @@ class Estimator(Axes):
             group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
             valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
                 and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
-            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward.
+            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward, and beside
+                `sampling_logprobs`.
             ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
             values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
             bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
                 the rewards that were cut off, so an error in it biases the gradient.
             greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
             score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
+            sampling_logprobs: Log-probabilities as the sampler reported them [N, T], for 'optimal' with importance:
+                the scores are those of weighted rows then. None if the policy itself sampled.
             baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
                 a memory of your own: one number, or one for each row [N].
             components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
@@ -161,7 +165,7 @@ class Estimator(Axes):
         """
         from tokenrl.core import advantages as formulas
         from tokenrl.core.returns import token_rewards
-        from tokenrl.core.rows import required
+        from tokenrl.core.rows import required, zero_outside
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
             raise ValueError(
@@ -170,6 +174,13 @@ class Estimator(Axes):
         check_sizes(self, len(mask), group_size)
         mask = mask.bool()
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
+        is_weighted = self.needs_sampling_logprobs and sampling_logprobs is not None
+        if is_weighted and score_norms is not None:
+            of_policy = required("logprobs", logprobs, f"importance {self.importance!r}")
+            of_sampler = required("sampling_logprobs", sampling_logprobs, "importance")
+            live = mask & valid[:, None]
+            weights = self._importance_weights(zero_outside(of_policy - of_sampler, live), live)
+            score_norms = score_norms * weights.square()
         step = formulas.Step(
             rewards, mask, valid, group_size, values, score_norms, greedy_rewards, baseline_value
         )
@@ -253,7 +264,7 @@ class Estimator(Axes):
             Refused: When the estimator needs an input that is missing.
         """
         from tokenrl.core.divergences import kl_in_loss
-        from tokenrl.core.losses import bounded, importance_weights, policy_gain
+        from tokenrl.core.losses import policy_gain
         from tokenrl.core.rows import required, zero_outside
 
         if not logprobs.shape == weights.shape == mask.shape:
@@ -286,8 +297,7 @@ class Estimator(Axes):
         if self.needs_sampling_logprobs:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
-            weight = importance_weights(log_weights, live, self.importance, self.importance_clip)
-            gain = gain * bounded(weight, self.importance_range, masks=self.masks_weights)
+            gain = gain * self._importance_weights(log_weights, live)
         if self.importance_centre:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
         if self.kl_in_loss:
@@ -298,6 +308,15 @@ class Estimator(Axes):
         if self.needs_entropy:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
+
+    def _importance_weights(
+        self, log_weights: Float[Tensor, "N T"], live: Bool[Tensor, "N T"]
+    ) -> Float[Tensor, "N _"]:
+        """Return the importance weights within their bounds, see `losses.importance_weights`."""
+        from tokenrl.core.losses import bounded, importance_weights
+
+        weights = importance_weights(log_weights, live, self.importance, self.importance_clip)
+        return bounded(weights, self.importance_range, masks=self.masks_weights)
 
     def beyond_bounds(
         self,

@@ -255,7 +255,7 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
     columns = {name: _taken(x, completion) for name, x in _columns(problem).items()}
     entropy = columns.pop("entropy")
     token_kl = columns.pop("token_kl")
-    sampling_logprobs = columns.pop("sampling_logprobs")
+    sampling_logprobs = columns["sampling_logprobs"]
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.
     shift = 0.0 if estimator.baseline == "running_mean" else 0.5
     step_terms = partial(

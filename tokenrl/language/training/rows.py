@@ -214,6 +214,7 @@ def loss_terms(
     check_rewards(estimator.objective, rows.rewards, rows.valid)
     of_rewards = ["mask", "valid", "truncated", "turn_rewards", "turns"]
     of_policy = ["logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards"]
+    of_policy.append("sampling_logprobs")
     return estimator.loss_terms(
         rows.rewards,
         group_size=sampling.group_size,
