@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 12_850,
-    "core": 20_400,
+    "core": 20_500,
     "runs": 26_450,
     "control": 14_100,
     "advisor": 3_550,

@@ -350,6 +350,16 @@ class Axes(Settings):
         return 1.0 - self.epsilon, 1.0 + above
 
     @property
+    def importance_options(self) -> dict[str, Any]:
+        """The arguments of `losses.importance_weights` that the axes decide."""
+        return {
+            "importance": self.importance,
+            "clip": self.importance_clip,
+            "bounds": self.importance_range,
+            "masks": self.masks_weights,
+        }
+
+    @property
     def importance_range(self) -> tuple[float, float]:
         """The bounds of an importance weight, 0 and infinity where there is none."""
         return self.importance_floor or 0.0, self.importance_cap or math.inf

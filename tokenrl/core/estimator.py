@@ -124,9 +124,9 @@ class Estimator(Axes):
     ) -> Advantages:
         """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
 
-        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
-        returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
-        with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
+        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward).
+        Means and standard deviations over rows use the rows' total returns, also with the returns
+        'reward_to_go'. Inputs that the chosen axes do not need are ignored.
 
         With `turns`, one instant is a turn instead of a token, see `advantages.Step.in_turns`: gamma, lam,
         `window`, the length of a row and 'token_whiten' then count turns. With returns 'total', gamma 1 and a
@@ -138,25 +138,21 @@ class Estimator(Axes):
             group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
             valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
                 and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
-            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward, and beside
-                `sampling_logprobs`.
+            logprobs: Log-probabilities under the policy [N, T], for a KL in the reward and importance weights.
             ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
             values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
             bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
                 the rewards that were cut off, so an error in it biases the gradient.
             greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
             score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
-            sampling_logprobs: Log-probabilities as the sampler reported them [N, T], for 'optimal' with importance:
-                the scores are those of weighted rows then. None if the policy itself sampled.
+            sampling_logprobs: Those under the sampler [N, T], for 'optimal' with importance weights.
             baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
                 a memory of your own: one number, or one for each row [N].
             components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
                 components 'separate' each column has its own baseline and scale, and `rewards` is ignored.
-            component_weights: Weights by which the advantages of the functions are added [K]; None for 1. GDPO
-                (arXiv 2601.05242) whitens the sum over the step as well, which is a second scale.
-            turns: Number of the turn of each action, from 0 and in order [N, T]; off the mask it may hold
-                anything. A reward off the mask belongs to the last turn that began before it, and to the first
-                turn if none did. The value of a turn is the value at its first token.
+            component_weights: Weights by which the advantages of the functions are added [K]; None for 1.
+            turns: Number of the turn of each action, from 0 and in order [N, T]. A reward off the mask belongs to
+                the last turn that began before it. The value of a turn is the value at its first token.
             max_length: The largest number of actions that a row may have, for overlong_buffer.
 
         Raises:
@@ -165,22 +161,16 @@ class Estimator(Axes):
         """
         from tokenrl.core import advantages as formulas
         from tokenrl.core.returns import token_rewards
-        from tokenrl.core.rows import required, zero_outside
+        from tokenrl.core.rows import required
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
-            raise ValueError(
-                f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}"
-            )
+            raise ValueError(f"rewards {[*rewards.shape]} do not fit the mask {[*mask.shape]}")
         check_sizes(self, len(mask), group_size)
         mask = mask.bool()
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
-        is_weighted = self.needs_sampling_logprobs and sampling_logprobs is not None
-        if is_weighted and score_norms is not None:
-            of_policy = required("logprobs", logprobs, f"importance {self.importance!r}")
-            of_sampler = required("sampling_logprobs", sampling_logprobs, "importance")
-            live = mask & valid[:, None]
-            weights = self._importance_weights(zero_outside(of_policy - of_sampler, live), live)
-            score_norms = score_norms * weights.square()
+        if score_norms is not None and self.needs_sampling_logprobs:
+            both = logprobs, sampling_logprobs
+            score_norms = formulas.weighted_norms(self, score_norms, mask & valid[:, None], *both)
         step = formulas.Step(
             rewards, mask, valid, group_size, values, score_norms, greedy_rewards, baseline_value
         )
@@ -264,7 +254,7 @@ class Estimator(Axes):
             Refused: When the estimator needs an input that is missing.
         """
         from tokenrl.core.divergences import kl_in_loss
-        from tokenrl.core.losses import policy_gain
+        from tokenrl.core.losses import importance_weights, policy_gain
         from tokenrl.core.rows import required, zero_outside
 
         if not logprobs.shape == weights.shape == mask.shape:
@@ -297,7 +287,7 @@ class Estimator(Axes):
         if self.needs_sampling_logprobs:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
-            gain = gain * self._importance_weights(log_weights, live)
+            gain = gain * importance_weights(log_weights, live, **self.importance_options)
         if self.importance_centre:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
         if self.kl_in_loss:
@@ -308,15 +298,6 @@ class Estimator(Axes):
         if self.needs_entropy:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
-
-    def _importance_weights(
-        self, log_weights: Float[Tensor, "N T"], live: Bool[Tensor, "N T"]
-    ) -> Float[Tensor, "N _"]:
-        """Return the importance weights within their bounds, see `losses.importance_weights`."""
-        from tokenrl.core.losses import bounded, importance_weights
-
-        weights = importance_weights(log_weights, live, self.importance, self.importance_clip)
-        return bounded(weights, self.importance_range, masks=self.masks_weights)
 
     def beyond_bounds(
         self,

@@ -161,10 +161,13 @@ def bounded(
 def importance_weights(
     log_weights: Float[Tensor, "N T"],
     live: Bool[Tensor, "N T"],
+    *,
     importance: str,
-    clip: float | None = None,
+    clip: float | None,
+    bounds: tuple[float, float],
+    masks: bool,
 ) -> Float[Tensor, "N _"]:
-    """Return the weight of each token, or one for each row [N, 1], without a gradient and without bounds.
+    """Return the weight of each token, or one for each row [N, 1], within its bounds and without a gradient.
 
     The sampler may be another engine, another precision, an older policy, or the policy at another temperature
     or cut to its most probable tokens. With l the log-probability of a token under the trainer's policy minus
@@ -180,20 +183,20 @@ def importance_weights(
         live: True where the token is an action and its weight in the loss is not 0.
         importance: One of the four.
         clip: c, for 'prefix'; t counts the actions of the row. None for no clip.
+        bounds: The smallest and the largest weight.
+        masks: Whether weights outside of the bounds are 0.
     """
     log_weights = log_weights.detach()
-    if importance == "token":
-        return log_weights.exp()
     if importance == "prefix":
-        of_prefix = log_weights.cumsum(-1)
+        log_weights = log_weights.cumsum(-1)
         if clip is not None:
-            width = clip * live.cumsum(-1).to(of_prefix.dtype).sqrt()
-            of_prefix = of_prefix.clamp(-width, width)
-        return of_prefix.exp()
-    total = log_weights.sum(-1, keepdim=True)
-    if importance == "geometric":
-        total = total / live.sum(-1, keepdim=True).clamp(min=1)
-    return total.exp()
+            width = clip * live.cumsum(-1).to(log_weights.dtype).sqrt()
+            log_weights = log_weights.clamp(-width, width)
+    elif importance != "token":
+        log_weights = log_weights.sum(-1, keepdim=True)
+        if importance == "geometric":
+            log_weights = log_weights / live.sum(-1, keepdim=True).clamp(min=1)
+    return bounded(log_weights.exp(), bounds, masks=masks)
 
 
 def score_centres(
