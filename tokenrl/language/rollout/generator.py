@@ -7,6 +7,7 @@ of processes, and two estimators can be compared on common random numbers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,6 +169,65 @@ class TransformersGenerator:
 
     def close(self) -> None:
         """Do nothing, because the generator has nothing to release."""
+
+
+class LaggedGenerator:
+    """Samples training from a copy of the policy, which gets the policy's weights before each k-th step.
+
+    So do engines of other processes, which sample while an update is made. What is not training, such as an
+    evaluation, is sampled from the policy itself.
+    """
+
+    abilities = Abilities()
+
+    def __init__(
+        self, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0, every: int
+    ) -> None:
+        """Copy the policy's model.
+
+        Args:
+            policy: the policy.
+            rows_at_once: see `TransformersGenerator`.
+            cache: see `TransformersGenerator`.
+            every: k; step s samples from the weights before step `s - (s - 1) % k`.
+        """
+        model = copy.deepcopy(policy.model)
+        lagged = replace(policy, model=model, reference=None, token_steps=None)
+        self._present = TransformersGenerator(policy, rows_at_once, cache)
+        self._lagged = TransformersGenerator(lagged, rows_at_once, cache)
+        self._every = every
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    ) -> Rollout:
+        """Sample completions as `Generator.generate` says; the step of the sampling decides whose weights count."""
+        if not sampling.step:
+            return self._present.generate(prompt_ids, sampling, draws)
+        if (sampling.step - 1) % self._every == 0:
+            for name, weight in _trained(self._present.policy).items():
+                self.state_dict()[name].copy_(weight)
+        return self._lagged.generate(prompt_ids, sampling, draws)
+
+    def sync(self, policy: Policy) -> None:
+        """Do nothing, because the weights are copied when a step samples."""
+
+    def close(self) -> None:
+        """Do nothing, because there is nothing to release."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of the copy that training changes, which a continuation samples from."""
+        return _trained(self._lagged.policy)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Sample from saved weights on."""
+        for name, weight in self.state_dict().items():
+            weight.copy_(state[name])
+
+
+def _trained(policy: Policy) -> dict[str, Tensor]:
+    """Return the weights that are trained, by name, without autograd."""
+    named = policy.model.named_parameters()
+    return {name: weight.detach() for name, weight in named if weight.requires_grad}
 
 
 def _decode(

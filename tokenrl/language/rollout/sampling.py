@@ -49,7 +49,7 @@ class Sampling(Distribution):
             is part of the policy: completions are sampled and scored under the same distribution.
         seed: seed of the random numbers, from 0 to 2**60 - 1. Code that samples also names a stream (see
             `STREAMS`), so that different purposes with one seed use different numbers.
-        step: step of the run, at least 0. Training draws new random numbers in each step.
+        step: step of a training that samples, from 1, which draws new random numbers; else 0.
         truncate_prompts: drop tokens from the left of prompts that are too long, instead of refusing them.
         keep_score_norms: also return the squared norms of the scores, which the optimal baselines read. What
             a generator cannot return is left to a scoring pass.

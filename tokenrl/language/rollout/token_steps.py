@@ -157,7 +157,7 @@ class TokenSteps:
             step = TokenStep(decoder, rows, columns, uniforms)
             if step.nbytes > self._limit:
                 return None
-            if step.nbytes + sum(other.nbytes for other in self._steps.values()) > self._limit:
+            if step.nbytes + sum(bucket.nbytes for bucket in self._steps.values()) > self._limit:
                 self._steps.clear()
             self._steps[key] = step
         return self._steps[key]

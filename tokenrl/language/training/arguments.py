@@ -46,6 +46,10 @@ class SamplingArguments(Distribution, group="sampling"):
     """GiB for keys and values. With transformers: what rows of episodes keep of earlier turns; what does not
     fit is read again in each turn. With vllm: all; rows that do not fit wait, and it bounds the length of
     prompt and completion together."""
+    sync_every: Count = 1
+    """Steps for which the weights that sample training stay the same: with 4 a rollout is of weights that are up
+    to 3 steps old, as where sampling and training overlap. Then they are a copy, which needs transformers as
+    generator. An importance of the estimator corrects for them; evaluations are of the present weights."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     capture: Literal["auto", "no"] = "no"

@@ -40,6 +40,7 @@ from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
     Abilities,
     Generator,
+    LaggedGenerator,
     TransformersGenerator,
     abilities_of,
 )
@@ -47,6 +48,7 @@ from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_devi
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores, Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
@@ -68,9 +70,12 @@ def engine_name(engine: Any) -> str:
     return str(getattr(engine, "__name__", engine))
 
 
-def engine_of(engine: Any, cache: float) -> MakeGenerator:
-    """Return what makes a generator by its name, of a policy and the most completions at once; `cache` is in GiB."""
-    engine = named_engine(engine)
+def engine_of(args: TrainArguments) -> MakeGenerator:
+    """Return what makes the generator of a run, of a policy and the most completions at once."""
+    engine = named_engine(args.generator)
+    cache = args.generator_cache
+    if args.sync_every > 1:
+        return partial(LaggedGenerator, cache=cache, every=args.sync_every)
     if engine in ENGINES.values():
         return partial(getattr(engine, "start", engine), cache=cache)
     return engine  # type: ignore[no-any-return]

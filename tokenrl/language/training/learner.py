@@ -17,7 +17,11 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.generator import (
+    Generator,
+    LaggedGenerator,
+    TransformersGenerator,
+)
 from tokenrl.language.rollout.rollout import Rollout, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
@@ -291,7 +295,12 @@ class Learner:
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
         parts = {"optimizer": self.optimizer}
-        return parts if self.critic is None else parts | {"critic": self.critic}
+        if self.critic is not None:
+            parts["critic"] = self.critic
+        engine = getattr(self.generator, "engine", None)
+        if isinstance(engine, LaggedGenerator):
+            parts["sampler"] = engine
+        return parts
 
 
 def check_vocabulary(estimator: Estimator, policy: Policy) -> None:

@@ -194,7 +194,7 @@ def _prepare(
     threads, reason = choose_threads(policy.size, args.threads)
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
-        engine = engine_of(args.generator, args.generator_cache)
+        engine = engine_of(args)
         turns = rewards.environments is not None
         learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
     policy.sampling = distribution_of(learner.sampling)
@@ -294,7 +294,7 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     evaluation = run.evaluator.evaluate(
         run.task.eval_prompts,
         run.rewards,
-        replace(learner.sampling, num_generations=count, step=step),
+        replace(learner.sampling, num_generations=count),
         (count,) if count else (),
     )
     run.eval_seconds = time.perf_counter() - began

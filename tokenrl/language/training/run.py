@@ -205,6 +205,11 @@ class TrainingRun:
             facts["sampling"] = (
                 f"by {engine}, with random numbers of its own: the run is not bit-exact"
             )
+        if self.args.sync_every > 1:
+            facts["sampling"] = (
+                f"from weights up to {self.args.sync_every - 1} steps old; estimator off-policy: "
+                f"{self.args.estimator.off_policy_status}"
+            )
         return {**facts, **self.learner.forward.scoring.remarks}
 
 

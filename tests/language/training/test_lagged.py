@@ -1,0 +1,80 @@
+"""`sync_every`: training samples from weights of earlier steps, evaluations from the present ones."""
+
+import json
+
+import pytest
+import torch
+from tiny_environments import Guess
+from tiny_models import make_policy, make_task
+
+from tokenrl import Estimator, evaluate, train
+from tokenrl.errors import Refused
+from tokenrl.language.rollout.generator import LaggedGenerator, TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+
+SIZES = {"prompts_per_step": 4, "num_generations": 2, "max_completion_length": 5, "seed": 2}
+SIZES |= {"learning_rate": 3e-3, "eval_every": 0, "eval_generations": 1, "cpu": True, "quiet": True}
+
+
+def trained(folder, **options):
+    options = SIZES | {"model": make_policy(), "task": make_task(), "max_steps": 6} | options
+    result = train(output_dir=folder, **options)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return result, [json.loads(line) for line in lines]
+
+
+def gaps(rows):
+    return [row["sampling/logp_difference/mean"] for row in rows if row["step"]]
+
+
+def test_each_third_step_samples_from_the_present_weights(tmp_path):
+    run, rows = trained(tmp_path / "lagged", sync_every=3, estimator="rloo,importance=sequence")
+    for step, gap in enumerate(gaps(rows), start=1):
+        assert (gap < 1e-6) == (step % 3 == 1), step
+    _, present = trained(tmp_path / "present")
+    assert max(gaps(present)) < 1e-6 and rows[2] != present[2]
+    # of the last weights, whatever the copy holds
+    final = evaluate(model=tmp_path / "lagged", task=make_task(), num_generations=1, seed=2)
+    assert final.metrics["reward"] == pytest.approx(run.eval_after["reward"])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_continuation_samples_from_the_saved_copy(precision, tmp_path):
+    options = {"sync_every": 2, "mixed_precision": precision, "lr_scheduler_type": "constant"}
+    _, whole = trained(tmp_path / "whole", **options)
+    trained(tmp_path / "parts", max_steps=3, **options)
+    _, rows = trained(tmp_path / "parts", resume="auto", **options)
+    assert rows[-3:] == whole[-3:]
+
+
+def test_an_adapter_and_episodes_are_sampled_from_the_copy_too(tmp_path):
+    for name, options in (("lora", {"lora_r": 2}), ("episodes", {"environment": Guess})):
+        _, rows = trained(tmp_path / name, sync_every=2, max_steps=2, **options)
+        first, second = gaps(rows)
+        assert first < 1e-6 < second, name
+
+
+def test_the_step_of_the_sampling_decides():
+    policy = make_policy()
+    engine = LaggedGenerator(policy, every=2)
+    prompts, draws = [[5, 6, 7]], torch.rand(2, 4, dtype=torch.float64)
+
+    def same(step):
+        sampling = Sampling(4, 2, step=step)
+        mine = engine.generate(prompts, sampling, draws)
+        present = TransformersGenerator(policy).generate(prompts, sampling, draws)
+        return torch.equal(mine.logprobs, present.logprobs)
+
+    assert same(1)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.1)
+    assert not same(2) and same(0) and same(3) and same(4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"generator": "vllm"}, {"estimator": Estimator.preset("remax")}]
+)
+def test_what_cannot_lag_is_refused(options, tmp_path):
+    with pytest.raises(Refused, match="sync_every was given as 2; weights of earlier steps"):
+        trained(tmp_path / "run", sync_every=2, **options)
