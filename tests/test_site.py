@@ -20,6 +20,80 @@ ROOT = Path(__file__).parents[1]
 SITE, PAGES = ROOT / "recipes" / "site", ROOT / "recipes" / "pages"
 FILES = sorted(path.relative_to(ROOT) for path in PAGES.rglob("*.md"))
 SIZES = [(1280, 900), (390, 800)]
+ERRANDS = {
+    "guides/choose.html": (
+        "which estimator should I take",
+        "what algorithm is best for me, and why?",
+        "which estimator for one completion per prompt",
+        "choose",
+    ),
+    "guides/choose.html#passk": ("which estimator for pass@k", "pass@k"),
+    "guides/choose.html#agents": ("which estimator for agents", "agents"),
+    "guides/read_a_run.html": (
+        "my reward stays 0",
+        "why does the model not learn anything?",
+        "loss is zero",
+        "zero",
+    ),
+    "tutorials/own_task.html": (
+        "train on my CSV",
+        "train on my CSV with a reward in Python",
+        "how do I use my own dataset?",
+        "csv",
+        "dataset",
+    ),
+    "2_division.html": (
+        "what does GRPO's std do",
+        "why divide by the standard deviation",
+        "std",
+        "normalise",
+    ),
+    "guides/resume.html": (
+        "resume after a kill",
+        "my job was interrupted, how do I continue?",
+        "resume",
+        "kill",
+        "chekpoint",
+    ),
+    "reference/run_directory.html": (
+        "what is in each file of a run",
+        "what do the output files contain",
+        "files",
+        "summary.json",
+    ),
+    "guides/gpu.html": (
+        "use a GPU or a Mac",
+        "does it run on Apple silicon?",
+        "gpu",
+        "mac",
+        "cuda",
+    ),
+    "estimators.html#a-baseline-of-your-own": (
+        "add my own baseline and check its bias",
+        "how do I write a custom baseline and test if it is biased?",
+        "baseline",
+        "bias",
+    ),
+    "explain/distillation.html": (
+        "distil from a teacher",
+        "how do I distill a large model into a small one?",
+        "teacher",
+        "distillation",
+    ),
+    "tutorials/tools.html": (
+        "an environment of several turns with a tool",
+        "multi-turn agent with tool calls",
+        "tool",
+        "environment",
+    ),
+    "answers/positives.html": ("is negative-only better?",),
+    "answers/verifier.html": ("noisy reward",),
+    "answers/teacher_context.html": ("self-distillation",),
+    "reference/train.html": ("flag that bounds completions",),
+    "guides/compare.html": ("how many seeds",),
+    "reference/metrics.html": ("units of metrics",),
+}
+"""The pages that answer what a new user types into the search, as a question and in other words."""
 
 
 @pytest.mark.skipif(
@@ -124,6 +198,25 @@ def test_the_site_works_in_a_browser_and_asks_no_other_machine(site, home, brows
         page.close()
     assert [url for url in requests if not url.startswith((home, "data:", "blob:"))] == []
     assert [text for kind, text in messages if kind == "error"] == []
+
+
+@pytest.mark.slow
+def test_the_search_leads_to_the_page_that_answers(home, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(home, wait_until="networkidle")
+    page.keyboard.press("Control+k")
+    box, results = page.get_by_role("combobox", name="Search"), page.get_by_role("option")
+    missed = []
+    for right, wordings in ERRANDS.items():
+        for words in wordings:
+            box.fill("", timeout=10_000)
+            results.first.wait_for(state="detached", timeout=10_000)
+            box.fill(words)
+            results.first.wait_for(timeout=10_000)
+            first = [link.get_attribute("href") for link in results.all()[:3]]
+            if not any(right in link for link in first):
+                missed.append((words, right, first))
+    assert missed == []
 
 
 @pytest.mark.slow

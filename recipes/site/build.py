@@ -145,12 +145,15 @@ def replace_search(site: Path, asked: dict[str, str]) -> None:
 
 
 def titles(pages: list[Path], docs: Path) -> list[str]:
-    """Return a line of llms.txt for each page: its title as a link."""
+    """Return a line of llms.txt for each page: its title as a link, and its first sentence."""
     lines = []
     for path in pages:
         text = (docs / path).read_text(encoding="utf-8")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        lines.append(f"- [{title[1] if title else path.stem}]({path})")
+        sentence = re.search(r"^[A-Z][^\n#|]+?\.(?= |$)", text.partition("\n\n")[2], re.MULTILINE)
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence[0]) if sentence else ""
+        about = f": {plain}" if plain else ""
+        lines.append(f"- [{title[1] if title else path.stem}]({path}){about}")
     return lines
 
 
