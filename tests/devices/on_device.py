@@ -20,7 +20,7 @@ import pretended
 
 import tokenrl
 from tokenrl.language.policy import loading
-from tokenrl.language.rollout import forward
+from tokenrl.language.rollout import forward, token_steps
 from tokenrl.runs import markup
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
@@ -94,6 +94,18 @@ COMMON = {
 }
 
 
+made: list[Any] = []
+"""The buckets into which the present run has loaded batches."""
+
+
+def loading_into(load: Callable[..., None]) -> Callable[..., None]:
+    def recorded(step: Any, decoder: Any) -> None:
+        made.append(step)
+        load(step, decoder)
+
+    return recorded
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -103,10 +115,11 @@ def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     """Train; return the rows of metrics and the waits of the last step but one."""
     marks: list[dict[str, int]] = []
     options = {name: value for name, value in (COMMON | options).items() if value is not None}
+    made.clear()
     callback = lambda step, metrics: marks.append(dict(pretended.waits))  # noqa: E731
     result = tokenrl.train(**options, output_dir=folder, cpu=cpu, callback=callback)
     assert (result.policy.device.type == pretended.NAME) != cpu
-    assert (result.policy.token_steps is not None) == (not cpu and "capture" in options)
+    assert bool(made) == (not cpu and "capture" in options)
     rows = []
     waits: dict[str, int] = {}
     if not options.get("check"):
@@ -218,6 +231,7 @@ def main() -> None:
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
     pretended.begin(kind)
     forward.CAPTURING = (pretended.NAME,)  # without a graph
+    token_steps.TokenStep.load = loading_into(token_steps.TokenStep.load)
     for name in names:
         results[name]["device"] = attempted(name, Path(root, f"{name} device"), False)
         print(json.dumps({"name": name, **results[name]}), flush=True)

@@ -109,8 +109,6 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
     biases = [off_policy_moments(last, problem)[0].relative_bias for problem in problems]
     numbers = [records[-1]["policy_bias"], records[-1]["worst_policy_bias"]]
     assert numbers == pytest.approx([median(biases), max(biases)], abs=1e-9)
-    assert main(["lab", "exact", "--sampler", "top_p=0.9"]) == 0
-    assert "No weight brings back the rest" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
