@@ -5,16 +5,21 @@ of them alone, so pairs are correlated by one half. A table holds many studies, 
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import pytest
 
 from tokenrl.lab import judge_scores
-from tokenrl.lab.compare.judgement import Family
+from tokenrl.lab.compare.intervals import detectable_difference, level_of
+from tokenrl.lab.compare.judgement import Family, PairedDifference
 
 COMPARISONS = 3
 SEEDS = {6: 300, 10: 300, 20: 150}
 """Studies by number of seeds."""
+SD = math.sqrt(2)
+"""Standard deviation of a paired difference, where what concerns each arm alone has a deviation of 1."""
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -33,15 +38,79 @@ def judge(scores: np.ndarray, **options: object) -> tuple[Family, ...]:
     return judge_scores(table, **options).families
 
 
+def judged(
+    seeds: int,
+    studies: int,
+    *,
+    above: float = 0.0,
+    noise: Callable = normal,
+    stream: int = 0,
+    **options: object,
+) -> tuple[Family, ...]:
+    """Judge studies in which three arms are truly better than the reference by the same amount."""
+    rng = np.random.default_rng([seeds, stream])
+    shared = rng.standard_normal((studies, 1, seeds))
+    scores = shared + noise(rng, (studies, 1 + COMPARISONS, seeds))
+    scores[:, 1:] += above
+    return judge(scores, **options)
+
+
+def each(families: tuple[Family, ...], predicate: Callable[[PairedDifference], bool]) -> np.ndarray:
+    """Whether something holds, by study and comparison."""
+    return np.array(
+        [[predicate(d) for d in family.differences] for family in families], dtype=float
+    )
+
+
+def share(values: np.ndarray) -> tuple[float, float]:
+    """Mean over all comparisons with its standard error; comparisons within a study are not independent."""
+    return float(values.mean()), float(values.mean(-1).std(ddof=1) / math.sqrt(len(values)))
+
+
+def differs(d: PairedDifference) -> bool:
+    return d.verdict in ("better", "worse")
+
+
+def error(studies: int) -> float:
+    return math.sqrt(0.05 * 0.95 / studies)
+
+
+@lru_cache
+def alike(seeds: int, noise: Callable) -> tuple[Family, ...]:
+    return judged(seeds, SEEDS[seeds], noise=noise)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [normal, lognormal])
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_arms_that_are_the_same_are_found_different_in_at_most_one_family_in_twenty(seeds, noise):
-    rng = np.random.default_rng([seeds, 0])
-    shared = rng.standard_normal((SEEDS[seeds], 1, seeds))
-    same = judge(shared + noise(rng, (SEEDS[seeds], 1 + COMPARISONS, seeds)))
-    wrong = [any(d.verdict in ("better", "worse") for d in study.differences) for study in same]
-    assert np.mean(wrong) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / len(same))
+    same = alike(seeds, noise)
+    assert each(same, differs).any(-1).mean() <= 0.05 + 2 * error(len(same))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_intervals_cover_the_true_difference_and_the_detectable_one_is_found(seeds):
+    same = alike(seeds, normal)
+    covered, spread = share(each(same, lambda d: d.mean.low <= 0 <= d.mean.high))
+    assert covered == pytest.approx(0.95, abs=3 * spread)
+    adjusted, spread = share(each(same, lambda d: d.adjusted.low <= 0 <= d.adjusted.high))
+    assert adjusted == pytest.approx(level_of(COMPARISONS), abs=3 * spread + 0.005)
+    least = detectable_difference(seeds, SD, COMPARISONS)
+    apart = judged(seeds, SEEDS[seeds], above=least, stream=1)
+    power, spread = share(each(apart, lambda d: d.verdict == "better"))
+    assert power == pytest.approx(0.8, abs=3 * spread)
+    assert not each(apart, lambda d: d.verdict == "worse").any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_equivalence_is_hardly_ever_wrong(seeds):
+    margin = 1.3 * detectable_difference(seeds, SD, COMPARISONS)
+    at_margin = judged(seeds, SEEDS[seeds], above=margin, margin=margin, stream=3)
+    assert each(at_margin, lambda d: d.verdict == "equivalent").any(-1).mean() <= 0.05 + 2 * error(
+        150
+    )
 
 
 CEILING = {6: 0.9**6, 10: 1.0, 20: 0.99}
