@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tiny_environments import Guess
-from tiny_models import make_policy, make_task
+from tiny_models import make_policy, make_task, quickly
 
 from tokenrl import Estimator, evaluate, train
 from tokenrl.errors import Refused
@@ -38,7 +38,7 @@ def test_each_third_step_samples_from_the_present_weights(tmp_path):
     assert final.metrics["reward"] == pytest.approx(run.eval_after["reward"])
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", quickly(["no", "bf16"], ["bf16"]))
 def test_a_continuation_samples_from_the_saved_copy(precision, tmp_path):
     options = {"sync_every": 2, "mixed_precision": precision, "lr_scheduler_type": "constant"}
     _, whole = trained(tmp_path / "whole", **options)
@@ -47,6 +47,7 @@ def test_a_continuation_samples_from_the_saved_copy(precision, tmp_path):
     assert rows[-3:] == whole[-3:]
 
 
+@pytest.mark.slow
 def test_an_adapter_and_episodes_are_sampled_from_the_copy_too(tmp_path):
     for name, options in (("lora", {"lora_r": 2}), ("episodes", {"environment": Guess})):
         _, rows = trained(tmp_path / name, sync_every=2, max_steps=2, **options)
