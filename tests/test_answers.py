@@ -150,6 +150,23 @@ def test_the_tokens_that_are_kept_have_the_highest_entropies(recipe, share):
         assert above < share  # no threshold above it keeps enough
 
 
+@pytest.mark.parametrize("lag", [1, 4])
+def test_a_sampler_that_is_behind_biases_rloo_as_loops_say(recipe, lag):
+    problem = recipe["lagged_problem"](0, lag)
+    sampled = problem.sampler.logprobs.sum(-1)[0].exp()
+    rewards, scores = problem.totals[0], problem.scores.sum(-2)[0]
+    ratios = problem.chances[0] / sampled
+    assert float(sampled.sum()) == pytest.approx(1)
+    for importance, weights in (("none", torch.ones_like(ratios)), ("sequence", ratios)):
+        mean = torch.zeros_like(scores[0])
+        for i, j in itertools.product(range(len(rewards)), repeat=2):
+            mean += sampled[i] * sampled[j] * weights[i] * (rewards[i] - rewards[j]) * scores[i]
+        estimator = recipe["Estimator"](importance=importance)
+        moments, _ = recipe["off_policy_moments"](estimator, problem)
+        torch.testing.assert_close(moments.mean[0], mean)
+        assert (moments.relative_bias < 1e-9) == (importance == "sequence")
+
+
 @pytest.mark.slow
 def test_the_pages_show_what_the_program_prints(recipe, capsys, monkeypatch):
     """Each number of a table of a page is printed, rounded to as many digits."""
@@ -164,3 +181,16 @@ def test_the_pages_show_what_the_program_prints(recipe, capsys, monkeypatch):
                 for number in re.findall(r"(?<![\d.])-?\d*\.\d+", cell):
                     digits = len(number.partition(".")[2])
                     assert any(round(x, digits) == float(number) for x in printed), (page, cell)
+    recipe["main"](("stale",))
+    out = capsys.readouterr().out
+    table = re.findall(
+        r"^\| (\d+) steps? \| (\S+) \((\S+)\) \| (\S+) \((\S+)\) \| (\S+) \((\S+)\)",
+        (PAGES.parent / "off_policy.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(table) == 3
+    for behind, *cells in table:
+        rows = re.findall(
+            rf"^{behind} steps, .* (\d\.\d+) +(\d+\.\d+) +\d+\.\d+$", out, re.MULTILINE
+        )
+        assert [float(x) for x in cells] == [float(x) for pair in rows[:3] for x in pair]

@@ -29,12 +29,26 @@ import tyro
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.lab import Moments, Problem, exact_moments, tabular_problem
+from tokenrl.lab import (
+    Moments,
+    Problem,
+    exact_moments,
+    off_policy_moments,
+    tabular_problem,
+)
 
 PARAMETERS = 4
 GROUP = 4
 MOST = 8
 """The most completions of a prompt that are sampled until one is right and one is wrong."""
+ASCENT = 0.2
+"""Length of a step of gradient ascent in the space of the logits."""
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "no correction": {},
+    "weights of tokens": {"importance": "token"},
+    "weights of sequences, cap 2": {"importance": "sequence", "importance_cap": 2.0},
+    "weights of sequences": {"importance": "sequence"},
+}
 Rewards = tuple[float, ...]
 Weights = Callable[[Rewards], Sequence[float]]
 
@@ -327,12 +341,36 @@ def most_uncertain(problem: Problem, share: float) -> Tensor:
     return (entropy >= least).double() * problem.mask
 
 
+def lagged_problem(seed: int, lag: int) -> Problem:
+    """Return the policy after `lag` steps of gradient ascent, sampled from the policy before them."""
+    draw = torch.Generator().manual_seed(3000 + seed)
+    before = torch.randn(7, 3, generator=draw, dtype=torch.double)  # of seven prefixes
+    logits = before
+    for _ in range(lag):
+        slope = tabular_problem(seed, logits=logits).gradient().reshape(logits.shape)
+        logits = logits + ASCENT * slope / slope.norm()
+    return tabular_problem(seed, logits=logits, sampler=lambda z: before.expand(z.shape))
+
+
+def stale(problems: int) -> None:
+    """A sampler with the weights of earlier steps: what corrections leave, by the number of steps."""
+    head("A sampler that is some steps behind", "bias", "worst", "noise", width=44)
+    for lag in (1, 4, 16):
+        listed = [lagged_problem(seed, lag) for seed in range(problems)]
+        for name, fields in CORRECTIONS.items():
+            moments = [off_policy_moments(Estimator(**fields), problem)[0] for problem in listed]
+            biases = [m.relative_bias for m in moments]
+            noises = [m.noise for m in moments]
+            row(f"{lag} steps, {name}", [biases, [max(biases)], noises], width=44)
+
+
 SECTIONS: dict[str, Callable[[int], None]] = {
     "signs": signs,
     "verifier": verifier,
     "adaptive": adaptive,
     "informed": informed,
     "entropies": entropies,
+    "stale": stale,
 }
 
 
