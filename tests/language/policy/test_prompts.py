@@ -150,17 +150,6 @@ QUICK = {
 }
 
 
-# ---- special tokens in a prompt, and what a model writes ----
-
-QUICK = {
-    "max_steps": 1,
-    "prompts_per_step": 2,
-    "num_generations": 2,
-    "eval_generations": 0,
-    "cpu": True,
-}
-
-
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):
     model, words = str(saved(kind="chat")), 'contains "<eos>"'
     assert (

@@ -124,8 +124,7 @@ def check_token_steps(policy: Policy, *, hidden: bool = False) -> str:
             raise WrongRollout("its cache does not keep all tokens")
         trial = Trial.of(policy, rollout, hidden=hidden)
         trial.compare("sampling in fixed memory", rollout.sampling_logprobs, rollout.hidden)
-        is_exact = trial.tolerances[0] <= TOLERANCES[torch.float32][0]
-        if is_exact and not torch.equal(rollout.completion_ids, plain.completion_ids):
+        if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
             raise WrongRollout("sampling in fixed memory draws other tokens")
 
     fault = "its cache is only handed back to it"
@@ -311,6 +310,11 @@ class Trial:
         types = {parameter.dtype for parameter in self.policy.model.parameters()}
         return max(TOLERANCES.get(dtype, COARSE) for dtype in types)
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether some weights are in half precision or quantised."""
+        return self.tolerances[0] > TOLERANCES[torch.float32][0]
+
     def score(self, model: nn.Module, scoring: Scoring) -> None:
         """Score what was sampled, and compare values and gradient with those of each row alone."""
         name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
@@ -332,8 +336,6 @@ class Trial:
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
-        # In half precision a mixture of experts may send a few tokens elsewhere: their mean is compared then.
-        is_coarse = limit > TOLERANCES[torch.float32][0]
         logprobs = logprobs.detach().to(self.logprobs.device)
         off_mask = ~self.rollout.mask.to(self.logprobs.device)  # of rows that have ended early
         difference = (logprobs - self.logprobs).abs().masked_fill(off_mask, 0)
@@ -343,7 +345,8 @@ class Trial:
             errors["hidden states"] = off / self.hidden.float().std()
         for quantity, error in errors.items():
             largest = error.view(2, -1)
-            if is_coarse:
+            # A mixture of experts may send a few tokens elsewhere: their mean is compared then.
+            if self.is_coarse:
                 largest = largest.mean(dim=1)
             worst = float(largest.max())
             if not worst <= limit:

@@ -22,14 +22,14 @@ from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
 from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.token_steps import FixedDecoder
+from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.policy.stops import StopStrings
 
 LOOK_EVERY = {"cpu": 1}
-"""Tokens of a completion that a device samples between two looks at which rows are left; 8 by default. A look
+"""Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
 waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
 
 NOT_FINITE = (
@@ -189,10 +189,10 @@ class LaggedGenerator:
             policy: the policy.
             rows_at_once: see `TransformersGenerator`.
             cache: see `TransformersGenerator`.
-            every: k; step s samples from the weights before step `s - (s - 1) % k`.
+            every: k, 2 or more; step s samples from the weights before step `s - (s - 1) % k`.
         """
         model = copy.deepcopy(policy.model)
-        lagged = replace(policy, model=model, reference=None, token_steps=None)
+        lagged = replace(policy, model=model, reference=None)
         self._present = TransformersGenerator(policy, rows_at_once, cache)
         self._lagged = TransformersGenerator(lagged, rows_at_once, cache)
         self._every = every
@@ -201,12 +201,10 @@ class LaggedGenerator:
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; the step of the sampling decides whose weights count."""
-        if not sampling.step:
-            return self._present.generate(prompt_ids, sampling, draws)
-        if (sampling.step - 1) % self._every == 0:
-            for name, weight in _trained(self._present.policy).items():
-                self.state_dict()[name].copy_(weight)
-        return self._lagged.generate(prompt_ids, sampling, draws)
+        if (sampling.step - 1) % self._every == 0:  # never at step 0, as k is 2 or more
+            self.load_state_dict(_trained(self._present.policy))
+        engine = self._lagged if sampling.step else self._present
+        return engine.generate(prompt_ids, sampling, draws)
 
     def sync(self, policy: Policy) -> None:
         """Do nothing, because the weights are copied when a step samples."""
@@ -251,7 +249,7 @@ def _decode(
     tokens = _Tokens(len(prompt_index), length, policy)
     batch = torch.arange(len(prompt_index))  # rows that are still in the batch
     rows = to_device(batch, device)
-    look_every = LOOK_EVERY.get(device.type, 8)
+    look_every = LOOK_EVERY.get(device.type, WINDOW)
     for start in range(0, length, look_every):
         end = min(start + look_every, length)
         uniforms = None if draws is None else draws[rows, start:end]

@@ -38,7 +38,7 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.supervised.fit import check_trainable, fit
 from tokenrl.runs.files import atomic_directory, writing
@@ -92,7 +92,7 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
     Args:
         source: the policy, the pair or the name.
         args: how a named model is loaded.
-        weights: whether the weights of a named model are loaded; those of an adapter always are.
+        weights: whether the weights of a named model are loaded.
 
     Raises:
         Refused: the model cannot be loaded.
@@ -101,16 +101,30 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    if weights:
+        return load_policy(source, dtype=args.dtype, **trust)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import find_adapter_config_file
 
-    trust = args.trust_remote_code
     name = find_model(source)
-    with loading("causal language model", name, trust_remote_code=trust):
-        if not weights and not find_adapter_config_file(name):
-            policy = wrap(*_shapes(name, trust), source=name)
-            policy.ask(PromptArguments(**saved_form(source)))
-            return policy
-    return load_policy(source, dtype=args.dtype, trust_remote_code=trust)
+    base: str = name
+    revision: Any = None
+    with loading("causal language model", name, **trust):
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+        adapter = find_adapter_config_file(name)
+        if adapter:
+            base, revision = base_named(name, args.trust_remote_code)
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(base, revision=revision, **trust)
+            model = AutoModelForCausalLM.from_config(config, **trust)
+            if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with suppress(OSError):  # a model may have none
+            model.generation_config = GenerationConfig.from_pretrained(base, revision=revision)
+        policy = wrap(model, tokenizer, source=name)
+    policy.ask(PromptArguments(**saved_form(source)))
+    return policy
 
 
 def with_own_weights(policy: Policy, source: Any) -> Policy:
@@ -118,20 +132,6 @@ def with_own_weights(policy: Policy, source: Any) -> Policy:
     if isinstance(source, str | None):
         return policy
     return replace(policy, model=copy.deepcopy(policy.model))
-
-
-def _shapes(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return a saved model without weights, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, **trust)
-        model = AutoModelForCausalLM.from_config(config, **trust)
-    with suppress(OSError):  # a model may have none
-        model.generation_config = GenerationConfig.from_pretrained(name)
-    return model, tokenizer
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:

@@ -36,6 +36,7 @@ from tokenrl.language.supervised.fit import (
 from tokenrl.language.tasks.held_out import (
     counted,
     division_of,
+    prompt_keys,
     smaller_evaluation,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -99,8 +100,11 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         task, rewards = find_task(choices, whole=True)
         rows = demonstrations(task, choices.completion_column)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
-        first = {"demonstrations": counted(rows), "seed": choices.seed}
-        first |= {"run": session.directory}
+        first = {
+            "demonstrations": counted(prompt_keys(rows)),
+            "seed": choices.seed,
+            "run": session.directory,
+        }
         session.console.start(f"tokenrl sft: {name}", first, note=LOSS_NOTE)
         session.console.note("loading the model ...")
         policy = load_base(choices, task, session.console.note)

@@ -174,14 +174,15 @@ def division(
         A line for the header. And warnings: that a tenth of the held-out rows has prompts that are trained on
         too, of which there are several, or that other than `eval_size` rows are there.
     """
-    line = f"{counted(train, noun)} to train on, {counted(held_out, noun)} held out"
+    trained, evaluated = map(prompt_keys, (train, held_out))
+    line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out"
     if divided:
         line += ", as the data has no split to evaluate on (--eval-size)"
     count = len(held_out)
-    trained = {prompt_key(row["prompt"]) for row in train}
-    repeated = sum(prompt_key(row["prompt"]) in trained for row in held_out)
+    prompts = {*trained}
+    repeated = sum(key in prompts for key in evaluated)
     warnings = []
-    if repeated >= MAX_OVERLAP * count and repeated and len(trained) > 1 and not episodic:
+    if repeated >= MAX_OVERLAP * count and repeated and len(prompts) > 1 and not episodic:
         warnings.append(
             f"{repeated:,} of the {count:,} held-out {noun} are of prompts that are trained on too, so evaluations "
             "also show what was learnt by heart. Take them out of one split, or name another to evaluate on: "
@@ -207,14 +208,14 @@ def division_of(task: Any, eval_size: int | None) -> tuple[str, list[str]]:
     )
 
 
-def counted(rows: Sequence[Row], noun: str = "rows") -> str:
-    """Return how many rows there are, and of how many prompts, as in '240 rows of 24 prompts'."""
-    return f"{len(rows):,} {noun} of {quantity(distinct_prompts(rows), 'prompt')}"
+def counted(keys: Sequence[str], noun: str = "rows") -> str:
+    """Return how many rows there are, by the `prompt_keys` of each, and of how many prompts."""
+    return f"{len(keys):,} {noun} of {quantity(len(set(keys)), 'prompt')}"
 
 
-def distinct_prompts(rows: Sequence[Row]) -> int:
-    """Return the number of different prompts of rows."""
-    return len({prompt_key(row["prompt"]) for row in rows})
+def prompt_keys(rows: Sequence[Row]) -> list[str]:
+    """Return the prompt of each row, text or chat messages, as a text that equal prompts share."""
+    return [prompt_key(row["prompt"]) for row in rows]
 
 
 def prompt_key(prompt: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.held_out import distinct_prompts
+from tokenrl.language.tasks.held_out import prompt_keys
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.output import quantity
 
@@ -25,7 +25,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = distinct_prompts(rows)
+    distinct = len(set(prompt_keys(rows)))
     if distinct >= MIN_PROMPTS:
         return []
     return [
