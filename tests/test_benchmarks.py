@@ -116,6 +116,7 @@ def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
     _, theirs, seconds, ratio, _, peak = table["tiny"]
     assert float(seconds) > 0 and float(peak.replace(",", "")) > 50
     assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed" and ratio == ""
+    assert float(table["2"][2]) > 0  # two turns
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ says why and the rest goes on.
    flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it. The
    line below each is tokenrl with `--capture auto`.
    `step_against_trl.py --work gpu-1m` also tries TRL's other settings.
+4. Episodes: seconds of a step of 8 x 8 episodes of 12 turns, as in `turns_against_trl.py`, alike.
 
     python recipes/benchmarks/on_your_gpu.py | tee table.md
     pip install -c constraints.txt -e '.[benchmarks]'        # for TRL beside it
@@ -42,7 +43,17 @@ from pathlib import Path
 from typing import Any
 
 from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
-from step_against_trl import COLUMNS, TRAINER, print_heading, print_row, run, shape_row, versions
+from step_against_trl import (
+    COLUMNS,
+    SETTINGS,
+    TRAINER,
+    print_heading,
+    print_row,
+    run,
+    shape_row,
+    versions,
+)
+from turns_against_trl import COLUMNS as TURN_COLUMNS, row as turns_row
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 """Rounding may change a metric by this share of its largest value on the CPU, and by this much beside it.
@@ -188,6 +199,13 @@ def main() -> int:
             settings = [] if options else [{"bf16": about["bf16"], "attention": "sdpa"}]
             row = shape_row(name, args, settings)
             print_row(["captured", *row[1:]] if options else row)
+    print_heading(TURN_COLUMNS, "Episodes of GRPO, in float32")
+    for options in ({}, {"capture": "auto"}):
+        if time.monotonic() > ends:
+            break
+        args.tokenrl = options
+        row = turns_row(2 if args.tiny else 12, 0, args, [] if options else SETTINGS[:1])
+        print_row(["captured", *row[1:]] if options else row)
     return 0
 
 

@@ -208,10 +208,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return clock.measurement() | {"read": read}
 
 
-def row(turns: int, wait: float, args: argparse.Namespace) -> list[str]:
-    """Measure both in turn; returns a row of the table."""
+def row(
+    turns: int, wait: float, args: argparse.Namespace, settings: list[dict[str, Any]]
+) -> list[str]:
+    """Measure tokenrl and, where it has settings, TRL in turn; returns a row of the table."""
     spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": asdict(QWEN)}
-    _, *both = alternate(Path(__file__), spec, SETTINGS[:1], args)
+    _, *both = alternate(Path(__file__), spec, settings, args)
     sampled = turns * QWEN.length * QWEN.prompts * QWEN.group
     read = [result["read"] for result in (both[0][-1], both[1][-1]) if "read" in result]
     beside = [
@@ -233,7 +235,7 @@ def main() -> None:
     for wait in args.wait:
         for turns in args.turns:
             if turns > 1 or not wait:  # an episode of one turn has no answers
-                print_row(row(turns, wait, args))
+                print_row(row(turns, wait, args, SETTINGS[:1]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ LIMITS = {
     "language/policy": 11_050,
     "language/rewards": 13_900,
     "language/tasks": 9_550,
-    "language/rollout": 27_550,
+    "language/rollout": 28_150,
     "language/training": 19_250,
     "language/supervised": 7_450,
     "language/commands": 4_750,
@@ -44,8 +44,8 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_650, 183, 87_000, 243_900, 58_250, 7_600
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 48_450, 45
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_250, 183, 87_000, 243_900, 58_250, 7_600
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 49_000, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -485,19 +485,19 @@ def test_the_longest_prefix_is_continued_and_the_oldest_is_forgotten_first():
     turns = TransformersGenerator(policy).over_turns()
     out = policy.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True)
     cache = Cache.of(out)
-    size = cache.row(0, 0, 4).nbytes
+    size = cache.rows([0], 0, 4).nbytes
     assert size == 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, size, tokens, float32
-    prefixes = PrefixCache(2.5 * size)
-    for ids in ([5, 6], [5, 6, 7, 8], [5, 9]):
-        prefixes.add(ids, cache.row(0, 0, 4))
-    assert prefixes.longest([5, 6, 1]) == (0, None)  # the oldest of three
-    assert prefixes.longest([5, 6, 7, 8, 1])[0] == 4
-    assert prefixes.longest([5, 6, 7, 8])[0] == 0  # a token has to be read
-    assert prefixes.longest([5, 9, 9])[0] == 2
+    prefixes = PrefixCache(4.5 * size)
+    for histories in ({0: ([5, 6], 2), 1: ([4], 1)}, {0: ([5, 6, 7, 8], 4)}, {1: ([5, 9], 2)}):
+        prefixes.add(histories, cache.rows([0] * 2, 0, 4))
+    assert prefixes.longest([5, 6, 1]) is prefixes.longest([4, 1]) is None  # the oldest of three
+    assert prefixes.longest([5, 6, 7, 8, 1]).length == 4
+    assert prefixes.longest([5, 6, 7, 8]) is None  # a token has to be read
+    assert prefixes.longest([5, 9, 9])[::2] == (2, 1)
     prefixes.drop([5, 9, 9], 2)
-    assert prefixes.longest([5, 9, 9])[0] == 0 and len(prefixes) == 1
-    prefixes.add([1], out_of_memory := cache.row(0, 0, 4))
-    assert out_of_memory is prefixes.longest([1, 2])[1] and len(prefixes) == 2
+    assert prefixes.longest([5, 9, 9]) is None and len(prefixes) == 1
+    prefixes.add({0: ([1], 4)}, newest := cache.rows([0] * 2, 0, 4))
+    assert prefixes.longest([1, 2]) == (1, newest, 0, 4) and len(prefixes) == 2
     assert not turns.prefixes and TransformersGenerator(policy).prefixes is None
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from tokenrl.errors import Refused
+from tokenrl.language.rollout.rollout import to_device
 
 try:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -62,7 +64,7 @@ class Cache:
         for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.keys is not None:
                 length = layer.keys.shape[2]
-                memory = [_aligned([x], [length], tokens) for x in _tokens(layer)]
+                memory = [_with_room(x, tokens) for x in _tokens(layer)]
                 layers[number] = GrowingLayer(memory, length)
 
     def keeps(self, columns: int) -> bool:
@@ -99,51 +101,81 @@ class Cache:
         return min(windows)
 
     @property
+    def _tensors(self) -> list[Tensor]:
+        """The keys, values and states of all layers."""
+        return [
+            x for layer in self.held.layers for x in (*_tokens(layer), *_states(layer).values())
+        ]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        size = 0
-        for layer in self.held.layers:
-            tensors = [*_tokens(layer), *_states(layer).values()]
-            size += sum(x.nbytes for x in tensors)
-        return size
+        return sum(x.nbytes for x in self._tensors)
 
-    def row(self, index: int, start: int, end: int) -> Cache:
-        """Return a copy of one row: keys and values of the columns from `start` to `end`, and its states.
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self._tensors[0])
 
-        Args:
-            index: number of the row.
-            start: column of its first token, behind the padding.
-            end: column behind its last token.
-        """
+    @property
+    def columns(self) -> int:
+        """Number of tokens of a row with its padding, or 0 if there are states only."""
+        lengths = [x.shape[2] for layer in self.held.layers for x in _tokens(layer)]
+        return max(lengths, default=0)
+
+    def rows(self, numbers: Sequence[int], start: int, end: int) -> Cache:
+        """Return a copy of some rows: of their states, and of the columns from `start` to `end`."""
+        index = to_device(torch.tensor(numbers), self._tensors[0].device)
         layers = []
         for layer in self.held.layers:
-            tokens = [x[index : index + 1, :, start:end].clone() for x in _tokens(layer)]
-            states = {}
-            for name, x in _states(layer).items():
-                states[name] = x[index : index + 1].clone()
+            tokens = [x[:, :, start:end][index] for x in _tokens(layer)]
+            states = {name: x[index] for name, x in _states(layer).items()}
             layers.append(_with(layer, tokens, states))
         return self._of_layers(layers)
 
     @classmethod
-    def joined(cls, parts: Sequence[Cache], lengths: Sequence[int], room: int) -> Cache:
-        """Put the rows of caches one below the other, aligned on the right.
+    def joined(cls, rows: Sequence[tuple[Cache, int, int]], width: int, room: int) -> Cache:
+        """Put rows of caches one below the other, aligned on the right, by one copy for each layer.
+
+        Left of the tokens of a row are others, which a mask has to hide.
 
         Args:
-            parts: caches of the same model, each of one row or several.
-            lengths: how many tokens are taken of each part, its first ones.
+            rows: n rows, each as a cache of the model, its row there, and the column behind the last token
+                that is taken.
+            width: the columns of the result.
             room: tokens for which memory is set aside.
         """
+        parts = {id(cache): cache for cache, _, _ in rows}
+        before: dict[int, tuple[int, int, int]] = {}
+        count = tokens_of_head = 0
+        for key, part in parts.items():
+            columns = part.columns
+            before[key] = count, tokens_of_head, columns
+            count += part.size
+            tokens_of_head += part.size * columns
+        table = []
+        for part, row, end in rows:
+            count, tokens_of_head, columns = before[id(part)]
+            table.append((count + row, tokens_of_head + row * columns, columns, end))
+        device = rows[0][0]._tensors[0].device
+        index, first, length, end = to_device(torch.tensor(table), device).T[:, :, None]
+        column = (end + torch.arange(-width, room, device=device)).clamp(min=0)
+        column = torch.minimum(column, length - 1)  # [n, width + room]
         layers = []
-        for of_parts in zip(*(part.held.layers for part in parts), strict=True):
+        for of_parts in zip(*(part.held.layers for part in parts.values()), strict=True):
             tokens = []
-            for column in zip(*map(_tokens, of_parts), strict=True):
-                tokens.append(_aligned(column, lengths, room))
+            for xs in zip(*map(_tokens, of_parts), strict=True):
+                heads, _, size = xs[0].shape[1:]
+                head = torch.arange(heads, device=device)
+                start = first * heads + head * length  # [n, heads]
+                whole = torch.cat([x.reshape(-1, size) for x in xs])
+                tokens.append(embedding(start[:, :, None] + column[:, None], whole))
             states = {}
             for name in _states(of_parts[0]):
                 of_name = [_states(layer)[name] for layer in of_parts]
-                states[name] = torch.cat(of_name)
-            layers.append(_with(of_parts[0], tokens, states, max(lengths)))
-        return parts[0]._of_layers(layers)
+                states[name] = torch.cat(of_name)[index[:, 0]]
+            layers.append(_with(of_parts[0], tokens, states, width))
+        return rows[0][0]._of_layers(layers)
 
     def _of_layers(self, layers: list[Any]) -> Cache:
         """Return the same kind of cache with other layers."""
@@ -230,7 +262,7 @@ class GrowingLayer(DynamicLayer):
         """Make the rows `beam_idx` the new batch."""
         room = self.whole[0].shape[2] - self.length
         rows = [self.keys[beam_idx], self.values[beam_idx]]
-        self.whole = [_aligned([x], [self.length], room) for x in rows]
+        self.whole = [_with_room(x, room) for x in rows]
 
 
 class FixedLayer(GrowingLayer):
@@ -298,19 +330,11 @@ def _with(
     return changed
 
 
-def _aligned(parts: Sequence[Tensor], lengths: Sequence[int], room: int) -> Tensor:
-    """Return the first tokens of keys or of values, with zeros on the left and room on the right."""
-    rows = sum(len(x) for x in parts)
-    width = max(lengths)
-    heads, _, size = parts[0].shape[1:]
-    # Room takes no memory before it is used.
-    whole = parts[0].new_empty(rows, heads, width + room, size)
-    start = 0
-    for x, length in zip(parts, lengths, strict=True):
-        end = start + len(x)
-        whole[start:end, :, : width - length] = 0
-        whole[start:end, :, width - length : width] = x[:, :, :length]
-        start = end
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """Return a copy of keys or of values with room for more tokens, which takes no memory before it is used."""
+    rows, heads, length, size = x.shape
+    whole = x.new_empty(rows, heads, length + room, size)
+    whole[:, :, :length] = x
     return whole
 
 

@@ -14,7 +14,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import draw
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.prefixes import PrefixCache
+from tokenrl.language.rollout.prefixes import Prefix, PrefixCache
 from tokenrl.language.rollout.rollout import pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 
@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 
 class _Prompt(NamedTuple):
-    """A prompt, and how much of it was read before.
+    """A prompt, and what of it was read before.
 
     Attributes:
         ids: its tokens.
-        read: how many of them were read.
-        cache: the cache of these; None if none were.
+        prefix: the first of them, which were read; None if none were.
     """
 
     ids: Sequence[int]
-    read: int = 0
-    cache: Cache | None = None
+    prefix: Prefix | None = None
+
+    @property
+    def unread(self) -> int:
+        """How many tokens were not read."""
+        return len(self.ids) - (self.prefix.length if self.prefix else 0)
 
 
 class Last(NamedTuple):
@@ -109,13 +112,12 @@ class Decoder:
             self._store(*parts[0], index)
         else:
             self._place(prompts)
-            caches, outputs = zip(*parts, strict=True)
-            widths = []
-            for group in groups:
-                lengths = [len(prompt.ids) for prompt in group]
-                widths.append(max(lengths))
-            whole = Cache.joined(caches, widths, sampling.max_completion_length)
-            self._store(whole, _joined(outputs), index)
+            rows = []
+            for cache, _ in parts:
+                rows += [(cache, row, cache.columns) for row in range(cache.size)]
+            longest = max(map(len, prompts))
+            whole = Cache.joined(rows, longest, sampling.max_completion_length)
+            self._store(whole, _joined([output for _, output in parts]), index)
         if not policy.plain_cache:
             if not torch.equal(prompt_index, torch.arange(len(prompts))):
                 self.select(index)
@@ -136,14 +138,17 @@ class Decoder:
         rows = [prompt.ids for prompt in group]
         ids, _ = pad_left(rows, self.pad_id)
         self._place(rows)
-        new = max(len(prompt.ids) - prompt.read for prompt in group)
+        new = max(prompt.unread for prompt in group)
         width = ids.shape[1]
         arguments = self._positions(new)
         if new < width:
-            lengths = [max(0, len(row) - new) for row in rows]
-            caches = [prompt.cache for prompt in group if prompt.cache is not None]
+            read = []
+            for ids_of_row, prefix in group:
+                assert prefix is not None
+                read_again = prefix.length - max(0, len(ids_of_row) - new)
+                read.append((prefix.cache, prefix.row, prefix.end - read_again))
             room = new + self.sampling.max_completion_length
-            cache = Cache.joined(caches, lengths, room)
+            cache = Cache.joined(read, width - new, room)
             arguments = cache.arguments(arguments)
         unread = to_device(ids[:, width - new :], self.device)
         keep = last(1, self.device)
@@ -256,18 +261,19 @@ def _groups(prompts: Sequence[Sequence[int]], prefixes: PrefixCache) -> list[lis
     """
     groups: dict[int, list[_Prompt]] = {}
     for ids in dict.fromkeys(map(tuple, prompts)):
-        read, cache = prefixes.longest(ids)
+        prompt = _Prompt(ids, prefixes.longest(ids))
         size = -1
-        if cache is not None:
-            new = len(ids) - read
-            size = new if cache.recurrent else new.bit_length()
-        groups.setdefault(size, []).append(_Prompt(ids, read, cache))
+        if prompt.prefix is not None:
+            size = prompt.unread
+            if not prompt.prefix.cache.recurrent:
+                size = size.bit_length()
+        groups.setdefault(size, []).append(prompt)
     distinct = list(chain.from_iterable(groups.values()))
     window = math.inf
     for prompt in distinct:
-        prefixes.drop(prompt.ids, prompt.read)
-        if prompt.cache is not None:
-            window = min(window, prompt.cache.window)
+        if prompt.prefix is not None:
+            prefixes.drop(prompt.ids, prompt.prefix.length)
+            window = min(window, prompt.prefix.cache.window)
     longest = max(map(len, prompts))
     if len(groups) > 1 and longest >= window:
         # Layers with a window drop tokens now, and caches of several groups do not fit together.

@@ -8,7 +8,8 @@ other weights: each batch of episodes has a cache of its own.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,49 +19,64 @@ from tokenrl.language.rollout.rollout import Rollout
 GIB = 2**30
 
 
-class PrefixCache:
-    """Caches of single rows, by the tokens that were read into them.
+class Prefix(NamedTuple):
+    """The first tokens of a history, which were read.
 
     Attributes:
-        limit: the most bytes that they take together; the oldest are dropped first.
+        length: how many they are.
+        cache: a cache in which one row is theirs.
+        row: the number of this row.
+        end: the column behind the last of them.
+    """
+
+    length: int
+    cache: Cache
+    row: int
+    end: int
+
+
+class PrefixCache:
+    """Rows of caches, by the tokens that were read into them.
+
+    Attributes:
+        limit: the most bytes that the caches take together; the oldest are dropped first.
     """
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._rows: dict[bytes, Cache] = {}
-        self._size = 0
+        self._rows: dict[bytes, Prefix] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._rows)
 
-    def longest(self, ids: Sequence[int]) -> tuple[int, Cache | None]:
-        """Return the longest prefix of a history that was read: its number of tokens, and its cache.
+    def longest(self, ids: Sequence[int]) -> Prefix | None:
+        """Return the longest prefix of a history that was read; None if nothing of it was.
 
         At least one token is left to be read, since the logits of the next one come from reading it.
         """
         history = _key(ids[:-1])
         prefixes = [key for key in self._rows if history.startswith(key)]
-        if not prefixes:
-            return 0, None
-        prefix = max(prefixes, key=len)
-        return len(prefix) // array("q").itemsize, self._rows[prefix]
+        return self._rows[max(prefixes, key=len)] if prefixes else None
 
-    def add(self, ids: Sequence[int], row: Cache) -> None:
-        """Keep the cache of a row whose first tokens are `ids`, if there is memory for it."""
-        self._remove(_key(ids))
-        self._rows[_key(ids)] = row
-        self._size += row.nbytes
-        while self._size > self.limit:
-            self._remove(next(iter(self._rows)))
+    def add(self, rows: Mapping[int, tuple[Sequence[int], int]], cache: Cache) -> None:
+        """Keep a cache, if there is memory for it: of each row the tokens, and the column behind the last one."""
+        for row, (ids, end) in rows.items():
+            self._rows.pop(_key(ids), None)
+            self._rows[_key(ids)] = Prefix(len(ids), cache, row, end)
+        while self._nbytes() > self.limit:
+            oldest = next(iter(self._rows.values())).cache
+            left = {key: prefix for key, prefix in self._rows.items() if prefix.cache is not oldest}
+            self._rows = left
 
     def drop(self, ids: Sequence[int], length: int) -> None:
         """Forget the prefix of so many tokens of a history, which becomes longer."""
-        self._remove(_key(ids[:length]))
+        self._rows.pop(_key(ids[:length]), None)
 
-    def _remove(self, key: bytes) -> None:
-        if key in self._rows:
-            self._size -= self._rows.pop(key).nbytes
+    def _nbytes(self) -> int:
+        """Return the bytes of all caches."""
+        caches = {id(prefix.cache): prefix.cache for prefix in self._rows.values()}
+        return sum(cache.nbytes for cache in caches.values())
 
 
 class EndedRows:
@@ -73,7 +89,8 @@ class EndedRows:
         """Of N rows with their prompts."""
         self.prompts = prompts
         self.prefixes = prefixes
-        self.rows: dict[int, tuple[int, Cache]] = {}
+        self.parts: list[tuple[list[int], int, Cache]] = []
+        self.ended = set[int]()
 
     def take(
         self, cache: Cache, numbers: torch.Tensor, unfinished: torch.Tensor, width: int, t: int
@@ -87,24 +104,31 @@ class EndedRows:
             width: columns of the cache.
             t: how many tokens of each completion were read.
         """
-        if not cache.has_rows:
-            return
         going_on = set(unfinished.tolist())
-        for place, number in enumerate(numbers.tolist()):
-            if place in going_on or number in self.rows:
-                continue
-            start = width - len(self.prompts[number]) - t
-            self.rows[number] = t, cache.row(place, start, width)
+        rows = {}
+        for row, number in enumerate(numbers.tolist()):
+            if row not in going_on and number not in self.ended:
+                rows[number] = row
+        if not rows or not cache.has_rows:
+            return
+        self.ended |= set(rows)
+        longest = max(len(self.prompts[number]) for number in rows)
+        copied = cache.rows(list(rows.values()), width - longest - t, width)
+        self.parts.append((list(rows), t, copied))
 
     def keep(self, rollout: Rollout) -> None:
         """Give the caches away, by the tokens that belong to the rows of a finished rollout."""
         counts = rollout.mask.sum(dim=1).tolist()
-        for number, (t, cache) in self.rows.items():
-            read = min(t, counts[number])
-            if read < t and cache.recurrent:
-                continue  # its state has gone beyond the end
-            ids = rollout.completion_ids[number, :read].tolist()
-            self.prefixes.add([*self.prompts[number], *ids], cache)
+        for numbers, t, cache in self.parts:
+            width = max(len(self.prompts[number]) for number in numbers) + t
+            rows = {}
+            for row, number in enumerate(numbers):
+                read = min(t, counts[number])
+                if read < t and cache.recurrent:
+                    continue  # its state has gone beyond the end
+                ids = rollout.completion_ids[number, :read].tolist()
+                rows[row] = [*self.prompts[number], *ids], width - (t - read)
+            self.prefixes.add(rows, cache)
 
 
 def _key(ids: Sequence[int]) -> bytes:
