@@ -89,6 +89,16 @@ def test_the_margin_is_a_share_of_the_declared_range():
     assert "f.range = (0, 1)" in undeclared.describe()["on sort_digits"]
 
 
+def test_arms_that_sample_from_earlier_weights_are_declared_off_policy():
+    capped = "rloo,sync_every=4,importance=sequence"
+    planned = toy("rloo", "rloo,sync_every=4", capped)
+    assert planned.describe()["arms"] == (
+        f"rloo (exact), rloo,sync_every=4 (off-policy biased), {capped} (off-policy exact_for_policy)"
+    )
+    both = toy("rloo", "grpo", shared={"max_steps": 40, "sync_every": 2})
+    assert both.describe()["arms"] == "rloo (off-policy biased), grpo (off-policy biased)"
+
+
 def test_several_values_make_a_problem_each():
     planned = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=(1e-4, 2e-4))
     assert [p.label for p in planned.problems] == [

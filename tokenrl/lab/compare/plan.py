@@ -244,6 +244,13 @@ class Plan:
                     runs.append(self.run(problem, arm, seed, rate=rate))
         return runs
 
+    def _declared(self, arm: Arm) -> str:
+        """Return the declared bias of an arm, off-policy where it samples from weights of earlier steps."""
+        settings = self.problems[0].settings | arm.settings
+        if settings.get("sync_every", 1) > 1:
+            return f"off-policy {arm.estimator.off_policy_status}"
+        return arm.estimator.bias_status
+
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
         runs = self.runs()
@@ -254,7 +261,7 @@ class Plan:
             seeds += f"; {self.tuning_seeds[0]} to {self.tuning_seeds[-1]} for tuning"
             rates = "for each arm the best of a grid, in ten runs or more"
         facts = {
-            "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
+            "arms": ", ".join(f"{arm.label} ({self._declared(arm)})" for arm in self.arms),
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
         }
