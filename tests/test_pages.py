@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from pages import blocks, commands, give_tools, make_chat_model_and_data, write_files
 
 import tokenrl
@@ -131,6 +135,39 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, handlers, short
             passed = (0, 2) if "--check" in words or lacks else (0,)
             brief = [] if "--run" in words else BRIEF.get(name, "").split()
             assert main([name, *words, *brief]) in passed, words
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_seeds_of_several_machines_are_gathered_as_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "recipes" / "pages" / "guides" / "scaling.md"
+    write_files(page)
+    task = yaml.safe_load(Path("seeds.yaml").read_text())
+    assert {*task} == {"workdir", "resources", "envs", "setup", "run"}
+    (slurm,) = (text for _, text, _ in blocks(page) if "#SBATCH" in text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for script, name in ((slurm, "SLURM_ARRAY_TASK_ID"), (task["run"], "FIRST")):
+        for first in ("0", "2", "4"):
+            words = ["bash", "-ec", 'srun() { "$@"; }\n' + script]
+            environment = {**os.environ, "PATH": path, name: first}
+            subprocess.run(words, check=True, env=environment, capture_output=True)
+            config = json.loads(Path(f"runs/seeds_{first}/plan.json").read_text())
+            assert config["plan"]["seeds"] == [int(first), int(first) + 1]
+    (words,) = (words for words in commands(page) if "--collect" in words)
+    assert main([*words, "--quiet"]) == 0
+    words.remove("runs/seeds_4")  # these two seeds are made here
+    assert main([*words, "--quiet", "--output-dir", "runs/others"]) == 0
+    for table in ("runs.csv", "comparisons.csv"):
+        assert Path("runs/seeds", table).read_bytes() == Path("runs/others", table).read_bytes()
+    for number, (changed, refusal) in enumerate(
+        (
+            (["--num-envs", "16"], "made with other settings than this comparison has: num_envs"),
+            (["--collect", "runs"], "collect has 'runs', which holds no comparison"),
+        )
+    ):
+        assert main([*words, *changed, "--output-dir", f"runs/{number}"]) == 2
+        assert refusal in capsys.readouterr().err
 
 
 def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkeypatch):

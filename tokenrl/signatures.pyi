@@ -411,6 +411,7 @@ def compare(
     chat_template_kwargs: typing.Any = ...,
     chat_time: typing.Any = ...,
     check: typing.Any = ...,
+    collect: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ...,
     cpu: typing.Any = ...,
     dry_run: bool = ...,
     dtype: typing.Any = ...,

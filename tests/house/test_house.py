@@ -39,12 +39,12 @@ LIMITS = {
     "lab": 100,
     "lab/exact": 15_850,
     "lab/measure": 5_750,
-    "lab/compare": 15_530,
+    "lab/compare": 15_820,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_250, 183, 87_000, 243_900, 58_250, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_600, 183, 87_000, 244_400, 58_250, 7_600
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 49_000, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

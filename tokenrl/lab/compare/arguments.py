@@ -61,6 +61,9 @@ class ExecutionArguments(Settings, group="execution"):
     """local: processes of this machine; ray: tasks of a Ray cluster, or of a local one that is started."""
     workers: Count | None = None
     """Number of runs at the same time. Default: one per processor."""
+    collect: tuple[str, ...] = ()
+    """Directories of other comparisons, as copied from other machines. Runs that have ended there with the same
+    settings are copied instead of made."""
     dry_run: bool = False
     """Print the plan, the smallest difference that it can show, and from a few measured steps the time of a run,
     and whether most completions are cut or most rewards equal; then stop."""

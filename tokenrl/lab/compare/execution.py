@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.lab.compare.plan import PlannedRun
+from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import write_json
+from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.signals import GracefulStop
 
 ATTEMPTS = 2
@@ -51,12 +54,51 @@ def command(run: PlannedRun, root: Path) -> list[str]:
     return [run.kind, *flags]
 
 
+def _settings(run: PlannedRun) -> dict[str, Any]:
+    """Return the settings of a run as its command reads them from a file."""
+    settings = {name: value for name, value in run.settings.items() if value is not None}
+    return plain({"kind": run.kind, **settings})  # type: ignore[no-any-return]
+
+
+def collect(runs: Sequence[PlannedRun], directories: Sequence[str], root: Path) -> None:
+    """Copy runs that have ended in the directories of other comparisons.
+
+    Args:
+        runs: the runs that are wanted.
+        directories: the directories, each as another machine made it.
+        root: the directory of the comparison, which this process has locked.
+
+    Raises:
+        Refused: a directory holds no comparison, or has a run with other settings.
+    """
+    for source in map(Path, directories):
+        if not (source / "plan.json").is_file():
+            raise Refused(
+                f"collect has {str(source)!r}, which holds no comparison: it has no plan.json."
+            )
+        for run in runs:
+            path = root / run.path
+            if path.exists() or not is_done(run, source):
+                continue
+            settings = _settings(run)
+            theirs = read_config(source / f"{run.path}.json")
+            names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
+            if names:
+                raise Refused(
+                    f"{source / run.path} was made with other settings than this comparison has: "
+                    f"{', '.join(sorted(names))}. Give the settings that it was made with, or leave it out of collect."
+                )
+            _write_settings(run, root)
+            copied = path.with_name(f"{path.name}.part")
+            shutil.copytree(source / run.path, copied, dirs_exist_ok=True)
+            copied.rename(path)
+
+
 def _write_settings(run: PlannedRun, root: Path) -> None:
     """Write the settings of a run, which its command reads."""
     path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in run.settings.items() if value is not None}
-    write_json(path, {"kind": run.kind, **settings})
+    write_json(path, _settings(run))
 
 
 def execute(

@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, findings_of, judge_runs
-from tokenrl.lab.compare.execution import execute
+from tokenrl.lab.compare.execution import collect, execute
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -93,6 +93,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         write_plan(plan, root)
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
+            collect(runs, args.collect, root)
             unmade = [run for run in runs if not is_done(run, root)]
             execute(unmade, root, executor=args.executor, workers=args.workers, console=console)
             rows += read_runs(plan, runs, root)
