@@ -101,6 +101,8 @@ class Rollout:
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        ref_states: what the head of the reference is given before each action [N, T, H], in the precision of the
+            reference; or its logits [N, T, V] if no head can be taken apart. For a KL in closed form.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         greedy_rewards: reward of the greedy completion of each row's prompt [N].
         keys: a number for each row that its prompt and the other columns of its data determine [N]; None
@@ -137,6 +139,7 @@ class Rollout:
     logs: Sequence[Mapping[str, Any]] = NOT_YET
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
     ref_logprobs: Tensor | None = None
+    ref_states: Tensor | None = None
     values: Tensor | None = None
     greedy_rewards: Tensor | None = None
     keys: Tensor = NOT_YET

@@ -16,16 +16,16 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
+from tokenrl.language.rollout.forward import ACTIVATIONS, Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import (
     Generator,
     LaggedGenerator,
     TransformersGenerator,
 )
+from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.rollout import Rollout, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
-    Reference,
     Scores,
     Scoring,
     score,
@@ -34,7 +34,7 @@ from tokenrl.language.rollout.scoring import (
 )
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.teacher import Teacher, teacher_scoring
+from tokenrl.language.training.teacher import Teacher, rows_of, teacher_scoring
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
 MOST_TOKENS = 4096
@@ -167,11 +167,11 @@ class Learner:
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
-        reference = None
+        ref_head = None
         if estimator.needs_token_kl:
-            reference = Reference(
-                self.forward.policy.reference_model, self.forward.reference_scoring
-            )
+            if rows.ref_states is None:
+                rows = replace(rows, ref_states=self.ref_scores(rows, states=True).states)
+            ref_head = self.ref_head
         return score(
             self.forward.model,
             rows,
@@ -179,25 +179,60 @@ class Learner:
             distribution=self.sampling,
             entropy=estimator.needs_entropy,
             centres=estimator.score_centres if estimator.importance_centre else None,
-            reference=reference,
+            ref_head=ref_head,
         )
+
+    @property
+    def ref_head(self) -> nn.Module:
+        """What makes the logits of the reference from its states: its head, or nothing where these are logits."""
+        if self.forward.reference_scoring.tokens_at_once is None:
+            return nn.Identity()
+        with self.forward.policy.reference_model() as reference:
+            return head_of(reference) or nn.Identity()
+
+    def keeps_ref_states(self, rows: Rollout) -> bool:
+        """Return whether the pass that scores the reference keeps its states for the update, for a closed form.
+
+        They stay on the device and take n x T x H numbers, as many as a critic's hidden states, or n x T x V
+        where no head can be taken apart. If that is more than activations may take, each micro-batch computes
+        its own states once more.
+        """
+        if not self.estimator.needs_token_kl:
+            return False
+        with self.forward.policy.reference_model() as reference:
+            width = getattr(self.ref_head, "in_features", rows_of(reference))
+            size = next(reference.parameters()).element_size()
+        return rows.mask.numel() * width * size <= ACTIVATIONS
 
     def logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
         return self._scores(rows, self.forward.model, self.forward.scoring, self.sampling).logprobs
 
-    def ref_logprobs(self, rows: Rollout) -> Tensor:
-        """Return the log-probabilities [n, T] of rows under the reference, at the same temperature over all tokens."""
-        whole = self.sampling.whole
+    def ref_scores(self, rows: Rollout, *, states: bool) -> Scores:
+        """Score rows under the reference, without a gradient, at the same temperature over all tokens.
+
+        Args:
+            rows: n rows.
+            states: whether to return what its head is given too.
+        """
         with self.forward.policy.reference_model() as reference:
-            return self._scores(rows, reference, self.forward.reference_scoring, whole).logprobs
+            scoring = self.forward.reference_scoring
+            return self._scores(rows, reference, scoring, self.sampling.whole, states=states)
 
     def _scores(
-        self, rows: Rollout, model: nn.Module, scoring: Scoring, distribution: Distribution
+        self,
+        rows: Rollout,
+        model: nn.Module,
+        scoring: Scoring,
+        distribution: Distribution,
+        *,
+        states: bool = False,
     ) -> Scores:
         """Score rows under a model, without a gradient."""
         size = self.rows_at_once(rows)
-        return score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
+        return score_in_parts(
+            model, rows, scoring, rows_at_once=size, distribution=distribution, states=states
+        )
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""

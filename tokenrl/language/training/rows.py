@@ -130,7 +130,9 @@ def with_estimates(
     estimator = learner.estimator
     columns = dict[str, Any]()
     if estimator.needs_reference:
-        columns["ref_logprobs"] = learner.ref_logprobs(rows)
+        scores = learner.ref_scores(rows, states=learner.keeps_ref_states(rows))
+        columns["ref_logprobs"] = scores.logprobs
+        rows = replace(rows, ref_states=scores.states)
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
