@@ -49,6 +49,21 @@ KINDS = {
         "reward": "none",
         "lora_r": 2,
     },
+    "own teacher, adapter, bfloat16 copy": {
+        "estimator": "opd_full_path",
+        "teacher": "self",
+        "teacher_decay": 0.7,
+        "teacher_template": "{prompt} on the",
+        "reward": "none",
+        "lora_r": 2,
+        "mixed_precision": "bf16",
+    },
+    "own teacher": {
+        "estimator": Estimator(beta=0.5, kl_placement="loss"),
+        "teacher": "self",
+        "teacher_decay": 0.7,
+        "teacher_template": "{prompt} on the",
+    },
 }
 """A kind for each part of a language model's training that has a state of its own."""
 

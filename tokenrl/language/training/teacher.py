@@ -101,8 +101,12 @@ def read_models(args: TrainArguments, task: Any) -> Policy:
 def load_models(
     args: TrainArguments, task: Any, announce: Callable[[str], None]
 ) -> tuple[Policy, Teacher | None]:
-    """Load the policy of a run, and the teacher if there is one, which is then the policy's reference."""
-    policy = load_base(args, task, announce)
+    """Load the policy of a run, and the teacher if there is one; see `teacher_of`."""
+    return teacher_of(args, load_base(args, task, announce), task)
+
+
+def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy, Teacher | None]:
+    """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any."""
     if args.teacher is None:
         return policy, None
     teacher = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,27 +105,29 @@ class TeacherPrompts:
 
     def _called(
         self, policy: Policy, rows: Rollout, size: int, prompts: Sequence[Prompt]
-    ) -> Iterator[Prompt]:
-        """Yield what the user's function gives in place of each row's prompt."""
+    ) -> list[Prompt]:
+        """Return what the user's function gives in place of each row's prompt."""
         texts = texts_of(policy, rows)
         rewards = rows.rewards.masked_fill(~rows.valid, math.nan).tolist()
-        for i, prompt in enumerate(prompts):
-            first = i - i % size
-            others = [j for j in range(first, first + size) if j != i]
-            columns = {
-                "prompt": prompt,
-                "row": dict(rows.data[i]),
-                "completions": [texts[j] for j in others],
-                "rewards": [rewards[j] for j in others],
-                "completion": texts[i],
-                "reward": rewards[i],
-            }
-            allowed = {name: columns[name] for name in self.keywords}
-            with user_code():
+        contents = []
+        with user_code():
+            for i, prompt in enumerate(prompts):
+                first = i - i % size
+                others = [j for j in range(first, first + size) if j != i]
+                columns = {
+                    "prompt": prompt,
+                    "row": dict(rows.data[i]),
+                    "completions": [texts[j] for j in others],
+                    "rewards": [rewards[j] for j in others],
+                    "completion": texts[i],
+                    "reward": rewards[i],
+                }
+                allowed = {name: columns[name] for name in self.keywords}
                 result = call_once(self.function, self.name, allowed, {}, [])
-            if result.error is not None:
-                raise Stopped(f"{self.name} failed: {raised(result.error)}.") from result.error
-            yield in_place(prompt, result.output, self.name)
+                if result.error is not None:
+                    raise Stopped(f"{self.name} failed: {raised(result.error)}.") from result.error
+                contents.append(in_place(prompt, result.output, self.name))
+        return contents
 
 
 def teacher_prompts(args: TrainArguments, task: Any) -> TeacherPrompts | None:
