@@ -105,8 +105,8 @@ class Rollout:
         teacher_prompts: ids of the prompt that the teacher reads in place of each row's, N lists of any lengths;
             None where it reads the same.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
-        ref_states: what the head of the reference is given before each action [N, T, H], in the precision of the
-            reference; or its logits [N, T, V] if no head can be taken apart. For a KL in closed form.
+        ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
+            Its logits [N, T, V], if no head can be taken apart.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         greedy_rewards: reward of the greedy completion of each row's prompt [N].
         keys: a number for each row that its prompt and the other columns of its data determine [N]; None
