@@ -116,7 +116,7 @@ class TeacherPrompts:
                 others = [j for j in range(first, first + size) if j != i]
                 columns = {
                     "prompt": prompt,
-                    "row": dict(rows.data[i]),
+                    "row": rows.data[i],
                     "completions": [texts[j] for j in others],
                     "rewards": [rewards[j] for j in others],
                     "completion": texts[i],
