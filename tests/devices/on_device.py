@@ -73,7 +73,6 @@ RUNS: dict[str, dict[str, Any]] = {
         "teacher": "self",
         "teacher_decay": 0.5,
         "teacher_template": "{prompt}7>",
-        "mixed_precision": "bf16",
     },
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
