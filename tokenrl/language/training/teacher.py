@@ -109,17 +109,16 @@ def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy,
     """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any."""
     if args.teacher is None:
         return policy, None
-    teacher = (
-        load_teacher(args, policy) if is_named(args) else Teacher(OWN, None, _own_weights(args))
-    )
+    teacher = Teacher(OWN, None, _own_weights(args))
+    if is_named(args):
+        teacher = load_teacher(args, policy)
     if prompts := teacher_prompts(args, task):
         line = f"{teacher.line}; it reads {prompts.name} in place of the prompt"
         teacher = teacher._replace(prompts=prompts, line=line)
-    if teacher.policy is None:
-        return replace(
-            policy, reference=None
-        ), teacher  # which leaves a policy from Python as it is
-    return with_teacher(policy, teacher.policy), teacher
+    if teacher.policy is not None:
+        return with_teacher(policy, teacher.policy), teacher
+    # The run gives its own policy a reference, so that one from Python stays as it is.
+    return replace(policy, reference=None), teacher
 
 
 def _own_weights(args: TrainArguments) -> str:
