@@ -37,7 +37,7 @@ RECORDED = (
     *("chat_prompts", "task_rows", "warm_started", "code"),
 )
 """Names in the config.json of a run that are no settings."""
-_CODE = ("task", "reward", "environment", "env", "generator")
+_CODE = ("task", "reward", "environment", "env", "generator", "teacher_context")
 """Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
 _NO_CODE = {
     "task": r"(reasoning_gym|in-memory):.*|.*/.*(?<!\.py):[^:]*",
@@ -45,7 +45,7 @@ _NO_CODE = {
 }
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
-TEXTS = ("prompt_template", "system_prompt", "stop", "prompt")
+TEXTS = ("prompt_template", "teacher_template", "system_prompt", "stop", "prompt")
 """Settings that hold text for the model."""
 ESCAPE = re.compile(
     r"\\(n(?!(abla|atural|e|earrow|eg|eq|i|mid|ot|otin|u|warrow|ewline)(?![a-zA-Z]))"

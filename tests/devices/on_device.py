@@ -68,6 +68,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "top_k and top_p": {"top_k": 5, "top_p": 0.9},
     "bfloat16": {"mixed_precision": "bf16"},
     "passes": {"estimator": "grpo", "micro_batch_size": 4, "num_iterations": 2},
+    "own teacher": {
+        "estimator": "rloo_opd",
+        "teacher": "self",
+        "teacher_decay": 0.5,
+        "teacher_template": "{prompt}7>",
+    },
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "warm start": {"warm_start": True, "warm_start_steps": 4},

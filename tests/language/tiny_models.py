@@ -169,12 +169,12 @@ def letters_trained(folder, task, **options):
     return tokenrl.train(**(given | shape | options))
 
 
-def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
-    """A learner on one process, with plain arguments resolved."""
+def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None, **options):
+    """A learner on one process, with plain arguments resolved; `rows` are those of the task."""
     from tokenrl.language.training.arguments import TrainArguments
     from tokenrl.language.training.learner import make_learner
     from tokenrl.language.training.settings import train_settings
-    from tokenrl.language.training.teacher import load_teacher, with_teacher
+    from tokenrl.language.training.teacher import teacher_of
     from tokenrl.runs.processes import make_accelerator
     from tokenrl.settings import arguments
 
@@ -189,11 +189,10 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
         "cpu": True,
     }
     args = arguments(TrainArguments, values | options | {"estimator": estimator})
-    args = train_settings(args, make_task(), policy).args
-    teacher = None
-    if args.teacher is not None:
-        teacher = load_teacher(args, policy)
-        policy = with_teacher(policy, teacher.policy)
+    task = make_task()
+    task.train_prompts = rows or task.train_prompts
+    args = train_settings(args, task, policy).args
+    policy, teacher = teacher_of(args, policy, task)
     return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
 
 
@@ -222,7 +221,8 @@ def one_step(
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.step import training_step
 
-    numbered = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
+    rows = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
+    numbered = [(place, rows[place]) for place in places or range(len(prompts))]
     spare = [
         (100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])
     ]

@@ -45,6 +45,9 @@ KINDS = {
     "teacher": Kind(
         f"{TRAIN} --estimator rloo --estimator.beta 0.5 --teacher warm --keep best --patience 2"
     ),
+    "own teacher": Kind(
+        f"{TRAIN} --estimator rloo_opd --teacher self --teacher-decay 0.5 --teacher-template {{prompt}}7"
+    ),
     "bfloat16": Kind(f"{TRAIN} --estimator gspo --mixed-precision bf16"),
     "epochs": Kind(f"{TRAIN} --estimator opo {DIGITS} --max-completion-length 8"),
     "worker": Kind(f"{TRAIN} --estimator rloo --reward-timeout 30"),

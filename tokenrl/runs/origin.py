@@ -108,7 +108,8 @@ def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
         task: its task, which has the rewards and the environment; or None.
     """
     held = {name: getattr(task, name, None) for name in ("reward", "environment")}
-    code: dict[str, Any] = plain({"estimator": settings.get("estimator"), **held}, _with_hash)
+    held |= {name: settings.get(name) for name in ("estimator", "teacher_context")}
+    code: dict[str, Any] = plain(held, _with_hash)
     for text, name in code_in(settings).items():
         if file := source_file(text.rpartition(":")[0]):
             code[f"{name} {text}"] = _hash(file.read_text("utf-8", "replace"))

@@ -110,6 +110,10 @@ COMMANDS = {
         "estimator": "rloo,baseline=run/evil.py:mean"
     },
     "train --config run --reward rewards.py:vowels --quiet": {"generator": "run/evil.py:task"},
+    "train --config run --reward rewards.py:vowels --seed 1": {
+        "teacher": "self",
+        "teacher_context": "run/evil.py:vowels",
+    },
     "sft --config run": TRAINED | {"kind": "sft"},
     "control --config run": {"kind": "control", "env": "run/evil.py:Mine-v0"},
     "control --config run --env CartPole-v1": {"kind": "control", "estimator": BASELINE},

@@ -1,5 +1,7 @@
 """Scoring some tokens at a time gives the values and gradients of all logits at once, which never exist."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import (
@@ -20,7 +22,7 @@ from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Reference, Scoring, score, score_in_parts
+from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -43,7 +45,12 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if rollout.top_ids is not None:
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
-        options["reference"] = Reference(policy.reference_model, Scoring(**how))
+        scored = score_in_parts(
+            policy.reference, rollout, Scoring(**how), rows_at_once=None, states=True
+        )
+        rollout = replace(rollout, ref_states=scored.states)
+        is_whole = "tokens_at_once" not in how
+        options["ref_head"] = torch.nn.Identity() if is_whole else head_of(policy.reference)
     scores = score(policy.model, rollout, Scoring(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy

@@ -49,6 +49,21 @@ KINDS = {
         "reward": "none",
         "lora_r": 2,
     },
+    "own teacher, adapter, bfloat16 copy": {
+        "estimator": "opd_full_path",
+        "teacher": "self",
+        "teacher_decay": 0.7,
+        "teacher_template": "{prompt} on the",
+        "reward": "none",
+        "lora_r": 2,
+        "mixed_precision": "bf16",
+    },
+    "own teacher": {
+        "estimator": Estimator(beta=0.5, kl_placement="loss"),
+        "teacher": "self",
+        "teacher_decay": 0.7,
+        "teacher_template": "{prompt} on the",
+    },
 }
 """A kind for each part of a language model's training that has a state of its own."""
 
@@ -139,6 +154,8 @@ class Env:
     def step(self, text): return "", float(len(text)), True, False, {}
 def score(completions, scale=1.0, **_):
     return [scale * len(text) for text in completions]
+def hint(prompt, completions):
+    return completions[0] + prompt
 class Keeps:
     def __call__(self, completions, **_): return [2.0 * len(text) for text in completions]
 class Mean:
@@ -161,12 +178,14 @@ CODE = [
     ("baseline", "mine.py:mean", "estimator.baseline mine.py:mean: '"),
     ("generator", "mine.py:engine", "generator mine.py:engine: '"),
     ("task", "mine.py:task", "task mine.py:task: '"),
+    ("teacher_context", "mine.py:hint", "teacher_context mine.py:hint: '"),
 ]
 HELD = [
     ("reward", "score", "scale *", "2 * scale *"), ("reward", "scaled", "scale *", "2 * scale *"),
     ("reward", "kept", "2.0 *", "4.0 *"), 
     ("reward", "short", "1.0 *", "3.0 *"),
     ("environment", "Env", "float(len", "2 * float(len"), ("task", "task", "scale *", "2 * scale *"),
+    ("teacher_context", "hint", "[0] +", "[-1] +"),
     ("baseline", "mean", ".mean()", ".mean().mul(2)"), ("baseline", "mean_of", ".mean()", ".mean().mul(2)"),
 ]  # fmt: skip
 """A setting, what it holds, and a change of that."""
@@ -188,6 +207,8 @@ def of_code(tmp_path, monkeypatch):
             settings["estimator"] = Estimator(baseline=value)
         else:
             settings[setting] = value
+        if setting == "teacher_context":
+            settings |= {"teacher": "self", "estimator": "rloo_opd"}
         if setting in ("task", "environment"):
             del settings["reward"]
         return tokenrl.train(**settings | changes)

@@ -139,7 +139,7 @@ def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch
 
     with pytest.raises(Refused, match="every token, and this generator returns none"):
         stepped(Estimator(importance_centre=True), engine=Silent)
-    monkeypatch.setattr("tokenrl.language.training.learner.MOST_TOKENS", 10)
+    monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 10)
     for top in (None, 11):
         estimator = Estimator(importance_centre=True, importance_centre_top=top)
         kept = top or 96

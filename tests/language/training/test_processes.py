@@ -102,10 +102,15 @@ SCENARIOS = {
     "logged": ("rloo", {}, logging),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
     "failing episodes": ("grpo", {"num_generations": 4}, vowel_reward),
+    "own teacher": (
+        Estimator.preset("rloo_opd"),
+        {"teacher": "self", "teacher_decay": 0.5, "teacher_template": "{prompt} on", "lora_r": 2},
+        vowel_reward,
+    ),
 }
 
 QUICK = ("rloo", "batch", "kl", "minibatches", "idle rank", "silent rank", "lora", "greedy")
-QUICK += ("teacher and lora",)
+QUICK += ("teacher and lora", "own teacher")
 QUICK += ("memory", "critic", "refilled", "logged", "failing episodes")
 """Those whose processes exchange something that no other scenario sees."""
 
@@ -122,7 +127,7 @@ def outcome(name: str) -> dict:
         policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(
             False
         )
-    if options.get("teacher"):
+    if options.get("teacher") is True:
         options = options | {"teacher": make_policy(architecture, dtype=dtype, n_layer=1, seed=1)}
     if options.get("lora_r"):
         add_lora(policy, r=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,7 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import Scoring
@@ -147,6 +149,30 @@ def test_a_teacher_is_scored_in_its_own_way(monkeypatch, estimator):
     )
     one_step(learner)
     assert keeps_cache and not any(keeps_cache)
+
+
+@pytest.mark.parametrize("at_once", [5, None], ids=["states", "logits"])
+def test_a_closed_form_scores_the_teacher_once_a_step_unless_its_states_are_too_many(
+    monkeypatch, at_once
+):
+    """Two updates of two micro-batches each have the gradients of a teacher that each of them scores again."""
+    results = []
+    for most in (forward.ACTIVATIONS, 0):
+        monkeypatch.setattr(forward, "ACTIVATIONS", most)
+        teacher = other_model(dtype="float64")
+        several = {"num_iterations": 2, "micro_batch_size": 6}
+        estimator = replace(CLOSED, ratio="token")
+        learner = make_learner(student_of(), estimator, teacher=teacher, **several)
+        scoring = Scoring(share_prompt=False, tokens_at_once=at_once)
+        learner.forward = replace(learner.forward, reference_scoring=scoring)
+        scored = Counter()
+        learner.policy.reference.register_forward_pre_hook(
+            lambda _, inputs, rows=scored: rows.update(all=len(inputs[0]))
+        )
+        one_step(learner)
+        assert scored["all"] == (12 if most else 36)
+        results.append(weights(learner.policy.model))
+    assert apart(*results) < 1e-9
 
 
 @pytest.mark.parametrize("size", [90, 96, 120])

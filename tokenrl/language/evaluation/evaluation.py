@@ -8,7 +8,7 @@ rewards of single functions are averaged over completions or tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class Evaluator:
             temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
             later token counts. None for no KL.
         reference_scoring: how the reference is scored.
+        reference_prompts: returns the ids of the prompts that the reference reads in place of those of a batch;
+            None for the same.
     """
 
     policy: Policy
@@ -84,6 +86,7 @@ class Evaluator:
     accelerator: Any = None
     reference: Policy | None = None
     reference_scoring: Scoring = USUAL
+    reference_prompts: Callable[[Rollout], Sequence[list[int]]] | None = None
 
     def evaluate(
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
@@ -176,7 +179,10 @@ class Evaluator:
     def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
         options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling.whole}
-        scores = score_in_parts(reference.model, batch, self.reference_scoring, **options)
+        whole = batch
+        if self.reference_prompts is not None:
+            whole = batch.behind(self.reference_prompts(batch), reference.pad_id)
+        scores = score_in_parts(reference.model, whole, self.reference_scoring, **options)
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
         over = torch.isin(batch.completion_ids, ends) & batch.mask

@@ -44,7 +44,7 @@ kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
 BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
-COLUMNS = "prompt completion reward advantage truncated ending messages failure"
+COLUMNS = "prompt teacher_prompt completion reward advantage truncated ending messages failure"
 RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
     "log_extra": (COLUMNS.split(), ("rewards/",)),
@@ -153,7 +153,8 @@ def call_rewards(
                 "log_metric": partial(log_metric, name),
                 **(objects or {}),
             }
-            attempts[name] = _attempt(function, name, arguments, shared, copies[name])
+            subject = f"Reward function {name}"
+            attempts[name] = call_once(function, subject, arguments, shared, copies[name])
         outputs = {name: attempt.output for name, attempt in attempts.items()}
         waiting = {name: x for name, x in outputs.items() if inspect.isawaitable(x)}
         if waiting:
@@ -237,17 +238,25 @@ def copied(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _attempt(
+def call_once(
     function: Reward,
-    name: str,
+    subject: str,
     arguments: Mapping[str, Any],
     objects: Mapping[str, Any],
     copies: list[Any],
 ) -> Attempt:
-    """Call a function with copies of the arguments it takes; add its completions to `copies`."""
+    """Call a user's function with copies of the arguments that it takes.
+
+    Args:
+        function: the function.
+        subject: what messages call it.
+        arguments: what it may take, of which it gets copies.
+        objects: further arguments, which are passed as they are.
+        copies: a list, to which its copies of `completions` are added.
+    """
     began = time.perf_counter()
     try:
-        names = accepted_arguments(function, name, {**arguments, **objects})
+        names = accepted_arguments(function, subject, {**arguments, **objects})
         own = {name: copied(arguments[name]) for name in names if name in arguments}
         copies += own.get("completions", ())
         own |= {name: objects[name] for name in names if name in objects}
@@ -303,7 +312,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]) -> list[str]:
+def accepted_arguments(function: Reward, subject: str, available: Mapping[str, Any]) -> list[str]:
     """Return the names among `available` that the function has parameters for: all if it takes **kwargs.
 
     Raises:
@@ -323,7 +332,7 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
             if p.default is p.empty and not can_be_passed:
                 problem = "that is no column of the data, or that cannot be passed by keyword"
                 hint = f"{suggest(p.name, available)} Rename it, or give it a default."
-                raise Refused(f"Reward function {name} has a parameter '{p.name}' {problem}.{hint}")
+                raise Refused(f"{subject} has a parameter '{p.name}' {problem}.{hint}")
     return [name for name in available if name in names]
 
 

@@ -193,7 +193,7 @@ class Rewards:
         if self.environments is not None:
             available += ["environments", "environment_rewards"]
         for name, function in zip(self.names, self.functions, strict=True):
-            accepted_arguments(function, name, dict.fromkeys(available))
+            accepted_arguments(function, f"Reward function {name}", dict.fromkeys(available))
             if hasattr(function, "check_columns"):  # an option of the reward names a column
                 function.check_columns(available)
 

@@ -342,5 +342,6 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
         endings=[row.ending for row in rows],
         failures=[row.failure for row in rows],
         environments=[row.episode.environment for row in rows],
+        openings=[(row.episode.opening, row.tools) for row in rows],
         **columns,
     )

@@ -24,6 +24,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring, check_token_steps, check_turns
+from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import USUAL, Scoring
 
 # weights of a policy, each with its bfloat16 copy
@@ -40,6 +41,8 @@ UNREAD = "sdpa_with_unread_masks"
 """The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
+FLOAT32 = 4
+"""Bytes of a number; states in bfloat16 count as if they had as many."""
 PRECISIONS = {"no": "precision of the weights", "bf16": "bfloat16 (weights float32)"}
 """What a pass is computed in, in words, by the value of mixed_precision."""
 NUMBERS = 34
@@ -91,6 +94,27 @@ class Forward(Passes):
     policy: Policy
     scoring: Scoring
     reference_scoring: Scoring = USUAL
+
+    @property
+    def ref_head(self) -> nn.Module:
+        """What makes the logits of the reference from its states: its head, or nothing where these are logits."""
+        if self.reference_scoring.tokens_at_once is None:
+            return nn.Identity()
+        return head_of(self.policy.reference or self.policy.model) or nn.Identity()
+
+    def keeps_ref_states(self, mask: Tensor) -> bool:
+        """Return whether the pass that scores the reference keeps its states for the update, for a closed form.
+
+        They stay on the device and take N x T x H numbers, like the hidden states of a critic, or N x T x V
+        where no head can be taken apart. If these are more than activations may take, each micro-batch computes
+        its own states once more.
+
+        Args:
+            mask: the mask of the completions [N, T].
+        """
+        shape = shape_of(self.policy)
+        width = getattr(self.ref_head, "in_features", shape.vocab_size)
+        return mask.numel() * width * FLOAT32 <= ACTIVATIONS
 
 
 def choose_passes(args: Any, model: nn.Module) -> tuple[Passes, dict[str, Any]]:
@@ -341,6 +365,15 @@ def _register_unread_masks() -> None:
 
     AttentionInterface.register(UNREAD, sdpa_attention_forward)
     AttentionMaskInterface.register(UNREAD, applied_mask)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model as it is now; it shares the weights that are not trained."""
+    own = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            own[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return _copied(model, own).eval()
 
 
 def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:

@@ -100,8 +100,8 @@ class Chunks(NamedTuple):
         distribution: how probabilities follow from the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
-        reference: what the head of the reference is given for each token [M, H], and that head, for the KL;
-            None if no KL is needed.
+        reference: what the head of the reference is given for each token [M, H], and that head, for the KL
+            (`Rollout.ref_states`); None if no KL is needed.
         listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K];
             None if none are.
     """
@@ -110,7 +110,7 @@ class Chunks(NamedTuple):
     distribution: Distribution
     entropy: bool
     norms: bool
-    reference: tuple[Tensor, nn.Linear] | None = None
+    reference: tuple[Tensor, nn.Module] | None = None
     listed: Tensor | None = None
 
     @torch.no_grad()
@@ -118,8 +118,7 @@ class Chunks(NamedTuple):
         """Return the log-probabilities [m, V] under the reference, at the same temperature over all tokens."""
         assert self.reference is not None
         states, head = self.reference
-        logits = head(states[tokens].to(head.weight.dtype))
-        return self.distribution.whole.log_probabilities(logits)
+        return self.distribution.whole.log_probabilities(head(states[tokens]))
 
     def of(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor

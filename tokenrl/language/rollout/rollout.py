@@ -85,7 +85,7 @@ class Rollout:
             was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
         top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
             that of these only [N, T, K]; None if it is of the whole vocabulary.
-        turns: number of the turn of each action, from 0 [N, T]; this column and the next five are None
+        turns: number of the turn of each action, from 0 [N, T]; this column and the next six are None
             without an environment.
         turn_rewards: rewards in time [N, T]: rewards of the environment at the last action of their turn,
             rewards of functions at the last action of the row.
@@ -93,6 +93,8 @@ class Rollout:
         endings: how each episode ended, N names of `ENDINGS`.
         failures: what failed in each episode, N texts, empty without a failure.
         environments: the environment of each episode, N objects.
+        openings: what the policy read first of each episode: N pairs of a prompt, text or chat messages, and of
+            tools, as `Policy.encode` takes them.
         data: the row of the data that each prompt comes from, N mappings.
         rewards: total reward of each completion [N], in float64.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
@@ -100,7 +102,11 @@ class Rollout:
         logs: what reward functions gave to `log_extra` for each row, N mappings.
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
+        teacher_prompts: ids of the prompt that the teacher reads in place of each row's, N lists of any lengths;
+            None where it reads the same.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
+            Its logits [N, T, V], if no head can be taken apart.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         greedy_rewards: reward of the greedy completion of each row's prompt [N].
         keys: a number for each row that its prompt and the other columns of its data determine [N]; None
@@ -130,13 +136,16 @@ class Rollout:
     endings: Sequence[str] = NOT_YET
     failures: Sequence[str] = NOT_YET
     environments: Sequence[Any] = NOT_YET
+    openings: Sequence[tuple[Any, Any]] = NOT_YET
     data: Sequence[Mapping[str, Any]] = NOT_YET
     rewards: Tensor = NOT_YET
     by_function: Tensor = NOT_YET
     valid: Tensor = NOT_YET
     logs: Sequence[Mapping[str, Any]] = NOT_YET
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
+    teacher_prompts: Sequence[list[int]] = NOT_YET
     ref_logprobs: Tensor | None = None
+    ref_states: Tensor | None = None
     values: Tensor | None = None
     greedy_rewards: Tensor | None = None
     keys: Tensor = NOT_YET
@@ -190,6 +199,11 @@ class Rollout:
         numbers = torch.tensor([number for number, _ in prompts])
         data = [prompts[i][1] for i in self.prompt_index.tolist()]
         return replace(self, prompt_index=numbers[self.prompt_index], data=data)
+
+    def behind(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Rollout:
+        """Return the same completions behind other prompts, given by the ids of the N prompts."""
+        ids, mask = pad_left(prompts, pad_id)
+        return replace(self, prompt_ids=ids, prompt_mask=mask)
 
     def distinct_prompts(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each of B prompts [B], and which of these prompts each row has [N]."""

@@ -9,7 +9,6 @@ only, and not all at once where they are many (see `head`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,18 +42,6 @@ class Scoring:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-class Reference(NamedTuple):
-    """The model to which a KL is computed in closed form.
-
-    Attributes:
-        model: makes a context with the model, such as `Policy.reference_model`.
-        scoring: how it is scored.
-    """
-
-    model: Callable[[], AbstractContextManager[nn.Module]]
-    scoring: Scoring
-
-
 USUAL = Scoring()
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
@@ -79,6 +66,8 @@ class Scores(NamedTuple):
     """[N, T], `Estimator.score_centres`, with a gradient"""
     token_kl: Tensor | None = None
     """[N, T], nats, KL of the distribution of each token to that of the reference, with a gradient"""
+    states: Tensor | None = None
+    """[N, T, H], what the head is given; the logits [N, T, V] of a model whose head cannot be taken apart"""
 
 
 def score(
@@ -90,8 +79,9 @@ def score(
     entropy: bool = False,
     score_norms: bool = False,
     hidden: bool = False,
+    states: bool = False,
     centres: Callable[[Tensor, Tensor], Tensor] | None = None,
-    reference: Reference | None = None,
+    ref_head: nn.Module | None = None,
 ) -> Scores:
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
@@ -103,31 +93,28 @@ def score(
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
+        states: also return what the head is given for each token, see `Scores`.
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
             in `top_ids` [N, T, K], whose result is returned too. Without `top_ids` all logits exist at once.
-        reference: the model to which the KL is returned too, at the same temperature over all tokens, whatever
-            `distribution` keeps.
+        ref_head: makes the logits of the reference from `rollout.ref_states`. The KL to it is returned too, at
+            the same temperature over all tokens, whatever `distribution` keeps.
     """
     at_once = scoring.tokens_at_once
-    if reference is not None and reference.scoring.tokens_at_once is None:
-        at_once = None
     needs_all = centres is not None and rollout.top_ids is None
-    if not needs_all and at_once is not None and int(rollout.mask.sum()) > at_once:
+    is_long = states or int(rollout.mask.sum()) > (at_once or 0)
+    if at_once is not None and is_long and not needs_all:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        return _score_in_chunks(model, rollout, scoring, chunks, hidden, reference, centres)
-    log_q = None
-    if reference is not None:
-        with torch.no_grad(), reference.model() as frozen:
-            ref_logits, _ = _forward(frozen, rollout, reference.scoring, False)
-        log_q = distribution.whole.log_probabilities(ref_logits)
-    logits, states = _forward(model, rollout, scoring, hidden)
+        scores = _score_in_chunks(model, rollout, scoring, chunks, hidden, ref_head, centres)
+        return scores if states else scores._replace(states=None)
+    logits, last_hidden = _forward(model, rollout, scoring, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
     columns = {"logprobs": logprobs}
-    if entropy or score_norms or log_q is not None:
+    if entropy or score_norms or ref_head is not None:
         p = logp.exp()
-        if log_q is not None:
+        if ref_head is not None:
+            log_q = distribution.whole.log_probabilities(ref_head(rollout.ref_states))
             columns["token_kl"] = kl_of(logp, p, log_q)
         if entropy:
             columns["entropy"] = entropy_of(logp, p)
@@ -138,7 +125,7 @@ def score(
         if rollout.top_ids is not None:
             listed = logp.gather(2, rollout.top_ids.to(logp.device))
         columns["centres"] = centres(listed, rollout.sampling_distribution.to(logp.device))
-    return Scores(hidden=states, **columns)
+    return Scores(hidden=last_hidden, states=logits if states else None, **columns)
 
 
 def _score_in_chunks(
@@ -147,21 +134,19 @@ def _score_in_chunks(
     scoring: Scoring,
     chunks: Chunks,
     hidden: bool,
-    reference: Reference | None,
+    ref_head: nn.Module | None,
     centres: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Scores:
     """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
-    if reference is not None:
-        with torch.no_grad(), reference.model() as frozen:
-            ref_head = _linear_head(frozen)
-            with without_head(ref_head) as inputs:
-                ref_before, _ = _forward(frozen, rollout, reference.scoring, False, inputs)
-        chunks = chunks._replace(reference=(ref_before[actions], ref_head))
-    head = _linear_head(model)
+    if ref_head is not None:
+        assert rollout.ref_states is not None
+        chunks = chunks._replace(reference=(rollout.ref_states[actions], ref_head))
+    head = head_of(model)
+    assert head is not None  # as `check_scoring` returned a number of tokens at once
     with without_head(head) as inputs:
-        before, states = _forward(model, rollout, scoring, hidden, inputs)
+        before, last_hidden = _forward(model, rollout, scoring, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)
     if centres is not None:
         assert rollout.top_ids is not None
@@ -177,17 +162,11 @@ def _score_in_chunks(
         logprobs=logprobs,
         entropy=entropy if chunks.entropy else None,
         score_norms=norms if chunks.norms else None,
-        hidden=states,
+        hidden=last_hidden,
         centres=of_centres[0] if of_centres else None,
-        token_kl=None if reference is None else divergence,
+        token_kl=None if ref_head is None else divergence,
+        states=before.detach(),
     )
-
-
-def _linear_head(model: nn.Module) -> nn.Linear:
-    """Return the head of a model for which `check_scoring` returned a number of tokens at once."""
-    head = head_of(model)
-    assert head is not None
-    return head
 
 
 @torch.no_grad()

@@ -148,7 +148,9 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
             *task.eval_prompts,
             *(getattr(task, "demonstrations", None) or ()),
         ]
-        form = {"texts": (args.system_prompt or "", *(args.stop or ())), "chat": bool(args.chat)}
+        template = getattr(args, "teacher_template", None) or ""
+        texts = (args.system_prompt or "", template, *(args.stop or ()))
+        form = {"texts": texts, "chat": bool(args.chat)}
         environment = getattr(task, "environment", None)
         calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)
         if environment is not None or calls:

@@ -204,7 +204,12 @@ def with_prompts(
     if column == "prompt" and column not in rows[0] and "messages" in rows[0]:
         column = "messages"
     if data.prompt_template is not None:
-        prompted = _filled(data.prompt_template, rows, source)
+        template = data.prompt_template
+        subject = f"{source}, prompt_template {template!r}: the prompt of"
+        prompted = [
+            {**row, "prompt": filled(template, row, f"{subject} {location}")}
+            for location, row in with_places(rows)
+        ]
     elif column not in rows[0]:
         raise Refused(
             f"{source} has no column '{column}'.{suggest(column, rows[0])} Name it by prompt_column, or give a "
@@ -233,19 +238,24 @@ class _Cells(dict[str, Any]):
         return value
 
 
-def _filled(template: str, rows: Sequence[Row], source: str) -> list[dict[str, Any]]:
-    """Return the rows with prompts made by a template from their columns."""
-    filled = []
-    for location, row in with_places(rows):
-        try:
-            filled.append({**row, "prompt": template.format_map(_Cells(row))})
-        except Exception as error:  # values have formats of their own
-            raise Refused(
-                f"{source}, prompt_template {template!r}: the prompt of {location} cannot be made "
-                f"({describe(error)}). Name columns in braces (there are {', '.join(map(str, row))}), each "
-                "with a value, and write {{ for a brace."
-            ) from error
-    return filled
+def filled(template: str, row: Row, subject: str) -> str:
+    """Return a prompt that a template makes from the columns of a row.
+
+    Args:
+        template: the template, with columns in braces.
+        row: the row.
+        subject: what a message says that cannot be made.
+
+    Raises:
+        Refused: the template cannot be filled from the row.
+    """
+    try:
+        return template.format_map(_Cells(row))
+    except Exception as error:  # values have formats of their own
+        raise Refused(
+            f"{subject} cannot be made ({describe(error)}). Name columns in braces (there are "
+            f"{', '.join(map(str, row))}), each with a value, and write {{{{ for a brace."
+        ) from error
 
 
 def as_prompt(value: Any) -> Any:

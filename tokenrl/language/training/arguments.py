@@ -96,14 +96,32 @@ class OptimiserArguments(PassArguments, group="optimiser"):
 
 @dataclass(frozen=True)
 class KlArguments(Settings, group="KL control"):
-    """Which model is the reference of the KL, and how the KL is held near a target."""
+    """Which model is the reference of the KL, what it reads, and how the KL is held near a target."""
 
     teacher: Annotated[str, OR_OBJECT] | None = None
     """A frozen model whose log-probabilities stand in the KL in place of those of the policy before training
     (distillation on samples of the student): a directory, a hub name, or the directory of a run; from Python
     also a pair (model, tokenizer), which is copied. It must have the policy's vocabulary, and is loaded with
     dtype. It needs an --estimator.beta above 0. With --reward none it is all that there is to learn from.
-    Completions end where either of the two models ends."""
+    Completions end where either of the two models ends. self: the policy itself, with its weights before
+    training (./self for a directory of that name); it is worth a teacher if it reads another prompt, from
+    teacher_template, teacher_context or a column teacher_prompt of the data, which is text or chat messages."""
+    teacher_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = None
+    """With teacher self: the teacher's weights are an average of the policy's, updated after each step to
+    teacher_decay x teacher + (1 - teacher_decay) x policy; 0: the policy's present weights. Default: its
+    weights before training stay."""
+    teacher_template: str | None = None
+    """Template of the text that the teacher reads in place of the prompt, or in chat messages in place of the
+    last one of the user: '{prompt} The answer is {answer}.' It may name columns of the data, and prompt, the
+    text that it replaces; of an episode this has the first observation."""
+    teacher_context: Annotated[str, OR_FUNCTION] | None = None
+    """`module:function` or `file.py:function` that returns what the teacher reads in place of the prompt of a
+    row, as text or chat messages. It is called for each row of a step, after the rewards, with those it takes
+    of prompt, row (the data's), and completions and rewards, lists of the other rows of the prompt. Evaluations
+    have no such teacher, so no KL to it is evaluated."""
+    allow_own_feedback: bool = False
+    """Allow a teacher_context that also takes completion and reward of the row itself. Then the KL is none
+    between two policies, and the gradient is biased."""
     target_kl: Positive | None = None
     """Target of the KL to the reference, in nats per completion. The weight starts at --estimator.beta and is
     then adapted to reach the target (Ziegler et al. 2019). Default: the weight stays constant."""

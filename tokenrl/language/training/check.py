@@ -17,7 +17,6 @@ from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.characters import MANY, texts_in, unknown_characters
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
-from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.metrics import examples
 from tokenrl.language.training.run import RunResult, TrainingRun
@@ -88,9 +87,7 @@ def _first_step(run: TrainingRun) -> Record:
         Stopped: the step failed, as in a reward function.
     """
     learner = run.learner
-    if run.rewards.environments is None:
-        for rows in (run.task.train_prompts, run.task.eval_prompts):
-            check_prompts(learner.policy, rows, learner.sampling)
+    run.check_prompts()
     return training_step(learner, run.training_rewards, run.memory, 1, run.stream.draw_prompts)
 
 
@@ -141,7 +138,7 @@ def _lines(run: TrainingRun, record: Record) -> dict[str, str]:
 
 
 def _show_step(run: TrainingRun, session: Session, record: Record) -> None:
-    """Print the first prompt as the model reads it, or the first episode, and completions with each reward."""
+    """Print the first prompt as model and teacher read it, or the first episode, and completions with each reward."""
     rows = record.rows()
     console = session.console
     episodic = run.rewards.environments is not None
@@ -150,6 +147,8 @@ def _show_step(run: TrainingRun, session: Session, record: Record) -> None:
         (ids,) = encode(policy, rows[:1], run.learner.sampling)
         text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         console.note(f"The first prompt, as the model reads it: {visible(text, LONGEST_SHOWN)}")
+    if seen := rows[0].get("teacher_prompt"):
+        console.note(f"Its teacher reads in place of it: {visible(seen, LONGEST_SHOWN)}")
     table = examples(rows, run.args.num_generations)
     names = [f"rewards/{name}" for name in run.rewards.names]
     console.completions_table(table, ["reward"] if len(names) < 2 else [*names, "reward"])

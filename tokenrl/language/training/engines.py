@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import completion_mask
 from tokenrl.errors import (
     USER_CODE_FAILED,
@@ -57,6 +58,8 @@ MakeGenerator = Callable[[Policy, int | None], Generator]
 UNUSABLE = (
     "generate returned a rollout that cannot be used (see tokenrl.language.Rollout for its columns)"
 )
+MOST_TOKENS = 4096
+"""The most tokens whose probabilities are kept at each position: 1 MiB for a completion of 64 tokens."""
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 
 
@@ -79,6 +82,20 @@ def engine_of(args: TrainArguments) -> MakeGenerator:
     if engine in ENGINES.values():
         return partial(getattr(engine, "start", engine), cache=cache)
     return engine  # type: ignore[no-any-return]
+
+
+def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
+    """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
+    if estimator.importance_centre:
+        size: int = shape_of(policy).vocab_size
+        count = min(size, estimator.importance_centre_top or size)
+        if count > MOST_TOKENS:
+            raise Refused(
+                f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
+                f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
+                "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
+                "or 'sequence' needs the probabilities of the sampled tokens only."
+            )
 
 
 def start_engine(

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
+from tokenrl.language.rollout.forward import (
+    Forward,
+    choose_forward,
+    frozen_copy,
+    shape_of,
+)
 from tokenrl.language.rollout.generator import (
     Generator,
     LaggedGenerator,
@@ -25,7 +30,6 @@ from tokenrl.language.rollout.generator import (
 from tokenrl.language.rollout.rollout import Rollout, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
-    Reference,
     Scores,
     Scoring,
     score,
@@ -33,12 +37,11 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.teacher import Teacher, teacher_scoring
+from tokenrl.language.training.engines import check_vocabulary, start_engine
+from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_scoring
+from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
-MOST_TOKENS = 4096
-"""The most tokens whose probabilities are kept at each position: 1 MiB for a completion of 64 tokens."""
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
 
@@ -141,6 +144,8 @@ class Learner:
         computing: the settings about computing, by name, as the machine decides them.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
+        teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
+        average: the moving average of the policy's weights that the teacher has; None if it has others.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
@@ -155,6 +160,8 @@ class Learner:
     computing: Mapping[str, Any]
     generator: Generator
     critic: Critic | None = None
+    teacher_prompts: TeacherPrompts | None = None
+    average: MovingAverage | None = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
@@ -167,11 +174,11 @@ class Learner:
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
-        reference = None
+        ref_head = None
         if estimator.needs_token_kl:
-            reference = Reference(
-                self.forward.policy.reference_model, self.forward.reference_scoring
-            )
+            if rows.ref_states is None:
+                rows = replace(rows, ref_states=self.ref_scores(rows, states=True).states)
+            ref_head = self.forward.ref_head
         return score(
             self.forward.model,
             rows,
@@ -179,25 +186,38 @@ class Learner:
             distribution=self.sampling,
             entropy=estimator.needs_entropy,
             centres=estimator.score_centres if estimator.importance_centre else None,
-            reference=reference,
+            ref_head=ref_head,
         )
 
     def logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
         return self._scores(rows, self.forward.model, self.forward.scoring, self.sampling).logprobs
 
-    def ref_logprobs(self, rows: Rollout) -> Tensor:
-        """Return the log-probabilities [n, T] of rows under the reference, at the same temperature over all tokens."""
-        whole = self.sampling.whole
+    def ref_scores(self, rows: Rollout, *, states: bool) -> Scores:
+        """Score rows under the reference, without a gradient, at the same temperature over all tokens.
+
+        A teacher scores them behind the prompts that it reads; `states` asks for what its head is given too.
+        """
+        if rows.teacher_prompts is not None:
+            rows = rows.behind(rows.teacher_prompts, self.policy.pad_id)
         with self.forward.policy.reference_model() as reference:
-            return self._scores(rows, reference, self.forward.reference_scoring, whole).logprobs
+            scoring = self.forward.reference_scoring
+            return self._scores(rows, reference, scoring, self.sampling.whole, states=states)
 
     def _scores(
-        self, rows: Rollout, model: nn.Module, scoring: Scoring, distribution: Distribution
+        self,
+        rows: Rollout,
+        model: nn.Module,
+        scoring: Scoring,
+        distribution: Distribution,
+        *,
+        states: bool = False,
     ) -> Scores:
         """Score rows under a model, without a gradient."""
         size = self.rows_at_once(rows)
-        return score_in_parts(model, rows, scoring, rows_at_once=size, distribution=distribution)
+        return score_in_parts(
+            model, rows, scoring, rows_at_once=size, distribution=distribution, states=states
+        )
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
@@ -300,21 +320,9 @@ class Learner:
         engine = getattr(self.generator, "engine", None)
         if isinstance(engine, LaggedGenerator):
             parts["sampler"] = engine
+        if self.average is not None:
+            parts["teacher"] = self.average
         return parts
-
-
-def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
-    """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
-    if estimator.importance_centre:
-        size: int = shape_of(policy).vocab_size
-        count = min(size, estimator.importance_centre_top or size)
-        if count > MOST_TOKENS:
-            raise Refused(
-                f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
-                f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
-                "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
-                "or 'sequence' needs the probabilities of the sampled tokens only."
-            )
 
 
 def make_optimizer(args: TrainArguments, policy: Policy) -> torch.optim.Optimizer:
@@ -343,7 +351,7 @@ def make_learner(
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
-        teacher: the teacher, whose model is the policy's reference (`with_teacher`); None without one.
+        teacher: the teacher; None without one. The model of another policy is this policy's reference already.
         turns: whether episodes of several turns are sampled.
 
     Raises:
@@ -354,6 +362,8 @@ def make_learner(
     policy.model.to(device)
     broadcast_weights(policy.model)
     if args.estimator.needs_reference:
+        if teacher is not None and teacher.policy is None:
+            policy.reference = frozen_copy(policy.model)
         policy.add_reference()
         if policy.reference is not None:
             policy.reference.to(device)
@@ -365,7 +375,7 @@ def make_learner(
         hidden=args.estimator.needs_values,
         turns=turns,
     )
-    if teacher is not None:
+    if teacher is not None and teacher.policy is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
     learner = Learner(
@@ -377,7 +387,10 @@ def make_learner(
         args=args,
         computing=computing,
         generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
+        teacher_prompts=None if teacher is None else teacher.prompts,
     )
+    if args.teacher_decay is not None:
+        learner.average = MovingAverage(policy, args.teacher_decay)
     if args.estimator.needs_values:
         rate = args.value_learning_rate
         iterations = args.value_iterations

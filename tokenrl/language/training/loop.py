@@ -22,7 +22,6 @@ from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, with_own_weights
-from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -187,7 +186,7 @@ def _prepare(
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(args, policy)
-    if teacher is not None:
+    if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
@@ -222,7 +221,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     if run.warm_started:
         facts["warm_started"] = run.warm_started
     policy = run.learner.policy
-    teacher = None if run.teacher is None else run.teacher.policy.source
+    teacher = None if run.teacher is None else run.teacher.name
     session.open(
         run.args,
         SavedModel(policy),
@@ -243,8 +242,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
         Refused: a prompt is too long for the model's context.
     """
     learner = run.learner
-    if run.rewards.environments is None:
-        check_prompts(learner.policy, run.task.train_prompts, learner.sampling)
+    run.check_prompts()
     learner.sync()  # with the weights of the checkpoint, if there is one
     if not session.continues:
         held_out = len(run.task.eval_prompts)
@@ -346,7 +344,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     facts |= {"warm start": warmed["in_words"]} if warmed else {}
-    facts |= {} if run.teacher is None else {"teacher": run.teacher.policy.source}
+    facts |= {} if run.teacher is None else {"teacher": run.teacher.name}
     facts |= form_line(ended.policy.form)
     for moment, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         rewards = [name for name in numbers if name.startswith("reward")]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
+from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rollout.rewarded import (
     completion_kl,
     prompt_text,
@@ -100,8 +101,9 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
-    itself. The reward is None without functions, and where all abstained, as from a failed episode. Where each
-    token has an advantage of its own, the row holds that of the first token.
+    itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
+    without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
+    its own, the row holds that of the first token.
     """
     advantages = rows.advantages
     if advantages.ndim == 2:
@@ -119,6 +121,11 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
         columns[f"rewards/{name}"] = values
     columns |= _columns(rows.logs)
+    if rows.teacher_prompts is not None:
+        tokenizer = policy.tokenizer
+        columns["teacher_prompt"] = decoded(
+            tokenizer, rows.teacher_prompts, skip_special_tokens=False
+        )
     columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
     if rows.messages is not None:
         columns |= {"ending": rows.endings, "messages": rows.messages}

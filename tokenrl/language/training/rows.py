@@ -126,11 +126,17 @@ def refill(
 def with_estimates(
     learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout
 ) -> Rollout:
-    """Return the rows with what the estimator needs: reference, critic's values, greedy rewards, keys."""
+    """Return the rows with what the estimator needs: teacher's prompts, reference, values, greedy rewards, keys."""
     estimator = learner.estimator
     columns = dict[str, Any]()
+    if learner.teacher_prompts is not None:
+        prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
+        rows = replace(rows, teacher_prompts=prompts)
     if estimator.needs_reference:
-        columns["ref_logprobs"] = learner.ref_logprobs(rows)
+        keeps = estimator.needs_token_kl and learner.forward.keeps_ref_states(rows.mask)
+        scores = learner.ref_scores(rows, states=keeps)
+        columns["ref_logprobs"] = scores.logprobs
+        rows = replace(rows, ref_states=scores.states)
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:

@@ -20,7 +20,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
-from tokenrl.language.supervised.defaults import with_origins
+from tokenrl.language.supervised.defaults import check_prompts, with_origins
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -34,6 +34,7 @@ from tokenrl.language.training.settings import (
     train_settings,
 )
 from tokenrl.language.training.teacher import Teacher, read_models, without_teacher
+from tokenrl.language.training.teacher_prompts import bias_of_context
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
@@ -136,8 +137,11 @@ class TrainingRun:
         learner = self.learner
         policy = learner.forward.policy
         reference = None
-        if policy.reference is not None and self.unrewarded and self.args.eval_generations:
+        is_scored = self.unrewarded and self.args.eval_generations
+        # A function makes what the teacher reads of the completions of a step.
+        if policy.reference is not None and is_scored and self.args.teacher_context is None:
             reference = replace(policy, model=policy.reference, reference=None)
+        prompts = learner.teacher_prompts
         return Evaluator(
             policy,
             learner.forward.scoring,
@@ -145,7 +149,17 @@ class TrainingRun:
             learner.accelerator,
             reference,
             learner.forward.reference_scoring,
+            None if prompts is None else partial(prompts.of, policy, sampling=learner.sampling),
         )
+
+    def check_prompts(self) -> None:
+        """Refuse prompts of the policy or the teacher that are too long or cannot be read; episodes have others."""
+        learner = self.learner
+        if self.rewards.environments is None:
+            for rows in (self.task.train_prompts, self.task.eval_prompts):
+                check_prompts(learner.policy, rows, learner.sampling)
+                if learner.teacher_prompts is not None:
+                    learner.teacher_prompts.check(learner.policy, rows, learner.sampling)
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
@@ -219,7 +233,12 @@ def first_facts(
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
     if is_unrewarded(args.reward):
-        names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or 'the KL'}"
+        kl = (
+            "the KL"
+            if args.teacher_context is None
+            else "no KL, as teacher_context is called in steps"
+        )
+        names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
     stage = ""
@@ -230,7 +249,7 @@ def first_facts(
         "task": division_of(task, args.eval_size)[0],
         "reward": names,
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
-        f"{estimator.bias_status}",
+        f"{bias_of_context(args) or estimator.bias_status}",
         **objective_line(estimator),
         "order": f"{stage}an evaluation, training steps with evaluations in between",
         "seed": args.seed,

@@ -156,8 +156,18 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
 
 
 def _check_teacher(args: TrainArguments) -> None:
-    """Refuse a teacher that nothing is learnt from, and rewards of none without a teacher to learn from."""
+    """Refuse a teacher that nothing is learnt from, and what needs a teacher without one."""
     estimator = args.estimator
+    if args.teacher_decay is not None and args.teacher != "self":
+        raise Refused(
+            f"teacher_decay={args.teacher_decay:g} averages the policy's weights, which is for the teacher self "
+            "(--teacher self)."
+        )
+    for name in ("teacher_template", "teacher_context"):
+        if args.teacher is None and getattr(args, name) is not None:
+            raise Refused(
+                f"{name} makes what a teacher reads, and there is none: name one by teacher, such as --teacher self."
+            )
     if args.teacher is not None and not estimator.needs_kl:
         raise Refused(
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
@@ -209,6 +219,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "value_learning_rate": critic,
         "value_iterations": critic,
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
+        "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
         "warm_start_steps": (args.warm_start, "warm_start is not set"),
     }

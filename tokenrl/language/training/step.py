@@ -129,6 +129,9 @@ def training_step(
             learner.optimizer.step()
         learner.forward.copy_weights()
         updates.append(update_metrics(learner, sums, float(norm)))
+    rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
+    if learner.average is not None:
+        learner.average.update()
     learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)

@@ -1,4 +1,7 @@
-"""Loads the teacher of a run, a frozen model that is the reference of the KL in place of the policy's start.
+"""Loads the teacher of a run, a model that is the reference of the KL in place of the policy's start.
+
+The teacher `self` is the policy itself: its weights before training, or their moving average. It is worth a
+teacher if it reads another prompt.
 
 Teacher and policy must have the same tokens under the same ids. Their embeddings and heads may still have
 different numbers of rows, because these are padded to sizes that are fast. The teacher then gets as many rows
@@ -7,13 +10,13 @@ as the policy has (see `fit_rows`), so that both distributions are over the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.loading import context_of
@@ -25,37 +28,104 @@ from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.teacher_prompts import OWN, TeacherPrompts, teacher_prompts
 
 
 class Teacher(NamedTuple):
     """The teacher of a run.
 
     Attributes:
-        policy: its frozen model, with as many rows as the policy's, and its tokenizer.
+        name: the name by which the arguments give it.
+        policy: its frozen model, with as many rows as the policy's, and its tokenizer; None for the policy itself.
         line: its name and size in words, for the header.
-        fingerprint: a hash of its weights as they were loaded.
+        fingerprint: a hash of its weights as they were loaded; empty for the policy itself.
+        prompts: how its prompts are made; None if it reads those of the policy.
     """
 
-    policy: Policy
+    name: str
+    policy: Policy | None
     line: str
-    fingerprint: str
+    fingerprint: str = ""
+    prompts: TeacherPrompts | None = None
+
+
+class MovingAverage:
+    """An exponential average of the policy's weights, which the teacher has.
+
+    Attributes:
+        policy: the policy, whose reference is the teacher.
+        decay: the share of the average that an update keeps.
+        weights: the average of each weight that is trained, by name, in float32 or better.
+    """
+
+    def __init__(self, policy: Policy, decay: float) -> None:
+        """Begin with the weights that the policy has now; the teacher has them too, as `frozen_copy` made it."""
+        self.policy = policy
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+        for name, weight in policy.model.named_parameters():
+            if weight.requires_grad:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                self.weights[name] = weight.detach().to(wide, copy=True)
+
+    def update(self) -> None:
+        """Add the weights that the policy has now, and give the teacher the average."""
+        self.load_state_dict(dict(self.policy.model.named_parameters()), self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the average of each weight, by name."""
+        return self.weights
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], decay: float = 0.0) -> None:
+        """Continue from what `state_dict` returned; `decay` is the share of the present average that is kept."""
+        assert self.policy.reference is not None
+        of_teacher = dict(self.policy.reference.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(state[name].to(average), 1 - decay)
+            of_teacher[name].copy_(average)
+
+
+def is_named(args: TrainArguments) -> bool:
+    """Return whether the teacher is another model than the policy itself."""
+    return args.teacher is not None and args.teacher != OWN
 
 
 def read_models(args: TrainArguments, task: Any) -> Policy:
     """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
     policy = load_base(args, task, weights=False)
-    return policy if args.teacher is None else with_teacher(policy, _named(args, weights=False))
+    teacher_prompts(args, task)  # which refuses what cannot be
+    return with_teacher(policy, _named(args, weights=False)) if is_named(args) else policy
 
 
 def load_models(
     args: TrainArguments, task: Any, announce: Callable[[str], None]
 ) -> tuple[Policy, Teacher | None]:
-    """Load the policy of a run, and the teacher if there is one, which is then the policy's reference."""
-    policy = load_base(args, task, announce)
+    """Load the policy of a run, and the teacher if there is one; see `teacher_of`."""
+    return teacher_of(args, load_base(args, task, announce), task)
+
+
+def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy, Teacher | None]:
+    """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any."""
     if args.teacher is None:
         return policy, None
-    teacher = load_teacher(args, policy)
-    return with_teacher(policy, teacher.policy), teacher
+    teacher = Teacher(OWN, None, _own_weights(args))
+    if is_named(args):
+        teacher = load_teacher(args, policy)
+    if prompts := teacher_prompts(args, task):
+        line = f"{teacher.line}; it reads {prompts.name} in place of the prompt"
+        teacher = teacher._replace(prompts=prompts, line=line)
+    if teacher.policy is not None:
+        return with_teacher(policy, teacher.policy), teacher
+    # The run gives its own policy a reference, so that one from Python stays as it is.
+    return replace(policy, reference=None), teacher
+
+
+def _own_weights(args: TrainArguments) -> str:
+    """Return in words which weights of the policy the teacher `self` has."""
+    if args.teacher_decay is None:
+        return "the policy itself, with its weights before training"
+    return f"the policy itself, with an average of its weights (decay {args.teacher_decay:g})"
 
 
 def _named(args: TrainArguments, *, weights: bool = True) -> Policy:
@@ -104,7 +174,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
             f"The teacher {name!r} ends its completions at {teacher.form.stop}, and the policy does not: give "
             "--stop with the same strings, or alone for none."
         )
-    return Teacher(replace(teacher, model=model), line, digest)
+    return Teacher(name, replace(teacher, model=model), line, digest)
 
 
 def with_teacher(policy: Policy, teacher: Policy) -> Policy:
@@ -120,7 +190,7 @@ def with_teacher(policy: Policy, teacher: Policy) -> Policy:
 
 
 def without_teacher(policy: Policy) -> Policy:
-    """Return the policy of a run, after it, without the reference and the bound that `with_teacher` gave it.
+    """Return the policy of a run, after it, without the reference and the bound that a teacher gave it.
 
     It still ends where the teacher does, as it has learnt to.
     """
