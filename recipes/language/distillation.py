@@ -1,11 +1,18 @@
 """A reward, a teacher, or both: trains students of half a million weights over seeds, and compares them.
 
     python recipes/language/distillation.py --task sort_digits
+    python recipes/language/distillation.py --task sort_digits --own
 
 First a teacher of 2 million weights learns the task by RLOO. Then each arm starts from the task's base model and
 samples the same number of completions: RLOO on the reward, three forms of on-policy distillation without a
 reward, and RLOO with the KL to the teacher. `--cold` starts students from random weights instead. Runs that have
 ended are read, not made again.
+
+With `--own` the student is its own teacher, which reads the right answer before the prompt. The model that both
+begin with has learnt from demonstrations to copy such an answer, and to guess without one, mostly wrongly.
+
+Look for: whether a teacher is better than a reward that says no more than right or wrong, and how much of that is
+left after equal seconds, which the second comparison takes from the median step of each arm.
 """
 
 # /// script
@@ -15,9 +22,12 @@ ended are read, not made again.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +50,20 @@ ARMS = {
 
 
 RUNS = Path("runs/distillation")
+ANSWERS: dict[str, Callable[[str], str]] = {
+    "sort_digits": lambda prompt: "".join(sorted(prompt[:-1])),
+    "reverse_text": lambda prompt: prompt[-2::-1],
+}
+"""The right answer to a prompt, by task."""
+
+
+def sort_digits(prompt: str) -> str:
+    """Return what the teacher of the task reads, the right answer before the prompt; `reverse_text` alike."""
+    return f"{ANSWERS['sort_digits'](prompt)}>{prompt}"
+
+
+def reverse_text(prompt: str) -> str:
+    return f"{ANSWERS['reverse_text'](prompt)}>{prompt}"
 
 
 def train(name: str, **settings: Any) -> Path:
@@ -62,13 +86,49 @@ def make_teacher(task: str, steps: int) -> Path:
     return train(f"{task}_teacher", task=task, model=str(start), warm_start=True, max_steps=steps)
 
 
+def make_copyist(task: str, steps: int) -> Path:
+    """Return the model of a run that learns to copy an answer before a prompt, and else to guess."""
+    folder, data = RUNS / f"{task}_copyist", RUNS / f"{task}.jsonl"
+    if not (folder / "summary.json").exists():
+        rows = []
+        for row in toy_tasks.load(task).demonstrations:
+            prompt = row["prompt"]
+            rows.append({"prompt": prompt, "completion": row["completion"]})
+            answer = ANSWERS[task](prompt)
+            rows.append({"prompt": f"{answer}>{prompt}", "completion": answer})
+        RUNS.mkdir(parents=True, exist_ok=True)
+        data.write_text("\n".join(map(json.dumps, rows)))
+        for part in toy_tasks.load(task).build(seed=0):
+            part.save_pretrained(RUNS / f"{task}_new")
+        options: dict[str, Any] = {"max_steps": steps, "threads": 1, "quiet": True}
+        tokenrl.sft(task=str(data), model=str(RUNS / f"{task}_new"), output_dir=folder, **options)
+    return folder / "model"
+
+
+def after_equal_seconds(runs: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
+    """Return the score of each run up to the seconds that the fastest arm takes, by the median step of its arm."""
+    seconds: dict[str, float] = {}
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        timings = [row for (name, _), run in runs.items() if name == arm for row in run.timings]
+        seconds[arm] = median(row["step_seconds"] for row in timings if "step_seconds" in row)
+        print(f"{arm:14} {seconds[arm]:.3f} s a step")
+    rows = []
+    for (arm, seed), run in runs.items():
+        steps = np.array([row["step"] for row in run.evaluations])
+        rewards = [row["reward"] for row in run.evaluations]
+        curve = np.interp(steps[1:] * min(seconds.values()), steps * seconds[arm], rewards)
+        rows.append({"arm": arm, "seed": seed, "score": float(curve.mean())})
+    return rows
+
+
 def main(
-    task: Literal["sort_digits", "calculator"] = "sort_digits",
+    task: Literal["sort_digits", "calculator", "reverse_text"] = "sort_digits",
     arms: tuple[str, ...] = (),
     seeds: int = 6,
     max_steps: int = 100,
     teacher_steps: int = 450,
     cold: bool = False,
+    own: bool = False,
 ) -> None:
     """Make the runs, print mean scores with verdicts against the first arm, and draw the curves.
 
@@ -80,20 +140,29 @@ def main(
         max_steps: Updates of a student.
         teacher_steps: Updates of the teacher.
         cold: Start the students from random weights.
+        own: Let the students be their own teachers, of sort_digits or reverse_text.
     """
-    teacher = make_teacher(task, teacher_steps)
     arms = arms or tuple(arm for arm in ARMS if arm.startswith("opd") or not cold)
     name = f"{task}_cold" if cold else task
     shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
     shared |= {"model": "tiny"} if cold else {}
+    if own:
+        name = f"{task}_own"
+        shared["model"] = str(make_copyist(task, teacher_steps))
+        context = f"{os.path.relpath(__file__)}:{task}"
+        teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
+    else:
+        teacher = {"teacher": str(make_teacher(task, teacher_steps))}
     rows = []
+    runs = {}
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
     for arm in arms:
         curves = []
-        settings = shared | ({"teacher": str(teacher)} if "opd" in arm else {})
+        settings = shared | (teacher if "opd" in arm else {})
         settings |= {"reward": "none"} if arm.startswith("opd") else {}
         for seed in range(seeds):
             run = read_run(train(f"{name}_{arm}_{seed}", estimator=arm, seed=seed, **settings))
+            runs[arm, seed] = run
             curves.append([row["reward"] for row in run.evaluations])
             rows.append({"arm": arm, "seed": seed, "score": fmean(curves[-1][1:])})
         mean = np.mean(curves, 0)
@@ -104,10 +173,12 @@ def main(
     axes.set(xlabel="updates", ylabel="reward on held-out prompts", title=name)
     axes.legend(frameon=False)
     figure.savefig(RUNS / f"{name}.png", dpi=150)
-    (family,) = judge_scores(rows, margin=0.02).families
-    for arm in family.arms:
-        print(f"{arm.arm:14} area {arm.mean:.4f}")
-    print(family.headline(), *family.sentences(), sep="\n")
+    for title, scores in (("completions", rows), ("seconds", after_equal_seconds(runs))):
+        print(f"\nAfter equal {title}:")
+        (family,) = judge_scores(scores, margin=0.02).families
+        for of_arm in family.arms:
+            print(f"{of_arm.arm:14} area {of_arm.mean:.4f}")
+        print(family.headline(), *family.sentences(), sep="\n")
 
 
 if __name__ == "__main__":
