@@ -30,12 +30,12 @@ LIMITS = {
     "language/policy": 11_050,
     "language/rewards": 13_900,
     "language/tasks": 9_550,
-    "language/rollout": 28_150,
-    "language/training": 19_250,
-    "language/supervised": 7_450,
+    "language/rollout": 28_260,
+    "language/training": 21_610,
+    "language/supervised": 7_470,
     "language/commands": 4_750,
     "language/preferences": 6_950,
-    "language/evaluation": 4_150,
+    "language/evaluation": 4_200,
     "lab": 100,
     "lab/exact": 15_850,
     "lab/measure": 5_750,
@@ -44,8 +44,8 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_600, 183, 87_000, 244_400, 58_250, 7_600
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 49_000, 45
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 222_250, 184, 89_500, 247_950, 59_000, 7_600
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 49_150, 46
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -129,19 +129,18 @@ def training_step(
             learner.optimizer.step()
         learner.forward.copy_weights()
         updates.append(update_metrics(learner, sums, float(norm)))
-    rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
     if learner.average is not None:
         learner.average.update()
     learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
     metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(scored) | update_baselines(
-        learner, memory, rows, whole, terms.returns
-    )
+    metrics |= mismatch_metrics(scored)
+    metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
+    rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
     table = partial(completion_rows, learner.policy, rows, rewards.names)
     unread = unread_tokens(learner.policy, rows)
     return Record(metrics, table, timings, rows.failures or (), unread)
