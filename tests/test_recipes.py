@@ -118,6 +118,8 @@ LEARNING = {
     "distillation --arms rloo opd_full_path --seeds 2 --max-steps 10 --teacher-steps 2": (
         r"rloo +area 0\.\d+\nopd_full_path +area 0\.\d+\n",
     ),
+    "distillation --task reverse_text --own --arms rloo opd_full --seeds 2 --max-steps 10 "
+    "--teacher-steps 2": (r"After equal seconds:\nrloo +area 0\.\d+\nopd_full +area 0\.\d+\n",),
     "sampler_mismatch --task vowels --mismatches old=2 bits=4 --corrections sequence --seeds 2 "
     "--max-steps 2": (
         r"same none .* \S+e-(0[6-9]|1\d) ",

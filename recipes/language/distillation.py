@@ -12,7 +12,8 @@ With `--own` the student is its own teacher, which reads the right answer before
 begin with has learnt from demonstrations to copy such an answer, and to guess without one, mostly wrongly.
 
 Look for: whether a teacher is better than a reward that says no more than right or wrong, and how much of that is
-left after equal seconds, which the second comparison takes from the median step of each arm.
+left after equal seconds. The runs of a seed are made one after another, and the second comparison takes the cost
+of an arm from the ratio of its median step to that of the first arm, in the median of the seeds.
 """
 
 # /// script
@@ -106,17 +107,20 @@ def make_copyist(task: str, steps: int) -> Path:
 
 
 def after_equal_seconds(runs: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
-    """Return the score of each run up to the seconds that the fastest arm takes, by the median step of its arm."""
-    seconds: dict[str, float] = {}
-    for arm in dict.fromkeys(arm for arm, _ in runs):
-        timings = [row for (name, _), run in runs.items() if name == arm for row in run.timings]
-        seconds[arm] = median(row["step_seconds"] for row in timings if "step_seconds" in row)
-        print(f"{arm:14} {seconds[arm]:.3f} s a step")
+    """Return the score of each run up to the seconds that the cheapest arm takes."""
+    arms, seeds = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
+    seconds = {}
+    for key, run in runs.items():
+        seconds[key] = median(row["step_seconds"] for row in run.timings if "step_seconds" in row)
+    costs = {}
+    for arm in arms:
+        costs[arm] = median(seconds[arm, seed] / seconds[arms[0], seed] for seed in seeds)
+        print(f"{arm:14} a step takes {costs[arm]:.2f} of {arms[0]}'s")
     rows = []
     for (arm, seed), run in runs.items():
         steps = np.array([row["step"] for row in run.evaluations])
         rewards = [row["reward"] for row in run.evaluations]
-        curve = np.interp(steps[1:] * min(seconds.values()), steps * seconds[arm], rewards)
+        curve = np.interp(steps[1:] * min(costs.values()), steps * costs[arm], rewards)
         rows.append({"arm": arm, "seed": seed, "score": float(curve.mean())})
     return rows
 
@@ -153,20 +157,23 @@ def main(
         teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
     else:
         teacher = {"teacher": str(make_teacher(task, teacher_steps))}
-    rows = []
     runs = {}
+    for seed in range(seeds):
+        for arm in arms:
+            settings = shared | (teacher if "opd" in arm else {})
+            settings |= {"reward": "none"} if arm.startswith("opd") else {}
+            folder = train(f"{name}_{arm}_{seed}", estimator=arm, seed=seed, **settings)
+            runs[arm, seed] = read_run(folder)
+    rows = []
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
     for arm in arms:
         curves = []
-        settings = shared | (teacher if "opd" in arm else {})
-        settings |= {"reward": "none"} if arm.startswith("opd") else {}
         for seed in range(seeds):
-            run = read_run(train(f"{name}_{arm}_{seed}", estimator=arm, seed=seed, **settings))
-            runs[arm, seed] = run
-            curves.append([row["reward"] for row in run.evaluations])
+            evaluations = runs[arm, seed].evaluations
+            curves.append([row["reward"] for row in evaluations])
             rows.append({"arm": arm, "seed": seed, "score": fmean(curves[-1][1:])})
         mean = np.mean(curves, 0)
-        steps = [row["step"] for row in run.evaluations]
+        steps = [row["step"] for row in evaluations]
         axes.plot(steps, np.transpose(curves), color=ARMS[arm], alpha=0.2, linewidth=1)
         axes.plot(steps, mean, color=ARMS[arm], label=arm)
         print(f"{arm:14} reward at the end {mean[-1]:.3f}")
