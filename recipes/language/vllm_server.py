@@ -2,6 +2,7 @@
 
     python recipes/language/vllm_server.py                                 starts a server, and stops it
     python recipes/language/vllm_server.py --url http://127.0.0.1:8000     takes one that runs
+    python recipes/language/vllm_server.py --sync-every 2                  it samples while updates are made
     export VLLM_SERVER_URL=http://127.0.0.1:8000                           the same for a run of your own:
     tokenrl train ... --lora-r 8 --generator recipes/language/vllm_server.py:VllmServer
 
@@ -29,7 +30,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from statistics import fmean
@@ -67,7 +69,8 @@ class VllmServer:
         if not policy.has_adapter or policy.stops:
             raise ValueError("an adapter is sent, and no stop strings: set lora_r, and no stop")
         self.policy, self.process = policy, None
-        self.run, self.version, self.name = secrets.token_hex(4), 0, ""
+        self.run, self.version, self.names = secrets.token_hex(4), 0, []
+        self.announced, self.ahead, self.pool = [], (None, None), ThreadPoolExecutor(1)
         self.folder = Path(mkdtemp(prefix="tokenrl-"))
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
         try:
@@ -126,18 +129,24 @@ class VllmServer:
             time.sleep(self.pause)
 
     def sync(self, policy):
-        """Send the adapter as a new version, and drop the last one."""
-        old, self.version = self.name, self.version + 1
-        self.name = f"{self.run}-{self.version}"
-        policy.model.save_pretrained(self.folder / self.name, save_embedding_layers=False)
-        self.load()
-        if old:
-            self.ask("/v1/unload_lora_adapter", {"lora_name": old})
-            shutil.rmtree(self.folder / old)
+        """Send the adapter as a new version, and drop the last but one, which nothing samples from any more."""
+        self.version += 1
+        name = f"{self.run}-{self.version}"
+        policy.model.save_pretrained(self.folder / name, save_embedding_layers=False)
+        self.load(name)
+        self.names.append(name)
+        self.drop(self.names[:-2])
 
-    def load(self):
-        """Load the present adapter; that it is there already is no fault."""
-        adapter = {"lora_name": self.name, "lora_path": str(self.folder / self.name)}
+    def drop(self, names):
+        """Drop versions of the adapter."""
+        for name in names:
+            self.ask("/v1/unload_lora_adapter", {"lora_name": name})
+            shutil.rmtree(self.folder / name)
+            self.names.remove(name)
+
+    def load(self, name):
+        """Load a version of the adapter; that it is there already is no fault."""
+        adapter = {"lora_name": name, "lora_path": str(self.folder / name)}
         status, text = self.ask("/v1/load_lora_adapter", adapter)
         if status != 200 and "already been loaded" not in text:
             raise RuntimeError(
@@ -145,11 +154,28 @@ class VllmServer:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, where it can read the path"
             )
 
+    def announce(self, prompts):
+        """Note the prompts of the step after the next one, so that they are sampled during the update."""
+        self.abilities = replace(self.abilities, agrees=False)  # its weights may be an update old
+        self.announced = prompts
+
     def generate(self, prompt_ids, sampling, draws):
+        """Return what was sampled ahead, or sample now; begin with what was announced for the next step."""
+        if not sampling.step:  # an evaluation is of the present weights
+            return self.sample(prompt_ids, sampling, draws)
+        ids, answer = self.ahead
+        rollout = answer.result() if ids == prompt_ids else self.sample(prompt_ids, sampling, draws)
+        ids = [self.policy.encode(row["prompt"]) for _, row in self.announced]
+        # with other random numbers than those of this step
+        answer = self.pool.submit(self.sample, ids, sampling, 1 - draws) if ids else None
+        self.announced, self.ahead = [], (ids, answer)
+        return rollout
+
+    def sample(self, prompt_ids, sampling, draws):
         """Sample as `tokenrl.language.Generator` says. Each prompt is a request with a seed of its own."""
         size = sampling.group_size
         common = {
-            "model": self.name, "n": size, "max_tokens": sampling.max_completion_length,
+            "model": self.names[-1], "n": size, "max_tokens": sampling.max_completion_length,
             "temperature": 0 if draws is None else sampling.temperature, "top_k": sampling.top_k,
             "top_p": sampling.top_p, "min_p": sampling.min_p, "stop_token_ids": self.policy.ends,
             "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
@@ -180,11 +206,12 @@ class VllmServer:
         """Return a table of ids and log-probabilities [T, 2] for each completion, and whether it ended."""
         status, text = self.ask("/v1/completions", request)
         if status == 404:  # the server was started again
-            self.load()
+            self.load(request["model"])
             status, text = self.ask("/v1/completions", request)
         answer = json.loads(text) if status == 200 else {"model": f"code {status}: {text[:300]}"}
-        if answer["model"] != self.name:
-            raise ValueError(f"{self.host} answers {answer['model']!r} instead of {self.name!r}")
+        if answer["model"] != request["model"]:
+            versions = f"{answer['model']!r} instead of {request['model']!r}"
+            raise ValueError(f"{self.host} answers {versions}")
         choices = answer["choices"]
         if [c["prompt_token_ids"] for c in choices] != [request["prompt"]] * request["n"]:
             raise ValueError(f"{self.host} gives not {request['n']} completions of the prompt")
@@ -201,21 +228,28 @@ class VllmServer:
         """Stop the server that was started here; let another one drop the adapter."""
         if self.process:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, 9)
-        elif self.name:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 9)  # what it may have left
+        else:
             self.patience = 5.0
-            self.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
+            with suppress(RuntimeError):
+                self.drop([*self.names])
         shutil.rmtree(self.folder)
 
 
-def main(url: str = "", max_steps: int = 30, output_dir: Path = Path("runs/vllm_server")) -> None:
+def main(
+    url: str = "",
+    sync_every: int = 1,
+    max_steps: int = 30,
+    output_dir: Path = Path("runs/vllm_server"),
+) -> None:
     """Train sort_digits with an adapter of rank 8.
 
     Args:
         url: Address of a server of the base model, whose directory is printed first. By default one is started.
+        sync_every: With 2 a step is sampled while the update of the step before is made.
         max_steps: Number of training steps.
         output_dir: Directory of the run.
     """
@@ -223,8 +257,9 @@ def main(url: str = "", max_steps: int = 30, output_dir: Path = Path("runs/vllm_
     base = warm_started_base(load_task("sort_digits"))
     print(f"base model: {base}")
     result = tokenrl.train(
-        model=str(base), task="sort_digits", estimator="rloo", lora_r=8, generator=VllmServer,
-        learning_rate=1e-3, max_steps=max_steps, output_dir=output_dir, overwrite=True,
+        model=str(base), task="sort_digits", lora_r=8,
+        estimator="rloo" + ",importance=sequence" * (sync_every > 1), generator=VllmServer,
+        learning_rate=1e-3, sync_every=sync_every, max_steps=max_steps, output_dir=output_dir, overwrite=True,
     )  # fmt: skip
     gaps = read_run(output_dir).series("sampling/logp_difference/mean")[1]
     before, after = (x["reward"] for x in (result.eval_before, result.eval_after))

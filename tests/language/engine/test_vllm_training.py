@@ -92,12 +92,12 @@ def test_a_server_of_the_recipe_samples_from_each_version_of_the_adapter(tmp_pat
         def sync(self, policy):
             super().sync(policy)
             matrices = [p for name, p in policy.model.named_parameters() if "lora_B" in name]
-            versions.append((self.name, sum(float(p.detach().abs().sum()) for p in matrices)))
+            versions.append((self.names[-1], sum(float(p.detach().abs().sum()) for p in matrices)))
             engines.append(self)
 
     def lose(step, _):
         if step == 2:
-            engines[0].ask("/v1/unload_lora_adapter", {"lora_name": engines[0].name})
+            engines[0].ask("/v1/unload_lora_adapter", {"lora_name": versions[-1][0]})
 
     policy = wide_policy("qwen2")
     policy.eos_ids = ENDS

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_each_step_samples_from_a_new_version_of_the_adapter_beside_those_of_oth
     other = Engine(adapted())
     rows = trained(tmp_path / "run", temperature=0.7, top_k=3)
     assert max(row["sampling/logp_difference/max"] for row in rows) < 1e-5
-    assert list(fake.adapters) == [other.name]
+    assert list(fake.adapters) == other.names
     loaded, dropped, sampled = (
         [body for asked, body, _ in fake.asked if asked == path]
         for path in (LOAD, UNLOAD, COMPLETE)
@@ -146,6 +147,26 @@ def test_each_step_samples_from_a_new_version_of_the_adapter_beside_those_of_oth
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert files and not any(KEY.encode() in path.read_bytes() for path in files)
     other.close()
+
+
+def test_a_step_is_sampled_while_the_update_of_the_step_before_is_made(fake, tmp_path):
+    """The version of each step is the one before, whose adapter may be lost; evaluations have the last."""
+
+    fake.spoil = lambda answer: fake.adapters.clear() if fake.number == 10 else None
+    rows = trained(tmp_path / "run", sync_every=2, max_steps=5)
+    bodies = [body for asked, body, _ in fake.asked if asked == COMPLETE]
+    versions = [int(body["model"].partition("-")[2]) for body in bodies]
+    requests = {
+        (version, body["seed"])  # once, though it may be asked again
+        for version, body in zip(versions, bodies, strict=True)
+        if body["temperature"]
+    }
+    first = versions[0]
+    counts = Counter(version - first for version, _ in requests)
+    assert counts == {0: 8, 1: 4, 2: 4, 3: 4} and versions[-1] == first + 5
+    assert len({seed for _, seed in requests}) == 20
+    gaps = [row["sampling/logp_difference/max"] for row in rows]
+    assert gaps[0] < 1e-5 < min(gaps[1:]) and not fake.adapters
 
 
 @pytest.mark.parametrize("status", [404, 503, 0])

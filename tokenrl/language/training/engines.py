@@ -74,7 +74,7 @@ def engine_of(args: TrainArguments) -> MakeGenerator:
     """Return what makes the generator of a run, of a policy and the most completions at once."""
     engine = named_engine(args.generator)
     cache = args.generator_cache
-    if args.sync_every > 1:
+    if args.sync_every > 1 and engine is TransformersGenerator:
         return partial(LaggedGenerator, cache=cache, every=args.sync_every)
     if engine in ENGINES.values():
         return partial(getattr(engine, "start", engine), cache=cache)

@@ -138,10 +138,11 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    if args.sync_every > 1 and (args.generator != "transformers" or estimator.needs_greedy):
+    can_lag = args.generator == "transformers" or hasattr(args.generator, "announce")
+    if args.sync_every > 1 and (estimator.needs_greedy or not can_lag):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
-            "transformers only, and without greedy completions (baseline remax)."
+            "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
     lowest, highest = abilities.temperatures
     if not lowest <= args.temperature <= highest:
