@@ -262,6 +262,8 @@ def main(
         learning_rate=1e-3, sync_every=sync_every, max_steps=max_steps, output_dir=output_dir, overwrite=True,
     )  # fmt: skip
     gaps = read_run(output_dir).series("sampling/logp_difference/mean")[1]
+    if result.exit_reason != "finished":  # it was interrupted
+        return
     before, after = (x["reward"] for x in (result.eval_before, result.eval_after))
     print(f"held-out reward {before:.3f} before, {after:.3f} after {max_steps} steps")
     print(f"nats per token between server and trainer: {fmean(gaps):.1e}, at most {max(gaps):.1e}")

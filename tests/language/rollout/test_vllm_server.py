@@ -25,7 +25,7 @@ from tokenrl.language.rollout.sampling import Sampling
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
 LOAD, UNLOAD, COMPLETE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
-KEY = "a-key-of-the-test"
+KEY, BY_NAME = "a-key-of-the-test", f"{RECIPE}:VllmServer"
 
 
 class Engine(runpy.run_path(str(RECIPE))["VllmServer"]):
@@ -153,7 +153,7 @@ def test_a_step_is_sampled_while_the_update_of_the_step_before_is_made(fake, tmp
     """The version of each step is the one before, whose adapter may be lost; evaluations have the last."""
 
     fake.spoil = lambda answer: fake.adapters.clear() if fake.number == 10 else None
-    rows = trained(tmp_path / "run", sync_every=2, max_steps=5)
+    rows = trained(tmp_path / "run", sync_every=2, max_steps=5, generator=BY_NAME)
     bodies = [body for asked, body, _ in fake.asked if asked == COMPLETE]
     versions = [int(body["model"].partition("-")[2]) for body in bodies]
     requests = {
@@ -183,6 +183,12 @@ def test_after_a_failure_or_a_new_start_the_run_goes_on_as_it_was(fake, tmp_path
 
     fake.spoil = spoil
     assert trained(tmp_path / "run") == rows
+
+
+def test_a_continuation_goes_on_with_the_saved_adapter(fake, tmp_path):
+    rows = trained(tmp_path / "whole")
+    trained(tmp_path / "parts", max_steps=2)
+    assert trained(tmp_path / "parts", resume="auto") == rows
 
 
 def completion(**changes):
@@ -241,7 +247,7 @@ def test_a_server_of_another_base_is_refused(fake, tmp_path):
     [
         ({"lora_r": 0}, "set lora_r"),
         ({"stop": ["a"]}, "no stop"),
-        ({"temperature": 3.0}, "samples from 0.01 to 2"),
+        ({"temperature": 3.0, "generator": BY_NAME}, "samples from 0.01 to 2"),
     ],
 )
 def test_what_is_not_sent_is_refused(fake, tmp_path, options, words):

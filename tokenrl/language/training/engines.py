@@ -49,6 +49,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores, Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.names import NamedFunction
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
@@ -61,7 +62,9 @@ ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGe
 
 
 def named_engine(engine: Any) -> Any:
-    """Return the class of the engine of a name; the user's function that makes one is returned as it is."""
+    """Return the class of the engine of a name, or the user's function that makes one."""
+    if isinstance(engine, NamedFunction):
+        return engine.load()
     return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
 
 
