@@ -42,7 +42,8 @@ def started(policy: Policy, rows_at_once: int | None = None, *, cache: float = 0
     """An engine whose first completions agree with the trainer."""
     make = partial(VllmGenerator.start, cache=cache)
     with contextlib.closing(start_engine(make, policy, USUAL, rows_at_once)) as engine:
-        rows = sampled(engine)
+        vocabulary = policy.model.config.get_text_config().vocab_size
+        rows = sampled(engine, [[token % vocabulary for token in ids] for ids in IDS])
         scored = with_missing_fields(policy, rows, USUAL, distribution=UNCHANGED, logprobs=True)
         engine.check(scored, Sampling(8, 4))
         yield engine.engine

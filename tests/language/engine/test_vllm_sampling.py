@@ -30,6 +30,7 @@ DISTRIBUTIONS = [
 
 @pytest.fixture(scope="module")
 def engine():
+    """One engine for tests that stand together: another one, once it is closed, ends this one's groups."""
     policy = wide_policy(max_position_embeddings=512)  # a block of the cache has 128 tokens
     # so that the engine knows the tokenizer
     policy.stops = StopStrings(make_tokenizer(), ["<pad>"])
@@ -44,29 +45,6 @@ def alone(engine, rollout, row, distribution):
     with torch.no_grad():
         logits = engine.policy.model(ids).logits[:, row.prompt_ids.shape[1] - 1 : -1]
     return distribution.log_probabilities(logits)[0]
-
-
-def test_a_turn_reads_what_is_new_alone_until_the_weights_change(engine, monkeypatch):
-    """Whole blocks of its cache are reused, and none of other weights."""
-    generate = engine.engine.generate
-    reused = []
-
-    def counted(*arguments, **options):
-        answers = generate(*arguments, **options)
-        reused.extend(answer.num_cached_tokens for answer in answers)
-        return answers
-
-    monkeypatch.setattr(engine.engine, "generate", counted)
-    sampling = Sampling(20)
-    draws = torch.full((1, 20), 0.5)
-    engine.sync(engine.policy)
-    history = [3 + number % 80 for number in range(300)]
-    turn = engine.generate([history], sampling, draws)
-    history += [*turn.completion_ids[0][turn.mask[0]].tolist(), 5, 6]
-    engine.generate([history], sampling, draws)
-    engine.sync(engine.policy)
-    engine.generate([history], sampling, draws)
-    assert reused == [0, 256, 0]
 
 
 @pytest.mark.parametrize("vocabulary", [13, 90, 96])
@@ -98,6 +76,29 @@ def test_tokens_are_drawn_from_the_distribution_of_the_policy(vocabulary):
             assert chisquare(observed, 3000 * np.array(expected) / sum(expected)).pvalue > 1e-3, (
                 settings
             )
+
+
+def test_a_turn_reads_what_is_new_alone_until_the_weights_change(engine, monkeypatch):
+    """Whole blocks of its cache are reused, and none of other weights."""
+    generate = engine.engine.generate
+    reused = []
+
+    def counted(*arguments, **options):
+        answers = generate(*arguments, **options)
+        reused.extend(answer.num_cached_tokens for answer in answers)
+        return answers
+
+    monkeypatch.setattr(engine.engine, "generate", counted)
+    sampling = Sampling(20)
+    draws = torch.full((1, 20), 0.5)
+    engine.sync(engine.policy)
+    history = [3 + number % 80 for number in range(300)]
+    turn = engine.generate([history], sampling, draws)
+    history += [*turn.completion_ids[0][turn.mask[0]].tolist(), 5, 6]
+    engine.generate([history], sampling, draws)
+    engine.sync(engine.policy)
+    engine.generate([history], sampling, draws)
+    assert reused == [0, 256, 0]
 
 
 def test_rows_follow_from_seed_stream_and_step(engine):

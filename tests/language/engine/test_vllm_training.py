@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from engines import trained, uneven, wide_policy
@@ -78,3 +80,30 @@ def test_a_learning_rate_of_0_leaves_the_numbers_as_they_were(tmp_path):
         assert max(row["sampling/logp_difference/max"] for row in rows_of(run)) < 1e-5
     half = len(rewards) // 2
     assert rewards[:half] == rewards[half:]
+
+
+def test_a_server_of_the_recipe_samples_from_each_version_of_the_adapter(tmp_path, monkeypatch):
+    """After the second step it loses the adapter, as if it had been started again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
+    versions, engines = [], []
+
+    class Server(runpy.run_path(str(recipe))["VllmServer"]):
+        def sync(self, policy):
+            super().sync(policy)
+            matrices = [p for name, p in policy.model.named_parameters() if "lora_B" in name]
+            versions.append((self.names[-1], sum(float(p.detach().abs().sum()) for p in matrices)))
+            engines.append(self)
+
+    def lose(step, _):
+        if step == 2:
+            engines[0].ask("/v1/unload_lora_adapter", {"lora_name": versions[-1][0]})
+
+    policy = wide_policy("qwen2")
+    policy.eos_ids = ENDS
+    options = {"max_steps": 6, "top_k": 40, "temperature": 0.9, "callback": lose} | LORA
+    rows = rows_of(trained(tmp_path / "run", policy, generator=Server, **options))
+    gaps = [row["sampling/logp_difference/max"] for row in rows]
+    assert len(gaps) == 6 and max(gaps) < 1e-4, gaps
+    assert len(set(versions)) == len(versions) > 6 and versions[0][1] == 0 < versions[-1][1]
+    assert engines[0].process.returncode is not None

@@ -246,6 +246,12 @@ def batches_of(rows, size, seed):
     return batches, lambda: batches.draw(size)
 
 
+def test_prompts_that_are_peeked_at_are_drawn_next():
+    stream, _ = prompts_of(5, 3, 1)
+    for count in (3, 4, 9):  # within an epoch, over its end, and over two
+        assert stream.peek(count) == stream.peek(count) == stream.draw_prompts(count)
+
+
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
 @settings(max_examples=50, deadline=None)
 @given(

@@ -69,6 +69,10 @@ class Generator(Protocol):
 
     What an engine other than the default one returns is checked in each rollout, see `training.engines`. An
     engine that cannot do all that the default one can has an attribute `abilities`, see `Abilities`.
+
+    An engine that can sample a step while the update of the step before is made has a method `announce`. With
+    `sync_every` above 1 it is called before each step but the last. It gets the prompts of the step after it,
+    each as a number and a row of the data. The weights may then be an update old.
     """
 
     def generate(

@@ -103,6 +103,8 @@ class VllmGenerator:
                 )
             generator = cls(policy, engine)
             try:
+                if engine.model_config.using_transformers_backend():
+                    raise NotImplementedError("vLLM has no code of its own for it")
                 generator.sync(policy)
             except BaseException:
                 generator.close()  # what is left of an engine would spoil the next of this process

@@ -109,6 +109,13 @@ class PromptStream(RowOrder):
         first = self.position
         return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
 
+    def peek(self, count: int) -> list[tuple[int, Row]]:
+        """Return what `draw_prompts` would, and draw nothing."""
+        state = self.state_dict()
+        prompts = self.draw_prompts(count)
+        self.load_state_dict(state)
+        return prompts
+
 
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
     """Yield the order of prompts in each epoch."""

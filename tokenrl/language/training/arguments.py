@@ -49,7 +49,8 @@ class SamplingArguments(Distribution, group="sampling"):
     sync_every: Count = 1
     """Steps for which the weights that sample training stay the same: with 4 a rollout is of weights that are up
     to 3 steps old, as where sampling and training overlap. Then they are a copy, which needs transformers as
-    generator. An importance of the estimator corrects for them; evaluations are of the present weights."""
+    generator. A generator of your own that has `announce` samples each step during the update of the step
+    before, so give it 2. An importance of the estimator corrects for them; evaluations are of the present weights."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     capture: Literal["auto", "no"] = "no"

@@ -50,6 +50,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores, Scoring
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.names import NamedFunction
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
 
@@ -64,7 +65,9 @@ ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGe
 
 
 def named_engine(engine: Any) -> Any:
-    """Return the class of the engine of a name; the user's function that makes one is returned as it is."""
+    """Return the class of the engine of a name, or the user's function that makes one."""
+    if isinstance(engine, NamedFunction):
+        return engine.load()
     return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
 
 
@@ -77,7 +80,7 @@ def engine_of(args: TrainArguments) -> MakeGenerator:
     """Return what makes the generator of a run, of a policy and the most completions at once."""
     engine = named_engine(args.generator)
     cache = args.generator_cache
-    if args.sync_every > 1:
+    if args.sync_every > 1 and engine is TransformersGenerator:
         return partial(LaggedGenerator, cache=cache, every=args.sync_every)
     if engine in ENGINES.values():
         return partial(getattr(engine, "start", engine), cache=cache)

@@ -259,6 +259,10 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     run.tell(step - 1)
     share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
     set_rates(learner.optimizer, share)
+    engine: Any = getattr(learner.generator, "engine", None)
+    if hasattr(engine, "announce") and args.sync_every > 1 and step < args.max_steps:
+        size = args.prompts_per_step
+        engine.announce(run.stream.peek(2 * size)[size:])  # of the step after this
     record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
     metrics = record.metrics
     plain, least = sizes_of_steps(args)

@@ -133,15 +133,17 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
     engine = engine_name(args.generator)
-    abilities = abilities_of(named_engine(args.generator))
+    maker = named_engine(args.generator)
+    abilities = abilities_of(maker)
     if args.top_p < 1 and args.min_p and not abilities.min_p_last:
         raise Refused(
             f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    if args.sync_every > 1 and (args.generator != "transformers" or estimator.needs_greedy):
+    can_lag = args.generator == "transformers" or hasattr(maker, "announce")
+    if args.sync_every > 1 and (estimator.needs_greedy or not can_lag):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
-            "transformers only, and without greedy completions (baseline remax)."
+            "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
     lowest, highest = abilities.temperatures
     if not lowest <= args.temperature <= highest:
