@@ -165,7 +165,7 @@ class VllmServer:
             return self.sample(prompt_ids, sampling, draws)
         ids, answer = self.ahead
         rollout = answer.result() if ids == prompt_ids else self.sample(prompt_ids, sampling, draws)
-        ids = [self.policy.encode(row["prompt"]) for _, row in self.announced]
+        ids = [self.policy.encode(row["prompt"]) for _, row in self.announced if "prompt" in row]
         # with other random numbers than those of this step
         answer = self.pool.submit(self.sample, ids, sampling, 1 - draws) if ids else None
         self.announced, self.ahead = [], (ids, answer)
