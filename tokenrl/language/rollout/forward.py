@@ -369,11 +369,11 @@ def _register_unread_masks() -> None:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model as it is now; it shares the weights that are not trained."""
-    own = {}
+    copies = {}
     for weight in model.parameters():
         if weight.requires_grad:
-            own[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return _copied(model, own).eval()
+            copies[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return _copied(model, copies).eval()
 
 
 def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:

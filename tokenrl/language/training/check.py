@@ -147,8 +147,8 @@ def _show_step(run: TrainingRun, session: Session, record: Record) -> None:
         (ids,) = encode(policy, rows[:1], run.learner.sampling)
         text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         console.note(f"The first prompt, as the model reads it: {visible(text, LONGEST_SHOWN)}")
-    if seen := rows[0].get("teacher_prompt"):
-        console.note(f"Its teacher reads in place of it: {visible(seen, LONGEST_SHOWN)}")
+    if text := rows[0].get("teacher_prompt"):
+        console.note(f"Its teacher reads in place of it: {visible(text, LONGEST_SHOWN)}")
     table = examples(rows, run.args.num_generations)
     names = [f"rewards/{name}" for name in run.rewards.names]
     console.completions_table(table, ["reward"] if len(names) < 2 else [*names, "reward"])

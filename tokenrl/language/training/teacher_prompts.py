@@ -113,12 +113,12 @@ class TeacherPrompts:
         with user_code():
             for i, prompt in enumerate(prompts):
                 first = i - i % size
-                others = [j for j in range(first, first + size) if j != i]
+                siblings = [j for j in range(first, first + size) if j != i]
                 columns = {
                     "prompt": prompt,
                     "row": rows.data[i],
-                    "completions": [texts[j] for j in others],
-                    "rewards": [rewards[j] for j in others],
+                    "completions": [texts[j] for j in siblings],
+                    "rewards": [rewards[j] for j in siblings],
                     "completion": texts[i],
                     "reward": rewards[i],
                 }
@@ -141,12 +141,12 @@ def teacher_prompts(args: TrainArguments, task: Any) -> TeacherPrompts | None:
         return None
     rows = task.train_prompts
     function: Any = args.teacher_context
-    ways = {
+    sources = {
         f"teacher_template {args.teacher_template!r}": args.teacher_template,
         f"teacher_context {getattr(function, '__name__', function)}": function,
         f"the column {COLUMN}": COLUMN if any(COLUMN in row for row in rows) else None,
     }
-    names = [name for name, way in ways.items() if way is not None]
+    names = [name for name, source in sources.items() if source is not None]
     if len(names) > 1:
         raise Refused(f"The teacher reads one prompt: leave out all but one of {', '.join(names)}.")
     if not names:
@@ -171,15 +171,15 @@ def keywords_of(function: Callable[..., Any], args: TrainArguments) -> list[str]
     Raises:
         Refused: a parameter is none of them, or it is about the row itself and that is not allowed.
     """
-    own = [name for name in OF_ITSELF if name in inspect.signature(function).parameters]
-    if own and not args.allow_own_feedback:
+    of_itself = [name for name in OF_ITSELF if name in inspect.signature(function).parameters]
+    if of_itself and not args.allow_own_feedback:
         raise Refused(
-            f"The teacher_context takes {' and '.join(own)} of the row itself. The sampled and the closed form of "
+            f"The teacher_context takes {' and '.join(of_itself)} of the row itself. The sampled and the closed form of "
             "distillation then compute different things, and neither is the gradient of a KL between two policies, "
             "as what such a teacher says of the first token depends on the last. Leave them out, or give "
             "allow_own_feedback (--allow-own-feedback) all the same."
         )
-    names = [*OF_OTHERS, *own]
+    names = [*OF_OTHERS, *of_itself]
     accepted_arguments(function, "The teacher_context", dict.fromkeys(names))
     return names
 
