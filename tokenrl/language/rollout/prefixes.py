@@ -66,8 +66,8 @@ class PrefixCache:
             self._rows[_key(ids)] = Prefix(len(ids), cache, row, end)
         while self._nbytes() > self.limit:
             oldest = next(iter(self._rows.values())).cache
-            rows = self._rows.items()
-            self._rows = {key: prefix for key, prefix in rows if prefix.cache is not oldest}
+            prefixes = self._rows.items()
+            self._rows = {key: prefix for key, prefix in prefixes if prefix.cache is not oldest}
 
     def drop(self, ids: Sequence[int], length: int) -> None:
         """Forget the prefix of so many tokens of a history, which becomes longer."""

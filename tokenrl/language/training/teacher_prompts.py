@@ -174,8 +174,8 @@ def keywords_of(function: Callable[..., Any], args: TrainArguments) -> list[str]
     of_itself = [name for name in OF_ITSELF if name in inspect.signature(function).parameters]
     if of_itself and not args.allow_own_feedback:
         raise Refused(
-            f"The teacher_context takes {' and '.join(of_itself)} of the row itself. The sampled and the closed form of "
-            "distillation then compute different things, and neither is the gradient of a KL between two policies, "
+            f"The teacher_context takes {' and '.join(of_itself)} of the row itself. The sampled and the closed form "
+            "of distillation then compute different things, and neither is the gradient of a KL between two policies, "
             "as what such a teacher says of the first token depends on the last. Leave them out, or give "
             "allow_own_feedback (--allow-own-feedback) all the same."
         )
