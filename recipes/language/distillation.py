@@ -25,7 +25,6 @@ of an arm from the ratio of its median step to that of the first arm, in the med
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -51,20 +50,19 @@ ARMS = {
 
 
 RUNS = Path("runs/distillation")
-ANSWERS: dict[str, Callable[[str], str]] = {
-    "sort_digits": lambda prompt: "".join(sorted(prompt[:-1])),
-    "reverse_text": lambda prompt: prompt[-2::-1],
-}
-"""The right answer to a prompt, by task."""
 
 
 def sort_digits(prompt: str) -> str:
     """Return what the teacher of the task reads, the right answer before the prompt; `reverse_text` alike."""
-    return f"{ANSWERS['sort_digits'](prompt)}>{prompt}"
+    return "".join(sorted(prompt[:-1])) + ">" + prompt
 
 
 def reverse_text(prompt: str) -> str:
-    return f"{ANSWERS['reverse_text'](prompt)}>{prompt}"
+    return prompt[-2::-1] + ">" + prompt
+
+
+CONTEXTS = {"sort_digits": sort_digits, "reverse_text": reverse_text}
+"""What a student reads as its own teacher, by task."""
 
 
 def train(name: str, **settings: Any) -> Path:
@@ -93,10 +91,9 @@ def make_copyist(task: str, steps: int) -> Path:
     if not (folder / "summary.json").exists():
         rows = []
         for row in toy_tasks.load(task).demonstrations:
-            prompt = row["prompt"]
-            rows.append({"prompt": prompt, "completion": row["completion"]})
-            answer = ANSWERS[task](prompt)
-            rows.append({"prompt": f"{answer}>{prompt}", "completion": answer})
+            hinted = CONTEXTS[task](row["prompt"])
+            rows.append({"prompt": row["prompt"], "completion": row["completion"]})
+            rows.append({"prompt": hinted, "completion": hinted.partition(">")[0]})
         RUNS.mkdir(parents=True, exist_ok=True)
         data.write_text("\n".join(map(json.dumps, rows)))
         for part in toy_tasks.load(task).build(seed=0):
@@ -151,6 +148,8 @@ def main(
     shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
     shared |= {"model": "tiny"} if cold else {}
     if own:
+        if task not in CONTEXTS:
+            raise SystemExit(f"--own was given with --task {task}; it takes {', '.join(CONTEXTS)}.")
         name = f"{task}_own"
         shared["model"] = str(make_copyist(task, teacher_steps))
         context = f"{os.path.relpath(__file__)}:{task}"

@@ -22,7 +22,7 @@ from tokenrl.lab.compare.plan import PlannedRun
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import plain, write_json
+from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.signals import GracefulStop
 
 ATTEMPTS = 2
@@ -89,9 +89,8 @@ def collect(runs: Sequence[PlannedRun], directories: Sequence[str], root: Path) 
                     f"{', '.join(sorted(names))}. Give the settings that it was made with, or leave it out of collect."
                 )
             _write_settings(run, root)
-            copied = path.with_name(f"{path.name}.part")
-            shutil.copytree(source / run.path, copied, dirs_exist_ok=True)
-            copied.rename(path)
+            with atomic_directory(path) as folder:
+                shutil.copytree(source / run.path, folder, dirs_exist_ok=True)
 
 
 def _write_settings(run: PlannedRun, root: Path) -> None:

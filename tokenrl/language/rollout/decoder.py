@@ -114,7 +114,8 @@ class Decoder:
             self._place(prompts)
             rows = []
             for cache, _ in parts:
-                rows += [(cache, row, cache.columns) for row in range(cache.size)]
+                columns = cache.columns
+                rows += [(cache, row, columns) for row in range(cache.size)]
             longest = max(map(len, prompts))
             whole = Cache.joined(rows, longest, sampling.max_completion_length)
             self._store(whole, _joined([output for _, output in parts]), index)

@@ -31,6 +31,8 @@ from tokenrl.settings import (
     Settings,
 )
 
+OWN = "self"  # the name of the teacher that is the policy itself
+
 
 @dataclass(frozen=True)
 class SamplingArguments(Distribution, group="sampling"):

@@ -15,7 +15,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
 from tokenrl.language.tasks.task import is_unrewarded
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import lay
@@ -160,7 +160,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
 def _check_teacher(args: TrainArguments) -> None:
     """Refuse a teacher that nothing is learnt from, and what needs a teacher without one."""
     estimator = args.estimator
-    if args.teacher_decay is not None and args.teacher != "self":
+    if args.teacher_decay is not None and args.teacher != OWN:
         raise Refused(
             f"teacher_decay={args.teacher_decay:g} averages the policy's weights, which is for the teacher self "
             "(--teacher self)."

@@ -27,8 +27,8 @@ from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.teacher_prompts import OWN, TeacherPrompts, teacher_prompts
+from tokenrl.language.training.arguments import OWN, TrainArguments
+from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 
 
 class Teacher(NamedTuple):

@@ -22,12 +22,10 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
 from tokenrl.language.tasks.task import is_unrewarded
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.names import NamedFunction
 from tokenrl.user_code import user_code
 
-OWN = "self"
-"""The name of the teacher that is the policy itself."""
 COLUMN = "teacher_prompt"
 """Column of the data that holds what the teacher reads."""
 OF_OTHERS = ("prompt", "row", "completions", "rewards")
