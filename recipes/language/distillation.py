@@ -2,6 +2,7 @@
 
     python recipes/language/distillation.py --task sort_digits
     python recipes/language/distillation.py --task sort_digits --own
+    python recipes/language/distillation.py --task four_digits --own --model MODEL --max-steps 20 --seeds 5
 
 First a teacher of 2 million weights learns the task by RLOO. Then each arm starts from the task's base model and
 samples the same number of completions: RLOO on the reward, three forms of on-policy distillation without a
@@ -9,7 +10,8 @@ reward, and RLOO with the KL to the teacher. `--cold` starts students from rando
 ended are read, not made again.
 
 With `--own` the student is its own teacher, which reads the right answer before the prompt. The model that both
-begin with has learnt from demonstrations to copy such an answer, and to guess without one, mostly wrongly.
+begin with has learnt from demonstrations to copy such an answer, and to guess without one, mostly wrongly. The task
+`four_digits` takes a pretrained model as it is, a directory or a hub name: two examples in the prompt say what to do.
 
 Look for: whether a teacher is better than a reward that says no more than right or wrong, and how much of that is
 left after equal seconds. The runs of a seed are made one after another, and the second comparison takes the cost
@@ -25,6 +27,7 @@ of an arm from the ratio of its median step to that of the first arm, in the med
 
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -37,6 +40,7 @@ from matplotlib.figure import Figure
 import tokenrl
 import toy_tasks
 from tokenrl.lab import judge_scores
+from tokenrl.language import PromptTask
 from tokenrl.runs import read_run
 
 ARMS = {
@@ -61,7 +65,32 @@ def reverse_text(prompt: str) -> str:
     return prompt[-2::-1] + ">" + prompt
 
 
-CONTEXTS = {"sort_digits": sort_digits, "reverse_text": reverse_text}
+def solved(prompt: str) -> str:
+    """Return the prompt of `four_digits` with its question answered twice after the two examples."""
+    *examples, question = prompt.splitlines()
+    answered = f"{question} {' '.join(sorted(question.split()[:4]))}"
+    return "\n".join([*examples, answered, answered, question])
+
+
+def four_digits() -> PromptTask:
+    """Return the task of sorting four digits, `7 5 9 3 ->`, rewarded for each digit in its place."""
+    rows = []
+    for number in random.Random(0).sample(range(10_000), 576):
+        question = " ".join(f"{number:04}")
+        rows.append({"prompt": f"3 1 8 2 -> 1 2 3 8\n9 4 6 0 -> 0 4 6 9\n{question} ->"})
+
+    def in_place(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        rewards = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            answer = sorted(prompt.splitlines()[-1].split()[:4])
+            rewards.append(sum(map(str.__eq__, answer, completion.split())) / 4)
+        return rewards
+
+    in_place.range = (0.0, 1.0)  # type: ignore[attr-defined]
+    return PromptTask("four_digits", rows[:512], rows[512:], in_place, max_completion_length=9)
+
+
+CONTEXTS = {"sort_digits": sort_digits, "reverse_text": reverse_text, "four_digits": solved}
 """What a student reads as its own teacher, by task."""
 
 
@@ -123,7 +152,8 @@ def after_equal_seconds(runs: dict[tuple[str, int], Any]) -> list[dict[str, Any]
 
 
 def main(
-    task: Literal["sort_digits", "calculator", "reverse_text"] = "sort_digits",
+    task: Literal["sort_digits", "calculator", "reverse_text", "four_digits"] = "sort_digits",
+    model: str | None = None,
     arms: tuple[str, ...] = (),
     seeds: int = 6,
     max_steps: int = 100,
@@ -135,13 +165,14 @@ def main(
 
     Args:
         task: The task of the teacher and of the students.
+        model: With `four_digits`, the pretrained model.
         arms: The presets; those without opd in their name have no teacher. Default: all, and with --cold those
             that need no reward, which a student with random weights never gets.
         seeds: Students of each arm.
         max_steps: Updates of a student.
         teacher_steps: Updates of the teacher.
         cold: Start the students from random weights.
-        own: Let the students be their own teachers, of sort_digits or reverse_text.
+        own: Let the students be their own teachers, of any task but calculator.
     """
     arms = arms or tuple(arm for arm in ARMS if arm.startswith("opd") or not cold)
     name = f"{task}_cold" if cold else task
@@ -151,7 +182,12 @@ def main(
         if task not in CONTEXTS:
             raise SystemExit(f"--own was given with --task {task}; it takes {', '.join(CONTEXTS)}.")
         name = f"{task}_own"
-        shared["model"] = str(make_copyist(task, teacher_steps))
+        if task != "four_digits":
+            shared["model"] = str(make_copyist(task, teacher_steps))
+        else:
+            shared |= {"task": f"{__file__}:four_digits", "model": model, "stop": ("\n",), "chat": False}
+            shared |= {"prompts_per_step": 4, "num_generations": 8, "eval_generations": 2}
+            shared |= {"eval_every": max_steps // 4, "save_every": 0}
         context = f"{os.path.relpath(__file__)}:{task}"
         teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
     else:
