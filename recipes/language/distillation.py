@@ -185,7 +185,12 @@ def main(
         if task != "four_digits":
             shared["model"] = str(make_copyist(task, teacher_steps))
         else:
-            shared |= {"task": f"{__file__}:four_digits", "model": model, "stop": ("\n",), "chat": False}
+            shared |= {
+                "task": f"{__file__}:four_digits",
+                "model": model,
+                "stop": ("\n",),
+                "chat": False,
+            }
             shared |= {"prompts_per_step": 4, "num_generations": 8, "eval_generations": 2}
             shared |= {"eval_every": max_steps // 4, "save_every": 0}
         context = f"{os.path.relpath(__file__)}:{task}"

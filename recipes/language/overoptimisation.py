@@ -5,7 +5,8 @@ a balance above 2 is gushing: each further word costs 2; the reward is at least 
 model, trained on 300 pairs of the base policy's reviews that the gold reward labelled, with noise
 (temperature 0.5). The base gushes in 1 review of 20, so the pairs hardly show it.
 
-RL is RLOO with a KL weight of 1e-3, which only makes the run measure the KL (k1 of fresh samples). Best-of-n
+RL is RLOO with a KL weight of 1e-3, which only makes the run measure the KL (k1 of fresh samples); `--arms` and
+`--betas` take other presets and weights, and all curves are in runs/overoptimisation/curves.csv. Best-of-n
 takes the proxy's choice among n samples of a pool of the base: gold without bias by order statistics, KL from
 the shares of the pool. Proxy and gold are given as gains over the base, in its standard deviations, by
 d = sqrt(KL).
@@ -27,8 +28,10 @@ recipes/README.md, section "Reward models".
 # ///
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +142,9 @@ def best_of(base: Base, proxies: Pool) -> np.ndarray:
     return np.array(points)
 
 
-def pursue(judge: RewardModel, base: Base, proxies: Pool, max_steps: int, seed: int) -> np.ndarray:
+def pursue(
+    judge: RewardModel, base: Base, proxies: Pool, estimator: Estimator, max_steps: int, seed: int
+) -> np.ndarray:
     """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -147,7 +152,7 @@ def pursue(judge: RewardModel, base: Base, proxies: Pool, max_steps: int, seed: 
 
     result = train(
         task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
-        estimator=Estimator.preset("rloo", beta=1e-3), max_steps=max_steps,
+        estimator=estimator, max_steps=max_steps,
         learning_rate=3e-4, lr_scheduler_type="constant", eval_every=0, eval_generations=1,
         log_completions=0, stop_after_zero_spread=0, seed=seed,
         output_dir=str(RUNS / f"seed_{seed}"), overwrite=True, quiet=True,
@@ -185,10 +190,9 @@ def turn(d: np.ndarray, proxy: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
 
 
 def draw(curves: dict[str, tuple[np.ndarray, ...]], turns: dict[str, dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(9, 4.4), dpi=100, layout="constrained")
-    for axes, (method, curve) in zip(
-        figure.subplots(1, 2, sharey=True), curves.items(), strict=True
-    ):
+    figure = Figure(figsize=(4.5 * len(curves), 4.4), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True)
+    for axes, (method, curve) in zip(panels, curves.items(), strict=True):
         d, *gains = curve
         for values, colour, name in zip(gains, (ORANGE, BLUE), ("proxy", "gold"), strict=True):
             axes.plot(d.T, values.T, color=colour, linewidth=0.6, alpha=0.35)
@@ -202,11 +206,21 @@ def draw(curves: dict[str, tuple[np.ndarray, ...]], turns: dict[str, dict[str, A
     return figure
 
 
-def main(seeds: int = 6, max_steps: int = 150, pool: int = 2048) -> None:
+def main(
+    arms: tuple[str, ...] = ("rloo",),
+    betas: tuple[float, ...] = (1e-3,),
+    seeds: int = 6,
+    first_seed: int = 0,
+    max_steps: int = 150,
+    pool: int = 2048,
+) -> None:
     """Maximise a reward model of 300 pairs for each seed, by RL and by best-of-n.
 
     Args:
+        arms: Presets of RL.
+        betas: Weights of the KL, each for every arm.
         seeds: Reward models and RL runs.
+        first_seed: The first seed; the others follow it.
         max_steps: Steps of an RL run.
         pool: Samples of the base for each of 8 held-out prompts; n goes up to half of that.
     """
@@ -216,21 +230,30 @@ def main(seeds: int = 6, max_steps: int = 150, pool: int = 2048) -> None:
     sampling = Sampling(MAX_TOKENS, num_generations=pool)
     texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
-    points: dict[str, list[np.ndarray]] = {"RL": [], "best-of-n": []}
-    for seed in range(seeds):
+    points = defaultdict[str, list[np.ndarray]](list)
+    rows_of_curves = []
+    for seed in range(first_seed, first_seed + seeds):
         judge = train_judge(base, seed)
         proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
-        points["RL"].append(pursue(judge, base, proxies, max_steps, seed))
+        for arm, beta in product(arms, betas):
+            estimator = Estimator.preset(arm, beta=beta)
+            curve = pursue(judge, base, proxies, estimator, max_steps, seed)
+            points[f"{arm}, beta {beta:g}"].append(curve)
+            keys = {"arm": arm, "beta": beta, "seed": seed}
+            for step, (kl, proxy, gain) in enumerate(curve, 1):
+                step *= STEPS_PER_POINT
+                rows_of_curves.append(keys | {"step": step, "kl": kl, "proxy": proxy, "gold": gain})
+        pd.DataFrame(rows_of_curves).to_csv(RUNS / "curves.csv", index=False, float_format="%.4g")
         points["best-of-n"].append(best_of(base, proxies))
     curves, turns = {}, {}
-    print("\n            d of turn      gold after    proxy after  fell")
+    print(f"\n{'':33}d of turn      gold after    proxy after  fell")
     for method, of_seeds in points.items():
         kl, proxy, gain = np.moveaxis(np.array(of_seeds), 2, 0)
         # an estimate of a KL near 0 can be negative
         curves[method] = np.sqrt(np.maximum(kl, 1e-4)), proxy, gain
         row = turns[method] = turn(*curves[method])
         numbers = " ".join("{:6.2f} ± {:.2f}".format(*row[key]) for key in ("d", "gold", "proxy"))
-        print(f"{method:>9} {numbers} {row['fell']:6}")
+        print(f"{method:>30} {numbers} {row['fell']:6}")
     draw(curves, turns).savefig(RUNS / "overoptimisation.png")
     print(f"figure: {RUNS / 'overoptimisation.png'}")
 
