@@ -77,6 +77,11 @@ def test_the_commands_of_a_page_exist(page):
         assert parse(name, COMMANDS[name], words)
 
 
+def own_programs(page):
+    """The files of a page that it runs."""
+    return re.findall(r"^python (\w+\.py)$", page.read_text(), re.MULTILINE)
+
+
 def with_programs():
     """The pages that have programs; those that train are slow."""
     for page in PAGES:
@@ -108,14 +113,16 @@ def test_the_python_of_a_page_that_learns_prints_what_the_page_says(tmp_path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page) or own_programs(page)], ids=name_of
+)
 def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, handlers, short_warm_start):
     """All but those that need a download or vLLM, shortened."""
     monkeypatch.chdir(tmp_path)
     write_files(page)
     train = tokenrl.train
     monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
-    for name in re.findall(r"^python (\w+\.py)$", page.read_text(), re.MULTILINE):
+    for name in own_programs(page):
         runpy.run_path(name)
     if page.stem == "pretrained":
         make_chat_model_and_data(tmp_path)

@@ -65,14 +65,14 @@ def reverse_text(prompt: str) -> str:
     return prompt[-2::-1] + ">" + prompt
 
 
-def solved(prompt: str) -> str:
+def four_digits(prompt: str) -> str:
     """Return the prompt of `four_digits` with its question answered twice after the two examples."""
     *examples, question = prompt.splitlines()
     answered = f"{question} {' '.join(sorted(question.split()[:4]))}"
     return "\n".join([*examples, answered, answered, question])
 
 
-def four_digits() -> PromptTask:
+def four_digits_task() -> PromptTask:
     """Return the task of sorting four digits, `7 5 9 3 ->`, rewarded for each digit in its place."""
     rows = []
     for number in random.Random(0).sample(range(10_000), 576):
@@ -90,7 +90,7 @@ def four_digits() -> PromptTask:
     return PromptTask("four_digits", rows[:512], rows[512:], in_place, max_completion_length=9)
 
 
-CONTEXTS = {"sort_digits": sort_digits, "reverse_text": reverse_text, "four_digits": solved}
+CONTEXTS = {"sort_digits": sort_digits, "reverse_text": reverse_text, "four_digits": four_digits}
 """What a student reads as its own teacher, by task."""
 
 
@@ -186,7 +186,7 @@ def main(
             shared["model"] = str(make_copyist(task, teacher_steps))
         else:
             shared |= {
-                "task": f"{__file__}:four_digits",
+                "task": f"{__file__}:four_digits_task",
                 "model": model,
                 "stop": ("\n",),
                 "chat": False,
