@@ -28,13 +28,13 @@ def judged_table(scores: Any, metric: str = "score", margin: float = MARGIN) -> 
     return family
 
 
-def judged_differences(differences: Mapping[str, pd.Series]) -> Any:
+def judged_differences(differences: Mapping[str, pd.Series], margin: float = MARGIN) -> Any:
     """Judge differences that have references of their own, by cell and seed, as one family."""
     seeds = next(iter(differences.values())).index
     rows = [("none", seed, 0.0) for seed in seeds]
     for cell, by_seed in differences.items():
         rows += [(cell, seed, value) for seed, value in by_seed.items()]
-    return judged_table(rows).against_reference
+    return judged_table(rows, margin=margin).against_reference
 
 
 def score_cell(family: Any, scores: Any, digits: int = 3) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import answer
 import pandas as pd
 import questions
+import second_edition
 import tyro
 import yaml
 from judging import explain_colours, table
@@ -137,6 +138,7 @@ def rebuild(pages: Path, figures: Path) -> None:
     first = Figure((8, 5.4), layout="constrained")
     answer.draw(first.subplots())
     save(first, figures / "answer.png")
+    drawings = vars(questions) | vars(second_edition)
     for name, parts in SECTIONS.items():
         page = pages / f"{name}.md"
         text = page.read_text()
@@ -147,7 +149,7 @@ def rebuild(pages: Path, figures: Path) -> None:
         panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).flat
         cells = {}
         for axes, part in zip(panels, parts, strict=False):
-            cells[part] = getattr(questions, name[2:])(axes, part)
+            cells[part] = drawings[label(name)](axes, part)
             axes.spines[["top", "right"]].set_visible(False)
         mark = f"<!-- table {name} -->\n"
         assert mark in text, f"{page.name} has no {mark}"
@@ -164,9 +166,14 @@ def one_table(cells: dict[str, pd.DataFrame], below: bool) -> pd.DataFrame:
         return rows[~rows.index.duplicated()]
     if len(cells) == 1:
         return next(iter(cells.values()))
-    beside = pd.concat(cells.values(), axis="columns", keys=[part[2:] for part in cells])
+    beside = pd.concat(cells.values(), axis="columns", keys=[label(part) for part in cells])
     beside.columns = [": ".join(names) for names in beside.columns]
     return beside.fillna("")
+
+
+def label(part: str) -> str:
+    """Return the name of a part or page without its number."""
+    return part.partition("_")[2]
 
 
 def save(figure: Figure, path: Path) -> None:

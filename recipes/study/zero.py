@@ -1,6 +1,7 @@
 """Question 9: base models of the plans `zero_*.yaml`, the noise of both arms at each of them, and the answers.
 
     python recipes/study/zero.py                           bases, in runs/study/zero_bases, and their noise
+    python recipes/study/zero.py --bases                   only the bases, those of question 12 too
     python recipes/study/zero.py --answer COMMIT COMMIT    runs.csv, bases.csv and pretrained.csv
 
 The variance of a constant baseline is a parabola in the constant; three measured points say where its least
@@ -39,6 +40,8 @@ UPDATES = {
     "reverse_text": (400, 600, 800, 1000, 1400, 2000),
 }
 """Updates of the warm start of the bases 1, 2, ... of each task; the number is also the seed."""
+COUNTDOWN = (250, 350, 500, 650, 800, 1000)
+"""The same for the bases of countdown, which question 12 has."""
 OLD = {
     "1_sort_digits": "sort_digits",
     "1_shifted": "recipes/study/own.py:shifted",
@@ -188,14 +191,22 @@ def measure() -> None:
         table.to_csv(TABLES / "noise_pretrained.csv", index=False, float_format="%.4g")
 
 
-def main(answer: tuple[str, str] | None = None) -> None:
+def main(bases: bool = False, answer: tuple[str, str] | None = None) -> None:
     """Make the base models and measure the noise of both arms at each.
 
     Args:
+        bases: Only make base models, those of question 12 too.
         answer: Judge finished runs instead. The commits of the code that ran on the twelve bases and on the
             pretrained model.
     """
-    judge(*answer) if answer else measure()
+    if answer:
+        judge(*answer)
+    elif bases:
+        for task, lengths in (UPDATES | {"countdown": COUNTDOWN}).items():
+            for seed, updates in enumerate(lengths, 1):
+                make_base(task, seed, updates)
+    else:
+        measure()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The questions that the study's second edition adds, drawn and written like those of `questions.py`."""
+
+from __future__ import annotations
+
+from itertools import count
+from math import sqrt
+
+import numpy as np
+import pandas as pd
+from judging import (
+    BLUE,
+    ORANGE,
+    describe,
+    forest,
+    interval,
+    judged_differences,
+    judged_table,
+    score_cell,
+    signed,
+    verdict_cell,
+)
+from matplotlib.axes import Axes
+from questions import COPIES, TABLES, by_arm, by_name, judged, read
+from scipy import stats
+
+WEIGHTS = (0.001, 0.1)
+"""The weights of the KL in question 11: one that only measures it, and one that holds it back."""
+ARM_COLOURS = {
+    "rloo": "black",
+    "reinforce": ORANGE,
+    "reinforce_running_mean": "#009e73",
+    "a2c": BLUE,
+}
+"""The colours of the arms of question 11."""
+
+
+def unclipped(axes: Axes, part: str) -> pd.DataFrame:
+    """Question 10: differences to rloo without clipping (filled) and with it (hollow), and what became of each."""
+    before = f"1_{part.replace('sgd', 'sort_digits')[3:]}"
+    runs = read(part).runs.copy()
+    runs["arm"] = runs["arm"].str.partition(",")[0]
+    family, clipped = judged_table(runs, "area"), judged(before)
+    own = runs.groupby("arm")["learning_rate"].mean()
+    moved = (differences(runs) - differences(read(before).runs)).dropna()
+    copies = COPIES[before]
+    rows = {}
+    for scores in family.arms:
+        arm = scores.arm
+        verdict = f"{score_cell(family, scores)} {copies.get(arm, '')}".rstrip()
+        rows[arm] = [f"{verdict}, at {own[arm]:g}", "", ""]
+        if arm != "rloo":
+            old, new = (judgement.against_reference[arm] for judgement in (clipped, family))
+            rows[arm][1] = fate(old.verdict, new.verdict)
+        if arm != "rloo" and part != "10_sgd":
+            rows[arm][2] = signed(interval(moved[arm], 0.05 / 8))
+    forest(axes, family.against_reference, up=0.14, copies=copies)
+    old = {arm: clipped.against_reference[arm] for arm in family.against_reference}
+    forest(axes, old, up=-0.14, hollow=True, copies=copies)
+    optimizer, task = ("SGD", "sort_digits") if part == "10_sgd" else ("AdamW", part[3:])
+    title = f"{task}, {optimizer} without clipping (hollow: AdamW with clipping)"
+    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
+    heads = ["area against rloo, own rate", "verdict of question 1", "minus that with clipping"]
+    table = by_arm(rows, *heads)
+    return table if part != "10_sgd" else table[heads[:2]]
+
+
+def differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the area of each arm minus that of rloo by seed."""
+    by_seed = runs.pivot(index="seed", columns="arm", values="area")
+    return by_seed.sub(by_seed["rloo"], axis=0)
+
+
+def fate(before: str, after: str) -> str:
+    """Say whether a verdict stays, changed or is open, as the plan of question 10 has it."""
+    if after == "undecided":
+        return "open"
+    return "stays" if after == before else "changed"
+
+
+def learned(axes: Axes, part: str) -> pd.DataFrame:
+    """Question 11: gold over the square root of the KL; gold at the end, and where gold is greatest."""
+    curves = pd.read_csv(TABLES / part / "curves.csv")
+    kl = curves["kl"].clip(lower=1e-4)  # an estimate of a KL near 0 can be negative
+    curves["d"] = np.sqrt(kl)
+    draw_gold(axes, curves)
+    runs = curves.groupby(["beta", "arm", "seed"], sort=False)
+    ends = runs["gold"].apply(lambda gold: gold.iloc[-2:].mean()).unstack("seed")
+    turns = curves.loc[runs["gold"].idxmax()].set_index(["beta", "arm", "seed"])
+    against = {}
+    for beta, arm in ends.index:
+        if arm != "rloo":
+            against[f"{arm}, {beta:g}"] = ends.loc[beta, arm] - ends.loc[beta, "rloo"]
+    verdicts = judged_differences(against, margin=0.25)
+    rows = {}
+    for beta, arm in ends.index:
+        name = f"{arm}, {beta:g}"
+        cells = [f"{ends.loc[beta, arm].mean():.2f}", verdict_cell(verdicts, name), *4 * [""]]
+        if arm != "rloo":
+            cells[2] = str(pairs_needed(against[name]))
+        if beta == WEIGHTS[0]:
+            for column, measure in enumerate(("step", "d"), 3):
+                by_arm = turns[measure].unstack("seed").loc[beta]
+                cells[column] = f"{by_arm.loc[arm].mean():.3g}"
+                if arm != "rloo":
+                    gap = interval(by_arm.loc[arm] - by_arm.loc["rloo"], 0.05 / 6)
+                    cells[column] += f", {signed(gap, 1 + (measure == 'd'))}"
+        else:
+            gap = interval(ends.loc[beta, arm] - ends.loc[WEIGHTS[0], arm], 0.05 / 4)
+            cells[5] = signed(gap, 2)
+        rows[name] = cells
+    heads = ["gold at the end", "against rloo", "pairs for ± .25", "step of the greatest gold"]
+    heads += ["sqrt(KL) there", "gold at the end, minus that with .001"]
+    return by_name("arm, weight of the KL", rows, *heads)
+
+
+def pairs_needed(differences: pd.Series, half_width: float = 0.25, comparisons: int = 6) -> int:
+    """Return how many pairs of this spread give intervals of a half-width, at 5 % shared by the comparisons."""
+    for pairs in count(2):
+        quantile = stats.t.ppf(1 - 0.025 / comparisons, pairs - 1)
+        if quantile * differences.std() <= half_width * sqrt(pairs):
+            break
+    return pairs
+
+
+def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
+    """Draw the mean gold of each arm over the square root of the KL: solid with the small weight, dashed else."""
+    for (beta, arm), of_arm in curves.groupby(["beta", "arm"], sort=False):
+        means = of_arm.groupby("step")[["d", "gold"]].mean()
+        style = "-" if beta == WEIGHTS[0] else "--"
+        axes.plot(
+            means["d"], means["gold"], style, color=ARM_COLOURS[arm], label=f"{arm}, {beta:g}"
+        )
+    axes.legend(fontsize=8, frameon=False)
+    title = "Gold reward on the way, mean of six seeds (dashed: with a KL weight of .1)"
+    describe(
+        axes, title, "square root of the KL to the base", "gold, in standard deviations of the base"
+    )
+
+
+def bases(axes: Axes, part: str) -> pd.DataFrame:
+    """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
+    runs = pd.read_csv(TABLES / part / "runs.csv")
+    runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
+    family = judged_table(scores_by_base(runs).rename(columns={"base": "seed"}), "area")
+    own = runs.groupby(["arm", "learning_rate"])["area"].mean().groupby("arm").idxmax()
+    at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
+    at_own["seed"] += 1000 * at_own["base"]
+    of_runs = judged_table(at_own.reset_index()[["arm", "seed", "area"]], "area")
+    forest(axes, family.against_reference, up=0.14, copies=COPIES[part])
+    forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=COPIES[part])
+    title = f"{part[3:]}: bases as the unit (hollow: runs as the unit)"
+    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
+    rows = {}
+    for scores, with_runs in zip(family.arms, of_runs.arms, strict=True):
+        mark = COPIES[part].get(scores.arm, "")
+        rows[scores.arm] = [
+            f"{score_cell(family, scores)} {mark}".rstrip(),
+            score_cell(of_runs, with_runs),
+        ]
+    return by_arm(rows, "area against rloo, by base", "by run (exploratory)")
+
+
+def scores_by_base(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean area of each arm on each base, at the rate that is best on the other bases."""
+    by_base = runs.groupby(["arm", "learning_rate", "base"], sort=False)["area"].mean()
+    areas = by_base.unstack("base")
+    others = -areas.sub(areas.sum(axis=1), axis=0)
+    best = others.groupby("arm", sort=False).rank(ascending=False, method="first") == 1
+    scores = areas.where(best).groupby("arm", sort=False).sum()
+    return scores.stack().rename("area").reset_index()
