@@ -142,6 +142,7 @@ def test_the_pages_are_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
         assert "<!-- table" in text
         (tmp_path / name).write_text(re.sub(r"(?m)(?<=-->\n)(\|.*\n)+", "", text))
     recipe["rebuild"](tmp_path, tmp_path / "figures")
+    assert recipe["manifest"]() == (STUDY / "tables" / "manifest.csv").read_text()
     assert {path.name: path.read_text() for path in tmp_path.glob("*.md")} == pages
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {path.name for path in (STUDY / "figures").iterdir()}

@@ -18,6 +18,7 @@ verdicts are computed from them by the same code as in `tokenrl compare`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -132,6 +133,18 @@ def measure_noise(part: str) -> None:
     noise.to_csv(TABLES / part / "noise.csv", index=False)
 
 
+def manifest() -> str:
+    """Return a line for each raw table: its file, the number of its rows, and the SHA-256 of its bytes."""
+    lines = ["file,rows,sha256"]
+    for path in sorted(TABLES.rglob("*.csv")):
+        if path.name != "manifest.csv":
+            content = path.read_bytes()
+            rows = len(pd.read_csv(path))
+            digest = hashlib.sha256(content).hexdigest()
+            lines.append(f"{path.relative_to(TABLES).as_posix()},{rows},{digest}")
+    return "\n".join(lines) + "\n"
+
+
 def rebuild(pages: Path, figures: Path) -> None:
     """Write the table of each page below its mark, and the figures."""
     figures.mkdir(exist_ok=True)
@@ -193,6 +206,7 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         parts = tuple(sorted(path.stem for path in STUDY.glob("[0-9]*.yaml")))
     for part in parts:
         run(part)
+    (TABLES / "manifest.csv").write_text(manifest())
     rebuild(STUDY / "questions", STUDY / "figures")
 
 
