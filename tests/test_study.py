@@ -55,17 +55,7 @@ def direction(arm, rewards, mask, size):
     return weights.flatten() / weights.norm()
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "1_sort_digits",
-        "1_reverse_text",
-        "8_cartpole",
-        "8_acrobot",
-        "12_sort_digits",
-        "12_reverse_text",
-    ],
-)
+@pytest.mark.parametrize("part", ["1_sort_digits", "1_reverse_text", "8_cartpole", "8_acrobot"])
 def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part, monkeypatch):
     monkeypatch.syspath_prepend(STUDY)
     copies = runpy.run_path(str(STUDY / "questions.py"))["COPIES"][part]
@@ -73,14 +63,13 @@ def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part, monkeypat
     rewards = torch.rand(64, generator=generator, dtype=torch.double)
     lengths = torch.randint(3, 9, (64,), generator=generator)
     size = 8
-    if part.endswith("sort_digits"):
+    if part == "1_sort_digits":
         lengths = torch.full((64,), 7)
     elif part[0] == "8":  # an agent's rollout is a group, and its return the length of its episode
         size = 64
         rewards = lengths.double()
     mask = torch.arange(8) < lengths[:, None]
-    arms = ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp")
-    for arm in ("grpo_no_std",) if part[:2] == "12" else arms:
+    for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
         mark, twin = copies.get(arm, " rloo").split(" ")
         cosine = float(direction(arm, rewards, mask, size) @ direction(twin, rewards, mask, size))
         least, most = {"=": (1 - 1e-9, 2), "≈": (0.999, 2), "": (-1, 0.998)}[mark]
@@ -93,32 +82,9 @@ def test_verdicts_and_pairs_of_the_second_edition(monkeypatch):
     fates = [recipe["fate"]("worse", now) for now in ("worse", "better", "equivalent", "undecided")]
     assert fates == ["stays", "changed", "changed", "open"]
     spread = pd.Series([-1.0, 1.0] * 50)
-    few, many = (recipe["pairs_needed"](spread, half_width) for half_width in (1, 0.25))
-    for pairs, half_width in ((few, 1), (many, 0.25)):
-        halves = [
-            stats.t.ppf(1 - 0.05 / 12, n - 1) * spread.std() / n**0.5 for n in (pairs - 1, pairs)
-        ]
-        assert halves[0] > half_width >= halves[1]
-
-
-def test_a_rate_is_chosen_on_the_other_bases(monkeypatch):
-    """The rate that is best on a base alone is not taken for that base."""
-    monkeypatch.syspath_prepend(STUDY)
-    scores_by_base = runpy.run_path(str(STUDY / "second_edition.py"))["scores_by_base"]
-    areas = {
-        ("rloo", 1): [0.9, 0.5, 0.5],
-        ("rloo", 2): [0.1, 0.6, 0.6],
-        ("none", 1): [0.2, 0.3, 0.4],
-    }
-    rows = []
-    for (arm, rate), by_base in areas.items():
-        for base, area in enumerate(by_base):
-            for seed, noise in enumerate((-0.1, 0.1)):
-                row = {"arm": arm, "learning_rate": rate, "base": base, "seed": seed}
-                rows.append(row | {"area": area + noise})
-    scores = scores_by_base(pd.DataFrame(rows)).set_index("arm")["area"]
-    assert scores["rloo"].tolist() == pytest.approx([0.1, 0.5, 0.5])
-    assert scores["none"].tolist() == pytest.approx([0.2, 0.3, 0.4])
+    pairs = recipe["pairs_needed"](spread)
+    halves = [stats.t.ppf(1 - 0.05 / 12, n - 1) * spread.std() / n**0.5 for n in (pairs - 1, pairs)]
+    assert halves[0] > 0.25 >= halves[1]
 
 
 def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():

@@ -38,9 +38,6 @@ TABLES = STUDY / "tables"
 COPIES = {
     "1_sort_digits": {"dr_grpo": "= rloo", "opo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
     "1_reverse_text": {"dr_grpo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
-    "12_sort_digits": {"grpo_no_std": "= rloo"},
-    "12_reverse_text": {},
-    "12_countdown": {},
     "8_cartpole": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
     "8_acrobot": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
 }

@@ -10,6 +10,7 @@ import pandas as pd
 from judging import (
     BLUE,
     ORANGE,
+    at_best_rates_of_others,
     describe,
     forest,
     interval,
@@ -140,19 +141,20 @@ def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
 def bases(axes: Axes, part: str) -> pd.DataFrame:
     """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
     runs = pd.read_csv(TABLES / part / "runs.csv")
+    copies = {"grpo_no_std": "= rloo"} if part == "12_sort_digits" else {}
     runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
     family = judged_table(scores_by_base(runs).rename(columns={"base": "seed"}), "area")
     own = runs.groupby(["arm", "learning_rate"])["area"].mean().groupby("arm").idxmax()
     at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
     at_own["seed"] += 1000 * at_own["base"]
     of_runs = judged_table(at_own.reset_index()[["arm", "seed", "area"]], "area")
-    forest(axes, family.against_reference, up=0.14, copies=COPIES[part])
-    forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=COPIES[part])
+    forest(axes, family.against_reference, up=0.14, copies=copies)
+    forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=copies)
     title = f"{part[3:]}: bases as the unit (hollow: runs as the unit)"
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     rows = {}
     for scores, with_runs in zip(family.arms, of_runs.arms, strict=True):
-        mark = COPIES[part].get(scores.arm, "")
+        mark = copies.get(scores.arm, "")
         rows[scores.arm] = [
             f"{score_cell(family, scores)} {mark}".rstrip(),
             score_cell(of_runs, with_runs),
@@ -163,8 +165,5 @@ def bases(axes: Axes, part: str) -> pd.DataFrame:
 def scores_by_base(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the mean area of each arm on each base, at the rate that is best on the other bases."""
     by_base = runs.groupby(["arm", "learning_rate", "base"], sort=False)["area"].mean()
-    areas = by_base.unstack("base")
-    others = -areas.sub(areas.sum(axis=1), axis=0)
-    best = others.groupby("arm", sort=False).rank(ascending=False, method="first") == 1
-    scores = areas.where(best).groupby("arm", sort=False).sum()
+    scores = at_best_rates_of_others(by_base.unstack("base"))
     return scores.stack().rename("area").reset_index()

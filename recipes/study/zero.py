@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
-from judging import MARGIN, interval
+from judging import MARGIN, at_best_rates_of_others, interval
 from scipy import stats
 
 import tokenrl
@@ -103,9 +103,7 @@ def collect() -> pd.DataFrame:
 def differences(runs: pd.DataFrame, constant: str = "0") -> pd.DataFrame:
     """Return rloo minus a constant baseline by base and seed, each at the rate best on the other seeds."""
     areas = runs.pivot_table("area", ["model", "arm", "learning_rate"], "seed").dropna(axis=1)
-    others = -areas.sub(areas.sum(axis=1), axis=0)
-    best = others.groupby(["model", "arm"]).rank(ascending=False, method="first") == 1
-    scores = areas.where(best).groupby(["model", "arm"]).sum()
+    scores = at_best_rates_of_others(areas)
     return scores.xs("rloo", level="arm") - scores.xs(constant, level="arm")
 
 
