@@ -50,6 +50,7 @@ SECTIONS = {
     "7_lora": ("7_lora", "7_lora_factor"),
     "8_actions": ("8_cartpole", "8_acrobot"),
     "9_zero": ("zero",),
+    "10_unclipped": ("10_sort_digits", "10_sgd"),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
 and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named
