@@ -1,7 +1,7 @@
 """Makes the tables and figures of the study again from the raw tables; or everything, from nothing.
 
     python recipes/study/rebuild.py                   tables of the pages and figures, in seconds
-    python recipes/study/rebuild.py --from-nothing    makes all runs, 19 hours of one processor, then the same
+    python recipes/study/rebuild.py --from-nothing    makes the runs of all plans, then the same
     python recipes/study/rebuild.py --parts 1_sort_digits    the runs of one part, then the same
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
@@ -51,6 +51,7 @@ SECTIONS = {
     "8_actions": ("8_cartpole", "8_acrobot"),
     "9_zero": ("zero",),
     "10_unclipped": ("10_sort_digits", "10_sgd"),
+    "11_learned": ("11_learned",),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
 and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named
