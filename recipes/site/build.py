@@ -36,7 +36,14 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 """A formula of a built page: its element, whether it stands in a line, and its LaTeX."""
 PICTURES = (".png", ".svg")
-LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".txt": "text"}
+LANGUAGES = {
+    ".py": "python",
+    ".toml": "toml",
+    ".json": "json",
+    ".yaml": "yaml",
+    ".txt": "text",
+    ".csv": "text",
+}
 
 
 class Site:
