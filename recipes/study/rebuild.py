@@ -48,7 +48,7 @@ SECTIONS = {
     "5_clipping": ("5_updates_2",),
     "6_noise": ("1_sort_digits", "1_reverse_text"),
     "7_lora": ("7_lora", "7_lora_factor"),
-    "8_actions": ("8_cartpole", "8_acrobot"),
+    "8_actions": ("8_cartpole", "8_acrobot", "8_cartpole_default"),
     "9_zero": ("zero",),
     "10_unclipped": ("10_sort_digits", "10_sgd"),
     "11_learned": ("11_learned",),
@@ -163,9 +163,11 @@ def rebuild(pages: Path, figures: Path) -> None:
         figure = Figure((6 * across + 1, sum(heights) + 0.3), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).flat
         cells = {}
-        for axes, part in zip(panels, parts, strict=False):
+        for part, axes in zip(parts, panels, strict=False):
             cells[part] = drawings[label(name)](axes, part)
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels:
+            axes.remove()
         mark = f"<!-- table {name} -->\n"
         assert mark in text, f"{page.name} has no {mark}"
         before, _, after = text.partition(mark)
