@@ -15,14 +15,8 @@ from pages import blocks, make_chat_model_and_data
 from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SHARED = {
-    "own",
-    "judging",
-    "questions",
-    "answer",
-    "curves",
-    "second_edition",
-}  # by programs of a folder
+# by programs of a folder
+SHARED = {"own", "judging", "questions", "answer", "curves", "second_edition"}
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))

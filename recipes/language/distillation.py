@@ -65,10 +65,15 @@ def reverse_text(prompt: str) -> str:
     return prompt[-2::-1] + ">" + prompt
 
 
+def in_order(prompt: str) -> list[str]:
+    """Return the four digits of the last line of a prompt of `four_digits` in rising order."""
+    return sorted(prompt.splitlines()[-1].split()[:4])
+
+
 def four_digits(prompt: str) -> str:
     """Return the prompt of `four_digits` with its question answered twice after the two examples."""
     *examples, question = prompt.splitlines()
-    answered = f"{question} {' '.join(sorted(question.split()[:4]))}"
+    answered = f"{question} {' '.join(in_order(prompt))}"
     return "\n".join([*examples, answered, answered, question])
 
 
@@ -82,8 +87,7 @@ def four_digits_task() -> PromptTask:
     def in_place(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         rewards = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            answer = sorted(prompt.splitlines()[-1].split()[:4])
-            rewards.append(sum(map(str.__eq__, answer, completion.split())) / 4)
+            rewards.append(sum(map(str.__eq__, in_order(prompt), completion.split())) / 4)
         return rewards
 
     in_place.range = (0.0, 1.0)  # type: ignore[attr-defined]
@@ -132,6 +136,19 @@ def make_copyist(task: str, steps: int) -> Path:
     return folder / "model"
 
 
+def own_settings(
+    task: str, model: str | None, copyist_steps: int, max_steps: int
+) -> dict[str, Any]:
+    """Return what students need that are their own teachers: the model, and for a pretrained one its sizes."""
+    if not model:
+        return {"model": str(make_copyist(task, copyist_steps))}
+    return {
+        "model": model, "task": f"{os.path.relpath(__file__)}:four_digits_task", "stop": ("\n",),
+        "prompts_per_step": 4, "num_generations": 8, "eval_generations": 2,
+        "eval_every": max_steps // 4, "save_every": 0, "chat": False,
+    }  # fmt: skip
+
+
 def after_equal_seconds(runs: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
     """Return the score of each run up to the seconds that the cheapest arm takes."""
     arms, seeds = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
@@ -174,6 +191,8 @@ def main(
         cold: Start the students from random weights.
         own: Let the students be their own teachers, of any task but calculator.
     """
+    if (task == "four_digits") != bool(model) or (model and not own):
+        raise SystemExit("--task four_digits and --model need each other, and --own.")
     arms = arms or tuple(arm for arm in ARMS if arm.startswith("opd") or not cold)
     name = f"{task}_cold" if cold else task
     shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
@@ -182,17 +201,7 @@ def main(
         if task not in CONTEXTS:
             raise SystemExit(f"--own was given with --task {task}; it takes {', '.join(CONTEXTS)}.")
         name = f"{task}_own"
-        if task != "four_digits":
-            shared["model"] = str(make_copyist(task, teacher_steps))
-        else:
-            shared |= {
-                "task": f"{__file__}:four_digits_task",
-                "model": model,
-                "stop": ("\n",),
-                "chat": False,
-            }
-            shared |= {"prompts_per_step": 4, "num_generations": 8, "eval_generations": 2}
-            shared |= {"eval_every": max_steps // 4, "save_every": 0}
+        shared |= own_settings(task, model, teacher_steps, max_steps)
         context = f"{os.path.relpath(__file__)}:{task}"
         teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
     else:

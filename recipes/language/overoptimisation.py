@@ -231,7 +231,7 @@ def main(
     texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     points = defaultdict[str, list[np.ndarray]](list)
-    rows_of_curves = []
+    tables = {}
     for seed in range(first_seed, first_seed + seeds):
         judge = train_judge(base, seed)
         proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
@@ -239,11 +239,10 @@ def main(
             estimator = Estimator.preset(arm, beta=beta)
             curve = pursue(judge, base, proxies, estimator, max_steps, seed)
             points[f"{arm}, beta {beta:g}"].append(curve)
-            keys = {"arm": arm, "beta": beta, "seed": seed}
-            for step, (kl, proxy, gain) in enumerate(curve, 1):
-                step *= STEPS_PER_POINT
-                rows_of_curves.append(keys | {"step": step, "kl": kl, "proxy": proxy, "gold": gain})
-        pd.DataFrame(rows_of_curves).to_csv(RUNS / "curves.csv", index=False, float_format="%.4g")
+            steps = pd.RangeIndex(1, len(curve) + 1) * STEPS_PER_POINT
+            tables[arm, beta, seed] = pd.DataFrame(curve, steps, ["kl", "proxy", "gold"])
+        whole = pd.concat(tables, names=["arm", "beta", "seed", "step"])
+        whole.to_csv(RUNS / "curves.csv", float_format="%.4g")
         points["best-of-n"].append(best_of(base, proxies))
     curves, turns = {}, {}
     print(f"\n{'':33}d of turn      gold after    proxy after  fell")

@@ -39,6 +39,7 @@ COPIES = {
     "1_sort_digits": {"dr_grpo": "= rloo", "opo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
     "1_reverse_text": {"dr_grpo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
     "8_cartpole": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
+    "12_sort_digits": {"grpo_no_std": "= rloo"},
     "8_acrobot": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
 }
 """For each part the arms whose gradient is the gradient of another arm, times a constant (=) or times a number

@@ -1,7 +1,7 @@
 """Makes the tables and figures of the study again from the raw tables; or everything, from nothing.
 
     python recipes/study/rebuild.py                   tables of the pages and figures, in seconds
-    python recipes/study/rebuild.py --from-nothing    makes the runs of all plans, then the same
+    python recipes/study/rebuild.py --from-nothing    makes the runs of 1 to 8, 10 and 12, then the same
     python recipes/study/rebuild.py --parts 1_sort_digits    the runs of one part, then the same
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
@@ -31,6 +31,7 @@ import questions
 import second_edition
 import tyro
 import yaml
+import zero
 from judging import explain_colours, table
 from matplotlib.figure import Figure
 from questions import STUDY, TABLES, judged, read
@@ -141,7 +142,7 @@ def manifest() -> str:
     for path in sorted(TABLES.rglob("*.csv")):
         if path.name != "manifest.csv":
             content = path.read_bytes()
-            rows = len(pd.read_csv(path))
+            rows = content.count(b"\n") - 1
             digest = hashlib.sha256(content).hexdigest()
             lines.append(f"{path.relative_to(TABLES).as_posix()},{rows},{digest}")
     return "\n".join(lines) + "\n"
@@ -207,6 +208,7 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         parts: make the runs of these parts first, such as 1_sort_digits.
     """
     if from_nothing:
+        zero.main(bases=True)
         parts = tuple(sorted(path.stem for path in STUDY.glob("[0-9]*.yaml")))
     for part in parts:
         run(part)

@@ -21,7 +21,7 @@ from judging import (
     verdict_cell,
 )
 from matplotlib.axes import Axes
-from questions import COPIES, TABLES, by_arm, by_name, judged, read
+from questions import COPIES, TABLES, by_arm, by_name, judged, read, with_mark
 from scipy import stats
 
 WEIGHTS = (0.001, 0.1)
@@ -47,18 +47,18 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
     rows = {}
     for scores in family.arms:
         arm = scores.arm
-        verdict = f"{score_cell(family, scores)} {copies.get(arm, '')}".rstrip()
+        verdict = score_cell(family, scores) + with_mark(before, arm).removeprefix(arm)
         rows[arm] = [f"{verdict}, at {own[arm]:g}", "", ""]
         if arm != "rloo":
-            old, new = (judgement.against_reference[arm] for judgement in (clipped, family))
-            rows[arm][1] = fate(old.verdict, new.verdict)
+            verdicts = [judgement.against_reference[arm].verdict for judgement in (clipped, family)]
+            rows[arm][1] = fate(*verdicts)
         if arm != "rloo" and part != "10_sgd":
             rows[arm][2] = signed(interval(moved[arm], 0.05 / 8))
     forest(axes, family.against_reference, up=0.14, copies=copies)
     old = {arm: clipped.against_reference[arm] for arm in family.against_reference}
     forest(axes, old, up=-0.14, hollow=True, copies=copies)
-    optimizer, task = ("SGD", "sort_digits") if part == "10_sgd" else ("AdamW", part[3:])
-    title = f"{task}, {optimizer} without clipping (hollow: AdamW with clipping)"
+    optimizer = "SGD" if part == "10_sgd" else "AdamW"
+    title = f"{before[2:]}, {optimizer} without clipping (hollow: AdamW with clipping)"
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     heads = ["area against rloo, own rate", "verdict of question 1", "minus that with clipping"]
     table = by_arm(rows, *heads)
@@ -95,16 +95,12 @@ def learned(axes: Axes, part: str) -> pd.DataFrame:
     rows = {}
     for beta, arm in ends.index:
         name = f"{arm}, {beta:g}"
-        cells = [f"{ends.loc[beta, arm].mean():.2f}", verdict_cell(verdicts, name), *4 * [""]]
+        cells = [f"{ends.loc[beta, arm].mean():.2f}", verdict_cell(verdicts, name), "", "", "", ""]
         if arm != "rloo":
             cells[2] = str(pairs_needed(against[name]))
         if beta == WEIGHTS[0]:
-            for column, measure in enumerate(("step", "d"), 3):
-                by_arm = turns[measure].unstack("seed").loc[beta]
-                cells[column] = f"{by_arm.loc[arm].mean():.3g}"
-                if arm != "rloo":
-                    gap = interval(by_arm.loc[arm] - by_arm.loc["rloo"], 0.05 / 6)
-                    cells[column] += f", {signed(gap, 1 + (measure == 'd'))}"
+            cells[3] = turn_cell(turns["step"].unstack("seed").loc[beta], arm, 1)
+            cells[4] = turn_cell(turns["d"].unstack("seed").loc[beta], arm, 2)
         else:
             gap = interval(ends.loc[beta, arm] - ends.loc[WEIGHTS[0], arm], 0.05 / 4)
             cells[5] = signed(gap, 2)
@@ -114,11 +110,20 @@ def learned(axes: Axes, part: str) -> pd.DataFrame:
     return by_name("arm, weight of the KL", rows, *heads)
 
 
-def pairs_needed(differences: pd.Series, half_width: float = 0.25, comparisons: int = 6) -> int:
-    """Return how many pairs of this spread give intervals of a half-width, at 5 % shared by the comparisons."""
+def turn_cell(by_arm: pd.DataFrame, arm: str, digits: int) -> str:
+    """Return an arm's mean over seeds, and its difference to that of rloo at a level of 5 % shared by six."""
+    mean = f"{by_arm.loc[arm].mean():.3g}"
+    if arm == "rloo":
+        return mean
+    gap = interval(by_arm.loc[arm] - by_arm.loc["rloo"], 0.05 / 6)
+    return f"{mean}, {signed(gap, digits)}"
+
+
+def pairs_needed(differences: pd.Series) -> int:
+    """Return how many pairs of this spread give intervals of .25 to either side, where six share 5 %."""
     for pairs in count(2):
-        quantile = stats.t.ppf(1 - 0.025 / comparisons, pairs - 1)
-        if quantile * differences.std() <= half_width * sqrt(pairs):
+        quantile = stats.t.ppf(1 - 0.025 / 6, pairs - 1)
+        if quantile * differences.std() <= 0.25 * sqrt(pairs):
             break
     return pairs
 
@@ -141,24 +146,21 @@ def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
 def bases(axes: Axes, part: str) -> pd.DataFrame:
     """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
     runs = pd.read_csv(TABLES / part / "runs.csv")
-    copies = {"grpo_no_std": "= rloo"} if part == "12_sort_digits" else {}
     runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
     family = judged_table(scores_by_base(runs).rename(columns={"base": "seed"}), "area")
     own = runs.groupby(["arm", "learning_rate"])["area"].mean().groupby("arm").idxmax()
     at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
     at_own["seed"] += 1000 * at_own["base"]
     of_runs = judged_table(at_own.reset_index()[["arm", "seed", "area"]], "area")
+    copies = COPIES.get(part, {})
     forest(axes, family.against_reference, up=0.14, copies=copies)
     forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=copies)
     title = f"{part[3:]}: bases as the unit (hollow: runs as the unit)"
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     rows = {}
     for scores, with_runs in zip(family.arms, of_runs.arms, strict=True):
-        mark = copies.get(scores.arm, "")
-        rows[scores.arm] = [
-            f"{score_cell(family, scores)} {mark}".rstrip(),
-            score_cell(of_runs, with_runs),
-        ]
+        mark = with_mark(part, scores.arm).removeprefix(scores.arm)
+        rows[scores.arm] = [score_cell(family, scores) + mark, score_cell(of_runs, with_runs)]
     return by_arm(rows, "area against rloo, by base", "by run (exploratory)")
 
 
