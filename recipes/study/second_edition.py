@@ -147,7 +147,8 @@ def bases(axes: Axes, part: str) -> pd.DataFrame:
     """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
     runs = pd.read_csv(TABLES / part / "runs.csv")
     runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
-    family = judged_table(scores_by_base(runs).rename(columns={"base": "seed"}), "area")
+    scores = scores_by_base(runs)
+    family = judged_table(scores.rename(columns={"base": "seed"}), "area")
     own = runs.groupby(["arm", "learning_rate"])["area"].mean().groupby("arm").idxmax()
     at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
     at_own["seed"] += 1000 * at_own["base"]
@@ -157,11 +158,26 @@ def bases(axes: Axes, part: str) -> pd.DataFrame:
     forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=copies)
     title = f"{part[3:]}: bases as the unit (hollow: runs as the unit)"
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
+    spread = differences(scores.rename(columns={"base": "seed"})).std()
+    of_twelve = stats.t.ppf(1 - 0.025 / len(family.against_reference), 11) / sqrt(12)
+    edges = edge_cells(runs)
     rows = {}
-    for scores, with_runs in zip(family.arms, of_runs.arms, strict=True):
-        mark = with_mark(part, scores.arm).removeprefix(scores.arm)
-        rows[scores.arm] = [score_cell(family, scores) + mark, score_cell(of_runs, with_runs)]
-    return by_arm(rows, "area against rloo, by base", "by run (exploratory)")
+    for of_arm, with_runs in zip(family.arms, of_runs.arms, strict=True):
+        arm = of_arm.arm
+        by_base = score_cell(family, of_arm) + with_mark(part, arm).removeprefix(arm)
+        more = f"± {of_twelve * spread[arm]:.3f}" if "undecided" in by_base else ""
+        rows[arm] = [by_base, more, score_cell(of_runs, with_runs), edges[arm]]
+    heads = ["area against rloo, by base", "with 12 bases", "by run (exploratory)"]
+    return by_arm(rows, *heads, "best rate least + greatest")
+
+
+def edge_cells(runs: pd.DataFrame) -> pd.Series:
+    """Return for each arm on how many bases its best rate is the least and the greatest of the grid."""
+    by_rate = runs.groupby(["arm", "base", "learning_rate"])["area"].mean()
+    best = by_rate.unstack("learning_rate").idxmax(axis="columns").unstack("base")
+    rates = runs["learning_rate"]
+    least, greatest = ((best == edge).sum(axis="columns") for edge in (rates.min(), rates.max()))
+    return least.astype(str) + " + " + greatest.astype(str)
 
 
 def scores_by_base(runs: pd.DataFrame) -> pd.DataFrame:
