@@ -49,9 +49,9 @@ SECTIONS = {
     "5_clipping": ("5_updates_2",),
     "6_noise": ("1_sort_digits", "1_reverse_text"),
     "7_lora": ("7_lora", "7_lora_factor"),
-    "8_actions": ("8_cartpole", "8_acrobot", "8_cartpole_default"),
+    "8_actions": ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default"),
     "9_zero": ("zero",),
-    "10_unclipped": ("10_sort_digits", "10_sgd"),
+    "10_unclipped": ("10_sort_digits", "10_reverse_text", "10_sgd"),
     "11_learned": ("11_learned",),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel

@@ -58,7 +58,7 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
     old = {arm: clipped.against_reference[arm] for arm in family.against_reference}
     forest(axes, old, up=-0.14, hollow=True, copies=copies)
     optimizer = "SGD" if part == "10_sgd" else "AdamW"
-    title = f"{before[2:]}, {optimizer} without clipping (hollow: AdamW with clipping)"
+    title = f"{before[2:]}, {optimizer} unclipped (hollow: AdamW, clipped)"
     describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
     heads = ["area against rloo, own rate", "verdict of question 1", "minus that with clipping"]
     table = by_arm(rows, *heads)
