@@ -141,6 +141,11 @@ def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float
     return np.mean(values), low, high
 
 
+def half_width(spread: float, pairs: int, comparisons: int) -> float:
+    """Return half the width of a Student-t interval from the standard deviation of pairs, at 5 % shared by some."""
+    return stats.t.ppf(1 - 0.025 / comparisons, pairs - 1) * spread / np.sqrt(pairs)
+
+
 def table(cells: pd.DataFrame) -> str:
     """Write cells in Markdown, with the labels of the rows in the first column."""
     heads = [str(cells.index.name), *cells.columns]

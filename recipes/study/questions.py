@@ -47,6 +47,9 @@ for each step (≈). On sort_digits opo is a copy up to a few completions of ano
 reinforce_pp weights completions by their lengths in its mean."""
 
 
+AGAINST_RLOO = "area minus the area of rloo (grey band: within the margin)"
+
+
 class Part(NamedTuple):
     """The arms and the margin of a plan, and the raw tables of its comparison, without the runs for tuning."""
 
@@ -76,6 +79,12 @@ def with_mark(part: str, arm: str) -> str:
     return f"{arm} {COPIES.get(part, {}).get(arm, '')}".rstrip()
 
 
+def marked_score(part: str, family: Any, scores: Any, digits: int = 3) -> str:
+    """Return the cell of an arm's difference to the reference, with the mark of a copy."""
+    mark = with_mark(part, scores.arm).removeprefix(scores.arm)
+    return score_cell(family, scores, digits) + mark
+
+
 def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
     """Return the cells of a table that has a row for each arm."""
     return by_name("arm", rows, *heads).rename(index="`{}`".format)
@@ -95,8 +104,7 @@ def rates(axes: Axes, part: str) -> pd.DataFrame:
     digits = 3 if margin < 1 else 1
     rows = {}
     for scores in family.arms:
-        mark = with_mark(part, scores.arm).removeprefix(scores.arm)
-        verdict = score_cell(family, scores, digits) + mark
+        verdict = marked_score(part, family, scores, digits)
         rows[scores.arm] = [f"{verdict}, at {own[scores.arm]:g}"]
     title = f"{part[2:].replace('shifted', 'sort_digits with rewards + 1')}: each arm at its own best rate"
     copies = COPIES.get(part, {})
@@ -106,7 +114,7 @@ def rates(axes: Axes, part: str) -> pd.DataFrame:
         title += " (hollow: all at 2e-4)"
         forest(axes, fixed, margin, -0.14, hollow=True, copies=copies)
     axes.set_yticklabels([with_mark(part, arm) for arm in family.against_reference])
-    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
+    describe(axes, title, AGAINST_RLOO)
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
     return by_arm(rows, "area against rloo, own rate")

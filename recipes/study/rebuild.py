@@ -163,12 +163,12 @@ def rebuild(pages: Path, figures: Path) -> None:
         down = -(-len(parts) // 2)
         heights = (4.6, 2.4)[:down]  # inches; the second row has fewer arms
         figure = Figure((6 * across + 1, sum(heights) + 0.3), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).flat
+        panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).ravel()
         cells = {}
-        for part, axes in zip(parts, panels, strict=False):
+        for axes, part in zip(panels, parts, strict=False):
             cells[part] = drawings[label(name)](axes, part)
             axes.spines[["top", "right"]].set_visible(False)
-        for axes in panels:
+        for axes in panels[len(parts) :]:
             axes.remove()
         mark = f"<!-- table {name} -->\n"
         assert mark in text, f"{page.name} has no {mark}"

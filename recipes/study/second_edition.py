@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from math import sqrt
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from judging import (
     at_best_rates_of_others,
     describe,
     forest,
+    half_width,
     interval,
     judged_differences,
     judged_table,
@@ -21,8 +21,7 @@ from judging import (
     verdict_cell,
 )
 from matplotlib.axes import Axes
-from questions import COPIES, TABLES, by_arm, by_name, judged, read, with_mark
-from scipy import stats
+from questions import AGAINST_RLOO, COPIES, TABLES, by_arm, by_name, judged, marked_score, read
 
 WEIGHTS = (0.001, 0.1)
 """The weights of the KL in question 11: one that only measures it, and one that holds it back."""
@@ -47,7 +46,7 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
     rows = {}
     for scores in family.arms:
         arm = scores.arm
-        verdict = score_cell(family, scores) + with_mark(before, arm).removeprefix(arm)
+        verdict = marked_score(before, family, scores)
         rows[arm] = [f"{verdict}, at {own[arm]:g}", "", ""]
         if arm != "rloo":
             verdicts = [judgement.against_reference[arm].verdict for judgement in (clipped, family)]
@@ -59,7 +58,7 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
     forest(axes, old, up=-0.14, hollow=True, copies=copies)
     optimizer = "SGD" if part == "10_sgd" else "AdamW"
     title = f"{before[2:]}, {optimizer} unclipped (hollow: AdamW, clipped)"
-    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
+    describe(axes, title, AGAINST_RLOO)
     heads = ["area against rloo, own rate", "verdict of question 1", "minus that with clipping"]
     table = by_arm(rows, *heads)
     return table if part != "10_sgd" else table[heads[:2]]
@@ -122,8 +121,7 @@ def turn_cell(by_arm: pd.DataFrame, arm: str, digits: int) -> str:
 def pairs_needed(differences: pd.Series) -> int:
     """Return how many pairs of this spread give intervals of .25 to either side, where six share 5 %."""
     for pairs in count(2):
-        quantile = stats.t.ppf(1 - 0.025 / 6, pairs - 1)
-        if quantile * differences.std() <= 0.25 * sqrt(pairs):
+        if half_width(differences.std(), pairs, 6) <= 0.25:
             break
     return pairs
 
@@ -145,43 +143,42 @@ def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
 
 def bases(axes: Axes, part: str) -> pd.DataFrame:
     """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
-    runs = pd.read_csv(TABLES / part / "runs.csv")
+    runs = read(part).runs.copy()
     runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
-    scores = scores_by_base(runs)
-    family = judged_table(scores.rename(columns={"base": "seed"}), "area")
-    own = runs.groupby(["arm", "learning_rate"])["area"].mean().groupby("arm").idxmax()
+    rates = (
+        runs.groupby(["arm", "learning_rate", "base"], sort=False)["area"].mean().unstack("base")
+    )
+    scores = at_best_rates_of_others(rates).stack().rename_axis(["arm", "seed"]).rename("area")
+    by_base = scores.reset_index()
+    family = judged_table(by_base, "area")
+    own = rates.mean(axis="columns").groupby("arm").idxmax()
     at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
     at_own["seed"] += 1000 * at_own["base"]
     of_runs = judged_table(at_own.reset_index()[["arm", "seed", "area"]], "area")
     copies = COPIES.get(part, {})
     forest(axes, family.against_reference, up=0.14, copies=copies)
     forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=copies)
-    title = f"{part[3:]}: bases as the unit (hollow: runs as the unit)"
-    describe(axes, title, "area minus the area of rloo (grey band: within the margin)")
-    spread = differences(scores.rename(columns={"base": "seed"})).std()
-    of_twelve = stats.t.ppf(1 - 0.025 / len(family.against_reference), 11) / sqrt(12)
-    edges = edge_cells(runs)
+    describe(axes, f"{part[3:]}: bases as the unit (hollow: runs as the unit)", AGAINST_RLOO)
+    spread = differences(by_base).std()
+    edges = edge_cells(rates)
     rows = {}
-    for of_arm, with_runs in zip(family.arms, of_runs.arms, strict=True):
-        arm = of_arm.arm
-        by_base = score_cell(family, of_arm) + with_mark(part, arm).removeprefix(arm)
-        more = f"± {of_twelve * spread[arm]:.3f}" if "undecided" in by_base else ""
-        rows[arm] = [by_base, more, score_cell(of_runs, with_runs), edges[arm]]
+    for of_bases, with_runs in zip(family.arms, of_runs.arms, strict=True):
+        arm = of_bases.arm
+        cells = [marked_score(part, family, of_bases), "", score_cell(of_runs, with_runs)]
+        if arm != "rloo" and family.against_reference[arm].verdict == "undecided":
+            cells[1] = f"± {half_width(spread[arm], 12, len(family.against_reference)):.3f}"
+        rows[arm] = [*cells, edges[arm]]
     heads = ["area against rloo, by base", "with 12 bases", "by run (exploratory)"]
     return by_arm(rows, *heads, "best rate least + greatest")
 
 
-def edge_cells(runs: pd.DataFrame) -> pd.Series:
-    """Return for each arm on how many bases its best rate is the least and the greatest of the grid."""
-    by_rate = runs.groupby(["arm", "base", "learning_rate"])["area"].mean()
-    best = by_rate.unstack("learning_rate").idxmax(axis="columns").unstack("base")
-    rates = runs["learning_rate"]
+def edge_cells(areas: pd.DataFrame) -> pd.Series:
+    """Return for each arm on how many bases its best rate is the least and the greatest of the grid.
+
+    Args:
+        areas: a row for each arm and rate, a column for each base.
+    """
+    best = areas.groupby("arm").idxmax().map(lambda row: row[1])
+    rates = areas.index.get_level_values("learning_rate")
     least, greatest = ((best == edge).sum(axis="columns") for edge in (rates.min(), rates.max()))
     return least.astype(str) + " + " + greatest.astype(str)
-
-
-def scores_by_base(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean area of each arm on each base, at the rate that is best on the other bases."""
-    by_base = runs.groupby(["arm", "learning_rate", "base"], sort=False)["area"].mean()
-    scores = at_best_rates_of_others(by_base.unstack("base"))
-    return scores.stack().rename("area").reset_index()
