@@ -53,7 +53,7 @@ SECTIONS = {
     "9_zero": ("zero",),
     "10_unclipped": ("10_sort_digits", "10_reverse_text", "10_sgd"),
     "11_learned": ("11_learned",),
-    "12_bases": ("12_sort_digits", "12_reverse_text"),
+    "12_bases": ("12_sort_digits", "12_reverse_text", "12_countdown"),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
 and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named
