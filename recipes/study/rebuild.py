@@ -173,7 +173,7 @@ def rebuild(pages: Path, figures: Path) -> None:
         mark = f"<!-- table {name} -->\n"
         assert mark in text, f"{page.name} has no {mark}"
         before, _, after = text.partition(mark)
-        body = table(one_table(cells, below=name == "7_lora"))
+        body = table(one_table(cells, below=name in ("7_lora", "12_bases")))
         page.write_text(f"{before}{mark}{body}\n" + re.sub(r"\A(\|.*\n)*", "", after))
         save(figure, figures / f"{name}.png")
 

@@ -167,9 +167,9 @@ def bases(axes: Axes, part: str) -> pd.DataFrame:
         cells = [marked_score(part, family, of_bases), "", score_cell(of_runs, with_runs)]
         if arm != "rloo" and family.against_reference[arm].verdict == "undecided":
             cells[1] = f"± {half_width(spread[arm], 12, len(family.against_reference)):.3f}"
-        rows[arm] = [*cells, edges[arm]]
+        rows[f"{arm}, {part[3:]}"] = [*cells, edges[arm]]
     heads = ["area against rloo, by base", "with 12 bases", "by run (exploratory)"]
-    return by_arm(rows, *heads, "best rate least + greatest")
+    return by_name("arm, task", rows, *heads, "best rate least + greatest")
 
 
 def edge_cells(areas: pd.DataFrame) -> pd.Series:
