@@ -161,7 +161,7 @@ def rebuild(pages: Path, figures: Path) -> None:
         text = page.read_text()
         across = min(len(parts), 2)
         down = -(-len(parts) // 2)
-        heights = (4.6, 2.4)[:down]  # inches; the second row has fewer arms
+        heights = (4.6, 2.4)[:down]  # inches; most second rows have fewer arms
         figure = Figure((6 * across + 1, sum(heights) + 0.3), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, height_ratios=heights).ravel()
         cells = {}
