@@ -13,6 +13,7 @@ from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
+    TRAINED_PROMPTS,
     RunDirectory,
     directory_path,
     new_directory,
@@ -181,6 +182,7 @@ class Provenance:
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
         task: the task, if its own rewards or its environment count.
+        trained_prompts: hashes of the prompts that the model is trained on, in this run or before.
         settings, code: the settings of the run and hashes of its code; known once the run begins.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
@@ -190,6 +192,7 @@ class Provenance:
     processes: int = 1
     device: str = "cpu"
     task: Any = None
+    trained_prompts: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
@@ -205,6 +208,11 @@ class Provenance:
             "processes": self.processes,
             "versions": {**packages, "device": self.device},
         }
+
+    def write(self, run: Path) -> None:
+        """Write the hashes of the prompts, in their order, into the directory of the run."""
+        if self.trained_prompts:
+            write_text(run / TRAINED_PROMPTS, "\n".join([*sorted(self.trained_prompts), ""]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare with what made the checkpoint.

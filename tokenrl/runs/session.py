@@ -71,7 +71,7 @@ class Session:
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
-        settings, command: how it was started, see `origin_of`.
+        settings, command, provenance: how it was started, see `origin_of`, and what it is made from.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
@@ -82,6 +82,7 @@ class Session:
     saver: Saver
     settings: dict[str, Any]
     command: str
+    provenance: Provenance
 
     def __init__(self, kind: str, args: Any, *, every: int = 10, accelerator: Any = None) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
@@ -185,6 +186,7 @@ class Session:
         config = self.output_dir / "config.json"
         self.settings, self.command = origin_of(self.kind, values, names or {}, config)
         settings = {**self.settings, "kind": self.kind}
+        self.provenance = provenance
         provenance.settings = settings
         provenance.code = code_of(settings, provenance.task)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
@@ -237,6 +239,7 @@ class Session:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
         write_json(self.output_dir / "config.json", self._config)
+        self.provenance.write(self.output_dir)
         if self.continues and (self.ended or self.step >= self.args.max_steps):
             self.console.note("Nothing is left to do: the run had ended.")
             return

@@ -24,7 +24,7 @@ REWARDS = (
 )
 OWN = {
     "prompt_column": "question",
-    "eval_size": 3,
+    "eval_size": 1,
     "reward_weights": (2.0,),
     "max_completion_length": 5,
 }
@@ -55,14 +55,14 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
     capsys.readouterr()
     expected = tokenrl.evaluate(model=run, **SAMPLED, **asked)
     assert "as in the run" not in capsys.readouterr().err
-    assert tokenrl.evaluate(model=run) == expected and len(expected.rows) == 3
+    assert tokenrl.evaluate(model=run) == expected and len(expected.rows) == 1
     output = capsys.readouterr().err
     assert (
         f"tokenrl: as in the run of {run}: " in output
         and "task words.jsonl, reward rewards.py:vowels" in output
     )
     assert (
-        "eval_size 3, " in output
+        "eval_size 1, " in output
         and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in output
     )
     assert tokenrl.evaluate(model=run, quiet=True) == expected

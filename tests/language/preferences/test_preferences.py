@@ -15,6 +15,7 @@ from tokenrl.language.preferences.sampled import (
 )
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.task import load_task
 
 SIZES = {"sampling": Sampling(5, 6, seed=4)}
 
@@ -92,7 +93,7 @@ def test_written_preferences_are_read_by_datasets_and_by_us(kind, tmp_path):
     write_preferences(path, rows)
     options = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
     assert datasets.load_dataset("json", **options).to_list() == rows
-    train, held_out = load_pairs(str(path), eval_size=2)
+    train, held_out, _ = load_pairs(str(path))
     assert len(held_out) >= 2
     pairs = [(pair.prompt, pair.chosen, pair.rejected, *pair.gold) for pair in train + held_out]
     assert sorted(map(str, pairs)) == sorted(str(tuple(row.values())) for row in rows)
@@ -197,16 +198,17 @@ def test_rows_that_are_no_preferences_are_refused(rows, words):
 
 def test_held_out_pairs_share_no_prompt_with_the_others():
     pairs = [Pair(f"p{i % 50}", f"a{i}", "b") for i in range(200)]
-    train, held_out = divided(pairs, 30, seed=0)
-    # four pairs a prompt: an eighth prompt would not fit
-    assert len(held_out) == 28 and len(train) == 172
-    assert {pair.prompt for pair in train}.isdisjoint(pair.prompt for pair in held_out)
-    assert divided(pairs, 30, seed=0) == (train, held_out) != divided(pairs, 30, seed=1)
-    assert len(divided(pairs, 10_000, seed=0)[1]) == 40  # a fifth
-    uneven = [Pair("p", "a", "b"), *(Pair("q", f"a{i}", "b") for i in range(9))]
-    for seed in range(4):
-        assert all(divided(uneven, 2, seed))  # neither part is empty
-    same_prompt = [Pair("", f"a{i}", "b") for i in range(10)]
-    assert len(divided(same_prompt, 3, seed=0)[1]) == 2
+    train, held_out, words = divided(pairs, 200)
+    prompts = {pair.prompt for pair in held_out}
+    assert 20 <= len(held_out) == 4 * len(prompts) <= 80 and "whole prompts" in words
+    assert {pair.prompt for pair in train}.isdisjoint(prompts) and len(train + held_out) == 200
+    # the same prompts as those of a task are held out
+    task = load_task([{"prompt": f"p{i}"} for i in range(50)], reward=gold)
+    assert {row["prompt"] for row in task.eval_prompts} == prompts
+    few, evaluated, _ = divided(pairs, 3)
+    assert few == train and evaluated == held_out[:3]
+    uneven = [Pair("p", "a", "b"), *(Pair("q", f"a{i}", "b") for i in range(99))]
+    parts = divided(uneven, 5)
+    assert all(parts) and len(parts[0]) >= 50 and "single rows" in parts[2]
     with pytest.raises(Refused, match="at least 2 pairs"):
-        divided(same_prompt[:1], 1, seed=0)
+        divided(uneven[:1], 1)

@@ -183,7 +183,7 @@ def test_a_run_learns_continues_and_leaves_a_model_that_others_load(tmp_path, sa
     assert [line["step"] for line in lines] == list(range(26))
     assert (lines[0]["eval_accuracy"], lines[25]["eval_accuracy"]) == (before, after)
     config = json.loads((run / "config.json").read_text())
-    assert config["pairs"] == {"train": 128, "held_out": 32}
+    assert config["pairs"] == {"train": 142, "held_out": 18}
     assert config["command"] == ""  # no command can name rows in memory
     card = (run / "model" / "README.md").read_text()
     assert f"| accuracy on held-out pairs | {after:.4g} |" in card
@@ -223,7 +223,7 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
     [
         ({"data": None}, r"data \(--data\).*task \(--task\)"),
         ({"model": None}, r"model \(--model\)"),
-        ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
+        ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 6 pairs.*64 tokens"),
         ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "'margin' were both given"),
         ({"hidden_size": 16}, "leave out one of both"),
     ],

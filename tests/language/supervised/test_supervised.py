@@ -206,7 +206,9 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
     ]
     options = {"max_steps": 1, "batch_size": 6, "learning_rate": 1e-3}
     run = sft(
-        task=PromptTask("safe", rows, rows[:1], reward, demonstrations=rows) if reward else rows,
+        task=PromptTask("safe", rows, rows[:1], reward, demonstrations=rows)
+        if reward
+        else {"train": rows, "test": rows[:1]},
         environment=Safe,
         model=chat_policy(),
         output_dir=str(tmp_path),

@@ -89,7 +89,8 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
 
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk("saved")
-    assert len(load_task("saved", reward=reward, eval_size=4).train_prompts) == 16
+    task = load_task("saved", reward=reward)
+    assert len(task.train_prompts) + len(task.eval_prompts) == 20
     datasets.DatasetDict(first=rows, second=rows.take(2)).save_to_disk("both")
     task = load_task("both", split="first", eval_split="second", reward=reward)
     assert (len(task.train_prompts), len(task.eval_prompts)) == (20, 2)

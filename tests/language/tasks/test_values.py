@@ -390,5 +390,5 @@ def test_a_column_of_numbers_is_text_where_text_is_needed():
         str(int(row["prompt"]) + 1),
         int(row["completion"]),
     )
-    pairs, _ = load_pairs("a.csv")
+    pairs, *_ = load_pairs("a.csv")
     assert (pairs[0].prompt, pairs[0].rejected) == ("0", "0.5")

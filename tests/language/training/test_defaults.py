@@ -218,7 +218,7 @@ def test_prompts_that_surely_fit_are_not_tokenised_before_the_first_step_and_oth
         rows = [{"prompt": prompt} for prompt in short]
         tokenrl.train(model=model, task=rows, **options, **length, overwrite=True)
         assert len(set(encoded)) < 20
-    rows[7]["prompt"] = "the cat " * 180
+    rows[7]["prompt"] = "cat the " * 180
     with pytest.raises(Refused, match=r"row 7 has 1440 tokens.*context of 512"):
         tokenrl.train(model=model, task=rows, **options, max_completion_length=9, overwrite=True)
 

@@ -121,7 +121,6 @@ def test_functions_that_take_a_seed_refuse_what_is_none(seed):
     task = load_task("sort_digits")
     for function in (
         lambda: random_mdp(seed),
-        lambda: load_task("sort_digits", seed=seed),
         lambda: reward_backbone("nowhere", seed=seed),
         lambda: warm_started_base(task, seed=seed),
     ):

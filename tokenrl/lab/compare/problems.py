@@ -17,6 +17,7 @@ from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, Problem
 from tokenrl.language.policy.arguments import fill_form
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
@@ -211,7 +212,10 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         options = {**user_settings, "estimator": fits_every_shape}
         args = fill_form(arguments(TrainArguments, options))
         task, reward = find_task(args, may_lack_rewards=True)
-        resolved = train_settings(args, task, read_models(args, task)).args
+        policy = read_models(args, task)
+        for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
+            announce(f"warning: {label}: {warning}")
+        resolved = train_settings(args, task, policy).args
         reward_range = getattr(reward, "range", None)
         unit = "completions"
         per_step = resolved.prompts_per_step * resolved.num_generations

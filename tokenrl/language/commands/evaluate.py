@@ -263,7 +263,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     sampling = Sampling(length, generations, args.seed or 0, **distribution_of(args))
     sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
     reference = None if args.reference is None else load_placed(args, args.reference)
-    divided = division_of(task, args.eval_size)[1]
+    divided = division_of(task, args.eval_size, {f"the model {model}": policy})[1]
     for warning in (*divided, *prompt_warnings(policy.tokenizer, task.eval_prompts)):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tokenrl.configuration import UNIQUE_KEYS, read_config
 from tokenrl.errors import Refused
+from tokenrl.runs.directory import TRAINED_PROMPTS
 from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments
 
 T = TypeVar("T")
@@ -100,6 +102,19 @@ def run_of(model: Any) -> Path | None:
         if is_ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
             return run
     return None
+
+
+def trained_prompts(*models: Any) -> frozenset[str]:
+    """Return the hashes of the prompts that models were trained on, as the runs that saved them recorded.
+
+    Args:
+        models: directories as `run_of` takes them; of anything else nothing is known.
+    """
+    hashes = set[str]()
+    for run in filter(None, map(run_of, models)):
+        with suppress(OSError, ValueError):  # a run of an earlier version has no such file
+            hashes.update((run / TRAINED_PROMPTS).read_text("ascii").split())
+    return frozenset(hashes)
 
 
 def saved_form(model: Any) -> dict[str, Any]:

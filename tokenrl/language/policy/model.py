@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.language.policy.arguments import PromptArguments, saved_form, trained_prompts
 from tokenrl.language.policy.loading import (
     clear_rates,
     context_of,
@@ -49,7 +49,7 @@ class Policy:
         eos_ids: every id that ends a completion; empty if the model has none.
         pad_id: the id that fills unused positions. A mask always hides it, so it may be any id.
         context: the most tokens of a sequence that the model can take; None if there is no limit.
-        source: where the model came from, for messages and records.
+        source, trained_prompts: where the model came from, and hashes of the prompts that it was trained on there.
         reference: frozen model of a KL term, a copy or a teacher; None if none is needed or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
@@ -71,6 +71,7 @@ class Policy:
     sampling: Mapping[str, float] = field(default_factory=dict, repr=False)
     plain_cache: bool = field(default=False, repr=False)
     keeps_turns: bool | None = field(default=None, repr=False)
+    trained_prompts: frozenset[str] = field(default=frozenset(), repr=False)
     token_steps: Any = field(default=None, repr=False)
 
     @property
@@ -279,7 +280,8 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     if pad_id is None:
         pad_id = min(eos_ids, default=0)
     switch_dropout_off(model)
-    return Policy(model, tokenizer, tuple(eos_ids), pad_id, context_of(text_config), source)
+    policy = Policy(model, tokenizer, tuple(eos_ids), pad_id, context_of(text_config), source)
+    return replace(policy, trained_prompts=trained_prompts(source, policy.model.name_or_path))
 
 
 def load_policy(

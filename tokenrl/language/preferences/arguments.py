@@ -53,9 +53,10 @@ class RewardModelArguments(
     split: str = "train"
     """Split of a data set to train on."""
     eval_split: str | None = None
-    """Split to evaluate on. Default: a validation or test split, else pairs of prompts that are held out."""
+    """Split to evaluate on. Default: a validation or test split, else pairs of about a fifth of the prompts,
+    which are the same prompts that `tokenrl train` would hold out."""
     eval_size: Count = 256
-    """Pairs to evaluate on; if they are held out of the training split, at most a fifth of it."""
+    """Most pairs to evaluate on."""
     max_steps: Count = OPEN
     """Updates. Default: one pass over the data; with more, noisy labels are soon memorised."""
     batch_size: Count = 64
@@ -71,7 +72,7 @@ class RewardModelArguments(
     eval_every: Count = OPEN
     """Steps between evaluations. Default: a tenth of the run."""
     seed: Seed = 0
-    """Seed of the order of the data, the split, the sampled preferences and the new head."""
+    """Seed of the order of the data, the sampled preferences and the new head."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False

@@ -47,6 +47,7 @@ class RewardData:
         held_out: the pairs to evaluate on. Pairs of one prompt are not divided, but a split may repeat prompts.
         task: the task that the pairs were made from, or whose base model is the backbone; None for neither.
         rows: the rows to save in the run directory, by file name; empty if the data was given.
+        divided: how the pairs to evaluate on were held out of those given, in words; else empty.
     """
 
     name: str
@@ -54,6 +55,7 @@ class RewardData:
     held_out: list[Pair]
     task: Any = None
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    divided: str = ""
 
 
 def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]) -> RewardData:
@@ -76,15 +78,14 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
     if args.data is not None:
         name = args.data if isinstance(args.data, str | Path) else "data in memory"
-        train, held_out = load_pairs(
+        train, held_out, words = load_pairs(
             args.data,
             split=args.split,
             eval_split=args.eval_split,
             eval_size=args.eval_size,
-            seed=args.seed,
             announce=announce,
         )
-        return RewardData(str(name), train, held_out, task)
+        return RewardData(str(name), train, held_out, task, divided=words)
     return _from_task(args, task, rewards, announce)
 
 

@@ -240,7 +240,8 @@ def train_reward_model(
         dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
         parts = dicts["train"], dicts["held_out"]
-        line, warnings = division(*parts, size, noun="pairs")
+        models = {f"the model {reward_model.__name__}": reward_model}
+        line, warnings = division(*parts, size, noun="pairs", divided=data.divided, models=models)
         title = f"Reward model, {data.name}, seed {args.seed}"
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
         header = _header(args, line, reward_model)
@@ -328,6 +329,7 @@ def _finish(
         rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
     """
     directory = session.output_dir
+    ended.reward_model.trained_prompts = session.provenance.trained_prompts
     for name, preferences in data.rows.items():
         write_preferences(directory / name, preferences)
     rows: list[dict[str, Any]] = []

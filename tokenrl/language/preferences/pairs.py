@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tokenrl.language.tasks.held_out import (
 )
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
+from tokenrl.runs.files import canonical
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
@@ -64,9 +64,8 @@ def load_pairs(
     split: str = "train",
     eval_split: str | None = None,
     eval_size: int = 256,
-    seed: int = 0,
     announce: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[list[Pair], list[Pair], str]:
     """Load the training and the evaluation pairs of a source of preferences.
 
     Args:
@@ -74,12 +73,11 @@ def load_pairs(
         split: split to train on.
         eval_split: split to evaluate on; None for a validation or test split, or else pairs held out of
             `split`.
-        eval_size: number of evaluation pairs; if they are held out, at most a fifth of all.
-        seed: seed of the choice of evaluation pairs.
+        eval_size: the most evaluation pairs.
         announce: prints a line for people, about pairs that are left out.
 
     Returns:
-        The training pairs and the evaluation pairs.
+        The training pairs, the evaluation pairs, and in words how they were divided; empty for splits.
 
     Raises:
         Refused: the data does not exist, or a reward model cannot be trained on it.
@@ -91,9 +89,9 @@ def load_pairs(
     splits, held_out_split = read_parts(data, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
     if held_out_split is None:
-        return divided(pairs, eval_size, seed)
+        return divided(pairs, eval_size)
     held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
-    return pairs, chosen_rows(held_out, max(1, eval_size), [seed, 2])
+    return pairs, chosen_rows(held_out, max(1, eval_size)), ""
 
 
 def read_pairs(
@@ -188,27 +186,27 @@ def _number(row: Row, name: str, source: str) -> float | None:
     return float(value)
 
 
-def divided(pairs: list[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Split pairs into training and evaluation, so that no prompt is in both.
-
-    If all pairs have the same prompt, single pairs are held out instead.
+def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
+    """Divide pairs into those to train on and those to evaluate on, as `held_out.hold_out` does.
 
     Args:
         pairs: the pairs.
-        size: the most pairs to evaluate on, of which at most a fifth is taken; see `held_out.hold_out`.
-        seed: seed of the choice.
+        size: the most pairs to evaluate on.
+
+    Returns:
+        The pairs of either kind, and in words how they were divided.
 
     Raises:
-        Refused: there are too few pairs to split.
+        Refused: there are too few pairs to divide.
     """
-    keys: tuple[Callable[[Pair], Any], ...] = (attrgetter("key"), id)
-    parts = hold_out(pairs, keys, min(size, max(1, len(pairs) // 5)), [seed, 2])
-    if size < 1 or not parts[1]:
+    if size < 1 or len(pairs) < 2:
         raise Refused(
             f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on "
             "others, give an eval_size of at least 1 and at least 2 pairs."
         )
-    return parts
+    prompts = [pair.key for pair in pairs]
+    texts = [canonical([pair.key, pair.chosen, pair.rejected]) for pair in pairs]
+    return hold_out(pairs, prompts, texts, size)
 
 
 MIN_LENGTH_SHARE = 0.95

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.language.policy.arguments import PromptArguments, saved_form, trained_prompts
 from tokenrl.language.policy.loading import context_of, find_model, gains_from, loading
 from tokenrl.language.policy.prompts import checked_form, formed, render, text_ids
 
@@ -32,6 +32,7 @@ class RewardModel:
         tokenizer: its tokenizer, which truncates on the left.
         pad_token_id: the id that the head skips as padding; `NO_PAD` if there is none.
         max_length: the most tokens of a text; None if there is no limit.
+        trained_prompts: hashes of the prompts of the pairs that it was trained on, and of its backbone.
         form: how prompts are put before a completion: of a reward model's run, as in that run.
         batch_size: texts per forward pass when scoring, which changes memory and speed only.
     """
@@ -75,6 +76,7 @@ class RewardModel:
                 f"{problem}; a reward model has one: give one that was saved with num_labels=1."
             )
         self.form = PromptArguments(**saved_form(source))
+        self.trained_prompts = trained_prompts(model.name_or_path)
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self.batch_size = batch_size

@@ -101,6 +101,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         rows = demonstrations(task, choices.completion_column)
         name = choices.task if isinstance(choices.task, str) else str(task.name)
         first = {
+            "task": division_of(task, choices.eval_size)[0],
             "demonstrations": counted(prompt_keys(rows)),
             "seed": choices.seed,
             "run": session.directory,
@@ -170,7 +171,8 @@ def _evaluation(
     """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
     if not (rewards.functions and task.eval_prompts):
         return dict
-    for warning in division_of(task, args.eval_size)[1]:
+    models = {f"the model {forward.policy.source}": forward.policy}
+    for warning in division_of(task, args.eval_size, models)[1]:
         warn(warning)
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     sampling = Sampling(length, seed=args.seed)
@@ -187,6 +189,7 @@ def _finish(
 ) -> SftResult:
     """Save the model with its card, write summary and report, and show how the run ended."""
     args = session.args
+    saved.policy.trained_prompts = session.provenance.trained_prompts
     ended = SftResult(
         **session.outcome(),
         loss_before=training.loss_before,

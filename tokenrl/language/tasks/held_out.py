@@ -1,10 +1,12 @@
-"""Divides rows into those to train on and those to evaluate on, loses none of them, and counts both."""
+"""Divides rows into those to train on and those to evaluate on, by a hash, and counts both."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,8 +22,14 @@ T = TypeVar("T")
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 EVAL_SIZE = 128
 """The most rows of a data set to evaluate on, if eval_size is left open."""
-MAX_OVERLAP = 0.1
-"""From this share of held-out rows on that are trained on too, a run warns."""
+MOST_HELD_OUT = 2_000
+"""Rows of a large data set that are held out of those to train on."""
+EQUAL_ROWS = 64
+"""Rows to evaluate on where all rows are equal."""
+BY_PROMPT = " (whole prompts, by their hash)"
+BY_ROW = " (single rows, by their hash, as a few prompts have most rows; both parts have the same prompts)"
+EQUAL = " (all rows are equal, so evaluations sample new completions of the same prompt)"
+"""How rows were held out of those to train on, in words."""
 
 
 def changed(task: Any, **attributes: Any) -> Any:
@@ -32,8 +40,8 @@ def changed(task: Any, **attributes: Any) -> Any:
     return task
 
 
-def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
-    """Return the task with at most `eval_size` of its held-out rows, chosen with `seed`; None keeps all.
+def smaller_evaluation(task: Any, eval_size: int | None) -> Any:
+    """Return the task with at most `eval_size` of its held-out rows; None keeps all.
 
     The training rows and the demonstrations stay the same, so a model that was warm-started on them has seen
     no held-out prompt, whatever the size.
@@ -41,12 +49,12 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     """
     if eval_size is None:
         return task
-    return changed(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size, seed))
+    return changed(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size))
 
 
-def chosen_rows(rows: Sequence[T], size: int, seed: Any) -> list[T]:
-    """Return at most so many of the rows, in their order."""
-    order = np.random.default_rng(seed).permutation(len(rows))[:size]
+def chosen_rows(rows: Sequence[T], size: int) -> list[T]:
+    """Return at most so many of the rows, drawn by a fixed seed, in their order."""
+    order = np.random.default_rng(0).permutation(len(rows))[:size]
     return [rows[i] for i in sorted(order.tolist())]
 
 
@@ -76,79 +84,91 @@ def separate(
     train_rows: list[dict[str, Any]],
     eval_rows: list[dict[str, Any]] | None,
     eval_size: int | None,
-    seed: int,
-    source: str,
-    *,
-    episodic: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows to train on and to evaluate on.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """Return the rows to train on, those to evaluate on, and in words how the two were divided.
 
     Splits stay as they are, but for the number of rows to evaluate on. Of one split, rows are held out as by
-    `hold_out`: those of a prompt stay together; if there is only one prompt, those that are equal do. If all
-    are, an environment still makes different episodes of them.
+    `hold_out`. If all rows are equal, all are trained on, and evaluations sample completions of their prompt.
 
     Args:
         train_rows: rows to train on, with a `prompt` each.
         eval_rows: rows to evaluate on; None holds out training rows.
-        eval_size: the most rows to evaluate on; of training rows at most half. None takes 128; of training
-            rows at most a fifth.
-        seed: chooses them.
-        source: what error messages call the data.
-        episodic: whether an environment plays an episode of each row.
+        eval_size: the most rows to evaluate on; None takes 128, or 64 of equal ones.
 
-    Raises:
-        Refused: no row can be held out, as all are equal.
+    Returns:
+        The rows of either kind, and what of the division a header says; empty for splits.
     """
     size = eval_size or EVAL_SIZE
     if eval_rows is not None:
-        return train_rows, chosen_rows(eval_rows, size, seed)
-    size = min(size, len(train_rows) // (2 if eval_size else 5))
-    keys: list[Callable[[Row], Any]] = [lambda row: prompt_key(row["prompt"]), canonical]
-    keys += [id] if episodic else []
-    rest, held_out = hold_out(train_rows, keys, size, seed)
-    if not held_out:
-        raise Refused(
-            f"{source}: no row can be held out to evaluate on, as all {len(train_rows):,} are equal. Give rows "
-            "that differ, or a split to evaluate on: eval_split (--eval-split)."
-        )
-    return rest, held_out
+        return train_rows, chosen_rows(eval_rows, size), ""
+    prompts = prompt_keys(train_rows)
+    texts = [
+        f"{prompt} {_beside_prompt(row)}" for prompt, row in zip(prompts, train_rows, strict=True)
+    ]
+    if len({*texts}) == 1:
+        return train_rows, train_rows[:1] * (eval_size or EQUAL_ROWS), EQUAL
+    return hold_out(train_rows, prompts, texts, size)
 
 
 def hold_out(
-    rows: list[T], keys: Iterable[Callable[[T], Any]], size: int, seed: Any
-) -> tuple[list[T], list[T]]:
-    """Divide rows into those that are left to train on and those that are held out; equal keys stay together.
+    rows: Sequence[T], prompts: Sequence[str], texts: Sequence[str], size: int
+) -> tuple[list[T], list[T], str]:
+    """Divide rows into those to train on and those held out, about a fifth, by a hash.
 
-    Keys are taken in a random order if their rows still fit; if none does, the key of the fewest rows is.
+    A prompt is held out if its hash, a number in [0, 1), is below 1/5, or with more than 10,000 rows below
+    2,000 / N. So its side depends on no seed, no order, no size and hardly on other rows. Where these are less
+    than half of the rows aimed at, or more than double, the hashes still give the order of the prompts, and
+    the nearest number of prompts within these bounds is held out. If no number is, as where one prompt has
+    most rows, single rows are held out in the same way, and of equal rows some.
 
     Args:
-        rows: the rows.
-        keys: functions that return the key of a row; the first that tells any two rows apart counts.
-        size: the most rows to hold out, at most half of them.
-        seed: seed of the order.
+        rows: N rows, at least two.
+        prompts: the prompt of each row, as a text that equal prompts share.
+        texts: each row as a text that equal rows share; of equal rows the number tells them apart.
+        size: the most rows to evaluate on, of those held out.
 
     Returns:
-        The two parts; nothing is held out if no function tells rows apart.
+        Rows to train on, in their order; rows to evaluate on, in the order of the hashes of the rows; and in
+        words how they were divided. Each part has at least one row.
     """
-    for key_of in keys:
-        keys_of_rows = list(map(key_of, rows))
-        rows_of = Counter(keys_of_rows)
-        if len(rows_of) > 1:
+    numbered = _numbered(texts)
+    for keys, words in ((prompts, BY_PROMPT), (texts, BY_ROW), (numbered, BY_ROW)):  # noqa: B007
+        if chosen := _held_out(keys):
             break
-    else:
-        return rows, []
-    chosen = set()
-    names = list(rows_of)
-    for number in np.random.default_rng(seed).permutation(len(names)).tolist():
-        key = names[number]
-        if rows_of[key] <= size:
-            chosen.add(key)
-            size -= rows_of[key]
-    chosen = chosen or {min(rows_of, key=rows_of.__getitem__)}
-    parts: tuple[list[T], list[T]] = ([], [])
-    for row, key in zip(rows, keys_of_rows, strict=True):
-        parts[key in chosen].append(row)
-    return parts
+    parts: tuple[list[int], list[int]] = ([], [])
+    for number, key in enumerate(keys):
+        parts[key in chosen].append(number)
+    held_out = sorted(parts[1], key=lambda number: _hash(numbered[number]))
+    if len(held_out) > size:
+        words = f" of {len(held_out):,}{words}"
+    return [rows[i] for i in parts[0]], [rows[i] for i in held_out[:size]], words
+
+
+def _held_out(keys: Sequence[str]) -> set[str]:
+    """Return the keys that are held out, of the keys of N rows; none if no number of them is within the bounds."""
+    rows_of = Counter(keys)
+    hashes = {key: _hash(key) for key in rows_of}
+    aim = max(1.0, min(len(keys) / 5, MOST_HELD_OUT))
+    most = max(1.0, min(2 * aim, len(keys) / 2))
+    order = sorted(rows_of, key=hashes.__getitem__)
+    counts = enumerate(accumulate(rows_of[key] for key in order), 1)
+    allowed = [number for number, count in counts if aim / 2 <= count <= most]
+    below = sum(share < aim / len(keys) for share in hashes.values())
+    return {*order[: min(allowed, key=lambda number: abs(number - below), default=0)]}
+
+
+def _numbered(keys: Sequence[str]) -> list[str]:
+    """Return the texts, each with the number of equal ones before it, which tells equal texts apart."""
+    counts = Counter[str]()
+    texts = []
+    for key in keys:
+        texts.append(f"{key} {counts[key]}")
+        counts[key] += 1
+    return texts
+
+
+def _beside_prompt(row: Row) -> str:
+    return canonical({name: value for name, value in row.items() if name != "prompt"})
 
 
 def division(
@@ -157,7 +177,8 @@ def division(
     eval_size: int | None,
     *,
     noun: str = "rows",
-    divided: bool = False,
+    divided: str = "",
+    models: Mapping[str, Any] | None = None,
     episodic: bool = False,
 ) -> tuple[str, list[str]]:
     """Describe both parts of the data: their rows, their prompts, and what is trained and evaluated on.
@@ -167,43 +188,52 @@ def division(
         held_out: rows to evaluate on.
         eval_size: the number of rows to evaluate on that was given; None if it was left open.
         noun: what the texts call rows.
-        divided: whether the two were one split.
+        divided: how the two were divided, in words, if they were one split.
+        models: the models that take part, with their `trained_prompts`, by what the texts call them.
         episodic: whether an environment plays an episode of each row, so that equal rows are fair.
 
     Returns:
-        A line for the header. And warnings: that a tenth of the held-out rows has prompts that are trained on
-        too, of which there are several, or that other than `eval_size` rows are there.
+        A line for the header. And warnings: that held-out rows have prompts that are trained on too, of which
+        there are several, or that a model was trained on; or that other than `eval_size` rows are there.
     """
     trained, evaluated = map(prompt_keys, (train, held_out))
-    line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out"
-    if divided:
-        line += ", as the data has no split to evaluate on (--eval-size)"
+    line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
     count = len(held_out)
-    prompts = {*trained}
-    repeated = sum(key in prompts for key in evaluated)
+    shares_prompts = episodic or divided.endswith((BY_ROW, EQUAL)) or len({*trained}) == 1
+    parts = {"are trained on too": trained_prompts(train)}
+    for name, model in (models or {}).items():
+        parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())
     warnings = []
-    if repeated >= MAX_OVERLAP * count and repeated and len(prompts) > 1 and not episodic:
-        warnings.append(
-            f"{repeated:,} of the {count:,} held-out {noun} are of prompts that are trained on too, so evaluations "
-            "also show what was learnt by heart. Take them out of one split, or name another to evaluate on: "
-            "eval_split (--eval-split)."
-        )
+    for words, hashes in parts.items():
+        repeated = sum(digits in hashes for digits in map(_digits, evaluated))
+        if repeated and not shares_prompts:
+            warnings.append(
+                f"{repeated:,} of the {count:,} held-out {noun} have prompts that {words}, so evaluations also "
+                "show what was learnt by heart. Name a split of other prompts to evaluate on: eval_split "
+                "(--eval-split)."
+            )
     if eval_size not in (None, count):
+        reason = (
+            "a fifth of the data, and at most 2,000, are held out"
+            if divided
+            else "there are no more"
+        )
         warnings.append(
-            f"eval_size was given as {eval_size:,}, but {count:,} {noun} are held out: there are no more, or they "
-            f"are taken out of those to train on, of which at most half are held out and all {noun} of a prompt "
-            "together."
+            f"eval_size was given as {eval_size:,}, but {count:,} {noun} are held out: {reason}."
         )
     return line, warnings
 
 
-def division_of(task: Any, eval_size: int | None) -> tuple[str, list[str]]:
+def division_of(
+    task: Any, eval_size: int | None, models: Mapping[str, Any] | None = None
+) -> tuple[str, list[str]]:
     """Describe how the rows of a task are divided, as `division` does."""
     return division(
         task.train_prompts,
         task.eval_prompts,
         eval_size,
-        divided=getattr(task, "divided", False),
+        divided=getattr(task, "divided", ""),
+        models=models,
         episodic=getattr(task, "environment", None) is not None,
     )
 
@@ -219,5 +249,23 @@ def prompt_keys(rows: Sequence[Row]) -> list[str]:
 
 
 def prompt_key(prompt: Any) -> str:
-    """Return a prompt, text or chat messages, as a text that equal prompts share."""
+    """Return a prompt as a text that equal prompts share; a single message of the user counts as its text."""
+    is_single = not isinstance(prompt, str) and len(prompt) == 1
+    if is_single and prompt[0] == {"role": "user", "content": prompt[0].get("content")}:
+        prompt = prompt[0]["content"]
     return f"text {prompt}" if isinstance(prompt, str) else canonical(prompt)
+
+
+def trained_prompts(rows: Sequence[Row]) -> frozenset[str]:
+    """Return the hashes of the prompts of rows, as the file of a run holds them."""
+    return frozenset(map(_digits, prompt_keys(rows)))
+
+
+def _digits(key: str) -> str:
+    """Return 16 hexadecimal digits that are the hash of a prompt or of a row."""
+    return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _hash(key: str) -> float:
+    """Return the hash of a prompt or of a row as a number in [0, 1)."""
+    return int(_digits(key)[:12], 16) / 2**48

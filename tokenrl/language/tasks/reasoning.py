@@ -102,7 +102,7 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
     trained = {row["prompt"] for row in train_rows}
     fresh = {row["prompt"]: row for row in eval_rows if row["prompt"] not in trained}
     held_out_rows = list(fresh.values()) or None
-    return *separate(train_rows, held_out_rows, eval_size, 0, f"task '{spec}'"), score
+    return *separate(train_rows, held_out_rows, eval_size)[:2], score
 
 
 def _rows(name: str, options: dict[str, Any]) -> Rows:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
+from tokenrl.language.tasks.held_out import trained_prompts
 from tokenrl.language.tasks.sources import Row
 from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
@@ -72,7 +73,7 @@ def provenance_of(
 
     Args:
         policy: the policy or the reward model, with the weights that it starts from.
-        rows: all rows of data that decide what is learnt, in named parts.
+        rows: all rows of data that decide what is learnt, in named parts; the first part is trained on.
         accelerator: accelerate's handle of device and processes; None for one process without it.
         task: the task, if its own rewards or its environment count.
     """
@@ -83,4 +84,5 @@ def provenance_of(
     }
     where = policy.model if accelerator is None else accelerator
     processes = getattr(where, "num_processes", 1)
-    return Provenance(fingerprints, processes, where.device.type, task=task)
+    trained = policy.trained_prompts | trained_prompts(next(iter(rows.values())))
+    return Provenance(fingerprints, processes, where.device.type, task, trained)

@@ -73,11 +73,12 @@ class DataArguments(Settings, group="data"):
     """Split of a dataset to train on."""
     eval_split: str | None = None
     """Split to evaluate on, which is taken as it is, also where prompts are in the training split too.
-    Default: a validation or test split if there is one, else rows held out of the training split."""
+    Default: a validation or test split if there is one, else about a fifth of the prompts of the training
+    split, and at most 2,000 rows. A hash of the prompt holds it out, so every command takes the same ones, for
+    any seed, size and order. Where a few prompts have most rows, single rows are held out."""
     eval_size: Count | None = None
-    """Most rows to evaluate on; of a dataset without a split for it at most half of the rows, all rows of a
-    prompt together. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a split for it
-    at most a fifth of the rows; else all that the task holds out."""
+    """Most rows to evaluate on, of those held out; nothing is trained on instead. Default: 128 of a dataset
+    or of reasoning-gym, else all that the task holds out."""
 
 
 @dataclass(frozen=True)

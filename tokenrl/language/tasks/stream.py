@@ -20,13 +20,13 @@ MIN_PROMPTS = 13
 
 
 def few_prompts(rows: Sequence[Row]) -> list[str]:
-    """Return a warning if fewer than 13 distinct prompts are left to train on, else an empty list.
+    """Return a warning if fewer than 13 distinct prompts, but several, are left to train on; else nothing.
 
     Args:
         rows: training rows with a `prompt` each.
     """
     distinct = len(set(prompt_keys(rows)))
-    if distinct >= MIN_PROMPTS:
+    if distinct == 1 or distinct >= MIN_PROMPTS:
         return []
     return [
         f"only {quantity(distinct, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "

@@ -36,7 +36,7 @@ from tokenrl.language.tasks.held_out import changed, read_parts, separate, small
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
-from tokenrl.settings import arguments, check_seed, shown
+from tokenrl.settings import arguments, shown
 
 
 class Task(Protocol):
@@ -78,7 +78,7 @@ class PromptTask:
             by an attribute `binary`.
         demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
         origin: what config.json says of data given from Python: its rows, columns and fingerprint.
-        divided: whether the rows to evaluate on were taken out of the split to train on.
+        divided: how the rows to evaluate on were held out of the split to train on, in words; else empty.
         environment: a class or function that makes the environment of an episode, or a dict of them by the
             rows' column `environment`; None if a completion is a single turn.
     """
@@ -92,7 +92,7 @@ class PromptTask:
     pass_threshold: float | None = None
     demonstrations: Sequence[Any] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
-    divided: bool = False
+    divided: str = ""
     environment: Any = None
 
 
@@ -105,9 +105,7 @@ episode is reset with a seed of its own."""
 
 
 @takes(DataArguments)
-def load_task(
-    name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any
-) -> Task:
+def load_task(name: Any, *, reward: Any = None, chat: bool = False, **options: Any) -> Task:
     """Find a task by the name that a user gives, or make one of data.
 
     Args:
@@ -117,23 +115,20 @@ def load_task(
             of rows, or a mapping of splits such as a `DatasetDict`; or an environment's class.
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
-        seed: seed of the choice of evaluation rows.
         chat: make prompts of a dataset that are text messages of the user.
         options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split`,
             `eval_size` and `environment`. Splits are taken as they are. Of a dataset without a split to
-            evaluate on, at most a fifth of the rows is held out (with `eval_size` half of them), all rows of
-            a prompt together.
+            evaluate on, about a fifth of the prompts is held out by a hash, see `held_out.hold_out`.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
-    check_seed(seed)
-    return _loaded(name, arguments(DataArguments, options), reward, seed, chat)
+    return _loaded(name, arguments(DataArguments, options), reward, chat)
 
 
 def _loaded(
-    source: Any, data: DataArguments, reward: Any, seed: int, chat: bool, *, whole: bool = False
+    source: Any, data: DataArguments, reward: Any, chat: bool, *, whole: bool = False
 ) -> Task:
     """Return the task of a name, of an object or of data, checked, with the user's reward and environment."""
     name = source
@@ -143,7 +138,7 @@ def _loaded(
         task = _made(source, name, data.eval_size, chat)
         if task is not None:
             task = _checked(task, getattr(task, "name", name), whole=whole)
-            task = smaller_evaluation(task, data.eval_size, seed)
+            task = smaller_evaluation(task, data.eval_size)
     if task is None:
         needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
         if reward is None and needs_reward and not whole:
@@ -151,7 +146,7 @@ def _loaded(
                 f"task '{name}' is data, which has prompts but no reward: give one with --reward "
                 "module:function (or a file.py, or the folder of a reward model), from Python reward=function."
             )
-        task = _of_data(source, data, seed, chat, whole=whole and reward is None)
+        task = _of_data(source, data, chat)
     if reward is not None:
         is_one = isinstance(reward, str) or not isinstance(reward, Sequence)
         functions = load_reward(reward) if is_one else list(map(load_reward, reward))
@@ -204,7 +199,7 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
     return PromptTask(name, train_prompts, eval_prompts, [], environment=factory)
 
 
-def _of_data(source: Any, data: DataArguments, seed: int, chat: bool, *, whole: bool) -> PromptTask:
+def _of_data(source: Any, data: DataArguments, chat: bool) -> PromptTask:
     """Return a task, still without a reward, of a file, a folder, a hub dataset or rows in memory."""
     title = f"task '{source}'" if isinstance(source, str) else "task"
     splits, evaluation = read_parts(source, title, data.split, data.eval_split)
@@ -212,15 +207,12 @@ def _of_data(source: Any, data: DataArguments, seed: int, chat: bool, *, whole: 
     if not isinstance(source, str):
         name, origin = records.described(splits)
     train_rows = with_prompts(splits[data.split], f"{title}, split '{data.split}'", data, chat=chat)
-    if whole:
-        return PromptTask(name, train_rows, [], None, origin=origin)
     held_out = None
     if evaluation is not None:
         subject = f"{title}, split '{evaluation}'"
         held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
-    episodic = data.environment is not None
-    rows = separate(train_rows, held_out, data.eval_size, seed, title, episodic=episodic)
-    return PromptTask(name, *rows, None, origin=origin, divided=evaluation is None)
+    train_rows, eval_rows, words = separate(train_rows, held_out, data.eval_size)
+    return PromptTask(name, train_rows, eval_rows, None, origin=origin, divided=words)
 
 
 def limit_of(task: Any) -> int | None:
@@ -287,8 +279,7 @@ def find_task(
         args: the arguments.
         may_lack_rewards: whether reward may be `none`. The rewards are then the task's own, for evaluations,
             or have no functions if it has none.
-        whole: whether a task may have no reward. Data without one is then used whole, and none of its rows is
-            held out.
+        whole: whether a task may have no reward and no rows to evaluate on.
 
     Raises:
         Refused: there is no such task or no reward, `none` stands beside other rewards or their weights, or a
@@ -309,7 +300,7 @@ def find_task(
         )
     chat = bool(getattr(args, "chat", None))
     reward = list(map(load_reward, named)) or None
-    task = _loaded(source, args, reward, 0, chat, whole=whole)
+    task = _loaded(source, args, reward, chat, whole=whole)
     environments = None
     if (factory := getattr(task, "environment", None)) is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}

@@ -179,6 +179,7 @@ class TrainingRun:
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
         policy = self.learner.policy
+        policy.trained_prompts = session.provenance.trained_prompts
         return RunResult(
             **session.outcome(),
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
@@ -297,7 +298,11 @@ def warnings_of(run: TrainingRun) -> list[str]:
     warnings = [] if environments else few_prompts(rows)  # equal prompts begin different episodes
     if not run.args.check:  # which counts the characters that are lost among its problems
         warnings += prompt_warnings(run.learner.policy.tokenizer, rows)
-    warnings += [*remarks(rows), *division_of(run.task, run.args.eval_size)[1]]
+    rewards = run.rewards
+    judges = {f"the reward {n}": f for n, f in zip(rewards.names, rewards.functions, strict=True)}
+    models = {"the model": run.learner.policy, "the teacher": run.teacher and run.teacher.policy}
+    warnings += remarks(rows)
+    warnings += division_of(run.task, run.args.eval_size, models | judges)[1]
     if environments and environments.has_tools and any(row.get("tools") for row in rows):
         warnings.append(
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "

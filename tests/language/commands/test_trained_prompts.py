@@ -1,0 +1,81 @@
+"""A model remembers the prompts that it was trained on, and each later command counts those that it evaluates on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.language.tiny_models import make_policy
+from tokenrl.core.estimator import Estimator
+from tokenrl.lab.compare.arguments import CompareArguments, with_shared
+from tokenrl.lab.compare.problems import make_plan
+from tokenrl.language.commands.evaluate import evaluate
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.preferences.fit import train_reward_model
+from tokenrl.language.supervised.sft import sft
+from tokenrl.language.tasks.held_out import trained_prompts
+from tokenrl.language.tasks.task import load_task
+from tokenrl.language.training.loop import train
+
+ROWS = [{"prompt": f"{i} the cat", "completion": "ab"[i * i % 7 % 2]} for i in range(50)]
+SMALL = {"max_steps": 1, "learning_rate": 1e-3, "quiet": True}
+SIZES = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3}
+
+
+def reward(completions, **_):
+    return [float(len(text) % 2) for text in completions]
+
+
+HELD_OUT = load_task(ROWS, reward=reward).eval_prompts
+WORDS = f"{len(HELD_OUT)} of the {len(HELD_OUT)} held-out rows have prompts that"
+
+
+def warnings_of(run):
+    return " ".join(json.loads((run / "summary.json").read_text())["warnings"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two warm starts: one of a split that holds all rows, and one of rows that were divided."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    tasks = {"all": {"train": ROWS, "test": ROWS[:5]}, "rest": str(folder / "rows.jsonl")}
+    return {
+        name: sft(task=task, model=make_policy(), output_dir=str(folder / name), **SMALL)
+        for name, task in tasks.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "expected"), [("all", 1), ("rest", 0)])
+def test_a_training_and_an_evaluation_count_them(name, expected, runs, tmp_path, capsys):
+    start = runs[name]
+    path = str(start.output_dir)
+    for number, model in enumerate((path, start.policy, load_policy(path))):
+        run = tmp_path / str(number)
+        train(model=model, task=ROWS, reward=reward, output_dir=str(run), **SMALL, **SIZES)
+        assert warnings_of(run).count(f"{WORDS} the model was trained on") == expected
+    # and the run that began with it remembers them too
+    for model in (path, str(run)):
+        evaluate(model=model, task=ROWS, reward=reward, num_generations=0, seed=0)
+        assert capsys.readouterr().err.count(WORDS) == expected
+
+
+def test_a_teacher_a_judge_and_the_base_of_a_comparison_count_too(runs, tmp_path):
+    path = str(runs["all"].output_dir)
+    pairs = [{"prompt": row["prompt"], "chosen": "a", "rejected": "b"} for row in ROWS]
+    judge = str(tmp_path / "judge")
+    model = train_reward_model(data=pairs, model=path, output_dir=judge, **SMALL).reward_model
+    assert model.trained_prompts == trained_prompts(ROWS)
+    options = {"teacher": path, "estimator": Estimator(beta=0.1)} | SMALL | SIZES
+    run = tmp_path / "run"
+    train(model=make_policy(), task=ROWS, reward=[judge, reward], output_dir=str(run), **options)
+    warnings = warnings_of(run)
+    assert warnings.count(WORDS) == 2
+    assert f"{WORDS} the teacher was" in warnings and f"{WORDS} the reward judge was" in warnings
+    notes = []
+    file = str(runs["rest"].output_dir.parent / "rows.jsonl")
+    options = {"reward": "length(target=3)", "model": path}
+    options |= {"task": [file], "arms": ["rloo", "reinforce"]}
+    make_plan(CompareArguments(**with_shared(options)), notes.append)
+    assert f"{WORDS} the model was trained on" in " ".join(notes)
