@@ -38,6 +38,7 @@ from tokenrl.lab import (
 )
 
 PARAMETERS = 4
+SLOPES = ("scores", "entropy_slopes", "kl_slopes")
 GROUP = 4
 MOST = 8
 """The most completions of a prompt that are sampled until one is right and one is wrong."""
@@ -49,6 +50,17 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "weights of sequences, cap 2": {"importance": "sequence", "importance_cap": 2.0},
     "weights of sequences": {"importance": "sequence"},
 }
+COLUMNS = (
+    "mask",
+    "truncated",
+    "logprobs",
+    "ref_logprobs",
+    "entropy",
+    "token_kl",
+    "values",
+    *SLOPES,
+)
+"""What a problem holds of each completion, but for rewards and probabilities."""
 Rewards = tuple[float, ...]
 Weights = Callable[[Rewards], Sequence[float]]
 
@@ -58,10 +70,7 @@ def shared_problem(seed: int, rewards: str = "binary", **options: Any) -> Proble
     draw = torch.Generator().manual_seed(1000 + seed)
     problem = tabular_problem(seed, rewards=rewards, **options)
     features = torch.randn(problem.scores.shape[-1], PARAMETERS, generator=draw, dtype=torch.double)
-    slopes = {
-        name: getattr(problem, name) @ features
-        for name in ("scores", "entropy_slopes", "kl_slopes")
-    }
+    slopes = {name: getattr(problem, name) @ features for name in SLOPES}
     return replace(problem, **slopes)
 
 
@@ -85,7 +94,7 @@ def levels_of(problem: Problem) -> list[Level]:
     """Return the levels of the rewards, on which alone the weights of an estimator depend."""
     scores = problem.scores.sum(-2)[0]  # [M, D]
     levels = []
-    for reward in problem.totals[0].unique():
+    for reward in problem.totals[problem.chances > 0].unique():
         chances = problem.chances[0] * (problem.totals[0] == reward)
         chance = float(chances.sum())
         norm = float(chances @ scores.square().sum(-1)) / chance
@@ -191,7 +200,11 @@ def signs(problems: int) -> None:
 
 
 def flipped(
-    problem: Problem, false_positives: float, false_negatives: float, long: bool
+    problem: Problem,
+    false_positives: float,
+    false_negatives: float,
+    long: bool,
+    corrected: bool = False,
 ) -> Problem:
     """Return the problem as a verifier rewards it that errs with two probabilities.
 
@@ -200,21 +213,27 @@ def flipped(
         false_positives: probability that a wrong completion is rewarded.
         false_negatives: probability that a right one is not.
         long: whether the verifier errs on completions of the greatest length alone.
+        corrected: whether both probabilities are known for each completion, and the reward is corrected by them,
+            so that its mean is 1 for a right completion and 0 for a wrong one.
     """
     right = problem.rewards
-    errs = right * false_negatives + (1 - right) * false_positives  # [P, M]
+    errs = torch.ones_like(right)  # where the verifier errs [P, M]
     if long:
         errs = errs * (problem.mask.sum(-1) == problem.mask.shape[-1])
-    doubled: dict[str, Any] = {}
-    for name in ("mask", "truncated"):
-        doubled[name] = torch.cat([getattr(problem, name)] * 2)
-    by_completion = ("logprobs", "ref_logprobs", "entropy", "token_kl", "values")
-    for name in (*by_completion, "scores", "entropy_slopes", "kl_slopes"):
-        doubled[name] = torch.cat([getattr(problem, name)] * 2, dim=1)
-    rewards = torch.cat([right, 1 - right], dim=1)
-    return replace(
-        problem, **doubled, rewards=rewards, environment=torch.cat([1 - errs, errs], dim=1)
-    )
+    rewards = torch.stack([right, 1 - right])  # [2, P, M]
+    if corrected:
+        rewards = (rewards - errs * false_positives) / (
+            1 - errs * (false_positives + false_negatives)
+        )
+    errs = errs * (right * false_negatives + (1 - right) * false_positives)
+    doubled: dict[str, Any] = {
+        "rewards": torch.cat([*rewards], dim=1),
+        "environment": torch.cat([1 - errs, errs], dim=1),
+    }
+    for name in COLUMNS:
+        column = getattr(problem, name)
+        doubled[name] = torch.cat([column] * 2, dim=int(name not in ("mask", "truncated")))
+    return replace(problem, **doubled)
 
 
 def standardised(rewards: Rewards) -> list[float]:
@@ -227,28 +246,29 @@ def standardised(rewards: Rewards) -> list[float]:
 
 def verifier(problems: int) -> None:
     """A verifier that errs: what is left of the gradient of the probability to be right."""
-    names = "/ without", "bias", "noise", "1-FP-FN"
+    names = "/ without", "bias", "noise"
     head("A noisy verifier, beside one that never errs", *names, width=48)
-    cases = ((0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.2, 0.2))
+    cases = {
+        "FP 0, FN 0": (0.0, 0.0, False),
+        "FP 0.2, FN 0": (0.2, 0.0, False),
+        "FP 0, FN 0.2": (0.0, 0.2, False),
+        "FP 0.2, FN 0.2": (0.2, 0.2, False),
+        "FP 0.2, FN 0, only where long": (0.2, 0.0, True),
+        "the same, corrected": (0.2, 0.0, True, True),
+    }
     for name, weights in (("RLOO", rloo), ("divided by the std", standardised)):
-        for false_positives, false_negatives, long in (
-            *((*x, False) for x in cases),
-            (0.2, 0.0, True),
-        ):
+        for title, case in cases.items():
             columns = []
             for seed in range(problems):
                 problem = shared_problem(seed)
-                noisy = flipped(problem, false_positives, false_negatives, long)
+                noisy = flipped(problem, *case)
                 both = [
                     moments_of(weights, groups(levels_of(x), GROUP), problem)[0]
                     for x in (problem, noisy)
                 ]
                 scale, bias, noise = summary(both[1])
                 columns.append((scale / both[0].scale, bias, noise))
-            expected = [1 - false_positives - false_negatives] * problems
-            title = f"{name}, FP {false_positives:g}, FN {false_negatives:g}"
-            title += ", only where long" if long else ""
-            row(title, [*zip(*columns, strict=True), expected], width=48)
+            row(f"{name}, {title}", [*zip(*columns, strict=True)], width=48)
 
 
 def adaptive(problems: int) -> None:
@@ -315,20 +335,21 @@ def distilled(form: Estimator, problem: Problem) -> Any:
 
 def entropies(problems: int) -> None:
     """The gradient of the tokens with the highest entropies alone."""
-    head("Keeping the tokens of the highest entropies", "bias", "cosine", "worst")
+    head("Keeping the tokens of the highest entropies", "kept", "bias", "cosine", "worst")
     for share in (1.0, 0.8, 0.5, 0.2):
-        biases, cosines = [], []
+        shares, cosines = [], []
         for seed in range(problems):
             problem = shared_problem(seed, "continuous")
             target = problem.gradient()[0]
             kept = most_uncertain(problem, share)  # [M, T]
+            shares.append(
+                float((problem.chances[0] @ kept).sum() / (problem.chances[0] @ problem.mask).sum())
+            )
             centred = problem.totals[0] - problem.chances[0] @ problem.totals[0]
             weights = (problem.chances[0] * centred)[:, None] * kept
             mean = torch.einsum("mt,mtd->d", weights, problem.scores[0])
-            cosine = float(torch.cosine_similarity(mean, target, dim=0))
-            cosines.append(cosine)
-            biases.append(sine(cosine))
-        row(f"share {share:g}", [biases, cosines, [min(cosines)]])
+            cosines.append(float(torch.cosine_similarity(mean, target, dim=0)))
+        row(f"share {share:g}", [shares, [*map(sine, cosines)], cosines, [min(cosines)]])
 
 
 def most_uncertain(problem: Problem, share: float) -> Tensor:

@@ -13,11 +13,13 @@ With `--output` another file is written, and with `--estimators` the table has t
 
 import re
 from pathlib import Path
+from statistics import median
 
 import tyro
 
-from tokenrl import Estimator, measure_bias
+from tokenrl import measure_bias
 from tokenrl.core import PRESETS
+from tokenrl.lab import Verdict
 
 PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
 # The presets of toolkits are in defaults.md, those with a KL to a teacher in distillation.md.
@@ -25,22 +27,32 @@ PAPERS = tuple(name for name, p in PRESETS.items() if not (p.beyond or "beta" in
 ROW = re.compile(r"(\| `(\w+)` \| .*? \|)(?: [^|]* \|){3}")
 
 
-def with_numbers(row: str, name: str) -> str:
-    """Return the row of a preset, with its declared bias, cosine and noise added."""
-    estimator = Estimator.preset(name)
-    verdict = measure_bias(estimator)
-    return f"{row} {estimator.bias_status} | {verdict.cosine:.3f} | {verdict.noise:.2f} |"
+def beside_rloo(verdict: Verdict, rloo: Verdict) -> list[float]:
+    """Return the noise of an estimator over that of RLOO, on each problem that both can be used on."""
+    noises = {moments.problem: moments.noise for moments in rloo.measurements}
+    return [m.noise / noises[m.problem] for m in verdict.measurements if m.problem in noises]
+
+
+def numbers(verdict: Verdict, rloo: Verdict) -> str:
+    """Return the cosine, and of the noise over that of RLOO the median, the least and the most, as cells."""
+    noise = "-"  # with another objective it belongs to another gradient
+    if verdict.of_reward is None:
+        ratios = beside_rloo(verdict, rloo)
+        noise = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{verdict.cosine:.3f} | {noise} |"
 
 
 def main(output: Path = PAGE, estimators: tuple[str, ...] = PAPERS) -> None:
     """Write the page. The name and the formula of each preset are in the page already."""
+    rloo = measure_bias("rloo")
     lines = []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         found = ROW.fullmatch(line)
         if found is None:
             lines.append(line)
         elif found[2] in estimators:
-            lines.append(with_numbers(*found.groups()))
+            verdict = measure_bias(found[2])
+            lines.append(f"{found[1]} {verdict.declared} | {numbers(verdict, rloo)}")
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{output}: {len(estimators)} presets")
 

@@ -162,7 +162,7 @@ def papers_page() -> str:
     text = Path(__file__).with_name("papers.txt").read_text(encoding="utf-8")
     estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
     measured = dict(
-        re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [\d.]+) \|$", estimators, re.MULTILINE)
+        re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [^|]+) \|$", estimators, re.MULTILINE)
     )
     judged = {question: verdicts(question) for question in QUESTIONS}
     rows = []
@@ -191,12 +191,12 @@ def papers_page() -> str:
         "claim",
         "what differs here",
         "expected gradient",
-        "cosine, noise",
+        "cosine, noise / RLOO's",
         "what this project's tables say",
     )
     about = (
         "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
-        "`noise` are this project's own, by enumeration of tiny problems: see [estimators](../explain/estimators.md). "
+        "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see [estimators](../explain/estimators.md). "
         "Defaults of toolkits are on [a page of their own](../explain/defaults.md)."
     )
     tables = (

@@ -77,7 +77,7 @@ class Axes(Settings):
     leave_one_out: bool = True
     """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
     optimal_form: Literal["sequence", "per_timestep", "cumulative"] = "sequence"
-    """What 'optimal' weights by: the row's |S|^2, the token's |s_t|^2, or the sum of |s_t|^2 so far."""
+    """What 'optimal' weights by: the sum of |s_t|^2 of the row, the token's |s_t|^2, or the sum so far."""
     shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
     """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
     scale: Literal[

@@ -240,8 +240,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "gae": Choice(
             BIASED,
-            "with lam < 1 values replace later rewards: unbiased only if they are exact, V^pi of the state and of "
-            "the number of steps left",
+            "with lam < 1 values replace later rewards: unbiased if they are exact, V^pi of the state and of the "
+            "number of steps left, or if no action changes their errors",
             needs="values",
             discounted=NO_OBJECTIVE,
         ),

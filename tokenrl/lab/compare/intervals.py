@@ -104,7 +104,10 @@ def power(pairs: int, effect: float, level: float) -> float:
 
 
 def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
-    """Return the smallest mean difference that a comparison finds with a power of 80 %.
+    """Return the mean difference whose interval excludes 0 with a probability of 80 %.
+
+    A verdict of better or worse is as probable only if no margin is set, or if the interval then also ends
+    beyond it: an interval within the margin is equivalent, whether it excludes 0 or not.
 
     Args:
         pairs: number of pairs (seeds), at least 2.

@@ -272,7 +272,10 @@ class Plan:
         power = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
         if pairs >= LEAST_PAIRS:
             deviations = detectable_difference(pairs, 1.0, self.comparisons)
-            power = f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired difference"
+            power = (
+                f"with a power of 80 % that a difference of {deviations:.2g} standard deviations of a paired "
+                "difference is not 0; whether it counts depends on the margin"
+            )
         below = ""
         if self.failure_below is not None:
             below = f", or end below a reward of {self.failure_below:g}"
