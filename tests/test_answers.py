@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,25 @@ def test_a_verifier_that_errs_scales_the_gradient(recipe):
     torch.testing.assert_close(noisy.gradient(), 0.6 * problem.gradient())
     long = recipe["flipped"](problem, 0.3, 0.1, True)
     assert not torch.allclose(long.gradient(), 0.6 * problem.gradient(), rtol=1e-3)
+    corrected = recipe["flipped"](problem, 0.3, 0.1, True, True)
+    torch.testing.assert_close(corrected.gradient(), problem.gradient())
+
+
+@pytest.mark.slow
+def test_the_errors_of_answers_with_more_of_the_squared_scores_are_noisier(recipe):
+    counts = Counter()
+    for problem in map(recipe["shared_problem"], range(20)):
+        wrong, right = recipe["levels_of"](problem)
+        noises = []
+        for errors in ((0.2, 0.0), (0.0, 0.2)):
+            noisy = recipe["levels_of"](recipe["flipped"](problem, *errors, False))
+            moments, _ = recipe["moments_of"](recipe["rloo"], recipe["groups"](noisy, 4), problem)
+            noises.append(moments.noise)
+        of_wrong = wrong.chance * wrong.norm > right.chance * right.norm
+        assert (noises[0] > noises[1]) == of_wrong
+        counts[right.chance > 0.5, of_wrong] += 1
+    # As two pages say: 15 problems, also three of the five with p above .5.
+    assert counts == {(False, True): 12, (False, False): 3, (True, True): 3, (True, False): 2}
 
 
 def test_the_forms_of_distillation_differ_for_feedback_of_the_row_alone(recipe):

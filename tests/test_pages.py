@@ -44,12 +44,6 @@ TINY = {"max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quie
 SHORTENED = ("README", "resume", "estimators", "speed", "own_task")
 
 
-def tables(text):
-    """The tables of a page: lines one below the other that begin with a bar, outside blocks of code."""
-    outside = re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
-    return [table.splitlines() for table in re.findall(r"(?m)(?:^ *\|.*(?:\n|\Z))+", outside)]
-
-
 def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
@@ -86,10 +80,10 @@ def test_the_commands_of_a_page_exist(page):
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("[AC]*.md")], ids=name_of)
 def test_every_table_of_a_page_is_whole(page):
     """A head, a line below it and rows with as many cells: a blank line would end it, a bar in a cell widen it."""
-    for head, line, *rows in tables(page.read_text()):
-        assert re.fullmatch(r" *\|( ?:?-+:? ?\|)+", line), head
-        cells = [len(re.findall(r"(?<!\\)\|", text)) for text in (head, line, *rows)]
-        assert rows and len({*cells}) == 1, head
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text())
+    for table in re.findall(r"(?m)(?:^ *\|.*\n)+", text):
+        bars = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert re.match(r".*\n *\|( ?:?-+:? ?\|)+\n.", table) and len({*bars}) == 1, table
 
 
 def own_programs(page):

@@ -222,6 +222,8 @@ def test_every_recipe_is_in_the_list_with_its_command_and_is_run():
     paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
     for pattern in (r"\]\((\w+/\w+\.py)\)", r"python recipes/(\w+/\w+\.py)"):
         assert {name for name in re.findall(pattern, text) if "benchmarks" not in name} == paths
+    without = [path.name for path in PROGRAMS.values() if "tyro.cli" not in path.read_text()]
+    assert f"All have `--help` but {' and '.join(f'`{name}`' for name in without)}," in text
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     here = {command.split()[0] for command in (*EXACT, *TRAINED, *LEARNING)}
@@ -285,14 +287,9 @@ def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, capsys):
 
 
 def test_the_table_of_estimators_has_the_rows_of_the_page(run, tmp_path):
-    from tokenrl.core import PRESETS
-
     path = tmp_path / "table.md"
     run(f"estimators_table --output {path} --estimators rloo grpo")
     page = (RECIPES / "pages" / "explain" / "estimators.md").read_text().splitlines()
     rows = [line for line in page if line.startswith("| `")]
     others = [line for line in rows if not re.match(r"\| `(rloo|grpo)` ", line)]
     assert path.read_text().splitlines() == [line for line in page if line not in others]
-    # the others are in defaults.md and in distillation.md
-    papers = [name for name, p in PRESETS.items() if not (p.beyond or "beta" in p.fields)]
-    assert [line.split("`")[1] for line in rows] == papers

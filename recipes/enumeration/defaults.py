@@ -22,6 +22,7 @@ from tokenrl.core import PRESETS
 from tokenrl.lab import Verdict
 
 RECIPES = Path(__file__).parents[1]
+PAGE = RECIPES / "pages" / "explain" / "defaults.md"
 HEAD = "| preset | baseline / scale | aggregation | ratio | KL | expected gradient | cosine | noise / RLOO's |"
 TOOLKITS = tuple(name for name, preset in PRESETS.items() if preset.beyond)
 
@@ -61,7 +62,7 @@ def draw(verdicts: dict[str, Verdict], rloo: Verdict, output: Path) -> None:
 
 
 def main(
-    output: Path = RECIPES / "pages" / "explain" / "defaults.md",
+    output: Path = PAGE,
     figure: Path = RECIPES / "figures" / "defaults.png",
     estimators: tuple[str, ...] = (*TOOLKITS, "dr_grpo", "rloo"),
 ) -> None:
@@ -70,9 +71,7 @@ def main(
     verdicts = {name: measure_bias(name) for name in estimators}
     rows = [row(*entry, rloo) for entry in verdicts.items()]
     table = "\n".join([HEAD, "|---|---|---|---|---|---|---|---|", *rows])
-    above, _, rest = (
-        (RECIPES / "pages" / "explain" / "defaults.md").read_text(encoding="utf-8").partition(HEAD)
-    )
+    above, _, rest = PAGE.read_text(encoding="utf-8").partition(HEAD)
     below = rest.partition("\n\n")[2]
     output.write_text(f"{above}{table}\n\n{below}", encoding="utf-8")
     draw(verdicts, rloo, figure)

@@ -24,6 +24,7 @@ from statistics import median
 
 import torch
 import tyro
+from figures import save
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
@@ -229,11 +230,9 @@ def draw(results: dict[str, Results], output: Path) -> None:
             axes.plot(steps, heights, line, color=colour, label=f"{name}, {form}", linewidth=2.2)
         axes.set(xscale="log", yscale="log", xlabel="completions in a step")
         axes.set_title(title.format(length), loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
     panels[0].set_ylabel("squared error of a step: E|g - grad|² / |grad|²")
     panels[0].legend(frameon=False)
-    figure.savefig(output)
+    save(figure, output)
 
 
 def main(
@@ -265,7 +264,7 @@ def main(
     print(baseline_table(problems, vocabularies))
     shared = [f"{name} {moments.variance:.3g}" for name, moments in one_logit().items()]
     print(f"variances with one logit for both tokens: {', '.join(shared)}")
-    print(f"{output}, {figure}: {problems} problems of each kind")
+    print(f"{output}: {problems} problems of each kind")
 
 
 if __name__ == "__main__":

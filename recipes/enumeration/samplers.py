@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import tyro
+from figures import save
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
@@ -56,11 +57,7 @@ def main(
     left.set_title("bias", loc="left")
     right.set_title("noise, two completions per prompt", loc="left")
     left.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
-    figure.savefig(output)
-    print(f"figure: {output}")
+    save(figure, output)
 
 
 if __name__ == "__main__":

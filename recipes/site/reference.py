@@ -196,8 +196,9 @@ def papers_page() -> str:
     )
     about = (
         "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
-        "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see [estimators](../explain/estimators.md). "
-        "Defaults of toolkits are on [a page of their own](../explain/defaults.md)."
+        "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see "
+        "[estimators](../explain/estimators.md). Defaults of toolkits are on "
+        "[a page of their own](../explain/defaults.md)."
     )
     tables = (
         "The last column counts verdicts of [the study](../../study/README.md), on tiny models and toy tasks. They "

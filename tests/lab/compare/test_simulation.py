@@ -90,17 +90,12 @@ def test_arms_that_are_the_same_are_found_different_in_at_most_one_family_in_twe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_intervals_cover_the_true_difference_and_the_detectable_one_is_found(seeds):
+def test_intervals_cover_the_true_difference(seeds):
     same = alike(seeds, normal)
     covered, spread = share(each(same, lambda d: d.mean.low <= 0 <= d.mean.high))
     assert covered == pytest.approx(0.95, abs=3 * spread)
     adjusted, spread = share(each(same, lambda d: d.adjusted.low <= 0 <= d.adjusted.high))
     assert adjusted == pytest.approx(level_of(COMPARISONS), abs=3 * spread + 0.005)
-    least = detectable_difference(seeds, SD, COMPARISONS)
-    apart = judged(seeds, SEEDS[seeds], above=least, stream=1)
-    power, spread = share(each(apart, lambda d: d.verdict == "better"))
-    assert power == pytest.approx(0.8, abs=3 * spread)
-    assert not each(apart, lambda d: d.verdict == "worse").any()
 
 
 @pytest.mark.slow
