@@ -222,7 +222,7 @@ def test_every_recipe_is_in_the_list_with_its_command_and_is_run():
     paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
     for pattern in (r"\]\((\w+/\w+\.py)\)", r"python recipes/(\w+/\w+\.py)"):
         assert {name for name in re.findall(pattern, text) if "benchmarks" not in name} == paths
-    without = [path.name for path in PROGRAMS.values() if "tyro.cli" not in path.read_text()]
+    without = [path.name for path in PROGRAMS.values() if "tyro" not in path.read_text()]
     assert f"All have `--help` but {' and '.join(f'`{name}`' for name in without)}," in text
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
