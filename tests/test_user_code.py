@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import USER_CODE_FAILED, Stopped, raised
 from tokenrl.user_code import user_code
 
 PRECISIONS = [
@@ -145,3 +146,22 @@ def test_a_process_that_user_code_forks_ends_where_it_would_come_out_of_the_call
         if os.getpid() != owner:
             os._exit(7)  # it would go on with the tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+@pytest.mark.parametrize("error", [StopIteration("x"), asyncio.CancelledError("x")])
+def test_what_handlers_around_would_miss_comes_out_as_a_failure_of_user_code(error):
+    @contextlib.contextmanager
+    def told():
+        try:
+            with user_code():
+                yield
+        except USER_CODE_FAILED as failure:
+            raise Stopped(raised(failure)) from failure
+
+    with (
+        pytest.raises(Stopped, match=rf"raised {type(error).__name__}: x \(test_user_code.py"),
+        told(),
+    ):
+        raise error
+    with pytest.raises(KeyboardInterrupt), told():
+        raise KeyboardInterrupt

@@ -13,6 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+
+class Ended(RuntimeError):
+    """What user code raised in place of StopIteration, or of an error that is no Exception (see `user_code`)."""
+
+
+ENDS = (SystemExit, GeneratorExit, Ended)
+"""Errors that would end a program, a generator or a block around the code without a word."""
 USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 """What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
 
@@ -142,6 +149,8 @@ def describe(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     text = " ".join(written(error, str).split())[:400]
+    if isinstance(error, Ended):
+        return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -162,10 +171,10 @@ def code_line(error: BaseException, frame: int = -1) -> str:
 
 
 def explain(error: BaseException) -> Stopped | None:
-    """Return an error in plain words for `sys.exit`, used up memory, or a lost process; else None."""
+    """Return an error in plain words for what would end the program, used up memory, or a lost process; else None."""
     if isinstance(error, TokenrlError):  # it is in plain words already
         return None
-    if isinstance(error, SystemExit):
+    if isinstance(error, ENDS):
         return Stopped(f"Code that was called would have ended this program: {raised(error)}.")
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Optional, TypeVar
@@ -45,8 +46,14 @@ def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T
     """Return the arguments of a call of a public function: `args`, all at once, or made from keywords.
 
     Raises:
-        Refused: `args` is something else, both are given, or a keyword cannot be used (see `arguments`).
+        Refused: `args` is something else, both are given, or a keyword cannot be used (see `arguments`); or a
+            program calls that another process runs again, to import its functions.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise Refused(
+            "This program was started again in another process, as reward_timeout and multiprocessing do, and "
+            "would do all its work again. Put its calls below `if __name__ == '__main__':`."
+        )
     if args is None:
         return arguments(kind, options)
     if not isinstance(args, kind):

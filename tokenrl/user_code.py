@@ -15,7 +15,7 @@ from functools import cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import USER_CODE_FAILED, Ended, Stopped, describe
 
 # The older interface to precision comes before the newer one, and the general before the particular.
 SETTINGS = """get_float32_matmul_precision set_float32_matmul_precision
@@ -89,10 +89,13 @@ _guards = list[Any]()
 def user_code() -> Iterator[None]:
     """Give settings of torch and numpy back as they were after code of a user has run in the block.
 
-    A process that the code forks never comes out of the block.
+    A process that the code forks never comes out of the block. StopIteration comes out as `Ended`:
+    context managers and generators around the block would take it for an end of their own. So does what no
+    handler of `USER_CODE_FAILED` catches, such as the CancelledError of asyncio.
 
     Raises:
         Stopped: a setting could not be given back.
+        Ended: the code raised one of these errors.
     """
     settings = _settings()
     before = [setting.value for setting in settings]
@@ -101,6 +104,12 @@ def user_code() -> Iterator[None]:
     try:
         with own_process(), errors:
             yield
+    except BaseException as error:
+        is_usual = isinstance(error, (KeyboardInterrupt, *USER_CODE_FAILED))
+        if is_usual and not isinstance(error, StopIteration):
+            raise
+        # contextlib raises the first error again if it is named as the cause
+        raise Ended(describe(error)).with_traceback(error.__traceback__) from None
     finally:
         if [setting.value for setting in settings] != before or _inference_mode() != inference:
             _restore(settings, before, inference)

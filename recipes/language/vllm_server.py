@@ -36,6 +36,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from statistics import fmean
 from tempfile import mkdtemp
+from threading import Timer
 
 import torch
 import tyro
@@ -55,11 +56,12 @@ class VllmServer:
     What it raises reaches the user as `Refused` before the first step, and as `Stopped` later.
 
     Attributes:
-        patience: the most seconds until an answer, and until a server has started.
+        patience: the most seconds until a whole answer, and until a server has started.
         pause: seconds between two tries.
+        largest: the most bytes of an answer.
     """
 
-    patience, pause = 600.0, 2.0
+    patience, pause, largest = 600.0, 2.0, 2**28
 
     abilities = Abilities(
         exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0)
@@ -73,7 +75,15 @@ class VllmServer:
         self.announced, self.ahead, self.pool = [], (None, None), ThreadPoolExecutor(1)
         self.folder = Path(mkdtemp(prefix="tokenrl-"))
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
+        self.key, self.sockets, self.answered = os.environ.get("VLLM_API_KEY", ""), set(), False
         try:
+            # what is wrong may be a secret, so it is not shown
+            if set(self.host) & set("@/?#") or not f"{self.key}{self.host}".isascii():
+                raise ValueError(
+                    "VLLM_SERVER_URL must be like http://host:8000, without a password"
+                )
+            if not self.key.isprintable():
+                raise ValueError("VLLM_API_KEY holds a line break or another control character")
             if not self.host:
                 self.start()
             self.sync(policy)
@@ -103,30 +113,55 @@ class VllmServer:
         self.host = f"127.0.0.1:{port}"
 
     def ask(self, path, body):
-        """Return the status of an answer and its text; ask again while there is none or the server fails."""
-        key = os.environ.get("VLLM_API_KEY", "")
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        end = time.monotonic() + self.patience
+        """Return the status of an answer and its text; ask again while the server has none, is busy or fails."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        began = time.monotonic()
         while True:
             if self.process and self.process.poll() is not None:
                 log = (self.folder / "log").read_text().splitlines()[-5:]
                 raise RuntimeError(f"the server has ended; its log: {' | '.join(log)}")
-            left = max(1.0, end - time.monotonic())
+            left = max(1.0, began + self.patience - time.monotonic())
+            lines = []
+            clock = Timer(left, self.hang_up, lines)
             with closing(HTTPConnection(self.host, timeout=left)) as connection:  # without a proxy
                 try:
+                    connection.connect()
+                    lines.append(connection.sock)
+                    self.sockets.update(lines)
+                    clock.start()
                     connection.request("POST", path, json.dumps(body), headers)
                     answer = connection.getresponse()
-                    text = answer.read().decode()
-                    if answer.status < 500:
+                    text = answer.read(self.largest + 1).decode()
+                    self.answered = True
+                    if len(text) > self.largest:
+                        raise ValueError(f"{self.host} sends more than {self.largest:,} bytes")
+                    if answer.status != 200 and self.key:
+                        text = text.replace(self.key, "(key)")  # a server may repeat what it got
+                    if answer.status < 500 and answer.status != 429:
+                        if answer.length or time.monotonic() > began + self.patience:
+                            raise TimeoutError("an answer has no end")
                         return answer.status, text
+                except socket.gaierror as error:
+                    text = repr(error)
+                    if not self.answered:
+                        raise ValueError(f"{self.host} names no host ({text})") from error
                 except (OSError, HTTPException) as error:
                     text = repr(error)
-            if time.monotonic() + self.pause > end:
+                finally:
+                    clock.cancel()
+                    self.sockets.difference_update(lines)
+            if time.monotonic() + self.pause > began + self.patience:
                 raise RuntimeError(
                     f"no answer of {self.host}{path} in {self.patience:g} s ({text[:300]}); look into the log of the "
                     "server, start it again, and continue the run with --resume auto"
                 )
             time.sleep(self.pause)
+
+    def hang_up(self, *lines):
+        """End waits for answers: a server may send a byte now and then for ever."""
+        for line in lines:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def sync(self, policy):
         """Send the adapter as a new version, and drop the last but one, which nothing samples from any more."""
@@ -165,7 +200,13 @@ class VllmServer:
             return self.sample(prompt_ids, sampling, draws)
         ids, answer = self.ahead
         rollout = answer.result() if ids == prompt_ids else self.sample(prompt_ids, sampling, draws)
-        ids = [self.policy.encode(row["prompt"]) for _, row in self.announced if "prompt" in row]
+        rows = [row for _, row in self.announced]
+        ids = self.policy.encode_all(
+            [row["prompt"] for row in rows],
+            max_completion_length=sampling.max_completion_length,
+            truncate=sampling.truncate_prompts,
+            tools=[row.get("tools") for row in rows],
+        )
         # with other random numbers than those of this step
         answer = self.pool.submit(self.sample, ids, sampling, 1 - draws) if ids else None
         self.announced, self.ahead = [], (ids, answer)
@@ -187,7 +228,12 @@ class VllmServer:
             for prompt, seed in zip(prompt_ids, seeds.long().tolist(), strict=True)
         ]
         with ThreadPoolExecutor(32) as pool:
-            rows = [row for group in pool.map(self.complete, requests) for row in group]
+            try:
+                rows = [row for group in pool.map(self.complete, requests) for row in group]
+            except BaseException:  # such as Ctrl-C, which does not wait for the others
+                self.leave()
+                pool.shutdown(cancel_futures=True)
+                raise
         tokens = pad_sequence([table for table, _ in rows], True)  # [N, T, 2]
         lengths = torch.tensor([len(table) for table, _ in rows])
         index = torch.arange(len(prompt_ids)).repeat_interleave(size)
@@ -221,11 +267,19 @@ class VllmServer:
             if len(logprobs) != len(c["token_ids"]) or None in logprobs:
                 raise ValueError(f"{self.host} gives no log-probability for some tokens")
             table = torch.tensor([c["token_ids"], logprobs], dtype=torch.float64).T
+            if c["finish_reason"] not in ("stop", "length"):
+                raise ValueError(f"{self.host} ended a completion by {c['finish_reason']!r}")
             rows.append((table, c["finish_reason"] == "stop"))
         return rows
 
+    def leave(self):
+        """End all waits soon."""
+        self.patience = min(5.0, self.patience)
+        self.hang_up(*self.sockets)
+
     def close(self):
         """Stop the server that was started here; let another one drop the adapter."""
+        self.leave()
         if self.process:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -233,8 +287,7 @@ class VllmServer:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, 9)  # what it may have left
         else:
-            self.patience = 5.0
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, OSError):
                 self.drop([*self.names])
         shutil.rmtree(self.folder)
 

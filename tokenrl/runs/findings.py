@@ -147,6 +147,8 @@ class Observed:
 
         groups: in words, what was compared before training, in the step of a check.
         others_differ: whether other samples of the same policy have unequal rewards.
+        abstained: the recent metrics `rewards/{name}/abstained`, by their whole names.
+        faults: in words, the first error of each function that gave none because of it.
         idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
@@ -182,6 +184,8 @@ class Observed:
 
     groups: str | None = None
     others_differ: bool = False
+    abstained: Mapping[str, float] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
     idle_steps: int | None = None
 
     lowest_rate: Number = None
@@ -215,6 +219,11 @@ def observe(rows: Rows, settings: Any) -> Observed:
         recent=_means(steps[-tenth:], settings),
         early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
+        abstained={
+            name: _mean(_number(row, name) for row in steps[-tenth:])
+            for name in (rows[-1] if rows else ())
+            if name.endswith("/abstained")
+        },
         sampled=evaluations(rows, "eval_reward"),
         greedy=evaluations(rows, "eval_reward_greedy"),
         most=evaluations(start, f"eval_best@{count}") or evaluations(start, f"eval_pass@{count}"),

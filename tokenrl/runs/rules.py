@@ -23,6 +23,7 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
+MAX_ABSTAINED = 0.02  # of completions to which a reward function gives no reward
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
@@ -123,6 +124,20 @@ def sampling_differs(observed: Observed) -> Judgement:
         "Sample and train in one precision, or change --estimator.importance."
     )
     return Finding("sampling-differs", "void" if share < LOST_SHARE else "act", text)
+
+
+def rewards_abstain(observed: Observed) -> Judgement:
+    """A reward function gave more than a few completions no reward."""
+    for metric, share in observed.abstained.items():
+        name = metric.split("/", 1)[1].removesuffix("/abstained")
+        text = (
+            f"The reward function {name} gave no reward to {share:.0%} of the completions. Where others give one, "
+            "it counts as 0 in their sum, so right completions are pushed down too, unless --on-abstain "
+            f"leave-out leaves these completions out of their groups. {observed.faults.get(name, '')}"
+        )
+        if share > MAX_ABSTAINED:
+            return Finding("rewards-abstain", "watch", text.strip())
+    return None
 
 
 def no_signal_in_trial(observed: Observed) -> Judgement:
@@ -286,6 +301,7 @@ RULES: tuple[Callable[[Observed], Judgement], ...] = (
     policy_destroyed,
     entropy_low_at_end,
     sampling_differs,
+    rewards_abstain,
     no_signal_in_trial,
     no_signal_in_steps,
     lost_from_start,

@@ -44,7 +44,7 @@ from tokenrl.runs.metrics import (
 from tokenrl.runs.origin import code_of, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
-from tokenrl.runs.reader import Outcome
+from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import (
     Provenance,
@@ -126,6 +126,7 @@ class Session:
         self.evaluation = dict[str, float]()
         self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
+        self._wall_seconds = 0.0  # those of a run that had ended already
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -223,6 +224,10 @@ class Session:
         """
         if self.continues:
             self.console.warnings += self._warned.values()
+            if self.ended or self.step >= self.args.max_steps:
+                self._wall_seconds = self.wall_seconds
+                with contextlib.suppress(Refused, KeyError):
+                    self._wall_seconds = read_run(self.output_dir).summary["wall_seconds"]
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
         self._has_begun = True
@@ -240,7 +245,7 @@ class Session:
             remove_run_files(self.output_dir, keep=stages)
         write_json(self.output_dir / "config.json", self._config)
         self.provenance.write(self.output_dir)
-        if self.continues and (self.ended or self.step >= self.args.max_steps):
+        if self._wall_seconds:
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(self._config, self.output_dir)
@@ -298,7 +303,7 @@ class Session:
     @property
     def wall_seconds(self) -> float:
         """Seconds that the run has taken, without those between its end and its continuation."""
-        return time.monotonic() - self._began
+        return self._wall_seconds or time.monotonic() - self._began
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -293,3 +294,43 @@ def test_a_reward_model_stays_in_this_process():
     assert result.values.T.tolist() == [[os.getpid()] * 4, LENGTHS]
     assert result.total[1] == os.getpid() + 2.5
     assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}).valid.all()
+
+
+def refused_here(_):
+    with pytest.raises(Refused, match=r"a daemon of multiprocessing.*leave reward_timeout out"):
+        Rewards("worked.py:length", timeout=5.0)
+
+
+def test_a_process_that_may_have_none_of_its_own_is_told():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.map(refused_here, [0])
+
+
+PROGRAM = """
+import json, sys
+from tokenrl.keywords import arguments_of_call
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.sources import DataArguments
+def own(completions, **_):
+    return [1.0] * len(completions)
+if GUARD:
+    arguments_of_call(DataArguments, None, {})  # as tokenrl.train does
+    open("runs", "a").write("x")
+    print(Rewards(NAME, timeout=60.0)(["p"], ["abc"], [[1]], {}).total)
+"""
+
+
+@pytest.mark.parametrize(
+    ("guard", "name", "printed"),
+    [
+        ("True", "'worked.py:length'", "[3.]"),
+        ("__name__ == '__main__'", "own", "[1.]"),
+        ("True", "own", "needs `if __name__ == '__main__':`"),
+    ],
+)
+def test_the_process_of_rewards_does_not_repeat_what_a_program_does(tmp_path, guard, name, printed):
+    text = PROGRAM.replace("GUARD", guard).replace("NAME", name)
+    (tmp_path / "program.py").write_text(text)
+    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True)
+    assert printed in done.stdout + done.stderr
+    assert (tmp_path / "runs").read_text() == "x"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokenrl import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.rewards.calls import TrainerState
@@ -359,3 +360,68 @@ def test_rows_that_cannot_be_copied_are_refused(value, held_out):
         Refused, match=rf"{split}_prompts, row 0: column 'answer' holds .* cannot be copied"
     ):
         find_task(EvaluateArguments(task=task))
+
+
+def first(completions, **_):
+    return [1.0, 2.0, 4.0, 8.0]
+
+
+def judge(completions, **_):
+    return [None, 1.0, None, 3.0]
+
+
+def silent(completions, **_):
+    return [None, None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "leaves_out", "valid", "total"),
+    [
+        ([first, judge], None, False, [1, 1, 1, 1], [1, 3, 4, 11]),
+        ([first, judge], None, True, [0, 1, 0, 1], [0, 3, 0, 11]),
+        ([first, judge], [1, 0], True, [1, 1, 1, 1], [1, 2, 4, 8]),  # it has no weight
+        ([judge, silent], [2, 0], False, [0, 1, 0, 1], [0, 2, 0, 6]),
+        ([judge, silent], None, True, [0, 0, 0, 1], [0, 0, 0, 4]),
+        ([judge, silent], [0, 0], False, [0, 1, 1, 1], [0, 0, 0, 0]),
+    ],
+)
+def test_a_row_counts_if_a_weighted_function_rewards_it_or_all_of_them_do(
+    functions, weights, leaves_out, valid, total
+):
+    rewards = Rewards(functions, weights, leaves_out=leaves_out)
+    result = rewards(["p"] * 4, ["c"] * 4, [[1]] * 4, {})
+    assert result.valid.tolist() == [bool(x) for x in valid] and result.total.tolist() == total
+    mask, kept = torch.ones(4, 1), [x for x, counts in zip(total, valid, strict=True) if counts]
+    rows = torch.from_numpy(result.total), mask
+    found = Estimator.preset("rloo").advantages(
+        *rows, group_size=4, valid=torch.from_numpy(result.valid)
+    )
+    others = [(sum(kept) - x) / max(1, len(kept) - 1) for x in total]  # the mean of the others
+    expected = [
+        (x - other) * counts * (len(kept) > 1)
+        for x, other, counts in zip(total, others, valid, strict=True)
+    ]
+    assert found.policy.tolist() == pytest.approx(expected)
+
+
+def stumbles(completions, log_extra, **_):
+    if "bad" in completions:
+        raise StopIteration("off")
+    log_extra("size", [len(text) for text in completions])
+    return [float(len(text)) for text in completions]
+
+
+async def stumbles_later(completions, log_extra, **_):
+    return stumbles(completions, log_extra)
+
+
+@pytest.mark.parametrize("function", [stumbles, stumbles_later])
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_row_for_which_a_function_fails_gets_no_reward_of_this_function_alone(function, timeout):
+    texts = ["a", "bad", "ccc"]
+    rewards = Rewards([function, Length(max=9)], timeout=timeout, abstains_on_error=True)
+    result = rewards(["p"] * 3, texts, [[1]] * 3, {})
+    assert result.values.T.tolist() == [[1, pytest.approx(math.nan, nan_ok=True), 3], [0, 0, 0]]
+    assert result.valid.all() and "StopIteration" in rewards.faults[function.__name__]
+    with pytest.raises(Stopped, match="StopIteration"):
+        Rewards(function, timeout=timeout)(["p"] * 3, texts, [[1]] * 3, {})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
+import signal
 import sys
 import tempfile
 import threading
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from tiny_models import letter_task, letters, letters_trained, vowel_reward
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, uniforms
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
 LOAD, UNLOAD, COMPLETE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
@@ -29,7 +32,7 @@ KEY, BY_NAME = "a-key-of-the-test", f"{RECIPE}:VllmServer"
 
 
 class Engine(runpy.run_path(str(RECIPE))["VllmServer"]):
-    patience, pause = 2.0, 0.01
+    patience, pause, largest = 2.0, 0.01, 10**6
 
 
 def adapted():
@@ -92,6 +95,10 @@ class Fake(ThreadingHTTPServer):
         ]
 
 
+class Dripping(dict):
+    """An answer that is sent byte by byte, for longer than anybody waits."""
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -101,7 +108,10 @@ class Handler(BaseHTTPRequestHandler):
         if status:
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            for part in [" "] * 60 if isinstance(answer, Dripping) else [json.dumps(answer)]:
+                with contextlib.suppress(OSError):
+                    self.wfile.write(part.encode())
+                time.sleep(0.1 * (part == " "))
 
     def log_message(self, *_):
         """Print nothing."""
@@ -169,7 +179,7 @@ def test_a_step_is_sampled_while_the_update_of_the_step_before_is_made(fake, tmp
     assert gaps[0] < 1e-5 < min(gaps[1:]) and not fake.adapters
 
 
-@pytest.mark.parametrize("status", [404, 503, 0])
+@pytest.mark.parametrize("status", [404, 429, 503, 0])
 def test_after_a_failure_or_a_new_start_the_run_goes_on_as_it_was(fake, tmp_path, status):
     rows = trained(tmp_path / "plain")
     fake.number = 0
@@ -217,11 +227,14 @@ UNUSABLE = [
     ),
     (completion(token_ids=[2], logprobs=ONE, finish_reason="length"), "truncated must be True"),
     (lambda answer: (200, answer | {"model": "base"}), "answers 'base' instead of '"),
-    (lambda answer: (400, {"error": "odd"}), "answers 'code 400: .*odd"),
+    (completion(finish_reason="abort"), "ended a completion by 'abort'"),
+    (lambda answer: (400, {"error": "odd" + KEY}), r"answers 'code 400: .*odd\(key\)"),
     (lambda answer: (404, {"error": "lost"}), "answers 'code 404: .*lost"),
     (lambda answer: (500, {"error": "dead"}), r"no answer of .* in 2 s .*dead.* --resume auto"),
     (lambda answer: (0, {}), r"no answer of .* in 2 s \(RemoteDisconnected"),
-    (lambda answer: time.sleep(2.5), r"no answer of .* in 2 s \(TimeoutError"),
+    (lambda answer: time.sleep(2.5), r"no answer of .* in 2 s \("),
+    (lambda answer: (200, Dripping(answer)), r"no answer of .* in 2 s \(TimeoutError"),
+    (lambda answer: (200, answer | {"more": "x" * 2**20}), "sends more than 1,000,000 bytes"),
 ]
 
 
@@ -232,6 +245,37 @@ def test_an_answer_that_cannot_be_used_stops_the_run_and_says_what_it_is(
     fake.spoil = lambda answer: change(answer) if fake.number > 10 else None
     with pytest.raises(Stopped, match=words):
         trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("VLLM_API_KEY", "a-secret\nkey", "VLLM_API_KEY holds a line break"),
+        ("VLLM_SERVER_URL", "http://me:a-secret@127.0.0.1:9", "must be like http://host:8000"),
+        ("VLLM_SERVER_URL", "https://a-secret", "must be like http://host:8000"),
+        ("VLLM_SERVER_URL", "http://no.such.host.invalid:9", "names no host"),
+    ],
+)
+def test_a_wrong_address_or_key_is_refused_at_once_and_not_shown(
+    fake, monkeypatch, variable, value, words
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=words) as caught:
+        Engine(adapted())
+    assert "a-secret" not in str(caught.value) and not fake.asked
+
+
+def test_an_interrupt_does_not_wait_for_a_server_that_hangs(fake, monkeypatch):
+    engine = Engine(adapted())
+    engine.patience = 600.0
+    monkeypatch.setattr(engine, "complete", lambda request: engine.ask(COMPLETE, request))
+    fake.spoil = lambda answer: time.sleep(2)
+    Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    sampling = Sampling(4, 2, step=1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.sample([[2], [3]], sampling, uniforms("training", sampling, range(2)))
+    assert engine.patience <= 5 and not engine.sockets
+    engine.close()
 
 
 def test_a_server_of_another_base_is_refused(fake, tmp_path):

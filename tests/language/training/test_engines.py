@@ -482,3 +482,50 @@ def test_greedy_completions_are_compared_in_each_evaluation(tmp_path):
     words = r"^At step \d+: LaterSampled.generate returned .* of its greedy tokens are not the most"
     with pytest.raises(Stopped, match=words):
         letters_trained(tmp_path, letter_task(ends), generator=LaterSampled, **options)
+
+
+class Ahead(Engine):
+    """Notes what it is told of the next step, and does to it and to torch what it should not."""
+
+    def __init__(self, policy, _):
+        super().__init__(policy)
+        self.told, self.due, Ahead.wrong, Ahead.right = None, None, 0, 0
+
+    def announce(self, prompts):
+        self.told = [self.policy.encode(row["prompt"]) for _, row in prompts]
+        for _, row in prompts:
+            row["prompt"] = "bad"
+        torch.set_grad_enabled(False)
+
+    def generate(self, prompt_ids, sampling, draws):
+        if sampling.step and draws is not None:
+            Ahead.right += self.due == prompt_ids
+            Ahead.wrong += self.due not in (None, prompt_ids)
+            self.told, self.due = None, self.told
+        return super().generate(prompt_ids, sampling, draws)
+
+
+def test_what_is_announced_is_a_copy_of_what_is_sampled_next(tmp_path):
+    rows = []
+    for kind in (Ahead, type("Quiet", (Ahead,), {"announce": lambda self, prompts: None})):
+        letters_trained(tmp_path / kind.__name__, letter_task(ends), generator=kind, sync_every=2)
+        rows.append((tmp_path / kind.__name__ / "metrics.jsonl").read_bytes())
+        assert (Ahead.wrong, Ahead.right) == (0, 2 * (kind is Ahead))
+    assert rows[0] == rows[1]
+    refill = {"estimator": "rloo,zero_spread=refill", "generator": Ahead, "sync_every": 2}
+    letters_trained(
+        tmp_path / "refill",
+        letter_task(lambda completions, **_: [0.0] * len(completions)),
+        **refill,
+    )
+    assert not Ahead.wrong
+
+
+class Ending(Ahead):
+    def announce(self, prompts):
+        next(iter(()))
+
+
+def test_an_iterator_that_ends_in_an_engine_is_its_failure(tmp_path):
+    with pytest.raises(Stopped, match=r"Ending\.announce failed: it raised StopIteration"):
+        letters_trained(tmp_path, letter_task(ends), generator=Ending, sync_every=2)

@@ -186,11 +186,59 @@ def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, caps
 
     for name, solved, reason in (("low", 0.9, "stuck"), ("unknown", None, "learnt")):
         better.calls = 0
-        result = train(tmp_path / name, better, {"solved": solved}, stop_after_zero_spread=3)
+        steps = []
+        callback = lambda step, _, steps=steps: steps.append(step)  # noqa: E731
+        options = {"stop_after_zero_spread": 3, "callback": callback}
+        result = train(tmp_path / name, better, {"solved": solved}, **options)
         assert (result.exit_reason, result.exit_code, result.steps) == (reason, 0, 3)
+        assert steps == [1, 2, 3]
         assert (tmp_path / name / "model" / "model.safetensors").exists()
         is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in printed(capsys)
         assert is_told == (name == "low")
+
+
+@pytest.mark.parametrize(("reward", "reason"), [(1.0, "learnt"), (0.0, None)])
+def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_path, reward, reason):
+    def settled(completions, **_):
+        settled.calls += 1
+        mixed = settled.calls == 2  # the first step, after the evaluation
+        return [float(i % 2) if mixed else reward for i in range(len(completions))]
+
+    settled.calls, options = 0, {"eval_generations": 0, "stop_after_zero_spread": 3}
+    if reason is None:
+        with pytest.raises(Stopped, match="no two rewards that are compared differed"):
+            train(tmp_path, settled, **options)
+    else:
+        assert train(tmp_path, settled, **options).exit_reason == reason
+
+
+@pytest.mark.parametrize("solved", [-1.0, 2.0])
+def test_a_run_that_ends_early_is_judged_by_its_last_evaluation(tmp_path, monkeypatch, solved):
+    monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
+    options = {"eval_generations": 0, "callback": lambda step, _: True}
+    flags = train(tmp_path, first_letter, {"solved": solved}, **options).flags
+    assert ("entropy-collapsed" in flags) == (solved == 2.0)
+
+
+@pytest.mark.parametrize("on_abstain", ["zero", "leave-out"])
+def test_a_judge_that_abstains_is_counted_and_told(tmp_path, on_abstain):
+    """Of four completions of a prompt it answers three; leaving the fourth out changes the mean reward."""
+
+    def judge(completions, **_):
+        return [None if i % 4 == 0 else 1.0 for i in range(len(completions))]
+
+    def one(completions, **_):
+        return [1.0 + i % 2 for i in range(len(completions))]
+
+    options = {"max_steps": 2, "on_abstain": on_abstain, "num_generations": 4}
+    train(tmp_path, [one, judge], **options)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    step = json.loads(rows[1])
+    assert (step["rewards/judge/abstained"], step["rewards/one/abstained"]) == (0.25, 0)
+    assert step["reward"] == pytest.approx(2.25 if on_abstain == "zero" else 8 / 3)
+    assert step.get("frac_rows_abstained", 0) == 0.25 * (on_abstain != "zero")
+    told = [x for x in summary_of(tmp_path)["warnings"] if "judge gave no reward to 25%" in x]
+    assert len(told) == 1 and "--on-abstain leave-out" in told[0]
 
 
 class Scripted:

@@ -20,7 +20,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring, check_turns
-from tokenrl.language.rollout.generator import Generator
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
@@ -137,14 +137,14 @@ class Evaluator:
         """
         policy = self.policy
         rows = list[dict[str, Any]]()
-        check = getattr(self.generator, "check", None)  # of an engine that is checked
+        generator = self.generator or TransformersGenerator(policy)
         for batch in sample_and_reward(
             policy,
             prompts,
             rewards,
             sampling,
             stream=stream,
-            generator=self.generator,
+            generator=generator,
             accelerator=self.accelerator,
         ):
             batch = with_missing_fields(
@@ -156,8 +156,8 @@ class Evaluator:
                 logprobs=True,
                 entropy=True,
             )
-            if check is not None and sampling.num_generations:
-                check(batch, sampling)
+            if sampling.num_generations:
+                generator.check(batch, sampling)
             columns: dict[str, Any] = {
                 "place": batch.prompt_index.tolist(),
                 "prompt": prompts_of(policy, batch),
@@ -320,7 +320,10 @@ def _metrics(
     metrics["completions/mean_length"] = mean("length")
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
-        metrics[f"rewards/{name}/mean"] = over_prompts([row["rewards"][i] for row in rows]).value
+        own = [row["rewards"][i] for row in rows]
+        metrics[f"rewards/{name}/mean"] = over_prompts(own).value
+        if share := fmean(map(math.isnan, own)):
+            metrics[f"rewards/{name}/abstained"] = share
     tokens = sum(row["length"] for row in rows)
     entropy = sum(row["entropy"] for row in rows)
     metrics["entropy"] = entropy / max(1, tokens)

@@ -96,12 +96,14 @@ class CallResults(NamedTuple):
         extra: the columns that functions gave to `log_extra`, by name.
         logged: the values that functions gave to `log_metric`, by name.
         seconds: the time that each function took, by its name; async functions share theirs.
+        faults: in words, the first error of each function that gave a completion no reward because of it.
     """
 
     values: dict[str, np.ndarray]
     extra: dict[str, list[Any]]
     logged: dict[str, list[float]]
     seconds: dict[str, float]
+    faults: dict[str, str]
 
 
 def call_rewards(
@@ -110,7 +112,9 @@ def call_rewards(
     state: TrainerState,
     locations: Sequence[str] = (),
     announce: Callable[[str], None] = lambda stage: None,
-    objects: Mapping[str, Any] | None = None,
+    objects: Mapping[str, list[Any]] | None = None,
+    *,
+    abstains: bool = False,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
@@ -123,19 +127,22 @@ def call_rewards(
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
-        objects: further arguments, which are passed as they are.
+        objects: further arguments with one value per completion, which are passed as they are.
+        abstains: whether a function that raises an error is called again for each completion alone, and gives
+            no reward to those for which it raises one again. What it gives to `log_extra` is then dropped.
 
     Raises:
-        Stopped: a function raised anything (SystemExit too), or did not return for each completion a number
-            within `LARGEST_REWARD`, or None; the message names the function, and what it raised or the row.
+        Stopped: a function raised anything (SystemExit too) and may not abstain, or did not return for each
+            completion a number within `LARGEST_REWARD`, or None; the message names the function, and what it
+            raised or the row.
         Refused: a function has a parameter for a column that does not exist.
     """
-    extra: dict[str, list[Any]] = {}
+    extra: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
     logged: dict[str, list[float]] = {}
 
     def log_extra(function: str, column: str, values: Iterable[Any]) -> None:
         _check_name(function, "log_extra", column)
-        extra.setdefault(column, []).extend(values)
+        extra[function].setdefault(column, []).extend(values)
 
     def log_metric(function: str, name: str, value: float) -> None:
         _check_name(function, "log_metric", name)
@@ -145,13 +152,14 @@ def call_rewards(
     arguments = {**rows, "trainer_state": state}
     attempts: dict[str, Attempt] = {}
     copies: dict[str, list[Any]] = {name: [] for name in named}
+    objects = objects or {}
     with user_code():
         for name, function in named.items():
             announce(f"Reward function {name}")
             shared = {
                 "log_extra": partial(log_extra, name),
                 "log_metric": partial(log_metric, name),
-                **(objects or {}),
+                **objects,
             }
             subject = f"Reward function {name}"
             attempts[name] = call_once(function, subject, arguments, shared, copies[name])
@@ -160,17 +168,34 @@ def call_rewards(
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
-        for name, (_, error, _) in attempts.items():
-            if isinstance(error, TokenrlError):
-                raise error
-            if error is not None:
-                raise _failure(name, error, described, copies[name]) from error
+
+    def again(name: str, row: slice) -> float:
+        own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
+        options: Any = {"announce": announce, "objects": others, "abstains": True}
+        part = call_rewards({name: named[name]}, own, state, locations[row], **options)
+        return float(part.values[name][0])
+
     values = {}
-    seconds = {}
-    for name, attempt in attempts.items():
-        values[name] = checked_rewards(name, attempt.output, described)
-        seconds[name] = attempt.seconds
-    return CallResults(values, extra, logged, seconds)
+    faults: dict[str, str] = {}
+    for name, (output, error, _) in attempts.items():
+        if isinstance(error, TokenrlError):
+            raise error
+        if error is None:
+            values[name] = checked_rewards(name, output, described)
+            continue
+        fault = _failure(name, error, described, copies[name])
+        if not abstains:
+            raise fault from error
+        faults[name] = str(fault)
+        count = len(rows["prompts"])
+        numbers = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else [np.nan]
+        values[name] = np.array(numbers)
+        extra[name] = {}
+    columns: dict[str, list[Any]] = {}
+    for own in extra.values():
+        columns |= own
+    seconds = {name: attempt.seconds for name, attempt in attempts.items()}
+    return CallResults(values, columns, logged, seconds, faults)
 
 
 def _check_name(function: str, call: str, name: Any) -> None:

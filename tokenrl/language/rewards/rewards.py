@@ -53,9 +53,10 @@ class RewardResult(NamedTuple):
     Attributes:
         values: float64 [N, F], the reward of each function before its weight; nan where it abstained.
         total: float64 [N], the sum of weight times reward over the functions that did not abstain. Their
-            weights are not renormalised. It is 0 (not nan) where all functions abstained, so that its product
+            weights are not renormalised. It is 0 (not nan) in rows that are not valid, so that its product
             with a token weight of 0 is 0.
-        valid: bool [N], False where all functions abstained.
+        valid: bool [N], False where all functions of a weight other than 0 abstained, or one of them if such
+            rows are left out.
         logged: the mean of the values that functions gave to `log_metric`, by name.
         extra: columns of N values that functions gave to `log_extra`.
     """
@@ -79,6 +80,7 @@ class Rewards:
         environments: what the policy plays episodes in; None for completions of one turn.
         environment_weight: the weight of the environments' own rewards; 0 if they give none.
         seconds: the time that each function has taken in all calls so far, by its name.
+        faults: in words, the first error or missed deadline of each function that abstained because of it.
         state: how far the run is, which every call passes on as `trainer_state`; the run sets it.
     """
 
@@ -89,6 +91,8 @@ class Rewards:
         *,
         timeout: float | None = None,
         abstains: bool = False,
+        abstains_on_error: bool = False,
+        leaves_out: bool = False,
         sources: Sequence[Any] | None = None,
         pass_threshold: float | None = None,
         environments: Environments | None = None,
@@ -104,6 +108,9 @@ class Rewards:
                 their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
                 accelerator is, and has no deadline. None: all functions run here, without a deadline.
             abstains: whether a completion whose call misses the deadline gets no reward; else the run stops.
+            abstains_on_error: whether a completion for which a function raises an error gets no reward from it.
+            leaves_out: whether a completion counts nowhere if a function with a weight abstained from it; else
+                it does unless all of these abstained.
             sources: for each function, the spec from which that process loads it, as `load_reward` takes it;
                 None sends the functions themselves, which must then be picklable.
             pass_threshold: the least total, after the weights, with which a completion is right. None: the
@@ -147,8 +154,13 @@ class Rewards:
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
+        counted = np.flatnonzero(self.weights)
+        self._counted = counted if len(counted) else slice(None)  # no function has a weight
+        self._leaves_out = leaves_out
+        self._abstains_on_error = abstains_on_error
+        self.faults = dict[str, str]()
         self._here = dict(zip(self.names, self.functions, strict=True))
-        self._worker = None
+        self._worker: RewardWorker | None = None
         if timeout is not None:
             # The rewards of environments, which are the last, have no source and stay here.
             moved = {}
@@ -163,7 +175,8 @@ class Rewards:
                     )
                 moved[name] = source
                 del self._here[name]
-            self._worker = RewardWorker(moved, timeout, abstains) if moved else None
+            if moved:
+                self._worker = RewardWorker(moved, timeout, abstains, abstains_on_error)
 
     @property
     def late(self) -> int:
@@ -255,29 +268,35 @@ class Rewards:
         objects: dict[str, Any] = {}
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
-        results = call_rewards(self._here, rows, self.state, locations, objects=objects)
+        abstains = self._abstains_on_error
+        results = call_rewards(
+            self._here, rows, self.state, locations, objects=objects, abstains=abstains
+        )
         late = self.late
         if self._worker is not None:
             results = CallResults(*map(or_, results, self._worker(rows, self.state, locations)))
+        self.faults = results.faults | self.faults
         for name, spent in results.seconds.items():
             self.seconds[name] += spent
         values = np.stack([results.values[name] for name in self.names], axis=1)
         described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
         self._check_declared(values, described)
-        valid = ~np.isnan(values).all(axis=1)  # [N]
+        counts = ~np.isnan(values[:, self._counted])
+        valid = counts.all(axis=1) if self._leaves_out else counts.any(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
             problem = f"abstained from each of {len(valid)} completions"
             if completions:
                 problem += f", such as {described(0)}"
-            raise Stopped(f"Every reward function ({', '.join(self.names)}) {problem}.")
-        for column, logged in results.extra.items():
-            if len(logged) != len(valid):
-                counts = f"{len(logged)} values for {len(valid)} completions"
+            raise Stopped(f"Reward functions ({', '.join(self.names)}) {problem}.")
+        for column, items in results.extra.items():
+            if len(items) != len(valid):
+                counts = f"{len(items)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
-        means = {name: float(np.mean(logged)) for name, logged in results.logged.items()}
+        means = {name: float(np.mean(numbers)) for name, numbers in results.logged.items()}
         if self._worker is not None and self._worker.abstains:
             means["frac_rows_late"] = (self.late - late) / len(valid)
-        return RewardResult(values, self._total(values, described), valid, means, results.extra)
+        total = np.where(valid, self._total(values, described), 0.0)
+        return RewardResult(values, total, valid, means, results.extra)
 
     def seconds_since(self, earlier: Mapping[str, float]) -> dict[str, float]:
         """Return the seconds of each function since `seconds` was `earlier`, by its name in timings.jsonl."""

@@ -2,7 +2,8 @@
 
 A signal of this process would interrupt most functions, but a reward may use SIGALRM itself, as math-verify
 does, and code of a library may run for ever without returning to Python. The process is a freshly spawned
-interpreter, since a fork would inherit the locks and thread pools of a process that runs torch. Data is
+interpreter, since a fork would inherit the locks and thread pools of a process that runs torch. It imports the
+program only where a function is defined in it; otherwise the program would do its work again. Data is
 pickled through a pipe, which only this program and its child use. When this program ends, the child reads the
 end of the pipe and exits. If a function changes globals or its own attributes, the change stays in that
 process.
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import types
 import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -49,9 +51,16 @@ class RewardWorker:
         timeout: seconds for one call of a function.
         abstains: whether completions whose call missed the deadline get no reward, instead of an error.
         late: number of such completions so far.
+        abstains_on_error: whether completions for which a function raises an error get no reward from it.
     """
 
-    def __init__(self, sources: Mapping[str, Any], timeout: float, abstains: bool = False) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        timeout: float,
+        abstains: bool = False,
+        abstains_on_error: bool = False,
+    ) -> None:
         """Take the functions; nothing is started yet.
 
         Args:
@@ -60,18 +69,25 @@ class RewardWorker:
             timeout: seconds for one call of a function. Async functions run together, and the timeout is for
                 all of them.
             abstains: give completions whose call missed the deadline no reward.
+            abstains_on_error: see `call_rewards`.
 
         Raises:
-            Refused: a function cannot be pickled, or the system is Windows.
+            Refused: a function cannot be pickled, the system is Windows, or this process is a daemon.
         """
         if not all(hasattr(os, name) for name in NEEDED):
             raise Refused(
                 f"This system ({sys.platform}) cannot end a reward function with all that it has started, as "
                 "reward_timeout does: leave reward_timeout out, or run on Linux or macOS."
             )
+        if multiprocessing.current_process().daemon:
+            raise Refused(
+                "This process is a daemon of multiprocessing, which may have no process of its own, as reward_timeout "
+                "needs: leave reward_timeout out, or start this process with daemon=False."
+            )
         self.timeout = timeout
         self.abstains = abstains
         self.late = 0
+        self.abstains_on_error = abstains_on_error
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
 
@@ -95,7 +111,8 @@ class RewardWorker:
         if count == 1:
             self.late += 1
             spent = dict.fromkeys(self._pickled, self.timeout)
-            return CallResults({name: np.full(1, np.nan) for name in self._pickled}, {}, {}, spent)
+            nothing = {name: np.full(1, np.nan) for name in self._pickled}
+            return CallResults(nothing, {}, {}, spent, {})
         parts = []
         for i in range(count):
             row = {name: column[i : i + 1] for name, column in rows.items()}
@@ -110,6 +127,7 @@ class RewardWorker:
             {name: [part.extra.get(name, [None])[0] for part in parts] for name in names},
             logged,
             {name: sum(part.seconds[name] for part in parts) for name in self._pickled},
+            parts[0].faults,
         )
 
     def _called(
@@ -134,8 +152,17 @@ class RewardWorker:
         # An import statement cannot find some modules of files, so the paths of all are sent along.
         files = [str(file) for file, _ in OWN_MODULES.values()]
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
-        self._process = context.Process(target=_serve, args=(theirs, files, self._pickled))
-        self._process.start()
+        arguments = (theirs, files, self._pickled, self.abstains_on_error)
+        self._process = context.Process(target=_serve, args=arguments)
+        program = sys.modules["__main__"]
+        if not any(b"__main__" in data for data in self._pickled.values()):
+            sys.modules["__main__"] = types.ModuleType(
+                "__main__"
+            )  # so that it is not imported there
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = program
         theirs.close()  # else the pipe stays open when the process ends
         self._end = weakref.finalize(self, _end, self._process, self._pipe)
         stage = f"The process of the reward functions {', '.join(self._pickled)}"
@@ -157,8 +184,8 @@ class RewardWorker:
             self.close()
             end = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             raise fault(
-                f"{stage} ended the process that it ran in ({end}). A program that calls tokenrl.train with "
-                "reward_timeout needs `if __name__ == '__main__':`, as the process imports the program."
+                f"{stage} ended the process that it ran in ({end}). A program that defines a reward and calls "
+                "tokenrl.train with reward_timeout needs `if __name__ == '__main__':`, as the process imports it."
             ) from None
         self.close()
         raise (Late if fault is Stopped else fault)(
@@ -192,7 +219,9 @@ def _end(process: Any, pipe: Connection) -> None:
     process.join(10)
 
 
-def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> None:
+def _serve(
+    pipe: Connection, files: list[str], pickled: Mapping[str, bytes], abstains: bool
+) -> None:
     """Run in the process: load the functions, then answer calls until the pipe closes."""
     with contextlib.suppress(AttributeError, OSError):  # as on Windows
         os.setsid()
@@ -225,7 +254,7 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
             rows, state, locations = pipe.recv()
             try:
                 answer = ForkingPickler.dumps(
-                    call_rewards(functions, rows, state, locations, pipe.send)
+                    call_rewards(functions, rows, state, locations, pipe.send, abstains=abstains)
                 )
             except TokenrlError as error:  # is to be raised in the training
                 answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,20 +60,34 @@ class Abilities:
 
 def abilities_of(engine: Any) -> Abilities:
     """Return what an engine, its class or a function that makes it says that it can do."""
-    abilities: Abilities = getattr(engine, "abilities", Abilities())
+    abilities: Abilities = getattr(engine, "abilities", Generator.abilities)
     return abilities
 
 
-class Generator(Protocol):
+def announces(engine: Any) -> bool:
+    """Return whether an engine, its class or a function that makes it has a method `announce` of its own."""
+    return getattr(engine, "announce", Generator.announce) is not Generator.announce
+
+
+class Generator:
     """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy.
 
-    What an engine other than the default one returns is checked in each rollout, see `training.engines`. An
-    engine that cannot do all that the default one can has an attribute `abilities`, see `Abilities`.
+    An engine of your own may derive from this class, whose methods but `generate` do nothing, or have such methods
+    without it. What it returns is checked in each rollout, see `training.engines`. An engine that cannot do all
+    that the default one can has an attribute `abilities`, see `Abilities`.
 
     An engine that can sample a step while the update of the step before is made has a method `announce`. With
-    `sync_every` above 1 it is called before each step but the last. It gets the prompts of the step after it,
-    each as a number and a row of the data. The weights may then be an update old.
+    `sync_every` above 1 it is called before each step but the last. It gets the prompts of this process in the
+    step after it, each as a number and a copy of a row of the data. The weights may then be an update old. It is
+    not called where these prompts are unknown: in episodes, and where groups of equal rewards are resampled.
+
+    Attributes:
+        abilities: what the engine can do.
+        remark: in words, how far its completions differed from the trainer's; empty if little.
     """
+
+    abilities: ClassVar[Abilities] = Abilities()
+    remark = ""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -92,22 +106,26 @@ class Generator(Protocol):
             `score_norms` and `hidden` are the trainer's own: what an engine of another kind than the default
             one writes there is not read.
         """
-        ...
+        raise NotImplementedError
+
+    def check(self, rows: Rollout, sampling: Sampling) -> None:
+        """Compare sampled completions with the trainer, whose log-probabilities they have by now."""
+
+    def announce(self, prompts: Any) -> None:
+        """Take the prompts of the step after the next one, to sample them during the update."""
 
     def sync(self, policy: Policy) -> None:
         """Sample from the weights of this policy from now on; called at the start and after each step."""
-        ...
 
     def close(self) -> None:
         """Free memory and processes that the generator holds; nothing is sampled afterwards.
 
         An error in it is only a warning.
         """
-        ...
 
 
 @dataclass(frozen=True)
-class TransformersGenerator:
+class TransformersGenerator(Generator):
     """Samples from the policy's own model, so there are no weights to copy and nothing to free.
 
     The forward pass of each distinct prompt is computed once and its cache is repeated for the rows of the
@@ -168,21 +186,13 @@ class TransformersGenerator:
                 module.training = True
         return cat(parts)
 
-    def sync(self, policy: Policy) -> None:
-        """Do nothing, because the policy's own weights are sampled from."""
 
-    def close(self) -> None:
-        """Do nothing, because the generator has nothing to release."""
-
-
-class LaggedGenerator:
+class LaggedGenerator(Generator):
     """Samples training from a copy of the policy, which gets the policy's weights before each k-th step.
 
     So do engines of other processes, which sample while an update is made. What is not training, such as an
     evaluation, is sampled from the policy itself.
     """
-
-    abilities = Abilities()
 
     def __init__(
         self, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0, every: int
@@ -209,12 +219,6 @@ class LaggedGenerator:
             self.load_state_dict(_trained(self._present.policy))
         engine = self._lagged if sampling.step else self._present
         return engine.generate(prompt_ids, sampling, draws)
-
-    def sync(self, policy: Policy) -> None:
-        """Do nothing, because the weights are copied when a step samples."""
-
-    def close(self) -> None:
-        """Do nothing, because there is nothing to release."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the copy that training changes, which a continuation samples from."""

@@ -25,7 +25,7 @@ from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import RandomStreams
 from tokenrl.language.rollout.forward import shape_of
-from tokenrl.language.rollout.generator import NOT_FINITE, Abilities
+from tokenrl.language.rollout.generator import NOT_FINITE, Abilities, Generator
 from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings
@@ -37,7 +37,7 @@ FALL_BACK = "--generator transformers samples without it"
 
 
 @dataclass(frozen=True)
-class VllmGenerator:
+class VllmGenerator(Generator):
     """Samples with an engine of vLLM that holds a copy of the weights.
 
     Attributes:

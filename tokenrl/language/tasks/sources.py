@@ -48,6 +48,12 @@ class DataArguments(Settings, group="data"):
     """What follows on a call of reward functions that misses the deadline. stop: the run stops. abstain: they
     are called again for each completion alone, and one that misses the deadline gets no reward from them; it
     counts in frac_rows_late."""
+    on_reward_error: Literal["stop", "abstain"] = "stop"
+    """What follows on a reward function that raises an error. stop: the run stops. abstain: it is called again
+    for each completion alone, and gives no reward to those for which it raises an error again."""
+    on_abstain: Literal["zero", "leave-out"] = "zero"
+    """What follows where one of several weighted rewards gives a completion no reward. zero: it counts as 0 in
+    their sum. leave-out: the completion is left out of its group, as where none of them gives a reward."""
     environment: Annotated[str, OR_OBJECT] | None = None
     """Environment that answers to each turn of a completion, so that a row is an episode of several turns:
     `module:Env` or `file.py:Env`, a class or function that takes no arguments, or a dict of them by the

@@ -37,6 +37,7 @@ from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, shown
+from tokenrl.user_code import user_code
 
 
 class Task(Protocol):
@@ -228,7 +229,8 @@ def _refusing(name: str) -> Iterator[None]:
         Refused: the code in the block raised an error.
     """
     try:
-        yield
+        with user_code():
+            yield
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
@@ -322,6 +324,8 @@ def find_task(
         environments=environments,
         timeout=args.reward_timeout,
         abstains=args.on_reward_timeout == "abstain",
+        abstains_on_error=args.on_reward_error == "abstain",
+        leaves_out=args.on_abstain == "leave-out",
         sources=named or None,
         pass_threshold=pass_threshold,
         optional=is_optional,

@@ -52,7 +52,8 @@ class SamplingArguments(Distribution, group="sampling"):
     """Steps for which the weights that sample training stay the same: with 4 a rollout is of weights that are up
     to 3 steps old, as where sampling and training overlap. Then they are a copy, which needs transformers as
     generator. A generator of your own that has `announce` samples each step during the update of the step
-    before, so give it 2. An importance of the estimator corrects for them; evaluations are of the present weights."""
+    before, so give it 2; it is not told what follows in episodes or with zero_spread refill. An importance of
+    the estimator corrects for them; evaluations are of the present weights."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     capture: Literal["auto", "no"] = "no"

@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import completion_mask
 from tokenrl.errors import (
+    ENDS,
     USER_CODE_FAILED,
     Refused,
     Stopped,
@@ -28,6 +29,7 @@ from tokenrl.errors import (
     raised,
 )
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.engine_checks import (
     COARSE,
@@ -44,6 +46,7 @@ from tokenrl.language.rollout.generator import (
     LaggedGenerator,
     TransformersGenerator,
     abilities_of,
+    announces,
 )
 from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
@@ -83,7 +86,8 @@ def engine_of(args: TrainArguments) -> MakeGenerator:
     if args.sync_every > 1 and engine is TransformersGenerator:
         return partial(LaggedGenerator, cache=cache, every=args.sync_every)
     if engine in ENGINES.values():
-        return partial(getattr(engine, "start", engine), cache=cache)
+        make = engine.start if engine is VllmGenerator else engine
+        return partial(make, cache=cache)
     return engine  # type: ignore[no-any-return]
 
 
@@ -132,13 +136,13 @@ def _told(failure: str, kind: type[TokenrlError]) -> Iterator[None]:
         raise
     except USER_CODE_FAILED as error:
         fault = str(error) if isinstance(error, WrongRollout) else raised(error)
-        lost = None if isinstance(error, SystemExit) else explain(error)
+        lost = None if isinstance(error, ENDS) else explain(error)
         raise lost or kind(f"{failure}: {fault}.") from error
 
 
 @dataclass
-class CheckedEngine:
-    """An engine whose rollouts are checked, and whose failures are told in words.
+class CheckedEngine(Generator):
+    """An engine whose rollouts are checked, and each call of which gives settings back and fails in words.
 
     Attributes:
         engine: samples the completions.
@@ -157,9 +161,10 @@ class CheckedEngine:
     remark: str = ""
 
     @property
-    def abilities(self) -> Abilities:
+    def abilities(self) -> Abilities:  # type: ignore[override]
         """What the engine can do."""
-        return abilities_of(self.engine)
+        with self._told("abilities cannot be read"):
+            return abilities_of(self.engine)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -205,6 +210,12 @@ class CheckedEngine:
     def _told(self, failure: str) -> AbstractContextManager[None]:
         """Return a context that raises `Stopped`, which names the engine, for what fails in it."""
         return _told(f"{type(self.engine).__name__}.{failure}", Stopped)
+
+    def announce(self, prompts: Any) -> None:
+        """Tell an engine that has `announce` which prompts come next; it gets copies of the rows."""
+        with self._told("announce failed"):
+            if announces(self.engine):
+                self.engine.announce([(number, copied(dict(row))) for number, row in prompts])
 
     def sync(self, policy: Policy) -> None:
         """Let the engine sample from the weights that this policy has now."""

@@ -45,7 +45,7 @@ from tokenrl.language.training.verdicts import judge_end, judge_start, judge_ste
 from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
-from tokenrl.runs.processes import all_reduce_max, gather_objects, make_accelerator
+from tokenrl.runs.processes import all_reduce_max, gather_objects, local, make_accelerator
 from tokenrl.runs.resume import (
     Provenance,
     check_processes,
@@ -123,13 +123,12 @@ def train(
                 _record(run, session, record, metrics)
                 if step == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                if reason := judge_step(run, session):
-                    session.ended = reason
-                elif callback:
+                if callback:
                     with user_code():
                         is_last = callback(step, dict(metrics)) is True
                     if any(all_reduce_max(accelerator, [int(is_last)])):
                         session.ended = "callback"
+                session.ended = judge_step(run, session) or session.ended
             return _finish(run, session)
 
 
@@ -259,10 +258,11 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     run.tell(step - 1)
     share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
     set_rates(learner.optimizer, share)
-    engine: Any = getattr(learner.generator, "engine", None)
-    if hasattr(engine, "announce") and args.sync_every > 1 and step < args.max_steps:
+    are_known = not args.estimator.refills and run.rewards.environments is None
+    if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
-        engine.announce(run.stream.peek(2 * size)[size:])  # of the step after this
+        following = run.stream.peek(2 * size)[size:]  # of the step after this
+        learner.generator.announce(local(learner.accelerator, following))
     record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
     metrics = record.metrics
     plain, least = sizes_of_steps(args)

@@ -90,6 +90,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
         values = rows.by_function[:, column].double()
+        metrics[f"rewards/{name}/abstained"] = values.isnan().double().mean()
         values = values[~values.isnan()]
         if len(values):
             metrics[f"rewards/{name}/mean"] = values.mean()

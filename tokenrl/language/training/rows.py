@@ -73,9 +73,7 @@ def sample(
             "top_ids if it is that of the most probable tokens only."
         )
     rollout = learner.with_missing_fields(rollout)
-    check = getattr(learner.generator, "check", None)  # of an engine that is checked
-    if check is not None:
-        check(rollout, sampling)
+    learner.generator.check(rollout, sampling)
     return rollout
 
 
@@ -140,7 +138,9 @@ def with_estimates(
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
-        columns["greedy_rewards"] = greedy_rewards(learner, rewards, sampling, rows)
+        greedy = greedy_rows(learner, rewards, sampling, rows)
+        columns["greedy_rewards"] = greedy.rewards
+        rows = replace(rows, valid=rows.valid & greedy.valid)  # without it there is no baseline
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
     if estimator.needs_memory:
         columns["keys"] = data_keys(rows.data)
@@ -169,12 +169,12 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     return None
 
 
-def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Tensor:
-    """Return the reward [n] of the greedy completion of each row's prompt, for ReMax (arXiv 2310.10505)."""
+def greedy_rows(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
+    """Return the greedy completion of each row's prompt with its reward, for ReMax (arXiv 2310.10505)."""
     size = sampling.group_size
     prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
     greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
-    return greedy.rewards.repeat_interleave(size)
+    return greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
@@ -204,7 +204,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         rows = replace(rows, **missing | whole)
     if not rows.valid.any():
         raise Stopped(
-            f"Every reward function abstained from every completion of this step. {failed}".strip()
+            f"Reward functions abstained from every completion of this step. {failed}".strip()
         )
     return rows
 

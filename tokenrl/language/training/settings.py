@@ -12,7 +12,7 @@ import torch
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.generator import abilities_of
+from tokenrl.language.rollout.generator import abilities_of, announces
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
 from tokenrl.language.tasks.task import is_unrewarded
 from tokenrl.language.training.arguments import OWN, TrainArguments
@@ -139,7 +139,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    can_lag = args.generator == "transformers" or hasattr(maker, "announce")
+    can_lag = args.generator == "transformers" or announces(maker)
     if args.sync_every > 1 and (estimator.needs_greedy or not can_lag):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "

@@ -58,16 +58,18 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     destroyed = findings.get("policy-destroyed")
     if destroyed and destroyed.flag not in session.flags:
         session.flags.append(destroyed.flag)
-    for flag in ("policy-destroyed", "truncation", "sampling-differs"):
+    for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
         if flag in findings:
             session.warn_once(flag, f"{start} {findings[flag].text}")
-    if remark := getattr(run.learner.generator, "remark", ""):
+    if remark := run.learner.generator.remark:
         session.warn_once("sampling-differs", f"{start} {remark}")
     none = findings.get("no-signal")
     if none is None:
         return None
     ends = 0 < limit <= idle
-    if session.rows[-1].get("reward", math.nan) > session.eval_before.get("reward", math.inf):
+    # The first step samples from the policy before training too, also where evaluations sample nothing.
+    before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
+    if session.rows[-1].get("reward", math.nan) > before:
         return _end_of_learning(run, session, idle) if ends else None
     if "policy-destroyed" not in session.flags:
         session.warn_once("flat", f"{start} {none.text}")
@@ -91,7 +93,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     if session.evaluation and session.step:
         solved = getattr(run.task, "solved", None) or math.inf
         gain = _gain(run, session)
-        observed = replace(observed, is_solved=session.rows[-1].get("eval_reward", 0) >= solved)
+        reward = last.get("eval_reward", last.get("eval_reward_greedy", 0))
+        observed = replace(observed, is_solved=reward >= solved)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
             session.flags = []
         elif not run.unrewarded:
@@ -138,6 +141,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         observe(rows, run.args),
         lowest_rate=run.settings.usual_rate,
         highest_rate=run.settings.usual_rate,
+        faults=run.rewards.faults,
         pass_mark=math.inf if mark is None else mark,
         can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
         uncut=uncut,
