@@ -46,14 +46,7 @@ from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.resume import (
-    Provenance,
-    claim,
-    cut_back,
-    is_main,
-    together,
-    write_failure,
-)
+from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 from tokenrl.user_code import leave, own_process
 

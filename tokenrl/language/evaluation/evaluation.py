@@ -53,10 +53,7 @@ class Evaluation(Tabled):
     failures: Sequence[str] = ()
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (type(self).__name__, "value"),
-            *with_errors(self.metrics).items(),
-        ]
+        return [(type(self).__name__, "value"), *with_errors(self.metrics).items()]
 
     def _ending(self) -> list[str]:
         sizes = f"{len(self.rows)} prompts, a greedy completion and {self.sampling.num_generations} samples"

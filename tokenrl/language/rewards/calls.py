@@ -23,15 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import (
-    Refused,
-    Stopped,
-    TokenrlError,
-    code_line,
-    describe,
-    suggest,
-    written,
-)
+from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
 from tokenrl.settings import LARGEST_REWARD, shown
 from tokenrl.user_code import own_process, user_code
 
@@ -128,13 +120,12 @@ def call_rewards(
         announce: called before every stage with the function that is waited for, so that the message of a
             missed deadline can name it.
         objects: further arguments with one value per completion, which are passed as they are.
-        abstains: whether a function that raises an error is called again for each completion alone, and gives
-            no reward to those for which it raises one again. What it gives to `log_extra` is then dropped.
+        abstains: whether a function that fails is called again for each completion alone, and gives none to those
+            for which it fails again. What it gives to `log_extra` is then dropped.
 
     Raises:
-        Stopped: a function raised anything (SystemExit too) and may not abstain, or did not return for each
-            completion a number within `LARGEST_REWARD`, or None; the message names the function, and what it
-            raised or the row.
+        Stopped: a function raised anything (SystemExit too) and may not abstain, or did not return a number
+            within `LARGEST_REWARD` or None for each row; the message names it, and what it raised or the row.
         Refused: a function has a parameter for a column that does not exist.
     """
     extra: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
@@ -191,9 +182,7 @@ def call_rewards(
         numbers = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else [np.nan]
         values[name] = np.array(numbers)
         extra[name] = {}
-    columns: dict[str, list[Any]] = {}
-    for own in extra.values():
-        columns |= own
+    columns = dict(item for own in extra.values() for item in own.items())
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
     return CallResults(values, columns, logged, seconds, faults)
 
