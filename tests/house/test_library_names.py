@@ -79,6 +79,7 @@ NAMES = {
     "torch.utils._pytree:tree_map": "runs/checkpoint.py",
     "torch.autograd.function:once_differentiable": HEAD,
     "torch.compiler:set_stance": VLLM,
+    "torch._dynamo:OptimizedModule._orig_mod": "language/policy/copies.py",
     "torch:OutOfMemoryError": "language/rollout/agreement.py",
     "torch.cpu:get_capabilities": FORWARD,
     "torch.distributed:DistError": "errors.py",  # known by its name alone

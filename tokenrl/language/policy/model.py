@@ -7,7 +7,6 @@ turns prompts into ids and ids into text, and keeps the reference policy of a KL
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import PromptArguments, saved_form, trained_prompts
+from tokenrl.language.policy.copies import frozen_copy, uncompiled
 from tokenrl.language.policy.loading import (
     clear_rates,
     context_of,
@@ -237,7 +237,7 @@ class Policy:
     def add_reference(self) -> None:
         """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""
         if self.reference is None and not self.has_adapter:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            self.reference = frozen_copy(self.model)
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
@@ -252,7 +252,8 @@ class Policy:
 def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     """Make a `Policy` of a model and a tokenizer that are already in memory; dropout is switched off.
 
-    A completion ends at any EOS id that the generation config, the model config or the tokenizer names.
+    Of a model that `torch.compile` has wrapped, the model inside is taken. A completion ends at any EOS id that
+    the generation config, the model config or the tokenizer names.
 
     Args:
         model: a causal language model.
@@ -262,6 +263,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     Raises:
         Refused: the tokenizer has ids beyond the rows of the model's embedding.
     """
+    model = uncompiled(model)
     config: Any = model.config
     text_config = config.get_text_config()
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]

@@ -19,6 +19,7 @@ from torch import nn
 
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.policy.copies import uncompiled
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
@@ -179,7 +180,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         source = (source.model, source.tokenizer)
     missing: list[str] = []
     if isinstance(source, tuple):
-        model, tokenizer = source
+        model, tokenizer = uncompiled(source[0]), source[1]
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:

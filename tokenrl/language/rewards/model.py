@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form, trained_prompts
+from tokenrl.language.policy.copies import uncompiled
 from tokenrl.language.policy.loading import context_of, find_model, gains_from, loading
 from tokenrl.language.policy.prompts import checked_form, formed, render, text_ids
 
@@ -60,8 +61,8 @@ class RewardModel:
         import torch
 
         if isinstance(source, tuple):
-            self.__name__ = type(source[0]).__name__
-            model, tokenizer = source
+            model, tokenizer = uncompiled(source[0]), source[1]
+            self.__name__ = type(model).__name__
         else:
             self.__name__ = Path(source).resolve().name
             model, tokenizer, missing = load_classifier(str(source))

@@ -165,6 +165,11 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     cache = _failure(sample, False)
     if cache and _failure(sample, True):
         return [cache, "", "", ""]
+    if trials[0].gradient is not None and not _norm(trials[0].gradient):
+        raise Refused(
+            f"No weight of {policy.source!r} that is to be trained changes its log-probabilities. A function that was "
+            "put on a model, such as a compiled forward, goes on with the first model's weights in copies of it."
+        )
     compare = trials[0].score
     can_share = not _recomputes(policy)
     unshared = _failure(compare, model, Scoring()) if can_share else ""

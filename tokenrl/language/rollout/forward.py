@@ -11,16 +11,15 @@ converted in a forward pass. Micikevicius et al. 2018, "Mixed Precision Training
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.copies import sharing_copy
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring, check_token_steps, check_turns
@@ -303,7 +302,7 @@ def half_model(model: nn.Module) -> tuple[nn.Module, Copies]:
     pairs = [
         (p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)) for p in _halved(model)
     ]
-    half_model = _copied(model, {id(p): half for p, half in pairs})
+    half_model = sharing_copy(model, {id(p): half for p, half in pairs})
     for original, half in pairs:
         if not half.requires_grad:
             original.data = half.data
@@ -320,7 +319,7 @@ def with_attention(model: nn.Module, implementation: str) -> nn.Module:
     Raises:
         Refused: the model has no such attention.
     """
-    twin: Any = _copied(model, {})
+    twin = sharing_copy(model, {})
     try:
         twin.set_attn_implementation(implementation)
     except Exception as error:  # code of any architecture
@@ -365,21 +364,6 @@ def _register_unread_masks() -> None:
 
     AttentionInterface.register(UNREAD, sdpa_attention_forward)
     AttentionMaskInterface.register(UNREAD, applied_mask)
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model as it is now; it shares the weights that are not trained."""
-    copies = {}
-    for weight in model.parameters():
-        if weight.requires_grad:
-            copies[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return _copied(model, copies).eval()
-
-
-def _copied(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
-    """Copy modules and configuration; weights and buffers are shared, but for the `replaced` ones by id."""
-    shared: dict[int, Tensor] = {id(x): x for x in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared | replaced)
 
 
 def _halved(model: nn.Module) -> list[nn.Parameter]:

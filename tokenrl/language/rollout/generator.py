@@ -7,7 +7,6 @@ of processes, and two estimators can be compared on common random numbers.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.errors import Stopped
+from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoder import Decoder
 from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
@@ -205,8 +205,7 @@ class LaggedGenerator(Generator):
             cache: see `TransformersGenerator`.
             every: k, 2 or more; step s samples from the weights before step `s - (s - 1) % k`.
         """
-        model = copy.deepcopy(policy.model)
-        lagged = replace(policy, model=model, reference=None)
+        lagged = replace(policy, model=copied(policy.model), reference=None)
         self._present = TransformersGenerator(policy, rows_at_once, cache)
         self._lagged = TransformersGenerator(lagged, rows_at_once, cache)
         self._every = every

@@ -5,7 +5,6 @@ The base model of a toy task is a tiny model that has learnt from demonstrations
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import json
@@ -30,6 +29,7 @@ from tokenrl.language.policy.arguments import (
     PromptArguments,
     saved_form,
 )
+from tokenrl.language.policy.copies import copied, uncompiled
 from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
@@ -98,6 +98,7 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         Refused: the model cannot be loaded.
     """
     if isinstance(source, Policy):
+        source.model = uncompiled(source.model)
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
@@ -131,7 +132,7 @@ def with_own_weights(policy: Policy, source: Any) -> Policy:
     """Return the policy of a source; a model that the caller holds is copied, so that it stays as it is."""
     if isinstance(source, str | None):
         return policy
-    return replace(policy, model=copy.deepcopy(policy.model))
+    return replace(policy, model=copied(policy.model))
 
 
 def make_tiny(args: ModelArguments, task: Any) -> Policy:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Stopped
+from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import (
     Forward,
     choose_forward,
-    frozen_copy,
     shape_of,
 )
 from tokenrl.language.rollout.generator import (

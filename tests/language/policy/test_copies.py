@@ -1,0 +1,110 @@
+"""A copy of a model computes with its own weights, or is refused: functions on instances stay with the original."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from tiny_models import make_learner, make_model, make_policy, make_tokenizer
+from torch.nn.functional import linear
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
+from tokenrl.language.policy.copies import copied, frozen_copy
+from tokenrl.language.policy.model import Policy, add_lora, wrap
+from tokenrl.language.rollout.forward import half_copy
+from tokenrl.language.rollout.generator import LaggedGenerator
+from tokenrl.language.supervised.base import with_own_weights
+
+IDS = torch.tensor([[3, 5, 7, 9]])
+
+
+def behind(module):
+    """Put a function on a module that calls what the module has computed so far."""
+    forward = module.forward
+    module.forward = lambda *inputs, **options: forward(*inputs, **options)
+
+
+def compiled(module):
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def with_alias(module):
+    weight = module.weight.detach()
+    module.forward = lambda x: linear(x, weight)
+
+
+PUT = {
+    "function": lambda model: behind(model),
+    "compiled": lambda model: compiled(model),
+    "head": lambda model: behind(model.lm_head),
+    "layer": lambda model: compiled(model.model.layers[1].mlp),
+    "alias": lambda model: with_alias(model.lm_head),
+    "of a copy": lambda model: behind(model) or setattr(model, "forward", make_model().forward),
+}
+COPIES = {
+    "reference": Policy.add_reference,
+    "own teacher": lambda policy: frozen_copy(policy.model),
+    "older sampler": lambda policy: LaggedGenerator(policy, every=2),
+    "bfloat16": half_copy,
+    "of the caller": lambda policy: with_own_weights(policy, (policy.model, policy.tokenizer)),
+}
+
+
+@pytest.mark.parametrize("put", PUT)
+@pytest.mark.parametrize("made", COPIES)
+def test_a_copy_that_computes_with_other_weights_is_refused(made, put):
+    policy = make_policy()
+    PUT[put](policy.model)
+    weights = copy.deepcopy(policy.model.state_dict())
+    with pytest.raises(Refused, match=r"does not compute with its own weights.*compile\(\)"):
+        COPIES[made](policy)
+    for name, weight in policy.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_policy_that_is_such_a_copy_already_is_refused():
+    model = make_model()
+    behind(model)
+    policy = wrap(copy.deepcopy(model), make_tokenizer())
+    with pytest.raises(Refused, match=r"No weight of .* changes its log-probabilities"):
+        make_learner(policy, Estimator())
+
+
+@pytest.mark.parametrize("way", ["plain", "method", "in place", "wrapped"])
+def test_a_copy_follows_its_own_weights_alone(way):
+    """What torch or Python copies rightly is not refused; a wrapped model counts as the one inside."""
+    model = make_model()
+    if way == "method":
+        model.forward = MethodType(type(model).forward, model)
+    if way == "in place":
+        model.compile(backend="eager")
+    given = torch.compile(model, backend="eager") if way == "wrapped" else model
+    policy = wrap(given, make_tokenizer())
+    assert policy.model is model
+    twin = copied(model)
+    alone = make_model()
+    for changed in (model, alone):
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(2)
+    assert torch.equal(twin(IDS).logits, make_model()(IDS).logits)
+    assert torch.equal(model(IDS).logits, alone(IDS).logits)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(2)
+    assert torch.equal(twin(IDS).logits, alone(IDS).logits)
+
+
+def test_an_adapter_that_is_switched_off_needs_no_copy():
+    policy = make_policy()
+    compiled(policy.model)
+    before = make_model()(IDS).logits
+    add_lora(policy, r=2)
+    policy.add_reference()
+    with torch.no_grad():
+        for weight in policy.trainable_parameters():
+            weight.add_(0.1)
+    with policy.reference_model() as reference:
+        assert torch.allclose(reference(IDS).logits, before, atol=1e-5)
+    assert not torch.allclose(policy.model(IDS).logits, before, atol=1e-2)
