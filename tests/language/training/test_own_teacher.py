@@ -322,3 +322,34 @@ def test_what_a_teacher_cannot_read_is_refused_in_words(tmp_path):
     ):
         with pytest.raises(Stopped, match=words):
             taught(tmp_path / "run", quiet=True, overwrite=True, teacher_context=function)
+
+
+@pytest.mark.parametrize("source", ["template", "column", "function"])
+def test_only_the_prompts_of_the_policy_are_cut(source, tmp_path):
+    """Cut on the left, the teacher's prompt would lose the answer, which is all that it knows more."""
+
+    def told(prompt, completions):
+        return f"{completions[0]} is right. {prompt}"
+
+    long = "the cat sat on " * 10
+    rows = [{"prompt": long, "answer": "mat"} for _ in range(3)]
+    options = {"teacher_template": "{answer} is right. {prompt}"}
+    if source == "column":
+        rows = [{**row, "teacher_prompt": f"mat is right. {long}"} for row in rows]
+        options = {}
+    if source == "function":
+        options = {"teacher_context": told}
+    options |= {"teacher": "self", "estimator": IN_REWARD, "truncate_prompts": True, "cpu": True}
+    sizes = {"max_completion_length": 16, "prompts_per_step": 2, "num_generations": 2}
+    with pytest.raises((Refused, Stopped)) as refusal:
+        tokenrl.train(
+            model=make_policy(),
+            task=rows,
+            reward=vowel_reward,
+            output_dir=tmp_path / "run",
+            quiet=True,
+            **options,
+            **sizes,
+        )
+    assert "give the teacher less to read, as its prompts are never cut" in str(refusal.value)
+    assert "truncate_prompts" not in str(refusal.value)

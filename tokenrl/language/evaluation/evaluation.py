@@ -269,7 +269,7 @@ def _check_reference(
         )
     if reference.context != policy.context:
         whole = replace(sampling, truncate_prompts=False)
-        encode(reference, prompts, whole)
+        encode(reference, prompts, whole, remedy="shorter prompts")
 
 
 def _by_prompt(

@@ -38,6 +38,9 @@ from tokenrl.language.policy.prompts import (
 from tokenrl.language.policy.saving import base_named, merged, with_adapter
 from tokenrl.language.policy.stops import StopStrings, decoded
 
+CUT = "truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it out"
+"""What helps against a prompt of the policy that is too long."""
+
 
 @dataclass
 class Policy:
@@ -186,6 +189,7 @@ class Policy:
         truncate: bool = False,
         locations: Sequence[str] = (),
         tools: Sequence[Any] = (),
+        remedy: str = CUT,
     ) -> list[list[int]]:
         """Token ids of many prompts; each leaves room for a completion in the model's context.
 
@@ -195,6 +199,7 @@ class Policy:
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it.
             locations: the place of each prompt in the data, for the message of a refusal.
             tools: the tools of each prompt, as in `encode`; empty for none.
+            remedy: what helps against a prompt that is too long, for the message.
 
         Raises:
             Refused: a prompt and its completion could exceed the context, or `encode` refuses a prompt.
@@ -222,8 +227,7 @@ class Policy:
                 raise Refused(
                     f"The prompt {names[row]} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
-                    f"give {shorter}truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it "
-                    "out, or take a model with a longer context."
+                    f"give {shorter}{remedy}, or take a model with a longer context."
                 )
         return [ids[-room:] for ids in encoded]
 

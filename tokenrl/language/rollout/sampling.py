@@ -78,7 +78,11 @@ class Sampling(Distribution):
 
 
 def encode(
-    policy: Policy, data: Sequence[Any], sampling: Sampling, locations: Sequence[str] = ()
+    policy: Policy,
+    data: Sequence[Any],
+    sampling: Sampling,
+    locations: Sequence[str] = (),
+    **options: str,
 ) -> list[list[int]]:
     """Token ids of the prompts of rows, each short enough for a completion to follow it.
 
@@ -87,6 +91,7 @@ def encode(
         data: the rows, with a `prompt` (text or chat messages) and perhaps `tools`.
         sampling: how they are completed.
         locations: where each prompt stands in the data, for the message of a refusal; empty if unknown.
+        **options: the `remedy` of `encode_all`.
 
     Raises:
         Refused: a prompt and its completion could exceed the model's context; the message names the row and
@@ -98,6 +103,7 @@ def encode(
         truncate=sampling.truncate_prompts,
         locations=locations,
         tools=[row.get("tools") for row in data],
+        **options,
     )
 
 

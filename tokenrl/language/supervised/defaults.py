@@ -151,8 +151,10 @@ def completion_limit(
     return limit, origin
 
 
-def check_prompts(policy: Policy, rows: Sequence[Any], sampling: Sampling) -> None:
+def check_prompts(policy: Policy, rows: Sequence[Any], sampling: Sampling, **options: str) -> None:
     """Check one by one, to save memory, that the prompts of rows fit into the context with a completion.
+
+    The options are those of `encode`.
 
     Raises:
         Refused: one is too long, or cannot be read.
@@ -162,7 +164,7 @@ def check_prompts(policy: Policy, rows: Sequence[Any], sampling: Sampling) -> No
             room = sampling.max_completion_length
             if surely_fits(policy, row["prompt"], room, row.get("tools")):
                 continue
-        encode(policy, [row], sampling, [location])
+        encode(policy, [row], sampling, [location], **options)
 
 
 def surely_fits(policy: Policy, prompt: Any, room: int, tools: Any = ()) -> bool:

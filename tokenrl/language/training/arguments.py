@@ -61,7 +61,8 @@ class SamplingArguments(Distribution, group="sampling"):
     graphs, if these agree with the plain way on a few tokens. It was tried on no GPU yet; without capture
     it gives the same tokens."""
     truncate_prompts: bool = False
-    """Cut prompts that are too long for the context on the left, instead of refusing them."""
+    """Cut prompts that are too long for the context on the left, instead of refusing them. What a teacher reads in
+    place of a prompt is never cut."""
     max_refills: Natural = 4
     """Rounds in which groups of equal rewards may be replaced by new prompts, with zero_spread refill
     (dapo)."""

@@ -28,6 +28,8 @@ from tokenrl.user_code import user_code
 
 COLUMN = "teacher_prompt"
 """Column of the data that holds what the teacher reads."""
+SHORTER = "the teacher less to read, as its prompts are never cut"
+"""What helps against a prompt of the teacher that is too long: cut on the left, it would lose what it adds."""
 OF_OTHERS = ("prompt", "row", "completions", "rewards")
 OF_ITSELF = ("completion", "reward")
 """The keywords of a user's function: about the prompt and the other rows of its group, and about the row itself."""
@@ -75,7 +77,8 @@ class TeacherPrompts:
         for location, row in with_places(rows):
             prompt = self.of_row(row, row["prompt"], location)
             read.append(Placed({**row, "prompt": prompt}, f"{location}, for the teacher"))
-        check_prompts(policy, read, sampling)
+        sampling = replace(sampling, truncate_prompts=False)
+        check_prompts(policy, read, sampling, remedy=SHORTER)
 
     def of(self, policy: Policy, rows: Rollout, sampling: Sampling) -> list[list[int]]:
         """Return the ids of what the teacher reads before each of N completions, which have their rewards.
@@ -96,10 +99,11 @@ class TeacherPrompts:
             contents = self._called(policy, rows, sampling.group_size, prompts)
         read = zip(contents, tools, strict=True)
         data = [{"prompt": content, "tools": described} for content, described in read]
-        if rows.openings is not None:  # what the environment wrote counts too, and nothing is cut
+        length = sampling.max_completion_length
+        if rows.openings is not None:  # what the environment wrote counts too
             length = rows.mask.shape[1]
-            sampling = replace(sampling, max_completion_length=length, truncate_prompts=False)
-        return encode(policy, data, sampling, [self.name] * len(data))
+        whole = replace(sampling, max_completion_length=length, truncate_prompts=False)
+        return encode(policy, data, whole, [self.name] * len(data), remedy=SHORTER)
 
     def _called(
         self, policy: Policy, rows: Rollout, size: int, prompts: Sequence[Prompt]
