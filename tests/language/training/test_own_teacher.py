@@ -332,7 +332,7 @@ def test_only_the_prompts_of_the_policy_are_cut(source, tmp_path):
         return f"{completions[0]} is right. {prompt}"
 
     long = "the cat sat on " * 10
-    rows = [{"prompt": long, "answer": "mat"} for _ in range(3)]
+    rows = [{"prompt": long + word, "answer": "mat"} for word in ("a", "the", "on")]
     options = {"teacher_template": "{answer} is right. {prompt}"}
     if source == "column":
         rows = [{**row, "teacher_prompt": f"mat is right. {long}"} for row in rows]
