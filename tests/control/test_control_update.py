@@ -236,3 +236,22 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
 def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
     with pytest.raises(Refused, match=message):
         check_supported(Estimator(**fields), num_steps)
+
+
+def test_a_constant_that_all_rewards_hold_changes_no_advantage():
+    """Each row has the reward 10^9 or a little more, in its first step; float32 holds multiples of 64 there."""
+    agent = agent_of(Estimator(baseline="batch_mean", scale="batch_std"))
+    agent.policy.float()
+    rollout = rollout_of()
+    rollout = rollout._replace(
+        observations=rollout.observations.float(),
+        final_observations=rollout.final_observations.float(),
+    )
+    advantages = []
+    for constant in (0.0, 1e9):
+        rewards = torch.zeros(4, 4, dtype=torch.double)
+        rewards[:, 0] = constant + torch.tensor([0.0, 1, 2, 5])
+        units, _ = loss_units(agent, agent.args.estimator, rollout._replace(rewards=rewards))
+        advantages.append(units.advantages)
+    assert advantages[1].dtype == torch.float32 and advantages[0].abs().max() > 1
+    torch.testing.assert_close(*advantages)

@@ -127,7 +127,8 @@ class Pieces:
         rollout = into_rows(steps, after)
         _check_numbers(self.envs.env, rollout, "a piece of an episode")
         returns, lengths = self._ended(steps)
-        return rollout._replace(returns=torch.tensor(returns), lengths=torch.tensor(lengths))
+        totals = torch.tensor(returns, dtype=torch.float64)
+        return rollout._replace(returns=totals, lengths=torch.tensor(lengths))
 
     def _ended(self, steps: Steps) -> tuple[list[float], list[int]]:
         """Add the steps to the episodes so far; give returns and lengths of those that ended."""
@@ -196,8 +197,7 @@ def _play(
     for column in zip(*history, strict=True):
         columns.append(torch.stack([torch.as_tensor(x) for x in column], 1))
     played = Steps(*columns)
-    # A reward beyond float32 becomes infinite, which `_check_numbers` finds.
-    played = played._replace(rewards=played.rewards.float())
+    played = played._replace(rewards=played.rewards.double())
     return played, torch.from_numpy(observation), idle
 
 

@@ -17,7 +17,7 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import in_rows
+from tokenrl.core.rows import in_rows, unrounded
 from tokenrl.errors import Stopped
 
 
@@ -155,8 +155,9 @@ def loss_units(
         if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
     check_rewards(estimator.objective, rollout.rewards, mask.any(-1))
+    dtype = rollout.observations.dtype
     terms = estimator.loss_terms(
-        rollout.rewards * args.reward_scale,
+        unrounded(rollout.rewards * args.reward_scale, dtype),
         mask,
         group_size=len(mask) if estimator.needs_groups else None,
         max_length=agent.horizon,
@@ -164,7 +165,7 @@ def loss_units(
         bootstrap=bootstrap,
         score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
         baseline_value=read(agent.memory, keys_of(rollout)) if estimator.needs_memory else None,
-    )
+    ).to(dtype)
     advantages = terms.advantages
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(mask.shape)

@@ -13,6 +13,8 @@ from tokenrl.core.refusals import check_groups
 from tokenrl.errors import Refused
 
 T = TypeVar("T")
+LARGE_REWARD = 4096.0
+"""Rewards from this size on are not rounded to float32, since small rewards and KLs that are added would be lost."""
 Mask = Float[Tensor, "N T"] | Bool[Tensor, "N T"]
 """1 (or True) where the policy chose the token."""
 
@@ -74,6 +76,16 @@ def zero_outside(
     function is applied before any arithmetic.
     """
     return torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def unrounded(rewards: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Return rewards, which may hold nan, in a precision that rounds none of them: `dtype`, or else their own.
+
+    Advantages are differences of rewards, so 10^9 and 10^9 + 1 must not become equal.
+    """
+    narrow = rewards.to(dtype)
+    is_kept = (narrow == rewards) & (rewards.abs() < LARGE_REWARD)
+    return narrow if bool((is_kept | rewards.isnan()).all()) else rewards
 
 
 def from_first(
@@ -161,6 +173,13 @@ class LossTerms(NamedTuple):
     """The rows that the loss is divided by."""
     returns: Float[Tensor, "N T"]
     """The targets of a critic."""
+
+    def to(self, dtype: torch.dtype) -> LossTerms:
+        """Return the terms in the precision of the loss, whatever the rewards have."""
+        numbers = (x.to(dtype) for x in (self.advantages, self.weights, self.returns))
+        return self._replace(
+            **dict(zip(("advantages", "weights", "returns"), numbers, strict=True))
+        )
 
 
 def token_weights(

@@ -315,3 +315,32 @@ def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
     expected = before - 0.3 * (gradient(other.model) + decay * before)
     assert gradient(other.model).norm() > 0.1
     torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "remax", "dapo", "rloo,components=separate"])
+def test_a_constant_that_all_rewards_hold_changes_nothing(name):
+    """Rewards of 10^9 and 10^9 + 1 differ by 1, which float32 does not hold."""
+
+    def above(constant):
+        def reward(completion_ids, **_):
+            return [constant + sum(ids) % 2 for ids in completion_ids]
+
+        learner = make_learner(make_policy(), preset_for_groups_of_three(name))
+        metrics = one_step(learner, reward=reward).metrics
+        return (
+            metrics["frac_reward_zero_std"],
+            metrics["reward_std"],
+            gradient(learner.policy.model),
+        )
+
+    *near, slope = above(0)
+    *far, steep = above(1e9)
+    assert near == pytest.approx(far) and near[1] > 0
+    assert apart(slope, steep) < 1e-6 and slope.norm() > 1
+
+
+def test_a_kl_counts_beside_a_large_reward():
+    learner = make_learner(make_policy(), Estimator(beta=0.3))
+    one_step(learner, reward=lambda completions, **_: [0.0] * len(completions))
+    record = one_step(learner, step=2, reward=lambda completions, **_: [1e6] * len(completions))
+    assert max(abs(row["advantage"]) for row in record.rows()) > 0.1

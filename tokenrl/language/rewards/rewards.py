@@ -10,7 +10,7 @@ itself. The library's rewards say both themselves where they hold. A reward that
 run.
 
 A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
-would overflow float32, in which advantages are computed. Whatever a reward raises, `sys.exit` included,
+would overflow float32, in which the loss is computed. Whatever a reward raises, `sys.exit` included,
 stops the run with a message that names the function, its line and the prompts; only a Ctrl-C is not its
 failure.
 """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.rows import LossTerms, zero_spread
+from tokenrl.core.rows import LossTerms, unrounded, zero_spread
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rollout.rewarded import failures_of, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import (
@@ -139,8 +139,8 @@ def with_estimates(
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
         greedy = greedy_rows(learner, rewards, sampling, rows)
-        columns["greedy_rewards"] = greedy.rewards
-        rows = replace(rows, valid=rows.valid & greedy.valid)  # without it there is no baseline
+        valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
+        rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
     if estimator.needs_memory:
         columns["keys"] = data_keys(rows.data)
@@ -178,7 +178,7 @@ def greedy_rows(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Ro
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
-    """Gather the rows of all processes, in the order of the prompts, all in the policy's precision.
+    """Gather the rows of all processes, in the order of the prompts, with the log-probabilities in one precision.
 
     An engine may have another one, and so may a process that sampled no token at all. Hidden states and what is
     no tensor stay with their process.
@@ -187,11 +187,7 @@ def gather(accelerator: Any, rows: Rollout) -> Rollout:
         Stopped: no row of the step has a reward.
     """
     failed = failures_of(rows.failures or ())
-    as_policy: dict[str, Any] = {}
-    for name in ("sampling_logprobs", "rewards", "by_function", "turn_rewards"):
-        column = getattr(rows, name)
-        as_policy[name] = None if column is None else column.to(rows.logprobs)
-    rows = replace(rows, **as_policy)
+    rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
     if accelerator.num_processes > 1:
         columns = {}
         for name, column in rows.columns().items():
@@ -218,18 +214,30 @@ def loss_terms(
         Refused: A row that does not abstain has a reward that the objective does not take.
     """
     check_rewards(estimator.objective, rows.rewards, rows.valid)
-    of_rewards = ["mask", "valid", "truncated", "turn_rewards", "turns"]
-    of_policy = ["logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards"]
-    of_policy.append("sampling_logprobs")
-    return estimator.loss_terms(
-        rows.rewards,
+    dtype = rows.logprobs.dtype
+    names = [
+        "mask",
+        "valid",
+        "truncated",
+        "turns",
+        "logprobs",
+        "ref_logprobs",
+        "values",
+        "score_norms",
+    ]
+    inputs = {name: getattr(rows, name) for name in [*names, "greedy_rewards", "sampling_logprobs"]}
+    if rows.turn_rewards is not None:
+        inputs["turn_rewards"] = unrounded(rows.turn_rewards, dtype)
+    terms = estimator.loss_terms(
+        unrounded(rows.rewards, dtype),
         group_size=sampling.group_size,
         max_length=sampling.max_completion_length,
         baseline_value=None if rows.keys is None else read(memory, rows.keys),  # [N]
-        components=rows.by_function,
+        components=unrounded(rows.by_function, dtype),
         component_weights=torch.from_numpy(rewards.weights),  # [F]
-        **{name: getattr(rows, name) for name in of_rewards + of_policy},
+        **inputs,
     )
+    return terms.to(dtype)
 
 
 def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
