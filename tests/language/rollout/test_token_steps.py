@@ -213,3 +213,14 @@ def test_a_run_takes_it_where_it_is_asked_to_and_says_so(tmp_path, monkeypatch, 
     others, steps = trained(tmp_path / "fixed", capture="auto")
     assert len(steps) > 1 and "captured, with buffers" in capsys.readouterr().out
     torch.testing.assert_close(weights, others, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_rows_that_no_completion_uses_stay_within_the_table_of_positions(family, look_every):
+    """9 rows take a bucket of 16, and smaller ones as they end; a table of 128 positions serves 20 rollouts."""
+    policy = replace(some_policy(family), token_steps=TokenSteps())
+    first = generated(policy)
+    for _ in range(20):
+        assert_same(generated(policy), first)
+    positions = [int(step.position.max()) for step in policy.token_steps._steps.values()]
+    assert len(positions) > 1 and max(positions) < len(PROMPTS[0]) + LENGTH

@@ -34,7 +34,7 @@ class TokenStep:
         cache: keys and values, with layers of R rows and L columns.
         mask: True on the columns that are read [R, 1, 1, L].
         column: where the next token is written [1].
-        position: number of tokens of each row that were read [R, 1].
+        position: number of tokens of each row that were read; rows that no completion uses begin at 0 [R, 1].
         token: the last token of each row [R].
         alive: True for the rows that have not ended [R].
         uniforms: random numbers of the tokens of a window [R, WINDOW]; None to take the most probable tokens.
@@ -101,6 +101,7 @@ class TokenStep:
         self.mask[:n, 0, 0, :width] = True if decoder.mask is None else decoder.mask
         self.column.fill_(width)
         self.position[:n, 0] = decoder.position
+        self.position[n:] = 0
         if decoder.token is not None:
             self.token[:n] = decoder.token
         self.alive[:n] = decoder.alive
@@ -109,6 +110,7 @@ class TokenStep:
         """Take over the rows `index` of another bucket, or of this one."""
         for x, y in zip(self.tensors, source.tensors, strict=True):
             x[: len(index)] = y[index]
+        self.position[len(index) :] = 0
         self.column.copy_(source.column)
 
     def _compute(self) -> None:
