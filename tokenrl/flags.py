@@ -298,5 +298,6 @@ def _about_presets() -> str:
         "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
         "The presets, and the bias of the expected gradient with each:",
     ]
-    lines += [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
+    width = max(map(len, PRESETS)) + 2
+    lines += [f"  {name:{width}}{Estimator.preset(name).bias_status}" for name in PRESETS]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ import ast
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,7 +268,7 @@ def draw(runs: dict[str, list[Run]], labels: list[str]) -> Figure:
     """Draw each kind by episodes, and by environment steps as far as every seed goes."""
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for seeds, label, colour in zip(runs.values(), labels, COLOURS, strict=False):
+    for seeds, label, colour in zip(runs.values(), labels, cycle(COLOURS), strict=False):
         means = [run.means() for run in seeds]
         episodes = [np.arange(len(mean)) + WIDTH for mean in means]
         steps = [np.cumsum(run.returns)[WIDTH - 1 :] for run in seeds]

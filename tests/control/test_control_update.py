@@ -250,7 +250,7 @@ def test_a_constant_that_all_rewards_hold_changes_no_advantage():
     advantages = []
     for constant in (0.0, 1e9):
         rewards = torch.zeros(4, 4, dtype=torch.double)
-        rewards[:, 0] = constant + torch.tensor([0.0, 1, 2, 5])
+        rewards[:, 0] = constant + torch.tensor([0.0, 1, 2, 5]).double()
         units, _ = loss_units(agent, agent.args.estimator, rollout._replace(rewards=rewards))
         advantages.append(units.advantages)
     assert advantages[1].dtype == torch.float32 and advantages[0].abs().max() > 1

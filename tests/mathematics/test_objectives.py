@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import objective_line
+from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.objectives import check_rewards
+from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 
@@ -185,3 +186,33 @@ def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
     wanted = torch.nn.functional.pad((rewards[:3] - mean) / mean, (0, 1))
     torch.testing.assert_close(advantages(e, rewards, valid), wanted)
     assert (advantages(e, rewards * 0) == -1.0 * (form == "keep_failures")).all()
+
+
+def test_what_an_objective_advises_is_allowed() -> None:
+    """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
+    with pytest.raises(
+        Refused, match=r"'log_success' compares .* take objective 'reward' and"
+    ) as alone:
+        advantages(Estimator.preset("maxrl"), torch.zeros(1))
+    assert "rloo" not in str(alone.value)
+    options = {"objective": "max_at_k", "objective_order": 2}
+    for form in ("leave_one_out", "sloo_minus_one", "sloo"):
+        check_horizon(Estimator(**options, objective_form=form), 501)
+    bare = Estimator(**options, objective_form="no_baseline")
+    check_horizon(bare, 500)
+    with pytest.raises(Refused, match="Choose another objective_form, such as 'leave_one_out'"):
+        check_horizon(bare, 501)
+
+
+def test_the_header_shows_every_axis_that_differs_and_one_status() -> None:
+    def half(rewards, **_):
+        return rewards / 2
+
+    shown = ("baseline", "aggregation", "beta")
+    plain = estimator_line(Estimator(), shown, "exact")
+    assert plain == "baseline rloo, sequence_sum, KL 0; bias: exact"
+    e = Estimator(baseline=half, importance="sequence", importance_cap=3.0, entropy_coef=0.01)
+    line = estimator_line(e, shown, "biased")
+    assert line.startswith("baseline half, sequence_sum, KL 0, ") and line.endswith("; bias: biased")
+    for part in ("importance sequence", "importance_cap 3", "entropy_coef 0.01"):
+        assert f", {part}" in line

@@ -115,7 +115,7 @@ def test_fields_that_are_filled_by_name_are_settings():
         for field in fields(kind)
     }
     assert named == {"learning_rate", "max_completion_length", "num_generations", "num_envs", "keep", "scale",
-                     "eval_generations", "reward_scale", "importance_centre"}  # fmt: skip
+                     "eval_generations", "reward_scale", "importance_centre", "sync_every"}  # fmt: skip
 
 
 def row(step, reward, error=0.03, equal=0.2):
@@ -172,3 +172,17 @@ def test_the_recent_steps_are_the_last_tenth_and_the_entropy_of_a_density_may_be
     observed = observed_of([row(step, step) for step in range(1, 21)], head="gaussian")
     assert (observed.step.reward, observed.recent.reward, observed.early.reward) == (20, 19.5, 1.5)
     assert math.isnan(observed.recent.entropy)
+
+
+@pytest.mark.parametrize(
+    ("difference", "steps", "words"),
+    [
+        (0.1, 1, "in one precision"),
+        (3.0, 1, "another model, other weights, or another prompt"),
+        (3.0, 4, "weights of earlier steps: lower --sync-every"),
+    ],
+)
+def test_what_no_precision_changes_is_no_precision(difference, steps, words):
+    recent = replace(NEAR, logp_difference=difference)
+    (finding,) = judge(Observed(recent=recent, sync_every=steps), "sampling-differs")
+    assert words in finding.text and ("precision" in finding.text) == (steps == 1)

@@ -15,13 +15,15 @@ from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
-from tokenrl.core.bias import objective_line
+from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.runs.console import measured
 from tokenrl.runs.findings import Finding, observe
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
+SHOWN = ("baseline", "returns", "gamma", "scale", "ratio")
+"""The axes that the header of a run shows, whatever they are."""
 PROGRESS = ("env_steps", "cpu_seconds", "last_reward")
 """The fields of an `AgentRun` that a checkpoint holds, beside the random numbers of the actions."""
 
@@ -196,9 +198,8 @@ def header(run: AgentRun, directory: str) -> dict[str, Any]:
     return {
         "environment": environment,
         "policy": policy,
-        "estimator": f"{estimator.preset_name}: baseline {estimator.baseline}, returns {estimator.returns}, "
-        f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
-        f"bias: {estimator.bias_status}",
+        "estimator": f"{estimator.preset_name}: "
+        f"{estimator_line(estimator, SHOWN, estimator.bias_status)}",
         **objective_line(estimator),
         "step": f"{args.num_envs} environments, {data} each, learning rate {args.learning_rate:g}, "
         f"seed {args.seed}",

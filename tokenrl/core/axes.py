@@ -265,6 +265,8 @@ class Axes(Settings):
             return True
         if self.baseline == "constant":
             return self.baseline_constant != 0
+        if self.other_objective:
+            return self.form != "no_baseline"
         return self.baseline != "none"
 
     @property

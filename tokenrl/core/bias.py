@@ -20,7 +20,8 @@ every status.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from tokenrl.core import choices
@@ -39,6 +40,9 @@ from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes
+
+LABELS = {"aggregation": "", "beta": "KL"}
+"""What the header of a run calls axes, where that is not their name."""
 
 
 def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[Effect]:
@@ -93,6 +97,26 @@ def compares_groups_only(axes: Axes) -> bool:
     """
     own_return = axes.chosen("baseline").in_group and axes.shares_return and axes.gamma == 1
     return own_return and not axes.kl_in_reward and not axes.overlong_buffer
+
+
+def estimator_line(axes: Axes, always: Sequence[str], status: str) -> str:
+    """Return the line of a run's header about an estimator: its status, and the axes that differ from the defaults.
+
+    Args:
+        axes: the axes of the estimator.
+        always: names of axes that are shown first, whatever they are.
+        status: the status in words.
+    """
+    others = [field.name for field in fields(axes) if getattr(axes, field.name) != field.default]
+    parts = []
+    for name in dict.fromkeys([*always, *others]):
+        value = getattr(axes, name)
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        if callable(value):
+            text = getattr(value, "__name__", type(value).__name__)
+        if not name.startswith("objective"):  # which has a line of its own
+            parts.append(f"{LABELS.get(name, name)} {text}".strip())
+    return f"{', '.join(parts)}; bias: {status}"
 
 
 def objective_line(axes: Axes) -> dict[str, str]:

@@ -151,13 +151,14 @@ def check_objective(axes: Axes) -> None:
         )
 
 
-def check_groups(choice: object, rows: int, group_size: int | None) -> int:
+def check_groups(choice: object, rows: int, group_size: int | None, otherwise: str = ALONE) -> int:
     """Return the group size.
 
     Args:
         choice: The choice that compares the rows of a group.
         rows: Number of rows in the step.
         group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+        otherwise: What to do without groups, for the message.
 
     Raises:
         Refused: Without groups, with groups of one, or when `rows` is no multiple of `group_size`.
@@ -165,7 +166,7 @@ def check_groups(choice: object, rows: int, group_size: int | None) -> int:
     if group_size is None or group_size < 2:
         raise Refused(
             f"{choice!r} compares the rows of a group, but group_size is {group_size}. Take two or more "
-            f"(num_generations; in control num_envs), or {ALONE}."
+            f"(num_generations; in control num_envs), or {otherwise}."
         )
     if rows % group_size:
         raise Refused(f"{rows} rows are no multiple of group_size {group_size}; give whole groups.")
@@ -183,6 +184,8 @@ def check_sizes(axes: Axes, rows: int, group_size: int | None) -> None:
     Raises:
         Refused: With the number of rows that is too small, and choices that need fewer.
     """
+    if axes.other_objective:
+        check_groups(axes.objective, rows, group_size, f"take objective 'reward' and {ALONE}")
     for axis in ("baseline", "scale"):
         choice = getattr(axes, axis)
         compares = axes.chosen(axis).compares
@@ -229,9 +232,11 @@ def check_horizon(axes: Axes, horizon: int | None, allow_no_baseline: bool = Fal
     if short or allow_no_baseline or axes.subtracts_baseline:
         return
     length = "without limit" if horizon is None else f"up to {horizon:,} steps"
+    choice = "the baseline 'value', 'running_mean', 'timestep_mean' with returns 'reward_to_go', or 'rloo'"
+    if axes.other_objective:
+        choice = "another objective_form, such as 'leave_one_out'"
     raise Refused(
         f"Episodes last {length}, but the estimator subtracts no baseline; beyond {LONGEST_WITHOUT_BASELINE} "
-        "steps noise hides the effect of one action. Choose the baseline 'value', 'running_mean', "
-        "'timestep_mean' with returns 'reward_to_go', or 'rloo'; or make episodes shorter, or pass "
+        f"steps noise hides the effect of one action. Choose {choice}; or make episodes shorter, or pass "
         "--allow-no-baseline."
     )

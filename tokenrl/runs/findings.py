@@ -166,6 +166,7 @@ class Observed:
     keep: str = ""
     scale: str = ""
     reward_scale: Number = None
+    sync_every: int = 1
     importance_centre: bool = False
     has_entropy_bonus: bool = False
 

@@ -23,6 +23,8 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
+OTHER_MODEL = 0.5
+"""Nats per token that no rounding reaches: bfloat16 changes log-probabilities by .01 to .1."""
 MAX_ABSTAINED = 0.02  # of completions to which a reward function gives no reward
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 SOLVED_ADVICE = (
@@ -118,10 +120,20 @@ def sampling_differs(observed: Observed) -> Judgement:
     is_far = difference > MAX_DIFFERENCE or share < LOST_SHARE
     if observed.importance_centre or not is_far:
         return None
+    advice = "Sample and train in one precision, or change --estimator.importance."
+    if observed.sync_every > 1:
+        advice = (
+            "The sampler has weights of earlier steps: lower --sync-every or the learning rate, or correct for them "
+            "by --estimator.importance."
+        )
+    elif difference > OTHER_MODEL:
+        advice = (
+            "No precision differs so much: the sampler has another model, other weights, or another prompt or "
+            "temperature. Check what it loads, and that it takes over the weights after each update."
+        )
     text = (
         f"Log-probabilities of sampling and training differ by {difference:.2g} nats per token; "
-        f"the effective sample size is {share:.0%} of the completions. "
-        "Sample and train in one precision, or change --estimator.importance."
+        f"the effective sample size is {share:.0%} of the completions. {advice}"
     )
     return Finding("sampling-differs", "void" if share < LOST_SHARE else "act", text)
 

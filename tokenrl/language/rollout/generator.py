@@ -20,7 +20,15 @@ from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoder import Decoder
 from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
-from tokenrl.language.rollout.rollout import Rollout, cat, pad_left, to_device, to_host, zeroed
+from tokenrl.language.rollout.rollout import (
+    NOT_YET,
+    Rollout,
+    cat,
+    pad_left,
+    to_device,
+    to_host,
+    zeroed,
+)
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
@@ -213,11 +221,15 @@ class LaggedGenerator(Generator):
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
-        """Sample completions as `Generator.generate` says; the step of the sampling decides whose weights count."""
+        """Sample completions as `Generator.generate` says; the step of the sampling decides whose weights count.
+
+        Columns of the trained policy are left open: the copy has other weights.
+        """
         if (sampling.step - 1) % self._every == 0:  # never at step 0, as k is 2 or more
             self.load_state_dict(_trained(self._present.policy))
         engine = self._lagged if sampling.step else self._present
-        return engine.generate(prompt_ids, sampling, draws)
+        rollout = engine.generate(prompt_ids, sampling, draws)
+        return replace(rollout, logprobs=NOT_YET, entropy=NOT_YET, score_norms=None, hidden=None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the copy that training changes, which a continuation samples from."""

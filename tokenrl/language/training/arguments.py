@@ -88,7 +88,7 @@ class OptimiserArguments(PassArguments, group="optimiser"):
     num_iterations: Count = 1
     """Passes over each rollout."""
     num_minibatches: Count = 1
-    """Updates per pass, each on an equal share of the prompts."""
+    """Updates per pass, each on a share of the prompts; their numbers of prompts differ by at most 1."""
     training_attention: Literal["as_loaded", "eager"] = OPEN
     """Attention of updates, and of sampling too in bfloat16 on a CPU: as the model was loaded (mostly sdpa),
     or by its plain formula. Default: eager on a CPU from 10 M parameters on, with completions of at most 128

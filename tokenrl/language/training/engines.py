@@ -108,7 +108,7 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
 def start_engine(
     make: MakeGenerator, policy: Policy, scoring: Scoring, rows_at_once: int | None
 ) -> Generator:
-    """Start a generator; unless it is the default one, all that it returns is checked.
+    """Start a generator; unless it is the default one, or an older copy, all that it returns is checked.
 
     Args:
         make: makes the generator from the policy and `rows_at_once`.
@@ -121,6 +121,8 @@ def start_engine(
     """
     with _told("The generator could not be made", Refused):
         engine = make(policy, rows_at_once)
+    if isinstance(engine, LaggedGenerator):
+        return engine
     if type(engine) is TransformersGenerator and engine.policy is policy:
         return engine
     return CheckedEngine(engine, policy, scoring)

@@ -317,9 +317,8 @@ class Learner:
         parts = {"optimizer": self.optimizer}
         if self.critic is not None:
             parts["critic"] = self.critic
-        engine = getattr(self.generator, "engine", None)
-        if isinstance(engine, LaggedGenerator):
-            parts["sampler"] = engine
+        if isinstance(self.generator, LaggedGenerator):
+            parts["sampler"] = self.generator
         if self.average is not None:
             parts["teacher"] = self.average
         return parts

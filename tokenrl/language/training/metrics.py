@@ -165,8 +165,8 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
         sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
-        many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w. They are those
-        of the rows that the first update learns from; none if there are no such rows.
+        many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
+        those of the rows that the first update learns from; none if there are no such rows.
     """
     host = to_host(part.logprobs for part in parts)
     own: list[list[float]] = []
@@ -185,7 +185,7 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
         "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
         "sampling/logp_difference/max": float(largest.max()),
         "sampling/effective_sample_size": effective / len(rows),
-        "sampling/kept_mass": float((log_total - math.log(len(rows))).exp()),
+        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(rows))).exp())),
     }
 
 

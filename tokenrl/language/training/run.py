@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenrl.core.bias import objective_line
+from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.memories import Memory
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import form_line
@@ -38,6 +38,9 @@ from tokenrl.language.training.teacher_prompts import bias_of_context
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
+
+SHOWN = ("baseline", "scale", "aggregation", "ratio", "beta")
+"""The axes that the header of a run shows, whatever they are."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,10 +224,7 @@ class TrainingRun:
                 f"by {engine}, with random numbers of its own: the run is not bit-exact"
             )
         if self.args.sync_every > 1:
-            facts["sampling"] = (
-                f"from weights up to {self.args.sync_every - 1} steps old; estimator off-policy: "
-                f"{self.args.estimator.off_policy_status}"
-            )
+            facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
         return {**facts, **self.learner.forward.scoring.remarks}
 
 
@@ -241,7 +241,9 @@ def first_facts(
         )
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = args.estimator
-    axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
+    status = bias_of_context(args) or estimator.bias_status
+    if args.sync_every > 1 and not bias_of_context(args):
+        status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
     stage = ""
     if args.warm_start:
         skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
@@ -249,8 +251,7 @@ def first_facts(
     return {
         "task": division_of(task, args.eval_size)[0],
         "reward": names,
-        "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
-        f"{bias_of_context(args) or estimator.bias_status}",
+        "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
         "order": f"{stage}an evaluation, training steps with evaluations in between",
         "seed": args.seed,
