@@ -213,6 +213,8 @@ def test_the_header_shows_every_axis_that_differs_and_one_status() -> None:
     assert plain == "baseline rloo, sequence_sum, KL 0; bias: exact"
     e = Estimator(baseline=half, importance="sequence", importance_cap=3.0, entropy_coef=0.01)
     line = estimator_line(e, shown, "biased")
-    assert line.startswith("baseline half, sequence_sum, KL 0, ") and line.endswith("; bias: biased")
+    assert line.startswith("baseline half, sequence_sum, KL 0, ") and line.endswith(
+        "; bias: biased"
+    )
     for part in ("importance sequence", "importance_cap 3", "entropy_coef 0.01"):
         assert f", {part}" in line

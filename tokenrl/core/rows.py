@@ -176,10 +176,10 @@ class LossTerms(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LossTerms:
         """Return the terms in the precision of the loss, whatever the rewards have."""
-        numbers = (x.to(dtype) for x in (self.advantages, self.weights, self.returns))
-        return self._replace(
-            **dict(zip(("advantages", "weights", "returns"), numbers, strict=True))
-        )
+        narrow = {
+            name: getattr(self, name).to(dtype) for name in ("advantages", "weights", "returns")
+        }
+        return self._replace(**narrow)
 
 
 def token_weights(

@@ -17,14 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.loading import context_of
 
-TOKENS = 8
-"""Tokens that a copy reads in its proof, or as many as its context has."""
-CHANGED = 1e-3
-"""Least difference of logits, in their standard deviations, that counts: rounding stays below it."""
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size, as which the bits of weights are read."""
+CLOSE = 0.01
+"""Logits that differ by less, or by this share, are equal but for rounding; the changes of a proof are far larger."""
 
 
 def uncompiled(model: Any) -> Any:
@@ -46,22 +41,19 @@ def copied(model: nn.Module, replaced: Mapping[int, Any] | None = None) -> Any:
         Refused: the copy computes with other weights than its own, or not at all.
     """
     twin = copy.deepcopy(model, dict(replaced or {}))
-    of_model = {weight.data_ptr(): weight for weight in model.parameters()}
-    of_twin = {weight.data_ptr(): weight for weight in twin.parameters()}
-    own = [weight for address, weight in of_twin.items() if address not in of_model]
-    others = [weight for address, weight in of_model.items() if address not in of_twin]
+    of_twin, of_model = ({w.data_ptr(): w for w in m.parameters()} for m in (twin, model))
+    own = [of_twin[address] for address in of_twin.keys() - of_model]
+    others = [of_model[address] for address in of_model.keys() - of_twin]
     logits = _logits(twin)
-    is_unknown = logits is not None and not bool(logits.isfinite().all())
-    if not own or is_unknown or (logits is None and _logits(model) is None):
+    if not own or (logits is None and _logits(model) is None):
         return twin  # the checks of a run refuse a model that cannot be computed
     if logits is None or not _changes(twin, logits, own) or _changes(twin, logits, others):
         parts = [name or "the model" for name, m in model.named_modules() if "forward" in vars(m)]
-        suspects = f", as forward of {', '.join(parts[:3])} may be" if parts else ""
         raise Refused(
-            f"A copy of the model ({type(model).__name__}) does not compute with its own weights. Functions that "
-            f"were put on it or on its parts are not copied and go on with the weights of the original{suspects}. "
-            "A reference, a teacher, an older sampler and bfloat16 need a copy. Give a model without such "
-            "functions; model.compile() compiles it in place and does not have this fault."
+            f"A copy of the model ({type(model).__name__}) does not compute with its own weights. Functions that were "
+            "put on it or on its parts are not copied and go on with the weights of the original; forward was put on: "
+            f"{', '.join(parts[:3]) or 'nothing'}. A reference, a teacher, an older sampler and bfloat16 need a copy. "
+            "Give a model without such functions; model.compile() compiles it in place and does not have this fault."
         )
     return twin
 
@@ -88,25 +80,23 @@ def _changes(model: Any, logits: Tensor, weights: Sequence[nn.Parameter]) -> boo
         changed = _logits(model)
     finally:
         _flip(weights)
-    limit = CHANGED * float(logits.std(correction=0))
-    return changed is None or not torch.allclose(changed, logits, rtol=0, atol=limit)
+    return changed is None or not torch.allclose(changed, logits, rtol=CLOSE, atol=CLOSE)
 
 
 def _flip(weights: Sequence[nn.Parameter]) -> None:
     """Change all numbers of weights by inverting their exponents; a second time restores them bit for bit."""
     for weight in weights:
-        size = weight.element_size()
-        if type(weight.data) is Tensor and weight.is_floating_point() and size in INTEGERS:
-            exponent = weight.data.new_full((), math.inf).view(INTEGERS[size])
-            weight.data.view(INTEGERS[size]).bitwise_xor_(exponent)
+        if type(weight.data) is Tensor and weight.is_floating_point():
+            integers = getattr(torch, f"int{8 * weight.element_size()}")
+            exponent = weight.data.new_full((), math.inf).view(integers)
+            weight.data.view(integers).bitwise_xor_(exponent)
 
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor | None:
-    """Return the logits of a few tokens; None where they cannot be computed."""
+    """Return the logits of a few tokens; None where they cannot be computed or are not finite."""
     with suppress(Exception), torch.random.fork_rng(devices=[]):  # code of any architecture
-        config = model.config.get_text_config()
-        count = min(TOKENS, context_of(config) or TOKENS)
-        ids = torch.arange(1, count + 1, device=next(model.parameters()).device)
-        return model(ids[None] % config.vocab_size).logits.double()  # type: ignore[no-any-return]
+        ids = torch.arange(4, device=next(model.parameters()).device)
+        logits: Tensor = model(ids[None]).logits
+        return logits if bool(logits.isfinite().all()) else None
     return None
