@@ -1,8 +1,4 @@
-"""Loads a causal language model with its tokenizer and treats it as a token-level policy.
-
-A completion is an episode and each of its tokens is an action. A `Policy` knows which ids end a completion,
-turns prompts into ids and ids into text, and keeps the reference policy of a KL term.
-"""
+"""Loads a causal language model with its tokenizer as a policy over tokens, whose episodes are completions."""
 
 from __future__ import annotations
 
@@ -27,6 +23,7 @@ from tokenrl.language.policy.loading import (
     switch_dropout_off,
 )
 from tokenrl.language.policy.prompts import (
+    CUT,
     Prompt,
     checked_form,
     following_ids,
@@ -37,9 +34,6 @@ from tokenrl.language.policy.prompts import (
 )
 from tokenrl.language.policy.saving import base_named, merged, with_adapter
 from tokenrl.language.policy.stops import StopStrings, decoded
-
-CUT = "truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it out"
-"""What helps against a prompt of the policy that is too long."""
 
 
 @dataclass
@@ -256,11 +250,10 @@ class Policy:
 def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     """Make a `Policy` of a model and a tokenizer that are already in memory; dropout is switched off.
 
-    Of a model that `torch.compile` has wrapped, the model inside is taken. A completion ends at any EOS id that
-    the generation config, the model config or the tokenizer names.
+    A completion ends at any EOS id that the generation config, the model config or the tokenizer names.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; of one that `torch.compile` has wrapped, the model inside is taken.
         tokenizer: its tokenizer.
         source: where the model came from, for messages.
 
@@ -268,8 +261,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         Refused: the tokenizer has ids beyond the rows of the model's embedding.
     """
     model = uncompiled(model)
-    config: Any = model.config
-    text_config = config.get_text_config()
+    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:

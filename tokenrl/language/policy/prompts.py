@@ -39,6 +39,9 @@ BEGUN = 200
 ANCHORS = ("\n", ".", "=", "a")
 """Texts behind which another is encoded; one of them does not merge with its beginning."""
 
+CUT = "truncate_prompts (--truncate-prompts), which drops tokens from the left, leave it out"
+"""What helps against a prompt of the policy that is too long."""
+
 
 def checked_form(tokenizer: Any, form: PromptArguments, name: str) -> PromptArguments:
     """Return the form in which a model is asked, and refuse one in which it cannot be asked.
