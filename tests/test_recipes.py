@@ -16,7 +16,7 @@ from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # by programs of a folder
-SHARED = {"own", "judging", "questions", "answer", "curves", "second_edition"}
+SHARED = {"own", "judging", "questions", "answer", "choice", "curves", "second_edition"}
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))
@@ -27,7 +27,7 @@ PROGRAMS = {
 # tests/language/rollout/test_vllm_server.py and tests/test_toy_environments.py
 ELSEWHERE = {"distillation_forms", "pretrained_toy_task", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"rebuild", "zero", "overall_scores", "compare_existing_runs", "openenv_client"}
-ELSEWHERE |= {"turns", "code_reward", "vllm_server"}
+ELSEWHERE |= {"turns", "code_reward", "vllm_server", "level"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
         "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",

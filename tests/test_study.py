@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -135,15 +136,31 @@ def test_differences_are_split_into_bases_and_seeds(monkeypatch):
 def test_a_rate_is_chosen_on_the_other_seeds(monkeypatch):
     """The rate that is best on a seed alone is not taken for that seed."""
     monkeypatch.syspath_prepend(STUDY)
-    differences = runpy.run_path(str(STUDY / "zero.py"))["differences"]
-    areas = {("rloo", 1): [0.9, 0.5, 0.5], ("rloo", 2): [0.1, 0.6, 0.6], ("0", 1): [0.2, 0.3, 0.4]}
-    rows = []
-    for (arm, rate), by_seed in areas.items():
-        for seed, area in enumerate(by_seed):
-            row = {"model": "m", "arm": arm, "learning_rate": rate, "seed": seed, "area": area}
-            rows.append(row)
-    # On the seeds 1 and 2 the rate 2 is better, and on 0 with 1 or 2 the rate 1.
-    assert differences(pd.DataFrame(rows)).to_numpy()[0] == pytest.approx([-0.1, 0.2, 0.1])
+    chosen = runpy.run_path(str(STUDY / "choice.py"))["at_best_rates_of_others"]
+    # On the seeds 1 and 2 the second rate is better, and on 0 with 1 or 2 the first.
+    assert chosen(np.array([[[0.9, 0.5, 0.5], [0.1, 0.6, 0.6]]])).tolist() == [0.1, 0.5, 0.5]
+
+
+def test_intervals_hold_the_choice_of_a_rate(monkeypatch):
+    """Without a choice the critical value is Student's; with it, the one of another program's simulation."""
+    monkeypatch.syspath_prepend(STUDY)
+    choice = runpy.run_path(str(STUDY / "choice.py"))
+    by_base = runpy.run_path(str(STUDY / "second_edition.py"))["by_base"]
+    arms = np.array([*by_base("12_reverse_text").values()])
+    for rates, critical in ((1, [4.032] * 5), (3, [4.641, 5.132, 6.029, 6.365, 7.960])):
+        scores = arms[:, :, :rates]
+        errors = stats.sem(choice["differences"](scores), axis=1)
+        assert choice["half_widths"](scores, 6) / errors == pytest.approx(critical, rel=0.05)
+
+
+def test_the_families_of_the_method_are_those_of_the_plans():
+    method = (STUDY / "method.md").read_text()
+    for parts, comparisons in re.findall(r"area in (`[^a ]+[^|;]*`)[^|]*\| (\d+)", method):
+        for part in re.findall(r"\w+", parts):
+            plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
+            assert len(plan["arms"]) == int(comparisons) + 1, part
+    families = sum(map(int, re.findall(r"\| \d+ \| (\d) \|\n", method)))
+    assert f"the {families} families" in (STUDY / "README.md").read_text()
 
 
 def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):

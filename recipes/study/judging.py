@@ -37,18 +37,6 @@ def judged_differences(differences: Mapping[str, pd.Series], margin: float = MAR
     return judged_table(rows, margin=margin).against_reference
 
 
-def at_best_rates_of_others(areas: pd.DataFrame) -> pd.DataFrame:
-    """Return each arm's score in each column, at the rate that is best in the other columns.
-
-    Args:
-        areas: a row for each arm and rate, the rate as the last level of the index.
-    """
-    arms = areas.index.names[:-1]
-    others = -areas.sub(areas.sum(axis=1), axis=0)
-    best = others.groupby(arms, sort=False).rank(ascending=False, method="first") == 1
-    return areas.where(best).groupby(arms, sort=False).sum()
-
-
 def score_cell(family: Any, scores: Any, digits: int = 3) -> str:
     """Return the difference of an arm to the reference and the verdict, or the mean of the reference."""
     reference = f"reference, {scores.mean:.{digits}f}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
+from choice import judged_at_best_rates
 from judging import (
     BLUE,
     COLOURS,
@@ -74,15 +75,15 @@ def judged(part: str, metric: str = "area") -> Any:
     return judged_table(read(part).runs, metric, read(part).margin)
 
 
-def with_mark(part: str, arm: str) -> str:
-    """Return the name of an arm with the mark of a copy."""
-    return f"{arm} {COPIES.get(part, {}).get(arm, '')}".rstrip()
+def mark_of(part: str, arm: str) -> str:
+    """Return the mark of a copy, with a space before it; nothing for another arm."""
+    mark = COPIES.get(part, {}).get(arm, "")
+    return mark and f" {mark}"
 
 
 def marked_score(part: str, family: Any, scores: Any, digits: int = 3) -> str:
     """Return the cell of an arm's difference to the reference, with the mark of a copy."""
-    mark = with_mark(part, scores.arm).removeprefix(scores.arm)
-    return score_cell(family, scores, digits) + mark
+    return score_cell(family, scores, digits) + mark_of(part, scores.arm)
 
 
 def by_arm(rows: dict[str, list[str]], *heads: str) -> pd.DataFrame:
@@ -113,7 +114,7 @@ def rates(axes: Axes, part: str) -> pd.DataFrame:
         fixed = judged(f"{part}_fixed").against_reference
         title += " (hollow: all at 2e-4)"
         forest(axes, fixed, margin, -0.14, hollow=True, copies=copies)
-    axes.set_yticklabels([with_mark(part, arm) for arm in family.against_reference])
+    axes.set_yticklabels([arm + mark_of(part, arm) for arm in family.against_reference])
     describe(axes, title, AGAINST_RLOO)
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
@@ -174,7 +175,7 @@ def entropy(axes: Axes, part: str) -> pd.DataFrame:
             against = signed(interval(slopes[arm] - slopes["rloo"], 0.05 / 8))
         rows[arm] = [f"{signed(left)} {curve_verdict(*left)}", against]
         means = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
-        name = with_mark(part, arm)
+        name = arm + mark_of(part, arm)
         colour = COLOURS[COPY] if arm in COPIES[part] else None
         axes.plot(means["entropy"], means["reward"], "o-", ms=3, lw=1, label=name, color=colour)
     title = f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}"
@@ -253,7 +254,7 @@ def noise(axes: Axes, part: str) -> pd.DataFrame:
         rows[arm] = [f"{measured['noise']['start', arm]:.3g}", middle]
         colour = BLUE if at_half["bias"] == "exact" else ORANGE
         axes.plot(x, area, "o", color=colour)
-        name = with_mark(part, arm)
+        name = arm + mark_of(part, arm)
         axes.annotate(name, (x, area), (6, 3), textcoords="offset points", fontsize=8)
     correlation = correlations(half_way["noise"].round(9), areas(part), part)
     x_name = "noise after 50 steps (blue: unbiased, orange: biased)"
@@ -272,33 +273,28 @@ def rank_of(arm: str) -> str:
 
 def lora(axes: Axes, part: str) -> pd.DataFrame:
     """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
-    first = read("7_lora")
-    full = first.runs[first.runs["arm"].map(rank_of) == "all weights"]
+    first = read("7_lora").runs
+    full = first[first["arm"].map(rank_of) == "all weights"]
     runs = pd.concat([full, read(part).runs]).drop_duplicates("path")
     ranks = runs["arm"].map(rank_of)
-    seeds = runs["seed"].nunique()
-    resampled = np.random.default_rng(0).integers(0, seeds, (10_000, seeds))
-    at_best: list[pd.DataFrame] = []
+    samples = [np.arange(6), *np.random.default_rng(0).integers(0, 6, (10_000, 6))]  # six seeds
+    arms: dict[str, np.ndarray] = {}
     peaks: dict[str, np.ndarray] = {}
     for rank, of_rank in runs.groupby(ranks, sort=False):
-        areas = of_rank.pivot(index="seed", columns="learning_rate", values="area")
-        axes.plot(areas.columns, areas.mean(), "o-", ms=4, lw=1, label=rank)
+        by_rate = of_rank.pivot(index="learning_rate", columns="seed")
+        areas = by_rate["area"]
+        axes.plot(areas.index, areas.mean(axis=1), "o-", ms=4, lw=1, label=rank)
         values = areas.to_numpy()
-        samples = [np.arange(seeds), *resampled]
-        peaks[rank] = np.array([peak(areas.columns, values[rows].mean(0)) for rows in samples])
-        best_of_others = {seed: areas.drop(seed).mean().idxmax() for seed in areas.index}
-        chosen = of_rank["learning_rate"] == of_rank["seed"].map(best_of_others)
-        at_best.append(of_rank[chosen].assign(arm=rank))
-    scores = pd.concat(at_best)
-    family = judged_table(scores, "area")
-    last = judged_table(scores, "reward")
+        peaks[rank] = np.array([peak(areas.index, values[:, rows].mean(1)) for rows in samples])
+        arms[rank] = np.array([areas, by_rate["reward"]])
+    _, family = judged_at_best_rates({rank: scores[:1] for rank, scores in arms.items()})
+    _, last = judged_at_best_rates(arms)
     alpha = "alpha = 32" if part == "7_lora_factor" else "alpha = 2 rank"
     rows = {}
-    for area, reward in zip(family.arms, last.arms, strict=True):
-        best = peaks[area.arm]
-        label = area.arm if area.arm == "all weights" else f"{area.arm}, {alpha}"
-        cells = [resampling(best), resampling(best / peaks["all weights"])]
-        rows[label] = [*cells, score_cell(family, area), score_cell(last, reward)]
+    for rank, best in peaks.items():
+        label = rank if rank == "all weights" else f"{rank}, {alpha}"
+        ratio = resampling(best / peaks["all weights"])
+        rows[label] = [resampling(best), ratio, family[rank], last[rank]]
     describe(axes, f"mean area at each rate, {alpha}", "learning rate", "area")
     axes.set_xscale("log")
     axes.legend(fontsize=8, frameon=False)

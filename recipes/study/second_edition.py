@@ -6,22 +6,31 @@ from itertools import count
 
 import numpy as np
 import pandas as pd
+from choice import half_widths, judged_at_best_rates
 from judging import (
     BLUE,
     ORANGE,
-    at_best_rates_of_others,
     describe,
     forest,
     half_width,
     interval,
     judged_differences,
     judged_table,
-    score_cell,
     signed,
     verdict_cell,
 )
 from matplotlib.axes import Axes
-from questions import AGAINST_RLOO, COPIES, TABLES, by_arm, by_name, judged, marked_score, read
+from questions import (
+    AGAINST_RLOO,
+    COPIES,
+    TABLES,
+    by_arm,
+    by_name,
+    judged,
+    mark_of,
+    marked_score,
+    read,
+)
 
 WEIGHTS = (0.001, 0.1)
 """The weights of the KL in question 11: one that only measures it, and one that holds it back."""
@@ -41,7 +50,7 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
     runs["arm"] = runs["arm"].str.partition(",")[0]
     family, clipped = judged_table(runs, "area"), judged(before)
     own = runs.groupby("arm")["learning_rate"].mean()
-    moved = (differences(runs) - differences(read(before).runs)).dropna()
+    moved = (differences(runs) - differences(read(before).runs)).dropna(axis=1, how="all").dropna()
     copies = COPIES[before]
     rows = {}
     for scores in family.arms:
@@ -50,9 +59,7 @@ def unclipped(axes: Axes, part: str) -> pd.DataFrame:
         rows[arm] = [f"{verdict}, at {own[arm]:g}", "", ""]
         if arm != "rloo":
             verdicts = [judgement.against_reference[arm].verdict for judgement in (clipped, family)]
-            rows[arm][1] = fate(*verdicts)
-        if arm != "rloo" and part != "10_sgd":
-            rows[arm][2] = signed(interval(moved[arm], 0.05 / 8))
+            rows[arm][1:] = [fate(*verdicts), signed(interval(moved[arm], 0.05 / 8))]
     forest(axes, family.against_reference, up=0.14, copies=copies)
     old = {arm: clipped.against_reference[arm] for arm in family.against_reference}
     forest(axes, old, up=-0.14, hollow=True, copies=copies)
@@ -141,44 +148,28 @@ def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
     )
 
 
+def by_base(part: str) -> dict[str, np.ndarray]:
+    """Return for each arm its area by rate and base, the mean of its runs, [1, rates, bases]."""
+    runs = read(part).runs
+    runs = runs.assign(base=runs["problem"].str.split(", ").str[1])
+    arms = {}
+    for arm, of_arm in runs.groupby("arm", sort=False):
+        arms[arm] = of_arm.pivot_table("area", "learning_rate", "base").to_numpy()[None]
+    return arms
+
+
 def bases(axes: Axes, part: str) -> pd.DataFrame:
-    """Question 12: differences to rloo with bases as the unit (filled) and with runs as the unit (hollow)."""
-    runs = read(part).runs.copy()
-    runs["base"] = pd.factorize(runs["problem"].str.extract(r"model=([^,]+)")[0])[0]
-    rates = (
-        runs.groupby(["arm", "learning_rate", "base"], sort=False)["area"].mean().unstack("base")
-    )
-    scores = at_best_rates_of_others(rates).stack().rename_axis(["arm", "seed"]).rename("area")
-    by_base = scores.reset_index()
-    family = judged_table(by_base, "area")
-    own = rates.mean(axis="columns").groupby("arm").idxmax()
-    at_own = runs.set_index(["arm", "learning_rate"]).loc[own[pd.unique(runs["arm"])]]
-    at_own["seed"] += 1000 * at_own["base"]
-    of_runs = judged_table(at_own.reset_index()[["arm", "seed", "area"]], "area")
-    copies = COPIES.get(part, {})
-    forest(axes, family.against_reference, up=0.14, copies=copies)
-    forest(axes, of_runs.against_reference, up=-0.14, hollow=True, copies=copies)
-    describe(axes, f"{part[3:]}: bases as the unit (hollow: runs as the unit)", AGAINST_RLOO)
-    spread = differences(by_base).std()
-    edges = edge_cells(rates)
+    """Question 12: differences to rloo with bases as the unit, and at which ends of the grid rates are best."""
+    arms = by_base(part)
+    against, verdicts = judged_at_best_rates(arms)
+    forest(axes, against, copies=COPIES.get(part, {}))
+    describe(axes, f"{part[3:]}: six base models as the unit", AGAINST_RLOO)
+    twice = dict(zip(against, half_widths(arms.values(), 12), strict=True))
     rows = {}
-    for of_bases, with_runs in zip(family.arms, of_runs.arms, strict=True):
-        arm = of_bases.arm
-        cells = [marked_score(part, family, of_bases), "", score_cell(of_runs, with_runs)]
-        if arm != "rloo" and family.against_reference[arm].verdict == "undecided":
-            cells[1] = f"± {half_width(spread[arm], 12, len(family.against_reference)):.3f}"
-        rows[f"{arm}, {part[3:]}"] = [*cells, edges[arm]]
-    heads = ["area against rloo, by base", "with 12 bases", "by run (exploratory)"]
-    return by_name("arm, task", rows, *heads, "best rate least + greatest")
-
-
-def edge_cells(areas: pd.DataFrame) -> pd.Series:
-    """Return for each arm on how many bases its best rate is the least and the greatest of the grid.
-
-    Args:
-        areas: a row for each arm and rate, a column for each base.
-    """
-    best = areas.groupby("arm").idxmax().map(lambda row: row[1])
-    rates = areas.index.get_level_values("learning_rate")
-    least, greatest = ((best == edge).sum(axis="columns") for edge in (rates.min(), rates.max()))
-    return least.astype(str) + " + " + greatest.astype(str)
+    for arm, scores in arms.items():
+        wider = f"± {twice[arm]:.3f}" if "undecided" in verdicts[arm] else ""
+        best = scores[0].argmax(0)
+        ends = f"{(best == 0).sum()} + {(best == len(scores[0]) - 1).sum()}"
+        rows[f"{arm}, {part[3:]}"] = [verdicts[arm] + mark_of(part, arm), wider, ends]
+    heads = ["area against rloo, by base", "with 12 bases", "best rate least + greatest"]
+    return by_name("arm, task", rows, *heads)

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
-from judging import MARGIN, at_best_rates_of_others, interval
+from choice import at_best_rates_of_others
+from judging import MARGIN, interval
 from scipy import stats
 
 import tokenrl
@@ -103,7 +104,9 @@ def collect() -> pd.DataFrame:
 def differences(runs: pd.DataFrame, constant: str = "0") -> pd.DataFrame:
     """Return rloo minus a constant baseline by base and seed, each at the rate best on the other seeds."""
     areas = runs.pivot_table("area", ["model", "arm", "learning_rate"], "seed").dropna(axis=1)
-    scores = at_best_rates_of_others(areas)
+    scores = areas.groupby(["model", "arm"]).apply(
+        lambda by_rate: pd.Series(at_best_rates_of_others(by_rate.to_numpy()[None]), areas.columns)
+    )
     return scores.xs("rloo", level="arm") - scores.xs(constant, level="arm")
 
 
