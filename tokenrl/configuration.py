@@ -34,7 +34,7 @@ EARLIER_AXES = [("entropy_form", "per_step")]
 
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
-    *("chat_prompts", "task_rows", "warm_started", "code"),
+    *("chat_prompts", "task_rows", "warm_started", "code", "hashes"),
 )
 """Names in the config.json of a run that are no settings."""
 _CODE = ("task", "reward", "environment", "env", "generator", "teacher_context")
@@ -95,7 +95,7 @@ def configured(
         if of_a_run and anew:
             left_out.add("output_dir")
         if of_a_run:
-            left_out |= {"trust_run", "trust_remote_code"}
+            left_out |= {"trust_run", "trust_remote_code", "quiet"}
             # settings of an earlier version
             earlier = stored.keys() - field_types(kind)  # type: ignore[arg-type]
             left_out |= {name for name in earlier if not stored[name]}

@@ -24,7 +24,7 @@ import pandas as pd
 import tyro
 
 from tokenrl.lab import judge_scores
-from tokenrl.runs import read_run
+from tokenrl.runs import ended_by_itself, read_run
 
 NO_SETTINGS = ("seed", "output_dir", "title", "command", "versions", "resume", "overwrite", "quiet")
 
@@ -47,8 +47,7 @@ def main(
                 "arm": ", ".join(f"{name}={value}" for name, value in values.items()) or "all runs",
                 "seed": run.config["seed"],
                 "score": fmean(rewards) if rewards else float("nan"),
-                "failed": run.summary.get("exit_reason")
-                not in ("finished", "solved", "stuck", "learnt"),
+                "failed": not ended_by_itself(run.summary.get("exit_reason")),
             }
         )
     (family,) = judge_scores(rows, margin=margin, failure_below=failure_below).families

@@ -24,6 +24,7 @@ from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import LOST_SHARE, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
+from tokenrl.runs.signals import ended_by_itself
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
@@ -112,7 +113,7 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     if len(means) < 2 or not run.summary:
         return observed
     gained = means[-1].exceeds(means[0], ERRORS_OF_CHANCE)
-    if is_language and run.summary["exit_reason"] == "finished" and "flags" in run.summary:
+    if is_language and ended_by_itself(run.summary["exit_reason"]) and "flags" in run.summary:
         gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
     return replace(observed, latest=None) if gained else observed
 

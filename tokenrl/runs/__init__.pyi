@@ -5,3 +5,4 @@ from tokenrl.runs.plots import smooth as smooth
 from tokenrl.runs.reader import Outcome as Outcome, RecordedRun as RecordedRun, read_run as read_run
 from tokenrl.runs.report import report_from_directory as report_from_directory
 from tokenrl.runs.session import Session as Session
+from tokenrl.runs.signals import ended_by_itself as ended_by_itself

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tokenrl.errors import Refused
 from tokenrl.runs.metric_table import metric_of
+from tokenrl.runs.signals import BROKEN_OFF
 from tokenrl.settings import Natural, Settings
 
 DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")
@@ -24,9 +25,9 @@ class SelectionArguments(Settings, group="selection"):
     be before training. The best of many evaluations of the same held-out rows is partly luck, so
     expect a little less of it on other data. Its checkpoint is saved, and kept beside the newest ones."""
     best_metric: str | None = None
-    """The metric of evaluations by which keep and patience decide: higher is better, but for a loss, an error
-    or a cost lower.
-    Default: reward_greedy, or what is evaluated of reward, accuracy and loss."""
+    """The metric of evaluations by which keep and patience decide. The table of metrics says whether more or less
+    of it is better. Of a metric without a direction, as of your own, say it: more:NAME or less:NAME. Default:
+    reward_greedy, or what is evaluated of reward, accuracy and loss."""
     patience: Natural = 0
     """End the run, with the exit reason no-improvement, after this many evaluations in a row that are no
     better than the best before them; 0: never."""
@@ -43,14 +44,15 @@ class Best:
     def __init__(self, args: SelectionArguments) -> None:
         """Prepare."""
         self._args = args
-        self.metric = args.best_metric or ""
+        self._wish, _, name = (args.best_metric or "").rpartition(":")
+        self.metric = name.removeprefix("eval_")
         self.evaluations = dict[int, float]()
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the evaluation of a step.
 
         Raises:
-            Refused: the metric is not one of those that the first evaluation has.
+            Refused: the metric is not one of those that the first evaluation has, or has no direction.
         """
         if self._args.keep == "last" and not self._args.patience:
             return
@@ -61,15 +63,26 @@ class Best:
             raise Refused(
                 f"There is no best {self.metric!r}: this run evaluates {names or 'nothing'}."
             )
+        if self._better not in ("more", "less"):
+            raise Refused(
+                f"best_metric was given as {self._args.best_metric!r}, and it is not known whether more or less of "
+                f"{self.metric} is better. Give more:{self.metric} or less:{self.metric}, or another metric."
+            )
         self.evaluations[step] = float(metrics.get(self.metric, math.nan))
 
     def forget(self, step: int) -> None:
         """Remove the evaluation of a step, as if it had not been made."""
         self.evaluations.pop(step, None)
 
+    @property
+    def _better(self) -> str:
+        """What is better, more or less: as the user says, else as the table of metrics says."""
+        is_error = self.metric.endswith("_stderr")  # which has the row of its metric
+        return self._wish or ("" if is_error else metric_of(self.metric).better)
+
     def _best(self, last: float = math.inf) -> tuple[int, float] | None:
         """Return the first of the best evaluations up to a step; None if there is none."""
-        sign = -1 if metric_of(self.metric).better == "less" else 1
+        sign = -1 if self._better == "less" else 1
         ranked = [
             (sign * value, -step)
             for step, value in self.evaluations.items()
@@ -114,7 +127,7 @@ class Best:
 def kept_weights(summary: Mapping[str, Any]) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
-    if not best or summary["exit_reason"] in ("check", "failed"):
+    if not best or summary["exit_reason"] in BROKEN_OFF:
         return ""
     text = (
         f"model/ holds the weights of step {best['step']}, with the best {best['metric']} of "

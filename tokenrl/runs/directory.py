@@ -7,6 +7,7 @@ so that two runs never mix their files. Importing this module imports no torch.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -188,12 +189,16 @@ def acquire_lock(folder: Path, busy: str) -> Any:
 
 
 def in_use(run: Path) -> bool:
-    """Return whether a process still works in the directory of a run; the directory stays as it is."""
+    """Return whether a process holds the lock of a run, also of one that may only be read."""
     try:
-        if (run / ".lock").exists():
-            acquire_lock(run, "").release()
-    except (Refused, OSError):
+        import fcntl
+
+        with os.fdopen(os.open(run / ".lock", os.O_RDONLY | os.O_NONBLOCK)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except (ImportError, OSError):  # Windows; or there is no lock that can be opened
+        return False
     return False
 
 

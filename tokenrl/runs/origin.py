@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -19,7 +19,6 @@ from typing import Any
 
 from packaging.version import Version
 
-from tokenrl.configuration import code_in
 from tokenrl.names import source_file
 from tokenrl.runs.files import plain
 
@@ -45,6 +44,9 @@ TESTED |= {"gymnasium": "1.4"}
 """The newest release of each library with which the tests passed, without the number of its last mending."""
 _BROUGHT = {"datasets": "transformers", "peft": "transformers"}
 """Libraries that a run with a model may import later, after its header."""
+_INSTALLED = {Path(os.__file__).parent.name, "site-packages", "dist-packages"}
+_INSTALLED |= {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
+"""Folders and modules whose code is not the user's, or starts runs."""
 
 
 def origin_of(
@@ -101,7 +103,7 @@ def _has_names(value: Any) -> bool:
 
 
 def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
-    """Return hashes of the user's code, so that it can be compared: of files by name, of functions by setting.
+    """Return hashes of the user's code, so that it can be compared: of objects by setting, of modules by name.
 
     Args:
         settings: the settings of a run.
@@ -109,11 +111,26 @@ def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
     """
     held = {name: getattr(task, name, None) for name in ("reward", "environment")}
     held |= {name: settings.get(name) for name in ("estimator", "teacher_context")}
-    code: dict[str, Any] = plain(held, _with_hash)
-    for text, name in code_in(settings).items():
-        if file := source_file(text.rpartition(":")[0]):
-            code[f"{name} {text}"] = _hash(file.read_text("utf-8", "replace"))
-    return code
+    return {**plain(held, _with_hash), **module_hashes()}
+
+
+def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
+    """Return a hash of each module of the user that this process has imported, by `module NAME`.
+
+    Those of Python, of installed packages and of this one do not count, nor does the program itself, which may
+    start a run with other settings. A module that is imported inside a function counts once the function has
+    been called. One that another process imports, as that of rewards with a deadline, is not seen.
+
+    Args:
+        recorded: names of hashes of an earlier process; their modules count too, imported or not.
+    """
+    hashes = {}
+    for name in {*sys.modules, *(name.removeprefix("module ") for name in recorded)}:
+        module = sys.modules.get(name)
+        file = Path(str(vars(module).get("__file__") if module else source_file(name)))
+        if _INSTALLED.isdisjoint((name.partition(".")[0], *file.parts)) and file.is_file():
+            hashes[f"module {name}"] = _hash(file.read_bytes())
+    return hashes
 
 
 def _with_hash(value: Any) -> str:
@@ -125,11 +142,11 @@ def _with_hash(value: Any) -> str:
     if not str(function.__module__).startswith(("tokenrl.", "toy_tasks.")):  # which have versions
         with suppress(OSError, TypeError):  # Python does not know it
             source = inspect.getsource(function)
-    return f"{function.__qualname__} {_hash(source)}"
+    return f"{function.__qualname__} {_hash(source.encode())}"
 
 
-def _hash(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:12]
+def _hash(text: bytes) -> str:
+    return sha256(text).hexdigest()[:12]
 
 
 @cache

@@ -22,7 +22,7 @@ from tokenrl.runs.directory import (
 )
 from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import LOGS
-from tokenrl.runs.origin import versions
+from tokenrl.runs.origin import module_hashes, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.runs.report import report_from_directory
 from tokenrl.settings import Settings, arguments
@@ -183,6 +183,7 @@ class Provenance:
         device: `cpu`, or the kind of another device.
         task: the task, if its own rewards or its environment count.
         trained_prompts: hashes of the prompts that the model is trained on, in this run or before.
+        chosen: the fingerprints of what the user chose, whatever the seed, by which runs are compared.
         settings, code: the settings of the run and hashes of its code; known once the run begins.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
@@ -193,6 +194,7 @@ class Provenance:
     device: str = "cpu"
     task: Any = None
     trained_prompts: frozenset[str] = frozenset()
+    chosen: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
@@ -200,6 +202,7 @@ class Provenance:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
+        self.code = {**module_hashes(), **self.code}
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
@@ -224,6 +227,7 @@ class Provenance:
         self.inexact = []
         refused = []
         before = flat(state)
+        self.code = {**module_hashes(state["code"]), **self.code}
         now = flat(self.state_dict())
         for name in sorted({*before, *now}):
             part, _, key = name.partition(".")

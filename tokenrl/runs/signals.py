@@ -24,6 +24,13 @@ from typing import Any
 
 SIGNALS = {143: "SIGTERM", 130: "SIGINT", 129: "SIGHUP"}
 """The reason that summary.json gives for an exit code."""
+BROKEN_OFF = (None, "failed", "check")
+"""The reasons, besides signals, of runs that did not end by themselves; None of a run that was killed."""
+
+
+def ended_by_itself(reason: str | None) -> bool:
+    """Return whether the exit reason of a summary.json is that of a run that ended as its training decided."""
+    return reason not in (*BROKEN_OFF, *SIGNALS.values())
 
 
 @cache

@@ -17,12 +17,12 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.lab.compare.plan import PlannedRun
-from tokenrl.lab.compare.table import is_done
+from tokenrl.lab.compare.table import check_alike, is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import atomic_directory, plain, write_json
+from tokenrl.runs.files import MANIFEST, atomic_directory, plain, remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
 ATTEMPTS = 2
@@ -60,37 +60,68 @@ def _settings(run: PlannedRun) -> dict[str, Any]:
     return plain({"kind": run.kind, **settings})  # type: ignore[no-any-return]
 
 
-def collect(runs: Sequence[PlannedRun], directories: Sequence[str], root: Path) -> None:
+def collect(
+    runs: Sequence[PlannedRun],
+    directories: Sequence[str],
+    root: Path,
+    announce: Callable[[str], None],
+) -> None:
     """Copy runs that have ended in the directories of other comparisons.
 
     Args:
         runs: the runs that are wanted.
         directories: the directories, each as another machine made it.
         root: the directory of the comparison, which this process has locked.
+        announce: prints a line.
 
     Raises:
-        Refused: a directory holds no comparison, or has a run with other settings.
+        Refused: a directory holds no comparison, or has a run with other settings, code, data or models, or
+            with a link.
+        Stopped: a run cannot be copied.
     """
     for source in map(Path, directories):
         if not (source / "plan.json").is_file():
             raise Refused(
                 f"collect has {str(source)!r}, which holds no comparison: it has no plan.json."
             )
-        for run in runs:
-            path = root / run.path
-            if path.exists() or not is_done(run, source):
-                continue
-            settings = _settings(run)
-            theirs = read_config(source / f"{run.path}.json")
-            names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
-            if names:
-                raise Refused(
-                    f"{source / run.path} was made with other settings than this comparison has: "
-                    f"{', '.join(sorted(names))}. Give the settings that it was made with, or leave it out of collect."
-                )
+        new = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
+        for run in new:
+            _check_run(run, source)
             _write_settings(run, root)
-            with atomic_directory(path) as folder:
-                shutil.copytree(source / run.path, folder, dirs_exist_ok=True)
+            with atomic_directory(root / run.path) as folder:
+                # a link that is put there meanwhile stays a link
+                shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
+            remove(root / run.path / MANIFEST)  # its report may be written again
+        try:
+            check_alike(runs, root)
+        except Refused as error:
+            for run in new:
+                remove(root / run.path)
+            raise Refused(f"Nothing was copied from {source}: with its runs, {error}") from error
+        announce(f"{len(new)} of {len(runs)} runs copied from {source}")
+
+
+def _check_run(run: PlannedRun, source: Path) -> None:
+    """Refuse a run of another comparison with other settings, or with what is no ordinary file.
+
+    A copy would hold what a link points to, which may be a private file, and would wait for a pipe.
+    """
+    path = source.resolve() / run.path
+    file = Path(f"{path}.json")
+    for part in (file, *path.rglob("*")):
+        if part.resolve() != part or not (part.is_file() or part.is_dir()):
+            raise Refused(
+                f"{part} is a link, or no ordinary file, so its run is not copied. Give a directory that holds the "
+                "files themselves, or leave it out of collect."
+            )
+    settings = _settings(run)
+    theirs = read_config(file)
+    names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
+    if names:
+        raise Refused(
+            f"{path} was made with other settings than this comparison has: {', '.join(sorted(names))}. Give the "
+            "settings that it was made with, or leave it out of collect."
+        )
 
 
 def _write_settings(run: PlannedRun, root: Path) -> None:
@@ -108,7 +139,7 @@ def execute(
     workers: int | None = None,
     console: Console,
 ) -> None:
-    """Make runs, each in its own directory; those that had begun are continued.
+    """Make the runs that have not ended yet, each in its own directory; those that had begun are continued.
 
     How a run ended is read from its directory. A run that fails lets the others go on. One whose process is
     killed is continued once. If this process is killed, its runs save and stop; the same call continues them.
@@ -121,15 +152,17 @@ def execute(
         console: where progress is shown.
 
     Raises:
-        Refused: there is no Ray.
-        Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
+        Refused: there is no Ray, or a run was made with other code, data or models than those before it.
+        Interrupted: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
     over = Event()
     call: RunCommand = _call
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     if executor == "ray":
         call, processors = _ray_executor()
-    ended = 0
+    check_alike(runs, root)
+    unmade = [run for run in runs if not is_done(run, root)]
+    ended = len(runs) - len(unmade)
     with (
         GracefulStop(quiet=console.rich.quiet) as stop,
         ThreadPoolExecutor(workers or processors) as pool,
@@ -138,23 +171,24 @@ def execute(
         def is_over() -> bool:
             return over.is_set() or bool(stop.requested)
 
-        futures = {pool.submit(_run_until_ended, run, root, call, is_over): run for run in runs}
+        futures = {pool.submit(_run_until_ended, run, root, call, is_over): run for run in unmade}
         try:
             for future in as_completed(futures):
-                ending = _describe_ending(futures[future], future.result(), root)
+                run = futures[future]
+                ending = _describe_ending(run, future.result(), root)
                 if stop.requested:
                     break
                 ended += 1
                 console.note(f"run {ended}/{len(runs)}  {ending}")
+                check_alike((runs[0], run), root)
         finally:
             over.set()
     if stop.requested:
-        error = Stopped(
+        raise Interrupted(
             f"{signal.Signals(stop.requested).name}: {ended} of {len(runs)} runs have ended, and those under "
-            "way were saved. The same command goes on with the others."
+            "way were saved. The same command goes on with the others.",
+            stop.exit_code,
         )
-        error.exit_code = stop.exit_code
-        raise error
 
 
 def _run_until_ended(

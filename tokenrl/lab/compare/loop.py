@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Interrupted, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, findings_of, judge_runs
@@ -36,12 +36,16 @@ from tokenrl.lab.compare.plan import (
     write_plan,
 )
 from tokenrl.lab.compare.problems import make_plan
-from tokenrl.lab.compare.table import RunTable, is_done, read_runs
+from tokenrl.lab.compare.table import RunTable, read_runs
+from tokenrl.language.supervised.base import load_base
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import Console, duration, number
 from tokenrl.runs.directory import directory_path
 from tokenrl.runs.files import plain
 from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
+from tokenrl.settings import arguments
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower, so their median counts."""
@@ -70,8 +74,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
 
     Raises:
         Refused: an argument cannot be used; raised before anything is run.
-        Stopped: a signal ended the comparison, or a file of a run that it made is damaged; the same call
-            goes on with it.
+        Interrupted: a signal ended the comparison; the same call goes on with it.
+        Stopped: a file of a run that it made is damaged; the same call goes on with it.
 
     Example:
         >>> import tokenrl
@@ -84,7 +88,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     new_plan = make_plan(args, console.note)
     if args.dry_run:
         plan = continue_plan(new_plan, root)
-        console.start("tokenrl compare", plan.describe() | _forecasts(plan), note=NOTE)
+        console.start("tokenrl compare", plan.describe() | _forecasts(plan, console), note=NOTE)
         return plan
     lock = lock_plan(root)
     rows = list[dict[str, Any]]()
@@ -93,9 +97,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         write_plan(plan, root)
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
-            collect(runs, args.collect, root)
-            unmade = [run for run in runs if not is_done(run, root)]
-            execute(unmade, root, executor=args.executor, workers=args.workers, console=console)
+            collect(runs, args.collect, root, console.note)
+            execute(runs, root, executor=args.executor, workers=args.workers, console=console)
             rows += read_runs(plan, runs, root)
         comparison = judge_runs(root, plan, RunTable.of_rows(rows))
         write_comparison(comparison)
@@ -231,16 +234,24 @@ def judge_directory(output_dir: str | Path) -> Comparison:
     return judge_runs(root, plan, RunTable.of_rows(rows))
 
 
-def _forecasts(plan: Plan) -> dict[str, str]:
+def _forecasts(plan: Plan, console: Console) -> dict[str, str]:
     """Forecast from a few steps of the reference how long a run takes, and what cannot give a signal in it."""
     arm = next(arm for arm in plan.arms if arm.label == plan.reference)
     forecasts = {}
     for problem in plan.problems:
         run = plan.run(problem, arm, plan.seeds[0])
         run = replace(run, settings={**run.settings, "eval_every": 0, "max_steps": TIMED_STEPS})
+        if run.kind == "train" and not run.settings.get("model"):
+            args = arguments(TrainArguments, run.settings)
+            load_base(args, find_task(args, may_lack_rewards=True)[0], console.note)
+        console.note(f"timing {TIMED_STEPS} steps of {arm.label} on {problem.label} ...")
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
-            execute([run], root, console=Console(quiet=True))
+            try:
+                execute([run], root, console=Console(quiet=True))
+            except Interrupted as error:
+                text = "The dry run was interrupted. It keeps nothing, so the same command begins anew."
+                raise Interrupted(text, error.exit_code) from error
             (row,) = read_runs(plan, [run], root)
             if row["state"] != "finished":
                 raise Refused(

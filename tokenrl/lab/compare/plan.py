@@ -332,14 +332,14 @@ def lock_plan(output_dir: Path) -> Any:
             made.
     """
     read_earlier_plan(output_dir)
+    busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        return acquire_lock(output_dir, busy)
     except OSError as error:
         raise Refused(
             f"output_dir {str(output_dir)!r} cannot be used ({error}); give another."
         ) from error
-    busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
-    return acquire_lock(output_dir, busy)
 
 
 def read_earlier_plan(output_dir: Path) -> Plan | None:

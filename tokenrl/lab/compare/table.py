@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 
 from tokenrl.configuration import read_config
+from tokenrl.errors import Refused
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun, Problem
 from tokenrl.runs.reader import RecordedRun, read_run, series
-from tokenrl.runs.signals import SIGNALS
+from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
-ENDED = ("finished", "learnt", "stuck", "solved")
-"""Exit reasons of a run that ended by itself; all but the first may occur before its budget is used."""
+DECISIVE: tuple[str, ...] = ("task", "env", "model", "dtype", "base_seed", "chat", "system_prompt", "stop")
+DECISIVE += ("max_completion_length", "teacher", "teacher_template")
+"""Settings that decide data and models; runs in which one differs may differ in these too."""
 CURVES = (
     "reward",
     "reward_greedy",
@@ -64,7 +66,7 @@ class RunTable(NamedTuple):
         return self.curves.query("problem == @problem and role == 'comparison'")
 
 
-def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
+def read_runs(plan: Plan, runs: Sequence[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
     A run that ended before the budget keeps the values of its last evaluation, also if it failed. A run with
@@ -79,9 +81,10 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         A row for each run, as `RunTable.runs` has them, and its `curve`: None, or rows of `RunTable.curves`.
 
     Raises:
-        Refused: a file of a run is damaged.
+        Refused: a file of a run is damaged, or runs differ in code, data or models.
     """
     problems = {problem.label: problem for problem in plan.problems}
+    check_alike(runs, root)
     threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
     for run in runs:
@@ -108,6 +111,30 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         row["failed"] = state != "missing" and row["reason"] != ""
         rows.append(row)
     return rows
+
+
+def check_alike(runs: Iterable[PlannedRun], root: Path) -> None:
+    """Refuse runs with other code, data or models, as config.json records them, than a run of equal settings.
+
+    Args:
+        runs: the runs; one that has not begun has nothing to compare.
+        root: the directory of their comparison.
+
+    Raises:
+        Refused: two runs differ; the message names both.
+    """
+    first = dict[str, Any]()
+    for run in runs:
+        file = root / run.path / "config.json"
+        hashes = read_config(file).get("hashes", {}) if file.is_file() else {}
+        decisive = [run.settings.get(name) for name in DECISIVE]
+        for name, digest in hashes.items():
+            other, path = first.setdefault(f"{name} {decisive}", (digest, run.path))
+            if digest != other:
+                raise Refused(
+                    f"{path} and {run.path} in {root} are not compared, since they were made with another {name}. "
+                    "Make all runs with the same code, data and models, in an empty --output-dir."
+                )
 
 
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
@@ -141,7 +168,7 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
     summary = recorded.summary if recorded else {}
     ending = summary.get("exit_reason")
-    if ending in ENDED:
+    if ended_by_itself(ending):
         return "finished", ""
     if ending in SIGNALS.values():
         return "missing", f"It was stopped by {ending}; the same command continues it."
@@ -159,7 +186,7 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
 def is_done(run: PlannedRun, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
     summary = root / run.path / "summary.json"
-    return summary.is_file() and read_config(summary).get("exit_reason") in ENDED
+    return summary.is_file() and ended_by_itself(read_config(summary).get("exit_reason"))
 
 
 def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:

@@ -85,4 +85,5 @@ def provenance_of(
     where = policy.model if accelerator is None else accelerator
     processes = getattr(where, "num_processes", 1)
     trained = policy.trained_prompts | trained_prompts(next(iter(rows.values())))
-    return Provenance(fingerprints, processes, where.device.type, task, trained)
+    kind = where.device.type
+    return Provenance(fingerprints, processes, kind, task, trained, fingerprints)

@@ -15,7 +15,7 @@ from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
-from tokenrl.language.policy.saving import Card, save_policy
+from tokenrl.language.policy.saving import Card, fingerprint, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.generator import abilities_of
@@ -174,8 +174,10 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(settings, policy, teacher))
+    first = ""
     if warmed:
         console.note(f"warm start: {warmed['in_words']}.")
+        first = fingerprint(policy.model)
         if warmed.get("chat_time") and args.chat_time is None:
             policy.ask(replace(policy.form, chat_time=warmed["chat_time"]))
         folder = warm_start.folder_of(session.directory)
@@ -187,6 +189,8 @@ def _prepare(
     adapt(args, policy)
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
+    if first:
+        provenance.chosen = {**provenance.fingerprints, "base model": first}
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
