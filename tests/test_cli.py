@@ -276,7 +276,7 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
         assert (
             parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == directory
         )
-    stored = {"output_dir": "old", "resume": "auto", "overwrite": True}
+    stored = {"output_dir": "old", "resume": "auto", "overwrite": True, "quiet": True}
     # what a flag says of an old run counts, and not what a file says
     for made_by in (
         {"versions": {}},
@@ -289,6 +289,7 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
         ):
             args = parse("train", COMMANDS["train"], ["--config", "config.json", *words.split()])
             assert (args.output_dir, args.resume, args.overwrite) == ("old", resume, overwrite)
+            assert args.quiet == (not made_by), "how a run was shown is none of its settings"
     args = parse(
         "compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"]
     )

@@ -27,6 +27,7 @@ from tokenrl.lab import judge_scores
 from tokenrl.runs import ended_by_itself, read_run
 
 NO_SETTINGS = ("seed", "output_dir", "title", "command", "versions", "resume", "overwrite", "quiet")
+NO_SETTINGS += ("code", "warm_started")
 
 
 def main(

@@ -1,3 +1,4 @@
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenrl.errors import Refused
-from tokenrl.runs.directory import RunDirectory, new_directory, newest, remove_run_files
+from tokenrl.runs.directory import RunDirectory, in_use, new_directory, newest, remove_run_files
 from tokenrl.runs.resume import cut_back
 
 
@@ -86,6 +87,22 @@ def test_second_run_in_the_directory_is_refused(tmp_path):
         RunDirectory(tmp_path, may_hold_run=True)
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("make", [None, Path.touch, Path.mkdir, os.mkfifo, "link"])
+def test_a_run_is_in_use_only_while_its_lock_is_held(tmp_path, make):
+    """Also where the lock may only be read, or cannot be opened at all."""
+    lock = tmp_path / ".lock"
+    if make == "link":
+        lock.symlink_to(tmp_path / "nothing")
+    elif make:
+        make(lock)
+    assert not in_use(tmp_path)
+    if make is Path.touch:
+        with locked(tmp_path):
+            lock.chmod(0o444)
+            assert in_use(tmp_path)
+        assert not in_use(tmp_path)
 
 
 def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):

@@ -392,6 +392,33 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_a
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+DIRECTIONS = {
+    "reward_stderr": "more:reward_stderr or less",
+    "mine": "more:mine or less:mine",
+    "many:mine": "more:mine or less",
+    "entropy": "more:entropy or",
+}
+
+
+@pytest.mark.parametrize("metric", DIRECTIONS)
+def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path, metric):
+    """Whether more or less of a metric is better stands in the table, and of no other metric is it guessed."""
+
+    def score(step):
+        numbers = {"reward": 0.0, "reward_stderr": step, "mine": step, "entropy": step}
+        return numbers | {"calibration_error": abs(step - 3), "rewards/f/mean": -step}
+
+    options = {"score": score, "keep": "best", "max_steps": 4, "eval_every": 1}
+    with pytest.raises(Refused, match=DIRECTIONS[metric]):
+        live(tmp_path / "run", **options, best_metric=metric)
+    name = metric.removeprefix("many:")
+    chosen = {f"more:{name}": 4, f"less:{name}": 0, "eval_calibration_error": 3}
+    chosen |= {"rewards/f/mean": 0, "less:eval_rewards/f/mean": 4}
+    for number, (given, step) in enumerate(chosen.items()):
+        ended = live(tmp_path / str(number), **options, best_metric=given)
+        assert ended.best["step"] == step, given
+
+
 def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(Refused, match="no best 'accuracy': this run evaluates reward, loss"):
         live(tmp_path, score=falling, patience=2, best_metric="accuracy")

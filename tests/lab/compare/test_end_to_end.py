@@ -1,18 +1,24 @@
 """Comparisons from the command to the report: made, locked, repeated, killed, on Ray; and their page."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from made_runs import WALK as PLANNED, compared, rising, write_run
+from made_runs import WALK as PLANNED, compared, planned, rising, write_run
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.errors import Refused
-from tokenrl.lab.compare import loop
+from tokenrl.errors import Interrupted, Refused
+from tokenrl.lab.compare import execution, loop
+from tokenrl.lab.compare.execution import _settings
+from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.runs.console import Console
+from tokenrl.runs.files import model_directory as verified, write_json
 
 SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episodes": 4}
 WALK = PLANNED | SHORT | {"arms": ("reinforce", "reinforce_timestep_mean")}
@@ -74,6 +80,102 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "execute", execute)
     assert set(tokenrl.compare(**settings).table.runs["state"]) == {"finished"}
+
+
+@pytest.fixture
+def halves(tmp_path, monkeypatch):
+    """Comparisons m0 and m1 of two seeds each that have ended, and `gathered(**options)` of all four seeds."""
+    monkeypatch.setattr(loop, "execute", lambda *args, **options: None)
+    monkeypatch.chdir(tmp_path)
+    hashes = {"data": "1", "base model": "2", "module mine": "3"}
+    for first in (0, 2):
+        plan = planned(WALK | {"first_seed": first, "output_dir": f"m{first // 2}"})
+        for run in plan.runs():
+            path = tmp_path / f"m{first // 2}" / run.path
+            write_run(path, **rising(0.5)(run.seed), config={"hashes": hashes})
+            write_json(path.with_name(f"{path.name}.json"), _settings(run))
+    sources = ("m0", "m1")
+
+    def gathered(**options):
+        return tokenrl.compare(
+            **WALK | {"seeds": 4, "collect": sources, "output_dir": "all"} | options
+        )
+
+    return gathered
+
+
+def test_runs_of_other_machines_are_copied_and_go_on_being_ordinary_runs(halves, capsys):
+    planned(WALK | {"output_dir": "m2"})  # none of its runs has ended
+    comparison = halves(quiet=False, collect=("m0", "m1", "m2"))
+    assert set(comparison.table.runs["state"]) == {"finished"}
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, count in (("m0", 4), ("m1", 4), ("m2", 0)):
+        assert f"{count} of 8 runs copied from {name}" in printed
+    assert not list(Path("all").rglob("manifest.json")), "its files may change"
+    (run, *_) = Path("all").glob("runs/walk/*/seed_3")
+    assert main(["report", str(run)]) == 0 and verified(run) == run
+
+
+@pytest.mark.parametrize("name", ["data", "base model", "module mine"])
+@pytest.mark.parametrize("where", ["m1", "all"])
+def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, where):
+    """Whether they come from elsewhere or were made here; hashes that only some runs have say nothing."""
+    if where == "all":
+        halves()
+    arm = "reinforce_timestep_mean"
+    file = Path(where) / "runs/walk" / arm / "seed_2/config.json"
+    config = json.loads(file.read_text())
+    write_json(file, config | {"hashes": config["hashes"] | {"module more": "4"}})
+    if where == "all":
+        halves()
+    write_json(file, config | {"hashes": config["hashes"] | {name: "another"}})
+    first = "runs/walk/reinforce/seed_0"
+    words = f"{first} and runs/walk/{arm}/seed_2 in all .* differ in {name}"
+    with pytest.raises(Refused, match=words):
+        halves()
+    if where == "all":
+        with pytest.raises(Refused, match=words):
+            judge_directory("all")
+
+
+STRANGE = {
+    "file": lambda run: (run / "notes").symlink_to("/etc/passwd"),
+    "folder": lambda run: (run / "model").symlink_to("/etc"),
+    "inside": lambda run: (run / "checkpoints").mkdir() or (run / "checkpoints/x").symlink_to(run),
+    "run": lambda run: run.rename("elsewhere") and run.symlink_to(Path("elsewhere").resolve()),
+    "settings": lambda run: (
+        run.with_name("seed_2.json").unlink()
+        or run.with_name("seed_2.json").symlink_to("/dev/zero")
+    ),
+    "pipe": lambda run: os.mkfifo(run / "notes"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_links_and_pipes_of_a_stranger_s_run_point_to_is_not_copied(halves, kind):
+    STRANGE[kind](Path("m1/runs/walk/reinforce/seed_2").resolve())
+    with pytest.raises(Refused, match="is a link, or no ordinary file, so its run is not copied"):
+        halves()
+    assert not Path("all/runs/walk/reinforce/seed_2").exists()
+
+
+def test_an_interrupted_comparison_counts_the_runs_that_had_ended_before(tmp_path, monkeypatch):
+    plan = planned(WALK | {"seeds": 3, "output_dir": str(tmp_path)})
+    for run in plan.runs()[:2]:
+        write_run(tmp_path / run.path, **rising(0.5)(run.seed))
+
+    def call(words, log, is_over):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not is_over():
+            time.sleep(0.01)
+        return -15
+
+    monkeypatch.setattr(execution, "_call", call)
+    with pytest.raises(Interrupted, match="SIGTERM: 2 of 6 runs have ended") as stopped:
+        execution.execute(plan.runs(), tmp_path, workers=1, console=Console(quiet=True))
+    assert stopped.value.exit_code == 143
+    with pytest.raises(Interrupted, match="The dry run was interrupted"):
+        tokenrl.compare(**WALK, dry_run=True, output_dir=str(tmp_path / "dry"))
 
 
 @pytest.mark.slow

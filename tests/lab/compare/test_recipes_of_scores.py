@@ -57,9 +57,13 @@ def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(
                 "estimator": {"baseline": baseline, "gamma": 1.0},
                 "seed": seed,
                 "output_dir": f"{seed}",
+                "code": {"mine.py:f": f"{seed}"},
+                "hashes": {"data": "1"},
             }
-            write_run(tmp_path / f"{baseline}{seed}", config=config, **rising(end)(seed))
+            reason = ("finished", "no-improvement", "callback", "learnt", "stuck", "solved")[seed]
+            values = rising(end, summary={"exit_reason": reason})(seed)
+            write_run(tmp_path / f"{baseline}{seed}", config=config, **values)
     run("compare_existing_runs", sorted(tmp_path.iterdir()), monkeypatch)
-    assert (
-        "Better than estimator.baseline=none: estimator.baseline=rloo." in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "Better than estimator.baseline=none: estimator.baseline=rloo." in printed
+    assert printed.count("0 of 6 runs failed") == 2

@@ -83,7 +83,10 @@ def early(tmp_path_factory):
             "missing",
             "It was stopped by SIGTERM; the same command continues it.",
         ),
-        ({"exit_reason": "stuck"}, "finished", ""),
+        *(
+            ({"exit_reason": name}, "finished", "")
+            for name in ("stuck", "no-improvement", "callback")
+        ),
     ],
 )
 def test_a_run_that_ends_early_keeps_its_last_evaluation(early, summary, state, reason):

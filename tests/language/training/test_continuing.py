@@ -147,22 +147,29 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
 MINE = """
 from functools import partial
 import toy_tasks
+from pack.helper import ONE
 from tokenrl import PromptTask
 from tokenrl.language import TransformersGenerator
 class Env:
-    def reset(self, seed=None): return "the", {}
+    def reset(self, seed=None):
+        import late
+        return "the", {}
     def step(self, text): return "", float(len(text)), True, False, {}
 def score(completions, scale=1.0, **_):
+    import late
     return [scale * len(text) for text in completions]
 def hint(prompt, completions):
+    import late
     return completions[0] + prompt
 class Keeps:
     def __call__(self, completions, **_): return [2.0 * len(text) for text in completions]
 class Mean:
     def __call__(self, totals, **_): return totals.mean().expand_as(totals)
 def mean(totals, **_):
+    import late
     return totals.mean().expand_as(totals)
 def engine(policy, rows):
+    import late
     return TransformersGenerator(policy, rows)
 rows = [{"prompt": f"the cat {word}"} for word in ("sat", "on", "a", "mat", "dog", "ran")]
 task = PromptTask("own", rows, rows[:2], score)
@@ -171,14 +178,21 @@ kept = Keeps()
 mean_of = Mean()
 scaled = partial(score, scale=3.0)
 """
+HELPERS = {
+    "pack/__init__.py": "",
+    "pack/helper.py": "from .inner import ONE",
+    "pack/inner.py": "ONE = 1.0",
+    "late.py": "import importlib\nimportlib.import_module('later')",
+    "later.py": "TWO = 2.0",
+}
 CODE = [
-    ("reward", "mine.py:score", "reward mine.py:score: '"),
-    ("reward", "mine:score", "reward mine:score: '"),
-    ("environment", "mine.py:Env", "environment mine.py:Env: '"),
-    ("baseline", "mine.py:mean", "estimator.baseline mine.py:mean: '"),
-    ("generator", "mine.py:engine", "generator mine.py:engine: '"),
-    ("task", "mine.py:task", "task mine.py:task: '"),
-    ("teacher_context", "mine.py:hint", "teacher_context mine.py:hint: '"),
+    ("reward", "mine.py:score"),
+    ("reward", "mine:score"),
+    ("environment", "mine.py:Env"),
+    ("baseline", "mine.py:mean"),
+    ("generator", "mine.py:engine"),
+    ("task", "mine.py:task"),
+    ("teacher_context", "mine.py:hint"),
 ]
 HELD = [
     ("reward", "score", "scale *", "2 * scale *"), ("reward", "scaled", "scale *", "2 * scale *"),
@@ -213,21 +227,34 @@ def of_code(tmp_path, monkeypatch):
             del settings["reward"]
         return tokenrl.train(**settings | changes)
 
-    Path("mine.py").write_text(MINE)
+    Path("pack").mkdir()
+    for name, text in (HELPERS | {"mine.py": MINE}).items():
+        Path(name).write_text(text)
+    before = {*sys.modules}
     yield train
-    sys.modules.pop("mine", None)
+    for name in sys.modules.keys() - before:
+        del sys.modules[name]
     OWN_MODULES.clear()
 
 
-@pytest.mark.parametrize(("setting", "name", "words"), CODE)
-def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name, words):
+@pytest.mark.parametrize(("setting", "name"), CODE)
+def test_a_run_whose_code_or_what_that_imports_has_changed_is_not_continued(of_code, setting, name):
+    """Also a module that is imported in a call, and not yet where the run is to be continued."""
     of_code(setting, name)
+    hashes = json.loads(Path("run/config.json").read_text())["hashes"]
     of_code(setting, name, resume="auto", max_steps=2)
-    Path("mine.py").write_text(MINE + "# changed")
-    with pytest.raises(Refused, match=rf"started otherwise: {words}.*, code and"):
-        of_code(setting, name, resume="auto", max_steps=3)
-    Path("mine.py").write_text(MINE)
+    for file in ("mine.py", "pack/inner.py", "later.py"):
+        text = Path(file).read_text()
+        Path(file).write_text(f"{text}\nTHREE = 3")
+        for module in ("late", "later"):  # as in a new process
+            sys.modules.pop(module, None)
+        module = file.removesuffix(".py").replace("/", ".")
+        with pytest.raises(Refused, match=rf"started otherwise: module {module}: '.*, code and"):
+            of_code(setting, name, resume="auto", max_steps=3)
+        Path(file).write_text(text)
     assert of_code(setting, name, resume="auto", max_steps=3).steps == 3
+    assert {"data", "tokenizer", "base model", "module mine", "module pack.inner"} <= {*hashes}
+    assert not {"module pytest", "module json", "module tokenrl", "module toy_tasks"} & {*hashes}
     if setting == "generator":  # another one is allowed, with a warning
         assert of_code(setting, "transformers", resume="auto", max_steps=4).steps == 4
 
@@ -239,7 +266,8 @@ def test_nor_is_one_whose_functions_have_changed(of_code, setting, name, before,
         return import_attribute(f"mine.py:{name}", setting)
 
     of_code(setting, held(MINE))
-    again = held("# moved\n\n" + MINE)  # and made anew, so that it has another address
+    sys.modules.pop("mine")
+    again = held(MINE)  # made anew, so that it has another address
     assert of_code(setting, again, resume="auto", max_steps=2).steps == 2
     config = Path("run/config.json").read_text()
     assert " at 0x" not in config

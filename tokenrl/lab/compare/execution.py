@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.lab.compare.plan import PlannedRun
-from tokenrl.lab.compare.table import check_alike, is_done
+from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import MANIFEST, atomic_directory, plain, remove, write_json
@@ -86,42 +86,29 @@ def collect(
             )
         new = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
         for run in new:
-            _check_run(run, source)
+            path = source.resolve() / run.path
+            file = Path(f"{path}.json")
+            for part in (file, *path.rglob("*")):
+                # a copy would hold what a link points to, and would wait for a pipe
+                if part.resolve() != part or not (part.is_file() or part.is_dir()):
+                    raise Refused(
+                        f"{part} is a link, or no ordinary file, so its run is not copied. Give a directory that "
+                        "holds the files themselves, or leave it out of collect."
+                    )
+            settings = _settings(run)
+            theirs = read_config(file)
+            names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
+            if names:
+                raise Refused(
+                    f"{source / run.path} was made with other settings than this comparison has: "
+                    f"{', '.join(sorted(names))}. Give the settings that it was made with, or leave it out of collect."
+                )
             _write_settings(run, root)
             with atomic_directory(root / run.path) as folder:
                 # a link that is put there meanwhile stays a link
-                shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
             remove(root / run.path / MANIFEST)  # its report may be written again
-        try:
-            check_alike(runs, root)
-        except Refused as error:
-            for run in new:
-                remove(root / run.path)
-            raise Refused(f"Nothing was copied from {source}: with its runs, {error}") from error
         announce(f"{len(new)} of {len(runs)} runs copied from {source}")
-
-
-def _check_run(run: PlannedRun, source: Path) -> None:
-    """Refuse a run of another comparison with other settings, or with what is no ordinary file.
-
-    A copy would hold what a link points to, which may be a private file, and would wait for a pipe.
-    """
-    path = source.resolve() / run.path
-    file = Path(f"{path}.json")
-    for part in (file, *path.rglob("*")):
-        if part.resolve() != part or not (part.is_file() or part.is_dir()):
-            raise Refused(
-                f"{part} is a link, or no ordinary file, so its run is not copied. Give a directory that holds the "
-                "files themselves, or leave it out of collect."
-            )
-    settings = _settings(run)
-    theirs = read_config(file)
-    names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
-    if names:
-        raise Refused(
-            f"{path} was made with other settings than this comparison has: {', '.join(sorted(names))}. Give the "
-            "settings that it was made with, or leave it out of collect."
-        )
 
 
 def _write_settings(run: PlannedRun, root: Path) -> None:
@@ -160,7 +147,6 @@ def execute(
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     if executor == "ray":
         call, processors = _ray_executor()
-    check_alike(runs, root)
     unmade = [run for run in runs if not is_done(run, root)]
     ended = len(runs) - len(unmade)
     with (
@@ -180,7 +166,6 @@ def execute(
                     break
                 ended += 1
                 console.note(f"run {ended}/{len(runs)}  {ending}")
-                check_alike((runs[0], run), root)
         finally:
             over.set()
     if stop.requested:

@@ -98,6 +98,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         while runs := missing(plan, rows):
             collect(runs, args.collect, root, console.note)
+            read_runs(plan, runs, root)  # refuses what cannot be compared before more is made
             execute(runs, root, executor=args.executor, workers=args.workers, console=console)
             rows += read_runs(plan, runs, root)
         comparison = judge_runs(root, plan, RunTable.of_rows(rows))

@@ -16,8 +16,10 @@ from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun, Problem
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
-DECISIVE: tuple[str, ...] = ("task", "env", "model", "dtype", "base_seed", "chat", "system_prompt", "stop")
-DECISIVE += ("max_completion_length", "teacher", "teacher_template")
+DECISIVE = (
+    *("task", "env", "model", "dtype", "base_seed", "chat", "system_prompt", "stop"),
+    *("max_completion_length", "teacher", "teacher_template"),
+)
 """Settings that decide data and models; runs in which one differs may differ in these too."""
 CURVES = (
     "reward",
@@ -66,7 +68,7 @@ class RunTable(NamedTuple):
         return self.curves.query("problem == @problem and role == 'comparison'")
 
 
-def read_runs(plan: Plan, runs: Sequence[PlannedRun], root: Path) -> list[dict[str, Any]]:
+def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
     A run that ended before the budget keeps the values of its last evaluation, also if it failed. A run with
@@ -84,12 +86,20 @@ def read_runs(plan: Plan, runs: Sequence[PlannedRun], root: Path) -> list[dict[s
         Refused: a file of a run is damaged, or runs differ in code, data or models.
     """
     problems = {problem.label: problem for problem in plan.problems}
-    check_alike(runs, root)
+    first = dict[str, Any]()
     threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
     for run in runs:
         path = root / run.path
         recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
+        decisive = [run.settings.get(name) for name in DECISIVE]
+        for name, digest in (recorded.config.get("hashes", {}) if recorded else {}).items():
+            other = first.setdefault(f"{name} {decisive}", (digest, run.path))
+            if digest != other[0]:
+                raise Refused(
+                    f"The runs {other[1]} and {run.path} in {root} cannot be compared, as they differ in {name}. Make "
+                    "all runs with the same code, data and models, in an empty --output-dir."
+                )
         state, reason = _state(recorded, path)
         row = {
             **vars(run),
@@ -111,30 +121,6 @@ def read_runs(plan: Plan, runs: Sequence[PlannedRun], root: Path) -> list[dict[s
         row["failed"] = state != "missing" and row["reason"] != ""
         rows.append(row)
     return rows
-
-
-def check_alike(runs: Iterable[PlannedRun], root: Path) -> None:
-    """Refuse runs with other code, data or models, as config.json records them, than a run of equal settings.
-
-    Args:
-        runs: the runs; one that has not begun has nothing to compare.
-        root: the directory of their comparison.
-
-    Raises:
-        Refused: two runs differ; the message names both.
-    """
-    first = dict[str, Any]()
-    for run in runs:
-        file = root / run.path / "config.json"
-        hashes = read_config(file).get("hashes", {}) if file.is_file() else {}
-        decisive = [run.settings.get(name) for name in DECISIVE]
-        for name, digest in hashes.items():
-            other, path = first.setdefault(f"{name} {decisive}", (digest, run.path))
-            if digest != other:
-                raise Refused(
-                    f"{path} and {run.path} in {root} are not compared, since they were made with another {name}. "
-                    "Make all runs with the same code, data and models, in an empty --output-dir."
-                )
 
 
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:

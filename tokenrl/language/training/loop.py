@@ -174,10 +174,10 @@ def _prepare(
         if device_for(policy.size, args.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
         console.facts("", model_facts(settings, policy, teacher))
-    first = ""
+    first = {}
     if warmed:
         console.note(f"warm start: {warmed['in_words']}.")
-        first = fingerprint(policy.model)
+        first["base model"] = fingerprint(policy.model)
         if warmed.get("chat_time") and args.chat_time is None:
             policy.ask(replace(policy.form, chat_time=warmed["chat_time"]))
         folder = warm_start.folder_of(session.directory)
@@ -189,8 +189,7 @@ def _prepare(
     adapt(args, policy)
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
-    if first:
-        provenance.chosen = {**provenance.fingerprints, "base model": first}
+    provenance.chosen = {**provenance.fingerprints, **first}
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
