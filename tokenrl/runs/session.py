@@ -185,7 +185,6 @@ class Session:
         provenance.code = code_of(settings, provenance.task)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
         self._config |= {"command": self.command, "code": signatures(plain(settings))}
-        self._chosen = provenance.chosen
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, args, model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
@@ -237,7 +236,7 @@ class Session:
         if not self.continues:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
-        self._config["hashes"] = {**self._chosen, **module_hashes()}
+        self._config["hashes"] = {**self.provenance.chosen, **module_hashes()}
         write_json(self.output_dir / "config.json", self._config)
         self.provenance.write(self.output_dir)
         if self._wall_seconds:

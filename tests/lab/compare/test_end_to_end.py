@@ -140,8 +140,6 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
 
 STRANGE = {
     "file": lambda run: (run / "notes").symlink_to("/etc/passwd"),
-    "folder": lambda run: (run / "model").symlink_to("/etc"),
-    "inside": lambda run: (run / "checkpoints").mkdir() or (run / "checkpoints/x").symlink_to(run),
     "run": lambda run: run.rename("elsewhere") and run.symlink_to(Path("elsewhere").resolve()),
     "settings": lambda run: (
         run.with_name("seed_2.json").unlink()

@@ -37,15 +37,11 @@ from tokenrl.lab.compare.plan import (
 )
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import RunTable, read_runs
-from tokenrl.language.supervised.base import load_base
-from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import Console, duration, number
 from tokenrl.runs.directory import directory_path
 from tokenrl.runs.files import plain
 from tokenrl.runs.output import rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import arguments
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are slower, so their median counts."""
@@ -242,10 +238,10 @@ def _forecasts(plan: Plan, console: Console) -> dict[str, str]:
     for problem in plan.problems:
         run = plan.run(problem, arm, plan.seeds[0])
         run = replace(run, settings={**run.settings, "eval_every": 0, "max_steps": TIMED_STEPS})
-        if run.kind == "train" and not run.settings.get("model"):
-            args = arguments(TrainArguments, run.settings)
-            load_base(args, find_task(args, may_lack_rewards=True)[0], console.note)
-        console.note(f"timing {TIMED_STEPS} steps of {arm.label} on {problem.label} ...")
+        console.note(
+            f"timing {TIMED_STEPS} steps on {problem.label}; a model that has no warm start yet gets it first, "
+            "which may take minutes and then counts in the time of a run ..."
+        )
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             try:
