@@ -194,7 +194,7 @@ class Provenance:
     device: str = "cpu"
     task: Any = None
     trained_prompts: frozenset[str] = frozenset()
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)

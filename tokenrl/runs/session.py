@@ -236,8 +236,8 @@ class Session:
         if not self.continues:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
-        self._config["hashes"] = {**self.provenance.chosen, **module_hashes()}
-        write_json(self.output_dir / "config.json", self._config)
+        hashes = self.provenance.chosen | module_hashes()
+        write_json(self.output_dir / "config.json", {**self._config, "hashes": hashes})
         self.provenance.write(self.output_dir)
         if self._wall_seconds:
             self.console.note("Nothing is left to do: the run had ended.")

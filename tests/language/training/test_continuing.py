@@ -238,7 +238,7 @@ def of_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("setting", "name"), CODE)
-def test_a_run_whose_code_or_what_that_imports_has_changed_is_not_continued(of_code, setting, name):
+def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name):
     """Also a module that is imported in a call, and not yet where the run is to be continued."""
     of_code(setting, name)
     hashes = json.loads(Path("run/config.json").read_text())["hashes"]
