@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Placed, Refused, Stopped, with_places
-from tokenrl.language.policy.characters import texts_in
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.tools import joined
 from tokenrl.language.rollout.forward import Forward, Passes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
@@ -223,8 +223,9 @@ def as_in_episodes(
 ) -> list[Any]:
     """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
 
-    A prompt that holds this text already stays as it is. So does that of a row whose columns `reset` cannot
-    take, and all of them if `reset` returns another text with another seed.
+    A prompt that ends with this text, or a chat whose last message of the user does, stays as it is. So does
+    the prompt of a row whose columns `reset` cannot take, and all of them if `reset` returns another text with
+    another seed.
 
     Args:
         rows: demonstrations with a `prompt`, and the columns that `reset` takes.
@@ -233,6 +234,10 @@ def as_in_episodes(
     """
     opened = [*rows]
     for number, (location, row) in enumerate(with_places(rows)):
+        prompt = as_prompt(row.get("prompt"))
+        if fault_of_prompt(prompt):  # whoever encodes it refuses it
+            continue
+        row = {**row, "prompt": prompt}
         with suppress(Refused):
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
@@ -243,9 +248,17 @@ def as_in_episodes(
                     "demonstrations: their prompts must hold what the policy reads first."
                 )
                 return [*rows]
-            if text not in "\n".join(texts_in(row["prompt"])):
+            if not _is_opened(prompt, text):
                 opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
     return opened
+
+
+def _is_opened(prompt: Any, text: str) -> bool:
+    """Return whether a prompt ends with the text of `reset`, as an episode joins the two."""
+    words = [prompt]
+    if not isinstance(prompt, str):
+        words = [message["content"] for message in prompt if message["role"] == "user"]
+    return any(word == joined(word.removesuffix(text), text) for word in words[-1:])
 
 
 def _turns(row: Mapping[str, Any]) -> list[Any]:
