@@ -226,7 +226,7 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert main(["train", "--config", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert f"in-memory:{digits}' was data given from Python" in message
-    assert "to_json('data.jsonl')" in message
+    assert "to_parquet('data.parquet')" in message
 
 
 def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):

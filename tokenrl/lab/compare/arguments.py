@@ -11,7 +11,7 @@ from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, fi
 
 BY_NAME = (
     "the runs of a comparison are other processes, which need names: a file of rows, as "
-    'datasets.Dataset.from_list(rows).to_json("data.jsonl") writes it, in task="data.jsonl", a function in '
+    'datasets.Dataset.from_list(rows).to_parquet("data.parquet") writes it, in task="data.parquet", a function in '
     'reward="file.py:function" or arms=("rloo", "file.py:baseline"), a saved model in model="directory".'
 )
 

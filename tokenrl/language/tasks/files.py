@@ -13,10 +13,8 @@ import gzip
 import io
 import json
 import lzma
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -29,7 +27,9 @@ SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_CELL_CHARACTERS = 2**31 - 1
 SEPARATORS = ",;\t|"
-"""What may stand between two cells of CSV; the header of the file has most of it."""
+"""What may stand between two cells of CSV."""
+QUOTED = re.compile(rf'(^|[\r\n{SEPARATORS}]) *"[^"]*(?:""[^"]*)*"')
+"""A cell in quotes, with what stands in front of it."""
 
 
 def _zstandard(file: Path, mode: str) -> Any:
@@ -58,15 +58,14 @@ def read_rows(
     """Read the files of each split.
 
     Of JSON, a list of objects or objects one after another (JSON Lines), each value is what `json.loads`
-    gives. Of CSV a column holds numbers if each of its cells, in all splits, is just how Python writes that
-    number, and else the texts that stand there; an empty cell is None. A row without one of the columns has
-    None there.
+    gives. Of CSV each value is the text of its cell, also where that is a number; an empty cell is None. A row
+    without one of the columns has None there.
 
     Args:
         splits: the files of each split.
         kind: json or csv.
-        separator: the character between two cells of CSV; a comma may also be one of `SEPARATORS`, as the
-            header of each file shows.
+        separator: the character between two cells of CSV; for a comma any of `SEPARATORS` may stand, see
+            `separator_of`.
 
     Returns:
         The rows of each split, all with the same columns. Each knows its line, or its item in a list of JSON.
@@ -76,10 +75,7 @@ def read_rows(
             message names the line or the item.
     """
     read = partial(_csv_rows, separator=separator) if kind == "csv" else _json_rows
-    rows = {split: _rows_of(files, read) for split, files in splits.items()}
-    if kind == "csv":
-        change_columns([*chain.from_iterable(rows.values())], lambda _, cells: _column(cells))
-    return rows
+    return {split: _rows_of(files, read) for split, files in splits.items()}
 
 
 def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, Any]]:
@@ -154,12 +150,8 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     """Yield the rows of a CSV file as texts, with their locations; lines without any cell are skipped."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     if separator == ",":
-        header = text.lstrip().partition("\n")[0]
-        separator = max(SEPARATORS, key=header.count)
-    # Blanks behind a separator belong to the cell, but not those in front of a quote.
-    before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
-    content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
-    lines = csv.reader(content, delimiter=separator, strict=True)
+        separator = separator_of(text)
+    lines = _csv_lines(text, separator, strict=True)
     columns = next(filter(None, lines), [])
     for column in columns:
         if columns.count(column) > 1:
@@ -172,23 +164,30 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
                 f'cell with {separator!r} in quotes, "like{separator}this"'
             )
         if cells:
-            yield f"line {first}", dict(zip_longest(columns, cells))
+            values = [cell or None for cell in cells]
+            yield f"line {first}", dict(zip_longest(columns, values))
         first = lines.line_num + 1
 
 
-def _column(cells: Sequence[str | None]) -> list[Any]:
-    """Return the values of a column of CSV: numbers if each cell is one, else texts."""
-    numbers = {cell: _number(cell) for cell in cells if cell}
-    if None in numbers.values():
-        return [cell or None for cell in cells]
-    return [numbers[cell] if cell else None for cell in cells]
+def _csv_lines(text: str, separator: str, *, strict: bool) -> Any:
+    """Return the reader of the lines of CSV, each a list of cells."""
+    # Blanks behind a separator belong to the cell, but not those in front of a quote.
+    before = rf'(^|[\r\n{re.escape(separator)}]) *("[^"]*(?:""[^"]*)*")'
+    content = io.StringIO(re.sub(before, r"\1\2", text), newline="")
+    return csv.reader(content, delimiter=separator, strict=strict)
 
 
-def _number(cell: str) -> int | float | None:
-    """Return the number that Python writes just as this cell; None if there is none."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            number = kind(cell)
-            if str(number) == cell and math.isfinite(number):
-                return number
-    return None
+def separator_of(text: str) -> str:
+    """Return the character that divides the cells of a CSV file.
+
+    It stands in the header outside of quotes. If several do, such as one within the name of a column, it is the
+    one with which most lines have as many cells as the header, and of several such the one with most cells.
+    """
+    header = re.split("[\r\n]", QUOTED.sub(r"\1", text.lstrip()))[0]
+    candidates = [separator for separator in SEPARATORS if separator in header]
+
+    def fit(separator: str) -> tuple[int, int]:
+        sizes = [len(cells) for cells in _csv_lines(text, separator, strict=False) if cells]
+        return sizes.count(sizes[0]), sizes[0]
+
+    return max(candidates, key=fit) if len(candidates) > 1 else "".join(candidates) or ","

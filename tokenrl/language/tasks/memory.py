@@ -44,15 +44,19 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
         import datasets
         import pandas
 
+        schema = None
         if isinstance(data, pandas.DataFrame):
-            return _rows(_of_frame(data, source), source)
-        if not isinstance(data, datasets.Dataset):
+            rows = _of_frame(data, source)
+        elif not isinstance(data, datasets.Dataset):
             description = f"{shown(data, 100)} ({type(data).__name__})"
             raise Refused(f"{source} is {description}; it must be {FORMS}.")
-        # A function that with_transform applies to rows is applied where they are read one by one.
-        is_custom = data.format["type"] == "custom"
-        rows = list(map(dict, data)) if is_custom else data.to_list()
-        schema = None if is_custom else data.features.arrow_schema
+        elif data.format["type"] == "custom":
+            rows = list(
+                map(dict, data)
+            )  # with_transform changes rows where they are read one by one
+        else:
+            rows = data.to_list()
+            schema = data.features.arrow_schema
         change_columns(rows, partial(_before_arrow, schema))
         return rows
     for number, row in enumerate(data):
@@ -70,23 +74,37 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
 
 
 def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:
-    """Return the rows of a pandas DataFrame."""
+    """Return the rows of a pandas DataFrame, with fractions in the precision of their columns."""
+    import pyarrow
+
     if frame.index.names != [None]:
         frame = frame.reset_index()
-    if not frame.columns.is_unique:
+    columns = {}
+    for name, column in frame.items():
+        kind = column.dtype
+        cells = column.astype(object).where(column.notna(), None).array
+        if hasattr(kind, "pyarrow_dtype"):
+            cells = pyarrow.array(column.array).to_pylist()
+            cells = [_shortest(cell, kind.pyarrow_dtype) for cell in cells]
+        elif kind.kind == "f":
+            cells = [cell if cell is None else kind.type(cell) for cell in cells]
+        columns[str(name)] = cells
+    if len(columns) < frame.shape[1]:
         raise Refused(
             f"{source} has two columns of one name: {[*frame.columns]}. Name each by itself."
         )
-    frame = frame.astype(object)
-    return list(frame.where(frame.notna(), None).rename(columns=str).to_dict("records"))
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def without_arrays(value: Any) -> Any:
     """Return a value with lists and numbers in place of numpy's arrays and scalars, at any depth.
 
-    pandas reads lists of a Parquet file, such as chat messages, as arrays.
+    pandas reads lists of a Parquet file, such as chat messages, as arrays. A fraction of fewer than 64 bits is
+    read as it is written, 7.1 and not 7.099999904632568.
     """
     if type(value).__module__ == "numpy" and value.dtype.kind not in "mM":  # no times
+        if value.dtype.kind == "f":
+            value = value.astype(str).astype(float)
         value = value.tolist()
     if type(value) is list:
         return [*map(without_arrays, value)]
@@ -96,20 +114,21 @@ def without_arrays(value: Any) -> Any:
 
 
 def _before_arrow(schema: Any, name: str, column: list[Any]) -> list[Any]:
-    """Return the values of a column of Arrow as they were before they came into its table.
+    """Return the values of a column as they were before they came into a table of Arrow or pandas.
 
     Arrow gives every mapping of a column the keys of all of them, with None where it had none, and a chat
     template would write these keys; so they leave messages and tools. A number of fewer than 64 bits is read
     as it is written, 7.1 and not 7.099999904632568.
 
     Args:
-        schema: the types of the columns; None if they are not known, as behind a function of the user.
+        schema: the types of Arrow's columns; None behind pandas or a function of the user, whose values may be
+            numpy's.
         name: the name of the column.
         column: its values.
     """
     if schema is None:
         column = [*map(without_arrays, column)]
-    elif "float" in str(kind := schema.field(name).type):  # of 16 or 32 bits; one of 64 is a double
+    elif "float" in str(kind := schema.field(name).type):
         column = [_shortest(value, kind) for value in column]
     if name == "tools" or any(map(_is_chat, column)):
         return [_without_padding(value) for value in column]
@@ -118,13 +137,13 @@ def _before_arrow(schema: Any, name: str, column: list[Any]) -> list[Any]:
 
 def _shortest(value: Any, kind: Any) -> Any:
     """Return a value of an Arrow type with the shortest fractions that its precision tells apart."""
-    if isinstance(value, list):
+    if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_shortest(part, kind.value_type) for part in value]
     if isinstance(value, dict):
         return {part.name: _shortest(value[part.name], part.type) for part in kind}
-    if value is None or "float" not in str(kind):
+    if value is None or not str(kind).endswith("float"):  # of 16 or 32 bits; one of 64 is a double
         return value
-    return float(str(kind.to_pandas_dtype()(value)))
+    return without_arrays(kind.to_pandas_dtype()(value))
 
 
 def _is_chat(value: Any) -> bool:

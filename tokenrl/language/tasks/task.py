@@ -298,7 +298,7 @@ def find_task(
     if isinstance(source, str) and source.startswith(records.IN_MEMORY):
         raise Refused(
             f"task '{source}' was data given from Python: give it again, or save it once with "
-            "dataset.to_json('data.jsonl') and name data.jsonl by task (--task)."
+            "dataset.to_parquet('data.parquet') and name data.parquet by task (--task)."
         )
     chat = bool(getattr(args, "chat", None))
     reward = list(map(load_reward, named)) or None
