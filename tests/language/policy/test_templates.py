@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.fit import encode_demonstrations
 
 USER = [{"role": "user", "content": "hi"}]
@@ -123,6 +125,38 @@ def test_arguments_that_are_json_text_are_encoded_once(call):
     assert [read(policy, ids) for _, ids in pairs] == [turn]
     assert read(policy, judge_with(template).encode(USER, [message])) == f"u:hi<eos>a:{turn}"
     assert message == called(TEXT)  # which is the user's
+
+
+EMPTY = {
+    "{{ c.function | tojson }}": '{"name": "f", "arguments": {}}',
+    "{{ c.function.arguments | tojson }}": "{}",
+    "{{ c.function.arguments }}": "{}",
+    "{{ 'f ' + c.function.arguments }}": "f {}",
+    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}": "",
+}
+
+
+@pytest.mark.parametrize("arguments", ["", "{}"])
+@pytest.mark.parametrize("call", EMPTY)
+def test_arguments_that_are_empty_text_are_an_empty_object(call, arguments):
+    policy = policy_with(CALLED.replace("{{ CALL }}", call))
+    message = called(arguments)
+    turn = f"<tool_call>{EMPTY[call]}</tool_call><eos>"
+    assert read(policy, policy.encode([*USER, message, *USER])) == f"u:hi<eos>a:{turn}u:hi<eos>a:"
+    assert message == called(arguments)
+
+
+@pytest.mark.parametrize("arguments", ["null", "7", '["a"]', "{", "a", None, ["a"], 7])
+@pytest.mark.parametrize("call", WRITTEN)
+def test_arguments_that_are_no_object_are_refused_with_their_row(call, arguments):
+    policy = policy_with(CALLED.replace("{{ CALL }}", call))
+    rows = [{"prompt": USER, "completion": [called(x)]} for x in ("{}", arguments)]
+    words = f"row 1: A call of a tool has the arguments {arguments!r}: they must be an object"
+    with pytest.raises(Refused, match=re.escape(words)):
+        encode_demonstrations(policy, rows)
+    prompts = [{"prompt": [*USER, *row["completion"], *USER]} for row in rows]
+    with pytest.raises(Refused, match=re.escape(words)):
+        encode(policy, prompts, Sampling(2), ["row 0", "row 1"])
 
 
 # ---- demonstrations of several messages ----

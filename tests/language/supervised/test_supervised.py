@@ -177,7 +177,7 @@ SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
         ("let us go home", "go", "let us go home\ngo"),
         ("let us ago", "go", "let us ago\ngo"),
         (asked("let us ago"), "go", asked("let us ago\ngo")),
-        (asked("go\n") + SO_FAR, "go", asked("go\n") + [*asked("a\ngo"), SO_FAR[1]]),
+        (asked("go\n") + SO_FAR, "go", [*asked("go\n"), *asked("a\ngo"), SO_FAR[1]]),
         (SO_FAR + asked("b"), "so", SO_FAR + asked("b\nso")),
         ("a\nb", "a\nb\nc", "a\nb\na\nb\nc"),
         (7, "sat", "7\nsat"),

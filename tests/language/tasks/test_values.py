@@ -223,7 +223,7 @@ def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
 @pytest.mark.parametrize("cell", ["7", "007", "7.0"])
 def test_a_reward_that_compares_texts_is_right_whatever_number_a_column_of_csv_holds(cell):
     def exact(prompts, completions, answer, **columns):  # as README has it
-        return [float(text.strip() == a) for text, a in zip(completions, answer)]
+        return [float(text.strip() == a) for text, a in zip(completions, answer, strict=True)]
 
     with open("a.csv", "w") as file:
         file.write(f"prompt,answer\n{''.join(f'{i}>,{i}{cell}' + chr(10) for i in range(9))}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -117,12 +118,12 @@ def render(
 
     The tools are functions, or what a column `tools` of the data holds (see `read_tools`).
 
-    Arguments of calls of tools may be JSON text, as OpenAI has them. The template gets them as objects where it
-    would encode the text again, or fails on it.
+    Arguments of calls of tools may be the JSON of an object, as OpenAI has them; empty text is that of an empty
+    object. The template gets them as objects where it would encode the text again, or fails on it.
 
     Raises:
         Refused: there is no template, it fails on the messages, it never reads tools and there are some, or
-            they are no tools.
+            they are no tools, or the arguments of a call are no object.
     """
     from transformers.utils import chat_template_utils
 
@@ -150,11 +151,15 @@ def render(
         return str(text)
 
     try:
+        messages = _with_arguments(messages, lambda value: "{}" if value == "" else value)
+        objects = _with_arguments(messages, _object)
         try:
             text = write(messages)
         except Exception:
-            return write(_with_objects(messages))
-        return write(_with_objects(messages)) if ENCODED_TWICE.search(text) else text
+            return write(objects)
+        return write(objects) if ENCODED_TWICE.search(text) else text
+    except Refused:
+        raise
     except Exception as error:  # a template is a program
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise Refused(
@@ -187,15 +192,32 @@ def read_tools(tools: Any) -> list[Any]:
     return read
 
 
-def _with_objects(messages: Sequence[Any]) -> list[Any]:
-    """Return messages in which arguments of calls that are JSON text are objects."""
+def _with_arguments(messages: Sequence[Any], read: Callable[[Any], Any]) -> list[Any]:
+    """Return messages with the arguments of calls as a function reads them."""
     turns = copy.deepcopy([*messages])
     for turn in turns:
         for call in turn.get("tool_calls") or ():
             function = call.get("function", call)
-            if isinstance(function["arguments"], str):
-                function["arguments"] = json.loads(function["arguments"] or "{}")
+            function["arguments"] = read(function.get("arguments"))
     return turns
+
+
+def _object(arguments: Any) -> Any:
+    """Return the arguments of a call as an object, of which they may be the JSON.
+
+    Raises:
+        Refused: they are none.
+    """
+    value = arguments
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, Mapping):
+        raise Refused(
+            f"A call of a tool has the arguments {shown(arguments)}: they must be an object, such as "
+            '{"city": "Bern"}, or its JSON.'
+        )
+    return value
 
 
 def completion_text(
