@@ -151,6 +151,7 @@ class Rewards:
         self.environment_weight = weights[-1] if is_last else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
+        self._columns = dict[str, Any]()
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
@@ -195,6 +196,8 @@ class Rewards:
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check, before anything is sampled, that every function gets the arguments it asks for.
 
+        Rewards get None in those of the columns that all rows of a call lack.
+
         Args:
             columns: names of the columns of the data.
 
@@ -202,7 +205,8 @@ class Rewards:
             Refused: a function has a parameter without a default that is neither a column nor passed to every
                 reward.
         """
-        available = [*GIVEN, *(column for column in columns if column not in WITHHELD)]
+        self._columns = dict.fromkeys(column for column in columns if column not in WITHHELD)
+        available = [*GIVEN, *self._columns]
         if self.environments is not None:
             available += ["environments", "environment_rewards"]
         for name, function in zip(self.names, self.functions, strict=True):
@@ -253,7 +257,8 @@ class Rewards:
             count = len(completions)
             nothing = np.zeros((count, 0))
             return RewardResult(nothing, np.zeros(count), np.ones(count, dtype=bool), {}, {})
-        rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
+        rows = {name: [None] * len(completions) for name in self._columns}
+        rows |= {key: list(values) for key, values in columns.items() if key not in WITHHELD}
         rows["completion_ids"] = list(completion_ids)
         rows["prompts"] = []
         rows["completions"] = []

@@ -251,9 +251,9 @@ def _checked(task: Any, name: str, *, whole: bool) -> Any:
             f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
             "tokenrl.PromptTask, or give it those attributes."
         )
-    for attribute in REQUIRED[1:]:
-        rows = getattr(task, attribute)
-        if len(rows) == 0 and not whole:
+    for attribute in (*REQUIRED[1:], "demonstrations"):
+        rows = getattr(task, attribute, None) or ()
+        if len(rows) == 0 and attribute in REQUIRED and not whole:
             raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
         sources.check_prompts(rows, f"task '{name}', {attribute}")
         prompts = [sources.as_prompt(row["prompt"]) for row in rows]
@@ -330,7 +330,7 @@ def find_task(
         pass_threshold=pass_threshold,
         optional=is_optional,
     )
-    rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
+    rewards.check_columns(name for row in [*task.train_prompts, *task.eval_prompts] for name in row)
     for attribute in REQUIRED[1:]:
         _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
         rewards.check_rows(getattr(task, attribute))

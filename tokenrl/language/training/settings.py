@@ -18,7 +18,7 @@ from tokenrl.language.tasks.task import is_unrewarded
 from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.language.training.engines import engine_name, named_engine
 from tokenrl.runs.processes import overruled
-from tokenrl.settings import lay
+from tokenrl.settings import arguments, lay
 
 
 def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
@@ -62,7 +62,9 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
         raise Refused(
             "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
         )
-    recommended = getattr(task, "train", None) or {}
+    recommended = getattr(task, "train", None)
+    if not isinstance(recommended, Mapping):  # a task of the user may call something else so
+        recommended = {}
     layers = layers_below(choices, task, policy, recommended)
     usual, _ = lay(*layers)
     if choices.max_completion_length is None:
@@ -75,7 +77,7 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
         values["eval_every"] = _evaluation_interval(values, task)
     if values["log_completions"] is None:
         values["log_completions"] = values["eval_every"]
-    args = TrainArguments(**values)
+    args = arguments(TrainArguments, values)
     buffer = args.estimator.overlong_buffer
     length = args.max_completion_length
     if buffer >= length:
