@@ -173,10 +173,21 @@ UNIQUE_KEYS = json.JSONDecoder(object_pairs_hook=_unique)
 """Reads JSON; a ValueError names the key that an object gives a second time."""
 
 
-def _from_yaml(text: str) -> Any:
-    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text.
+PLAIN = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+    "merge": "<<",
+}
+"""By type, which words of YAML without quotes are of it; all others are text."""
 
-    PyYAML alone would also take the last value of a key that a mapping gives a second time.
+
+def _from_yaml(text: str) -> Any:
+    """Read YAML as its version 1.2 defines words and numbers.
+
+    PyYAML alone reads version 1.1, in which `no` and `on` are booleans, `12:30` is a number, 2026-01-31 is no
+    text, and `1e-5` is text. It also takes the last value of a key that a mapping gives a second time.
     """
     import yaml
 
@@ -185,8 +196,9 @@ def _from_yaml(text: str) -> Any:
         return yaml.SafeLoader.construct_mapping(self, node, deep)
 
     loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    loader.yaml_implicit_resolvers = {
+        None: [(f"tag:yaml.org,2002:{kind}", re.compile(f"({x})$")) for kind, x in PLAIN.items()]
+    }
     try:
         config = yaml.load(text, loader)
     except yaml.YAMLError as error:

@@ -132,12 +132,13 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
 
 
 def _collected(kind: Any, argv: list[str]) -> list[str]:
-    """Return the words of a command line, where a list flag that is repeated adds to its first values."""
-    lists = {
-        f"--{name}".replace("_", "-")
-        for name, hint in field_types(kind).items()
-        if mentions(hint, ...)
-    }
+    """Return the words of a command line, where a list flag that is repeated adds to its first values.
+
+    Raises:
+        Refused: More words stand behind a flag than it takes.
+    """
+    hints = {f"--{name}".replace("_", "-"): hint for name, hint in field_types(kind).items()}
+    lists = {flag for flag, hint in hints.items() if mentions(hint, ...)}
     parts = defaultdict[Any, list[str]](list)
     owner: Any = ""
     for number, word in enumerate(argv):
@@ -149,6 +150,16 @@ def _collected(kind: Any, argv: list[str]) -> list[str]:
                 parts[owner] += [value] if equals else []
                 continue
         parts[owner].append(word)
+    for first, *values in parts.values():
+        flag, _, value = first.partition("=")
+        hint = hints.get(flag.replace("_", "-").replace("--no-", "--"))
+        values = [*filter(None, [value]), *values]
+        most = int(hint not in (bool, bool | None))
+        if hint and not mentions(hint, ...) and len(values) > most:
+            raise Refused(
+                f"{flag} takes {('no', 'one')[most]} value, not {' '.join(values)}. A text with spaces stands in "
+                "quotes, and a switch alone, as --quiet or --no-quiet."
+            )
     return [*chain.from_iterable(parts.values())]
 
 

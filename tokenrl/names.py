@@ -10,8 +10,10 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -74,8 +76,14 @@ def import_attribute(spec: str, purpose: str) -> Any:
     """
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
+        hint = ""
+        with suppress(OSError):
+            names = re.findall(
+                r"(?m)^(?:async )?(?:def|class) ([a-zA-Z]\w*)", Path(spec).read_text()
+            )
+            hint = f" The file defines {', '.join(names)}."
         raise Refused(
-            f"{purpose} '{spec}': expected module:attribute or path/to/file.py:attribute."
+            f"{purpose} '{spec}': expected module:attribute or path/to/file.py:attribute.{hint}"
         )
     value = import_source(source, f"{purpose} '{spec}'")
     for part in attribute.split("."):

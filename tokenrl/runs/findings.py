@@ -22,6 +22,11 @@ LONGEST_TENTH = 100
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+ENDLESS = (
+    "A model that never ends by itself, as one with random weights, has to learn that first (--warm-start, or "
+    "tokenrl sft), or needs strings that end completions (--stop)."
+)
+"""What helps where the limit cuts most completions, and a higher limit may not."""
 METRICS = {
     "reward": "reward",
     "spread": "reward_std",
@@ -193,7 +198,7 @@ class Observed:
     highest_rate: Number = None
     pass_mark: float = math.inf
     can_warm_start: bool = False
-    uncut: str = "raise --max-completion-length."
+    uncut: str = f"raise --max-completion-length. {ENDLESS}"
     is_misasked: bool = False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import inf, nan
 from typing import TypeAlias, TypeVar
 
-from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, Weight
+from tokenrl.runs.findings import ENDLESS, LOST_SHARE, Finding, Observed, Weight
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
@@ -282,6 +282,8 @@ def completions_cut(observed: Observed) -> Judgement:
     limit = require(observed.max_completion_length)
     weight = above(cut, watch=0.05, act=0.1, void=LOST_SHARE)
     text = f"{cut:.0%} of the completions are cut off at {limit} tokens. Raise --max-completion-length."
+    if weight == "void":
+        text = f"{text} {ENDLESS}"
     changes = {} if weight == "watch" else {"max_completion_length": 2 * limit}
     return weight and Finding("truncation", weight, text, changes)
 
@@ -354,10 +356,13 @@ def remedy(observed: Observed, reward: float = nan) -> str:
         return (
             f"{cut:.0%} of completions are cut at {limit} tokens, before an end: {observed.uncut}"
         )
-    return (
+    advice = (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
         "or more generations per prompt."
     )
+    if reward == 0:
+        advice += " If the reward compares texts with a column of numbers, which are never equal, write str(answer)."
+    return advice
 
 
 def rounded(number: float, figures: int = 1) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import math
 import os
 import re
@@ -69,7 +70,7 @@ def load_reward(spec: Any) -> Reward:
             raise Refused(
                 f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}"
             ) from error
-    if ":" not in text:
+    if ":" not in text and not text.endswith(".py"):
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
     function = import_attribute(text, "reward")
     if not callable(function):
@@ -108,6 +109,21 @@ def original(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def may_read(function: Any, column: str) -> bool:
+    """Return whether a reward may read a column of the data.
+
+    It may if its code, or an option such as `column="answer"`, holds the name, if it hands all columns on, or if
+    its code is not there.
+    """
+    inner = original(function)
+    try:
+        code = inspect.getsource(inner if inspect.isroutine(inner) else type(inner))
+    except (OSError, TypeError):
+        return True
+    use = rf"\b{re.escape(column)}\b|\*\*(\w+)\b.*\b\1\b(?!\[|\.get)"
+    return re.search(use, f"{function!r} {code}", re.DOTALL) is not None
 
 
 def is_binary(function: Any) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from tokenrl.language.policy.model import (
 )
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.loading import may_read
 from tokenrl.language.supervised.fit import check_trainable, fit
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
@@ -47,6 +49,9 @@ from tokenrl.settings import check_seed
 
 WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
+
+READ = {"prompt", "completion", "tools", "teacher_prompt"}
+"""Columns that a model reads or writes, for the vocabulary of a tiny model."""
 
 MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
@@ -140,7 +145,8 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
 
     Args:
         args: the arguments of a command; the weights depend on the vocabulary and on `base_seed` alone.
-        task: the task; held-out rows and demonstrations count for the vocabulary too.
+        task: the task; held-out rows and demonstrations count for the vocabulary too. Of their columns those
+            count that a model, a reward, an environment or a teacher may read.
     """
     build = getattr(task, "build", None)
     if build is None:
@@ -150,9 +156,19 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
             *(getattr(task, "demonstrations", None) or ()),
         ]
         template = getattr(args, "teacher_template", None) or ""
+        environment = getattr(task, "environment", None)
+        if environment is None and getattr(args, "teacher_context", None) is None:
+            reward = getattr(task, "reward", None) or ()
+            rewards = reward if isinstance(reward, list | tuple) else [reward]
+            read = {*READ, getattr(args, "completion_column", "")}
+            read |= {
+                column
+                for column in {*chain(*rows)} - read
+                if f"{{{column}" in template or any(may_read(x, column) for x in rewards)
+            }
+            rows = [{name: row[name] for name in row if name in read} for row in rows]
         texts = (args.system_prompt or "", template, *(args.stop or ()))
         form = {"texts": texts, "chat": bool(args.chat)}
-        environment = getattr(task, "environment", None)
         calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)
         if environment is not None or calls:
             rows.append({"prompt": WRITTEN})
@@ -164,6 +180,12 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
     policy = wrap(*build(args.base_seed), source=TINY)
     policy.model.to(getattr(torch, args.dtype.replace("auto", "float32")))
     return policy
+
+
+def vocabulary_of(policy: Policy) -> str:
+    """Return the size of the vocabulary of a new tiny model, for the header; nothing of other models."""
+    is_new = policy.source == TINY
+    return f", a vocabulary of {len(policy.tokenizer):,} tokens" if is_new else ""
 
 
 def adapt(args: ModelArguments, policy: Policy) -> None:

@@ -19,7 +19,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.forward import Forward, choose_forward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.arguments import SftArguments
-from tokenrl.language.supervised.base import adapt, load_base
+from tokenrl.language.supervised.base import adapt, load_base, vocabulary_of
 from tokenrl.language.supervised.defaults import (
     completion_limit,
     demonstrations,
@@ -151,7 +151,7 @@ def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) ->
     batch = f"{args.batch_size} demonstrations"
     rate = line(learning_rate=f"{args.learning_rate:g}")
     return {
-        "model": forward.policy.source,
+        "model": f"{forward.policy.source}{vocabulary_of(forward.policy)}",
         "training": line(" x ", max_steps=steps, batch_size=batch),
         "learning rate": f"{rate}, {args.lr_scheduler_type}",
         "computing": forward.words,

@@ -139,11 +139,10 @@ def folder_of(run: str) -> Path:
 
 def is_complete(folder: Path, updates: int) -> bool:
     """Return whether the folder holds a warm start of so many updates, and its undamaged model."""
-    with suppress(Refused, OSError, ValueError):
+    with suppress(Refused, OSError, ValueError, LookupError, TypeError):
         summary = json.loads((folder / "summary.json").read_bytes())
         find_model(folder / "model")
-        read_config(folder)
-        return (summary["exit_reason"], summary["steps"]) == ("finished", updates)
+        return summary["exit_reason"] == "finished" and facts_of(folder)["updates"] == updates
     return False
 
 

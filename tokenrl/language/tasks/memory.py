@@ -12,7 +12,8 @@ from tokenrl.settings import shown
 
 FORMS = (
     "a name, a task object, a datasets.Dataset (from_dict, from_list; of a stream from_list(list(data.take(N)))), "
-    'a pandas.DataFrame, a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
+    'a pandas.DataFrame, a list of rows, such as [{"prompt": ...}], or a dict of splits of these. Of a table of '
+    "polars give frame.to_dicts(), of pyarrow table.to_pylist()"
 )
 
 

@@ -131,7 +131,9 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     if is_file and ending not in FORMATS:
         raise Refused(
             f"task '{name}': cannot read '{ending}' files; allowed are {', '.join(FORMATS)}, also with "
-            f"{', '.join(COMPRESSED)} behind it. Put an archive such as .zip into a folder, and give the folder."
+            f"{', '.join(COMPRESSED)} behind it. Put an archive such as .zip into a folder, and give the folder. "
+            "Read a database or a spreadsheet with pandas, such as frame = pandas.read_sql('select * from TABLE', "
+            "sqlite3.connect(FILE)); then give task=frame, or frame.to_parquet('rows.parquet') and that file."
         )
     try:
         if is_file and ending != ".parquet":

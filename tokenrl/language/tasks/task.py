@@ -179,7 +179,8 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
             return PromptTask(source, *puzzles(source, eval_size), pass_threshold=1.0)
         module = source.rpartition(":")[0]
         is_there = os.path.exists(source)
-        if is_there or not module or ("/" in module and not module.endswith(".py")):
+        is_data = is_there or not module or ("/" in module and not module.endswith(".py"))
+        if is_data and not source.endswith(".py"):
             if is_there or "/" in source or format_of(Path(source)) in sources.FORMATS:
                 return None
             raise Refused(

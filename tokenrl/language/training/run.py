@@ -20,6 +20,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import abilities_of
+from tokenrl.language.supervised.base import vocabulary_of
 from tokenrl.language.supervised.defaults import check_prompts, with_origins
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import remarks
@@ -271,7 +272,7 @@ def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) 
     schedule = args.lr_scheduler_type
     rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
     return {
-        "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
+        "model": f"{policy.source} ({policy.size:,} parameters{vocabulary_of(policy)}, {args.dtype})",
         **({} if teacher is None else {"teacher": teacher.line}),
         "training": line(" x ", **sizes),
         "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),

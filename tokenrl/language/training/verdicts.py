@@ -130,21 +130,19 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     """Return what rows of metrics say (see `observe`), with what is known of the task and the model."""
     task = run.task
     solved = getattr(task, "solved", None)
-    uncut = (
-        "raise --max-completion-length, name strings that end them (--stop), or take another model."
-    )
+    observed = observe(rows, run.args)
     if asks_in_text(run):
-        uncut = "the model has a chat template, so ask it in chat messages, with --chat."
+        words = "the model has a chat template, so ask it in chat messages, with --chat."
+        observed = replace(observed, uncut=words)
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
     mark = run.rewards.pass_threshold if solved is None else solved
     return replace(
-        observe(rows, run.args),
+        observed,
         lowest_rate=run.settings.usual_rate,
         highest_rate=run.settings.usual_rate,
         faults=run.rewards.faults,
         pass_mark=math.inf if mark is None else mark,
         can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
-        uncut=uncut,
     )
 
 
