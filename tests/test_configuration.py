@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.errors import Refused
+from tokenrl.language.training.arguments import TrainArguments
 
 TRAINS = [name for name, command in COMMANDS.items() if command.trains]
 SPOILT = {
@@ -119,3 +121,19 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_
         Refused, match=r"no setting 'minutes'\. --check prints the seconds of a step"
     ):
         configured(COMMANDS["train"].arguments, file, "train")
+
+
+def test_words_of_yaml_without_quotes_are_texts_but_for_those_of_version_1_2():
+    text = (
+        "task: on\nchat_time: 2026-01-31\nsystem_prompt: 12:30\nstop: [no, yes]\noutput_dir: off\n"
+    )
+    numbers = "seed: 010\nlearning_rate: 1e-3\ntop_p: .5\nchat: true\nresume: ~\n"
+    Path("a.yaml").write_text(text + numbers)
+    args = configured(TrainArguments, "a.yaml", "train")
+    assert (args.task, args.chat_time, args.system_prompt) == ("on", "2026-01-31", "12:30")
+    assert (args.stop, args.output_dir, args.resume) == (("no", "yes"), "off", None)
+    assert (args.seed, args.learning_rate, args.top_p, args.chat) == (10, 1e-3, 0.5, True)
+    for word in ("no", "on", "2026-01-31"):
+        Path("a.yaml").write_text(f"quiet: {word}")
+        with pytest.raises(Refused, match=f"quiet was given as '{word}'; it must be True or False"):
+            configured(TrainArguments, "a.yaml", "train")

@@ -240,3 +240,26 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
             function(args=GRPOConfig(), model="m")
     with pytest.raises(Refused, match="the keywords seed, quiet would be lost"):
         tokenrl.train(COMMANDS["train"].arguments(), seed=1, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train --overwrite True", "--overwrite takes no value, not True"),
+        ("train --overwrite=True", "--overwrite takes no value, not True"),
+        ("train --no-quiet yes", "--no-quiet takes no value, not yes"),
+        ("train --prompt-template a b c", "--prompt-template takes one value, not a b c"),
+        ("compare --max-steps 5 6", "--max-steps takes one value, not 5 6"),
+        ("sample --greedy", "There is no flag --greedy. It is --num-generations 0"),
+        ("train --reward own.py", "The file defines right, Game."),
+        ("train --task own.py", "The file defines right, Game."),
+        ("train --environment own.py --reward none", "The file defines right, Game."),
+    ],
+)
+def test_a_value_too_many_and_a_file_without_a_name_are_refused_with_what_to_write(
+    line, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def right(): ...\nclass Game:\n    def reset(self): ...\n")
+    assert main(line.split()) == 2
+    assert words in capsys.readouterr().err

@@ -75,9 +75,6 @@ Natural = Annotated[int, Bounds(at_least=0, at_most=MAX_COUNT)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 """A seed has 32 bits, as NumPy's: then a number of 64 bits can hold it beside the number of a step."""
 
-SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-"""Words for a setting that is on or off."""
-
 OPEN: Any = None
 """Default of a setting that a user may leave open: a run fills it in before its first step. As an argument it
 may be None; the settings of a run hold a value of the field's type."""
@@ -248,8 +245,8 @@ def _converted(value: Any, kind: Any) -> Any:
         return same_name(value, get_args(kind))
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if kind is bool and isinstance(value, str):
-        return SWITCH.get(value.lower(), value)
+    if kind is bool and value in ("True", "False"):
+        return value == "True"
     if kind in (int, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return kind(value)

@@ -7,6 +7,11 @@ import sys
 import pytest
 
 from tokenrl.cli import main
+from tokenrl.language.supervised.base import make_tiny
+from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.settings import train_settings
 
 FILE = """
 import sys
@@ -36,3 +41,29 @@ def test_so_is_one_in_a_file(tmp_path, monkeypatch, capsys, name, raises):
     said = capsys.readouterr().err
     assert f"task 'mine.py:{name}' was read, and it raised " in said and "(mine.py, line" in said
     assert "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_column_that_rows_of_a_task_lack_is_none_for_a_reward_whatever_rows_it_is_called_with():
+    seen = []
+
+    def note_of(completions, note, **columns):
+        seen.extend(note)
+        return [0.0] * len(completions)
+
+    plain = [{"prompt": "a"}, {"prompt": "b"}]
+    for parts in (
+        ([*plain, {"prompt": "c", "note": "n"}], plain),
+        (plain, [{"prompt": "c", "note": "n"}]),
+    ):
+        _, rewards = find_task(TaskArguments(task=PromptTask("t", *parts, note_of)))
+        rewards(["a", "b"], ["x", "y"], [[0], [0]], {})
+        rewards(["c"], ["x"], [[0]], {"note": ["n"]})
+    assert seen == [None, None, "n"] * 2
+
+
+def test_a_task_may_call_something_else_than_recommended_settings_train():
+    task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
+    policy = make_tiny(TrainArguments(model="tiny"), task)
+    for attribute, steps in (([{"prompt": "a"}], 200), (task.__init__, 200), ({"max_steps": 7}, 7)):
+        task.train = attribute
+        assert train_settings(TrainArguments(model="tiny"), task, policy).args.max_steps == steps

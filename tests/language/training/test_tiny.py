@@ -17,7 +17,11 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.library import ExactMatch
 from tokenrl.language.rewards.tools import assistant_message
+from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.base import make_tiny, vocabulary_of
+from tokenrl.language.tasks.task import PromptTask
 from toy_tasks.models import EOS, UNKNOWN
 
 SMALL = "--max-steps 1 --prompts-per-step 2 --num-generations 2 --eval-size 2 --eval-generations 1 --cpu"
@@ -97,6 +101,38 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
+
+
+def named(prompts, completions, answer, **columns):
+    return [0.0] * len(answer)
+
+
+def by_key(completions, **columns):
+    return [0.0 for _ in columns["answer"]]
+
+
+def handed_on(completions, **columns):
+    return by_key(completions, **columns)
+
+
+@pytest.mark.parametrize(
+    ("reward", "column", "characters"),
+    [
+        (named, "completion", "0123>ab"),
+        (by_key, "completion", "0123>ab"),
+        (ExactMatch("answer"), "completion", "0123>ab"),
+        (handed_on, "completion", "0123>abcxyz"),
+        (None, "completion", "0123>b"),
+        (None, "note", "0123>bc"),
+    ],
+)
+def test_a_tiny_model_takes_characters_of_columns_that_somebody_reads(reward, column, characters):
+    row = {"answer": "a", "completion": "b", "note": "c", "organism": "xyz"}
+    rows = [{"prompt": f"{n}>", **row} for n in range(4)]
+    args = SftArguments(model="tiny", completion_column=column)
+    policy = make_tiny(args, PromptTask("t", rows[:3], rows[3:], reward))
+    assert {*policy.tokenizer.get_vocab()} == {EOS, UNKNOWN, *characters}
+    assert vocabulary_of(policy) == f", a vocabulary of {2 + len(characters)} tokens"
 
 
 class Shop:

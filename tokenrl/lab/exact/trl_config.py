@@ -18,7 +18,7 @@ from tokenrl.configuration import read_config
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
-from tokenrl.settings import SWITCH, Bounds, arguments, check_choice, check_number, checked
+from tokenrl.settings import Bounds, arguments, check_choice, check_number, checked
 
 CLASSES = {
     "grpo": "GRPOConfig of TRL 1.16.0",
@@ -199,5 +199,5 @@ def _number(name: str, text: str, kind: type[float], **bounds: float) -> float:
 def _plain(value: Any) -> str:
     """Write a value as the table does: in small letters, and a number without what does not count."""
     text = str(value).lower()
-    text = str(SWITCH.get(text, text)).lower()
+    text = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text, text)
     return f"{float(text):.12g}" if re.fullmatch(NUMBER, text) else text

@@ -234,10 +234,6 @@ def as_in_episodes(
     """
     opened = [*rows]
     for number, (location, row) in enumerate(with_places(rows)):
-        prompt = as_prompt(row.get("prompt"))
-        if fault_of_prompt(prompt):  # whoever encodes it refuses it
-            continue
-        row = {**row, "prompt": prompt}
         with suppress(Refused):
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
@@ -248,7 +244,7 @@ def as_in_episodes(
                     "demonstrations: their prompts must hold what the policy reads first."
                 )
                 return [*rows]
-            if not _is_opened(prompt, text):
+            if not _is_opened(row["prompt"], text):
                 opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
     return opened
 
