@@ -17,6 +17,7 @@ from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, fit
+from tokenrl.language.supervised.warm_start import is_complete
 from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
 
@@ -231,6 +232,13 @@ def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path, 
         "no-signal" in run(check=True).flags
     )  # now the model is warm, and its rewards are all equal
     assert "4 updates, loss" in capsys.readouterr().out
+    folder = tmp_path / "run" / "warm_start"
+    assert is_complete(folder, 4) and not is_complete(folder, 5)
+    for damaged in ({}, [], None, {"exit_reason": "finished", "steps": 4}):
+        (folder / "summary.json").write_text(json.dumps(damaged))
+        assert not is_complete(folder, 4)
+    assert run(overwrite=False, resume="auto", max_steps=2).warm_started["updates"] == 4
+    assert is_complete(folder, 4)
 
 
 def test_what_cannot_be_warm_started_is_refused(run):
