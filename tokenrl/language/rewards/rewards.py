@@ -257,7 +257,7 @@ class Rewards:
             count = len(completions)
             nothing = np.zeros((count, 0))
             return RewardResult(nothing, np.zeros(count), np.ones(count, dtype=bool), {}, {})
-        rows = {name: [None] * len(completions) for name in self._columns}
+        rows: dict[str, list[Any]] = {name: [None] * len(completions) for name in self._columns}
         rows |= {key: list(values) for key, values in columns.items() if key not in WITHHELD}
         rows["completion_ids"] = list(completion_ids)
         rows["prompts"] = []

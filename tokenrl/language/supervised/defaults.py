@@ -240,7 +240,7 @@ def sft_defaults(
 ) -> tuple[SftArguments, dict[str, str]]:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults."""
     recommended = {}
-    warm = getattr(task, "warm_start", None)
+    warm: Any = getattr(task, "warm_start", None)
     if hasattr(warm, "steps"):
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate

@@ -152,7 +152,7 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     if separator == ",":
         separator = separator_of(text)
     lines = _csv_lines(text, separator, strict=True)
-    columns = next(filter(None, lines), [])
+    columns: list[str] = next(filter(None, lines), [])
     for column in columns:
         if columns.count(column) > 1:
             raise ValueError(f"two columns of {file} are called {column!r}: name each by itself")
