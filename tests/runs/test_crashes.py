@@ -64,19 +64,19 @@ def crashes(start, folder, action):
     finished.rename(folder)
 
 
-def in_two_halves(path, text):
-    with path.open("w") as file:
-        for half in (text[:2], text[2:]):
-            file.write(half)
-            file.flush()
-            os.fsync(file.fileno())  # here, too, the process may die
+def in_two_halves(file, text):
+    for half in (text[:2], text[2:]):
+        file.write(half.encode())
+        file.flush()
+        os.fsync(file.fileno())  # here, too, the process may die
 
 
 def writing(text):
     def write(folder):
         (folder / "sub").mkdir()
-        in_two_halves(folder / "a", text)
-        in_two_halves(folder / "sub" / "b", text)
+        for path in (folder / "a", folder / "sub" / "b"):
+            with path.open("wb") as file:
+                in_two_halves(file, text)
 
     return write
 

@@ -3,9 +3,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from tokenrl.runs.plots import Bars, Chart, Curve, Forest, svg
+from tokenrl.runs.plots import Bars, Chart, Curve, Forest, extremes, smooth, svg
 
 RANGES = {
     "one point": [3.0],
@@ -32,9 +33,34 @@ def test_any_values_are_drawn_inside_the_picture_with_a_scale(values):
     points = numbers(drawn)
     assert len(points) > 4 and all(-1 <= x <= 401 and -1 <= y <= 201 for x, y in points)
     assert len(re.findall("<text", drawn)) >= 4 and ">solved: 0.5</text>" in drawn
-    assert len(drawn) < 60_000 and ('fill-opacity: 0.2"' in drawn) == short
+    assert len(drawn) < 30_000 and ('fill-opacity: 0.2"' in drawn) == short
     if values[0] == 0:  # the peak of the long curve is not lost; the plot begins at 10
         assert min(y for _, y in points if y > 0) < 30
+
+
+@pytest.mark.parametrize("dots", [False, True])
+def test_a_long_curve_has_the_extremes_of_each_column_of_pixels_and_no_more(dots):
+    """Of 2,000 points a pixel, the drawn ones are points of the curve, its ends and each spike among them."""
+    count = 100_000
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=count)
+    y[[777, 50_000, count - 2]] = 90, -80, 70
+    low, high = y - 1, y + 1
+    low[30_000], high[60_000] = -99, 99
+    places = extremes(range(count), [y, low, high], 50)
+    assert len(places) <= 2 + 6 * 51 and {0, 777, 30_000, 50_000, 60_000, count - 2} < {*places}
+    assert places == sorted({*places}) and places[-1] == count - 1
+    columns = np.arange(count) * 50 // (count - 1)
+    for column in range(50):
+        inside = [i for i in places if columns[i] == column]
+        for values in (y, low, high):
+            whole = values[columns == column]
+            assert (values[inside].min(), values[inside].max()) == (whole.min(), whole.max())
+    assert extremes(range(99), [y[:99]], 50) == list(range(99))
+    band = (low.tolist(), high.tolist()) if dots else None
+    drawn = svg(Chart("n", "u", [Curve(range(count), y.tolist(), dots=dots, band=band)]), 400, 200)
+    assert len(drawn) < 100_000
+    assert smooth(y.tolist(), 5, places) == [smooth(y.tolist(), 5)[i] for i in places]
 
 
 def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():

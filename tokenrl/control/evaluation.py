@@ -20,6 +20,7 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
+from tokenrl.runs.files import remove
 
 SEEDS = 2**30
 """Seeds of training are below this number and those of evaluation are not, so that they never share one."""
@@ -78,12 +79,14 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
     # Many environments draw with SDL, which fails where there is no display unless its driver is 'dummy'.
     driver = os.environ.get("SDL_VIDEODRIVER", "dummy")
     start = seed_of(seed, 2, evaluation=True)
+    video = folder / "episode-episode-0.mp4"
+    remove(video)  # a link in its place would be written through
     with patch.dict(os.environ, SDL_VIDEODRIVER=driver), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         envs = Environments(spec.env, 1, vector=SyncVectorEnv([camera]))
         with contextlib.closing(envs):
             collect_episodes(envs, policy, spec.horizon, None, seed=start)
-    return folder / "episode-episode-0.mp4"
+    return video
 
 
 def check_film(spec: Spec) -> None:

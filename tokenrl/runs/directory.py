@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.files import recover, remove
+from tokenrl.runs.files import appending, recover, remove
 
 TRAINED_PROMPTS = "trained_prompts.txt"
 """A hash of each prompt that the model of a run was trained on, there and before, one in a line."""
@@ -137,10 +137,9 @@ def _refuse_content(run: Path, may_hold_run: bool) -> None:
 
     A saved model also has a config.json.
     """
-    for link in (run / name for name in _FOLDERS if (run / name).is_symlink()):
-        reason = (
-            f"{link} is a link, and a run removes its older files, but only in its own directory"
-        )
+    folders = [run / name for name in (*_FOLDERS, "warm_start", "tensorboard")]
+    for link in filter(Path.is_symlink, folders):
+        reason = f"{link} is a link, and a run writes and removes files in its own directory only"
         raise Refused(f"{reason}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", "warm_start", *_PARTIAL)]
@@ -179,7 +178,7 @@ def acquire_lock(folder: Path, busy: str) -> Any:
     from filelock import FileLock, Timeout
 
     # Where nothing can be written, this raises an OSError; the lock alone would call it a timeout.
-    (folder / ".lock").touch()
+    appending(folder / ".lock").close()
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)

@@ -7,6 +7,7 @@ its manifest.json, {name: [size, SHA-256]}, by which a reader notices damaged fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,21 +18,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from tokenrl.configuration import is_special, is_stream, read_file
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe, written
 from tokenrl.user_code import own_process
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"
 PLAIN_JSON = json.JSONEncoder(sort_keys=True, allow_nan=False)
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Flags with which a link is no way to another file, and nothing waits for the reader of a pipe."""
+UNSYNCED = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF", "EACCES", "EPERM")
+"""Errors of a flush that a system does not offer, as for the folders of some network mounts."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a hidden file beside `path`, which replaces `path` when the block ends without an error.
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new hidden file beside `path`, which replaces `path` when the block ends without an error.
 
-    A pipe or a terminal, such as /dev/stdout, cannot be replaced; then `path` itself is yielded.
+    A link, a pipe or a file of an earlier crash in the place of either is replaced too, and nothing is written
+    through it. A stream of this process, such as /dev/stdout, is written to as it is.
 
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
@@ -39,11 +46,13 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
-            if path.is_fifo() or path.is_char_device():
-                yield path
+            if is_stream(path):
+                with path.open("ab") as file:
+                    yield file
                 return
-            with own_process():
-                yield partial
+            remove(partial)
+            with partial.open("xb") as file, own_process():
+                yield file
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
@@ -56,7 +65,8 @@ def check_place(path: str | os.PathLike[str]) -> None:
     """Refuse a file that cannot be written for its name, before the work whose result it shall hold.
 
     Raises:
-        Refused: its folder does not exist, or it is a folder itself.
+        Refused: its folder does not exist, or it is a folder itself, or a pipe or a device that is no stream
+            of this process.
     """
     target = Path(path).absolute()
     if not os.path.isdir(target.parent):
@@ -64,6 +74,10 @@ def check_place(path: str | os.PathLike[str]) -> None:
     if os.path.isdir(target):
         raise Refused(
             f"{target} cannot be written: it is a directory. Give the name of a file in it."
+        )
+    if is_special(target):
+        raise Refused(
+            f"{target} cannot be written: it is a pipe or a device. Give the name of a file, or /dev/stdout."
         )
 
 
@@ -91,8 +105,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         Stopped: the file could not be written; see `replacing`.
     """
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -167,15 +181,31 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flattened
 
 
+def appending(path: Path) -> BinaryIO:
+    """Open a file of a folder, or a new one, to append to it; never through a link.
+
+    Raises:
+        OSError: a link or a pipe lies there, or nothing can be written.
+    """
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | NO_FOLLOW, 0o666))
+
+
 def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk, so that it survives a power failure; not on Windows."""
+    """Flush a file or a folder to the disk, so that it survives a power failure; not on Windows.
+
+    Where the system cannot flush it, what was written counts as written.
+    """
     if os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if errno.errorcode.get(error.errno or 0) not in UNSYNCED:
+            raise
 
 
 MANIFEST = "manifest.json"
@@ -267,10 +297,11 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     """Return where a model lies: `model/` for a run directory, else the path or hub name itself.
 
     A folder with a manifest, or inside of one, is verified. Others pass, since nothing says what they should
-    hold.
+    hold, unless they hold a pipe, for which a reader would wait without end.
 
     Raises:
-        Refused: the folder is damaged, or it lies where a checkpoint should be and is none.
+        Refused: the folder is damaged, it holds a pipe or a device, or it lies where a checkpoint should be and
+            is none.
     """
     model = name_or_path
     run = Path(name_or_path)
@@ -278,6 +309,10 @@ def model_directory(name_or_path: str | Path) -> str | Path:
         model = run / "model"
     if os.path.isdir(model):
         path = Path(model).resolve()
+        for file in filter(is_special, path.iterdir()):
+            raise Refused(
+                f"{file} is a pipe or a device, and only regular files are read. Remove it."
+            )
         for folder in (path, path.parent):
             if folder.match("checkpoints/step_*") or _manifest(folder) is not None:
                 verify(folder)
@@ -301,7 +336,7 @@ def _seal(folder: Path) -> None:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """Return the entries of a manifest: {} of a damaged one, None without one or with another program's."""
     try:
-        entries = json.loads((folder / MANIFEST).read_bytes())
+        entries = json.loads(read_file(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
@@ -314,6 +349,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def _entry(file: Path) -> list[Any]:
     """Return the size of a file and its SHA-256."""
+    if is_special(file):
+        raise OSError("it is a pipe or a device")
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(1 << 20):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenrl.configuration import read_file
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.files import flat, plain, replacing, writing
+from tokenrl.runs.files import appending, flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -45,7 +46,7 @@ def append_rows(
         if row is not None:
             ordered = {"step": step, **dict(sorted(row.items()))}
             text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
-        with writing(run / name), (run / name).open("ab") as file:
+        with writing(run / name), appending(run / name) as file:
             file.write(text.encode())
 
 
@@ -59,7 +60,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Refused: the file cannot be read, or a line before the last is damaged.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_file(Path(path)).split(b"\n")
     except OSError as error:
         raise Refused(
             f"The metrics {path} cannot be read ({error}); give the directory of a run."
@@ -103,9 +104,10 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
         fault = f"The completions cannot be written as a table ({describe(error)})"
         raise Stopped(f"{fault}: give log_extra numbers and text.") from error
     path = folder / f"step_{step:06d}.parquet"
-    with replacing(path) as partial:
+    with writing(path):
         folder.mkdir(exist_ok=True)
-        parquet.write_table(table, partial, write_page_checksum=True)
+    with replacing(path) as file:
+        parquet.write_table(table, file, write_page_checksum=True)
     return path
 
 

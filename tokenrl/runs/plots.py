@@ -6,7 +6,7 @@ matplotlib is imported when something is drawn, and never pyplot, which would ch
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777
            "c2": "#c24e00", "c3": "#007a58", "c4": "#9b3d7a", "c5": "#806200", "c6": "#3b4cc0"}  # fmt: skip
 """Colours on white by the names that page.css gives them; c0 is grey, c1 to c6 tell curves apart."""
 COLOURS = 6
+MARKER = 5  # pixels of a dot
 
 
 def _variable(colour: int) -> str:
@@ -69,20 +70,25 @@ class Curve(NamedTuple):
         return measured(self.y[-1], self.error)
 
     def draw(self, axes: Axes) -> None:
-        """Draw the band, and the values or their running mean."""
+        """Draw the band, and the values or their running mean, as far as a screen shows them apart."""
         look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
+        columns = axes.bbox.width / (MARKER if self.dots else 1)
+        places = extremes(self.x, [self.y, *(self.band or ())], columns)
+        x = [self.x[place] for place in places]
+        y = [self.y[place] for place in places]
         if self.band is not None:
-            axes.fill_between(self.x, *self.band, alpha=0.2, linewidth=0, **look)
-        means = self.y
+            low, high = ([edge[place] for place in places] for edge in self.band)
+            axes.fill_between(x, low, high, alpha=0.2, linewidth=0, **look)
+        means = y
         if not self.dots:
             window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
-            means = smooth(self.y, window)
-            axes.plot(self.x, self.y, linewidth=1, alpha=0.35, **look)
-        (line,) = axes.plot(self.x, means, linewidth=2, **look)
+            means = smooth(self.y, window, places)
+            axes.plot(x, y, linewidth=1, alpha=0.35, **look)
+        (line,) = axes.plot(x, means, linewidth=2, **look)
         if self.dashed:
             line.set_linestyle((0, (4, 2)))
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
-            line.set(marker="o", markersize=5, markeredgewidth=0)
+            line.set(marker="o", markersize=MARKER, markeredgewidth=0)
 
 
 class Chart(NamedTuple):
@@ -227,11 +233,41 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}">{inside}'
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
+def extremes(x: Sequence[float], curves: Iterable[Sequence[float]], columns: float) -> list[int]:
+    """Return the places of the points that a picture shows apart, in ascending order.
+
+    Args:
+        x: the points, ascending.
+        curves: values at these points; the least and the greatest of each in every column are kept.
+        columns: how many columns of pixels the picture has. Up to twice as many points are all kept.
+    """
+    import numpy as np
+
+    last = len(x) - 1
+    if last < 2 * columns:
+        return list(range(len(x)))
+    column = np.floor((np.asarray(x) - x[0]) * (columns / max(x[-1] - x[0], 1e-300)))
+    kept = {0, last}
+    for values in curves:
+        order = np.lexsort((np.asarray(values), column))  # by column, and in it by value
+        ends = np.flatnonzero(np.diff(column[order]))
+        kept.update(order[[0, *(ends + 1), *ends, last]].tolist())
+    return sorted(kept)
+
+
+def smooth(
+    values: Sequence[float], window: int, places: Iterable[int] | None = None
+) -> list[float]:
+    """Return the centred running mean over `window` values (odd); the window shrinks at the ends.
+
+    Args:
+        values: the values.
+        window: how many of them a mean has.
+        places: where means are wanted; None for everywhere.
+    """
     half = window // 2
     means = []
-    for index in range(len(values)):
+    for index in range(len(values)) if places is None else places:
         means.append(fmean(values[max(0, index - half) : index + half + 1]))
     return means
 
