@@ -182,20 +182,14 @@ def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path) -> N
 
 IDLE = [
     ({}, {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5, "ref_model_sync_steps": 2}),
-    (
-        {},
-        {"importance_sampling_level": "sequence", "sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0},
-    ),
+    ({}, {"sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0}),
     (
         {"loss_type": "sapo"},
         {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01},
     ),
-    (
-        {"loss_type": "vespo"},
-        {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.0, "importance_sampling_level": "sequence"},
-    ),
-    ({"loss_type": "cispo", "epsilon_high": 5.0}, {"epsilon": 0.01, "delta": 1.5}),
-    ({"loss_type": "luspo"}, {"importance_sampling_level": "sequence", "vllm_mode": "server"}),
+    ({"loss_type": "vespo"}, {"epsilon": 0.01, "sapo_temperature_pos": 3.0}),
+    ({"loss_type": "cispo", "epsilon_high": 5.0}, {"vespo_k_pos": 1.0, "delta": 1.5}),
+    ({"loss_type": "luspo"}, {"epsilon": 0.01, "vllm_mode": "server"}),
     ({"multi_objective_aggregation": "normalize_then_sum"}, {"scale_rewards": "none"}),
     ({"trainer": "RLOO"}, {"epsilon": 0.01, "epsilon_high": 0.02}),
 ]

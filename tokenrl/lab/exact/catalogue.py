@@ -27,8 +27,8 @@ class LabArguments(Settings):
     preset: str | None = None
     """Explain this estimator beside rloo: a preset, also with changes, such as trl_grpo,scale=none."""
     trl_config: str | None = None
-    """Explain what a configuration of TRL's trainers (GRPO, RLOO, distillation, GKD, IW-OPD) computes, from a JSON or
-    YAML file of its fields; a field trainer names one of grpo, rloo, distillation, gkd, iw_opd."""
+    """Explain what a GRPOConfig or RLOOConfig of TRL computes, from a JSON or YAML file of its fields; a field trainer
+    names one of grpo, rloo."""
     sampler: str | None = None
     """Compare the corrections for a sampler that differs from the policy: by noise on its logits, by
     temperature, top_k or top_p, such as noise=0.3 or temperature=0.8,top_p=0.9."""
