@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
+    "tokenrl/control/agents.txt",
     "tokenrl/core/presets.txt",
     "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",

@@ -63,8 +63,7 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
     assert "timestep_mean" in output and "tokenrl control --config c.json" in output
     returns = advice["measured"]
     # Random play of CartPole lasts about 22 steps and pays 1 a step; 40 episodes give a standard error of 2.
-    assert returns["parameters"] == 4 * 64 + 64 + 64 * 2 + 2
-    assert returns["mean"] == pytest.approx(returns["length"]) and 14 < returns["mean"] < 32
+    assert 14 < returns["mean"] < 32
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.estimator.baseline == "timestep_mean"
     # measured, and rounded to a digit
@@ -79,11 +78,10 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
 
 def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):
     _, advice = advised(capsys, "--env", "Pendulum-v1", "--episodes", "2")
-    assert advice["measured"]["parameters"] == 3 * 128 + 128 + 128 * 128 + 128 + 2 * (128 + 1)
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.head == "gaussian" and arguments.reward_scale < 1
     assert arguments.estimator.gamma == 0.95  # no episode of Pendulum ends by itself
-    reasons = {setting["name"]: setting["reason"] for setting in advice["settings"]}
+    reasons = advice["reasons"]
     assert {"estimator.baseline", "reward_scale", "num_iterations"} <= reasons.keys()
     assert "GAE" in reasons["estimator.returns"]
 

@@ -9,6 +9,7 @@ import torch
 
 import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
+from tokenrl.core.presets import read_changes
 from tokenrl.lab import exact_moments, problem_of_mdp, random_mdp, which_objective
 from tokenrl.lab.exact.discounting import ROWS
 from tokenrl.lab.exact.report import print_objectives
@@ -66,12 +67,12 @@ HALF = ("batch mean", "reward 1 per step")
 @pytest.mark.parametrize("seed", [2, 5, 7])
 @pytest.mark.parametrize("name", ROWS)
 def test_whose_gradient_it_is(name: str, seed: int) -> None:
-    (fields, world), mdp = ROWS[name], random_mdp(seed, one_start=True)
+    (changes, options), mdp = ROWS[name], random_mdp(seed, one_start=True)
     ascends = next((which for which, names in ASCENDS.items() if name in names), "J_1")
-    world = dict(world)
+    world = read_changes(options)[1] if options else {}
     if "reward" in world:
         mdp = mdp._replace(rewards=torch.full_like(mdp.rewards, world.pop("reward")))
-    e = Estimator(**fields)
+    e = Estimator.preset(changes)
     found = which_objective(e, problem_of_mdp(mdp, gamma=e.gamma, **world))
     assert found.ascends == ascends
     match = found.discounted if ascends == "J_gamma" else found.undiscounted
@@ -84,9 +85,9 @@ def test_whose_gradient_it_is(name: str, seed: int) -> None:
         assert found.undiscounted.status == "biased" and found.undiscounted.relative_bias > 0.01
 
 
-def asymmetry(fields: dict, seed: int) -> float:
+def asymmetry(changes: str, seed: int) -> float:
     """|D - D'| / |D| for the Jacobian D of the expected gradient: 0 for the gradient of any objective."""
-    mdp, estimator = random_mdp(seed, one_start=True), Estimator(**fields)
+    mdp, estimator = random_mdp(seed, one_start=True), Estimator.preset(changes)
 
     def field(move: torch.Tensor) -> torch.Tensor:
         moved = mdp._replace(logits=mdp.logits + move.reshape(2, 2))
@@ -100,10 +101,10 @@ def asymmetry(fields: dict, seed: int) -> float:
 @pytest.mark.parametrize("name", [*ROWS, "episode std"])
 def test_what_is_said_to_be_the_gradient_of_no_objective_has_a_curl(name: str) -> None:
     """But for the episode's mean, which ascends a return of other weights."""
-    fields, world = ROWS.get(name, ({**TO_GO, "scale": "episode_std"}, {}))
+    changes, world = ROWS.get(name, ("returns=reward_to_go,scale=episode_std", ""))
     if not world:
         some = name == "to go, episode mean" or name not in (*ASCENDS["neither"], "episode std")
-        assert (asymmetry(fields, 2) < 1e-7) == some, asymmetry(fields, 2)
+        assert (asymmetry(changes, 2) < 1e-7) == some, asymmetry(changes, 2)
 
 
 def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def run(args: AdviseArguments) -> int:
     if args.config is not None:
         write_json(Path(args.config), {"kind": advice.command, **asdict(advice.arguments)})
         line = shlex.join(["tokenrl", advice.command, "--config", args.config])
-        advice = replace(advice, line=line if advice.line else "")
+        advice = replace(advice, line=f"Run it: {line}")
     if args.json is not None:
         write_json(Path(args.json), plain(advice))
     advice.show()

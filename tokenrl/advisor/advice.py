@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tokenrl.core.axes import Baseline
-from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS
+from tokenrl.lab.exact.explanation import written
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.settings import Count, Seed, Settings, Several
@@ -56,12 +55,10 @@ class Advice:
         subject: the environment, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
         arguments: the arguments of that command, as its dataclass.
-        line: the command line that carries the advice out; empty if there is nothing to change.
+        line: the command line that carries the advice out; or why there is nothing to change.
         measured: what was measured, by name.
-        findings: what the table of rules says about it; their changes are those that `line` makes.
-        settings: `name`, such as `estimator.baseline`, `value` and `reason` of each recommended setting; none
-            in a diagnosis, where they are the changes of findings.
-        unchanged: why there is nothing to change, where `line` is empty.
+        findings: what the table of rules says about it.
+        reasons: the reason of each recommended setting by its name, such as `estimator.baseline`.
     """
 
     subject: str
@@ -69,30 +66,32 @@ class Advice:
     arguments: Any
     line: str
     measured: Mapping[str, Any]
-    findings: Sequence[Finding] = ()
-    settings: Sequence[Mapping[str, Any]] = ()
-    unchanged: str = ""
+    findings: Sequence[Finding]
+    reasons: Mapping[str, str]
 
     def show(self) -> None:
         """Print what was measured, the findings, the settings and the command."""
         console = rich_console()
         console.print(f"tokenrl advise: {self.subject}", style="bold")
-        findings = []
-        for finding in self.findings:
-            change = shlex.join(flags(finding.changes))
-            findings.append((LEVELS[finding.weight], finding.flag, finding.text, change))
+        settings = vars(self.arguments) | {
+            f"estimator.{axis}": value for axis, value in vars(self.arguments.estimator).items()
+        }
         tables: dict[tuple[str, ...], Iterable[Iterable[Any]]] = {
             ("measured", ""): self.measured.items(),
-            ("kind", "finding", "what it is", "change"): findings,
-            ("setting", "value", "reason"): [setting.values() for setting in self.settings],
+            ("kind", "finding", "what it is"): [
+                (LEVELS[finding.weight], finding.flag, finding.text) for finding in self.findings
+            ],
+            ("setting", "value", "reason"): [
+                (name, settings[name], reason) for name, reason in self.reasons.items()
+            ],
         }
         for header, rows in tables.items():
             table = rich_table("", header, overflow="fold")
             for row in rows:
-                table.add_row(*map(written, row))
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
             if table.rows:
                 console.print(table)
-        console.print(f"Run it: {self.line}" if self.line else self.unchanged, soft_wrap=True)
+        console.print(self.line, soft_wrap=True)
 
 
 def merge(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -111,68 +110,33 @@ def merge(findings: Iterable[Finding]) -> dict[str, Any]:
     return changes
 
 
-def settings_of(arguments: Any) -> dict[str, Any]:
-    """Return the settings by name, with the axes of the estimator as `estimator.baseline` and so on."""
-    axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
-    return vars(arguments) | axes
-
-
-def advised(findings: Iterable[Finding], arguments: Any) -> list[Finding]:
-    """Return the findings, with changes only where the arguments that are advised have all of them."""
-    settings = settings_of(arguments).items()
-    return [f if dict(f.changes).items() <= settings else replace(f, changes={}) for f in findings]
-
-
 def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
     """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
-    axes = {}
-    settings = {}
-    for name, value in changes.items():
-        if name.startswith("estimator."):
-            axes[name.removeprefix("estimator.")] = value
-        else:
-            settings[name] = value
+    parts = [name.rpartition(".") for name in changes]
+    axes = {last: changes[f"estimator.{last}"] for owner, _, last in parts if owner}
+    settings = {last: changes[last] for owner, _, last in parts if not owner}
     return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
-
-
-def written(value: Any) -> str:
-    """Return a value as text: short numbers, and layers as 64 x 64."""
-    if value is None or value == ():
-        return "none"
-    if isinstance(value, tuple):
-        return " x ".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def command_line(command: str, arguments: Any) -> str:
     """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
-    changes = {}
+    changes = {"estimator": written(arguments.estimator)}
     for field in fields(arguments):
         value = getattr(arguments, field.name)
         if field.name != "estimator" and value != field.default:
             changes[field.name] = value
-    axes = {preset: _other_axes(arguments.estimator, preset) for preset in PRESETS}
-    nearest = min(axes, key=lambda preset: len(axes[preset]))
-    words = flags(changes | axes[nearest])
-    return shlex.join(["tokenrl", command, "--estimator", nearest, *words])
-
-
-def _other_axes(estimator: Estimator, preset: str) -> dict[str, Any]:
-    """Return the axes in which an estimator differs from a preset, as `estimator.baseline` and so on."""
-    axes = vars(Estimator.preset(preset))
-    return {f"estimator.{n}": x for n, x in vars(estimator).items() if x != axes[n]}
+    return shlex.join(["tokenrl", command, *flags(changes)])
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
     """Return the words of the command line for settings by name, such as `estimator.entropy_coef`."""
     words = []
     for name, value in values.items():
-        *owner, last = name.replace("_", "-").split(".")
-        flag = "--" + ".".join([*owner, f"no-{last}" if value is False else last])
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag)
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif str(value).startswith("-"):  # else the number would look like a flag
-            words.append(f"{flag}={value}")
+            words.append(f"--{flag}={value}")
         else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return words

@@ -14,7 +14,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from tokenrl.advisor.advice import Advice, advised, flags, merge, with_changes
+from tokenrl.advisor.advice import Advice, flags, merge, with_changes
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
@@ -72,20 +72,16 @@ def _diagnosed(run: RecordedRun) -> Advice:
     observed = observe_recorded(run, arguments)
     findings = judge(observed)
     changes = {} if observed.is_solved else merge(findings)
-    line = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
-    measured: dict[str, Any] = {"status": _status(run, arguments)}
-    for name, value in vars(observed.recent).items():
-        if not math.isnan(value):
-            measured[f"recent_{name}"] = value
-    arguments = with_changes(arguments, changes)
+    unchanged = SOLVED if observed.is_solved else UNCHANGED
+    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
         subject=f"{run.path}: {run.title}",
         command=run.kind,
-        arguments=arguments,
-        line=shlex.join(line) if changes else "",
-        measured=measured,
-        findings=advised(findings, arguments),
-        unchanged=SOLVED if observed.is_solved else UNCHANGED,
+        arguments=with_changes(arguments, changes),
+        line=f"Run it: {shlex.join(words)}" if changes else unchanged,
+        measured={"status": _status(run, arguments)},
+        findings=findings,
+        reasons={},
     )
 
 

@@ -8,9 +8,11 @@ a run can be repeated without the name.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -114,74 +116,24 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
 
 AGENTS = ("classic", "tuned")
 
-# The agent of textbooks. Each episode is a batch by itself: the discounted returns to go of its steps,
-# shifted to mean 0 and divided by their standard deviation, weight the scores of its actions. Mean and
-# deviation depend on the actions that they judge, which biases the gradient (see `core/choices.py`), and
-# episodes are never compared with each other.
-CLASSIC: dict[str, Any] = {
-    "estimator": Estimator(
-        baseline="episode_mean",
-        scale="episode_std",
-        scale_eps=1e-8,
-        returns="reward_to_go",
-        gamma=0.99,
-    ),
-    "hidden": (16,),
-    "activation": "relu",
-    "learning_rate": 0.01,
-    "num_envs": 1,
-    "max_grad_norm": 0.0,
-}
 CLASSIC_EPISODES = {"CartPole-v1": 400, "Acrobot-v1": 300, "LunarLander-v3": 1000}
 """Episodes that the classic agent trains on, by environment; one episode is one update."""
 OTHER_EPISODES = 1000
 """Episodes of the classic agent in all other environments."""
 
-# The parts of PPO: the critic and GAE (lam) make credit local. A discount bounds how far ahead the critic
-# must see, and lets a time limit be bootstrapped. The clipped ratio allows several passes over the same
-# steps. Pieces of episodes keep slow environments busy. An entropy bonus keeps the lander from hovering too
-# early; it falls to 0, because the policy is evaluated with sampled actions. A falling learning rate
-# removes the noise of the last updates.
-PPO: dict[str, Any] = {
-    "num_envs": 16,
-    "num_iterations": 4,
-    "learning_rate_schedule": "linear",
-}
-LANDER: dict[str, Any] = PPO | {
-    "estimator": Estimator.preset("ppo", gamma=0.999, lam=0.98, entropy_coef=0.01, value_clip=None),
-    "num_steps": 512,
-    "num_minibatches": 16,
-    "learning_rate": 1e-3,
-    "hidden": (64, 64),
-    "reward_scale": 0.02,  # returns of some hundreds become targets of size 1 for the critic
-    "entropy_schedule": "linear",
-    "max_steps": 200,
-}
-TUNED: dict[str, dict[str, Any]] = {
-    # Short episodes that all start alike: the mean of the other episodes at the same step needs no critic.
-    "CartPole-v1": {"max_steps": 60},
-    "Acrobot-v1": PPO
-    | {
-        "estimator": Estimator.preset("ppo", gamma=0.99, lam=0.94),
-        "num_steps": 256,
-        "num_minibatches": 4,
-        "learning_rate": 3e-3,
-        "max_steps": 50,
-    },
-    "LunarLander-v3": LANDER,
-    "LunarLanderContinuous-v3": LANDER | {"hidden": (128, 128)},
-    "Pendulum-v1": PPO
-    | {
-        "estimator": Estimator.preset("ppo", gamma=0.9, lam=0.95, value_clip=None),
-        "num_steps": 256,
-        "num_iterations": 10,
-        "num_minibatches": 8,
-        "learning_rate": 1e-3,
-        "hidden": (128, 128),
-        "reward_scale": 0.1,
-        "max_steps": 50,
-    },
-}
+
+def agents(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of a kind of agents in agents.txt, by environment."""
+    settings = {}
+    for line in Path(__file__).with_name("agents.txt").read_text(encoding="utf-8").splitlines():
+        agent, *columns = line.split(" | ")
+        if agent == kind:
+            env, estimator, others = columns
+            settings[env] = {"estimator": Estimator.preset(estimator), **read_changes(others)[1]}
+    return settings
+
+
+TUNED = agents("tuned")
 """The settings of the tuned agent by environment."""
 
 ABOUT_AGENT = (
@@ -207,7 +159,8 @@ def agent_settings(agent: str, env: str) -> dict[str, Any]:
     """
     check_choice("agent", agent, AGENTS)
     if agent == "classic":
-        return {"env": env, **CLASSIC, "max_steps": CLASSIC_EPISODES.get(env, OTHER_EPISODES)}
+        episodes = CLASSIC_EPISODES.get(env, OTHER_EPISODES)
+        return {"env": env, **agents("classic")["any"], "max_steps": episodes}
     if env not in TUNED:
         raise Refused(
             f"The agent 'tuned' has no settings for {env!r}; it has settings for {', '.join(TUNED)}. "

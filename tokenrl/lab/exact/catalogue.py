@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from tokenrl.core.choices import AXES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS, TO_GO
+from tokenrl.core.presets import PRESETS
 from tokenrl.settings import Settings
 
 
@@ -36,55 +35,51 @@ class LabArguments(Settings):
     """Compare advantages and divisors where an environment answers between two turns of the policy."""
 
 
-CONSTANT: dict[str, Any] = {"baseline": "constant", "baseline_constant": 0.5}
-EPISODE: dict[str, Any] = {**TO_GO, "baseline": "episode_mean"}
-STANDARD: dict[str, Any] = {**EPISODE, "scale": "episode_std", "gamma": 0.99}
-FULL_PATH: dict[str, Any] = {"beta": 0.2, "kl_placement": "loss", "kl_estimator": "full_path"}
-
-NEEDS: dict[str, dict[str, Any]] = {
-    "optimal_form": {"baseline": "optimal"},
-    "importance_bound": {"importance": "token", "importance_cap": 2.0},
-    "episode_mean": TO_GO,
-    "episode_std": TO_GO,
-    "blame_window": {"window": 1},
-    "closed_form": {"beta": 0.2, "kl_placement": "loss", "kl_estimator": "k2"},
-    "gae": {"baseline": "value"},
-    "episode_normalized": {"baseline": "none"},
+NEEDS = {
+    "optimal_form": "baseline=optimal",
+    "importance_bound": "importance=token,importance_cap=2.0",
+    "episode_mean": "returns=reward_to_go",
+    "episode_std": "returns=reward_to_go",
+    "blame_window": "window=1",
+    "closed_form": "beta=0.2,kl_placement=loss,kl_estimator=k2",
+    "gae": "baseline=value",
+    "episode_normalized": "baseline=none",
 }
 """Other fields that an axis, or one choice on it, needs in order to have an effect."""
 
-EXTRA: dict[str, dict[str, Any]] = {
-    "constant 0.5": CONSTANT,
-    "opo, row inside": {"baseline": "opo", "leave_one_out": False},
-    "optimal, row inside": {"baseline": "optimal", "leave_one_out": False},
-    "timestep_mean, row inside": {"baseline": "timestep_mean", "leave_one_out": False},
-    "shrinkage, weight 0.5": {"baseline": "shrinkage", "shrinkage_weight": 0.5},
-    "value, to go": {**TO_GO, "baseline": "value"},
-    "gae, lam 1": {"baseline": "value", "returns": "gae", "lam": 1.0},
-    "group_mean, group_std": {"baseline": "group_mean", "scale": "group_std"},
-    "none, group_std, ddof 0": {"baseline": "none", "scale": "group_std", "scale_ddof": 0},
-    "loo_std, token_mean": {"scale": "loo_std", "aggregation": "token_mean"},
-    "other_groups_std, token_mean": {"scale": "other_groups_std", "aggregation": "token_mean"},
-    "constant, sequence_mean": {**CONSTANT, "aggregation": "sequence_mean"},
-    "dual clip": {"ratio": "token", "dual_clip": 3.0},
-    "importance token, cap 2": {"importance": "token", "importance_cap": 2.0},
-    "importance prefix, clip 0.2": {"importance": "prefix", "importance_clip": 0.2},
-    "importance none, centred": {"importance_centre": True},
-    "importance none, centred by the top 1": {
-        "importance_centre": True,
-        "importance_centre_top": 1,
-    },
-    "batch_mean, full path KL": {**FULL_PATH, "baseline": "batch_mean"},
-    "discounted": {"gamma": 0.7},
-    "discounted, to go": {**TO_GO, "gamma": 0.7},
-    "episode standardised": STANDARD,
-    "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
-    "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
-    "overlong penalty": {"overlong_buffer": 4},
-    "full path KL, closed form subtracted": {**FULL_PATH, "kl_baseline": "closed_form"},
-    "entropy bonus": {"entropy_coef": 0.3},
-    "max_at_2, full path KL": {**FULL_PATH, "objective": "max_at_k", "objective_order": 2},
-    "log_success, token_mean": {"objective": "log_success", "aggregation": "token_mean"},
+EXTRA = {
+    "constant 0.5": "baseline=constant,baseline_constant=0.5",
+    "opo, row inside": "baseline=opo,leave_one_out=False",
+    "optimal, row inside": "baseline=optimal,leave_one_out=False",
+    "timestep_mean, row inside": "baseline=timestep_mean,leave_one_out=False",
+    "shrinkage, weight 0.5": "baseline=shrinkage,shrinkage_weight=0.5",
+    "value, to go": "returns=reward_to_go,baseline=value",
+    "gae, lam 1": "baseline=value,returns=gae,lam=1.0",
+    "group_mean, group_std": "baseline=group_mean,scale=group_std",
+    "none, group_std, ddof 0": "baseline=none,scale=group_std,scale_ddof=0",
+    "loo_std, token_mean": "scale=loo_std,aggregation=token_mean",
+    "other_groups_std, token_mean": "scale=other_groups_std,aggregation=token_mean",
+    "constant, sequence_mean": "baseline=constant,baseline_constant=0.5,aggregation=sequence_mean",
+    "dual clip": "ratio=token,dual_clip=3.0",
+    "importance token, cap 2": "importance=token,importance_cap=2.0",
+    "importance prefix, clip 0.2": "importance=prefix,importance_clip=0.2",
+    "importance none, centred": "importance_centre=True",
+    "importance none, centred by the top 1": "importance_centre=True,importance_centre_top=1",
+    "batch_mean, full path KL": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
+    "baseline=batch_mean",
+    "discounted": "gamma=0.7",
+    "discounted, to go": "returns=reward_to_go,gamma=0.7",
+    "episode standardised": "returns=reward_to_go,baseline=episode_mean,scale=episode_std,"
+    "gamma=0.99",
+    "value, episode normalised": "baseline=value,returns=episode_normalized",
+    "none, zero spread dropped": "baseline=none,zero_spread=drop",
+    "overlong penalty": "overlong_buffer=4",
+    "full path KL, closed form subtracted": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
+    "kl_baseline=closed_form",
+    "entropy bonus": "entropy_coef=0.3",
+    "max_at_2, full path KL": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
+    "objective=max_at_k,objective_order=2",
+    "log_success, token_mean": "objective=log_success,aggregation=token_mean",
 }
 """Further estimators, which are neither presets nor RLOO with one axis changed."""
 
@@ -97,33 +92,29 @@ def named_estimators() -> dict[str, Estimator]:
     has a name is not listed again.
     """
     named: dict[str, Estimator] = {}
-    for name, fields in _candidates():
-        estimator = Estimator(**fields)
+    for name, changes in _candidates():
+        estimator = Estimator.preset(changes)
         if estimator not in named.values():
             named[name] = estimator
     return named
 
 
-def _candidates() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield names, and the fields that differ from those of RLOO."""
-    for name, preset in PRESETS.items():
-        yield name, preset.fields
+def _candidates() -> Iterator[tuple[str, str]]:
+    """Yield names, each with its preset or with the changes from RLOO."""
+    for name in PRESETS:
+        yield name, name
     for axis, choices in AXES.items():
         if axis not in ("kl_placement", "kl_estimator"):  # these two are varied in pairs
             for choice in choices:
-                yield (
-                    f"{axis} {choice}",
-                    {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice},
-                )
+                needs = [NEEDS[name] for name in (axis, choice) if name in NEEDS]
+                yield f"{axis} {choice}", ",".join([*needs, f"{axis}={choice}"])
     for placement, kl in KL_EFFECTS:
-        yield (
-            f"KL in the {placement}, {kl}",
-            {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl},
-        )
+        changes = f"beta=0.2,kl_placement={placement},kl_estimator={kl}"
+        yield f"KL in the {placement}, {kl}", changes
     for objective, form in OBJECTIVES:
         for order in (1, 2, 3) if objective == "max_at_k" else (None,):
             if (form, order) != ("sloo_minus_one", 1):
                 label = objective if order is None else f"max_at_{order}"
-                chosen = {"objective": objective, "objective_form": form, "objective_order": order}
-                yield f"{label}, {form}", chosen
+                changes = f"objective={objective},objective_form={form},objective_order={order}"
+                yield f"{label}, {form}", changes
     yield from EXTRA.items()

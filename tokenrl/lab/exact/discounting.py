@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokenrl.core.effects import EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import TO_GO
-from tokenrl.lab.exact.catalogue import EPISODE, STANDARD
+from tokenrl.core.presets import read_changes
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem
@@ -75,51 +74,58 @@ def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
     )
 
 
-VALUE: dict[str, Any] = {**TO_GO, "baseline": "value"}
-GAE: dict[str, Any] = {"baseline": "value", "returns": "gae", "lam": 0.5}
-TRUE: dict[str, Any] = {"critic": "true"}
-CUT: dict[str, Any] = {"steps": 2, "beyond": 2}
-TIMESTEP: dict[str, Any] = {**TO_GO, "baseline": "timestep_mean"}
-
-ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "total": ({}, {}),
-    "total, discounted": ({"gamma": 0.9}, {}),
-    "reward to go": (TO_GO, {}),
-    "reward to go, discounted": ({**TO_GO, "gamma": 0.9}, {}),
-    "blame window as long as the episode": ({"returns": "blame_window", "window": 3}, {}),
-    "blame window shorter": ({"returns": "blame_window", "window": 2}, {}),
-    "GAE lam 0.5, V^pi": (GAE, TRUE),
-    "GAE lam 0.5, V^pi, discounted": ({**GAE, "gamma": 0.9}, TRUE),
-    "GAE lam 0.5, any V": (GAE, {}),
-    "GAE lam 1, any V": ({**GAE, "lam": 1.0}, {}),
-    "to go, any V as the baseline": (VALUE, {}),
-    "to go, running mean": ({**TO_GO, "baseline": "running_mean"}, {}),
-    "to go, batch mean": ({**TO_GO, "baseline": "batch_mean"}, {}),
-    "total, batch mean, discounted": ({"baseline": "batch_mean", "gamma": 0.9}, {}),
-    "to go, timestep mean of the others": (TIMESTEP, {}),
-    "to go, timestep mean of all (of 2 here)": ({**TIMESTEP, "leave_one_out": False}, {}),
-    "to go, episode mean": (EPISODE, {}),
-    "to go, episode mean, reward 1 per step": (EPISODE, {"reward": 1.0}),
-    "to go, episode mean and std": (STANDARD, {}),
-    "to go, episode mean and std, reward 1": (STANDARD, {"reward": 1.0}),
-    "episode normalised, then V": ({"baseline": "value", "returns": "episode_normalized"}, {}),
-    "cut, V^pi follows": (VALUE, {**TRUE, **CUT}),
-    "cut, total, V^pi follows, discounted": ({"gamma": 0.9}, {**TRUE, **CUT}),
-    "cut, any V follows": (VALUE, CUT),
-    "cut, taken for an end": (VALUE, {**CUT, "bootstrap": False}),
+STANDARD = "returns=reward_to_go,baseline=episode_mean,scale=episode_std,gamma=0.99"
+ROWS = {
+    "total": ("rloo", ""),
+    "total, discounted": ("gamma=0.9", ""),
+    "reward to go": ("returns=reward_to_go", ""),
+    "reward to go, discounted": ("returns=reward_to_go,gamma=0.9", ""),
+    "blame window as long as the episode": ("returns=blame_window,window=3", ""),
+    "blame window shorter": ("returns=blame_window,window=2", ""),
+    "GAE lam 0.5, V^pi": ("baseline=value,returns=gae,lam=0.5", "critic='true'"),
+    "GAE lam 0.5, V^pi, discounted": (
+        "baseline=value,returns=gae,lam=0.5,gamma=0.9",
+        "critic='true'",
+    ),
+    "GAE lam 0.5, any V": ("baseline=value,returns=gae,lam=0.5", ""),
+    "GAE lam 1, any V": ("baseline=value,returns=gae,lam=1.0", ""),
+    "to go, any V as the baseline": ("returns=reward_to_go,baseline=value", ""),
+    "to go, running mean": ("returns=reward_to_go,baseline=running_mean", ""),
+    "to go, batch mean": ("returns=reward_to_go,baseline=batch_mean", ""),
+    "total, batch mean, discounted": ("baseline=batch_mean,gamma=0.9", ""),
+    "to go, timestep mean of the others": ("returns=reward_to_go,baseline=timestep_mean", ""),
+    "to go, timestep mean of all (of 2 here)": (
+        "returns=reward_to_go,baseline=timestep_mean,leave_one_out=False",
+        "",
+    ),
+    "to go, episode mean": ("returns=reward_to_go,baseline=episode_mean", ""),
+    "to go, episode mean, reward 1 per step": (
+        "returns=reward_to_go,baseline=episode_mean",
+        "reward=1.0",
+    ),
+    "to go, episode mean and std": (STANDARD, ""),
+    "to go, episode mean and std, reward 1": (STANDARD, "reward=1.0"),
+    "episode normalised, then V": ("baseline=value,returns=episode_normalized", ""),
+    "cut, V^pi follows": ("returns=reward_to_go,baseline=value", "critic='true',steps=2,beyond=2"),
+    "cut, total, V^pi follows, discounted": ("gamma=0.9", "critic='true',steps=2,beyond=2"),
+    "cut, any V follows": ("returns=reward_to_go,baseline=value", "steps=2,beyond=2"),
+    "cut, taken for an end": (
+        "returns=reward_to_go,baseline=value",
+        "steps=2,beyond=2,bootstrap=False",
+    ),
 }
-"""The rows of the table: fields changed from RLOO, and arguments of `problem_of_mdp`; `reward` is a constant
-reward of every step."""
+"""The rows of the table: changes from RLOO, and arguments of `problem_of_mdp`; `reward` is a constant reward
+of every step."""
 
 
 def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
     """Yield name, gamma and result for each of `ROWS`, on one random environment."""
     mdp = random_mdp(2, one_start=True)
-    for name, (fields, options) in ROWS.items():
-        estimator = Estimator(**fields)
-        arguments = dict(options)
+    for name, (changes, options) in ROWS.items():
+        estimator = Estimator.preset(changes)
+        world = read_changes(options)[1] if options else {}
         rewards = mdp.rewards
-        if "reward" in arguments:
-            rewards = torch.full_like(rewards, arguments.pop("reward"))
-        problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **arguments)
+        if "reward" in world:
+            rewards = torch.full_like(rewards, world.pop("reward"))
+        problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **world)
         yield name, estimator.gamma, which_objective(estimator, problem)

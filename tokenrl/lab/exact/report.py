@@ -50,23 +50,19 @@ FEW = 4
 """Estimators with the same problems that are named; of more the number is said."""
 PROBLEMS = 20
 """Number of random problems on which corrections are compared."""
-CORRECTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "none, centred": {"importance_centre": True},
-    "none, centred, top 1": {"importance_centre": True, "importance_centre_top": 1},
-    "token": {"importance": "token"},
-    "token, truncate 2": {"importance": "token", "importance_cap": 2.0},
-    "token, mask 2": {"importance": "token", "importance_cap": 2.0, "importance_bound": "mask"},
-    "prefix": {"importance": "prefix"},
-    "prefix, clip 0.2": {"importance": "prefix", "importance_clip": 0.2},
-    "geometric": {"importance": "geometric"},
-    "sequence, truncate 2": {"importance": "sequence", "importance_cap": 2.0},
-    "sequence, mask 3": {
-        "importance": "sequence",
-        "importance_cap": 3.0,
-        "importance_bound": "mask",
-    },
-    "sequence": {"importance": "sequence"},
+CORRECTIONS = {
+    "none": "rloo",
+    "none, centred": "importance_centre=True",
+    "none, centred, top 1": "importance_centre=True,importance_centre_top=1",
+    "token": "importance=token",
+    "token, truncate 2": "importance=token,importance_cap=2.0",
+    "token, mask 2": "importance=token,importance_cap=2.0,importance_bound=mask",
+    "prefix": "importance=prefix",
+    "prefix, clip 0.2": "importance=prefix,importance_clip=0.2",
+    "geometric": "importance=geometric",
+    "sequence, truncate 2": "importance=sequence,importance_cap=2.0",
+    "sequence, mask 3": "importance=sequence,importance_cap=3.0,importance_bound=mask",
+    "sequence": "importance=sequence",
 }
 """The corrections of RLOO that are compared: importance, and its bound with the cap."""
 EXPLANATION = (
@@ -253,7 +249,9 @@ def compare_corrections(sampler: str) -> list[dict[str, Any]]:
     """
     perturbation = Perturbation.read(sampler)
     problems = [perturbed_problem(seed, perturbation) for seed in range(PROBLEMS)]
-    records = [record(name, Estimator(**fields), problems) for name, fields in CORRECTIONS.items()]
+    records = [
+        record(name, Estimator.preset(changes), problems) for name, changes in CORRECTIONS.items()
+    ]
     heads = ("off J(policy)", "worst", "cosine", "off J(sampler)", "worst", "noise")
     table = rich_table("", ("correction", "off-policy it is declared"), heads)
     for row in records:

@@ -21,7 +21,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import TO_GO
 from tokenrl.core.returns import Turns, at_last_action, reward_to_go
 from tokenrl.core.rows import zero_outside
-from tokenrl.lab.exact.discounting import TIMESTEP
 from tokenrl.lab.exact.enumeration import TOLERANCE, exact_moments
 from tokenrl.lab.exact.problems import Completions, Problem, tabular_problem
 from tokenrl.lab.exact.verdict import worst
@@ -141,6 +140,7 @@ def divided(totals: Tensor, *, mask: Tensor, valid: Tensor, by: str, **_: Any) -
     return totals[:, None] - advantages
 
 
+TIMESTEP: dict[str, Any] = {**TO_GO, "baseline": "timestep_mean"}
 OWN: dict[str, Any] = {**TO_GO, "baseline": partial(sum_of_means, leave_one_out=False)}
 OTHERS: dict[str, Any] = {**TO_GO, "baseline": sum_of_means}
 ALL: dict[str, Any] = {**TO_GO, "baseline": partial(sum_of_means, absent_count=True)}
