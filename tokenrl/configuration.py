@@ -22,7 +22,7 @@ from secrets import token_bytes
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, read_file
 from tokenrl.names import source_file
 from tokenrl.settings import Settings, arguments, field_types
 
@@ -45,8 +45,6 @@ _NO_CODE = {
 }
 """Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
 
-STREAMS = ("/dev", "/dev/fd", "/dev/pts", "/proc/self/fd")
-"""Folders in which a system shows each process its own pipes and terminals, such as /dev/stdin."""
 TEXTS = ("prompt_template", "teacher_template", "system_prompt", "stop", "prompt")
 """Settings that hold text for the model."""
 ESCAPE = re.compile(
@@ -145,27 +143,6 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
     return config
-
-
-def is_stream(path: Path) -> bool:
-    """Return whether a path is a pipe, a terminal or a redirected file that this process was started with."""
-    return str(path.parent) in STREAMS
-
-
-def is_special(path: Path) -> bool:
-    """Return whether a path is a pipe or a device, whose content may never end, and no such stream."""
-    return path.exists() and not (path.is_file() or path.is_dir() or is_stream(path))
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of a regular file, or of a stream of this process such as /dev/stdin.
-
-    Raises:
-        OSError: it cannot be read, or it is another pipe or a device.
-    """
-    if is_special(path):
-        raise OSError("it is a pipe or a device, and only regular files are read")
-    return path.read_bytes()
 
 
 def check_escapes(options: Mapping[str, Any]) -> None:

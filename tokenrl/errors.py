@@ -1,5 +1,7 @@
 """Defines the errors that a user can cause, and the hints and places in their messages. Imports no torch.
 
+It also tells files from pipes and devices, for which a reader would wait without end.
+
 `Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
 comes before. The message of each is one paragraph: the user's value, what is allowed, and what to do. The
 command line prints only the message and exits with `exit_code`.
@@ -26,6 +28,10 @@ USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 SystemExit is among them: otherwise a `sys.exit(0)` in a reward would end a run without a word and with
 code 0. KeyboardInterrupt is not: it is the user who presses Ctrl-C.
 """
+
+
+STREAMS = ("/dev", "/dev/fd", "/dev/pts", "/proc/self/fd")
+"""Folders in which a system shows each process its own pipes and terminals, such as /dev/stdin."""
 
 
 class TokenrlError(Exception):
@@ -191,3 +197,24 @@ def explain(error: BaseException) -> Stopped | None:
             f"of them again to continue the run. PyTorch said: {describe(error)}"
         )
     return None
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether a path is a pipe, a terminal or a redirected file that this process was started with."""
+    return str(path.parent) in STREAMS
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a pipe or a device, whose content may never end, and no such stream."""
+    return path.exists() and not (path.is_file() or path.is_dir() or is_stream(path))
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file, or of a stream of this process such as /dev/stdin.
+
+    Raises:
+        OSError: it cannot be read, or it is another pipe or a device.
+    """
+    if is_special(path):
+        raise OSError("it is a pipe or a device, and only regular files are read")
+    return path.read_bytes()

@@ -20,8 +20,16 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenrl.configuration import is_special, is_stream, read_file
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, written
+from tokenrl.errors import (
+    Refused,
+    Stopped,
+    TokenrlError,
+    describe,
+    is_special,
+    is_stream,
+    read_file,
+    written,
+)
 from tokenrl.user_code import own_process
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import read_file
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import Refused, Stopped, describe, read_file
 from tokenrl.runs.files import appending, flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
