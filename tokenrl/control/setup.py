@@ -19,6 +19,17 @@ from tokenrl.names import NamedFunction
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import lay
 
+UNSUPPORTED = {
+    "beta": ("beta", "there is no reference policy"),
+    "needs_greedy": ("baseline 'remax'", "no second episode starts in the same state"),
+    "skips_equal_groups": ("zero_spread", "there are no prompts to leave out"),
+    "masks_truncated": ("truncations", "time limits are handled by the value that follows"),
+    "importance_centre": ("importance_centre", "the policy that samples is the one that learns"),
+    "separate_components": ("components", "an environment has a single reward"),
+    "overlong_buffer": ("overlong_buffer", "the environment itself rewards length"),
+}
+"""Attributes of an estimator that have no meaning in an environment: the setting of each, and why."""
+
 
 def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
     """Lay the settings that were given over the defaults; only threads and output_dir may stay open.
@@ -54,32 +65,8 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
     """
     if isinstance(estimator.baseline, NamedFunction):
         estimator.baseline.load()
-    unsupported = {
-        "beta": (estimator.beta > 0, "there is no reference policy"),
-        "baseline 'remax'": (
-            estimator.needs_greedy,
-            "no second episode starts in the same state",
-        ),
-        "zero_spread": (estimator.skips_equal_groups, "there are no prompts to leave out"),
-        "truncations": (
-            estimator.masks_truncated,
-            "time limits are handled by the value that follows",
-        ),
-        "importance_centre": (
-            estimator.importance_centre,
-            "the policy that samples is the one that learns",
-        ),
-        "components": (
-            estimator.separate_components,
-            "an environment has a single reward",
-        ),
-        "overlong_buffer": (
-            estimator.overlong_buffer > 0,
-            "the environment itself rewards length",
-        ),
-    }
-    for setting, (is_set, reason) in unsupported.items():
-        if is_set:
+    for attribute, (setting, reason) in UNSUPPORTED.items():
+        if getattr(estimator, attribute):
             raise Refused(f"In control {setting} cannot be set: {reason}. Leave it at its default.")
     if num_steps is None:
         return

@@ -71,20 +71,20 @@ class Curve(NamedTuple):
 
     def draw(self, axes: Axes) -> None:
         """Draw the band, and the values or their running mean, as far as a screen shows them apart."""
+        import numpy as np
+
         look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
         columns = axes.bbox.width / (MARKER if self.dots else 1)
         places = extremes(self.x, [self.y, *(self.band or ())], columns)
-        x = [self.x[place] for place in places]
-        y = [self.y[place] for place in places]
+        x, y = np.take([self.x, self.y], places, 1)
         if self.band is not None:
-            low, high = ([edge[place] for place in places] for edge in self.band)
+            low, high = np.take(self.band, places, 1)
             axes.fill_between(x, low, high, alpha=0.2, linewidth=0, **look)
-        means = y
         if not self.dots:
-            window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
-            means = smooth(self.y, window, places)
             axes.plot(x, y, linewidth=1, alpha=0.35, **look)
-        (line,) = axes.plot(x, means, linewidth=2, **look)
+            window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
+            y = smooth(self.y, window, places)
+        (line,) = axes.plot(x, y, linewidth=2, **look)
         if self.dashed:
             line.set_linestyle((0, (4, 2)))
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
@@ -239,13 +239,11 @@ def extremes(x: Sequence[float], curves: Iterable[Sequence[float]], columns: flo
     Args:
         x: the points, ascending.
         curves: values at these points; the least and the greatest of each in every column are kept.
-        columns: how many columns of pixels the picture has. Up to twice as many points are all kept.
+        columns: how many columns of pixels the picture has.
     """
     import numpy as np
 
     last = len(x) - 1
-    if last < 2 * columns:
-        return list(range(len(x)))
     column = np.floor((np.asarray(x) - x[0]) * (columns / max(x[-1] - x[0], 1e-300)))
     kept = {0, last}
     for values in curves:

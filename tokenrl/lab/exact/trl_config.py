@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
@@ -21,7 +22,6 @@ from tokenrl.settings import check_choice
 
 CLASSES = {"grpo": "GRPOConfig of TRL 1.16.0", "rloo": "RLOOConfig of TRL 1.16.0"}
 ROW = re.compile(r"^([a-z/]+) +[|] (\w+) +[|] (\S+) +[|] (.*)", re.MULTILINE)
-NUMBER = r"[-+]?[0-9]+([.][0-9]*)?(e[-+]?[0-9]+)?"
 TO_JSON = "python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\""
 
 Reading = tuple[str, Estimator, list[str], list[str]]
@@ -126,4 +126,6 @@ def _plain(value: Any) -> str:
     """Write a value as the table does: in small letters, and a number without what does not count."""
     text = str(value).lower()
     text = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text, text)
-    return f"{float(text):.12g}" if re.fullmatch(NUMBER, text) else text
+    with suppress(ValueError):
+        text = f"{float(text):.12g}"
+    return text
