@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import sys
 
 import pytest
 from hypothesis import settings
@@ -55,6 +56,17 @@ def undrawn(request, monkeypatch):
     """Only tests marked `drawn` draw curves, which take longer than most of the runs."""
     if not request.node.get_closest_marker("drawn"):
         monkeypatch.setattr("tokenrl.runs.markup.svg", lambda *_: "<svg></svg>")
+
+
+@pytest.fixture(autouse=True)
+def _own_modules(tmp_path_factory):
+    """A test's own modules are forgotten after it, as in a process of its own."""
+    before = {*sys.modules}
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture

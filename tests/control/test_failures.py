@@ -101,7 +101,7 @@ def episodes(env):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rewards": {4: 1e300}}, "gave the reward inf in step 4"),
+        ({"rewards": {4: 1e300}}, "gave the reward 1e.300 in step 4"),
         ({"rewards": {7: -1.1e12}}, "gave the reward -1.1e.12 in step 7.*at most 1e.12 in size"),
         ({"rewards": {2: None}}, "gave the reward nan in step 2"),
         ({"observations": {5: NAN}}, r"gave an observation that is not finite\."),

@@ -12,6 +12,7 @@ import torch
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the log",
@@ -205,7 +206,6 @@ def scored(learner, **how):
 
 def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how):
     """A rollout of the default generator with the training's random numbers; 0 generations are greedy."""
-    from tokenrl.language.rollout.generator import TransformersGenerator
     from tokenrl.language.rollout.sampling import Sampling, uniforms
 
     sampling = Sampling(step=step, **how)
@@ -258,7 +258,7 @@ def flat_second_prompt(prompts, completion_ids, **_):
     return [0.5 if p == PROMPTS[1] else s for p, s in zip(prompts, scores, strict=True)]
 
 
-class Engine:
+class Engine(Generator):
     """A generator with weights of its own, which returns ids and its log-probabilities and nothing else."""
 
     gap = 0.0  # by which these differ from the policy's
@@ -268,8 +268,6 @@ class Engine:
         self.prompts, self.synced, self.closed = 0, 0, False
 
     def generate(self, prompt_ids, sampling, draws):
-        from tokenrl.language.rollout.generator import TransformersGenerator
-
         self.prompts += len(prompt_ids)
         bare = dataclasses.replace(sampling, keep_hidden=False)
         rollout = TransformersGenerator(self.policy).generate(prompt_ids, bare, draws)

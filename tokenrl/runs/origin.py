@@ -125,11 +125,13 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
         recorded: names of hashes of an earlier process; their modules count too, imported or not.
     """
     hashes = {}
-    for name in {*sys.modules, *(name.removeprefix("module ") for name in recorded)}:
+    for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
         module = sys.modules.get(name)
         file = Path(str(vars(module).get("__file__") if module else source_file(name)))
         if _INSTALLED.isdisjoint((name.partition(".")[0], *file.parts)) and file.is_file():
-            hashes[f"module {name}"] = _hash(file.read_bytes())
+            # A file is imported under a hash of its path if its name is that of another module.
+            label = file.stem if name.startswith("tokenrl_file_") else name
+            hashes[f"module {label}"] = _hash(file.read_bytes())
     return hashes
 
 
