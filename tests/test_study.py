@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -151,16 +150,6 @@ def test_intervals_hold_the_choice_of_a_rate(monkeypatch):
         scores = arms[:, :, :rates]
         errors = stats.sem(choice["differences"](scores), axis=1)
         assert choice["half_widths"](scores, 6) / errors == pytest.approx(critical, rel=0.05)
-
-
-def test_the_families_of_the_method_are_those_of_the_plans():
-    method = (STUDY / "method.md").read_text()
-    for parts, comparisons in re.findall(r"area in (`[^a ]+[^|;]*`)[^|]*\| (\d+)", method):
-        for part in re.findall(r"\w+", parts):
-            plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
-            assert len(plan["arms"]) == int(comparisons) + 1, part
-    families = sum(map(int, re.findall(r"\| \d+ \| (\d) \|\n", method)))
-    assert f"the {families} families" in (STUDY / "README.md").read_text()
 
 
 def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):

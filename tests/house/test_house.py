@@ -484,17 +484,3 @@ def test_documents_name_only_files_that_exist():
     assert missing == []
     text = "[a](docs/a.md#top), `python recipes/b.py --x`, https://x.org/tests/c.py, tokenrl/core/kl.py."
     assert named_paths(text) == {"docs/a.md", "recipes/b.py", "tokenrl/core/kl.py"}
-
-
-def test_the_table_of_mutations_names_only_tests_and_files_that_exist():
-    table = (ROOT / "tests" / "mutations.md").read_text()
-    files = re.findall(r"\| `([\w/]+\.py)` \|", table)
-    tests = re.findall(r"`(?:(test_\w+)\.py::)?(test_\w+)`", table)
-    assert len(files) > 80 and len(tests) > 80
-    assert [path for path in files if not (ROOT / "tokenrl" / path).exists()] == []
-    existing = set()
-    for source in TEST_SOURCES:
-        module = source.module.rpartition(".")[2]
-        existing |= {(module, name) for name in source.functions}
-        existing |= {("", name) for name in source.functions}
-    assert [test for test in tests if test not in existing] == []

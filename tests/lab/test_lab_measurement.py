@@ -186,7 +186,6 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -
         ({"num_prompts": 9}, "multiple of 2"),
         ({"estimators": ("ppo",)}, "critic"),
         ({"estimators": ("rlo",)}, "Did you mean 'rloo'"),
-        ({"probes": 0}, "probes"),
         ({"num_prompts": 32}, "has 16 training prompts"),
         ({"gradient_checkpointing": True}, "without it"),
         ({"layers": ("h.7",)}, "in its name"),

@@ -299,21 +299,12 @@ def test_measures_go_beyond_the_main_problems(baseline) -> None:
     assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
 
 
-def of_small_rewards(totals, *, group_size, **_):
-    return of_others(totals, group_size) + 0.3 * totals.clamp(max=-20)
-
-
-def of_five_prompts(totals, *, group_size, **_):
-    own = 0.1 * totals.square() * (len(totals) > 4 * group_size)
-    return of_others(totals, group_size) + own
-
-
 TRIED = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
 
 
 @pytest.mark.parametrize(
     "baseline",
-    [median_from(9), longer(6), of_small_rewards, of_five_prompts],
+    [median_from(9), longer(6)],
     ids=lambda f: f.__name__,
 )
 def test_beyond_what_was_tried_a_bias_is_not_found_and_the_line_says_how_far_that_is(

@@ -244,8 +244,6 @@ REFUSED = [
     ),
     ({"importance_centre": True, "importance": "sequence"}, "importance 'sequence' weights whole"),
     ({"importance_centre": True, "ratio": "sequence_mean"}, "ratio 'sequence_mean' weights whole"),
-    ({"importance": "token", "importance_cap": 0.9}, "importance_cap"),
-    ({"importance": "token", "importance_floor": 1.1}, "importance_floor"),
 ]
 
 

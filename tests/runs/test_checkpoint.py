@@ -149,17 +149,6 @@ def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
         read_state(tmp_path)
 
 
-@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
-def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "mine.txt").write_text("mine")
-    (tmp_path / link).symlink_to(tmp_path / "outside")
-    with atomic_directory(tmp_path / "model") as folder:
-        write(folder)
-    verify(tmp_path / "model")
-    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
     before = os.umask(mask)

@@ -93,7 +93,9 @@ def test_nothing_is_written_through_a_link_or_a_pipe_in_the_place_of_a_file(
 
 
 @unix
-@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "warm_start", "tensorboard"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", ".lock", "checkpoints", "warm_start", "tensorboard"]
+)
 def test_logs_locks_and_folders_of_a_run_that_are_links_are_refused_and_their_targets_stay(
     tmp_path, name
 ):

@@ -100,25 +100,6 @@ def test_a_run_that_ends_early_keeps_its_last_evaluation(early, summary, state, 
     assert run["reward"] == 0.3 and run["area"] == pytest.approx((0.2 + 4 * 0.3) / 5)
 
 
-def test_the_evaluation_at_an_early_end_may_stand_in_the_summary_only(early):
-    summary = {"exit_reason": "solved", "steps": 25, "eval_after": {"reward": 0.4}}
-    (early / "runs/walk/a2c/seed_0/summary.json").write_text(json.dumps(summary))
-    assert row(judge_directory(early), "a2c")["reward"] == 0.4
-
-
-def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
-    def breaks(seed):
-        ended = {"exit_reason": "failed" if seed == 2 else "finished", "error": "The loss is nan."}
-        return {**rising(0.9)(seed), "summary": ended}
-
-    comparison = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
-    (difference,) = comparison.judgement.families[0].differences
-    assert difference.verdict == "better" and 2 not in difference.differences
-    assert "1 of 8 runs of a2c failed" in comparison.judgement.of("walk").sentences()[0]
-    assert "Runs failed: a2c in 1 of 8 runs." in comparison.words["walk"].headline
-    assert comparison.exit_code == 1
-
-
 def test_a_run_below_a_stated_reward_failed(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": lambda seed: rising(0.1 if seed else 0.9)(seed)}
     comparison = compared(tmp_path, arms, seeds=6, failure_below=0.2)
@@ -203,13 +184,18 @@ def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm
 
 
 def test_a_run_without_a_score_failed_and_an_arm_that_has_none_is_not_valid(tmp_path):
-    def unmeasured(seed):
-        return {"rewards": [math.nan] * 6} if seed in (1, 4) else rising(0.9)(seed)
+    ended = {"summary": {"exit_reason": "failed", "error": "No memory."}}
 
-    broken = rewards(math.nan, summary={"exit_reason": "failed", "error": "No memory."})
-    arms = {"reinforce": rising(0.5), "a2c": unmeasured, "rloo": broken}
+    def unmeasured(seed):
+        lost = {1: ended, 4: {"rewards": [math.nan] * 6}}  # the first has a score
+        return rising(0.9)(seed) | lost.get(seed, {})
+
+    arms = {"reinforce": rising(0.5), "a2c": unmeasured, "rloo": rewards(math.nan, **ended)}
     comparison = compared(tmp_path, arms, seeds=8)
     assert list(comparison.judgement.verdicts().values()) == ["better", "void"]
+    assert {1, 4}.isdisjoint(comparison.judgement.families[0].differences[0].differences)
+    assert "Runs failed: a2c in 2 of 8 runs" in comparison.words["walk"].headline
+    assert comparison.exit_code == 1
     assert row(comparison, "a2c", 4)["reason"] == "It has no area."
     assert "Not valid, so not compared with reinforce: rloo." in comparison.words["walk"].headline
     sentences = comparison.judgement.of("walk").sentences()
