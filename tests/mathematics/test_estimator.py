@@ -51,7 +51,11 @@ def test_choices_that_exclude_each_other_are_refused() -> None:
             Estimator(baseline=baseline, returns="episode_normalized")
 
 
-def test_a_choice_of_nothing_is_refused() -> None:
+def test_a_change_without_a_value_and_a_choice_of_nothing_are_refused() -> None:
+    with pytest.raises(
+        Refused, match="The estimator 'grpo,scale' cannot be used: write 'scale' as NAME=VAL"
+    ):
+        Estimator.preset("grpo,scale")
     with pytest.raises(Refused, match=r"baseline was given as None.*It must be one of"):
         Estimator(baseline=None)
 

@@ -109,10 +109,10 @@ def test_a_run_below_a_stated_reward_failed(tmp_path):
     assert comparison.exit_code == 0, "a run that ended is no error"
 
 
-def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
+def test_clipped_updates_qualify_the_headline(tmp_path):
     def slow(seed):
         run = [0, 0.3 + noise(seed, 0.003), 0.5, 0.7, *[0.995 + noise(seed)] * 2]
-        return {"rewards": run, "grad_clipped": 0.97, "skipped_steps": 10}
+        return {"rewards": run, "grad_clipped": 0.97}
 
     comparison = compared(
         tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001
@@ -120,10 +120,6 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
     assert caveats_of(comparison, "Ceiling") == [], (
         "500 counts as solved there, and nothing was declared as the best"
     )
-    (skipped,) = caveats_of(comparison, "Training of a2c")
-    (clipped,) = caveats_of(comparison, "Clipping")
-    assert "20.0% of the updates were skipped" in skipped
-    assert "the gradient was clipped in most updates of a2c (97%)" in clipped
     assert (
         "Worse than reinforce: a2c. But most updates were clipped"
         in comparison.words["CartPole-v1"].headline
