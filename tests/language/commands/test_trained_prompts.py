@@ -14,7 +14,6 @@ from tokenrl.language.commands.evaluate import evaluate
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.preferences.fit import train_reward_model
 from tokenrl.language.supervised.sft import sft
-from tokenrl.language.tasks.held_out import trained_prompts
 from tokenrl.language.tasks.task import load_task
 from tokenrl.language.training.loop import train
 
@@ -65,8 +64,7 @@ def test_a_teacher_a_judge_and_the_base_of_a_comparison_count_too(runs, tmp_path
     path = str(runs["all"].output_dir)
     pairs = [{"prompt": row["prompt"], "chosen": "a", "rejected": "b"} for row in ROWS]
     judge = str(tmp_path / "judge")
-    model = train_reward_model(data=pairs, model=path, output_dir=judge, **SMALL).reward_model
-    assert model.trained_prompts == trained_prompts(ROWS)
+    train_reward_model(data=pairs, model=path, output_dir=judge, **SMALL)
     options = {"teacher": path, "estimator": Estimator(beta=0.1)} | SMALL | SIZES
     run = tmp_path / "run"
     train(model=make_policy(), task=ROWS, reward=[judge, reward], output_dir=str(run), **options)

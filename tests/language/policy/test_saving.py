@@ -122,13 +122,10 @@ def test_weights_of_another_model_or_damaged_ones_are_refused_and_change_nothing
         file.write_bytes(file.read_bytes()[:-8])
     if case == "absent":
         file.unlink()
-    check_refused(make_policy(), tmp_path, r"are not those of this run's model .* start a new run")
-
-
-def check_refused(policy, folder, words):
+    policy = make_policy()
     before = tensors_of(policy.model)
-    with pytest.raises(Refused, match=words):
-        SavedModel(policy).read(folder)
+    with pytest.raises(Refused, match=r"are not those of this run's model .* start a new run"):
+        SavedModel(policy).read(tmp_path)
     assert equal(tensors_of(policy.model), before)
 
 
@@ -309,8 +306,8 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(name, tmp_path):
-    """One token of many rows has the frequencies of the policy, also at another temperature."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    """No setting of the base is left, so that transformers draws from the policy at the temperature of the run."""
+    from transformers import GenerationConfig
 
     policy = make_policy(vocabulary=90, seed=[*CHANGED].index(name))
     settings = GenerationConfig(eos_token_id=1, max_length=30)
@@ -324,21 +321,6 @@ def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(name, t
     plain = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
     kept = {"eos_token_id": 1, "max_length": 30}
     assert saved.to_diff_dict() == {**plain.to_diff_dict(), **kept}
-    if name != "repetition_penalty":
-        return
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    prompt = torch.tensor([[3, 4, 5]] * 4000)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        drawn = model.generate(prompt, max_new_tokens=1, pad_token_id=2)[:, 3]
-    expected = (logits_of_next(policy.model) / 0.7).softmax(-1)
-    frequencies = torch.bincount(drawn, minlength=90) / 4000
-    assert float((frequencies - expected).abs().max()) < 0.04
-
-
-def logits_of_next(model):
-    with torch.no_grad():
-        return model(torch.tensor([[3, 4, 5]])).logits[0, -1]
 
 
 @pytest.mark.parametrize("lora", [0, 2])

@@ -28,13 +28,17 @@ def policy_with(template, **form):
     return policy
 
 
-def judge_with(template, **form):
-    """A reward model with the same tokenizer."""
+def judge_of(tokenizer, **form):
+    """A reward model with this tokenizer."""
     size = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 128)
     config = LlamaConfig(num_labels=1, num_hidden_layers=1, num_attention_heads=1, **size)
-    judge = RewardModel((LlamaForSequenceClassification(config), policy_with(template).tokenizer))
+    judge = RewardModel((LlamaForSequenceClassification(config), tokenizer))
     judge.ask(PromptArguments(**form))
     return judge
+
+
+def judge_with(template, **form):
+    return judge_of(policy_with(template).tokenizer, **form)
 
 
 def read(policy, ids):
@@ -99,12 +103,19 @@ CALLED = (
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 WRITTEN = {
-    "{{ c.function | tojson }}": '{"name": "f", "arguments": {"a": "x\\"y", "b": 1}}',
-    "{{ c.function.arguments | tojson }}": '{"a": "x\\"y", "b": 1}',
-    "{{ c.function.arguments }}": '{"a": "x\\"y", "b": 1}',  # as it is given
-    "{{ 'f ' + c.function.arguments }}": 'f {"a": "x\\"y", "b": 1}',  # fails on an object
-    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}": 'a=x"y b=1 ',
+    "{{ c.function | tojson }}": (
+        '{"name": "f", "arguments": {"a": "x\\"y", "b": 1}}',
+        '{"name": "f", "arguments": {}}',
+    ),
+    "{{ c.function.arguments | tojson }}": ('{"a": "x\\"y", "b": 1}', "{}"),
+    "{{ c.function.arguments }}": ('{"a": "x\\"y", "b": 1}', "{}"),  # as it is given
+    "{{ 'f ' + c.function.arguments }}": ('f {"a": "x\\"y", "b": 1}', "f {}"),  # fails on an object
+    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}": (
+        'a=x"y b=1 ',
+        "",
+    ),
 }
+"""By what a template writes of a call: that of some arguments, and of none."""
 TEXT = '{"a": "x\\"y", "b": 1}'
 
 
@@ -114,36 +125,19 @@ def called(arguments):
 
 
 @pytest.mark.parametrize("call", WRITTEN)
-def test_arguments_that_are_json_text_are_encoded_once(call):
+def test_arguments_that_are_json_text_are_encoded_once_and_empty_text_is_an_empty_object(call):
     template = CALLED.replace("{{ CALL }}", call)
     policy = policy_with(template)
-    turn = f"<tool_call>{WRITTEN[call]}</tool_call><eos>"
-    message = called(TEXT)
-    prompt = [*USER, message, {"role": "tool", "content": "7"}]
-    assert read(policy, policy.encode(prompt)) == f"u:hi<eos>a:{turn}t:7<eos>a:"
-    pairs = encode_demonstrations(policy, [{"prompt": USER, "completion": [message]}])
-    assert [read(policy, ids) for _, ids in pairs] == [turn]
-    assert read(policy, judge_with(template).encode(USER, [message])) == f"u:hi<eos>a:{turn}"
-    assert message == called(TEXT)  # which is the user's
-
-
-EMPTY = {
-    "{{ c.function | tojson }}": '{"name": "f", "arguments": {}}',
-    "{{ c.function.arguments | tojson }}": "{}",
-    "{{ c.function.arguments }}": "{}",
-    "{{ 'f ' + c.function.arguments }}": "f {}",
-    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}": "",
-}
-
-
-@pytest.mark.parametrize("arguments", ["", "{}"])
-@pytest.mark.parametrize("call", EMPTY)
-def test_arguments_that_are_empty_text_are_an_empty_object(call, arguments):
-    policy = policy_with(CALLED.replace("{{ CALL }}", call))
-    message = called(arguments)
-    turn = f"<tool_call>{EMPTY[call]}</tool_call><eos>"
-    assert read(policy, policy.encode([*USER, message, *USER])) == f"u:hi<eos>a:{turn}u:hi<eos>a:"
-    assert message == called(arguments)
+    some, none = WRITTEN[call]
+    for text, written in ((TEXT, some), ("", none), ("{}", none)):
+        turn = f"<tool_call>{written}</tool_call><eos>"
+        message = called(text)
+        prompt = [*USER, message, {"role": "tool", "content": "7"}]
+        assert read(policy, policy.encode(prompt)) == f"u:hi<eos>a:{turn}t:7<eos>a:"
+        pairs = encode_demonstrations(policy, [{"prompt": USER, "completion": [message]}])
+        assert [read(policy, ids) for _, ids in pairs] == [turn]
+        assert read(policy, judge_with(template).encode(USER, [message])) == f"u:hi<eos>a:{turn}"
+        assert message == called(text)  # which is the user's
 
 
 @pytest.mark.parametrize("arguments", ["null", "7", '["a"]', "{", "a", None, ["a"], 7])
@@ -176,6 +170,7 @@ def test_each_turn_of_a_demonstration_is_learnt_behind_all_before_it():
     ("prompt", "roles", "words"),
     [
         ("hi", ["assistant", "user", "assistant"], "messages of assistant user assistant"),
+        ("hi", ["user"], "messages of user"),
         (USER, ["assistant", "assistant"], "messages of assistant assistant"),
         (USER, ["assistant", "user"], "messages of assistant user"),
         (USER, [], "the completion is an empty list"),
@@ -285,9 +280,7 @@ def test_between_two_turns_stands_what_the_template_writes(end, stop, turn, miss
 def test_a_text_has_one_bos_in_front(text):
     tokenizer = make_tokenizer("chat")  # which adds one
     policy = make_policy(kind="chat")
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-    config = LlamaConfig(vocab_size=96, num_labels=1, num_hidden_layers=1, **size)
-    judge = RewardModel((LlamaForSequenceClassification(config), tokenizer))
+    judge = judge_of(tokenizer)
     bare = tokenizer(text.removeprefix("<bos>"), add_special_tokens=False).input_ids
     assert policy.encode(text) == [0, *bare]
     assert policy.encode_all([text], max_completion_length=4) == [[0, *bare]]

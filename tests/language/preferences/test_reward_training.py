@@ -28,7 +28,7 @@ from tokenrl.language.preferences.evaluation import (
     score_pairs,
 )
 from tokenrl.language.preferences.fit import bradley_terry_loss
-from tokenrl.language.preferences.pairs import Pair, read_pairs
+from tokenrl.language.preferences.pairs import Pair
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TEXTS = [
@@ -250,14 +250,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         judge.model.score.weight.fill_(math.nan)
     with pytest.raises(Refused, match=r"Before the first step: 8 of 8 rewards are not finite"):
         train_reward_model(output_dir=tmp_path / "other", **options)
-
-
-def test_chat_preferences_are_scored_as_the_reward_is():
-    judge = untrained(kind="chat")
-    prompt = [{"role": "user", "content": "the cat"}]
-    texts = ["sat", "dog dog"]
-    good, bad = ([*prompt, {"role": "assistant", "content": text}] for text in texts)
-    pairs = read_pairs([{"chosen": good, "rejected": bad}], "data")
-    scores = score_pairs(judge, encode_pairs(judge, pairs))[0].tolist()
-    assert scores == pytest.approx(judge([prompt] * 2, texts), abs=1e-6)
-    assert scores[0] != scores[1]

@@ -49,13 +49,13 @@ def played(policy, environments=None, prompts=PROMPTS, numbers=None, generator=N
     return play(policy, generator, environments, rows, replace(SAMPLING, **sampling), "training")
 
 
-def scripted(*script, context=512, limit=400, malformed="end", prompt=ASKED, **row):
+def scripted(*script, limit=400, malformed="end"):
     """The rollout of a safe in which the policy writes a script, and the generator, which kept its inputs."""
-    policy = chat_policy(context)
+    policy = chat_policy()
     generator = Recorded(policy, *([text] for text in script))
     sampling = Sampling(max_completion_length=limit, step=1)
     environments = Environments(Safe, malformed=malformed)
-    rows = [(0, {"prompt": prompt, **row})]
+    rows = [(0, {"prompt": ASKED})]
     return play(policy, generator, environments, rows, sampling, "training"), generator
 
 
@@ -314,14 +314,11 @@ class Always(Odd):
         return self.bad, {}
 
 
-FAILS = "{% if m.content is in ['x', 'hi x'] %}{{ 1 / 0 }}{% endif %}{{ m.content }}"
-
-
 def odd(bad):
     return type("Odd", (Odd,), {"bad": bad}), type("Always", (Always,), {"bad": bad})
 
 
-def chatting(template=FAILS):
+def chatting(template):
     policy = chat_policy()
     policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
         "m.role + ':' + m.content }}", "m.role + ':' }}" + template

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_environments import Guess, Safe, chat_policy
 from tiny_models import (
-    ARCHITECTURES,
     PROMPTS,
     Task,
     make_model,
@@ -21,13 +20,12 @@ from tiny_models import (
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
+from tokenrl.language.policy.model import load_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.preferences.fit import PreferenceTraining
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.forward import Forward, choose_forward, choose_passes
 from tokenrl.language.rollout.scoring import USUAL
 from tokenrl.language.supervised.arguments import SftArguments
@@ -61,36 +59,20 @@ def own_loss(model, policy, rows):
     return model(ids, attention_mask=mask, labels=labels).loss
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_loss_is_transformers_own(architecture, checkpointing):
-    policy = make_policy(architecture)
-    expected = own_loss(make_model(architecture), policy, ROWS).item()
-    if checkpointing:
-        enable_gradient_checkpointing(policy)
-    scoring = check_scoring(policy)
-    whole = Forward(policy=policy, model=policy.model, scoring=scoring, tokens=MAX_COUNT)
-    losses = fit(
-        policy,
-        ROWS,
-        max_steps=1,
-        batch_size=4,
-        learning_rate=1e-30,
-        forward=whole,
-    )
-    assert losses == [pytest.approx(expected, rel=1e-5)]
-
-
-def test_an_update_is_adamw_on_that_loss():
+def test_the_loss_is_transformers_own_and_an_update_is_adamw_on_it():
     policy, model = make_policy("gpt2", dtype="float64"), make_model("gpt2", dtype="float64")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    losses = []
     for rate in (1e-3, 1e-3 * 2 / 3, 1e-3 / 3):  # falls linearly, to 0 after the last
         optimizer.zero_grad()
-        own_loss(model, policy, ROWS).backward()
+        loss = own_loss(model, policy, ROWS)
+        losses.append(loss.item())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-    fit(policy, ROWS, max_steps=3, batch_size=4, learning_rate=1e-3, max_grad_norm=0.7)
+    options = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-3, "max_grad_norm": 0.7}
+    assert fit(policy, ROWS, **options) == pytest.approx(losses, rel=1e-5)
     # transformers computes its loss in float32; an update moves a weight by up to 1e-3
     torch.testing.assert_close(weights(policy.model), weights(model), atol=1e-6, rtol=0)
 
@@ -228,9 +210,6 @@ def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
     assert run.loss_before == pytest.approx(losses[0]) != fit(chat_policy(), shown, **options)[0]
 
 
-ASKED, SAID = ({"role": role, "content": "b"} for role in ("user", "assistant"))
-
-
 @pytest.mark.parametrize(
     "row, match",
     [
@@ -238,14 +217,6 @@ ASKED, SAID = ({"role": role, "content": "b"} for role in ("user", "assistant"))
         ({"completion": "a"}, "of row 4: it has no prompt"),
         ({"prompt": "a", "completion": {"a": 1}}, r"row 4: the completion is .* such as its JSON"),
         ({"prompt": "a", "completion": [1]}, r"row 4: message 0 of the completion is 1 \(int\)"),
-        (
-            {"prompt": "a", "completion": [ASKED]},
-            "row 4: its completion has messages of user. It needs",
-        ),
-        (
-            {"prompt": "a", "completion": [SAID, ASKED, SAID]},
-            "assistant user assistant.*prompt of chat",
-        ),
         ({"prompt": "a", "completion": "b\ud800"}, r"of row 4: the completion holds '\\ud800'"),
         ({"prompt": "a", "completion": "the cat " * 60}, "row 4: it has .* tokens.*: leave it out"),
         ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4: it has .* tokens"),

@@ -109,6 +109,20 @@ def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_nev
     assert run(warm_start=False).warm_started == {}
 
 
+def ended_after(monkeypatch, count):
+    """A signal comes before the last of so many updates; returns the steps of all updates."""
+    update, steps = SupervisedTraining.update, []
+
+    def counted(training):
+        steps.append(training.step)
+        if len(steps) == count:
+            signal.raise_signal(signal.SIGTERM)
+        return update(training)
+
+    monkeypatch.setattr(SupervisedTraining, "update", counted)
+    return steps
+
+
 def flip_last_bit(file):
     """The last byte is one of a weight: a model whose weights have one other bit loads without a word."""
     data = file.read_bytes()
@@ -117,16 +131,9 @@ def flip_last_bit(file):
 
 def test_a_warm_start_that_a_signal_ends_goes_on(run, tmp_path, monkeypatch):
     whole = run(warm_start_steps=6, output_dir=str(tmp_path / "whole"))
-    update, steps = SupervisedTraining.update, []
     assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
-    def counted(training):
-        steps.append(training.step)
-        if len(steps) == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return update(training)
-
-    monkeypatch.setattr(SupervisedTraining, "update", counted)
+    steps = ended_after(monkeypatch, 4)
     match = "SIGTERM in the warm start, of which 4 updates are saved.*run --resume auto continues"
     with pytest.raises(Interrupted, match=match) as raised:
         run(warm_start_steps=6)
@@ -201,15 +208,8 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
     options = {"model": str(tmp_path / "chat"), "rows": rows, "prompts": [rows[0]["prompt"]]}
     options |= {"max_completion_length": 4, "resume": "auto", "overwrite": False}
-    update, steps = SupervisedTraining.update, []
 
-    def counted(training):
-        steps.append(training.step)
-        if len(steps) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return update(training)
-
-    monkeypatch.setattr(SupervisedTraining, "update", counted)
+    steps = ended_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         run(**options)
     time = json.loads((tmp_path / "run" / "warm_start" / "config.json").read_text())["chat_time"]

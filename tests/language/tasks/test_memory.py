@@ -229,13 +229,6 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert "to_parquet('data.parquet')" in message
 
 
-def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
-    after = start(tmp_path, task=dataset()).eval_after
-    model = str(tmp_path / "run" / "model")
-    result = tokenrl.evaluate(model=model, task=ROWS, reward=exact, max_completion_length=3)
-    assert result.metrics["reward_greedy"] == pytest.approx(after["reward_greedy"])
-
-
 def test_the_users_rows_are_copied_not_changed():
     rows = [dict(row) for row in ROWS]
     for row in load_task(rows, reward=exact).train_prompts:

@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.rewards.library import ExactMatch, NumericAnswer
-from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.records import fingerprint
@@ -220,23 +219,6 @@ def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
     assert {type(row["n"]) for row in rows} == {int}
 
 
-@pytest.mark.parametrize("cell", ["7", "007", "7.0"])
-def test_a_reward_that_compares_texts_is_right_whatever_number_a_column_of_csv_holds(cell):
-    def exact(prompts, completions, answer, **columns):  # as README has it
-        return [float(text.strip() == a) for text, a in zip(completions, answer, strict=True)]
-
-    with open("a.csv", "w") as file:
-        file.write(f"prompt,answer\n{''.join(f'{i}>,{i}{cell}' + chr(10) for i in range(9))}")
-    task, rewards = find_task(TaskArguments(task="a.csv", reward=(exact,)))
-    rows = [*task.train_prompts, *task.eval_prompts]
-    texts = [row["prompt"][0] + cell for row in rows]
-    columns = {"answer": [row["answer"] for row in rows]}
-    assert (
-        rewards([row["prompt"] for row in rows], texts, [[0]] * 9, columns).total.tolist()
-        == [1] * 9
-    )
-
-
 @pytest.mark.parametrize(
     ("line", "answer"),
     [('a, "b"', "b"), ('a,  "b, ""c"""', 'b, "c"'), ("a, b", " b"), ('a,b "c"', 'b "c"'),
@@ -411,20 +393,3 @@ def test_values_without_an_order_are_written_alike_in_every_process():
     assert len(texts) == 1
     sets = [{"a"}, {"b"}, {"a", "b"}, {1: {"a"}}, {2: {"a"}}]
     assert len({fingerprint({"a": [{"set": value}]}) for value in sets}) == len(sets)
-
-
-def test_a_column_of_numbers_is_text_where_text_is_needed():
-    with open("a.csv", "w") as file:
-        file.write(
-            "prompt,completion,chosen,rejected\n"
-            + "".join(f"{i},{i + 1},{i + 1},{i}.5\n" for i in range(9))
-        )
-    task, _ = find_task(TaskArguments(task="a.csv", reward=(ExactMatch("chosen"),)))
-    assert {row["prompt"] for row in task.train_prompts + task.eval_prompts} == set("012345678")
-    row = demonstrations(task)[0]
-    assert (row["completion"], int(row["prompt"]) + 1) == (
-        str(int(row["prompt"]) + 1),
-        int(row["completion"]),
-    )
-    pairs, *_ = load_pairs("a.csv")
-    assert (pairs[0].prompt, pairs[0].rejected) == ("0", "0.5")

@@ -86,8 +86,6 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     result = completion_limit(digits, "x", other)
     assert longest == 7 and result == (11, "the longest demonstration has 7 with EOS")
     assert room([([1], [5] * 40), ([1, 2, 3], [5])]) == 50
-    vowels = toy_tasks.load("vowels")  # without demonstrations
-    assert completion_limit(vowels, "x", other) == (12, "the task's limit")
     long = PromptTask(
         "own", [{"prompt": "a" * 200}], [{"prompt": "a"}], len, max_completion_length=20
     )

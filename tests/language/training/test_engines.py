@@ -250,15 +250,8 @@ def test_a_right_rollout_is_read_as_training_reads_it(spoil, options):
         assert not x.requires_grad and x.data_ptr() != getattr(returned, name).data_ptr()
 
 
-def test_greedy_completions_are_the_most_probable_and_of_one_row_each():
+def test_greedy_completions_are_of_one_row_each():
     assert len(sampled(as_it_is, generations=0)[0]) == 4
-
-    class Sampled(Spoilt):
-        def generate(self, prompt_ids, sampling, draws):
-            return super().generate(prompt_ids, sampling, torch.rand(4, LENGTH))
-
-    with pytest.raises(Stopped, match=r"\d\d% of its greedy tokens are not the most probable"):
-        sampled(as_it_is, kind=Sampled, generations=0)
 
 
 def test_a_completion_that_goes_on_behind_a_stop_string_is_wrong():
@@ -479,7 +472,7 @@ class LaterSampled(Engine):
 
 def test_greedy_completions_are_compared_in_each_evaluation(tmp_path):
     options = {"learning_rate": 0.02, "max_steps": 12, "eval_every": 3, "eval_generations": 0}
-    words = r"^At step \d+: LaterSampled.generate returned .* of its greedy tokens are not the most"
+    words = r"^At step \d+: LaterSampled.generate returned .* \d\d% of its greedy tokens are not the most probable"
     with pytest.raises(Stopped, match=words):
         letters_trained(tmp_path, letter_task(ends), generator=LaterSampled, **options)
 

@@ -38,24 +38,20 @@ def test_each_third_step_samples_from_the_present_weights(tmp_path):
     assert final.metrics["reward"] == pytest.approx(run.eval_after["reward"])
 
 
-@pytest.mark.parametrize("precision", quickly(["no", "bf16"], ["bf16"]))
-def test_a_continuation_samples_from_the_saved_copy(precision, tmp_path):
-    options = {"sync_every": 2, "mixed_precision": precision, "lr_scheduler_type": "constant"}
+SHORT, FAR = {"sync_every": 2}, {"sync_every": 4, "learning_rate": 0.3}
+HALF = {"sync_every": 2, "mixed_precision": "bf16"}
+
+
+@pytest.mark.parametrize("options", quickly([SHORT, FAR, HALF], [HALF]), ids=str)
+def test_a_continuation_samples_from_the_saved_copy(options, tmp_path):
+    """Also inside a period in which the copy is 3 to 12 nats per token away."""
+    options = {"lr_scheduler_type": "constant", **options}
     _, whole = trained(tmp_path / "whole", **options)
     trained(tmp_path / "parts", max_steps=3, **options)
     _, rows = trained(tmp_path / "parts", resume="auto", **options)
     assert rows[-3:] == whole[-3:]
-
-
-def test_a_run_continues_inside_a_period_however_far_the_weights_have_moved(tmp_path):
-    """The copy is 3 to 12 nats per token away, and the numbers are those of a run without a stop."""
-    options = {"sync_every": 4, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
-    _, whole = trained(tmp_path / "whole", max_steps=4, **options)
-    assert min(gaps(whole)[1:]) > 2
+    assert "learning_rate" not in options or min(gaps(whole)[1:4]) > 2
     assert all(row["sampling/kept_mass"] <= 1 for row in whole[1:])
-    trained(tmp_path / "parts", max_steps=2, **options)
-    _, rows = trained(tmp_path / "parts", max_steps=4, resume="auto", **options)
-    assert rows[-2:] == whole[-2:]
 
 
 @pytest.mark.slow

@@ -35,7 +35,6 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.rows import collect_rows, with_estimates
 from tokenrl.runs.metrics import read_completions
-from tokenrl.runs.schedules import set_rates
 
 ROWS = [
     {"prompt": p, "answer": a} for p, a in zip(PROMPTS, ["mat", "7", "", "the log"], strict=True)
@@ -131,15 +130,6 @@ def test_the_closed_form_behind_another_prompt_is_that_of_autograd():
         loss = loss + (0.3 * divergence - advantages[i] * own.sum()) / 12
     loss.backward()
     assert apart(gradient(learner.policy.model), gradient(alone)) < 1e-10
-
-
-def test_the_kl_to_itself_is_0_unless_it_reads_more():
-    for options, least in (({}, 0.0), ({"teacher_template": TEMPLATE}, 0.1)):
-        learner = make_learner(student_of(), CLOSED, ROWS, teacher="self", **options)
-        set_rates(learner.optimizer, 0.0)
-        for step in (1, 2):
-            kl = one_step(learner, step=step, prompts=ROWS).metrics["kl_k3"]
-        assert kl > least if least else abs(kl) < 1e-12
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.6])
@@ -336,20 +326,11 @@ def test_only_the_prompts_of_the_policy_are_cut(source, tmp_path):
     options = {"teacher_template": "{answer} is right. {prompt}"}
     if source == "column":
         rows = [{**row, "teacher_prompt": f"mat is right. {long}"} for row in rows]
-        options = {}
+        options = {"teacher_template": None}
     if source == "function":
         options = {"teacher_context": told}
-    options |= {"teacher": "self", "estimator": IN_REWARD, "truncate_prompts": True, "cpu": True}
-    sizes = {"max_completion_length": 16, "prompts_per_step": 2, "num_generations": 2}
+    sizes = {"truncate_prompts": True, "max_completion_length": 16}
     with pytest.raises((Refused, Stopped)) as refusal:
-        tokenrl.train(
-            model=make_policy(),
-            task=rows,
-            reward=vowel_reward,
-            output_dir=tmp_path / "run",
-            quiet=True,
-            **options,
-            **sizes,
-        )
+        taught(tmp_path / "run", task=rows, quiet=True, **sizes, **options)
     assert "give the teacher less to read, as its prompts are never cut" in str(refusal.value)
     assert "truncate_prompts" not in str(refusal.value)

@@ -27,15 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
-from tokenrl.language.policy.model import load_policy
-from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.episodes import ENDINGS
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training import learner, rows as collect
 from tokenrl.language.training.rows import collect_rows
 from tokenrl.runs.reader import read_run
@@ -327,9 +321,6 @@ def test_a_check_names_what_fails(run, tmp_path, capsys):
 def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
     words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
     assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
-    _, gold = find_task(TaskArguments(task=f"{run.parent}/talk.py:Talk"))
-    with pytest.raises(Refused, match="A pair of completions needs completions of one turn"):
-        make_preferences(load_policy(run / "model"), [{"prompt": "a"}], gold, Sampling(4, 2))
     expected = (
         f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
     )

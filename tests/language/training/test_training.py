@@ -51,8 +51,6 @@ def lines_of(file):
 
 
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     settings = {
         "save_every": 2,
         "log_completions": 1,
@@ -88,10 +86,6 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     checkpoint = directory / "checkpoints" / "step_000002"
     verify(checkpoint)
     assert read_state(checkpoint)["stream"]["position"] == 8
-    model = AutoModelForCausalLM.from_pretrained(directory / "model")
-    AutoTokenizer.from_pretrained(directory / "model")
-    trained = dict(result.policy.model.named_parameters())
-    assert all(torch.equal(value, trained[name]) for name, value in model.named_parameters())
     other = tmp_path / "other"
     run(reward=[share_of_a, starts_right], **settings, seed=1, output_dir=other)
     assert rewards != [row["reward"] for row in lines_of(other / "metrics.jsonl")[1:]]
