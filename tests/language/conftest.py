@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import make_model, make_policy, make_tokenizer
+from tiny_models import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +27,6 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def policy():
-    """`policy(architecture, kind, **options)`: a fresh policy in memory."""
-    return make_policy
+def said(capsys):
+    """`said()`: what was printed on the standard output since the last look, in one line."""
+    return lambda: " ".join(capsys.readouterr().out.split())

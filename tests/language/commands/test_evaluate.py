@@ -49,7 +49,7 @@ def trained(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", quickly(["", "/model", "/checkpoints/step_000001"], {"/model"}))
-def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
+def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys, said):
     run = trained() + part
     asked = {"task": "words.jsonl", "reward": "rewards.py:vowels", "seed": 3} | OWN
     capsys.readouterr()
@@ -75,7 +75,7 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
         model=run, reward_weights=1.0, **other
     )
     main(["evaluate", "--model", run, "--json", "numbers.json"])
-    assert "held-out prompts of words.jsonl" in " ".join(capsys.readouterr().out.split())
+    assert "held-out prompts of words.jsonl" in said()
     assert json.loads(Path("numbers.json").read_text()) == pytest.approx(expected.metrics)
 
 

@@ -53,13 +53,13 @@ def test_held_out_pairs_that_are_trained_on_and_contradictions_are_told_together
 @pytest.mark.parametrize(
     ("chosen", "which"), [("the cat sat on the mat", "longer"), ("a", "shorter")]
 )
-def test_a_length_that_decides_is_a_remark(chosen, which, saved, tmp_path, capsys):
+def test_a_length_that_decides_is_a_remark(chosen, which, saved, tmp_path, said):
     data = {"train": rows(20, chosen=chosen), "test": rows(5, first=20)}
     result = train_reward_model(
         data=data, model=str(saved()), output_dir=tmp_path / "run", check=True
     )
     assert result.exit_code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = said()
     assert (
         f"length-decides: In 100% of the training pairs the {which} completion is chosen: " in shown
     )

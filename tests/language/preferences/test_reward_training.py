@@ -29,6 +29,7 @@ from tokenrl.language.preferences.evaluation import (
 )
 from tokenrl.language.preferences.fit import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair
+from tokenrl.runs.metrics import read_metrics
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TEXTS = [
@@ -168,18 +169,17 @@ def test_calibration_by_hand():
     assert expected_calibration_error(difference) == pytest.approx(expected)
 
 
-def test_a_run_learns_continues_and_leaves_a_model_that_others_load(tmp_path, saved):
+def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     run = tmp_path / "run"
     options = {"max_steps": 25, "batch_size": 16, "learning_rate": 3e-3, "eval_size": 32}
     options |= {"data": rows_to_learn(), "model": str(saved()), "output_dir": run, "quiet": True}
-    result = train_reward_model(**options, save_every=10, keep_checkpoints=9)
+    result = train_reward_model(**options)
     before = result.eval_before["accuracy"]
     after = result.eval_after["accuracy"]
     assert before + 0.1 < after == result.eval_after["gold_agreement"] and after > 0.9
-    log = (run / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in log.splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(26))
     assert (lines[0]["eval_accuracy"], lines[25]["eval_accuracy"]) == (before, after)
     config = json.loads((run / "config.json").read_text())
@@ -197,9 +197,6 @@ def test_a_run_learns_continues_and_leaves_a_model_that_others_load(tmp_path, sa
     with torch.no_grad():
         logits = model(**inputs).logits[:, 0].tolist()
     assert logits == pytest.approx(result.reward_model(["the"] * 3, completions), abs=1e-5)
-    again = train_reward_model(**options, resume=run / "checkpoints" / "step_000010")
-    assert (run / "metrics.jsonl").read_text() == log
-    assert torch.equal(weights(again.reward_model.model), weights(result.reward_model.model))
 
 
 def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the
     assert torch.allclose(before.logprobs, after.logprobs, atol=1e-5)
 
 
-def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeypatch, capsys):
+def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeypatch, said):
     monkeypatch.setattr("tokenrl.language.rollout.cache.GrowingLayer.update", broken)
     result = tokenrl.train(
         model=make_policy(),
@@ -222,7 +222,7 @@ def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeyp
         cpu=True,
     )
     assert result.exit_code == 0 and result.policy.plain_cache
-    header = " ".join(capsys.readouterr().out.split())
+    header = said()
     assert "as the model keeps it" in header and "no such attribute in this release" in header
 
 

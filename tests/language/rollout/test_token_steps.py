@@ -5,17 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from families import family_policy
-from tiny_environments import Guess
-from tiny_models import ENDS, PROMPTS as TEXTS, make_policy, make_tokenizer, quickly
+from test_episodes import played
+from tiny_models import ENDS, make_policy, make_tokenizer, quickly
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout import forward, generator, token_steps
 from tokenrl.language.rollout.agreement import check_token_steps, check_turns
 from tokenrl.language.rollout.cache import FixedLayer
-from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.sampling import Sampling
@@ -190,13 +188,6 @@ def test_episodes_keep_what_was_read_in_fixed_memory_too(look_every):
     assert len(policy.token_steps) and rollout.turns.max() == 2
     assert torch.equal(rollout.completion_ids, expected.completion_ids)
     torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
-
-
-def played(policy):
-    sampling = Sampling(max_completion_length=14, num_generations=3, step=1)
-    rows = [(number, {"prompt": prompt}) for number, prompt in enumerate(TEXTS)]
-    engine = TransformersGenerator(policy)
-    return play(policy, engine, Environments(Guess), rows, sampling, "training")
 
 
 def trained(folder, **options):

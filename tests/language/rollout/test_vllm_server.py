@@ -25,6 +25,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
+from tokenrl.runs.metrics import read_metrics
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
 LOAD, UNLOAD, COMPLETE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
@@ -134,8 +135,7 @@ def trained(folder, **options):
     shape = {"model": letters(64), "generator": Engine, "lora_r": 2, "eval_generations": 0}
     task = letter_task(vowel_reward)
     letters_trained(folder, task, **(shape | {"learning_rate": 0.1} | options))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines][1:]
+    return read_metrics(folder / "metrics.jsonl")[1:]
 
 
 def test_each_step_samples_from_a_new_version_of_the_adapter_beside_those_of_others(fake, tmp_path):

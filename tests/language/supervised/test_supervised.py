@@ -1,6 +1,5 @@
 """The supervised stage: its loss is the usual one, it learns, and its cached bases are made once."""
 
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -38,6 +37,7 @@ from tokenrl.language.supervised.fit import (
 )
 from tokenrl.language.supervised.sft import sft
 from tokenrl.language.tasks.task import PromptTask
+from tokenrl.runs.metrics import read_metrics
 from tokenrl.settings import MAX_COUNT
 
 ROWS = [
@@ -86,9 +86,13 @@ def test_completions_end_with_one_eos():
     assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
 
 
+def asked(content):
+    return [{"role": "user", "content": content}]
+
+
 def opened(row):
     """The chat of a row as `Safe.reset` opens it, whose text is appended to the message of the user."""
-    return [{"role": "user", "content": f"{row['prompt'][0]['content']} There is a safe."}]
+    return asked(f"{row['prompt'][0]['content']} There is a safe.")
 
 
 def turning(digit):
@@ -99,7 +103,7 @@ def turning(digit):
 
 def test_a_demonstration_of_an_environment_begins_with_the_tokens_of_an_episode():
     policy, environments = chat_policy(), Environments({"safe": Safe, "game": Guess})
-    row = {"prompt": [{"role": "user", "content": "the cat"}], "environment": "safe"}
+    row = {"prompt": asked("the cat"), "environment": "safe"}
     (episode,) = environments.reset([row], [0])
     begun = policy.encode(episode.opening, tools=episode.tools)
     demonstration = {**row, "prompt": opened(row), "completion": "sat"}
@@ -115,7 +119,7 @@ def test_a_demonstration_of_an_environment_begins_with_the_tokens_of_an_episode(
 
 def test_a_call_in_a_completion_is_written_by_the_chat_template():
     policy, environments = chat_policy(), Environments(Safe)
-    row = {"prompt": [{"role": "user", "content": "the cat"}], "completion": [turning(3)]}
+    row = {"prompt": asked("the cat"), "completion": [turning(3)]}
     ((prompt, completion),) = encode_demonstrations(policy, [row], environments)
     assert policy.tokenizer.decode(completion) == "so <tool_call>turn</tool_call><eos>"
     assert completion.count(policy.tokenizer.eos_token_id) == 1
@@ -136,10 +140,6 @@ class Store:
 
     def reset(self, text=None, **row):
         return random.choice("abcdefgh") * 3 if text == "random" else text
-
-
-def asked(content):
-    return [{"role": "user", "content": content}]
 
 
 SO_FAR = [*asked("a"), {"role": "assistant", "content": "so"}]
@@ -173,14 +173,14 @@ def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
     assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
 
 
-def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, capsys):
+def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, said):
     rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
     warnings = []
     assert as_in_episodes(rows, Environments(Store), warnings.append) == rows
     assert warnings[0].startswith("Store.reset draws its text at random")
     options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
     sft(task=rows, max_steps=1, batch_size=2, **options)
-    assert "warning: Store.reset draws its text" in " ".join(capsys.readouterr().out.split())
+    assert "warning: Store.reset draws its text" in said()
     # gymnasium's interface, and columns that reset cannot take
     for factory in (Guess, {"safe": Store}):
         others = [row | {"environment": "another"} for row in rows]
@@ -189,10 +189,7 @@ def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, ca
 
 @pytest.mark.parametrize("reward", [None, [vowel_reward]])
 def test_sft_shows_the_tools_of_the_environment(reward, tmp_path):
-    rows = [
-        {"prompt": [{"role": "user", "content": text}], "completion": [turning(3)]}
-        for text in "abcdef"
-    ]
+    rows = [{"prompt": asked(text), "completion": [turning(3)]} for text in "abcdef"]
     options = {"max_steps": 1, "batch_size": 6, "learning_rate": 1e-3}
     run = sft(
         task=PromptTask("safe", rows, rows[:1], reward, demonstrations=rows)
@@ -323,16 +320,13 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     settings["learning_rate"] = 0.01
     ended = sft(**settings, model=make_policy())
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 20)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(21))
     assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
-    loaded = load_policy(run)  # the run directory stands for the model in it
-    assert torch.equal(weights(loaded.model), weights(ended.policy.model))
     evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
     assert list(evaluated) == list(range(0, 21, 2)) and len(set(evaluated.values())) > 1
     ends = (ended.eval_before["reward"], ended.eval_after["reward"])
     assert ends == (evaluated[0], evaluated[20])
-    assert json.loads((run / "summary.json").read_text())["eval_after"] == ended.eval_after
     assert "20 updates x 2 demonstrations (given)" in capsys.readouterr().out
     card = (run / "model" / "README.md").read_text()
     assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card

@@ -84,9 +84,7 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert "4 updates, loss" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(
-    run, capsys
-):
+def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(run, said):
     def ending():
         policy = make_policy()
         policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
@@ -98,7 +96,7 @@ def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_nev
     options = {"reward": lengths, "max_steps": 2, "callback": lambda step, _: step == 1}
     skipped = run(model=ending(), warm_start="auto", **options)
     assert skipped.warm_started["updates"] == 0
-    output = " ".join(capsys.readouterr().out.split())
+    output = said()
     assert "4 updates unless the rule of auto skips it" in output
     assert "--warm-start without auto always runs" in output
     options |= {"overwrite": False, "resume": "auto"}

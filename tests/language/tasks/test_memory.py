@@ -49,10 +49,6 @@ def start(tmp_path, **options):
     return tokenrl.train(**(defaults | options))
 
 
-def config_of(tmp_path):
-    return json.loads((tmp_path / "run" / "config.json").read_text())
-
-
 # ---- what is taken ----
 
 
@@ -217,7 +213,7 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert len(triples) > 32
     for prompt, answer, marks in triples:
         assert {"prompt": prompt, "answer": answer, "marks": marks} in ROWS
-    config = config_of(tmp_path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     digits = fingerprint({"train": ROWS, "test": ROWS[:4]})
     assert config["task_rows"]["rows"] == {"train": 16, "test": 4}
     assert config["task_rows"]["columns"] == ["prompt", "answer", "marks"]

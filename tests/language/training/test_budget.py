@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from tiny_models import PROMPTS, make_policy, make_task
 
 import tokenrl
 from tokenrl.core import Estimator
+from tokenrl.runs.metrics import read_metrics
 
 SETTINGS = {
     "prompts_per_step": 4,
@@ -46,7 +45,7 @@ def test_every_completion_counts(tmp_path, estimator):
     tokenrl.train(
         model=make_policy(), task=task, output_dir=tmp_path, estimator=estimator, **options
     )
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     evaluations = sum("eval_reward_greedy" in row for row in rows)  # two held-out prompts, greedy
     assert evaluations == 3
     assert reward.completions - 2 * evaluations == rows[-1]["num_samples"]

@@ -146,11 +146,11 @@ def test_equal_rewards_of_few_completions_are_a_remark(check):
 
 
 def test_the_prompt_is_shown_as_the_model_reads_it_with_completions_and_each_reward(
-    check_policy, capsys
+    check_policy, said
 ):
     task = make_task(reward=[starts_with_a, nothing])
     check_policy((make_model(), make_tokenizer("chat")), task, chat=True, quiet=False)
-    output = " ".join(capsys.readouterr().out.split())
+    output = said()
     assert re.search(r"reads it: <bos> ?u [^|]+ a ", output), output
     assert re.search(
         r"completion starts_with_a nothing reward .*( ([01]) 0 \2 .*){4}Check passed", output
@@ -176,7 +176,7 @@ def test_characters_that_the_tokenizer_loses_are_counted(check, row, code, capsy
 
 @pytest.mark.parametrize("stop", [None, "<think>"])
 def test_special_tokens_that_no_reward_sees_are_said_by_the_check_and_once_in_a_run(
-    check_policy, tmp_path, capsys, stop
+    check_policy, tmp_path, said, stop
 ):
     """Unless they end completions."""
     policy = make_policy(kind="chat")
@@ -186,10 +186,10 @@ def test_special_tokens_that_no_reward_sees_are_said_by_the_check_and_once_in_a_
     result = check_policy(policy, task, stop=stop, quiet=False)
     assert ("unread-tokens" in result.flags, result.exit_code) == (stop is None, 0)
     words = r"Completions hold special tokens \(<think>\), which the text of a completion leaves out: rewards"
-    assert bool(re.search(words, " ".join(capsys.readouterr().out.split()))) == (stop is None)
+    assert bool(re.search(words, said())) == (stop is None)
     options = {"stop": stop, "max_steps": 3, "output_dir": tmp_path / "run", **small}
     tokenrl.train(model=policy, task=task, **options)
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = said()
     assert len(re.findall(words, printed)) == (stop is None)
 
 

@@ -167,11 +167,11 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     assert {*train_settings(again, toy, make_policy()).origins.values()} == {"given"}
 
 
-def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
+def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, said):
     settings = {"model": make_policy(), "task": make_task(), "cpu": True, "prompts_per_step": 2}
     settings |= {"learning_rate": 5.0, "optimizer": "sgd", "check": True}
     result = train(**settings, output_dir=tmp_path / "run")
-    output = " ".join(capsys.readouterr().out.split())
+    output = said()
     assert "5 (given), linear (default), sgd" in output and "unusual-rate" not in result.flags
 
 

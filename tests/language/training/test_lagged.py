@@ -1,7 +1,5 @@
 """`sync_every`: training samples from weights of earlier steps, evaluations from the present ones."""
 
-import json
-
 import pytest
 import torch
 from tiny_environments import Guess
@@ -11,6 +9,7 @@ from tokenrl import Estimator, evaluate, train
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.generator import LaggedGenerator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.metrics import read_metrics
 
 SIZES = {"prompts_per_step": 4, "num_generations": 2, "max_completion_length": 5, "seed": 2}
 SIZES |= {"learning_rate": 3e-3, "eval_every": 0, "eval_generations": 1, "cpu": True, "quiet": True}
@@ -19,8 +18,7 @@ SIZES |= {"learning_rate": 3e-3, "eval_every": 0, "eval_generations": 1, "cpu": 
 def trained(folder, **options):
     options = SIZES | {"model": make_policy(), "task": make_task(), "max_steps": 6} | options
     result = train(output_dir=folder, **options)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return result, [json.loads(line) for line in lines]
+    return result, read_metrics(folder / "metrics.jsonl")
 
 
 def gaps(rows):

@@ -40,10 +40,10 @@ def test_settings_of_an_adapter_need_an_adapter(kind, given):
     arguments(kind, given | {"lora_r": 2})
 
 
-def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys):
+def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys, said):
     idle = {"kl_gain": 0.2, "value_iterations": 2, "warm_start_steps": 9, "max_refills": 1}
     result = run(tmp_path / "run", **idle, warmup_steps=2)
-    out = " ".join(capsys.readouterr().out.split())
+    out = said()
     assert all(f"{name}={value} has no effect" in out for name, value in idle.items())
     assert "warmup_steps=2 is not less than max_steps=2" in out
     assert result.exit_code == 0 and out.count("has no effect") == len(idle)
@@ -63,26 +63,24 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     ],
 )
 def test_variables_of_accelerate_that_change_numbers_are_overruled(
-    tmp_path, monkeypatch, capsys, variables, words
+    tmp_path, monkeypatch, said, variables, words
 ):
     run(tmp_path / "usual", quiet=True)
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     run(tmp_path / "run")
-    out = " ".join(capsys.readouterr().out.split())
+    out = said()
     assert words in out and (words or "no effect" not in out)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("usual", "run")]
     assert metrics[0] == metrics[1]
     assert all(os.environ[f"ACCELERATE_{name}"] == value for name, value in variables.items())
 
 
-@pytest.mark.parametrize(
-    ("prompt", "held_out"), [(x, held_out) for x in ("ab>", 20 * "a") for held_out in (0, 1)]
-)
-def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, prompt, held_out):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_that_a_reward_fails_on_is_named_by_its_line_wherever_it_goes(tmp_path, held_out):
     """The rows are shuffled and divided; the bad one, in line 3, is trained on or held out."""
     rows = [json.dumps({"prompt": text, "answer": "a"}) for text in LETTERS if text != "ab>"]
-    rows[1:1] = ["", json.dumps({"prompt": prompt, "answer": None})]
+    rows[1:1] = ["", json.dumps({"prompt": "ab>", "answer": None})]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
 
     def first_letter(completions, answer, **_):
@@ -95,8 +93,8 @@ def test_a_row_is_named_by_its_line_of_the_file_wherever_it_goes(tmp_path, promp
     everything.sort(key=lambda row: row["answer"] is None)  # the bad row last
     parts = [everything[:6], everything[6:]]
     task.train_prompts, task.eval_prompts = parts if held_out else parts[::-1]
-    output = r"20 tokens" if len(prompt) > 3 else "raised AttributeError.*the prompt 'ab>'"
-    with pytest.raises((Refused, Stopped), match=f"{output}.*line 3|line 3.* {output}"):
+    words = "raised AttributeError.*the prompt 'ab>'.*line 3"
+    with pytest.raises((Refused, Stopped), match=words):
         letters_trained(tmp_path / "run", task, max_completion_length=4)
 
 

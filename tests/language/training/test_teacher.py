@@ -43,7 +43,7 @@ from tokenrl.language.training import learner as learners
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows
 from tokenrl.language.training.teacher import load_teacher
-from tokenrl.runs.metrics import read_completions
+from tokenrl.runs.metrics import read_completions, read_metrics
 
 PENALTY = Estimator(beta=0.3)
 IN_THE_LOSS = Estimator(baseline="group_mean", beta=0.3, kl_placement="loss", kl_estimator="k3")
@@ -236,15 +236,15 @@ def distilled(folder, **options):
 
 
 def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_the_task(
-    tmp_path, capsys
+    tmp_path, said
 ):
     result = distilled(tmp_path / "run", task=make_task(reward=fails_in_training))
-    out = " ".join(capsys.readouterr().out.split())
+    out = said()
     assert "none: what is learnt is to lower the KL to the teacher; evaluated:" in out
     assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert "reward" not in rows[1] and rows[1]["kl"] > 0
     assert {"reward", "reward_greedy", "kl"} < result.eval_after.keys()
     assert result.policy.reference is None and not result.flags
@@ -351,7 +351,7 @@ def ending_at(*ids, seed=3):
     return policy
 
 
-def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tmp_path, capsys):
+def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tmp_path, said):
     from transformers import GenerationConfig
 
     policy, teacher = ending_at(1, seed=0), ending_at(7, 9)
@@ -360,7 +360,7 @@ def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tm
     settings |= {"max_completion_length": 24, "eval_generations": 4, "save_every": 1}
     result = tokenrl.train(**settings)
     names = [policy.tokenizer.convert_ids_to_tokens(i) for i in (7, 9)]
-    out = " ".join(capsys.readouterr().out.split())
+    out = said()
     assert f"completions end where it ends too, at {names[0]}, {names[1]}" in out
     assert policy.eos_ids == (1,) and result.policy.eos_ids == (1, 7, 9)  # the user's own stays
     for folder in ("model", "checkpoints/step_000002"):

@@ -280,12 +280,12 @@ def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
     assert recorded.metrics[-1]["eval_episodes/turns"] > 0
 
 
-def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, monkeypatch):
+def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkeypatch):
     numbers = run.parent / "numbers.json"
     command = ["evaluate", "--model", str(run), "--json", str(numbers), "--num-generations", "2"]
     command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
     assert main(command) == 0
-    assert "mean number of turns of an episode" in " ".join(capsys.readouterr().out.split())
+    assert "mean number of turns of an episode" in said()
     metrics = json.loads(numbers.read_text())
     of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
     turns = of_episodes.pop("episodes/turns")

@@ -20,6 +20,7 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.checkpoint import read_state
 from tokenrl.runs.files import verify
+from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.reader import read_run
 
 WITHIN = Estimator(baseline="none", returns="episode_normalized")
@@ -46,10 +47,6 @@ def run(tmp_path):
     return start
 
 
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
     settings = {
         "save_every": 2,
@@ -61,7 +58,7 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     result = run(reward=[share_of_a, starts_right], **settings)
     directory = tmp_path / "run"
     assert result.exit_reason == "finished" and result.exit_code == 0 and result.steps == 3
-    start, *rows = lines_of(directory / "metrics.jsonl")
+    start, *rows = read_metrics(directory / "metrics.jsonl")
     assert [row["step"] for row in (start, *rows)] == [0, 1, 2, 3]
     means = {"eval_reward", "eval_reward_greedy", "eval_best@4"}
     assert {*means, *(f"{name}_stderr" for name in means)} < start.keys()
@@ -71,7 +68,7 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     rewards = [row["reward"] for row in rows]  # the mean of those before a step is its baseline
     expected = [0.0, rewards[0], (rewards[0] + rewards[1]) / 2]
     assert [row["baseline"] for row in rows] == pytest.approx(expected, rel=1e-6)
-    timings = lines_of(directory / "timings.jsonl")
+    timings = read_metrics(directory / "timings.jsonl")
     assert [row["step"] for row in timings] == [1, 2, 3]
     assert all(row["step_seconds"] >= row["collect"] + row["update"] for row in timings)
     assert all(row["collect"] > row["rewards/share_of_a/seconds"] > 0 for row in timings)
@@ -88,7 +85,7 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     assert read_state(checkpoint)["stream"]["position"] == 8
     other = tmp_path / "other"
     run(reward=[share_of_a, starts_right], **settings, seed=1, output_dir=other)
-    assert rewards != [row["reward"] for row in lines_of(other / "metrics.jsonl")[1:]]
+    assert rewards != [row["reward"] for row in read_metrics(other / "metrics.jsonl")[1:]]
 
 
 class Later:
@@ -206,10 +203,10 @@ def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp
     settings = {"save_every": 1, "eval_every": 1}
     first = run(callback=callback, **settings)
     assert (first.exit_reason, first.exit_code, first.steps) == ("callback", 0, 2)
-    assert rows == lines_of(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
+    assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
     assert run(callback=callback, **settings, resume="auto").exit_reason == "finished"
     run(output_dir=tmp_path / "whole", **settings)
-    lines = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
     assert lines[0] == lines[1] and rows == lines[0][1:]
     with pytest.raises(Refused, match="callback was given as 5; it must be a function"):
         run(callback=5, overwrite=True)

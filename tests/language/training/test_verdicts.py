@@ -14,6 +14,7 @@ from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.errors import Stopped
 from tokenrl.runs import rules
 from tokenrl.runs.files import verify
+from tokenrl.runs.metrics import read_metrics
 
 DEMONSTRATIONS = [{"prompt": "ab>", "completion": "a"}]
 
@@ -77,8 +78,8 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     verify(Path(last[1]))
     summary = summary_of(tmp_path / "run")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["idle_steps"] >= 5  # not steps of which half the groups differ
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["idle_steps"] >= 5  # not steps of which half the groups differ
 
 
 class Falling:
@@ -232,8 +233,7 @@ def test_a_judge_that_abstains_is_counted_and_told(tmp_path, on_abstain):
 
     options = {"max_steps": 2, "on_abstain": on_abstain, "num_generations": 4}
     train(tmp_path, [one, judge], **options)
-    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    step = json.loads(rows[1])
+    step = read_metrics(tmp_path / "metrics.jsonl")[1]
     assert (step["rewards/judge/abstained"], step["rewards/one/abstained"]) == (0.25, 0)
     assert step["reward"] == pytest.approx(2.25 if on_abstain == "zero" else 8 / 3)
     assert step.get("frac_rows_abstained", 0) == 0.25 * (on_abstain != "zero")
