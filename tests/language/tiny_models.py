@@ -252,10 +252,18 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def flat_second_prompt(prompts, completion_ids, **_):
-    """Equal rewards for one of the prompts: three rows of zero advantage, one abstention elsewhere."""
-    scores = vowel_reward(completion_ids=completion_ids, completions=None)
-    return [0.5 if p == PROMPTS[1] else s for p, s in zip(prompts, scores, strict=True)]
+def flat_on(names, value=0.5):
+    """A reward of one value, or of none, for all completions of some prompts."""
+
+    def flat(prompts, completion_ids, **_):
+        scores = vowel_reward(completion_ids=completion_ids, completions=None)
+        return [value if p in names else s for p, s in zip(prompts, scores, strict=True)]
+
+    return flat
+
+
+flat_second_prompt = flat_on(PROMPTS[1:2])
+"""Equal rewards for one of the prompts: three rows of zero advantage."""
 
 
 class Engine(Generator):

@@ -84,16 +84,18 @@ def test_a_server_of_the_recipe_samples_from_each_version_of_the_adapter(tmp_pat
     """After the second step it loses the adapter, as if it had been started again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
-    engines = []
+    versions, engines = [], []
 
     class Server(runpy.run_path(str(recipe))["VllmServer"]):
         def sync(self, policy):
             super().sync(policy)
+            matrices = [p for name, p in policy.model.named_parameters() if "lora_B" in name]
+            versions.append((self.names[-1], sum(float(p.detach().abs().sum()) for p in matrices)))
             engines.append(self)
 
     def lose(step, _):
         if step == 2:
-            engines[0].ask("/v1/unload_lora_adapter", {"lora_name": engines[0].names[-1]})
+            engines[0].ask("/v1/unload_lora_adapter", {"lora_name": versions[-1][0]})
 
     policy = wide_policy("qwen2")
     policy.eos_ids = ENDS
@@ -101,5 +103,5 @@ def test_a_server_of_the_recipe_samples_from_each_version_of_the_adapter(tmp_pat
     rows = rows_of(trained(tmp_path / "run", policy, generator=Server, **options))
     gaps = [row["sampling/logp_difference/max"] for row in rows]
     assert len(gaps) == 6 and max(gaps) < 1e-4, gaps
-    assert len(engines) > 6 and weights(policy.model).any()
+    assert len(set(versions)) == len(versions) > 6 and versions[0][1] == 0 < versions[-1][1]
     assert engines[0].process.returncode is not None

@@ -52,11 +52,9 @@ class Recorder:
 Recorder.right.binary = True
 
 
-def evaluate(
-    functions, policy=None, *, weights=None, mark=None, generations=6, how=None, k=(), **options
-):
+def evaluate(functions, policy=None, *, mark=None, generations=6, how=None, k=(), **options):
     sampling = Sampling(4, generations, **how or {})
-    rewards = Rewards(functions, weights, pass_threshold=mark)
+    rewards = Rewards(functions, pass_threshold=mark)
     if "generator" in options:
         return Evaluator(policy or tiny(), **options).evaluate(ROWS, rewards, sampling, k).metrics
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, k=k, **options).metrics
@@ -122,12 +120,6 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
     )
     assert 0 < metrics["pass@1"] == right["reward"] < metrics["best@1"] + metrics["pass@1"]
     assert metrics["best@1"] == pytest.approx(metrics["reward"]) != metrics["pass@1"]
-    half, whole = (
-        evaluate([Recorder().right], weights=[weight], k=(1, 6)) for weight in (0.5, 1.0)
-    )
-    assert half["pass@6"] == whole["pass@6"] and half["best@6"] == pytest.approx(
-        whole["pass@6"] / 2
-    )
 
 
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():

@@ -37,8 +37,8 @@ def with_alias(module):
 
 
 PUT = {
-    "function": lambda model: behind(model),
-    "compiled": lambda model: compiled(model),
+    "function": behind,
+    "compiled": compiled,
     "head": lambda model: behind(model.lm_head),
     "layer": lambda model: compiled(model.model.layers[1].mlp),
     "alias": lambda model: with_alias(model.lm_head),

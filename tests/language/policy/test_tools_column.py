@@ -110,9 +110,3 @@ def test_content_that_is_null_is_empty_text(message):
     task = load_task(rows, reward=[lambda completions, **_: [0.0] * len(completions)])
     for row in (*task.train_prompts, *task.eval_prompts):
         assert row["prompt"][1]["content"] == ""
-
-
-def test_a_message_that_says_nothing_is_still_refused():
-    for message in ({"role": "user", "content": None}, {"role": "assistant", "content": None}):
-        with pytest.raises(Refused, match="message 1 of the prompt has content None"):
-            load_task([{"prompt": [USER, message]}] * 4, reward=speak)

@@ -52,14 +52,10 @@ def test_a_reward_models_batched_scores_are_those_of_single_texts(tmp_path, name
 
 
 def test_a_reward_model_is_a_reward_named_after_its_folder(tmp_path):
-    model, tokenizer = save_model(tmp_path / "judge", "llama")
+    save_model(tmp_path / "judge", "llama")
     rewards = Rewards([str(tmp_path / "judge"), lambda **_: [0.0, 0.0]])
     assert rewards.names == ["judge", "reward"]
     rewards.check_columns([])
-    result = rewards(["a", "dog"], [" c", ""], [[6], []], {"answer": ["x", "y"]})
-    assert result.values[1, 0] == pytest.approx(
-        alone(model, tokenizer("dog")["input_ids"]), abs=1e-5
-    )
     assert not any(parameter.requires_grad for parameter in rewards.functions[0].model.parameters())
     assert not rewards.functions[0].model.training
 

@@ -318,14 +318,6 @@ def odd(bad):
     return type("Odd", (Odd,), {"bad": bad}), type("Always", (Always,), {"bad": bad})
 
 
-def chatting(template):
-    policy = chat_policy()
-    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
-        "m.role + ':' + m.content }}", "m.role + ':' }}" + template
-    )
-    return policy
-
-
 def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
     policy = guessing()  # whose tokenizer has no BOS
     some, always = odd("")
@@ -345,9 +337,12 @@ def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
     "template", ["{{ 1 / 0 }}", "{{ 1 / 0 if messages | length > 1 }}{{ m.content }}"]
 )
 def test_a_template_that_fails_on_anything_is_refused(template):
-    environments = Environments(odd("x")[0])
+    policy = chat_policy()
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
+        "m.role + ':' + m.content }}", "m.role + ':' }}" + template
+    )
     with pytest.raises(Refused, match="ZeroDivisionError"):
-        played(chatting(template), environments, [[{"role": "user", "content": "a"}]] * 9)
+        played(policy, Environments(odd("x")[0]), [ASKED[1:]] * 9)
 
 
 # ---- what a row has read is kept ----

@@ -68,9 +68,13 @@ def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options, held_out):
     assert task.pass_threshold == 1.0
 
 
+def pay(completions, **columns):
+    return [0.0] * len(completions)
+
+
 def own_task():
     rows = [{"prompt": str(i)} for i in range(40)]
-    return PromptTask("own", rows[:20], rows[20:], lambda completions: [0.0] * len(completions), 4)
+    return PromptTask("own", rows[:20], rows[20:], pay, 4)
 
 
 @pytest.mark.parametrize("task", ["sort_digits", "sentiment", "reasoning_gym:coins", own_task()])
@@ -87,10 +91,6 @@ def test_the_number_of_held_out_prompts_can_be_set(gym, task):
 
 
 # ---- no row is lost ----
-
-
-def pay(completions, **columns):
-    return [0.0] * len(completions)
 
 
 def loaded(data, **options):

@@ -45,6 +45,7 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
             "message 1 of the prompt has content None",
         ),
         ([{"content": "a"}], "message 0 of the prompt has role None"),
+        ([{"role": "assistant", "content": None}], "message 0 of the prompt has content None"),
         ("a\ud800", r"the prompt holds '\\ud800', which UTF-8 cannot write"),
         ([{"role": "user", "content": "\udcff"}], r"message 0 of the prompt has content '\\udcff'"),
     ],

@@ -20,6 +20,7 @@ from tiny_environments import Faulty, Guess
 from tiny_models import (
     PROMPTS,
     apart,
+    flat_on,
     gradient,
     make_learner,
     make_policy,
@@ -38,22 +39,12 @@ ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in thei
 LATER = PROMPTS[2:]  # the prompts of the second process
 
 
-def flat_later(prompts, completion_ids, **_):
-    """No row of the second process has anything to learn from."""
-    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
-    return [0.5 if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
-
-
-def flat_on_both(prompts, completion_ids, **_):
-    """One group of the first process and both of the second have to be replaced."""
-    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
-    return [0.5 if p in (PROMPTS[0], *LATER) else r for p, r in zip(prompts, rewards, strict=True)]
-
-
-def silent_later(prompts, completion_ids, **_):
-    """Every row of the second process abstains."""
-    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
-    return [None if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
+flat_later = flat_on(LATER)
+"""No row of the second process has anything to learn from."""
+flat_on_both = flat_on((PROMPTS[0], *LATER))
+"""One group of the first process and both of the second have to be replaced."""
+silent_later = flat_on(LATER, None)
+"""Every row of the second process abstains."""
 
 
 def logging(prompts, completion_ids, log_metric, **_):
