@@ -124,22 +124,6 @@ def test_every_kind_of_number_is_taken(output):
     assert result.total.tolist() == [1, 0, 1, 0] and result.valid.all()
 
 
-def test_weights_abstentions_and_metrics():
-    def first(completions):
-        return [1, None, 3, None]
-
-    def second(completions):
-        return [10, 20, None, None]
-
-    result = call([first, second], weights=[2, -1])
-    np.testing.assert_array_equal(
-        result.values, [[1, 10], [math.nan, 20], [3, math.nan], [math.nan] * 2]
-    )
-    assert result.values.dtype == result.total.dtype == np.float64
-    assert result.total.tolist() == [2 - 10, -20, 6, 0]
-    assert result.valid.tolist() == [True, True, True, False]
-
-
 def test_functions_that_all_abstain_everywhere_stop_the_run():
     none = returning([None] * 4)
     assert call([none, length]).valid.all()
@@ -361,27 +345,20 @@ def test_rows_that_cannot_be_copied_are_refused(value, held_out):
         find_task(EvaluateArguments(task=task))
 
 
-def first(completions, **_):
-    return [1.0, 2.0, 4.0, 8.0]
-
-
-def judge(completions, **_):
-    return [None, 1.0, None, 3.0]
-
-
-def silent(completions, **_):
-    return [None, None, 1.0, 1.0]
+first, judge = returning([1.0, 2.0, 4.0, 8.0]), returning([None, 1.0, None, 3.0])
+half, tens = returning([None, None, 1.0, 1.0]), returning([10, 20, None, None])
 
 
 @pytest.mark.parametrize(
     ("functions", "weights", "leaves_out", "valid", "total"),
     [
         ([first, judge], None, False, [1, 1, 1, 1], [1, 3, 4, 11]),
+        ([judge, tens], [2, -1], False, [1, 1, 0, 1], [-10, -18, 0, 6]),
         ([first, judge], None, True, [0, 1, 0, 1], [0, 3, 0, 11]),
         ([first, judge], [1, 0], True, [1, 1, 1, 1], [1, 2, 4, 8]),  # it has no weight
-        ([judge, silent], [2, 0], False, [0, 1, 0, 1], [0, 2, 0, 6]),
-        ([judge, silent], None, True, [0, 0, 0, 1], [0, 0, 0, 4]),
-        ([judge, silent], [0, 0], False, [0, 1, 1, 1], [0, 0, 0, 0]),
+        ([judge, half], [2, 0], False, [0, 1, 0, 1], [0, 2, 0, 6]),
+        ([judge, half], None, True, [0, 0, 0, 1], [0, 0, 0, 4]),
+        ([judge, half], [0, 0], False, [0, 1, 1, 1], [0, 0, 0, 0]),
     ],
 )
 def test_a_row_counts_if_a_weighted_function_rewards_it_or_all_of_them_do(
