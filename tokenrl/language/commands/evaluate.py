@@ -25,12 +25,11 @@ from tokenrl.language.evaluation.evaluation import (
     evaluate_policy,
     over_prompts,
 )
-from tokenrl.language.policy.arguments import fill_form, print_form, run_of
+from tokenrl.language.policy.arguments import fill_form, form_line, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy, load_policy
 from tokenrl.language.rewards.calls import TrainerState
-from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
@@ -152,7 +151,15 @@ def as_in_runs(args: Any, models: Sequence[str], *further: str) -> Any:
         config = read_config(run)
         names = {*further, *_names_for(args, config)} & config.keys()
         settings = {name: config[name] for name in open_names if name in names}
-        _check_named(args, model, settings, config)
+        # Objects of a Python program have no name elsewhere.
+        objects = str([settings.get(name) for name in ("reward", "environment")])
+        has_objects = args.task is None or re.search("<|__main__:", objects)
+        if config.get("command") == "" and has_objects:
+            raise Refused(
+                f"The run of {model} was given objects of a Python program, which have no name here: say with "
+                "task (--task) what it was trained on, and with reward (--reward) and environment "
+                "(--environment) by what."
+            )
         check_code(settings, str(run), config, trusted=args.trust_run)
         for name, value in settings.items():
             earlier = from_runs.setdefault(name, value)
@@ -187,20 +194,6 @@ def state_of(model: str) -> TrainerState:
     step = int(name.removeprefix("step_")) if re.fullmatch(STEP, name) else len(rows) - 1
     epoch = rows[step].get("epoch", 0.0)
     return TrainerState(step, read_config(run).get("max_steps") or 1, epoch)
-
-
-def _check_named(
-    args: Any, model: str, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> None:
-    """Refuse to take from a run objects of a Python program, which have no name elsewhere."""
-    objects = str([settings.get(name) for name in ("reward", "environment")])
-    has_objects = args.task is None or re.search("<|__main__:", objects)
-    if config.get("command") == "" and has_objects:
-        raise Refused(
-            f"The run of {model} was given objects of a Python program, which have no name here: say with task "
-            "(--task) what it was trained on, and with reward (--reward) and environment "
-            "(--environment) by what."
-        )
 
 
 def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
@@ -238,7 +231,8 @@ def opened(args: Any, model: str, task: Any, length: int = 256) -> tuple[Policy,
     """
     policy = load_placed(args, model)
     policy.ask(args.form)
-    print_form(policy.form, model)
+    for line in form_line(policy.form, model).values():
+        print(f"tokenrl: asked: {line}", file=sys.stderr)
     truncate = bool(getattr(args, "truncate_prompts", None))
     limit = args.max_completion_length
     return policy, limit or completion_limit(task, model, policy, length, truncate)[0]
@@ -277,21 +271,14 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
             print(f"tokenrl: {visible(f'{model}: {failed}')}", file=sys.stderr)
         metrics = evaluation.metrics | {"max_completion_length": length}
         if args.best_of:
-            gold = _own_rewards(args, rewards)
+            gold = rewards
+            if args.reward:  # the task's own rewards measure the choice
+                with contextlib.suppress(Refused):  # a data set has none
+                    gold = find_task(replace(args, reward=(), reward_weights=()))[1]
             gold.state = rewards.state
             pool = replace(sampling, num_generations=args.best_of)
             metrics |= best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
     return replace(evaluation, metrics=metrics)
-
-
-def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
-    """Return the task's own rewards, which measure the choice, or else those that choose."""
-    if not args.reward:
-        return rewards
-    try:
-        return find_task(replace(args, reward=(), reward_weights=()))[1]
-    except Refused:  # a data set has no reward of its own
-        return rewards
 
 
 def paired_differences(

@@ -166,7 +166,11 @@ class Evaluator:
                 "truncated": batch.truncated.tolist(),
             }
             if batch.messages is not None:
-                columns |= _episodes(batch)
+                columns["turns"] = [
+                    sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages
+                ]
+                columns |= {"ending": batch.endings, "failure": batch.failures}
+                columns["messages"] = batch.messages
             if self.reference is not None and sampling.num_generations:
                 columns |= self._kl(self.reference, batch, sampling)
             values = zip(*columns.values(), strict=True)
@@ -186,17 +190,6 @@ class Evaluator:
         mask = batch.mask & (over.cumsum(dim=1) <= over)
         kl = completion_kl(batch.logprobs, scores.logprobs, mask)
         return {name: values.tolist() for name, values in kl.items()}
-
-
-def _episodes(batch: Rollout) -> dict[str, Sequence[Any]]:
-    """Return what the rows of episodes have besides those of completions."""
-    turns = [sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages]
-    return {
-        "turns": turns,
-        "ending": batch.endings,
-        "failure": batch.failures,
-        "messages": batch.messages,
-    }
 
 
 def evaluate_policy(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -47,7 +46,16 @@ class PromptArguments(Settings, group="prompts and ends"):
     def __post_init__(self) -> None:
         """Check the values, and hold the variables of the template as JSON."""
         if self.chat_template_kwargs is not None:
-            object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
+            value: Any = self.chat_template_kwargs
+            try:
+                content = UNIQUE_KEYS.decode(value) if isinstance(value, str) else value
+                text = json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
+            except (TypeError, ValueError) as error:
+                raise Refused(
+                    f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
+                    f"'{{\"enable_thinking\": false}}' ({error})."
+                ) from error
+            object.__setattr__(self, "chat_template_kwargs", text)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         super().__post_init__()
@@ -71,18 +79,6 @@ class PromptArguments(Settings, group="prompts and ends"):
     def variables(self) -> dict[str, Any]:
         """The variables of the chat template."""
         return dict(json.loads(self.chat_template_kwargs or "{}"))
-
-
-def _as_json(value: Any) -> str:
-    """Return an object, which may be given as JSON, in JSON."""
-    try:
-        content = UNIQUE_KEYS.decode(value) if isinstance(value, str) else value
-        return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise Refused(
-            f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
-            f"'{{\"enable_thinking\": false}}' ({error})."
-        ) from error
 
 
 FORM = tuple(field.name for field in fields(PromptArguments))
@@ -170,12 +166,6 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
     words = "; ".join(parts)
     is_inherited = saved_form(model) == _set_fields(form)
     return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
-
-
-def print_form(form: PromptArguments, model: Any) -> None:
-    """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
-    for line in form_line(form, model).values():
-        print(f"tokenrl: asked: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -59,39 +59,30 @@ def texts_in(value: Any) -> list[str]:
     return [json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)]
 
 
-def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a warning if a prompt contains the text of a special token, else an empty list.
-
-    The tokenizer reads such text as the token itself: an `<eos>` in a prompt ends it for the model. Special
-    tokens that a chat template writes around messages are not meant.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        rows: rows with a `prompt`, text or chat messages, as the user wrote them.
-    """
-    if getattr(tokenizer, "split_special_tokens", False):
-        return []
-    names = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    for location, row in with_places(rows):
-        if match := pattern.search(" ".join(texts_in(row["prompt"]))):
-            return [
-                f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
-                "token. If it is meant as text, write it differently, as with a space inside."
-            ]
-    return []
-
-
 def prompt_warnings(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return warnings about prompts that the model does not read as they stand there.
 
-    They hold the text of a special token, or characters that the tokenizer lacks (of the first 512 rows).
+    The first holds the text of a special token, which the tokenizer reads as the token itself: an `<eos>` in a
+    prompt ends it for the model. Special tokens that a chat template writes around messages are not meant. Or
+    prompts hold characters that the tokenizer lacks (of the first 512 rows).
 
     Args:
         tokenizer: the model's tokenizer.
         rows: rows with a `prompt`, text or chat messages, as the user wrote them.
     """
+    warnings = []
+    names = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    placed = () if getattr(tokenizer, "split_special_tokens", False) else with_places(rows)
+    for location, row in placed:
+        if match := pattern.search(" ".join(texts_in(row["prompt"]))):
+            warnings.append(
+                f'The prompt of {location} contains "{match[0]}", which the tokenizer reads as a special '
+                "token. If it is meant as text, write it differently, as with a space inside."
+            )
+            break
     texts = [text for row in islice(rows, MANY) for text in texts_in(row["prompt"])]
     words, share = unknown_characters(tokenizer, texts, "prompts")
-    lost = [f"The tokenizer loses {words}. The model does not read them."] if share else []
-    return special_texts(tokenizer, rows) + lost
+    if share:
+        warnings.append(f"The tokenizer loses {words}. The model does not read them.")
+    return warnings

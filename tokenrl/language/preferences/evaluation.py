@@ -124,20 +124,18 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
     return math.sqrt(variance) / len(values)
 
 
-def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
+def expected_calibration_error(difference: np.ndarray) -> float:
     """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017).
 
     A prediction must not depend on which completion was chosen afterwards. So each pair is taken by the
     completion with the higher reward: the predicted probability that it was chosen is sigmoid(|difference|),
-    between 1/2 and 1. The bins have equal width.
+    between 1/2 and 1. The ten bins have equal width.
 
     Args:
         difference: reward of the chosen completion minus that of the rejected one [N].
-        bins: number of bins.
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
-    bin_of = ((predicted - 0.5) * 2 * bins).astype(int)
-    bin_of = np.minimum(bin_of, bins - 1)
+    bin_of = np.minimum(((predicted - 0.5) * 20).astype(int), 9)
     observed = _right(difference)
     gaps = np.bincount(bin_of, weights=observed - predicted)  # per bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

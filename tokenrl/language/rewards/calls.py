@@ -15,7 +15,6 @@ import inspect
 import numbers
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +141,6 @@ def call_rewards(
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
     arguments = {**rows, "trainer_state": state}
     attempts: dict[str, Attempt] = {}
-    copies: dict[str, list[Any]] = {name: [] for name in named}
     objects = objects or {}
     with user_code():
         for name, function in named.items():
@@ -152,10 +150,8 @@ def call_rewards(
                 "log_metric": partial(log_metric, name),
                 **objects,
             }
-            subject = f"Reward function {name}"
-            attempts[name] = call_once(function, subject, arguments, shared, copies[name])
-        outputs = {name: attempt.output for name, attempt in attempts.items()}
-        waiting = {name: x for name, x in outputs.items() if inspect.isawaitable(x)}
+            attempts[name] = call_once(function, f"Reward function {name}", arguments, shared)
+        waiting = {name: x.output for name, x in attempts.items() if inspect.isawaitable(x.output)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
@@ -174,7 +170,7 @@ def call_rewards(
         if error is None:
             values[name] = checked_rewards(name, output, described)
             continue
-        fault = _failure(name, error, described, copies[name])
+        fault = _failure(name, error, rows["prompts"], rows["completions"])
         if not abstains:
             raise fault from error
         faults[name] = str(fault)
@@ -213,25 +209,15 @@ def row_in_words(
 
 
 def _failure(
-    name: str, error: BaseException, described: partial[str], copies: Sequence[Any]
+    name: str, error: BaseException, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> Stopped:
-    """Say what a reward function raised, at which of its lines, and for which completion or prompts.
-
-    `copies` are the completions that it was called with, to be found in the variables of its frames.
-    """
-    prompts, completions, _ = described.args
+    """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
     line = code_line(error, 1)  # frame 0 is the call in this file
     problem = f"Reward function {name} raised {describe(error)}{line}."
     is_chat = not all(isinstance(completion, str) for completion in completions)
     if is_chat and isinstance(error, AttributeError | TypeError):
         problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
-    # The function is not called again, as it may be paid for. The variables of its frames show its row.
-    variables = set[int]()
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        variables.update(map(id, frame.f_locals.values()))
-    rows = {described(row) for row, text in enumerate(copies) if id(text) in variables}
-    if len(rows) == 1:
-        return Stopped(f"{problem} It was working on {rows.pop()}.")
+    # Which row it was is not known: the function is not called again to find out, as it may be paid for.
     distinct = list(dict.fromkeys(map(shown, prompts)))
     names = ", ".join(distinct[:3])
     if len(distinct) > 3:
@@ -257,7 +243,6 @@ def call_once(
     subject: str,
     arguments: Mapping[str, Any],
     objects: Mapping[str, Any],
-    copies: list[Any],
 ) -> Attempt:
     """Call a user's function with copies of the arguments that it takes.
 
@@ -266,13 +251,11 @@ def call_once(
         subject: what messages call it.
         arguments: what it may take, of which it gets copies.
         objects: further arguments, which are passed as they are.
-        copies: a list, to which its copies of `completions` are added.
     """
     began = time.perf_counter()
     try:
         names = accepted_arguments(function, subject, {**arguments, **objects})
         own = {name: copied(arguments[name]) for name in names if name in arguments}
-        copies += own.get("completions", ())
         own |= {name: objects[name] for name in names if name in objects}
         with own_process():
             output = function(**own)

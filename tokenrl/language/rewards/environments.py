@@ -175,13 +175,6 @@ class Environments:
         """Return the tools of a row's environment; none of a row that names no environment."""
         return self._first[self._name(row)].tools if self._name(row) in self._first else ()
 
-    def schemas(self) -> list[Any]:
-        """Return all tools as chat templates get them: name, description and arguments of each."""
-        from transformers.utils import get_json_schema
-
-        tools = itertools.chain.from_iterable(first.tools for first in self._first.values())
-        return [get_json_schema(tool) for tool in tools]
-
     def reset(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Begin an episode for each of N rows.
 

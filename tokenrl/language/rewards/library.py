@@ -140,17 +140,13 @@ class _Answer(Settings):
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Reward N completions."""
         pairs = zip(completion_texts(completions), columns[self.column], strict=True)
-        return [
-            None if _is_missing(answer) else self._compare(text, answer) for text, answer in pairs
+        return [  # None and NaN, which stands for it in tables of numbers, are no answers
+            None if answer is None or answer != answer else self._compare(text, answer)
+            for text, answer in pairs
         ]
 
     def _compare(self, text: str, answer: Any) -> float | None:
         raise NotImplementedError
-
-
-def _is_missing(answer: Any) -> bool:
-    """Return whether there is no answer: None, or the NaN that stands for it in tables of numbers."""
-    return answer is None or answer != answer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import functools
 import inspect
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from tokenrl.settings import arguments
 
 Range = tuple[float, float]
 """The least and the largest value that a reward may have."""
-
-_LIBRARY_SPEC = re.compile(r"\s*[A-Za-z_]\w*\s*(?:\(.*)?", re.DOTALL)
-_FORMS = (
-    "Give module:function, path/to/file.py:function, the folder of a classifier or length(target=20), and "
-    "spaces between several."
-)
 
 
 def load_reward(spec: Any) -> Reward:
@@ -57,13 +50,10 @@ def load_reward(spec: Any) -> Reward:
 
         return RewardModel(spec)
     text = str(spec)
-    if _LIBRARY_SPEC.fullmatch(text):
-        name, options = parse_spec(
-            text.strip(), "reward", "length(target=20), exact_match(column='target')"
-        )
-        if name not in LIBRARY:
-            problem = f"reward '{text}': the library has no reward '{name}', and there is no such folder here"
-            raise Refused(f"{problem}.{suggest(name, LIBRARY)} {_FORMS}")
+    name = text.partition("(")[0].strip()
+    if name in LIBRARY:
+        examples = "length(target=20), exact_match(column='target')"
+        _, options = parse_spec(text.strip(), "reward", examples)
         try:
             return arguments(LIBRARY[name], options)
         except (Refused, TypeError) as error:
@@ -71,7 +61,11 @@ def load_reward(spec: Any) -> Reward:
                 f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}"
             ) from error
     if ":" not in text and not text.endswith(".py"):
-        raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
+        problem = "the library has no such reward, and there is no such folder here"
+        raise Refused(
+            f"reward '{text}': {problem}.{suggest(name, LIBRARY)} Give module:function, path/to/file.py:function, "
+            "the folder of a classifier or length(target=20), and spaces between several."
+        )
     function = import_attribute(text, "reward")
     if not callable(function):
         raise Refused(f"reward '{text}' is a {type(function).__name__}, which cannot be called.")
@@ -114,16 +108,13 @@ def original(function: Any) -> Any:
 def may_read(function: Any, column: str) -> bool:
     """Return whether a reward may read a column of the data.
 
-    It may if its code, or an option such as `column="answer"`, holds the name, if it hands all columns on, or if
-    its code is not there.
+    It may if it has a parameter of this name or takes all columns, or if its signature cannot be read.
     """
-    inner = original(function)
     try:
-        code = inspect.getsource(inner if inspect.isroutine(inner) else type(inner))
-    except (OSError, TypeError):
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
         return True
-    use = rf"\b{re.escape(column)}\b|\*\*(\w+)\b.*\b\1\b(?!\[|\.get)"
-    return re.search(use, f"{function!r} {code}", re.DOTALL) is not None
+    return any(p.name == column or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def is_binary(function: Any) -> bool:

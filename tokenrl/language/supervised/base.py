@@ -42,7 +42,7 @@ from tokenrl.language.policy.model import (
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import may_read
-from tokenrl.language.supervised.fit import check_trainable, fit
+from tokenrl.language.supervised.fit import fit
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
@@ -189,10 +189,10 @@ def vocabulary_of(policy: Policy) -> str:
 
 
 def adapt(args: ModelArguments, policy: Policy) -> None:
-    """Add the LoRA adapter that the arguments ask for, if any.
+    """Add the LoRA adapter that the arguments ask for, if any; check that there are weights that can be trained.
 
     Raises:
-        Refused: the adapter does not fit, or the model cannot be trained.
+        Refused: the adapter does not fit, no parameter requires a gradient, or one that does is float16.
     """
     if isinstance(args, LoraArguments) and args.lora_r:
         add_lora(
@@ -202,7 +202,15 @@ def adapt(args: ModelArguments, policy: Policy) -> None:
             target_modules=args.lora_target_modules,
             seed=getattr(args, "seed", 0),
         )
-    check_trainable(policy)
+    trained = policy.trainable_parameters()
+    if any(p.dtype == torch.float16 for p in trained):
+        raise Refused(
+            f"{policy.source!r} is float16: gradients underflow. Use bfloat16 or float32."
+        )
+    if not trained:
+        raise Refused(
+            f"{policy.source!r} has no trainable parameter: set requires_grad, or use LoRA."
+        )
 
 
 def warm_started_base(

@@ -165,22 +165,6 @@ def run_updates(
         session.evaluated(evaluate())
 
 
-def check_trainable(policy: Policy) -> None:
-    """Check that there are weights to train, and that their precision allows it.
-
-    Raises:
-        Refused: no parameter requires a gradient, or one that does is float16.
-    """
-    if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
-        raise Refused(
-            f"{policy.source!r} is float16: gradients underflow. Use bfloat16 or float32."
-        )
-    if not policy.trainable_parameters():
-        raise Refused(
-            f"{policy.source!r} has no trainable parameter: set requires_grad, or use LoRA."
-        )
-
-
 def encode_demonstrations(
     policy: Policy, rows: Sequence[dict[str, Any]], environments: Environments | None = None
 ) -> list[Pair]:

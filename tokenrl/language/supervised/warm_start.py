@@ -90,12 +90,6 @@ def warm_start(
     policy = load()
     if args.warm_start == "auto" and is_ready(args, policy, task, rewards):
         return {"updates": 0, "in_words": SKIPPED}
-    _fine_tune(args, policy, task, folder)
-    return facts_of(folder)
-
-
-def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
-    """Train the policy in the folder, or the rest of a run that was killed there; a model in memory is copied."""
     if policy.has_adapter:
         raise Refused(
             "warm_start trains all weights, but the model has an adapter: merge it first."
@@ -119,6 +113,7 @@ def _fine_tune(args: Any, policy: Policy, task: Task, folder: Path) -> None:
             f"command with --output-dir {folder.parent} --resume auto continues it.",
             ended.exit_code,
         )
+    return facts_of(folder)
 
 
 def is_ready(args: Any, policy: Policy, task: Task, rewards: Rewards) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,9 +102,10 @@ def separate(
     if eval_rows is not None:
         return train_rows, chosen_rows(eval_rows, size), ""
     prompts = prompt_keys(train_rows)
-    texts = [
-        f"{prompt} {_beside_prompt(row)}" for prompt, row in zip(prompts, train_rows, strict=True)
-    ]
+    texts = []
+    for prompt, row in zip(prompts, train_rows, strict=True):
+        beside = {name: value for name, value in row.items() if name != "prompt"}
+        texts.append(f"{prompt} {canonical(beside)}")
     if len({*texts}) == 1:
         return train_rows, train_rows[:1] * (eval_size or EQUAL_ROWS), EQUAL
     return hold_out(train_rows, prompts, texts, size)
@@ -131,7 +132,10 @@ def hold_out(
         Rows to train on, in their order; rows to evaluate on, in the order of the hashes of the rows; and in
         words how they were divided. Each part has at least one row.
     """
-    numbered = _numbered(texts)
+    earlier = defaultdict[str, Iterator[int]](
+        count
+    )  # the number of equal ones before tells texts apart
+    numbered = [f"{text} {next(earlier[text])}" for text in texts]
     for keys, words in ((prompts, BY_PROMPT), (texts, BY_ROW), (numbered, BY_ROW)):  # noqa: B007
         if chosen := _held_out(keys):
             break
@@ -155,20 +159,6 @@ def _held_out(keys: Sequence[str]) -> set[str]:
     allowed = [number for number, count in counts if aim / 2 <= count <= most]
     below = sum(share < aim / len(keys) for share in hashes.values())
     return {*order[: min(allowed, key=lambda number: abs(number - below), default=0)]}
-
-
-def _numbered(keys: Sequence[str]) -> list[str]:
-    """Return the texts, each with the number of equal ones before it, which tells equal texts apart."""
-    counts = Counter[str]()
-    texts = []
-    for key in keys:
-        texts.append(f"{key} {counts[key]}")
-        counts[key] += 1
-    return texts
-
-
-def _beside_prompt(row: Row) -> str:
-    return canonical({name: value for name, value in row.items() if name != "prompt"})
 
 
 def division(
@@ -199,7 +189,7 @@ def division(
     trained, evaluated = map(prompt_keys, (train, held_out))
     line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
     count = len(held_out)
-    shares_prompts = episodic or divided.endswith((BY_ROW, EQUAL)) or len({*trained}) == 1
+    shares_prompts = episodic or divided.endswith(BY_ROW) or len({*trained}) == 1
     parts = {"are trained on too": trained_prompts(train)}
     for name, model in (models or {}).items():
         parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())

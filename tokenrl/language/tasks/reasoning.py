@@ -40,8 +40,8 @@ class ReasoningScore:
         """Score N completions, each against the puzzle in its row, `entry`."""
         rewards = []
         for text, puzzle in zip(completion_texts(completions), entry, strict=True):
-            reward = self._puzzle.score_answer(_answer(text), puzzle)
-            rewards.append(reward)
+            answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+            rewards.append(self._puzzle.score_answer(answer, puzzle))
         return rewards
 
     @functools.cached_property
@@ -49,11 +49,6 @@ class ReasoningScore:
         import reasoning_gym
 
         return reasoning_gym.create_dataset(self.generator, **dict(self.options))
-
-
-def _answer(text: str) -> str:
-    opened = text.rpartition("<answer>")[2]
-    return opened.partition("</answer>")[0].strip()
 
 
 Rows = list[dict[str, Any]]

@@ -55,7 +55,9 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     lines = {}
     try:
         session.console.note("making the first step ...")
-        record = _first_step(run)
+        run.check_prompts()
+        learner, rewards = run.learner, run.training_rewards
+        record = training_step(learner, rewards, run.memory, 1, run.stream.draw_prompts)
     except TokenrlError as error:
         text = f"{error} Training would stop at the same error."
         findings.append(Finding("step-failed", "void", text))
@@ -77,18 +79,6 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
             findings.append(finding)
     conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
     return run.result(session)
-
-
-def _first_step(run: TrainingRun) -> Record:
-    """Make the first step of a run, whose prompts must all fit into the model's context.
-
-    Raises:
-        Refused: a prompt of the training or held-out rows cannot be read, or is too long.
-        Stopped: the step failed, as in a reward function.
-    """
-    learner = run.learner
-    run.check_prompts()
-    return training_step(learner, run.training_rewards, run.memory, 1, run.stream.draw_prompts)
 
 
 def _observed(run: TrainingRun, record: Record) -> Observed:

@@ -324,16 +324,6 @@ class Learner:
         return parts
 
 
-def make_optimizer(args: TrainArguments, policy: Policy) -> torch.optim.Optimizer:
-    """Make the optimiser of a run, at its full learning rate, for the policy's trainable parameters."""
-    parameters = policy.trainable_parameters()
-    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, **options)
-    fused = policy.device.type in ("cpu", "cuda") or None
-    return torch.optim.AdamW(parameters, fused=fused, **options)
-
-
 def make_learner(
     args: TrainArguments,
     policy: Policy,
@@ -377,10 +367,15 @@ def make_learner(
     if teacher is not None and teacher.policy is not None:
         scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_scoring=scoring)
+    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    make: Any = torch.optim.SGD
+    if args.optimizer == "adamw":
+        make = torch.optim.AdamW
+        options["fused"] = policy.device.type in ("cpu", "cuda") or None
     learner = Learner(
         policy=policy,
         forward=forward,
-        optimizer=accelerator.prepare(make_optimizer(args, policy)),
+        optimizer=accelerator.prepare(make(policy.trainable_parameters(), **options)),
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,

@@ -192,16 +192,11 @@ class TrainingRun:
             policy=policy if self.teacher is None else without_teacher(policy),
         )
 
-    @property
-    def num_evaluations(self) -> int:
-        """The number of evaluations of the whole run, those before and after training included."""
-        every = self.args.eval_every
-        return 1 + math.ceil(self.args.max_steps / every) if every else 2
-
     def forecast_duration(self, step_seconds: float) -> str:
         """Return in words how long the run takes if a step takes `step_seconds`."""
         args = self.args
-        count = self.num_evaluations
+        # with those before and after training
+        count = 1 + math.ceil(args.max_steps / args.eval_every) if args.eval_every else 2
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"

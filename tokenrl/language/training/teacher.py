@@ -109,7 +109,10 @@ def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy,
     """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any."""
     if args.teacher is None:
         return policy, None
-    teacher = Teacher(OWN, None, _own_weights(args))
+    which = "its weights before training"
+    if args.teacher_decay is not None:
+        which = f"an average of its weights (decay {args.teacher_decay:g})"
+    teacher = Teacher(OWN, None, f"the policy itself, with {which}")
     if is_named(args):
         teacher = load_teacher(args, policy)
     if prompts := teacher_prompts(args, task):
@@ -119,13 +122,6 @@ def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy,
         return with_teacher(policy, teacher.policy), teacher
     # The run gives its own policy a reference, so that one from Python stays as it is.
     return replace(policy, reference=None), teacher
-
-
-def _own_weights(args: TrainArguments) -> str:
-    """Return in words which weights of the policy the teacher `self` has."""
-    if args.teacher_decay is None:
-        return "the policy itself, with its weights before training"
-    return f"the policy itself, with an average of its weights (decay {args.teacher_decay:g})"
 
 
 def _named(args: TrainArguments, *, weights: bool = True) -> Policy:

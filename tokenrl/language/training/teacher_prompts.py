@@ -125,7 +125,7 @@ class TeacherPrompts:
                     "reward": rewards[i],
                 }
                 allowed = {name: columns[name] for name in self.keywords}
-                result = call_once(self.function, self.name, allowed, {}, [])
+                result = call_once(self.function, self.name, allowed, {})
                 if result.error is not None:
                     raise Stopped(f"{self.name} failed: {raised(result.error)}.") from result.error
                 contents.append(in_place(prompt, result.output, self.name))
