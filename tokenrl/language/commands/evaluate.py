@@ -308,24 +308,13 @@ def paired_differences(
 
 
 def print_evaluation(args: EvaluateArguments) -> int:
-    """Evaluate one or several models and print the table."""
+    """Evaluate models and print a table of the metrics: of one with what they mean, of several side by side."""
     args = as_trained(args)
     result = evaluate(args)
     evaluations = result if isinstance(result, dict) else {str(args.model): result}
     models = {name: evaluation.metrics for name, evaluation in evaluations.items()}
-    rich_console().print(evaluation_table(models, f"held-out prompts of {args.task}"))
-    return 0
-
-
-def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) -> Any:
-    """Make a table of the metrics: of one model with what they mean, of several with a column for each.
-
-    Args:
-        models: metrics by model; those of every model but the first have those of `paired_differences`.
-        prompts: what the models were evaluated on, in words.
-    """
     first, *compared = models
-    title = f"{prompts} (± standard error)"
+    title = f"held-out prompts of {args.task} (± standard error)"
     if compared:
         title = f"{title}; difference/ is minus {first}, by prompt"
         table = rich_table(title, ("",), [*models], overflow="fold")
@@ -341,4 +330,5 @@ def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) ->
         if not compared:
             cells.append(metric_of(name).caption)
         table.add_row(name, *cells)
-    return table
+    rich_console().print(table)
+    return 0

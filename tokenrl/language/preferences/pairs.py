@@ -7,7 +7,7 @@ left out if both others hold whole texts or conversations that begin with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +223,16 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         train: the pairs to train on.
         held_out: the pairs to evaluate on.
     """
-    trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
-    reversed_pairs = [repr((pair.prompt, pair.rejected, pair.chosen)) for pair in train]
-    repeated = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out)
-    swapped = sum(pair in trained for pair in reversed_pairs)
-    chosen = completion_texts([pair.chosen for pair in train])
-    rejected = completion_texts([pair.rejected for pair in train])
-    gaps = np.subtract(list(map(len, chosen)), list(map(len, rejected)))
+
+    def key(pair: Pair) -> str:
+        return repr((pair.prompt, pair.chosen, pair.rejected))
+
+    trained = set(map(key, train))
+    repeated = sum(key(pair) in trained for pair in held_out)
+    reversed_pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in train]
+    swapped = sum(key(pair) in trained for pair in reversed_pairs)
+    texts = [completion_texts([pair.chosen, pair.rejected]) for pair in train]
+    gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in texts])
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
     findings = []
     for flag, count, pairs, largest_share, words in (

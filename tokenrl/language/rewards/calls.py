@@ -158,8 +158,8 @@ def call_rewards(
 
     def again(name: str, row: slice) -> float:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
-        options: Any = {"announce": announce, "objects": others, "abstains": True}
-        part = call_rewards({name: named[name]}, own, state, locations[row], **options)
+        one = {name: named[name]}
+        part = call_rewards(one, own, state, locations[row], announce, others, abstains=True)
         return float(part.values[name][0])
 
     values = {}

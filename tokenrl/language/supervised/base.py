@@ -247,7 +247,14 @@ def warm_started_base(
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with atomic_directory(folder) as new:
-                    save_policy(_made_base(task, seed, announce), new)
+                    policy = wrap(*task.build(seed), source=f"{task.name} base")
+                    if warm := task.warm_start:
+                        rows = task.demonstrations
+                        words = f"on {len(rows)} demonstrations ({warm.steps} steps)"
+                        announce(f"Warm-starting a tiny model {words}.")
+                        sizes = {"max_steps": warm.steps, "batch_size": warm.batch_size}
+                        fit(policy, rows, **sizes, learning_rate=warm.learning_rate, seed=seed)
+                    save_policy(policy, new)
     return folder
 
 
@@ -256,13 +263,3 @@ def check_own_model(task: Any) -> None:
     if getattr(task, "build", None) is None:
         mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
-
-
-def _made_base(task: Any, seed: int, announce: Callable[[str], None]) -> Policy:
-    policy = wrap(*task.build(seed), source=f"{task.name} base")
-    if warm := task.warm_start:
-        rows = task.demonstrations
-        announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({warm.steps} steps).")
-        sizes = {"max_steps": warm.steps, "batch_size": warm.batch_size}
-        fit(policy, rows, **sizes, learning_rate=warm.learning_rate, seed=seed)
-    return policy

@@ -16,7 +16,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,6 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, 
     for row in rows:
         empty |= dict.fromkeys(row)
     return [Placed(empty | row, row.location) for row in rows]
-
-
-def change_columns(
-    rows: Sequence[dict[str, Any]], change: Callable[[str, list[Any]], list[Any]]
-) -> None:
-    """Replace the values of each column, in place, by what a function of its name and values returns."""
-    for name in dict.fromkeys(chain.from_iterable(rows)):
-        holders = [row for row in rows if name in row]
-        column = change(name, [row[name] for row in holders])
-        for row, value in zip(holders, column, strict=True):
-            row[name] = value
 
 
 def _text(file: Path) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from itertools import chain
 from typing import Any
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.files import change_columns
 from tokenrl.settings import shown
 
 FORMS = (
@@ -58,7 +57,11 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
         else:
             rows = data.to_list()
             schema = data.features.arrow_schema
-        change_columns(rows, partial(_before_arrow, schema))
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            holders = [row for row in rows if name in row]
+            column = _before_arrow(schema, name, [row[name] for row in holders])
+            for row, value in zip(holders, column, strict=True):
+                row[name] = value
         return rows
     for number, row in enumerate(data):
         if not isinstance(row, Mapping):

@@ -7,10 +7,9 @@ are left out.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -135,11 +134,16 @@ def _loaded(
     name = source
     if not isinstance(source, str):
         name = getattr(source, "__name__", type(source).__name__)
-    with _refusing(name):
-        task = _made(source, name, data.eval_size, chat)
-        if task is not None:
-            task = _checked(task, getattr(task, "name", name), whole=whole)
-            task = smaller_evaluation(task, data.eval_size)
+    try:
+        with user_code():
+            task = _made(source, name, data.eval_size, chat)
+            if task is not None:
+                task = _checked(task, getattr(task, "name", name), whole=whole)
+                task = smaller_evaluation(task, data.eval_size)
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
     if task is None:
         needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
         if reward is None and needs_reward and not whole:
@@ -220,22 +224,6 @@ def _of_data(source: Any, data: DataArguments, chat: bool) -> PromptTask:
 def limit_of(task: Any) -> int | None:
     """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
     return getattr(_made(task, "", None, False), "max_completion_length", None)
-
-
-@contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Refuse a task whose own code raises an error in the block, `sys.exit` included.
-
-    Raises:
-        Refused: the code in the block raised an error.
-    """
-    try:
-        with user_code():
-            yield
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
 
 
 def _checked(task: Any, name: str, *, whole: bool) -> Any:

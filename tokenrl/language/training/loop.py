@@ -287,14 +287,16 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     return record
 
 
-def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
+def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each, and what failed.
+
+    The evaluation is recorded, and once it is said that episodes fail. The metrics of the step are returned.
 
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
     """
     count, learner = run.args.eval_generations, run.learner
-    run.tell(step)
+    run.tell(session.step)
     began = time.perf_counter()
     evaluation = run.evaluator.evaluate(
         run.task.eval_prompts,
@@ -307,15 +309,11 @@ def _evaluate(run: TrainingRun, step: int) -> dict[str, float]:
     if rewarded := means.get("reward", means.get("reward_greedy")):
         run.means = [*run.means[:1], rewarded]
     run.failures = evaluation.failures
-    if run.failures and all(run.failures) and not step:
-        raise Stopped(f"There is nothing to learn from: {failures_of(run.failures)}")
-    return evaluation.metrics
-
-
-def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
-    """Evaluate the policy and record it; say once if episodes fail. Return the metrics of the step."""
-    metrics = session.evaluated(_evaluate(run, session.step))
-    if failed := failures_of(run.failures):
+    failed = failures_of(run.failures)
+    if run.failures and all(run.failures) and not session.step:
+        raise Stopped(f"There is nothing to learn from: {failed}")
+    metrics = session.evaluated(evaluation.metrics)
+    if failed:
         session.warn_once("evaluation-fails", f"evaluation after step {session.step}: {failed}")
     return metrics
 

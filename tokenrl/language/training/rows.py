@@ -138,22 +138,20 @@ def with_estimates(
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
-        greedy = greedy_rows(learner, rewards, sampling, rows)
+        size = (
+            sampling.group_size
+        )  # of each prompt one greedy completion, for ReMax (arXiv 2310.10505)
+        prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
+        greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
+        greedy = greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
         valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
         rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
     if estimator.needs_memory:
-        columns["keys"] = data_keys(rows.data)
+        digests = [hashlib.sha256(canonical(row).encode()).digest() for row in rows.data]
+        numbers = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+        columns["keys"] = torch.tensor(numbers)  # of 63 bits, from all columns of the data [n]
     return replace(rows, **columns)
-
-
-def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
-    keys = []
-    for row in data:
-        digest = hashlib.sha256(canonical(row).encode()).digest()
-        keys.append(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.tensor(keys)
 
 
 def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
@@ -167,14 +165,6 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     if learner.estimator.needs_old_logprobs and several:
         return learner.logprobs(rows)
     return None
-
-
-def greedy_rows(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
-    """Return the greedy completion of each row's prompt with its reward, for ReMax (arXiv 2310.10505)."""
-    size = sampling.group_size
-    prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-    greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
-    return greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
@@ -215,7 +205,7 @@ def loss_terms(
     """
     check_rewards(estimator.objective, rows.rewards, rows.valid)
     dtype = rows.logprobs.dtype
-    names = [
+    names = (
         "mask",
         "valid",
         "truncated",
@@ -224,8 +214,10 @@ def loss_terms(
         "ref_logprobs",
         "values",
         "score_norms",
-    ]
-    inputs = {name: getattr(rows, name) for name in [*names, "greedy_rewards", "sampling_logprobs"]}
+        "greedy_rewards",
+        "sampling_logprobs",
+    )
+    inputs = {name: getattr(rows, name) for name in names}
     if rows.turn_rewards is not None:
         inputs["turn_rewards"] = unrounded(rows.turn_rewards, dtype)
     terms = estimator.loss_terms(
