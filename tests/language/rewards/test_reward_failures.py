@@ -179,51 +179,21 @@ def settings():
     return torch.is_grad_enabled(), debug, usual, np.geterr()
 
 
-def in_a_loop(completions):
-    calls.append(len(completions))
-    rewards = []
-    for text in completions:
-        rewards.append(1 / len(text))
-    return rewards
-
-
-def by_a_helper(prompts, completions):
-    calls.append(len(completions))
-    return [inverse(text) for text in completions]
-
-
 def inverse(text):
     return 1 / len(text)
 
 
-def of_the_first(completions):
-    calls.append(len(completions))
-    first, last = completions[0], completions[-1]
-    return [1 / (first == last)]
+def test_a_function_that_fails_is_not_called_again():
+    calls = []
 
+    def by_a_helper(completions):
+        calls.append(len(completions))
+        return [inverse(text) for text in completions]
 
-calls = []
-
-
-@pytest.mark.parametrize(
-    ("function", "line", "message"),
-    [
-        (in_a_loop, 4, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
-        (by_a_helper, 2, r"It was working on the completion '' of the prompt 'p2' \(line 8\)"),
-        (
-            of_the_first,
-            3,
-            "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more",
-        ),
-    ],
-)
-def test_a_function_that_fails_is_not_called_again(function, line, message):
-    calls.clear()
-    line += function.__code__.co_firstlineno
-    with pytest.raises(
-        Stopped, match=rf"{function.__name__} raised Zero.*, line {line}\)\. {message}\.$"
-    ):
-        Rewards(function)(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
+    line = by_a_helper.__code__.co_firstlineno + 2
+    prompts = "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"
+    with pytest.raises(Stopped, match=rf"by_a_helper raised Zero.*, line {line}\)\. {prompts}\.$"):
+        Rewards(by_a_helper)(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
     assert calls == [4]
 
 

@@ -141,9 +141,9 @@ def with_estimates(
         size = (
             sampling.group_size
         )  # of each prompt one greedy completion, for ReMax (arXiv 2310.10505)
-        prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-        greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
-        greedy = greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
+        asked = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
+        greedy = collect_rows(learner, rewards, asked, replace(sampling, num_generations=0))
+        greedy = greedy.take(torch.arange(len(asked)).repeat_interleave(size))
         valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
         rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
