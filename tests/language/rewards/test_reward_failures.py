@@ -38,9 +38,10 @@ def call(functions, weights=None):
     ],
 )  # fmt: skip
 def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
-    row = r"for the completion 'xxx.*x\.\.\. of the prompt 'p3'; a reward is a"
+    row = r"for the completion 'xxx.*x\.\.\. of the prompt 'p3' \(line 9\); a reward is a"
     with pytest.raises(Stopped, match=rf"answer returned .*{words}.* {row}"):
-        call([length, returning([1e12, None, -1e12, value])])
+        bad = returning([1e12, None, -1e12, value])
+        Rewards([length, bad])(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_function_that_fails_is_not_called_again():
     line = by_a_helper.__code__.co_firstlineno + 2
     prompts = "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"
     with pytest.raises(Stopped, match=rf"by_a_helper raised Zero.*, line {line}\)\. {prompts}\.$"):
-        Rewards(by_a_helper)(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
+        call(by_a_helper)
     assert calls == [4]
 
 
