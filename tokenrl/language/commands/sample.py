@@ -59,7 +59,23 @@ class Sampler:
         config = {} if run is None else read_config(run)
         if args.chat is None and config.get("chat_prompts"):
             args = replace(args, chat=True)
-        args, task, self.rewards = _task_of(args)
+        task = None
+        self.rewards: Rewards | None = None
+        try:
+            filled = fill_form(as_in_runs(args, [args.model]))
+            if filled.task is not None:
+                task, rewards = find_task(filled, may_lack_rewards=True)
+                args = filled
+                self.rewards = rewards if rewards.functions else None
+        except Refused as error:
+            if args.task is not None or args.reward:
+                raise
+            words = f"tokenrl: completions are shown without rewards. {error}"
+            print(harmless(words), file=sys.stderr)
+        if task is None:
+            args = fill_form(args)
+            if args.reward:
+                self.rewards = Rewards(args.reward, args.reward_weights or None)
         self.environments = getattr(self.rewards, "environments", None)
         if self.rewards is not None:
             self.rewards.state = state_of(args.model)
@@ -164,28 +180,6 @@ class Sampler:
         if kind not in self._said:
             print(harmless(f"tokenrl: {words}"), file=sys.stderr)
         self._said.add(kind)
-
-
-def _task_of(args: SampleArguments) -> tuple[Any, Any, Rewards | None]:
-    """Return the arguments as in the model's run, their task, and the rewards, as far as there are any.
-
-    Raises:
-        Refused: a task or reward that the arguments themselves name cannot be used.
-    """
-    try:
-        filled = fill_form(as_in_runs(args, [args.model]))
-        if filled.task is not None:
-            task, rewards = find_task(filled, may_lack_rewards=True)
-            return filled, task, rewards if rewards.functions else None
-    except Refused as error:
-        if args.task is not None or args.reward:
-            raise
-        print(harmless(f"tokenrl: completions are shown without rewards. {error}"), file=sys.stderr)
-    return (
-        fill_form(args),
-        None,
-        Rewards(args.reward, args.reward_weights or None) if args.reward else None,
-    )
 
 
 @takes(SampleArguments)

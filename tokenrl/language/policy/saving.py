@@ -87,17 +87,6 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
     )
 
 
-def with_adapter(model: Any, tokenizer: Any, name: str) -> Any:
-    """Return a base with the adapter of a directory or hub name, whose tokenizer may have more tokens."""
-    from peft import PeftModelForCausalLM
-
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model = PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
-    check_base(model, Path(name))
-    return model
-
-
 def check_adapter(config: Any) -> None:
     """Refuse an adapter, by its configuration, that no base of transformers can take over, or that imports code."""
     if config.is_prompt_learning or getattr(config, "megatron_config", None):

@@ -151,7 +151,19 @@ def _loaded(
                 f"task '{name}' is data, which has prompts but no reward: give one with --reward "
                 "module:function (or a file.py, or the folder of a reward model), from Python reward=function."
             )
-        task = _of_data(source, data, chat)
+        title = f"task '{source}'" if isinstance(source, str) else "task"
+        splits, evaluation = read_parts(source, title, data.split, data.eval_split)
+        name, origin = source, dict[str, Any]()
+        if not isinstance(source, str):
+            name, origin = records.described(splits)
+        subject = f"{title}, split '{data.split}'"
+        train_rows = with_prompts(splits[data.split], subject, data, chat=chat)
+        held_out = None
+        if evaluation is not None:
+            subject = f"{title}, split '{evaluation}'"
+            held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
+        train_rows, eval_rows, words = separate(train_rows, held_out, data.eval_size)
+        task = PromptTask(name, train_rows, eval_rows, None, origin=origin, divided=words)
     if reward is not None:
         is_one = isinstance(reward, str) or not isinstance(reward, Sequence)
         functions = load_reward(reward) if is_one else list(map(load_reward, reward))
@@ -203,22 +215,6 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
     train_prompts = list(repeat(row, TRAIN_EPISODES))
     eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
     return PromptTask(name, train_prompts, eval_prompts, [], environment=factory)
-
-
-def _of_data(source: Any, data: DataArguments, chat: bool) -> PromptTask:
-    """Return a task, still without a reward, of a file, a folder, a hub dataset or rows in memory."""
-    title = f"task '{source}'" if isinstance(source, str) else "task"
-    splits, evaluation = read_parts(source, title, data.split, data.eval_split)
-    name, origin = source, dict[str, Any]()
-    if not isinstance(source, str):
-        name, origin = records.described(splits)
-    train_rows = with_prompts(splits[data.split], f"{title}, split '{data.split}'", data, chat=chat)
-    held_out = None
-    if evaluation is not None:
-        subject = f"{title}, split '{evaluation}'"
-        held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
-    train_rows, eval_rows, words = separate(train_rows, held_out, data.eval_size)
-    return PromptTask(name, train_rows, eval_rows, None, origin=origin, divided=words)
 
 
 def limit_of(task: Any) -> int | None:
