@@ -118,7 +118,13 @@ class SavedModel:
             if getattr(bare, "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
                 with torch.device("meta"):
-                    _compare_shapes(hollow, auto.from_config(config, **options))
+                    skeleton = auto.from_config(config, **options)
+                # a shared weight counts once
+                shapes, loaded = (weight_shapes(x.named_parameters()) for x in (hollow, skeleton))
+                wrong = [name for name in shapes | loaded if shapes.get(name) != loaded.get(name)]
+                if wrong:
+                    names = ", ".join(wrong)[:200]
+                    raise ValueError(f"loaded again, its weights differ: {names}")
         except Exception as error:  # libraries raise errors of all kinds
             raise Refused(
                 f"The model of this run cannot be saved and loaded ({describe(error)}). With its tokenizer it "
@@ -132,12 +138,3 @@ def _hollow(model: Any) -> Any:
     copies = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     hollow = copy.deepcopy(model, copies)
     return merged(hollow) if has_adapter(model) else hollow
-
-
-def _compare_shapes(model: nn.Module, skeleton: nn.Module) -> None:
-    """Compare the names and shapes of two models' weights; a shared weight counts once."""
-    shapes = weight_shapes(model.named_parameters())
-    loaded = weight_shapes(skeleton.named_parameters())
-    wrong = [name for name in shapes | loaded if shapes.get(name) != loaded.get(name)]
-    if wrong:
-        raise ValueError(f"loaded again, its weights differ: {', '.join(wrong)[:200]}")

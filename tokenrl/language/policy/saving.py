@@ -76,7 +76,11 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
     run = run_of(name) or Path(name)
     for folder in (name, *[str(file.parent) for file in run.glob(f"checkpoints/*/{CONFIG}")]):
         config = PeftConfig.from_pretrained(folder)
-        check_adapter(config)
+        if config.is_prompt_learning or getattr(config, "megatron_config", None):
+            raise Refused(
+                f"The adapter, of the kind {config.peft_type.value}, adds to prompts or needs layers of Megatron, so "
+                "no base can take it over: give a model with a LoRA adapter of linear layers, or without any."
+            )
         if base := config.base_model_name_or_path:
             if not trust_remote_code:
                 refuse_attention_of_hub(base, config.revision)
@@ -85,15 +89,6 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
         f"{name} does not name the base that the adapter belongs to, which was in memory or a directory: give the "
         f"run's model/, in which both are merged, or write the base's directory into its {CONFIG}."
     )
-
-
-def check_adapter(config: Any) -> None:
-    """Refuse an adapter, by its configuration, that no base of transformers can take over, or that imports code."""
-    if config.is_prompt_learning or getattr(config, "megatron_config", None):
-        raise Refused(
-            f"The adapter, of the kind {config.peft_type.value}, adds to prompts or needs layers of Megatron, so no "
-            "base can take it over: give a model with a LoRA adapter of linear layers, or without any."
-        )
 
 
 def merged(model: Any) -> Any:

@@ -24,7 +24,7 @@ from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, observe_run
 from tokenrl.runs.console import conclude
-from tokenrl.runs.findings import Finding, Observed, Weight, share_equal
+from tokenrl.runs.findings import Finding, Weight, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, quantity, visible
 from tokenrl.runs.rules import judge
@@ -69,7 +69,22 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
         if run.args.warm_start and not run.warm_started:
             session.console.note("The warm start has not been made, so this step is not judged.")
         else:
-            observed = _observed(run, record)
+            args, metrics = run.args, record.metrics
+            cut = math.nan
+            if run.rewards.environments is not None:
+                cut = metrics[
+                    "completions/clipped_ratio"
+                ]  # a turn that was cut off is never acted on
+            equal = share_equal(metrics, args.estimator.needs_groups)
+            observed = observe_run(run, [{"step": 1, **metrics}])
+            observed = replace(
+                observed,
+                recent=replace(observed.recent, equal=math.nan, cut=cut),
+                groups=_groups(args),
+                is_misasked=asks_in_text(run) or equal == 1,
+                others_differ=args.teacher is not None or sizes_of_steps(args)[0] < ENOUGH,
+                skipped=float(not math.isfinite(metrics["grad_norm"])),
+            )
             if record.unread:
                 findings.append(Finding("unread-tokens", "watch", record.unread))
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
@@ -79,25 +94,6 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
             findings.append(finding)
     conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
     return run.result(session)
-
-
-def _observed(run: TrainingRun, record: Record) -> Observed:
-    """Return what the rules read of a run and of its first step."""
-    args = run.args
-    metrics = record.metrics
-    equal = share_equal(metrics, args.estimator.needs_groups)
-    cut = math.nan
-    if run.rewards.environments is not None:
-        cut = metrics["completions/clipped_ratio"]  # a turn that was cut off is never acted on
-    observed = observe_run(run, [{"step": 1, **metrics}])
-    return replace(
-        observed,
-        recent=replace(observed.recent, equal=math.nan, cut=cut),
-        groups=_groups(args),
-        is_misasked=asks_in_text(run) or equal == 1,
-        others_differ=args.teacher is not None or sizes_of_steps(args)[0] < ENOUGH,
-        skipped=float(not math.isfinite(metrics["grad_norm"])),
-    )
 
 
 def _groups(args: TrainArguments) -> str:
