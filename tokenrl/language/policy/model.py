@@ -32,7 +32,7 @@ from tokenrl.language.policy.prompts import (
     reply_ids,
     text_ids,
 )
-from tokenrl.language.policy.saving import base_named, check_base, merged
+from tokenrl.language.policy.saving import base_named, merged, with_adapter
 from tokenrl.language.policy.stops import StopStrings, decoded
 
 
@@ -319,12 +319,7 @@ def load_policy(
                 f"{base!r} is no whole causal language model: it lacks {missing:.200}. Give one with its head."
             )
         if adapter:
-            from peft import PeftModelForCausalLM
-
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                model.resize_token_embeddings(len(tokenizer))
-            model = PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
-            check_base(model, Path(name))
+            model = with_adapter(model, tokenizer, name)
         policy = wrap(model, tokenizer, source=name)
         if adapter and merge_adapter:
             policy.model = merged(model).requires_grad_(True)

@@ -91,6 +91,17 @@ def base_named(name: str, trust_remote_code: bool) -> tuple[str, str | None]:
     )
 
 
+def with_adapter(model: Any, tokenizer: Any, name: str) -> Any:
+    """Return a base with the adapter of a directory or hub name, whose tokenizer may have more tokens."""
+    from peft import PeftModelForCausalLM
+
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model = PeftModelForCausalLM.from_pretrained(model, name, is_trainable=True)
+    check_base(model, Path(name))
+    return model
+
+
 def merged(model: Any) -> Any:
     """Merge an adapter into the weights of its model, in place.
 
