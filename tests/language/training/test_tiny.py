@@ -17,6 +17,7 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.library import ExactMatch
 from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import make_tiny, vocabulary_of
@@ -102,7 +103,7 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
 
 
-def named(prompts, completions, answer):
+def named(prompts, completions, answer, **columns):
     return [0.0] * len(answer)
 
 
@@ -110,12 +111,17 @@ def by_key(completions, **columns):
     return [0.0 for _ in columns["answer"]]
 
 
+def handed_on(completions, **columns):
+    return by_key(completions, **columns)
+
+
 @pytest.mark.parametrize(
     ("reward", "column", "characters"),
     [
         (named, "completion", "0123>ab"),
-        (by_key, "completion", "0123>abcxyz"),
-        (str, "completion", "0123>abcxyz"),  # which has no signature
+        (by_key, "completion", "0123>ab"),
+        (ExactMatch("answer"), "completion", "0123>ab"),
+        (handed_on, "completion", "0123>abcxyz"),
         (None, "completion", "0123>b"),
         (None, "note", "0123>bc"),
     ],

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,16 @@ def original(function: Any) -> Any:
 def may_read(function: Any, column: str) -> bool:
     """Return whether a reward may read a column of the data.
 
-    It may if it has a parameter of this name or takes all columns, or if its signature cannot be read.
+    It may if its code, or an option such as `column="answer"`, holds the name, if it hands all columns on, or if
+    its code is not there.
     """
+    inner = original(function)
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+        code = inspect.getsource(inner if inspect.isroutine(inner) else type(inner))
+    except (OSError, TypeError):
         return True
-    return any(p.name == column or p.kind is p.VAR_KEYWORD for p in parameters)
+    use = rf"\b{re.escape(column)}\b|\*\*(\w+)\b.*\b\1\b(?!\[|\.get)"
+    return re.search(use, f"{function!r} {code}", re.DOTALL) is not None
 
 
 def is_binary(function: Any) -> bool:
