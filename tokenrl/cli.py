@@ -124,7 +124,12 @@ def _run(argv: list[str]) -> int:
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
-    _check_working_directory()
+    try:
+        os.getcwd()
+    except OSError as error:  # PyTorch would end the process with a message about something else
+        raise Refused(
+            f"The current working directory cannot be used ({error}): change it."
+        ) from error
     args = parse(name, COMMANDS[name], argv[len(name.split()) :])
     module, _, function = COMMANDS[name].function.partition(":")
     with without_warnings(getattr(args, "quiet", False)):
@@ -133,15 +138,6 @@ def _run(argv: list[str]) -> int:
         except (SystemExit, RuntimeError) as error:
             raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)
-
-
-def _check_working_directory() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:  # PyTorch would end the process with a message about something else
-        raise Refused(
-            f"The current working directory cannot be used ({error}): change it."
-        ) from error
 
 
 def _help() -> str:

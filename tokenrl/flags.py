@@ -75,7 +75,11 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     options = dict[str, Any]()
     unknown = list[str]()
     if words or not is_help:
-        options, unknown = _read_options(command, _with_values(words), prog)
+        alone = [
+            ALONE.get(word.replace("_", "-"), word) if following.startswith("--") else word
+            for word, following in pairwise([*words, "--"])
+        ]
+        options, unknown = _read_options(command, alone, prog)
     start = _starting_settings(name, command, options)
     if is_help:
         about = cleandoc(kind.__doc__)
@@ -97,14 +101,6 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         hints |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, hints, prog)
     return arguments(kind, start | options)
-
-
-def _with_values(words: list[str]) -> list[str]:
-    """Return the words of a command line; each flag of `ALONE` without a value is replaced."""
-    return [
-        ALONE.get(word.replace("_", "-"), word) if following.startswith("--") else word
-        for word, following in pairwise([*words, "--"])
-    ]
 
 
 def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -150,14 +146,14 @@ def _collected(kind: Any, argv: list[str]) -> list[str]:
                 parts[owner] += [value] if equals else []
                 continue
         parts[owner].append(word)
-    for first, *values in parts.values():
-        flag, _, value = first.partition("=")
-        hint = hints.get(flag.replace("_", "-").replace("--no-", "--"))
-        values = [*filter(None, [value]), *values]
-        most = int(hint not in (bool, bool | None))
-        if hint and not mentions(hint, ...) and len(values) > most:
+    for flag, *values in parts.values():
+        flag, *of_flag = flag.split("=", 1)
+        hint = hints.get(flag.replace("_", "-").replace("--no-", "--"), tuple[str, ...])
+        count = "no" if hint in (bool, bool | None) else "one"
+        values = [*filter(None, of_flag), *values]
+        if values[count == "one" :] and not mentions(hint, ...):
             raise Refused(
-                f"{flag} takes {('no', 'one')[most]} value, not {' '.join(values)}. A text with spaces stands in "
+                f"{flag} takes {count} value, not {' '.join(values)}. A text with spaces stands in "
                 "quotes, and a switch alone, as --quiet or --no-quiet."
             )
     return [*chain.from_iterable(parts.values())]

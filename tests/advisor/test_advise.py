@@ -123,6 +123,7 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
     [
         ([], "--env ID for an agent"),
         (["--env", "CartPole-v1", "--run", "runs/a"], "--env ID for an agent"),
+        (["--run", "runs/a", "--config", "c.json"], "--config goes with --env"),
         (
             ["--task", "vowels", "--num-prompts", "8"],
             "--task or --num-prompts. Advice for a language task",

@@ -8,8 +8,7 @@ import shlex
 
 import pytest
 
-from tokenrl.advisor.advice import merge
-from tokenrl.advisor.diagnosis import advise_run
+from tokenrl.advisor.diagnosis import advise_run, changes_of
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -127,9 +126,8 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
     )
     name, *argv = shlex.split(advice.line)[3:]
     arguments = parse(name, COMMANDS[name], argv)
-    assert vars(arguments) == vars(advice.arguments) and arguments.estimator == Estimator(
-        entropy_coef=0.01
-    )
+    assert arguments.estimator == Estimator(entropy_coef=0.01)
+    assert arguments.max_completion_length == 32 and arguments.learning_rate == 1e-3
     assert arguments.output_dir is None and arguments.resume is None, (
         "another run, in a new directory"
     )
@@ -140,23 +138,28 @@ def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
         Finding("x", "watch", "", {"a": 1, "b": 1}),
         Finding("x", "act", "", {"a": 2}),
         Finding("x", "act", "", {"a": 3, "c": 3}),
-        Finding("no-signal", "act", "", {"d": 1}, precedence=0),
     ]
-    assert merge(findings) == {"a": 2, "b": 1, "c": 3}
-    assert merge(findings[-1:]) == {"d": 1}
+    assert changes_of(findings) == {"a": 2, "b": 1, "c": 3}
+    assert changes_of([*findings, Finding("policy-destroyed", "void", "", {"d": 1})]) == {"d": 1}
 
 
-def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("flags", "flagged"), [(["policy-destroyed"], True), ([], False)])
+def test_a_run_that_has_ended_is_destroyed_if_it_says_so_itself(made_up, flags, flagged):
+    path = made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.0}})
+    summary = {"exit_reason": "finished", "steps": 40, "flags": flags}
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert ("policy-destroyed" in findings_of(path)) is flagged
+
+
+def test_the_file_holds_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = made_up("control", entropy=0.01, reward_std=12.0, solved=float("inf"))
-    assert main(["advise", "--run", str(path), "--json", "a.json", "--config", "c.json"]) == 0
+    assert main(["advise", "--run", str(path), "--json", "a.json"]) == 0
     output = capsys.readouterr().out
-    assert "Run it: tokenrl control --config c.json" in output and "entropy-collapsed" in output
+    assert "--estimator.entropy-coef 0.1" in output and "entropy-collapsed" in output
     record = json.loads((tmp_path / "a.json").read_text())
     changes = {finding["flag"]: finding["changes"] for finding in record["findings"]}
     assert changes["entropy-collapsed"] == {"estimator.entropy_coef": 0.1}
-    arguments = parse("control", COMMANDS["control"], ["--config", "c.json"])
-    assert arguments.estimator.entropy_coef == 0.1
 
 
 @pytest.mark.parametrize(

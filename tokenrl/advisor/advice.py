@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tokenrl.core.axes import Baseline
 from tokenrl.lab.exact.explanation import written
+from tokenrl.runs.files import flat
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.settings import Count, Seed, Settings, Several
@@ -42,40 +43,38 @@ class AdviseArguments(Settings):
     seed: Seed = 0
     """Seed of the measurement, and of the recommended training."""
     config: str | None = None
-    """Write the settings to this file, for --config of `tokenrl control`."""
+    """Write the settings for an environment to this file, for --config of `tokenrl control`."""
     json: str | None = None
     """Write settings, reasons and measurements to this file, as JSON."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings for a run, with their reasons and the measurements behind them.
+    """What is recommended, with its reasons and the measurements behind them.
 
     Attributes:
         subject: the environment, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
-        arguments: the arguments of that command, as its dataclass.
         line: the command line that carries the advice out; or why there is nothing to change.
         measured: what was measured, by name.
         findings: what the table of rules says about it.
+        arguments: the recommended arguments of the command, as its dataclass; None for a run.
         reasons: the reason of each recommended setting by its name, such as `estimator.baseline`.
     """
 
     subject: str
     command: str
-    arguments: Any
     line: str
     measured: Mapping[str, Any]
     findings: Sequence[Finding]
-    reasons: Mapping[str, str]
+    arguments: Any = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def show(self) -> None:
         """Print what was measured, the findings, the settings and the command."""
         console = rich_console()
         console.print(f"tokenrl advise: {self.subject}", style="bold")
-        settings = vars(self.arguments) | {
-            f"estimator.{axis}": value for axis, value in vars(self.arguments.estimator).items()
-        }
+        settings = flat(vars(self.arguments)) if self.reasons else {}
         tables: dict[tuple[str, ...], Iterable[Iterable[Any]]] = {
             ("measured", ""): self.measured.items(),
             ("kind", "finding", "what it is"): [
@@ -94,37 +93,13 @@ class Advice:
         console.print(self.line, soft_wrap=True)
 
 
-def merge(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Return the changes of all findings; of two changes of one setting, the gravest finding's counts.
-
-    A grave finding may explain those of lower precedence, whose changes are then left out: all else may be
-    the consequence of a destroyed policy, and a higher rate for a flat reward is advised if nothing else is
-    wrong.
-    """
-    findings = sorted(findings, key=lambda finding: list(LEVELS).index(finding.weight))
-    grave = [finding.precedence for finding in findings if finding.weight != "watch"]
-    changes: dict[str, Any] = {}
-    for finding in findings:
-        if finding.precedence >= max(grave, default=0):
-            changes = {**finding.changes, **changes}
-    return changes
-
-
-def with_changes(arguments: Any, changes: Mapping[str, Any]) -> Any:
-    """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
-    parts = [name.rpartition(".") for name in changes]
-    axes = {last: changes[f"estimator.{last}"] for owner, _, last in parts if owner}
-    settings = {last: changes[last] for owner, _, last in parts if not owner}
-    return replace(arguments, **settings, estimator=replace(arguments.estimator, **axes))
-
-
 def command_line(command: str, arguments: Any) -> str:
     """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
     changes = {"estimator": written(arguments.estimator)}
-    for field in fields(arguments):
-        value = getattr(arguments, field.name)
-        if field.name != "estimator" and value != field.default:
-            changes[field.name] = value
+    for part in fields(arguments):
+        value = getattr(arguments, part.name)
+        if part.name != "estimator" and value != part.default:
+            changes[part.name] = value
     return shlex.join(["tokenrl", command, *flags(changes)])
 
 

@@ -9,19 +9,19 @@ biased upwards.
 
 from __future__ import annotations
 
-import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tokenrl.advisor.advice import Advice, flags, merge, with_changes
+from tokenrl.advisor.advice import LEVELS, Advice, flags
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.console import ending
+from tokenrl.runs.console import FAILURES, ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import LOST_SHARE, Observed, evaluations, observe
+from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 from tokenrl.runs.signals import ended_by_itself
@@ -71,18 +71,26 @@ def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(COMMANDS[run.kind], run.path, run.kind, anew=True)
     observed = observe_recorded(run, arguments)
     findings = judge(observed)
-    changes = {} if observed.is_solved else merge(findings)
-    unchanged = SOLVED if observed.is_solved else UNCHANGED
-    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
-    return Advice(
-        subject=f"{run.path}: {run.title}",
-        command=run.kind,
-        arguments=with_changes(arguments, changes),
-        line=f"Run it: {shlex.join(words)}" if changes else unchanged,
-        measured={"status": _status(run, arguments)},
-        findings=findings,
-        reasons={},
-    )
+    line = SOLVED if observed.is_solved else UNCHANGED
+    changes = changes_of(findings)
+    if changes and not observed.is_solved:
+        config = str(run.path / "config.json")
+        words = ["tokenrl", run.kind, "--config", config, *flags(changes)]
+        line = f"Run it: {shlex.join(words)}"
+    measured = {"status": _status(run, arguments)}
+    return Advice(f"{run.path}: {run.title}", run.kind, line, measured, findings)
+
+
+def changes_of(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return the changes of all findings; of two changes of one setting, the gravest finding's counts.
+
+    All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
+    """
+    causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
+    changes: dict[str, Any] = {}
+    for finding in sorted(causes or findings, key=lambda f: list(LEVELS).index(f.weight))[::-1]:
+        changes |= finding.changes
+    return changes
 
 
 def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
@@ -99,19 +107,16 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     skipped = run.series("skipped_steps")[1]
-    observed = replace(
+    evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
+    gained = evaluated and evaluated[-1].exceeds(evaluated[0], ERRORS_OF_CHANCE)
+    if is_language and ended_by_itself(run.summary.get("exit_reason")) and "flags" in run.summary:
+        gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
+    return replace(
         observed,
         is_solved=is_solved,
         skipped=skipped[-1] / updates if skipped else None,
+        latest=None if gained and run.summary else observed.latest,
     )
-    evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
-    means = [mean for mean in evaluated if not math.isnan(mean.error)]
-    if len(means) < 2 or not run.summary:
-        return observed
-    gained = means[-1].exceeds(means[0], ERRORS_OF_CHANCE)
-    if is_language and ended_by_itself(run.summary["exit_reason"]) and "flags" in run.summary:
-        gained = "nothing-learnt" not in run.summary["flags"]  # the run compared the same prompts
-    return replace(observed, latest=None) if gained else observed
 
 
 def _status(run: RecordedRun, arguments: Any) -> str:

@@ -95,7 +95,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
         reasons["reward_scale"] = "about 1 / sd of returns: a critic learns targets of size 1"
     line = f"Run it: {command_line('control', control)}"
     measured = asdict(spec) | returns
-    return Advice(spec.env, "control", control, line, measured, judge(observed), reasons)
+    return Advice(spec.env, "control", line, measured, judge(observed), control, reasons)
 
 
 def choose_way(spec: Spec, baseline: str | None) -> str:

@@ -126,12 +126,6 @@ class Pieces:
         self._observation = after.numpy()
         rollout = into_rows(steps, after)
         _check_numbers(self.envs.env, rollout, "a piece of an episode")
-        returns, lengths = self._ended(steps)
-        totals = torch.tensor(returns, dtype=torch.float64)
-        return rollout._replace(returns=totals, lengths=torch.tensor(lengths))
-
-    def _ended(self, steps: Steps) -> tuple[list[float], list[int]]:
-        """Add the steps to the episodes so far; give returns and lengths of those that ended."""
         real = ~steps.idle.numpy()
         ends = real & (steps.terminated | steps.truncated).numpy()
         rewards = np.where(real, steps.rewards.double().numpy(), 0.0)
@@ -145,7 +139,8 @@ class Pieces:
             lengths += self._lengths[ended].tolist()
             self._returns[ended] = 0.0
             self._lengths[ended] = 0
-        return returns, lengths
+        totals = torch.tensor(returns, dtype=torch.float64)
+        return rollout._replace(returns=totals, lengths=torch.tensor(lengths))
 
 
 @torch.no_grad()

@@ -156,9 +156,20 @@ def advantages_by_time(axes: Axes, step: Step) -> Advantages:
         to_go = reward_to_go(step.rewards, axes.gamma)
     totals = to_go[:, 0]
     returns = totals[:, None] if axes.shares_return else targets
-    rows = Rows(totals, step.valid, actions, returns, needed_input(axes, step, totals))
+    name = "baseline_value" if axes.needs_memory else axes.chosen("baseline").needs
+    needed: float | Tensor = 0.0
+    if name:
+        needed = required(name, getattr(step, name), f"the baseline {axes.baseline!r}")
+    needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
+    rows = Rows(totals, step.valid, actions, returns, needed)
     if axes.other_objective:
-        policy, usable = of_objective(axes, rows.in_sets(axes, "baseline", step.group_size))
+        sets = rows.in_sets(axes, "baseline", step.group_size)
+        if axes.objective_order is None:
+            policy = log_success(sets.totals, sets.valid, axes.form)
+        else:
+            policy = max_at_k(sets.totals, sets.valid, axes.objective_order, axes.form)
+        # a group with too few valid rows has no advantages
+        usable = sets.valid & (sets.valid.sum(-1, keepdim=True) >= axes.fewest_rows)
         return Advantages(zero_outside(policy, usable).flatten(), targets)
     baseline, compared = baseline_of(axes, rows, step)
     sets = rows.in_sets(axes, "scale", step.group_size)
@@ -195,27 +206,6 @@ def credited(axes: Axes, step: Step) -> Float[Tensor, "N T"]:
             return normalised(to_go, actions, ddof=axes.scale_ddof, eps=axes.scale_eps)
         case _:
             return reward_to_go(rewards, gamma)
-
-
-def needed_input(axes: Axes, step: Step, like: Tensor) -> Tensor:
-    """Return the input that the baseline requires, or 0."""
-    name = "baseline_value" if axes.needs_memory else axes.chosen("baseline").needs
-    value = 0.0
-    if name:
-        value = required(name, getattr(step, name), f"the baseline {axes.baseline!r}")
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
-
-
-def of_objective(axes: Axes, sets: Rows) -> tuple[Float[Tensor, "S n"], Bool[Tensor, "S n"]]:
-    """Return the advantages of another objective, and the mask of the rows that have one.
-
-    A group with too few valid rows has none.
-    """
-    if axes.objective_order is None:
-        advantages = log_success(sets.totals, sets.valid, axes.form)
-    else:
-        advantages = max_at_k(sets.totals, sets.valid, axes.objective_order, axes.form)
-    return advantages, sets.valid & (sets.valid.sum(-1, keepdim=True) >= axes.fewest_rows)
 
 
 def baseline_of(

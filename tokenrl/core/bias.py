@@ -61,7 +61,13 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         alone.append(choices.ENTROPY)
     if axes.needs_kl:
         alone.append(choices.KL_EFFECTS[axes.kl_placement, axes.kl_estimator])
-    if binary and compares_groups_only(axes):
+    # If the advantage of a row depends on its reward and on those of its group only, it is f(r, K) on rewards
+    # of 0 and 1, with K successes among the others. The expected gradient is then `E[f(1, K) - f(0, K)] grad p`,
+    # with K of the distribution Binomial(G-1, p): a positive number for each prompt, which
+    # `tokenrl.lab.prompt_weight` computes. Numbers of other prompts are independent of the row.
+    own_return = axes.chosen("baseline").in_group and axes.shares_return and axes.gamma == 1
+    alone_in_group = own_return and not axes.kl_in_reward and not axes.overlong_buffer
+    if binary and alone_in_group:
         alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
     listed = alone + combination_effects(axes, alone)
     # What a reason says after its colon (see `choices`) holds if nothing else matters but constant factors.
@@ -86,17 +92,6 @@ def objective_effect(axes: Axes, of_reward: bool = False) -> Effect:
     choice = OBJECTIVES[axes.objective, axes.form]
     differs = of_reward and axes.objective_order != 1
     return choice.of_reward if differs and choice.of_reward else choice
-
-
-def compares_groups_only(axes: Axes) -> bool:
-    """Whether the advantage of a row depends on its reward and on those of its group only.
-
-    Then on rewards of 0 and 1 it is f(r, K), with K successes among the others, and the expected gradient is
-    `E[f(1, K) - f(0, K)] grad p`, with K of the distribution Binomial(G-1, p): a positive number for each
-    prompt. `tokenrl.lab.prompt_weight` computes it. Numbers of other prompts are independent of the row.
-    """
-    own_return = axes.chosen("baseline").in_group and axes.shares_return and axes.gamma == 1
-    return own_return and not axes.kl_in_reward and not axes.overlong_buffer
 
 
 def estimator_line(axes: Axes, always: Sequence[str], status: str) -> str:

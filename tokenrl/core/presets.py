@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +65,10 @@ def read_changes(text: str) -> tuple[str, dict[str, Any]]:
             )
         if name in changes:
             raise Refused(f"{name} is given twice; give it once.")
-        changes[name] = _parse_value(value)
+        changes[name] = {"true": True, "false": False}.get(value, value)
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            changes[name] = ast.literal_eval(value)
     return head, changes
-
-
-def _parse_value(text: str) -> Any:
-    """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return {"true": True, "false": False}.get(text, text)
 
 
 def _presets() -> dict[str, Preset]:

@@ -171,10 +171,7 @@ class Saver:
             write_state(partial, {"step": step, **state}, "this run")  # before older ones go
         self._saved = step
         self._saved_at = time.monotonic()
-        self._remove_older()
-
-    def _remove_older(self) -> None:
-        """Remove all but the newest checkpoints, and the best one that each of these knows of."""
+        # remove all but the newest checkpoints, and the best one that each of these knows of
         count = self._args.keep_checkpoints
         paths = checkpoints(self._folder)
         best = {self.best.until(step_of(path)) for path in paths[-count:]}

@@ -171,11 +171,8 @@ def canonical(value: Any) -> str:
     """
     with suppress(TypeError, ValueError):  # JSON has a form for most data, and writes it faster
         return PLAIN_JSON.encode(value)
-    return json.dumps(plain(value, _without_address), sort_keys=True)
-
-
-def _without_address(value: Any) -> str:
-    return ADDRESS.sub(FORMLESS, written(value, str))
+    without_address = plain(value, lambda item: ADDRESS.sub(FORMLESS, written(item, str)))
+    return json.dumps(without_address, sort_keys=True)
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -49,15 +49,12 @@ class Finding:
             the same, with the finding beside it.
         text: one or more whole sentences, with the numbers.
         changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
-        precedence: a finding of weight `act` or `void` may explain all findings of lower precedence, so that
-            their changes are not advised beside its own.
     """
 
     flag: str
     weight: Weight
     text: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    precedence: int = 1
 
     def __str__(self) -> str:
         """Return the finding as one line, its flag first."""

@@ -149,7 +149,14 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     samples = []
     first: dict[Any, dict[str, Block]] = {}  # by step and prompt the first completion
     for row in rows:
-        sample = _sample(row, numeric)
+        texts = {}  # each as messages with roles
+        numbers = {}
+        for name, value in row.items():
+            if name in numeric and value is not None:
+                numbers[harmless(name)] = plain(float(value))  # in an attribute, as JSON
+            elif value is not None:
+                texts[name] = _messages(str(value))
+        sample = {"texts": texts, "numbers": numbers}
         samples.append(sample)
         first.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), sample)
     steps = list(first.values())
@@ -157,20 +164,6 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     for index in sorted({0, len(steps) // 2, len(steps) - 1}):
         some.append(list(steps[index].values())[:_OPEN])
     return {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
-
-
-def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
-    """Return the texts of a completion, each as messages with roles, and its numbers."""
-    texts = {}
-    numbers = {}
-    for name, value in row.items():
-        if value is None:
-            continue
-        if name in numeric:
-            numbers[harmless(name)] = plain(float(value))  # in an attribute, as JSON
-        else:
-            texts[name] = _messages(str(value))
-    return {"texts": texts, "numbers": numbers}
 
 
 def _messages(text: str) -> list[tuple[str, str]]:

@@ -281,7 +281,7 @@ def _write(
 ) -> None:
     """Write a text at the left end of a height of the data, shifted by points to the right and up."""
     axes.annotate(
-        _literal(text),
+        harmless(text).replace("$", r"\$"),  # which matplotlib would read as mathematics
         (0, height),
         shift,
         xycoords=("axes fraction", "data"),
@@ -290,8 +290,3 @@ def _write(
         color=PALETTE[colour],
         **look,
     )
-
-
-def _literal(text: str) -> str:
-    """Escape dollar signs, which matplotlib would read as mathematics, and characters without a glyph."""
-    return harmless(text).replace("$", r"\$")

@@ -87,9 +87,7 @@ def policy_destroyed(observed: Observed) -> Judgement:
     if not (is_fall and 2 * (latest.first + learnt - reward) > max(best.value - reward, learnt)):
         return None
     text = f"The policy is destroyed: the mean reward fell from {best.value:.3g} to {reward:.3g}"
-    return too_fast(
-        observed, "policy-destroyed", "void", f"{text}, and {latest.signs}.", precedence=2
-    )
+    return too_fast(observed, "policy-destroyed", "void", f"{text}, and {latest.signs}.")
 
 
 def entropy_low_at_end(observed: Observed) -> Judgement:
@@ -331,15 +329,13 @@ RULES: tuple[Callable[[Observed], Judgement], ...] = (
 """In the order of the findings."""
 
 
-def too_fast(
-    observed: Observed, flag: str, weight: Weight, text: str, precedence: int = 1
-) -> Finding:
+def too_fast(observed: Observed, flag: str, weight: Weight, text: str) -> Finding:
     """Return a finding about a loss, of which the learning rate is the likely cause, with a lower rate."""
     rate = require(observed.learning_rate)
     usual = observed.highest_rate or rate
     advised = usual if usual < rate else rate / 4
     text += f" The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}."
-    return Finding(flag, weight, text, {"learning_rate": advised}, precedence)
+    return Finding(flag, weight, text, {"learning_rate": advised})
 
 
 def remedy(observed: Observed, reward: float = nan) -> str:

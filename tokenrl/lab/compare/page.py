@@ -102,7 +102,8 @@ def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section
     label = problem.label
     mark = None if problem.solved is None else ("solved", problem.solved)
     words = f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest."
-    curves = markup.drawings(_charts(comparison.table.curves_of(label), mark))
+    of_problem = comparison.table.curves.query("problem == @label and role == 'comparison'")
+    curves = markup.drawings(_charts(of_problem, mark))
     blocks = {
         "Differences": [markup.drawings([_forest(comparison, comparison.judgement.of(label))])],
         "Learning": [markup.paragraph(words, "soft"), curves],

@@ -63,10 +63,6 @@ class RunTable(NamedTuple):
         """Return the rows of the runs on a problem."""
         return self.runs.query("problem == @problem and role == @role")
 
-    def curves_of(self, problem: str) -> pd.DataFrame:
-        """Return the curves of the runs on a problem that are compared."""
-        return self.curves.query("problem == @problem and role == 'comparison'")
-
 
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.

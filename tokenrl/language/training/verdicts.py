@@ -51,7 +51,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     observed = replace(
         observed,
         # Other rules about the recent steps speak at the end of the run.
-        recent=replace(observed.recent, entropy=math.nan, equal=math.nan, cut=math.nan),
+        recent=replace(observed.recent, equal=math.nan, cut=math.nan),
         idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
     )
     findings = {finding.flag: finding for finding in judge(observed)}
