@@ -114,7 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     """Print the help or the version, or run the command that the words name."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
+        about = "Policy gradients on language models and gymnasium environments."
+        lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
+        lines += [
+            f"  {name:13}{command.arguments.__doc__.splitlines()[0]}"
+            for name, command in COMMANDS.items()
+        ]
+        print("\n".join(lines))
         return 0 if argv else 2
     if argv[0] == "--version":
         from tokenrl import __version__
@@ -138,13 +144,3 @@ def _run(argv: list[str]) -> int:
         except (SystemExit, RuntimeError) as error:
             raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)
-
-
-def _help() -> str:
-    about = "Policy gradients on language models and gymnasium environments."
-    lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
-    lines += [
-        f"  {name:13}{command.arguments.__doc__.splitlines()[0]}"
-        for name, command in COMMANDS.items()
-    ]
-    return "\n".join(lines)

@@ -84,7 +84,14 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     if is_help:
         about = cleandoc(kind.__doc__)
         if "estimator" in hints:
-            about += _about_presets()
+            width = max(map(len, PRESETS)) + 2
+            lines = [
+                about,
+                "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
+                "The presets, and the bias of the expected gradient with each:",
+            ]
+            lines += [f"  {word:{width}}{Estimator.preset(word).bias_status}" for word in PRESETS]
+            about = "\n".join(lines)
         tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
     if kind is CompareArguments:
         config = options.pop("config", None)
@@ -297,14 +304,3 @@ def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any
 def dataclasses_of(kind: type[Any]) -> list[type[Any]]:
     """Return the dataclass and its base dataclasses, which together declare its fields."""
     return [owner for owner in kind.__mro__ if is_dataclass(owner)]
-
-
-def _about_presets() -> str:
-    lines = [
-        "",
-        "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
-        "The presets, and the bias of the expected gradient with each:",
-    ]
-    width = max(map(len, PRESETS)) + 2
-    lines += [f"  {name:{width}}{Estimator.preset(name).bias_status}" for name in PRESETS]
-    return "\n".join(lines)

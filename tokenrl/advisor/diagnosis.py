@@ -77,8 +77,14 @@ def _diagnosed(run: RecordedRun) -> Advice:
         config = str(run.path / "config.json")
         words = ["tokenrl", run.kind, "--config", config, *flags(changes)]
         line = f"Run it: {shlex.join(words)}"
-    measured = {"status": _status(run, arguments)}
-    return Advice(f"{run.path}: {run.title}", run.kind, line, measured, findings)
+    summary = run.summary
+    step = run.metrics[-1]["step"]
+    ended = "still running" if not summary and in_use(run.path) else ending(summary)
+    error = f"; {summary['error']}" if "error" in summary else ""
+    status = (
+        f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {ended}{error}"
+    )
+    return Advice(f"{run.path}: {run.title}", run.kind, line, {"status": status}, findings)
 
 
 def changes_of(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -117,13 +123,3 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         skipped=skipped[-1] / updates if skipped else None,
         latest=None if gained and run.summary else observed.latest,
     )
-
-
-def _status(run: RecordedRun, arguments: Any) -> str:
-    """Return how far the run has come, and how it ended."""
-    step = run.metrics[-1]["step"]
-    summary = run.summary
-    ended = "still running" if not summary and in_use(run.path) else ending(summary)
-    error = f"; {summary['error']}" if "error" in summary else ""
-    share = step / arguments.max_steps
-    return f"{step} of {arguments.max_steps} steps ({share:.0%}); {ended}{error}"

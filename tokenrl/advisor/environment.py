@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, replace
 from statistics import fmean, stdev
 
@@ -125,13 +126,11 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
     generator = torch.Generator().manual_seed(args.seed)
     shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
     policy = Policy(shape, generator)
-    environments = Environments(args.env, episodes, args.max_episode_steps)
     try:
-        rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
+        with closing(Environments(args.env, episodes, args.max_episode_steps)) as copies:
+            rollout = collect_episodes(copies, policy, spec.horizon, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
         raise Refused(str(error)) from error
-    finally:
-        environments.close()
     returns = rollout.returns.tolist()
     return {
         "episodes": len(returns),

@@ -190,7 +190,28 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
         raise Refused(
             f"The environment {spec.id} does not reset on the next step; give one that does."
         )
-    _check_spaces(spec.id, vector.single_observation_space, vector.single_action_space)
+    observations = vector.single_observation_space
+    actions = vector.single_action_space
+    shape = observations.shape or ()
+    if not isinstance(observations, (spaces.Box, spaces.Discrete)):
+        raise Refused(
+            f"Observations of {spec.id} are of kind {type(observations).__name__}; supported are Box "
+            f"(flattened), Discrete (one-hot). {REGISTER.format('FlattenObservation')}"
+        )
+    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
+        size = " x ".join(map(str, shape))
+        wrapper = "TransformObservation (features), or FlattenObservation if they are no picture"
+        raise Refused(
+            f"Observations of {spec.id} are pictures (Box, shape {size}, dtype {observations.dtype}), and no "
+            f"policy here has convolutional layers. {REGISTER.format(wrapper)}"
+        )
+    real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+    is_vector = real and len(actions.shape or ()) == 1
+    if not (is_vector or isinstance(actions, spaces.Discrete)):
+        raise Refused(
+            f"Actions of {spec.id} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
+            f"one axis. {REGISTER.format('TransformAction')}"
+        )
     return vector
 
 
@@ -201,31 +222,6 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
             f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200."
         )
     return limit
-
-
-def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
-    """Refuse observations that are no vectors or are pictures, and actions that no head here gives."""
-    shape = observations.shape or ()
-    if not isinstance(observations, (spaces.Box, spaces.Discrete)):
-        raise Refused(
-            f"Observations of {env} are of kind {type(observations).__name__}; supported are Box "
-            f"(flattened), Discrete (one-hot). {REGISTER.format('FlattenObservation')}"
-        )
-    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
-        size = " x ".join(map(str, shape))
-        wrapper = "TransformObservation (features), or FlattenObservation if they are no picture"
-        raise Refused(
-            f"Observations of {env} are pictures (Box, shape {size}, dtype {observations.dtype}), and no "
-            f"policy here has convolutional layers. {REGISTER.format(wrapper)}"
-        )
-    if isinstance(actions, spaces.Discrete):
-        return
-    real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
-    if not real or len(actions.shape or ()) != 1:
-        raise Refused(
-            f"Actions of {env} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
-            f"one axis. {REGISTER.format('TransformAction')}"
-        )
 
 
 class Environments:

@@ -188,10 +188,8 @@ def _play(
         idle = idle | ended
         if idle.all():
             break
-    columns = []
-    for column in zip(*history, strict=True):
-        columns.append(torch.stack([torch.as_tensor(x) for x in column], 1))
-    played = Steps(*columns)
+    columns = zip(*history, strict=True)
+    played = Steps(*(torch.stack([torch.as_tensor(x) for x in column], 1) for column in columns))
     played = played._replace(rewards=played.rewards.double())
     return played, torch.from_numpy(observation), idle
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
-from tokenrl.control.policies import Policy, SavedPolicy
+from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import estimator_line, objective_line
@@ -209,9 +209,3 @@ def header(run: AgentRun, directory: str) -> dict[str, Any]:
 
 def _size(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def finish(run: AgentRun, session: Session, ended: ControlResult) -> None:
-    """Save the policy, write summary and report, and print the result."""
-    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write, run.findings(session))
-    session.console.note(ended.verdict)

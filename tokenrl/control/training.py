@@ -19,7 +19,7 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
-from tokenrl.control.run import AgentRun, ControlResult, finish, header
+from tokenrl.control.run import AgentRun, ControlResult, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
 from tokenrl.errors import Refused, describe as describe_error
@@ -64,7 +64,16 @@ def train_agent(
         >>> train_agent(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
         >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
-    args = resume_settings(_arguments(args, agent, options), "control")
+    if agent is None:
+        args = arguments_of_call(ControlArguments, args, options)
+    elif args is None:
+        named = agent_settings(agent, options.get("env", ControlArguments.env))
+        args = arguments(ControlArguments, named | options)
+    else:
+        raise Refused(
+            f"agent {agent!r} was given beside finished settings; give the agent with keywords."
+        )
+    args = resume_settings(args, "control")
     spec = describe(args.env, args.max_episode_steps)
     args = control_settings(args, spec)
     with (
@@ -94,19 +103,6 @@ def train_agent(
             elif args.num_steps is not None:
                 session.console.warn(NEW_EPISODES)
             return _loop(run, session)
-
-
-def _arguments(
-    args: ControlArguments | None, agent: str | None, options: dict[str, Any]
-) -> ControlArguments:
-    if agent is None:
-        return arguments_of_call(ControlArguments, args, options)
-    if args is not None:
-        raise Refused(
-            f"agent {agent!r} was given beside finished settings; give the agent with keywords."
-        )
-    named = agent_settings(agent, options.get("env", ControlArguments.env))
-    return arguments(ControlArguments, named | options)
 
 
 def _loop(run: AgentRun, session: Session) -> ControlResult:
@@ -144,7 +140,9 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
         except (Exception, SystemExit) as error:  # a trained policy is not lost over a picture
             session.console.warn(f"No video could be made: {describe_error(error)}")
     ended = run.result(session)
-    finish(run, session, ended)
+    write = SavedPolicy(run.agent.policy, run.spec.env).write
+    session.finish(ended, write, run.findings(session))
+    session.console.note(ended.verdict)
     return ended
 
 

@@ -163,14 +163,6 @@ def next_cells(size: int) -> NDArray[np.int64]:
     return neighbours.clip(0, size - 1) @ [size, 1]
 
 
-def transitions(env: GridWorld) -> NDArray[np.float64]:
-    """Return `P(s' | s, a)`, [cells, 4, cells]; 0 from goal and decoy, where the episode ends."""
-    intended = np.eye(env.cells)[env.next_cells]
-    chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
-    chances[list(env.ends)] = 0.0
-    return chances
-
-
 def exact_values(
     env: GridWorld, policy: NDArray[np.float64], *, horizon: int, gamma: float = 1.0
 ) -> NDArray[np.float64]:
@@ -200,7 +192,10 @@ def exact_values(
         raise Refused(
             f"policy {policy.shape} must have four probabilities for each of {env.cells} cells."
         )
-    chances = transitions(env)
+    # P(s' | s, a), [cells, 4, cells]; 0 from goal and decoy, where the episode ends
+    intended = np.eye(env.cells)[env.next_cells]
+    chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
+    chances[list(env.ends)] = 0.0
     moves = np.einsum("sa,sat->st", policy, chances)
     ends = list(env.ends)
     end_rewards = list(env.ends.values())
@@ -212,15 +207,13 @@ def exact_values(
     return values
 
 
-def exact_return(
-    env: GridWorld, policy: NDArray[np.float64], *, horizon: int, gamma: float = 1.0
-) -> float:
+def exact_return(env: GridWorld, policy: NDArray[np.float64], *, horizon: int) -> float:
     """Return J, the expected return of an episode: the mean of `exact_values` over the starting cells.
 
     Raises:
         Refused: As for `exact_values`.
     """
-    values = exact_values(env, policy, horizon=horizon, gamma=gamma)
+    values = exact_values(env, policy, horizon=horizon)
     return float(values[env.starts].mean())
 
 

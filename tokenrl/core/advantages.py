@@ -17,7 +17,6 @@ from torch import Tensor
 from tokenrl.core import baselines, scales
 from tokenrl.core.axes import Axes
 from tokenrl.core.divergences import PER_TOKEN
-from tokenrl.core.losses import importance_weights
 from tokenrl.core.memories import failures_of_baseline
 from tokenrl.core.objectives import log_success, max_at_k
 from tokenrl.core.returns import (
@@ -119,20 +118,6 @@ def rewards_in_time(
         )
         rewards = rewards - axes.beta * penalty
     return rewards
-
-
-def weighted_norms(
-    axes: Axes,
-    score_norms: Float[Tensor, "N T"],
-    actions: Bool[Tensor, "N T"],
-    logprobs: Float[Tensor, "N T"] | None,
-    sampling_logprobs: Float[Tensor, "N T"] | None,
-) -> Float[Tensor, "N T"]:
-    """Return the squared norms of the scores times their importance weights; of the policy's own rows as they are."""
-    if logprobs is None or sampling_logprobs is None:
-        return score_norms
-    log_weights = zero_outside(logprobs - sampling_logprobs, actions)
-    return score_norms * importance_weights(log_weights, actions, **axes.importance_options) ** 2
 
 
 def advantages_of(axes: Axes, step: Step, turns: Int[Tensor, "N T"] | None = None) -> Advantages:

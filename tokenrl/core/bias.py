@@ -53,7 +53,10 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         binary: Give the effects on rewards of 0 and 1.
         of_reward: Give the effect of the objective on the gradient of the mean reward.
     """
-    alone = [objective_effect(axes, of_reward)]
+    # of the objective and its form on the objective's own gradient, or that of E[R]
+    objective = OBJECTIVES[axes.objective, axes.form]
+    differs = of_reward and axes.objective_order != 1
+    alone: list[Effect] = [(objective.of_reward if differs else None) or objective]
     alone += [effect(axes) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
     for axis in ("scale", "aggregation", "ratio", "importance", "truncations"):
         alone.append(axes.chosen(axis))
@@ -85,13 +88,6 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         else replace(effect, reason=effect.reason.partition(": ")[0])
         for effect in listed
     ]
-
-
-def objective_effect(axes: Axes, of_reward: bool = False) -> Effect:
-    """Return the effect of the objective and its form on the objective's own gradient, or that of E[R]."""
-    choice = OBJECTIVES[axes.objective, axes.form]
-    differs = of_reward and axes.objective_order != 1
-    return choice.of_reward if differs and choice.of_reward else choice
 
 
 def estimator_line(axes: Axes, always: Sequence[str], status: str) -> str:

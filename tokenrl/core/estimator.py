@@ -160,17 +160,25 @@ class Estimator(Axes):
             ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core import advantages as formulas
+        from tokenrl.core.losses import importance_weights
         from tokenrl.core.returns import token_rewards
-        from tokenrl.core.rows import required
+        from tokenrl.core.rows import required, zero_outside
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
             raise ValueError(f"rewards {[*rewards.shape]} do not fit the mask {[*mask.shape]}")
         check_sizes(self, len(mask), group_size)
         mask = mask.bool()
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
-        if score_norms is not None and self.needs_sampling_logprobs:
-            both = logprobs, sampling_logprobs
-            score_norms = formulas.weighted_norms(self, score_norms, mask & valid[:, None], *both)
+        if (
+            score_norms is not None
+            and self.needs_sampling_logprobs
+            and logprobs is not None
+            and sampling_logprobs is not None
+        ):  # else they are of the policy's own rows
+            actions = mask & valid[:, None]
+            log_weights = zero_outside(logprobs - sampling_logprobs, actions)
+            weights = importance_weights(log_weights, actions, **self.importance_options)
+            score_norms = score_norms * weights**2
         step = formulas.Step(
             rewards, mask, valid, group_size, values, score_norms, greedy_rewards, baseline_value
         )
@@ -272,18 +280,7 @@ class Estimator(Axes):
         scored_before = self.needs_sampling_logprobs and old_logprobs is not None
         if self.needs_old_logprobs or scored_before:
             old = inside("old_logprobs", old_logprobs, f"the ratio {self.ratio!r}").detach()
-        gain = policy_gain(
-            logprobs,
-            old,
-            advantages,
-            live,
-            ratio=self.ratio,
-            clip_range=self.clip_range,
-            dual_clip=self.dual_clip,
-            trust_cap=self.trust_cap,
-            trust_bound=self.trust_bound,
-            trust_sides=self.trust_sides,
-        )
+        gain = policy_gain(self, logprobs, old, advantages, live)
         if self.needs_sampling_logprobs:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)

@@ -6,25 +6,24 @@ Log-probabilities must be 0 where the position is not an action.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.rows import required, zero_outside
 
+if TYPE_CHECKING:
+    from tokenrl.core.axes import Axes
+
 
 def policy_gain(
+    axes: Axes,
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     advantages: Float[Tensor, "N T"],
     live: Bool[Tensor, "N T"],
-    *,
-    ratio: str,
-    clip_range: tuple[float, float],
-    dual_clip: float | None,
-    trust_cap: float,
-    trust_bound: float,
-    trust_sides: int,
 ) -> Float[Tensor, "N T"]:
     """Return the gain of each token by the ratio.
 
@@ -39,35 +38,34 @@ def policy_gain(
         trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_trust`
 
     Args:
+        axes: The axes, with the ratio and its bounds.
         logprobs: log pi, with a gradient; 0 outside `live`, as all that follow.
         old_logprobs: log pi_old, of the policy that sampled.
         advantages: A, without a gradient.
         live: True where the token is an action and its weight is not 0.
-        ratio: One of the seven.
-        clip_range: The bounds of rho.
-        dual_clip: The bound of rho for negative advantages, for 'token' and 'sequence_mean'; None for none.
-        trust_cap: The largest rho, for 'trust'.
-        trust_bound: How far the probability of a token may move, for 'trust'.
-        trust_sides: 1 if it may move so far against its advantage only, 2 in neither direction.
     """
     log_ratio = logprobs - old_logprobs
-    match ratio:
+    match axes.ratio:
         case "token":
-            return clipped(log_ratio.exp(), advantages, clip_range, dual_clip)
+            return clipped(log_ratio.exp(), advantages, axes.clip_range, axes.dual_clip)
         case "cispo":
-            return advantages * log_ratio.detach().exp().clamp(*clip_range) * logprobs
+            return advantages * log_ratio.detach().exp().clamp(*axes.clip_range) * logprobs
         case "trust":
-            weight = log_ratio.detach().exp().clamp(max=trust_cap)
+            weight = log_ratio.detach().exp().clamp(max=axes.trust_cap)
             dropped = beyond_trust(
-                logprobs, old_logprobs, advantages, bound=trust_bound, sides=trust_sides
+                logprobs, old_logprobs, advantages, bound=axes.trust_bound, sides=axes.trust_sides
             )
             return advantages * zero_outside(weight, ~dropped) * logprobs
         case "geometric_clip":
-            log_ratio = clipped_by_side(log_ratio, advantages, clip_range)
+            # Each log ratio is clipped on the side of its advantage, as PPO clips it: a token beyond the clip
+            # has no gradient, and the bound stays in the mean of the row.
+            low, high = log_ratio.new_tensor(axes.clip_range).log()
+            above, below = log_ratio.clamp(max=high), log_ratio.clamp(min=low)
+            log_ratio = torch.where(advantages > 0, above, below)
             return advantages * of_sequence(log_ratio, log_ratio, live)
         case "sequence_mean":
             of_row = of_sequence(log_ratio, logprobs, live)
-            return clipped(of_row, advantages, clip_range, dual_clip)
+            return clipped(of_row, advantages, axes.clip_range, axes.dual_clip)
         case "sequence_product":
             return advantages * of_sequence(log_ratio, logprobs)
         case _:
@@ -91,20 +89,6 @@ def clipped(
     if dual_clip is None:
         return gain
     return torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
-
-
-def clipped_by_side(
-    log_ratio: Float[Tensor, "N T"],
-    advantages: Float[Tensor, "N T"],
-    clip_range: tuple[float, float],
-) -> Float[Tensor, "N T"]:
-    """Return the log ratios, each clipped on the side of its advantage, as PPO clips them.
-
-    It is for the mean of the row in GMPO (Zhao et al. 2025, arXiv 2507.20673): a token beyond the clip has no
-    gradient, and the bound stays in the mean.
-    """
-    low, high = log_ratio.new_tensor(clip_range).log()
-    return torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
 
 
 def of_sequence(

@@ -199,11 +199,8 @@ def conclude(
 
 def message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a chat message, and the calls of tools in it as JSON."""
-    texts = []
-    for part in (message["content"], *(message.get("tool_calls") or ())):
-        if part:
-            texts.append(part if isinstance(part, str) else json.dumps(part))
-    return "\n".join(texts)
+    parts = filter(None, (message["content"], *(message.get("tool_calls") or ())))
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
 
 
 def number(value: Any) -> str:
@@ -238,11 +235,11 @@ def with_errors(metrics: Mapping[str, Any] | None) -> dict[str, str]:
     """
     metrics = distinct(metrics)
     errors = {f"{name}_stderr" for name in metrics}
-    texts = {}
-    for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward"):
-        if name not in errors:
-            texts[name] = measured(metrics[name], metrics.get(f"{name}_stderr"))
-    return texts
+    return {
+        name: measured(metrics[name], metrics.get(f"{name}_stderr"))
+        for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward")
+        if name not in errors
+    }
 
 
 def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -260,10 +257,7 @@ def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
     before = with_errors(summary.get("eval_before"))
     after = with_errors(summary.get("eval_after"))
-    rows = []
-    for name in before | after:
-        rows.append((visible(name), before.get(name, "-"), after.get(name, "-")))
-    return rows
+    return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
 
 
 def duration(seconds: float) -> str:
@@ -317,8 +311,8 @@ def next_commands(
 
 def _rates(metrics: Mapping[str, Any]) -> list[str]:
     """Return the rates that were measured, as text: tokens or environment steps per second."""
-    rates = []
-    for name in ("tokens_per_second", "env_steps_per_second"):
-        if metrics.get(name):
-            rates.append(f"{metrics[name]:,.0f} {metric_of(name).unit}")
-    return rates
+    return [
+        f"{metrics[name]:,.0f} {metric_of(name).unit}"
+        for name in ("tokens_per_second", "env_steps_per_second")
+        if metrics.get(name)
+    ]

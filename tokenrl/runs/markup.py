@@ -160,9 +160,8 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
         samples.append(sample)
         first.setdefault(row.get("step"), {}).setdefault(str(row.get("prompt")), sample)
     steps = list(first.values())
-    some = []
-    for index in sorted({0, len(steps) // 2, len(steps) - 1}):
-        some.append(list(steps[index].values())[:_OPEN])
+    chosen = sorted({0, len(steps) // 2, len(steps) - 1})
+    some = [list(steps[index].values())[:_OPEN] for index in chosen]
     return {"kind": "completions", "all": samples, "some": some, "numeric": numeric}
 
 

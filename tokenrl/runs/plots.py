@@ -264,10 +264,10 @@ def smooth(
         places: where means are wanted; None for everywhere.
     """
     half = window // 2
-    means = []
-    for index in range(len(values)) if places is None else places:
-        means.append(fmean(values[max(0, index - half) : index + half + 1]))
-    return means
+    return [
+        fmean(values[max(0, index - half) : index + half + 1])
+        for index in (range(len(values)) if places is None else places)
+    ]
 
 
 def _scale(axes: Axes, axis: Any, count: int, whole: bool = False) -> None:

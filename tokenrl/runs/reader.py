@@ -38,18 +38,16 @@ class Tabled:
     def __repr__(self) -> str:
         rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for name, *numbers in rows:
-            cells = map(str.rjust, numbers, widths[1:])
-            lines.append("  ".join([name.ljust(widths[0]), *cells]))
+        lines = [
+            "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
+            for name, *numbers in rows
+        ]
         return "\n".join([*lines, *self._ending()])
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        rows = ""
-        for row in self._rows():
-            cells = [f"<td>{escape(cell)}</td>" for cell in row]
-            rows += f"<tr>{''.join(cells)}</tr>"
+        cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in self._rows()]
+        rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
 
 
@@ -80,11 +78,11 @@ class Outcome(Tabled):
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
-        content = {}
-        for part in fields(self):
-            if part.repr and part.name not in ("output_dir", "exit_code"):
-                content[part.name] = getattr(self, part.name)
-        return content
+        return {
+            part.name: getattr(self, part.name)
+            for part in fields(self)
+            if part.repr and part.name not in ("output_dir", "exit_code")
+        }
 
     @property
     def weights(self) -> str:

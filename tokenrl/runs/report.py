@@ -116,9 +116,10 @@ def _learning(heading: str, charts: Iterable[Chart]) -> markup.Section:
 def _charts(run: RecordedRun) -> Iterator[Chart]:
     """Yield the large charts of a kind of run, then small ones of its rewards and of its health."""
     for labels in _LARGE.get(run.kind, (_REWARD,)):
-        curves = []
-        for colour, (key, label) in enumerate(labels.items()):
-            curves.append(_curve(run.metrics, key, label, colour))
+        curves = [
+            _curve(run.metrics, key, label, colour)
+            for colour, (key, label) in enumerate(labels.items())
+        ]
         name = next(iter(labels))
         line = None if name == "loss" else run.mark
         yield Chart(name, metric_of(name).unit or "mean", curves, large=True, mark=line)
@@ -166,9 +167,7 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     for row in run.completions(_MAX_STEPS, _MAX_ROWS):
         if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
-        row["characters"] = 0
-        for name in ("completion", "chosen", "rejected"):
-            if name in row:
-                row["characters"] += len(str(row[name]))
+        texts = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+        row["characters"] = sum(len(str(text)) for text in texts)
         rows.append(distinct(row))
     return rows

@@ -57,10 +57,8 @@ def resume_settings(args: T, kind: str) -> T:
     if options.resume is None or not Path(run, "config.json").is_file():
         return args
     stored = read_config(run) | {"output_dir": run}
-    chosen = {}
-    for name, value in vars(args).items():
-        if value is None and name in stored:
-            chosen[name] = stored[name]
+    left_open = [name for name, value in vars(args).items() if value is None]
+    chosen = {name: stored[name] for name in left_open if name in stored}
     check_code(chosen, run, stored, trusted=options.trust_run)
     return arguments(type(args), vars(args) | chosen)
 
@@ -266,10 +264,11 @@ def check_processes(accelerator: Any, values: Mapping[str, Any]) -> None:
     """
     if accelerator is None or accelerator.num_processes == 1:
         return
-    texts = {}
-    for name in sorted(values.keys() - _PER_PROCESS):
-        if not isinstance(values[name], list | dict):
-            texts[name] = json.dumps(values[name], skipkeys=True, default=_comparable)
+    texts = {
+        name: json.dumps(values[name], skipkeys=True, default=_comparable)
+        for name in sorted(values.keys() - _PER_PROCESS)
+        if not isinstance(values[name], list | dict)
+    }
     everywhere = gather_objects([texts])
     differing = [name for name in texts if len({each.get(name) for each in everywhere}) > 1]
     if differing:

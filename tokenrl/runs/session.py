@@ -245,8 +245,9 @@ class Session:
         self._trackers.start(self._config, self.output_dir)
         self._writes = True
         if not self.continues:
-            append_rows(self.output_dir, 0, of_evaluation(self.eval_before))
-            self._trackers.write(0, of_evaluation(self.eval_before))
+            before = of_evaluation(self.eval_before)
+            append_rows(self.output_dir, 0, before)
+            self._trackers.write(0, before)
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
@@ -264,17 +265,18 @@ class Session:
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         leave(self._owner)  # an environment may have forked this process
+        named = of_evaluation(metrics)
         self.evaluation = dict(metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
-            self.rows = [{"step": 0, **of_evaluation(metrics)}]
+            self.rows = [{"step": 0, **named}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
-            self._trackers.write(self.step, of_evaluation(metrics))
+            self._trackers.write(self.step, named)
         best = self.saver.best
         best.judge(self.step, metrics)
         if best.exhausted and self.ended is None and self.step < self.args.max_steps:
             self.ended = "no-improvement"
-        return of_evaluation(metrics)
+        return named
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:

@@ -103,10 +103,11 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
             raise Stopped(
                 f"Nothing can be judged on {problem.label}: no run has {plan.metric}. {reason}"
             )
-    void = {}
-    for (label, arm), of_arm in runs.groupby(["problem", "arm"]):
-        if of_arm[plan.metric].isna().all():
-            void[label, arm] = f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
+    void = {
+        (label, arm): f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
+        for (label, arm), of_arm in runs.groupby(["problem", "arm"])
+        if of_arm[plan.metric].isna().all()
+    }
     judgement = judge_scores(
         runs,
         metric=plan.metric,

@@ -161,11 +161,16 @@ def execute(
         try:
             for future in as_completed(futures):
                 run = futures[future]
-                ending = _describe_ending(run, future.result(), root)
+                code = future.result()
+                log = Path(f"{root / run.path}.log")
+                if log.is_file() and not log.stat().st_size:
+                    log.unlink()
                 if stop.requested:
                     break
                 ended += 1
-                console.note(f"run {ended}/{len(runs)}  {ending}")
+                about = f"{run.problem}: {run.arm}, seed {run.seed}, learning rate {run.learning_rate:g}"
+                ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
+                console.note(f"run {ended}/{len(runs)}  {about}: {ending}")
         finally:
             over.set()
     if stop.requested:
@@ -194,17 +199,6 @@ def _run_until_ended(
     return code
 
 
-def _describe_ending(run: PlannedRun, code: int, root: Path) -> str:
-    """Describe how a run has ended, and remove its log if it is empty."""
-    log = Path(f"{root / run.path}.log")
-    if log.is_file() and not log.stat().st_size:
-        log.unlink()
-    ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-    return (
-        f"{run.problem}: {run.arm}, seed {run.seed}, learning rate {run.learning_rate:g}: {ending}"
-    )
-
-
 def _environment() -> dict[str, str]:
     """Return environment variables with which a run can import what this program can, such as rewards."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
@@ -227,7 +221,9 @@ def _call(
             stdout=file,
             stderr=file,
             env=environment or _environment(),
-            preexec_fn=None if LIBRARY is None else _stop_with_parent,
+            preexec_fn=None
+            if LIBRARY is None
+            else lambda: LIBRARY.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
         )
     patience: float | None = TICK
     while True:
@@ -237,10 +233,6 @@ def _call(
             if is_over() or isinstance(error, KeyboardInterrupt):
                 process.terminate()
                 patience = None
-
-
-def _stop_with_parent() -> None:
-    LIBRARY.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _ray_executor() -> tuple[RunCommand, int]:

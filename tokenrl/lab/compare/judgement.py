@@ -199,10 +199,9 @@ class Family:
         The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
         """
         arms = {arm.arm: arm for arm in self.arms}
-        sentences = []
-        for difference in self.differences:
-            failures = _failures(difference, arms[difference.arm], arms[difference.reference])
-            sentences.append(f"{difference.finding} {failures}")
+        sentences = [
+            f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences
+        ]
         return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
@@ -224,19 +223,19 @@ class Judgement:
 
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
-        verdicts = {}
-        for family in self.families:
-            for arm, difference in family.against_reference.items():
-                verdicts[family.problem, arm] = difference.verdict
-        return verdicts
+        return {
+            (family.problem, arm): difference.verdict
+            for family in self.families
+            for arm, difference in family.against_reference.items()
+        }
 
     def table(self) -> pd.DataFrame:
         """Return a row for each difference."""
-        rows = []
-        for family in self.families:
-            for difference in family.differences:
-                labels = {"problem": family.problem, "metric": self.metric}
-                rows.append(labels | difference.row())
+        rows = [
+            {"problem": family.problem, "metric": self.metric} | difference.row()
+            for family in self.families
+            for difference in family.differences
+        ]
         return pd.DataFrame(rows)
 
 

@@ -77,9 +77,10 @@ def write_comparison(comparison: Comparison) -> Path:
         "citation": citation,
     }
     write_json(folder / "comparison.json", values)
-    sections = []
-    for label, words in comparison.words.items():
-        sections.append(markup.Section(f"Verdict on {label}", [markup.verdict(*words)]))
+    sections = [
+        markup.Section(f"Verdict on {label}", [markup.verdict(*words)])
+        for label, words in comparison.words.items()
+    ]
     context = (plan.describe() | INTERVALS).items()
     table = markup.table(["", ""], [[name.capitalize(), fact] for name, fact in context], "words")
     sections.append(markup.Section("What was compared", [table]))
@@ -104,11 +105,19 @@ def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section
     words = f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest."
     of_problem = comparison.table.curves.query("problem == @label and role == 'comparison'")
     curves = markup.drawings(_charts(of_problem, mark))
+    tuning = comparison.table.of(label, "tuning")
+    unit = (
+        "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
+    )
+    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
+    by_rate = tuning.assign(samples=np.log2(tuning["learning_rate"]))
+    lines = _curves(by_rate, comparison.plan.metric)  # none unless rates were tuned
+    rates = Chart("Score by learning rate", unit, lines, True, None, False, ticks, False)
     blocks = {
         "Differences": [markup.drawings([_forest(comparison, comparison.judgement.of(label))])],
         "Learning": [markup.paragraph(words, "soft"), curves],
         "Arms": [_table(_arm_summary(comparison, label), "wide fit")],
-        "Learning rates": [markup.drawings([_rate_chart(comparison, label)])],
+        "Learning rates": [markup.drawings([rates])],
     }
     return [markup.Section(f"{heading} on {label}", parts) for heading, parts in blocks.items()]
 
@@ -181,25 +190,14 @@ def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     """Return each arm's failures, mean scores, share of clipped updates and learning rate."""
     sound = comparison.table.of(label).query("not failed")
     means = sound.groupby("arm").mean(numeric_only=True)
-    failures = {}
-    for arm in comparison.judgement.of(label).arms:
-        failures[arm.arm] = f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
+    failures = {
+        arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
+        for arm in comparison.judgement.of(label).arms
+    }
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
     numbers = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
     frame = frame.join(numbers.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
-
-
-def _rate_chart(comparison: Comparison, label: str) -> Chart:
-    """Draw the scores by learning rate on the tuning seeds; without curves unless rates were tuned."""
-    tuning = comparison.table.of(label, "tuning")
-    unit = (
-        "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
-    )
-    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
-    by_rate = tuning.assign(samples=np.log2(tuning["learning_rate"]))
-    curves = _curves(by_rate, comparison.plan.metric)
-    return Chart("Score by learning rate", unit, curves, True, None, False, ticks, False)
 
 
 def _table(frame: pd.DataFrame, style: str = "wide") -> markup.Block:

@@ -236,13 +236,12 @@ class Plan:
             rates: learning rates by problem and arm, where they have been tuned.
         """
         rates = rates or {}
-        runs = []
-        for problem in self.problems:
-            for seed in self.seeds:
-                for arm in self.arms:
-                    rate = rates.get((problem.label, arm.label))
-                    runs.append(self.run(problem, arm, seed, rate=rate))
-        return runs
+        return [
+            self.run(problem, arm, seed, rate=rates.get((problem.label, arm.label)))
+            for problem in self.problems
+            for seed in self.seeds
+            for arm in self.arms
+        ]
 
     def _declared(self, arm: Arm) -> str:
         """Return the declared bias of an arm, off-policy where it samples from weights of earlier steps."""

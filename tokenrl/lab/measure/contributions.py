@@ -34,44 +34,6 @@ class Contributions(NamedTuple):
     coupled: bool
 
 
-def step_slopes(
-    estimator: Estimator,
-    samples: Samples,
-    rows: Tensor,
-    *,
-    score_norms: Tensor | None = None,  # [N, T]
-    baseline_value: float = 0.0,
-) -> Slopes:
-    """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods.
-
-    Args:
-        estimator: Any estimator without a critic.
-        samples: All rows.
-        rows: Indices of the rows of the step [n], in whole groups.
-        score_norms: |s_t|^2 of all rows.
-        baseline_value: The running mean before the step.
-
-    Raises:
-        Refused: When the estimator needs an input that is missing, or cannot be used with such groups.
-    """
-    logprobs = samples.logprobs[rows]
-    ref_logprobs = samples.ref_logprobs[rows]
-    terms = estimator.loss_terms(
-        samples.rewards[rows],
-        samples.mask[rows],
-        group_size=samples.group_size,
-        max_length=samples.mask.shape[1],
-        valid=samples.valid[rows],
-        truncated=samples.truncated[rows],
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        greedy_rewards=samples.greedy_rewards[rows],
-        score_norms=None if score_norms is None else score_norms[rows],
-        baseline_value=baseline_value,
-    )
-    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
-
-
 def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Tensor:
     """Sum the slopes times the projected scores over the tokens of some rows [K]."""
     total = slopes.logprobs.flatten() @ projections.logprobs[rows].flatten(0, 1).double()
@@ -112,11 +74,27 @@ def contributions(
     norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None
 
     def slopes(rows: Tensor) -> Slopes:
+        """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods."""
         mean = 0.0
         if estimator.needs_memory:  # the running mean of the other steps
             elsewhere = (step_of != step_of[rows[0]]) & samples.valid
             mean = float(samples.rewards[elsewhere].mean())
-        return step_slopes(estimator, samples, rows, score_norms=norms, baseline_value=mean)
+        logprobs = samples.logprobs[rows]
+        ref_logprobs = samples.ref_logprobs[rows]
+        terms = estimator.loss_terms(
+            samples.rewards[rows],
+            samples.mask[rows],
+            group_size=samples.group_size,
+            max_length=samples.mask.shape[1],
+            valid=samples.valid[rows],
+            truncated=samples.truncated[rows],
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            greedy_rewards=samples.greedy_rewards[rows],
+            score_norms=None if norms is None else norms[rows],
+            baseline_value=mean,
+        )
+        return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
 
     whole = len(groups) // prompts_per_step * prompts_per_step
     steps = groups[:whole].reshape(-1, prompts_per_step, samples.group_size)  # [M, P, G]
