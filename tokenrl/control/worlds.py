@@ -163,6 +163,14 @@ def next_cells(size: int) -> NDArray[np.int64]:
     return neighbours.clip(0, size - 1) @ [size, 1]
 
 
+def transitions(env: GridWorld) -> NDArray[np.float64]:
+    """Return `P(s' | s, a)`, [cells, 4, cells]; 0 from goal and decoy, where the episode ends."""
+    intended = np.eye(env.cells)[env.next_cells]
+    chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
+    chances[list(env.ends)] = 0.0
+    return chances
+
+
 def exact_values(
     env: GridWorld, policy: NDArray[np.float64], *, horizon: int, gamma: float = 1.0
 ) -> NDArray[np.float64]:
@@ -192,10 +200,7 @@ def exact_values(
         raise Refused(
             f"policy {policy.shape} must have four probabilities for each of {env.cells} cells."
         )
-    # P(s' | s, a), [cells, 4, cells]; 0 from goal and decoy, where the episode ends
-    intended = np.eye(env.cells)[env.next_cells]
-    chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
-    chances[list(env.ends)] = 0.0
+    chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
     ends = list(env.ends)
     end_rewards = list(env.ends.values())
