@@ -245,9 +245,8 @@ class Session:
         self._trackers.start(self._config, self.output_dir)
         self._writes = True
         if not self.continues:
-            before = of_evaluation(self.eval_before)
-            append_rows(self.output_dir, 0, before)
-            self._trackers.write(0, before)
+            append_rows(self.output_dir, 0, of_evaluation(self.eval_before))
+            self._trackers.write(0, of_evaluation(self.eval_before))
 
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
@@ -265,18 +264,17 @@ class Session:
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         leave(self._owner)  # an environment may have forked this process
-        named = of_evaluation(metrics)
         self.evaluation = dict(metrics)
         if self.step == 0:
             self.eval_before = dict(metrics)
-            self.rows = [{"step": 0, **named}]
+            self.rows = [{"step": 0, **of_evaluation(metrics)}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
-            self._trackers.write(self.step, named)
+            self._trackers.write(self.step, of_evaluation(metrics))
         best = self.saver.best
         best.judge(self.step, metrics)
         if best.exhausted and self.ended is None and self.step < self.args.max_steps:
             self.ended = "no-improvement"
-        return named
+        return of_evaluation(metrics)
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
