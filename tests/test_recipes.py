@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import blocks, make_chat_model_and_data
+from pages import blocks
 
 from tokenrl.cli import main
 
@@ -82,8 +82,6 @@ TRAINED = {
     },
     "train_lm --max-steps 2 --prompts-per-step 2 --lora-r 2": (r"reward_greedy: -?\d",),
     "filter_by_difficulty --prompts 32 --samples 2 --low 0 --max-steps 2": (),
-    "pretrained_gsm8k_lora --max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
-    "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1": (r"most\): \d",),
 }
 """Programs that leave a run, in words that `runs` of it holds too."""
 LEARNING = {
@@ -179,8 +177,6 @@ def test_a_recipe_leaves_a_complete_run(command, run, short_warm_start, tmp_path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, rung, *_ = command.split()
-    if name == "pretrained_gsm8k_lora":
-        make_chat_model_and_data(tmp_path)
     run(command, *TRAINED[command])
     (folder,) = (tmp_path / "runs").glob("*")
     summary = json.loads((folder / "summary.json").read_text())
@@ -198,9 +194,6 @@ def test_a_recipe_leaves_a_complete_run(command, run, short_warm_start, tmp_path
         assert 1 <= summary["eval_after"]["reward_greedy"] <= 2  # shifted by 1
     if name == "train_lm":
         assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(lines[-1])
-    if name == "pretrained_gsm8k_lora":
-        assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
-        assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(lines[-1])
 
 
 def test_every_recipe_says_from_what_uv_makes_its_environment():
@@ -238,21 +231,6 @@ def test_one_page_is_one_page_of_torch_and_core():
     assert modules <= {*allowed, "tokenrl.core"}
     named = re.findall(r"^from tokenrl import (.*)|^(import tokenrl)\b", text, re.MULTILINE)
     assert set(named) <= {("Estimator", "")}  # which is of core
-
-
-def test_gsm8k_rewards():
-    recipe = runpy.run_path(str(PROGRAMS["pretrained_gsm8k_lora"]))
-    row = recipe["as_chat"](
-        {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}
-    )
-    assert row["answer"] == "1,200"
-    right = ["#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7"]
-    wrong = ["1200 or 7", "#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""]
-    replies = [[{"role": "assistant", "content": text}] for text in (*right, *wrong)]
-    scores = recipe["right"](completions=replies, answer=["1,200"] * 11)
-    assert scores == [1] * 4 + [0] * 7
-    formed = recipe["well_formed"](completions=replies)
-    assert formed == [0.1, 0.1, 0, 0, 0, 0.1, 0.1, 0, 0, 0, 0]
 
 
 def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there():

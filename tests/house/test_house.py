@@ -21,31 +21,31 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 12_850,
-    "core": 20_500,
-    "runs": 26_450,
-    "control": 14_100,
-    "advisor": 3_550,
+    "top": 13_200,
+    "core": 20_620,
+    "runs": 27_500,
+    "control": 13_870,
+    "advisor": 2_760,
     "language": 100,
-    "language/policy": 11_050,
-    "language/rewards": 13_900,
-    "language/tasks": 9_580,
-    "language/rollout": 28_270,
-    "language/training": 21_720,
-    "language/supervised": 7_470,
-    "language/commands": 4_750,
-    "language/preferences": 6_950,
-    "language/evaluation": 4_200,
+    "language/policy": 11_820,
+    "language/rewards": 14_330,
+    "language/tasks": 10_150,
+    "language/rollout": 28_240,
+    "language/training": 21_790,
+    "language/supervised": 7_770,
+    "language/commands": 4_650,
+    "language/preferences": 6_930,
+    "language/evaluation": 4_220,
     "lab": 100,
-    "lab/exact": 15_850,
-    "lab/measure": 5_750,
-    "lab/compare": 15_820,
+    "lab/exact": 14_920,
+    "lab/measure": 5_700,
+    "lab/compare": 16_040,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 222_450, 184, 89_500, 250_700, 63_900, 7_600
-STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 37, 49_150, 46
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_410, 185, 90_450, 253_280, 64_170, 7_600
+STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 38, 50_450, 46
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
