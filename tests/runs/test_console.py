@@ -1,5 +1,6 @@
 import io
 import math
+import re
 
 import pytest
 
@@ -33,7 +34,8 @@ def test_a_notebook_gets_the_lines_of_a_log_and_quiet_prints_nothing(monkeypatch
     log = printed(every=10)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")  # ipykernel passes for a terminal
-    assert printed(every=10) == log
+    # A busy machine may count another second until the end.
+    assert re.sub("ETA .*", "", printed(every=10)) == re.sub("ETA .*", "", log)
     assert printed(quiet=True) == "" and capfd.readouterr() == ("", "")
 
 

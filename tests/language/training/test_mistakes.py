@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import LETTERS, letters_trained, make_policy, make_task
+from tiny_models import make_policy, make_task
 
-import tokenrl
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import check_shares
@@ -74,28 +72,6 @@ def test_variables_of_accelerate_that_change_numbers_are_overruled(
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("usual", "run")]
     assert metrics[0] == metrics[1]
     assert all(os.environ[f"ACCELERATE_{name}"] == value for name, value in variables.items())
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_a_row_that_a_reward_fails_on_is_named_by_its_line_wherever_it_goes(tmp_path, held_out):
-    """The rows are shuffled and divided; the bad one, in line 3, is trained on or held out."""
-    rows = [json.dumps({"prompt": text, "answer": "a"}) for text in LETTERS if text != "ab>"]
-    rows[1:1] = ["", json.dumps({"prompt": "ab>", "answer": None})]
-    (tmp_path / "data.jsonl").write_text("\n".join(rows))
-
-    def first_letter(completions, answer, **_):
-        return [float(text[:1] == x.lower()) for text, x in zip(completions, answer, strict=True)]
-
-    task = tokenrl.language.load_task(
-        str(tmp_path / "data.jsonl"), reward=first_letter, eval_size=8
-    )
-    everything = [*task.train_prompts, *task.eval_prompts]
-    everything.sort(key=lambda row: row["answer"] is None)  # the bad row last
-    parts = [everything[:6], everything[6:]]
-    task.train_prompts, task.eval_prompts = parts if held_out else parts[::-1]
-    words = "raised AttributeError.*the prompt 'ab>'.*line 3"
-    with pytest.raises((Refused, Stopped), match=words):
-        letters_trained(tmp_path / "run", task, max_completion_length=4)
 
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
