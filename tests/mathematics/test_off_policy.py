@@ -105,7 +105,7 @@ def test_the_table_of_corrections(capsys, tmp_path) -> None:
     records = json.loads(path.read_text())
     assert [record["correction"] for record in records] == list(TABLE)
     problems = [perturbed_problem(seed, Perturbation(temperature=0.8)) for seed in range(20)]
-    last = Estimator(**TABLE[records[-1]["correction"]])
+    last = Estimator.preset(TABLE[records[-1]["correction"]])
     biases = [off_policy_moments(last, problem)[0].relative_bias for problem in problems]
     numbers = [records[-1]["policy_bias"], records[-1]["worst_policy_bias"]]
     assert numbers == pytest.approx([median(biases), max(biases)], abs=1e-9)
