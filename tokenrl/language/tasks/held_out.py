@@ -132,9 +132,8 @@ def hold_out(
         Rows to train on, in their order; rows to evaluate on, in the order of the hashes of the rows; and in
         words how they were divided. Each part has at least one row.
     """
-    earlier = defaultdict[str, Iterator[int]](
-        count
-    )  # the number of equal ones before tells texts apart
+    # The number of equal texts before it tells a text apart.
+    earlier = defaultdict[str, Iterator[int]](count)
     numbered = [f"{text} {next(earlier[text])}" for text in texts]
     for keys, words in ((prompts, BY_PROMPT), (texts, BY_ROW), (numbered, BY_ROW)):  # noqa: B007
         if chosen := _held_out(keys):
@@ -158,7 +157,8 @@ def _held_out(keys: Sequence[str]) -> set[str]:
     counts = enumerate(accumulate(rows_of[key] for key in order), 1)
     allowed = [number for number, count in counts if aim / 2 <= count <= most]
     below = sum(share < aim / len(keys) for share in hashes.values())
-    return {*order[: min(allowed, key=lambda number: abs(number - below), default=0)]}
+    nearest = min(allowed, key=lambda number: abs(number - below), default=0)
+    return {*order[:nearest]}
 
 
 def division(
