@@ -14,10 +14,10 @@ import pytest
 from packaging.version import Version
 
 from tokenrl.language.rewards.library import LIBRARY
-from tokenrl.names import NamedFunction
+from tokenrl.names import NamedFunction, import_source
 from tokenrl.runs import origin as origins
 from tokenrl.runs.console import Console
-from tokenrl.runs.origin import TESTED, origin_of, repetition, versions
+from tokenrl.runs.origin import TESTED, module_hashes, origin_of, repetition, versions
 
 
 @dataclass
@@ -100,3 +100,18 @@ def test_the_header_names_libraries_that_are_newer_than_any_that_were_tested(hea
     text = header(peft="7.1", torch="3.0.0+cpu", transformers=TESTED["transformers"] + ".9")
     newer = f"torch 3.0.0+cpu is newer than {TESTED['torch']}, the newest that was tested; peft 7.1 is newer"
     assert f"versions {newer}" in text and "transformers" not in text
+
+
+@pytest.mark.parametrize("folder", ["tokenrl", "toy_tasks", "python3.11"])
+def test_modules_of_the_user_count_whatever_their_folder_is_called(folder, tmp_path):
+    place = tmp_path / folder
+    place.mkdir()
+    (place / "helper_of_mine.py").write_text("ONE = 1")
+    (place / "reward_of_mine.py").write_text("import helper_of_mine")
+    import_source(str(place / "reward_of_mine.py"), "reward")
+    names = {"module helper_of_mine", "module reward_of_mine"}
+    before = module_hashes()
+    assert names <= before.keys() and "module pytest" not in before
+    (place / "helper_of_mine.py").write_text("ONE = 2")
+    after = module_hashes()
+    assert {name for name in names if before[name] != after[name]} == {"module helper_of_mine"}

@@ -44,9 +44,10 @@ TESTED |= {"gymnasium": "1.4"}
 """The newest release of each library with which the tests passed, without the number of its last mending."""
 _BROUGHT = {"datasets": "transformers", "peft": "transformers"}
 """Libraries that a run with a model may import later, after its header."""
-_INSTALLED = {Path(os.__file__).parent.name, "site-packages", "dist-packages"}
-_INSTALLED |= {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
-"""Folders and modules whose code is not the user's, or starts runs."""
+_INSTALLED = {"site-packages", "dist-packages"}
+_PYTHON = Path(os.__file__).parent
+_NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
+"""Folders of installed packages, that of Python's own modules, and modules that start runs or have versions."""
 
 
 def origin_of(
@@ -128,7 +129,10 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
         module = sys.modules.get(name)
         file = Path(str(vars(module).get("__file__") if module else source_file(name)))
-        if _INSTALLED.isdisjoint((name.partition(".")[0], *file.parts)) and file.is_file():
+        is_foreign = file.is_relative_to(_PYTHON) or not _INSTALLED.isdisjoint(file.parts)
+        if name.partition(".")[0] in _NOT_HASHED or is_foreign:
+            continue
+        if file.is_file():
             # A file is imported under a hash of its path if its name is that of another module.
             label = file.stem if name.startswith("tokenrl_file_") else name
             hashes[f"module {label}"] = _hash(file.read_bytes())

@@ -145,6 +145,8 @@ def test_what_functions_log_is_collected():
     assert result.extra == {"length": [3, 5, 0, 500]} and result.logged == {"longest": 5}
     with pytest.raises(Stopped, match=r"log_extra\('half'\) got 2 values for 4"):
         call(lambda log_extra, **_: log_extra("half", [1, 2]) or [0.0] * 4)
+    with pytest.raises(Stopped, match=r"log_extra\('length'\) got 8 values for 4"):
+        call([logging, logging])  # none of two functions wins in silence
 
 
 @pytest.mark.parametrize(

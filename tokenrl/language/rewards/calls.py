@@ -178,7 +178,12 @@ def call_rewards(
         numbers = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else [np.nan]
         values[name] = np.array(numbers)
         extra[name] = {}
-    columns = dict(item for own in extra.values() for item in own.items())
+    columns: dict[
+        str, list[Any]
+    ] = {}  # of two functions that log the same column all values, which are refused
+    for own in extra.values():
+        for column, items in own.items():
+            columns.setdefault(column, []).extend(items)
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
     return CallResults(values, columns, logged, seconds, faults)
 

@@ -138,19 +138,12 @@ def with_estimates(
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
-        size = (
-            sampling.group_size
-        )  # of each prompt one greedy completion, for ReMax (arXiv 2310.10505)
-        asked = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-        greedy = collect_rows(learner, rewards, asked, replace(sampling, num_generations=0))
-        greedy = greedy.take(torch.arange(len(asked)).repeat_interleave(size))
+        greedy = greedy_rows(learner, rewards, sampling, rows)
         valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
         rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
     if estimator.needs_memory:
-        digests = [hashlib.sha256(canonical(row).encode()).digest() for row in rows.data]
-        numbers = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
-        columns["keys"] = torch.tensor(numbers)  # of 63 bits, from all columns of the data [n]
+        columns["keys"] = data_keys(rows.data)
     return replace(rows, **columns)
 
 
@@ -165,6 +158,20 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     if learner.estimator.needs_old_logprobs and several:
         return learner.logprobs(rows)
     return None
+
+
+def greedy_rows(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
+    """Return the greedy completion of each row's prompt with its reward, for ReMax (arXiv 2310.10505)."""
+    size = sampling.group_size
+    prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
+    greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
+    return greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
+
+
+def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
+    digests = [hashlib.sha256(canonical(row).encode()).digest() for row in data]
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
 
 def gather(accelerator: Any, rows: Rollout) -> Rollout:
