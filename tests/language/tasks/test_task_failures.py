@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tokenrl.cli import main
+from tokenrl.errors import Refused
 from tokenrl.language.supervised.base import make_tiny
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task
@@ -61,8 +62,17 @@ def test_a_column_that_rows_of_a_task_lack_is_none_for_a_reward_whatever_rows_it
     assert seen == [None, None, "n"] * 2
 
 
-def test_a_task_may_call_something_else_than_recommended_settings_train():
+@pytest.mark.parametrize("attribute", ["solved", "pass_threshold", "max_completion_length"])
+def test_a_mark_of_a_task_is_a_number(attribute):
     task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
+    setattr(task, attribute, "0.9")
+    with pytest.raises(Refused, match=f"{attribute} is '0.9'; give a number, or None"):
+        find_task(TaskArguments(task=task))
+
+
+def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build():
+    task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
+    task.build = print
     policy = make_tiny(TrainArguments(model="tiny"), task)
     for attribute, steps in (([{"prompt": "a"}], 200), (task.__init__, 200), ({"max_steps": 7}, 7)):
         task.train = attribute

@@ -7,6 +7,7 @@ import json
 import math
 from itertools import count
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -279,11 +280,16 @@ class Rough(Limited):
     gap = -0.05
 
 
+class Wordy(Limited):
+    abilities: ClassVar = {"exact": False}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"temperature": 2}, r"temperature was given as 2; Limited samples from 0\.5 to 1\.5"),
         ({"top_p": 0.9, "min_p": 0.1}, "Limited applies min_p before top_p"),
+        ({"generator": Wordy}, "An engine has abilities {'exact': False}"),
         ({"generator": Rough}, r"trainer's model, gives log-probabilities that are off by 0\.\d+"),
     ],
 )

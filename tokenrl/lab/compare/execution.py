@@ -22,7 +22,7 @@ from tokenrl.lab.compare.plan import PlannedRun
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import MANIFEST, atomic_directory, plain, remove, write_json
+from tokenrl.runs.files import MANIFEST, appending, atomic_directory, plain, remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
 ATTEMPTS = 2
@@ -214,7 +214,7 @@ def _call(
 
     On Linux the command is also asked to stop if the thread that started it dies.
     """
-    with open(log, "ab") as file:
+    with appending(Path(log)) as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tokenrl", *words],
             stdin=subprocess.DEVNULL,

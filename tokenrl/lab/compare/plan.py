@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, read_file
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
@@ -316,7 +316,7 @@ def read_plan(output_dir: Path) -> Plan:
     """
     path = output_dir / "plan.json"
     try:
-        return arguments(Plan, json.loads(path.read_text(encoding="utf-8"))["plan"])
+        return arguments(Plan, json.loads(read_file(path))["plan"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{path} cannot be read ({error}). Remove it, or give another --output-dir."

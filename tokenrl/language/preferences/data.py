@@ -28,7 +28,7 @@ from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_base, warm_started_base
-from tokenrl.language.supervised.defaults import completion_limit
+from tokenrl.language.supervised.defaults import completion_limit, own_model
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -94,7 +94,7 @@ def _from_task(
     args: RewardModelArguments, task: Any, rewards: Any, announce: Callable[[str], None]
 ) -> RewardData:
     model = args.policy
-    if model is None and getattr(task, "build", None) is None:
+    if model is None and own_model(task) is None:
         model = args.model
     arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(args.form))
     policy = load_base(arguments, task, announce)

@@ -140,21 +140,12 @@ def call_rewards(
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
     arguments = {**rows, "trainer_state": state}
-    attempts: dict[str, Attempt] = {}
     objects = objects or {}
-    with user_code():
-        for name, function in named.items():
-            announce(f"Reward function {name}")
-            shared = {
-                "log_extra": partial(log_extra, name),
-                "log_metric": partial(log_metric, name),
-                **objects,
-            }
-            attempts[name] = call_once(function, f"Reward function {name}", arguments, shared)
-        waiting = {name: x.output for name, x in attempts.items() if inspect.isawaitable(x.output)}
-        if waiting:
-            announce(f"Of the async reward functions {', '.join(waiting)} at least one")
-            attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
+    shared = {}
+    for name in named:
+        logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
+        shared[name] = {**logs, **objects}
+    attempts = _attempts(named, arguments, shared, announce)
 
     def again(name: str, row: slice) -> float:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
@@ -178,14 +169,33 @@ def call_rewards(
         numbers = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else [np.nan]
         values[name] = np.array(numbers)
         extra[name] = {}
-    columns: dict[
-        str, list[Any]
-    ] = {}  # of two functions that log the same column all values, which are refused
+    columns: dict[str, list[Any]] = {}
     for own in extra.values():
         for column, items in own.items():
+            # the values of two functions are too many for the rows, and so refused
             columns.setdefault(column, []).extend(items)
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
     return CallResults(values, columns, logged, seconds, faults)
+
+
+def _attempts(
+    named: Mapping[str, Reward],
+    arguments: Mapping[str, Any],
+    shared: Mapping[str, Mapping[str, Any]],
+    announce: Callable[[str], None],
+) -> dict[str, Attempt]:
+    """Call each function once with copies of `arguments` and its `shared` ones; return what each gave."""
+    attempts: dict[str, Attempt] = {}
+    with user_code():
+        for name, function in named.items():
+            subject = f"Reward function {name}"
+            announce(subject)
+            attempts[name] = call_once(function, subject, arguments, shared[name])
+        waiting = {name: x.output for name, x in attempts.items() if inspect.isawaitable(x.output)}
+        if waiting:
+            announce(f"Of the async reward functions {', '.join(waiting)} at least one")
+            attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
+    return attempts
 
 
 def _check_name(function: str, call: str, name: Any) -> None:

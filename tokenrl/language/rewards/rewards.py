@@ -163,21 +163,28 @@ class Rewards:
         self._here = dict(zip(self.names, self.functions, strict=True))
         self._worker: RewardWorker | None = None
         if timeout is not None:
-            # The rewards of environments, which are the last, have no source and stay here.
-            moved = {}
-            for name, source in zip(self.names, sources or specs, strict=False):
-                function = self._here[name]
-                if isinstance(function, RewardModel | Environments):
-                    continue
-                if environments and "environments" in inspect.signature(function).parameters:
-                    problem = f"Reward function {name} asks for the environments, which stay in this process"
-                    raise Refused(
-                        f"{problem}: leave reward_timeout out, which moves it to another."
-                    )
-                moved[name] = source
-                del self._here[name]
+            moved = self._moved(sources or specs)
             if moved:
                 self._worker = RewardWorker(moved, timeout, abstains, abstains_on_error)
+
+    def _moved(self, sources: Sequence[Any]) -> dict[str, Any]:
+        """Take out the functions that a process of their own calls; return where they come from, by name.
+
+        Reward models and the rewards of environments stay. The latter are the last and have no source.
+        """
+        moved = {}
+        for name, source in zip(self.names, sources, strict=False):
+            function = self._here[name]
+            if isinstance(function, RewardModel | Environments):
+                continue
+            if self.environments and "environments" in inspect.signature(function).parameters:
+                raise Refused(
+                    f"Reward function {name} asks for the environments, which stay in this process: leave "
+                    "reward_timeout out, which moves it to another."
+                )
+            moved[name] = source
+            del self._here[name]
+        return moved
 
     @property
     def late(self) -> int:

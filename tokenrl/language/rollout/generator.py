@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoder import Decoder
 from tokenrl.language.rollout.drawing import on_device
@@ -31,6 +31,7 @@ from tokenrl.language.rollout.rollout import (
 )
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
+from tokenrl.settings import shown
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -67,9 +68,11 @@ class Abilities:
 
 
 def abilities_of(engine: Any) -> Abilities:
-    """Return what an engine, its class or a function that makes it says that it can do."""
-    abilities: Abilities = getattr(engine, "abilities", Generator.abilities)
-    return abilities
+    """Return what an engine, its class or a function that makes it says that it can do, if it is `Abilities`."""
+    abilities = getattr(engine, "abilities", Generator.abilities)
+    if isinstance(abilities, Abilities):
+        return abilities
+    raise Refused(f"An engine has abilities {shown(abilities)}; give tokenrl.language.Abilities.")
 
 
 def announces(engine: Any) -> bool:
@@ -126,10 +129,7 @@ class Generator:
         """Sample from the weights of this policy from now on; called at the start and after each step."""
 
     def close(self) -> None:
-        """Free memory and processes that the generator holds; nothing is sampled afterwards.
-
-        An error in it is only a warning.
-        """
+        """Free memory and processes; nothing is sampled afterwards. An error in it is only a warning."""
 
 
 @dataclass(frozen=True)

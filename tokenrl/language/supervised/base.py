@@ -42,6 +42,7 @@ from tokenrl.language.policy.model import (
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import may_read
+from tokenrl.language.supervised.defaults import own_model
 from tokenrl.language.supervised.fit import fit
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
@@ -148,7 +149,7 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
         task: the task; held-out rows and demonstrations count for the vocabulary too. Of their columns those
             count that a model, a reward, an environment or a teacher may read.
     """
-    build = getattr(task, "build", None)
+    build = own_model(task)
     if build is None:
         rows = [
             *task.train_prompts,
@@ -260,6 +261,6 @@ def warm_started_base(
 
 def check_own_model(task: Any) -> None:
     """Refuse a task without a model of its own, where no other model is named."""
-    if getattr(task, "build", None) is None:
+    if own_model(task) is None:
         mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")

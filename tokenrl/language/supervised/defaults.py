@@ -8,7 +8,7 @@ own tokenizer writes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
@@ -128,7 +128,7 @@ def completion_limit(
         truncate: whether prompts that are too long are cut.
     """
     limit = getattr(task, "max_completion_length", None)
-    toy = hasattr(task, "build") and not is_own(task, model, policy)
+    toy = own_model(task) and not is_own(task, model, policy)
     if limit and not (toy and getattr(task, "demonstrations", None)):
         return limit, "the task's limit"
     limit = otherwise
@@ -194,6 +194,15 @@ def _keeps_characters(tokenizer: Any) -> bool:
     return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
+def own_model(task: Any) -> Callable[[int], tuple[Any, Any]] | None:
+    """Return what makes a toy task's own model and tokenizer from a seed; None for any other task.
+
+    A task of the user may call something else `build`; it has no `fingerprint` beside it.
+    """
+    build = getattr(task, "build", None)
+    return build if callable(build) and hasattr(task, "fingerprint") else None
+
+
 def is_own(task: Any, model: Any, policy: Policy) -> bool:
     """Return whether the model is the task's own, or was made of it: then it has the same vocabulary.
 
@@ -202,7 +211,7 @@ def is_own(task: Any, model: Any, policy: Policy) -> bool:
         model: the model that the arguments name; None for the task's own.
         policy: the policy.
     """
-    tokenizer = getattr(getattr(task, "build", None), "tokenizer", None)
+    tokenizer = getattr(own_model(task), "tokenizer", None)
     if model is None or tokenizer is None:
         return model is None
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
@@ -230,7 +239,7 @@ def layers_below(
         count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random
     )
     top = ("recommended by the task", recommended)
-    if hasattr(task, "build") and not is_own(task, choices.model, policy):
+    if own_model(task) and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 

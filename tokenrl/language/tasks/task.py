@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,6 +237,10 @@ def _checked(task: Any, name: str, *, whole: bool) -> Any:
             f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
             "tokenrl.PromptTask, or give it those attributes."
         )
+    for attribute in ("solved", "pass_threshold", "max_completion_length"):
+        number = getattr(task, attribute, None)
+        if number is not None and not isinstance(number, Real):
+            raise Refused(f"task '{name}': {attribute} is {shown(number)}; give a number, or None.")
     for attribute in (*REQUIRED[1:], "demonstrations"):
         rows = getattr(task, attribute, None) or ()
         if len(rows) == 0 and attribute in REQUIRED and not whole:

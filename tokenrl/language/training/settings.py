@@ -74,13 +74,7 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
         layers.append((origin, {"max_completion_length": limit}))
     values, origins = lay(*layers, ("given", vars(choices)))
     if values["eval_every"] is None:
-        every = max(1, values["max_steps"] // 10)
-        if values["model"] is not None:
-            # to evaluate a completion takes up to two thirds of learning from it
-            evaluated = len(task.eval_prompts) * (1 + values["eval_generations"])
-            completions = values["prompts_per_step"] * values["num_generations"]
-            every = max(every, math.ceil(20 * evaluated / 3 / completions))
-        values["eval_every"] = every
+        values["eval_every"] = _evaluation_interval(values, task)
     if values["log_completions"] is None:
         values["log_completions"] = values["eval_every"]
     args = arguments(TrainArguments, values)
@@ -91,6 +85,17 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
     check(args, episodic=getattr(task, "environment", None) is not None)
     usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
     return RunSettings(args, origins, usual_rate, tuple(without_effect(args)))
+
+
+def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
+    """Return the steps between evaluations of a run that leaves them open, from its other settings."""
+    every = max(1, values["max_steps"] // 10)
+    if values["model"] is None:
+        return every
+    # to evaluate a completion takes up to two thirds of learning from it
+    evaluated = len(task.eval_prompts) * (1 + values["eval_generations"])
+    completions = values["prompts_per_step"] * values["num_generations"]
+    return max(every, math.ceil(20 * evaluated / 3 / completions))
 
 
 OFF = ("", "no", "none", "false", "0", "1", "default")

@@ -151,17 +151,7 @@ def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
             "The teacher is the very model that is trained. Leave teacher out for a KL to the policy before "
             "training, or give a copy of the model (copy.deepcopy)."
         )
-    ours, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    # Each id must have the same token.
-    if differing := sorted(ours.items() ^ theirs.items(), key=itemgetter(1)):
-        token, first = differing[0]
-        count = len({number for _, number in differing})
-        raise Refused(
-            f"The teacher {name!r} has another vocabulary than the policy {policy.source!r}: {count:,} ids "
-            f"differ, first {first}, which is {token!r} for one of them only. A KL compares the same tokens: give a "
-            "teacher with the policy's tokenizer. If the ids do mean the same, give from Python teacher=(model, "
-            "tokenizer) with the tokenizer of the policy."
-        )
+    check_tokens(policy, teacher)
     model = with_own_weights(teacher, args.teacher).model.requires_grad_(False).eval()
     digest = fingerprint(model)
     line = f"{name} ({teacher.size:,} parameters)"
@@ -201,6 +191,22 @@ def without_teacher(policy: Policy) -> Policy:
     It still ends where the teacher does, as it has learnt to.
     """
     return replace(policy, reference=None, context=context_of(shape_of(policy)))
+
+
+def check_tokens(policy: Policy, teacher: Policy) -> None:
+    """Refuse a teacher whose tokenizer has another token under any id, or other ids."""
+    ours = policy.tokenizer.get_vocab()
+    theirs = teacher.tokenizer.get_vocab()
+    differing = sorted(ours.items() ^ theirs.items(), key=itemgetter(1))
+    if differing:
+        token, first = differing[0]
+        count = len({number for _, number in differing})
+        raise Refused(
+            f"The teacher {teacher.source!r} has another vocabulary than the policy {policy.source!r}: {count:,} ids "
+            f"differ, first {first}, which is {token!r} for one of them only. A KL compares the same tokens: give a "
+            "teacher with the policy's tokenizer. If the ids do mean the same, give from Python teacher=(model, "
+            "tokenizer) with the tokenizer of the policy."
+        )
 
 
 def rows_of(model: Any) -> int:

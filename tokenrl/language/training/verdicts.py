@@ -71,18 +71,7 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
     reward = session.rows[-1].get("reward", math.nan)
     if reward > before:
-        if not ends:
-            return None
-        solved = getattr(run.task, "solved", None)
-        text = f"In {idle} steps in a row no two rewards that are compared differed"
-        if solved is None or reward >= solved:
-            session.console.note(f"{text}: the task is learnt.")
-            return "learnt"
-        session.console.warn(
-            f"{text}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as solved. Try "
-            "a lower --learning-rate, or a bonus for entropy (--estimator.entropy-coef)."
-        )
-        return "stuck"
+        return _end_of_learning(run, session, idle) if ends else None
     if "policy-destroyed" not in session.flags:
         session.warn_once("flat", f"{start} {none.text}")
     if ends:
@@ -104,15 +93,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     session.flags = [flag for flag in session.flags if flag == "policy-destroyed"]
     if session.evaluation and session.step:
         solved = getattr(run.task, "solved", None) or math.inf
-        groups = run.args.estimator.needs_groups
-        value, error = over_prompts([now - then for then, now in zip(*run.means, strict=True)])
-        start = session.eval_before
-        gain = Gain(  # without an error it is 0
-            value,
-            0.0 if math.isnan(error) else error,
-            before=start.get("reward", start.get("reward_greedy", math.nan)),
-            equal=fmean(share_equal(row, groups) == 1 for row in session.rows[1:]),
-        )
+        gain = _gain(run, session)
         reward = last.get("eval_reward", last.get("eval_reward_greedy", 0))
         observed = replace(observed, is_solved=reward >= solved)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
@@ -130,6 +111,20 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
     session.flags = list(dict.fromkeys([*session.flags, *(finding.flag for finding in findings)]))
     return findings
+
+
+def _gain(run: TrainingRun, session: Session) -> Gain:
+    """Return how much the rewards of the held-out prompts have gained; an unknown error counts as 0."""
+    groups = run.args.estimator.needs_groups
+    gains = [now - then for then, now in zip(*run.means, strict=True)]
+    value, error = over_prompts(gains)
+    start = session.eval_before
+    return Gain(
+        value,
+        0.0 if math.isnan(error) else error,
+        before=start.get("reward", start.get("reward_greedy", math.nan)),
+        equal=fmean(share_equal(row, groups) == 1 for row in session.rows[1:]),
+    )
 
 
 def observe_run(run: TrainingRun, rows: Rows) -> Observed:
@@ -172,6 +167,21 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
         elif row["reward"] >= middle:
             break
     return count
+
+
+def _end_of_learning(run: TrainingRun, session: Session, steps: int) -> str:
+    """Print why a run ends whose rewards are all equal and higher than before; return the exit reason."""
+    solved = getattr(run.task, "solved", None)
+    reward = session.rows[-1]["reward"]
+    text = f"In {steps} steps in a row no two rewards that are compared differed"
+    if solved is None or reward >= solved:
+        session.console.note(f"{text}: the task is learnt.")
+        return "learnt"
+    session.console.warn(
+        f"{text}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as solved. Try "
+        "a lower --learning-rate, or a bonus for entropy (--estimator.entropy-coef)."
+    )
+    return "stuck"
 
 
 def asks_in_text(run: TrainingRun) -> bool:
