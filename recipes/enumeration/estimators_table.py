@@ -23,7 +23,11 @@ from tokenrl.lab import Verdict
 
 PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
 # The presets of toolkits are in defaults.md, those with a KL to a teacher in distillation.md.
-PAPERS = tuple(name for name, p in PRESETS.items() if not (p.beyond or "beta" in p.fields))
+PAPERS = tuple(
+    name
+    for name, p in PRESETS.items()
+    if not (p.beyond or {"beta", "kl_placement"} <= p.fields.keys())
+)
 ROW = re.compile(r"(\| `(\w+)` \| .*? \|)(?: [^|]* \|){3}")
 
 

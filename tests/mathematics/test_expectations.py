@@ -67,6 +67,33 @@ def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
             torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
 
 
+def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row() -> None:
+    """The square of log prior + sigma R - log pi, over 2 sigma, on each completion of a prompt."""
+    problem, e = tabular_problem(12), Estimator.preset("reinvent")
+    rows, mask = problem.logprobs[0].clone().requires_grad_(), problem.mask
+    prior, rewards = problem.ref_logprobs[0], problem.totals[0]
+    square = (prior.sum(-1) + rewards / e.beta - rows.sum(-1)).square() * e.beta / 2
+    (wanted,) = torch.autograd.grad(square.mean(), rows)
+    policy = e.advantages(
+        rewards, mask, group_size=None, logprobs=rows.detach(), ref_logprobs=prior
+    ).policy
+    loss = e.loss(rows, policy, e.token_weights(mask, max_length=9), mask)
+    (gradient,) = torch.autograd.grad(loss, rows)
+    assert wanted.norm() > 0.01
+    torch.testing.assert_close(gradient, wanted * mask, rtol=0, atol=1e-12)
+
+
+def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise() -> None:
+    problem, e = tabular_problem(12), Estimator.preset("reinvent")
+    draws = torch.randn(problem.totals.shape, generator=torch.Generator().manual_seed(0)).double()
+    problem = replace(problem, rewards=0.5 + 0.1 * draws)
+    plain = exact_moments(e, problem, group_size=4)
+    compared = exact_moments(replace(e, baseline="rloo"), problem, group_size=4)
+    for moments in (plain, compared):
+        torch.testing.assert_close(moments.mean, problem.gradient(beta=e.beta), **CLOSE)
+    assert compared.noise < plain.noise / 5
+
+
 def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand() -> None:
     """The direction of a row, listed with every completion: its mean square gives E|g|^2."""
     problem = tabular_problem(14)
