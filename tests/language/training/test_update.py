@@ -97,7 +97,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(
         assert len(sizes) > 1 or "tokens_per_pass" in limit  # few groups learn from the best of two
         assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
-            assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+            if key != "padding":
+                assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
 def advantages_of(name, rewards):
