@@ -257,15 +257,15 @@ def test_an_update_is_the_same_in_passes_of_any_size(kind, half):
 
     sizes, metrics, after = trained()
     assert sizes == [4, 4]
-    for options, expected in (
-        ({"micro_batch_size": 1}, [1] * 8),
-        ({"micro_batch_size": 3}, [3, 1] * 2),
-        ({"tokens_per_pass": 1}, [1] * 8),
+    for options, most, passes in (
+        ({"micro_batch_size": 1}, 1, 8),
+        ({"micro_batch_size": 3}, 3, 4),
+        ({"tokens_per_pass": 1}, 1, 8),
     ):
         sizes, others, divided = trained(**options)
-        assert sizes == expected
+        assert max(sizes) <= most and len(sizes) == passes
         for one, other in zip(metrics, others, strict=True):
-            assert (other.pop("padding") < one["padding"]) == (sizes == [1] * 8)
+            assert other.pop("padding") < one["padding"]
             rest = {name: one[name] for name in other}
             assert rest == pytest.approx(other, rel=0.05 if half else 1e-4, abs=1e-6)
         # AdamW moves each weight by about its rate, whatever the size of a gradient that is rounding alone
