@@ -30,7 +30,7 @@ from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.forward import choose_passes
-from tokenrl.language.rollout.passes import Passes
+from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -118,7 +118,7 @@ class PreferenceTraining(Descent):
         )
         self._rewards: list[Tensor] = []
 
-    def shapes(self, batch: Sequence[int]) -> Sequence[Sequence[int]]:
+    def shapes(self, batch: Sequence[int]) -> Shapes:
         """Return the shapes of pairs: both texts are padded to the longest, and have no prompt apart."""
         longest = [2 * max(map(len, self._encoded[i])) for i in batch]
         return longest, [0] * len(batch), range(len(batch))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ from tokenrl.settings import MAX_COUNT
 
 # weights of a policy, each with its bfloat16 copy
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
-
-BLOCKS = 16
-"""Parts of the largest pass, whose rows are not divided."""
+Shapes = Sequence[Sequence[int]]
+"""Three numbers for each of n rows [3, n]: the columns of its completion up to the last action, the tokens of its
+prompt, and the number of its group. Groups ascend; a pass computes the prompt of a group once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class Passes:
                 original.grad = grad if original.grad is None else original.grad.add_(grad)
                 half.grad = None
 
-    def divide(self, shapes: Sequence[Sequence[int]], rows: int | None) -> list[list[int]]:
-        """Divide rows into passes at the least cost, those with the longest completions first.
+    def divide(self, shapes: Shapes, rows: int | None) -> list[Any]:
+        """Divide rows into passes at the least cost.
 
         The cost is the number of tokens that are computed, with padding, and the overhead of each pass. A pass
         takes consecutive rows in one of two orders: rows by their completion, or whole groups by their longest
@@ -63,25 +64,25 @@ class Passes:
         rows, each 16th of those that fit into a pass stays together, so that the choice takes little time.
 
         Args:
-            shapes: three numbers for each of n rows [3, n]: the columns of its completion up to the last action,
-                the tokens of its prompt, and its group, ascending. Each pass computes the prompt of a group once.
+            shapes: the shapes of n rows.
             rows: the most rows of a pass; None for any number.
 
         Returns:
-            For each pass the numbers of its rows, ascending; nothing if there are no rows.
+            For each pass the list of the numbers of its rows, ascending; nothing if there are no rows. Groups, or rows,
+            with the longest completions come first.
         """
         lengths, prompts, groups = shapes
         n = len(groups)
         most = rows or n
         widest = max(lengths, default=1) + max(prompts, default=0)
-        step = max(1, min(most, n, self.tokens_per_pass // widest) // BLOCKS)
+        step = max(1, min(most, n, self.tokens_per_pass // widest) // 16)
         longest = dict(sorted(zip(groups, lengths, strict=True)))
         plans = []
         for columns in ([longest[group] for group in groups], lengths):
             order = sorted(range(n), key=columns.__getitem__, reverse=True)
-            best = {0: (0, list[list[int]]())}  # least cost and passes of the first rows
+            best: dict[int, Any] = {0: (0, [])}  # least cost and passes of the first rows
             for end in [*range(step, n, step), n][:n]:
-                options = list[tuple[int, list[list[int]]]]()
+                options: list[Any] = []
                 for start in reversed(best):
                     part = order[start:end]
                     tokens = len({groups[i] for i in part}) * max(prompts[i] for i in part)

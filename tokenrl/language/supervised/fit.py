@@ -17,7 +17,7 @@ from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import joined
 from tokenrl.language.rollout.forward import Forward
-from tokenrl.language.rollout.passes import Passes
+from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.supervised.arguments import DescentArguments
@@ -81,8 +81,8 @@ class Descent(ABC):
         )
 
     @abstractmethod
-    def shapes(self, batch: Sequence[int]) -> Sequence[Sequence[int]]:
-        """Return the shapes of the rows of a batch [3, B], by their numbers; see `Passes.divide`."""
+    def shapes(self, batch: Sequence[int]) -> Shapes:
+        """Return the shapes of the rows of a batch [3, B], by their numbers."""
 
     @abstractmethod
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
@@ -326,7 +326,7 @@ class SupervisedTraining(Descent):
         self._pairs = pairs
         self._forward = forward
 
-    def shapes(self, batch: Sequence[int]) -> Sequence[Sequence[int]]:
+    def shapes(self, batch: Sequence[int]) -> Shapes:
         """Return the shapes of demonstrations; each has a prompt of its own."""
         prompts, completions = zip(*(self._pairs[i] for i in batch), strict=True)
         return [*map(len, completions)], [*map(len, prompts)], range(len(batch))

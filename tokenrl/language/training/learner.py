@@ -42,7 +42,6 @@ from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_sc
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
-ALL = slice(None)
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
 
@@ -235,9 +234,9 @@ class Learner:
         )
 
     def micro_batches(
-        self, rows: Rollout, scoring: Scoring, computed: Tensor | slice = ALL
+        self, rows: Rollout, scoring: Scoring, computed: Any = ...
     ) -> Iterator[Tensor]:
-        """Divide rows into passes as `Passes.divide` does, those with the longest completions first.
+        """Divide rows into passes as `Passes.divide` does.
 
         A group that is divided has its prompt computed in each of its passes.
 
@@ -252,8 +251,7 @@ class Learner:
         numbers = torch.arange(len(rows))
         group = self.sampling.group_size if scoring.share_prompt else 1
         shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), numbers // group])
-        computed_shapes = shapes[:, computed].tolist()
-        for part in self.forward.divide(computed_shapes, self.args.micro_batch_size):
+        for part in self.forward.divide(shapes[:, computed].tolist(), self.args.micro_batch_size):
             yield numbers[computed][part]
 
     @property
