@@ -1,16 +1,14 @@
-"""Measures what dividing rows into passes by length saves, in updates of `tokenrl train` and of `tokenrl sft`.
+"""Measures what it saves to divide rows into passes by length, in updates of `tokenrl train` and `tokenrl sft`.
 
-A Llama of half a million, one or five million parameters learns from 64 completions of one prompt, of at most 64
-tokens. Their lengths are all equal, uniform between half of the longest and the whole, or geometric with a
-median of half of the longest. One run computes each update in one pass, because a pass is said to cost a billion
-tokens. The other divides it by the rule. Both have the same completions, and they alternate in one process, so
-that a machine that slows down slows both.
+A Llama of about half a million, one or five million parameters learns from 64 completions of one prompt. `sft`
+learns from lengths that are all 64, uniform between 32 and 64, or geometric between 16 and 64, with a median of
+32. `train` samples at most 64 tokens, of which none, one or two in 96 end a completion; with two, half of the
+completions are shorter than 33. Runs that compute an update in one pass alternate with runs that divide it.
 
     python recipes/benchmarks/padding.py
-    python recipes/benchmarks/padding.py --sizes 1 --rounds 5
 
-Look for: the ratio of the seconds of an update, undivided over divided. It should be 1 where all lengths are
-equal, and above 1 where padding was computed. It is the median over rounds, with the range.
+Look for: ratios of the seconds of an update in one pass to those of a divided update, as the median and the range
+of five pairs. They should be 1 for equal lengths, and above 1 where much of the pass was padding.
 """
 
 # /// script
@@ -20,115 +18,59 @@ equal, and above 1 where padding was computed. It is the median over rounds, wit
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from __future__ import annotations
+import sys
+from statistics import median
+from tempfile import TemporaryDirectory
 
-import argparse
-import itertools
-import random
-import statistics
-import tempfile
-from dataclasses import replace
-from functools import partial
-from typing import Any
-
-import torch
-from one_trainer import LETTERS, Shape, make_model, steady
+from one_trainer import Shape, make_model, steady
 
 import tokenrl
-from tokenrl.language import TransformersGenerator, wrap
+from tokenrl.language import wrap
 from tokenrl.runs import read_run
 
-ROWS, LONGEST, STEPS = 64, 64, 5
-SIZES = {
-    "0.5": Shape(hidden=96, intermediate=384),
-    "1": Shape(),
-    "5": Shape(layers=6, hidden=256, intermediate=1024, heads=8, kv_heads=8),
+SIZES = {"0.5": (4, 96), "1": (4, 128), "5": (6, 256)}
+LENGTHS = {
+    "equal": [64] * 64,
+    "uniform": [32 + row // 2 for row in range(1, 65)],
+    "geometric": [round(64 * 0.25 ** (row / 63)) for row in range(64)],
 }
-"""Models by their millions of parameters."""
-SPREADS = {
-    "equal": lambda share: 1.0,
-    "uniform": lambda share: 0.5 + share / 2,
-    "geometric": lambda share: 0.25**share,
-}
-"""Lengths by their rank, from 0 to 1, as shares of the longest."""
 
 
-def lengths_of(spread: str) -> list[int]:
-    """The lengths of all completions in any order, the same for equal arguments."""
-    shares = [SPREADS[spread](rank / (ROWS - 1)) for rank in range(ROWS)]
-    return random.Random(0).sample([round(LONGEST * share) for share in shares], ROWS)
-
-
-class Cut:
-    """Samples with the usual generator, and cuts the completions to the lengths of a spread."""
-
-    def __init__(self, policy: Any, rows_at_once: int | None = None, *, spread: str) -> None:
-        self.usual = TransformersGenerator(policy, rows_at_once)
-        self.lengths = torch.tensor(lengths_of(spread))
-        self.sync, self.close = self.usual.sync, self.usual.close
-
-    def generate(self, prompt_ids: Any, sampling: Any, draws: Any) -> Any:
-        rows = self.usual.generate(prompt_ids, sampling, draws)
-        ends = self.lengths[: len(rows)]
-        mask = rows.mask & (torch.arange(rows.mask.shape[1]) < ends[:, None])
-        names = "completion_ids", "sampling_logprobs", "logprobs", "entropy"
-        columns = {name: torch.where(mask, getattr(rows, name), 0) for name in names}
-        return replace(rows, mask=mask, **columns)
-
-
-def update_seconds(kind: str, size: str, spread: str, **options: Any) -> tuple[float, float]:
-    """Seconds of an update in a run of its own, and the share of padding."""
-    model, tokenizer = make_model(SIZES[size])
-    policy = wrap(model, tokenizer)
-    policy.eos_ids = ()
-    row = {"prompt": "!"}
-    options |= {"model": policy, "max_steps": STEPS, "eval_every": 0, "quiet": True, "cpu": True}
-    options |= {"learning_rate": 1e-4}
-    with tempfile.TemporaryDirectory() as folder:
-        if kind == "sft":
-            letters = random.Random(1)
-            rows = [
-                row | {"completion": "".join(letters.choices(LETTERS[1:], k=length - 1))}
-                for length in lengths_of(spread)
-            ]
-            tokenrl.sft(task=rows, batch_size=ROWS, output_dir=f"{folder}/run", **options)
-        else:
-            tokenrl.train(
-                task=[row] * 2,
-                reward=lambda completions, **_: [hash(text) % 7 for text in completions],
-                estimator="rloo",
-                prompts_per_step=1,
-                num_generations=ROWS,
-                max_completion_length=LONGEST,
-                generator=partial(Cut, spread=spread),
-                output_dir=f"{folder}/run",
-                **options,
-            )
+def measured(kind, size, ends, **options):
+    """Seconds of an update, and its padding."""
+    layers, hidden = SIZES[size]
+    shape = Shape(layers=layers, hidden=hidden, intermediate=4 * hidden, ends=ends)
+    options["model"] = policy = wrap(*make_model(shape))
+    policy.eos_ids = policy.eos_ids if ends else ()
+    rows = [{"prompt": "!", "completion": "#" * (n - 1)} for n in [*LENGTHS.values()][ends]]
+    if kind == "train":
+        rows = [{"prompt": "!"}] * 2
+        options |= {"estimator": "rloo", "prompts_per_step": 1, "num_generations": 64}
+        options |= {
+            "max_completion_length": 64,
+            "reward": lambda completions, **_: [*range(len(completions))],
+        }
+    else:
+        options["batch_size"] = 64
+    with TemporaryDirectory() as folder:
+        options |= {"max_steps": 5, "eval_every": 0, "cpu": True, "quiet": True}
+        getattr(tokenrl, kind)(task=rows, output_dir=f"{folder}/run", **options)
         run = read_run(f"{folder}/run")
-        name = "step_seconds" if kind == "sft" else "update"
-        return steady([step[name] for step in run.timings]), run.series("padding")[1][-1]
+        name = {"train": "update", "sft": "step_seconds"}[kind]
+        return steady([row[name] for row in run.timings]), median(run.series("padding")[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--kinds", nargs="+", choices=["train", "sft"], default=["train", "sft"])
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    print("| update | M parameters | lengths | padding: one pass, divided | s | ratio (range) |")
-    print("|---|---|---|---|---|---|")
-    for kind, size, spread in itertools.product(args.kinds, args.sizes, SPREADS):
-        ratios = []
-        for _ in range(args.rounds):
-            whole, padding = update_seconds(kind, size, spread, pass_overhead=10**9)
-            divided, rest = update_seconds(kind, size, spread)
-            ratios.append(whole / divided)
-        cells = [kind, size, spread, f"{padding:.2f}, {rest:.2f}", f"{whole:.3f}, {divided:.3f}"]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {' | '.join([*cells, ratio])} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+print("| update | parameters | lengths | padding | divided | s | divided | ratio (range) |")
+print("|---|---|---|---|---|---|---|---|")
+for kind in ("train", "sft"):
+    for size in sys.argv[1:] or SIZES:
+        for ends, spread in enumerate(LENGTHS):
+            pairs = [
+                (measured(kind, size, ends, pass_overhead=10**9), measured(kind, size, ends))
+                for _ in range(5)
+            ]
+            ratios = sorted(whole[0] / divided[0] for whole, divided in pairs)
+            (whole, padding), (divided, rest) = pairs[-1]
+            ratio = f"{ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            numbers = f"{padding:.2f} | {rest:.2f} | {whole:.3f} | {divided:.3f} | {ratio}"
+            print(f"| {kind} | {size} M | {spread} | {numbers} |", flush=True)

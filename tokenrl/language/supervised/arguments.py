@@ -29,9 +29,8 @@ class PassArguments(Settings, group="optimiser"):
     """The most completions, demonstrations or pairs in one forward pass of one process, within
     tokens_per_pass; changes memory only, not the update. Default: any number."""
     tokens_per_pass: Count = OPEN
-    """Tokens in one forward pass of one process, those of prompts included; changes memory only. In tokenrl
-    train whole groups fill it, and a larger group is split. Default: as many as have activations of about
-    4 GiB, at 34 numbers for each layer and hidden unit."""
+    """Tokens in one forward pass of one process, those of prompts included; changes memory only.
+    Default: as many as have activations of about 4 GiB, at 34 numbers for each layer and hidden unit."""
     pass_overhead: Count = OPEN
     """Tokens that take as long to compute as a pass takes to start. Rows are divided into passes by length
     where that leaves out more padding; changes time only, not the update. Default: 250,000 over the square
