@@ -35,6 +35,7 @@ FREE = _SAVING | _SHOWING | {"max_steps", "resume", "overwrite", "video", "check
 FREE |= {"stop_after_zero_spread", "stop_after_nonfinite", "trust_run"}
 """Settings that may change when a run continues."""
 ROUNDING = {"micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "tokens_per_pass"}
+ROUNDING |= {"pass_overhead"}
 ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cache", "capture"}
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}

@@ -45,9 +45,7 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if rollout.top_ids is not None:
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
-        scored = score_in_parts(
-            policy.reference, rollout, Scoring(**how), rows_at_once=None, states=True
-        )
+        scored = score_in_parts(policy.reference, rollout, Scoring(**how), states=True)
         rollout = replace(rollout, ref_states=scored.states)
         is_whole = "tokens_at_once" not in how
         options["ref_head"] = torch.nn.Identity() if is_whole else head_of(policy.reference)
@@ -135,7 +133,7 @@ def test_logits_of_all_tokens_never_exist(trained):
         if trained:
             score(policy.model, rollout, how, entropy=True).logprobs.sum().backward()
         else:
-            score_in_parts(policy.model, rollout, how, rows_at_once=None, entropy=True)
+            score_in_parts(policy.model, rollout, how, entropy=True)
     assert seen.most == max(size, at_once * vocabulary)
     with _Largest() as seen:
         objective(policy, rollout)

@@ -55,6 +55,9 @@ QUICK = (
 """Those that differ from the others in more than their advantages."""
 
 
+SHORT = {"pass_overhead": 1}
+
+
 def abstaining(prompts, completion_ids, **_):
     scores = flat_second_prompt(prompts, completion_ids)
     return [None if i == 7 else s for i, s in enumerate(scores)]
@@ -89,15 +92,16 @@ def test_the_gradient_does_not_depend_on_micro_batches(
     expected, record, _ = stepped(ESTIMATORS[name], **options)
     assert expected.norm() > 0.01
     assert record.metrics["frac_rows_abstained"] == pytest.approx(1 / 12)
-    # 12 rows: each alone; groups cut in two; and passes of whole groups by their tokens.
-    for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 40}):
+    # 12 rows: each alone; groups cut in two; passes of whole groups by their tokens, and of equal lengths.
+    for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 40}, SHORT):
         sizes.clear()
         result, other, _ = stepped(ESTIMATORS[name], **limit, **options)
         assert apart(result, expected) < tolerance
         assert len(sizes) > 1 or "tokens_per_pass" in limit  # few groups learn from the best of two
         assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
-            assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+            if key != "padding":
+                assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
 def advantages_of(name, rewards):
@@ -117,7 +121,7 @@ def test_the_gradient_is_the_textbook_sum(name, share, temperature, truncations)
     before = copy.deepcopy(policy.model)
     seen = []
     estimator = Estimator.preset(name, truncations=truncations)
-    learner = make_learner(policy, estimator, temperature=temperature, micro_batch_size=5)
+    learner = make_learner(policy, estimator, temperature=temperature, micro_batch_size=5, **SHORT)
     scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
     rows = []

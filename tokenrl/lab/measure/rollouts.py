@@ -108,7 +108,7 @@ def _scores(
     policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring
 ) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    score = partial(score_in_parts, rollout=rollout, scoring=scoring, rows_at_once=None)
+    score = partial(score_in_parts, rollout=rollout, scoring=scoring)
     scored = score(policy.model, distribution=sampling, entropy=True)
     assert scored.entropy is not None
     reference = scored.logprobs

@@ -149,7 +149,7 @@ class Evaluator:
                 batch,
                 self.scoring,
                 distribution=sampling,
-                rows_at_once=SCORED_AT_ONCE,
+                parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
                 logprobs=True,
                 entropy=True,
             )
@@ -179,7 +179,8 @@ class Evaluator:
 
     def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
-        options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "distribution": sampling.whole}
+        parts = torch.arange(len(batch)).split(SCORED_AT_ONCE)
+        options: dict[str, Any] = {"parts": parts, "distribution": sampling.whole}
         whole = batch
         if self.reference_prompts is not None:
             whole = batch.behind(self.reference_prompts(batch), reference.pad_id)

@@ -29,7 +29,8 @@ from tokenrl.language.preferences.evaluation import encode_pairs, preference_met
 from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rollout.forward import Passes, choose_passes
+from tokenrl.language.rollout.forward import choose_passes
+from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -117,9 +118,10 @@ class PreferenceTraining(Descent):
         )
         self._rewards: list[Tensor] = []
 
-    def width(self, batch: Sequence[int]) -> int:
-        """Return the tokens of the two texts of a pair, padded to the longest of the batch."""
-        return 2 * max(len(text) for i in batch for text in self._encoded[i])
+    def shapes(self, batch: Sequence[int]) -> Shapes:
+        """Return the shapes of pairs: both texts are padded to the longest, and have no prompt apart."""
+        longest = [2 * max(map(len, self._encoded[i])) for i in batch]
+        return longest, [0] * len(batch), range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the share of the pairs of a pass in the mean over the batch."""

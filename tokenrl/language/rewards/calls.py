@@ -29,7 +29,7 @@ from tokenrl.user_code import own_process, user_code
 Reward = Callable[..., Any]
 
 METRICS = """
-step epoch learning_rate loss grad_norm grad_clipped clip_ratio skipped_steps idle_steps num_tokens
+step epoch learning_rate loss grad_norm grad_clipped padding clip_ratio skipped_steps idle_steps num_tokens
 num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained frac_rows_late refilled entropy
 kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_seconds
 tokens_per_second peak_memory_gib peak_cuda_memory_gib

@@ -74,7 +74,7 @@ def check_samples(
         return
     few = rows.take(torch.arange(min(COMPARED, len(rows))))
     options: dict[str, Any] = {"distribution": sampling, "centres": total_variation}
-    shares: Any = score_in_parts(policy.model, few, scoring, rows_at_once=None, **options).centres
+    shares: Any = score_in_parts(policy.model, few, scoring, **options).centres
     share = float(shares.cpu()[few.mask].double().mean())
     if share > ELSEWHERE:
         raise WrongRollout(
@@ -103,8 +103,8 @@ def check_greedy(rows: Rollout, policy: Policy, scoring: Scoring) -> None:
         WrongRollout: many of their tokens are not the most probable ones.
     """
     rows = rows.take(torch.arange(min(COMPARED, len(rows))))
-    options: dict[str, Any] = {"rows_at_once": None, "distribution": Distribution(top_k=1)}
-    scores = score_in_parts(policy.model, rows, scoring, **options)
+    most_probable = Distribution(top_k=1)
+    scores = score_in_parts(policy.model, rows, scoring, distribution=most_probable)
     # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
     gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
     share = float((gaps > LESS_PROBABLE).double().mean())

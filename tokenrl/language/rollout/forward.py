@@ -11,6 +11,7 @@ converted in a forward pass. Micikevicius et al. 2018, "Mixed Precision Training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,10 +25,8 @@ from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_scoring, check_token_steps, check_turns
 from tokenrl.language.rollout.head import head_of
+from tokenrl.language.rollout.passes import Copies, Passes
 from tokenrl.language.rollout.scoring import USUAL, Scoring
-
-# weights of a policy, each with its bfloat16 copy
-Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
@@ -36,6 +35,13 @@ CAPTURING = ("cuda",)
 """Kinds of devices on which a token-step may be captured as a graph."""
 LAUNCHED = 1e9
 """Below so many parameters a GPU starts the operations of a token-step more slowly than it computes them."""
+ON_CPU = 250_000
+"""Overhead of a pass on a CPU in tokens, times the square root of the number of parameters.
+
+Forward and backward passes of Llamas of .14, .6, 1.1 and 6.3 M parameters, on one thread, took as long to start
+as 436, 178, 173 and 79 tokens took to compute. 160,000 over the root is near all four, and the rest is a margin."""
+ON_DEVICES = 1000 * ON_CPU
+"""The same on other devices, which compute far more tokens while a pass starts; an estimate, not a measurement."""
 UNREAD = "sdpa_with_unread_masks"
 """The name under which transformers holds `sdpa` with masks that are applied without a look at them."""
 ACTIVATIONS = 4 * 2**30
@@ -46,37 +52,6 @@ PRECISIONS = {"no": "precision of the weights", "bf16": "bfloat16 (weights float
 """What a pass is computed in, in words, by the value of mixed_precision."""
 NUMBERS = 34
 """Numbers that a layer keeps for each token and hidden unit until the backward pass, as a Llama does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """How passes with a gradient are computed.
-
-    Attributes:
-        model: the model that computes them, in bfloat16 a copy of the one that is trained.
-        copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
-        words: the choices and their reasons in a line, for the run's header.
-        tokens: the most tokens of a pass, which has at least one row.
-    """
-
-    model: nn.Module
-    copies: Copies = ()
-    words: str = ""
-    tokens: int = 1
-
-    @torch.no_grad()
-    def copy_weights(self) -> None:
-        """Copy the trained weights, as they are after an update, into the bfloat16 copy."""
-        for original, half in self.copies:
-            half.copy_(original)
-
-    def accumulate_gradients(self) -> None:
-        """Add the gradients of the copy to those of the trained weights, in float32, and clear them."""
-        for original, half in self.copies:
-            if half.grad is not None:
-                grad = half.grad.to(original.dtype)
-                original.grad = grad if original.grad is None else original.grad.add_(grad)
-                half.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +105,13 @@ def choose_passes(args: Any, model: nn.Module) -> tuple[Passes, dict[str, Any]]:
     size = sum(p.numel() for p in model.parameters())
     device = next(model.parameters()).device
     precision, reason = choose_precision(args, weights, size, device)
-    tokens = args.tokens_per_pass or _tokens(model)
+    sizes, line = _sizes(args, model)
     copies: Copies = ()
     if precision == "bf16":
         model, copies = half_model(model)
-    words = f"{PRECISIONS[precision]} ({reason}), up to {tokens:,} tokens in a pass"
-    settings = {"mixed_precision": precision, "tokens_per_pass": tokens}
-    return Passes(model=model, copies=copies, words=words, tokens=tokens), settings
+    words = f"{PRECISIONS[precision]} ({reason}), {line}"
+    passes = Passes(model=model, copies=copies, words=words, **sizes)
+    return passes, {"mixed_precision": precision} | sizes
 
 
 def choose_forward(
@@ -167,7 +142,7 @@ def choose_forward(
     device = policy.device
     precision, reason = choose_precision(args, policy.trainable_parameters(), policy.size, device)
     attention = _attention(args, policy.size, device, length)
-    tokens = args.tokens_per_pass or _tokens(policy.model)
+    sizes, line = _sizes(args, policy.model)
     policy = with_unread_masks(policy, device)
 
     model = policy.model
@@ -198,12 +173,8 @@ def choose_forward(
         remarks = {**scoring.remarks, "token-steps": _capture(policy, hidden)}
         scoring = replace(scoring, remarks=remarks)
     kind = attention.replace("_", " ")
-    words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, up to {tokens:,} tokens in a pass"
-    settings = {
-        "mixed_precision": precision,
-        "training_attention": attention,
-        "tokens_per_pass": tokens,
-    }
+    words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, {line}"
+    settings = {"mixed_precision": precision, "training_attention": attention} | sizes
     forward = Forward(
         policy=policy,
         model=model,
@@ -211,7 +182,7 @@ def choose_forward(
         reference_scoring=scoring,
         copies=copies,
         words=words,
-        tokens=tokens,
+        **sizes,
     )
     return forward, settings
 
@@ -260,6 +231,15 @@ def _capture(policy: Policy, hidden: bool) -> str:
     if policy.device.type in CAPTURING and policy.size < LAUNCHED:
         fault = check_token_steps(policy, hidden=hidden)
     return f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
+
+
+def _sizes(args: Any, model: Any) -> tuple[dict[str, int], str]:
+    """Return the settings about the size of passes, by name, and their words for the header."""
+    overhead = ON_CPU if model.device.type == "cpu" else ON_DEVICES
+    overhead = args.pass_overhead or math.ceil(overhead / math.sqrt(model.num_parameters()))
+    tokens = args.tokens_per_pass or _tokens(model)
+    words = f"up to {tokens:,} tokens in a pass, divided by length where a pass saves {overhead:,}"
+    return {"tokens_per_pass": tokens, "pass_overhead": overhead}, words
 
 
 def _tokens(model: Any) -> int:

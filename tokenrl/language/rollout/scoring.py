@@ -8,7 +8,7 @@ only, and not all at once where they are many (see `head`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -175,7 +175,7 @@ def score_in_parts(
     rollout: Rollout,
     scoring: Scoring,
     *,
-    rows_at_once: int | None,
+    parts: Iterable[Tensor] = (),
     **options: Any,
 ) -> Scores:
     """Score without an autograd graph, some rows at a time; return the scores on the CPU.
@@ -187,16 +187,18 @@ def score_in_parts(
         model: a causal language model.
         rollout: N completions.
         scoring: how the model is scored.
-        rows_at_once: rows per forward pass, which changes memory only; None for all.
+        parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
         **options: further options of `score`.
     """
     n, width = rollout.mask.shape
-    index = torch.arange(n).split(rows_at_once or n)
-    parts = [score(model, rollout.take(rows), scoring, **options) for rows in index]
+    index = [*parts] or [torch.arange(n)]
+    scores = [score(model, rollout.take(rows), scoring, **options) for rows in index]
+    order = torch.cat(index).argsort()
     columns = dict[str, Tensor]()
-    for name, column in zip(Scores._fields, zip(*parts, strict=True), strict=True):
+    for name, column in zip(Scores._fields, zip(*scores, strict=True), strict=True):
         if column[0] is not None:
-            columns[name] = torch.cat([pad_right(x, width) for x in column])
+            whole = torch.cat([pad_right(x, width) for x in column])
+            columns[name] = whole[to_device(order, whole.device)]
     small = [name for name, x in columns.items() if x.ndim < 3]
     host = to_host([columns[name] for name in small])
     columns.update(zip(small, host, strict=True))
@@ -209,7 +211,7 @@ def with_missing_fields(
     scoring: Scoring,
     *,
     distribution: Distribution,
-    rows_at_once: int | None = None,
+    parts: Iterable[Tensor] = (),
     **needed: bool,
 ) -> Rollout:
     """Compute the fields that are needed and that the generator did not return.
@@ -221,7 +223,7 @@ def with_missing_fields(
         rollout: N completions.
         scoring: how its model is scored.
         distribution: the distribution of tokens that was sampled from.
-        rows_at_once: rows per forward pass, which changes memory only; None for all.
+        parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
         **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
     names = [name for name in needed if needed[name] and getattr(rollout, name) is None]
@@ -233,7 +235,7 @@ def with_missing_fields(
         rollout,
         scoring,
         distribution=distribution,
-        rows_at_once=rows_at_once,
+        parts=parts,
         **options,
     )
     columns: dict[str, Any] = {name: zeroed(getattr(scores, name), rollout.mask) for name in names}

@@ -29,9 +29,12 @@ class PassArguments(Settings, group="optimiser"):
     """The most completions, demonstrations or pairs in one forward pass of one process, within
     tokens_per_pass; changes memory only, not the update. Default: any number."""
     tokens_per_pass: Count = OPEN
-    """Tokens in one forward pass of one process, those of prompts included; changes memory only. In tokenrl
-    train whole groups fill it, and a larger group is split. Default: as many as have activations of about
-    4 GiB, at 34 numbers for each layer and hidden unit."""
+    """Tokens in one forward pass of one process, those of prompts included; changes memory only.
+    Default: as many as have activations of about 4 GiB, at 34 numbers for each layer and hidden unit."""
+    pass_overhead: Count = OPEN
+    """Tokens that take as long to compute as a pass takes to start. Rows are divided into passes by length
+    where that leaves out more padding; changes time only, not the update. Default: 250,000 over the square
+    root of the number of parameters on a CPU, 1,000 times as many on other devices."""
     mixed_precision: Literal["no", "bf16"] = OPEN
     """bf16: compute with a bfloat16 copy of the weights, which stay float32; tokenrl train samples with it
     too. Default: bf16 on a GPU that has it, and from 10 M parameters on also on a CPU that multiplies in it

@@ -16,7 +16,8 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import joined
-from tokenrl.language.rollout.forward import Forward, Passes
+from tokenrl.language.rollout.forward import Forward
+from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.supervised.arguments import DescentArguments
@@ -80,8 +81,8 @@ class Descent(ABC):
         )
 
     @abstractmethod
-    def width(self, batch: Sequence[int]) -> int:
-        """Return how many tokens each row of a batch has with padding, by the numbers of its rows."""
+    def shapes(self, batch: Sequence[int]) -> Shapes:
+        """Return the shapes of the rows of a batch [3, B], by their numbers."""
 
     @abstractmethod
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
@@ -91,23 +92,25 @@ class Descent(ABC):
         """Update the weights on the next batch.
 
         Returns:
-            `loss`, before the update, and `grad_norm` before clipping.
+            `loss`, before the update, `grad_norm` before clipping, and `padding`, the share of the columns of
+            completions or texts that were computed and belong to no token.
 
         Raises:
             Stopped: the loss or the norm of its gradient is NaN or infinite; the weights are as before.
         """
         batch = self._batches.draw(self._args.batch_size)
-        fitting = max(1, self._passes.tokens // self.width(batch))
-        size = min(fitting, self._args.micro_batch_size or fitting)
+        shapes = self.shapes(batch)
+        passes = self._passes
+        parts = passes.divide(shapes, self._args.micro_batch_size)
         self._optimizer.param_groups[0]["lr"] = self.learning_rate
         self.step += 1
-        self._passes.copy_weights()
+        passes.copy_weights()
         self._optimizer.zero_grad()
         losses = list[Tensor]()
-        for start in range(0, len(batch), size):
-            loss = self.loss(batch[start : start + size], batch)
+        for part in parts:
+            loss = self.loss([batch[i] for i in part], batch)
             loss.backward()
-            self._passes.accumulate_gradients()
+            passes.accumulate_gradients()
             losses.append(loss.detach())
         largest_norm = self._args.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self._parameters, largest_norm)
@@ -118,6 +121,9 @@ class Descent(ABC):
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
+        lengths = shapes[0]
+        columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)
+        metrics["padding"] = 1 - sum(lengths) / columns
         self.loss_before = metrics["loss"] if self.loss_before is None else self.loss_before
         self.loss_after = metrics["loss"]
         return metrics
@@ -320,10 +326,10 @@ class SupervisedTraining(Descent):
         self._pairs = pairs
         self._forward = forward
 
-    def width(self, batch: Sequence[int]) -> int:
-        """Return the tokens of the longest prompt and of the longest completion together."""
+    def shapes(self, batch: Sequence[int]) -> Shapes:
+        """Return the shapes of demonstrations; each has a prompt of its own."""
         prompts, completions = zip(*(self._pairs[i] for i in batch), strict=True)
-        return max(map(len, prompts)) + max(map(len, completions))
+        return [*map(len, completions)], [*map(len, prompts)], range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
@@ -361,8 +367,8 @@ def fit(
         Refused: there are no demonstrations, or one cannot be used.
         Stopped: the loss or its gradient became NaN or infinite.
     """
-    usual = Forward(policy=policy, model=policy.model, scoring=USUAL, tokens=MAX_COUNT)
     args = DescentArguments(**options)
+    usual = Forward(policy=policy, model=policy.model, scoring=USUAL, tokens_per_pass=MAX_COUNT)
     pairs = encode_demonstrations(policy, demonstrations, environments)
     training = SupervisedTraining(policy, pairs, args, forward or usual)
     return [training.update()["loss"] for _ in range(args.max_steps)]

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 """The settings of `tokenrl sft` that every warm start has."""
 SHARED = (
     *("seed", "quiet", "cpu", "threads", "save_minutes", "training_attention"),
-    *("micro_batch_size", "tokens_per_pass", "mixed_precision"),
+    *("micro_batch_size", "tokens_per_pass", "pass_overhead", "mixed_precision"),
 )
 """Those that it has from the training."""
 SKIPPED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from tokenrl.language.rollout.generator import (
     LaggedGenerator,
     TransformersGenerator,
 )
-from tokenrl.language.rollout.rollout import Rollout, to_device
+from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
     Scores,
@@ -214,9 +214,9 @@ class Learner:
         states: bool = False,
     ) -> Scores:
         """Score rows under a model, without a gradient."""
-        size = self.rows_at_once(rows)
+        parts = self.micro_batches(rows, scoring)
         return score_in_parts(
-            model, rows, scoring, rows_at_once=size, distribution=distribution, states=states
+            model, rows, scoring, parts=parts, distribution=distribution, states=states
         )
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
@@ -226,21 +226,33 @@ class Learner:
             rows,
             self.forward.scoring,
             distribution=self.sampling,
-            rows_at_once=self.rows_at_once(rows),
+            parts=self.micro_batches(rows, self.forward.scoring),
             logprobs=True,
             entropy=True,
             score_norms=self.estimator.needs_score_norms,
             hidden=self.estimator.needs_values,
         )
 
-    def rows_at_once(self, rows: Rollout) -> int:
-        """Return how many rows a forward pass without a gradient takes: at most those of one with a gradient."""
-        size = self.sampling.group_size
-        width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
-        most = max(1, self.forward.tokens // width)
-        if most >= size:
-            most -= most % size  # whole groups
-        return min(most, self.args.micro_batch_size or most)
+    def micro_batches(
+        self, rows: Rollout, scoring: Scoring, computed: Any = ...
+    ) -> Iterator[Tensor]:
+        """Divide rows into passes as `Passes.divide` does.
+
+        A group that is divided has its prompt computed in each of its passes.
+
+        Args:
+            rows: this process's n rows.
+            scoring: how they are scored.
+            computed: True for the rows that are computed [n]; all by default.
+
+        Yields:
+            For each pass the numbers of its rows.
+        """
+        numbers = torch.arange(len(rows))
+        group = self.sampling.group_size if scoring.share_prompt else 1
+        shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), numbers // group])
+        for part in self.forward.divide(shapes[:, computed].tolist(), self.args.micro_batch_size):
+            yield numbers[computed][part]
 
     @property
     def largest_norm(self) -> float:

@@ -190,17 +190,20 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
 
 
 def loss_statistics(learner: Learner, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the loss of a micro-batch, its tokens beyond the bounds, and all that it learns from [3].
+    """Return the loss of a micro-batch and counts of its tokens [5].
 
-    The inputs are those of `Estimator.loss`.
+    These are the columns that its completions were computed to, those that belong to a token, its tokens beyond
+    the bounds, and all that it learns from. The inputs are those of `Estimator.loss`.
     """
+    mask = inputs["mask"]
+    columns = torch.stack([torch.ones_like(mask).sum(), lengths(mask).sum()])
     counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
     if learner.estimator.chosen("ratio").token_bounds:
         learnt = inputs["weights"] != 0
-        columns = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
-        beyond = learner.estimator.beyond_bounds(*columns) & learnt
+        terms = (inputs[name] for name in ("logprobs", "old_logprobs", "advantages"))
+        beyond = learner.estimator.beyond_bounds(*terms) & learnt
         counts = torch.stack([beyond.sum(), learnt.sum()])
-    return torch.cat([loss.detach()[None], counts])
+    return torch.cat([loss.detach()[None], columns, counts])
 
 
 def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> dict[str, float]:
@@ -212,15 +215,21 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
         norm: norm of the gradient before clipping.
 
     Returns:
-        `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
-        share of tokens whose ratio is outside the clip range, or that 'trust' drops, for ratios with a bound per token.
+        `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; `padding`, the share of the
+        completions' columns that were computed and belong to no token; and `clip_ratio`, the share of tokens whose
+        ratio is outside the clip range, or that 'trust' drops, for ratios with a bound per token.
     """
-    sums = sum(parts, torch.zeros(3, dtype=torch.float64)).float()
+    sums = sum(parts, torch.zeros(5, dtype=torch.float64)).float()
     sums = all_reduce_sum(learner.accelerator, sums).cpu()
-    is_clipped = float(norm > learner.largest_norm)
-    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": is_clipped}
+    loss, columns, tokens, beyond, learnt = sums
+    metrics = {
+        "loss": float(loss),
+        "grad_norm": norm,
+        "grad_clipped": float(norm > learner.largest_norm),
+        "padding": float((columns - tokens) / columns.clamp(min=1)),
+    }
     if learner.estimator.chosen("ratio").token_bounds:
-        metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
+        metrics["clip_ratio"] = float(beyond / learnt.clamp(min=1))
     return metrics
 
 

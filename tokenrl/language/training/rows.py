@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,6 @@ from tokenrl.language.rollout.rollout import (
     OF_PROMPTS,
     Rollout,
     cat,
-    lengths,
     to_device,
     to_host,
 )
@@ -261,50 +259,6 @@ def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
         learning &= (terms.advantages != 0).reshape(len(learning), -1).any(dim=1)
     return learning
-
-
-def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Tensor]:
-    """Divide the rows that this process learns from into micro-batches, those of the longest completions first.
-
-    A group whose rows are too many for one pass is split, and its prompt is computed again.
-
-    Args:
-        learner: the settings.
-        rows: this process's n rows.
-        learning: True for those that are learnt from [n].
-
-    Returns:
-        For each micro-batch the numbers of its rows; nothing if there are none.
-    """
-    args = learner.args
-    size = learner.sampling.group_size
-    active = learning.nonzero().flatten().tolist()
-    completions = lengths(rows.mask).tolist()
-    prompts = rows.prompt_mask.sum(dim=1).tolist()
-    limit = args.micro_batch_size or len(rows)
-
-    def fits(part: Sequence[int]) -> bool:
-        computed = len(part)  # prompts
-        if learner.forward.scoring.share_prompt:
-            computed = len({i // size for i in part})
-        tokens = len(part) * max(completions[i] for i in part)
-        tokens += computed * max(prompts[i] for i in part)
-        return tokens <= learner.forward.tokens and len(part) <= limit
-
-    groups = [list(group) for _, group in groupby(active, lambda i: i // size)]
-    groups.sort(key=lambda group: -max(completions[i] for i in group))
-    plan: list[list[int]] = []
-    for group in groups:
-        most = len(group)
-        while most > 1 and not fits(group[:most]):
-            most -= 1
-        for start in range(0, len(group), most):
-            part = group[start : start + most]
-            if plan and fits(plan[-1] + part):
-                plan[-1] += part
-            else:
-                plan.append(part)
-    return [torch.tensor(sorted(part)) for part in plan]
 
 
 def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:

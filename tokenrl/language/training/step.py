@@ -37,7 +37,6 @@ from tokenrl.language.training.rows import (
     learning_rows,
     loss_inputs,
     loss_terms,
-    micro_batches,
     old_logprobs,
     refill,
     update_weights,
@@ -88,6 +87,7 @@ def training_step(
     estimator = learner.estimator
     accelerator = learner.accelerator
     parameters = learner.policy.trainable_parameters()
+    scoring = learner.forward.scoring
     sampling = replace(learner.sampling, step=step)
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
@@ -112,7 +112,7 @@ def training_step(
         rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []
         learner.optimizer.zero_grad()
-        for index in micro_batches(learner, rows, local(accelerator, learning)):
+        for index in learner.micro_batches(rows, scoring, local(accelerator, learning)):
             part = rows.take(index)
             scores = learner.score(part)
             inputs = loss_inputs(part, scores)
