@@ -37,6 +37,7 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "reward_to_go  timestep_mean exact  1.99",
         "figure: variance_horizon.png",
     ),
+    "replay": (r"sequences +\d\.\d{3} +0\.000",),
     "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
     "figures grpo-difficulty": (
         r"2      0.707    0.707    0.707           1.000 .*e-1\d",

@@ -58,6 +58,7 @@ KINDS = {
         "lora_r": 2,
         "mixed_precision": "bf16",
     },
+    "replay": {"estimator": Estimator(importance="sequence"), "replay": 2, "replay_memory": 3},
     "own teacher": {
         "estimator": Estimator(beta=0.5, kl_placement="loss"),
         "teacher": "self",

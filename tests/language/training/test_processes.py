@@ -98,11 +98,12 @@ SCENARIOS = {
         {"teacher": "self", "teacher_decay": 0.5, "teacher_template": "{prompt} on", "lora_r": 2},
         vowel_reward,
     ),
+    "replay": (Estimator(importance="token"), {"replay": 2, "micro_batch_size": 4}, vowel_reward),
 }
 
 QUICK = ("rloo", "batch", "kl", "minibatches", "idle rank", "silent rank", "lora", "greedy")
 QUICK += ("teacher and lora", "own teacher")
-QUICK += ("memory", "critic", "refilled", "logged", "failing episodes")
+QUICK += ("memory", "critic", "refilled", "logged", "failing episodes", "replay")
 """Those whose processes exchange something that no other scenario sees."""
 
 
@@ -142,6 +143,8 @@ def outcome(name: str) -> dict:
         )
     # the longest completion is the first's, or the second's
     step = 8 + list(SCENARIOS).index(name) % 2
+    if learner.replay is not None:
+        one_step(learner, step=1, reward=measured)
     record = one_step(learner, step=step, reward=measured)
     return {
         "gradient": gradient(policy.model),

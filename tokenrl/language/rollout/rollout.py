@@ -99,6 +99,7 @@ class Rollout:
         rewards: total reward of each completion [N], in float64.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
         valid: False where every function abstained [N].
+        replayed: True on completions of earlier steps [N]; None without replay.
         logs: what reward functions gave to `log_extra` for each row, N mappings.
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
@@ -141,6 +142,7 @@ class Rollout:
     rewards: Tensor = NOT_YET
     by_function: Tensor = NOT_YET
     valid: Tensor = NOT_YET
+    replayed: Tensor | None = None
     logs: Sequence[Mapping[str, Any]] = NOT_YET
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
     teacher_prompts: Sequence[list[int]] = NOT_YET
@@ -156,6 +158,11 @@ class Rollout:
     def __len__(self) -> int:
         """Return N."""
         return len(self.mask)
+
+    @property
+    def rewarded(self) -> Tensor:
+        """True on completions of this step that have a reward [N]."""
+        return self.valid if self.replayed is None else self.valid & ~self.replayed
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that are filled, by name."""

@@ -17,16 +17,8 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.forward import (
-    Forward,
-    choose_forward,
-    shape_of,
-)
-from tokenrl.language.rollout.generator import (
-    Generator,
-    LaggedGenerator,
-    TransformersGenerator,
-)
+from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
+from tokenrl.language.rollout.generator import Generator, LaggedGenerator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
@@ -38,6 +30,7 @@ from tokenrl.language.rollout.scoring import (
 )
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, start_engine
+from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_scoring
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
@@ -146,6 +139,7 @@ class Learner:
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
+        replay: the completions of earlier steps that join those of a step; None without replay.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
@@ -162,6 +156,7 @@ class Learner:
     critic: Critic | None = None
     teacher_prompts: TeacherPrompts | None = None
     average: MovingAverage | None = None
+    replay: Replay | None = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
@@ -170,6 +165,11 @@ class Learner:
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
+
+    @property
+    def group_size(self) -> int:
+        """The completions of a prompt in a step, new ones and replayed ones."""
+        return self.args.num_generations + self.args.replay
 
     def score(self, rows: Rollout) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
@@ -249,8 +249,8 @@ class Learner:
             For each pass the numbers of its rows.
         """
         numbers = torch.arange(len(rows))
-        group = self.sampling.group_size if scoring.share_prompt else 1
-        shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), numbers // group])
+        groups = rows.distinct_prompts()[1] if scoring.share_prompt else numbers
+        shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), groups])
         for part in self.forward.divide(shapes[:, computed].tolist(), self.args.micro_batch_size):
             yield numbers[computed][part]
 
@@ -326,14 +326,15 @@ class Learner:
 
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
-        parts = {"optimizer": self.optimizer}
-        if self.critic is not None:
-            parts["critic"] = self.critic
-        if isinstance(self.generator, LaggedGenerator):
-            parts["sampler"] = self.generator
-        if self.average is not None:
-            parts["teacher"] = self.average
-        return parts
+        lags = isinstance(self.generator, LaggedGenerator)
+        parts = {
+            "optimizer": self.optimizer,
+            "critic": self.critic,
+            "sampler": self.generator if lags else None,
+            "teacher": self.average,
+            "replay": self.replay,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def make_learner(
@@ -397,6 +398,8 @@ def make_learner(
     )
     if args.teacher_decay is not None:
         learner.average = MovingAverage(policy, args.teacher_decay)
+    if args.replay:
+        learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if args.estimator.needs_values:
         rate = args.value_learning_rate
         iterations = args.value_iterations

@@ -53,10 +53,12 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
     `num_tokens`, the tokens of prompts and of the completions learnt from.
 
     Args:
-        rows: all N rows of the step.
+        rows: all N rows of the step; replayed ones are left out.
         names: names of the F reward functions; without any, the metrics of rewards are left out.
-        group_size: completions per prompt.
+        group_size: new completions per prompt.
     """
+    if rows.replayed is not None:
+        rows = rows.take((~rows.replayed).nonzero().flatten())
     rewards = rows.rewards
     valid = rows.valid
     mask = rows.mask
@@ -127,6 +129,8 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
         columns["teacher_prompt"] = decoded(
             tokenizer, rows.teacher_prompts, skip_special_tokens=False
         )
+    if rows.replayed is not None:
+        columns["replayed"] = rows.replayed.tolist()
     columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
     if rows.messages is not None:
         columns |= {"ending": rows.endings, "messages": rows.messages}
@@ -144,11 +148,17 @@ class Scored(NamedTuple):
     """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
 
     mask: Tensor
-    """True on actions, on the CPU [n, T]."""
+    """True on actions of this step, on the CPU [n, T]."""
     sampling_logprobs: Tensor
     """Those of the sampler, on the CPU."""
     logprobs: Tensor
     """Those of the policy that is trained, on its device."""
+
+    @classmethod
+    def of(cls, rows: Rollout, logprobs: Tensor) -> Scored:
+        """Return rows with their log-probabilities under the policy that is trained; replayed ones count nowhere."""
+        mask = rows.mask if rows.replayed is None else rows.mask & ~rows.replayed[:, None]
+        return cls(mask, rows.sampling_logprobs, logprobs.detach())
 
 
 def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:

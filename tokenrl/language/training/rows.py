@@ -32,7 +32,7 @@ from tokenrl.language.rollout.rollout import (
 )
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import gather_rows
+from tokenrl.runs.processes import gather_rows, local
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -81,6 +81,19 @@ def collect_rows(
     """Sample completions of a step and reward them."""
     rows = sample(learner, prompts, sampling, rewards.environments)
     return reward_rows(learner.policy, rewards, rows)
+
+
+def rows_of_step(
+    learner: Learner, rewards: Rewards, sampling: Sampling, draw_prompts: DrawPrompts
+) -> Rollout:
+    """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed."""
+    prompts = local(learner.accelerator, draw_prompts(learner.args.prompts_per_step))
+    rows = collect_rows(learner, rewards, prompts, sampling)
+    if learner.estimator.refills:
+        rows = refill(learner, rewards, sampling, rows, draw_prompts)
+    if learner.replay is not None:
+        rows = learner.replay.join(learner, rows, sampling.step)
+    return rows
 
 
 def refill(
@@ -140,7 +153,7 @@ def with_estimates(
         valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
         rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
-    if estimator.needs_memory:
+    if estimator.needs_memory or learner.replay is not None:
         columns["keys"] = data_keys(rows.data)
     return replace(rows, **columns)
 

@@ -240,6 +240,8 @@ def first_facts(
     status = bias_of_context(args) or estimator.bias_status
     if args.sync_every > 1 and not bias_of_context(args):
         status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
+    if args.replay and not bias_of_context(args):
+        status = "biased, as rewards choose the replayed completions"
     stage = ""
     if args.warm_start:
         skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""

@@ -152,6 +152,11 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"temperature was given as {args.temperature:g}; {engine} samples from {lowest:g} to {highest:g}."
         )
+    if args.replay and (episodic or estimator.importance_centre):
+        raise Refused(
+            f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
+            "without importance_centre, as no distribution of the sampler is kept."
+        )
     if not estimator.needs_old_logprobs and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
@@ -219,6 +224,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         yield f"warmup_steps={args.warmup_steps} {less}."
     critic = args.estimator.needs_values, "the estimator has no critic"
     needs = {
+        "replay_memory": (args.replay, "replay is 0"),
         "max_refills": (args.estimator.refills, "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,

@@ -32,13 +32,12 @@ from tokenrl.language.training.metrics import (
 )
 from tokenrl.language.training.rows import (
     DrawPrompts,
-    collect_rows,
     gather,
     learning_rows,
     loss_inputs,
     loss_terms,
     old_logprobs,
-    refill,
+    rows_of_step,
     update_weights,
     with_estimates,
 )
@@ -92,10 +91,8 @@ def training_step(
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
 
-    prompts = local(accelerator, draw_prompts(learner.args.prompts_per_step))
-    rows = collect_rows(learner, rewards, prompts, sampling)  # n rows, G for each prompt
-    if estimator.refills:
-        rows = refill(learner, rewards, sampling, rows, draw_prompts)
+    rows = rows_of_step(learner, rewards, sampling, draw_prompts)  # n rows, G for each prompt
+    sampling = replace(sampling, num_generations=learner.group_size)
     collected = time.perf_counter()
 
     rows = with_estimates(learner, rewards, sampling, rows)
@@ -121,7 +118,7 @@ def training_step(
             learner.forward.accumulate_gradients()
             sums.append(loss_statistics(learner, loss, inputs))
             if not updates:  # the sampler is compared with the policy before its first update
-                scored.append(Scored(part.mask, part.sampling_logprobs, scores.logprobs.detach()))
+                scored.append(Scored.of(part, scores.logprobs))
         sum_gradients(accelerator, parameters)
         norm = accelerator.clip_grad_norm_(parameters, learner.largest_norm)
         norm, *sums = to_host([norm, *sums])
@@ -133,11 +130,14 @@ def training_step(
         learner.average.update()
     learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
-    metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
+    metrics = averaged(rows.logged)
+    metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(scored)
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
     metrics |= learner.adapt_beta(metrics)
+    if learner.replay is not None:
+        learner.replay.keep(learner.policy, whole)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
     rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
@@ -153,7 +153,7 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
         True for the rows that the update learns from [N], the same on every process.
     """
     args = learner.args
-    size = learner.sampling.group_size
+    size = learner.group_size
     order = torch.arange(rows // size)
     generator = generator_of(args.seed, "minibatches", step)
     for _ in range(args.num_iterations):
@@ -183,10 +183,10 @@ def update_baselines(
     """
     metrics = {}
     if learner.estimator.needs_memory:
-        metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.valid)
+        metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
         accelerator = learner.accelerator
-        states = (whole.mask & whole.valid[:, None]).to(returns.dtype)
+        states = (whole.mask & whole.rewarded[:, None]).to(returns.dtype)
         weights = states / states.sum().clamp(min=1)
         width = rows.mask.shape[1]
         targets = local(accelerator, returns)[:, :width]

@@ -1,0 +1,128 @@
+"""Keeps the best completions of each prompt, of which some join the rows of every step (experience replay).
+
+A replayed completion counts in the baseline and in the loss like a new one, under the log-probabilities with
+which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of
+the new completions alone. Rewards choose what is kept, so the expected gradient is biased with any weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenrl.core.statistics import generator_of
+from tokenrl.language.rollout.rollout import COLUMNS, Rollout, cat
+from tokenrl.language.training.rows import data_keys
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.training.learner import Learner
+
+KEPT = ("rewards", "by_function", "valid")
+"""The columns of a row that are kept, beside those that the generator filled."""
+
+
+@dataclass
+class Replay:
+    """The best completions of each prompt so far.
+
+    Attributes:
+        count: completions that join the new ones of each prompt in a step, as far as there are so many.
+        capacity: the most completions that are kept of a prompt.
+        seed: seed of the draws.
+        best: for each prompt, by the key of its data, its completions, the best first.
+    """
+
+    count: int
+    capacity: int
+    seed: int
+    best: dict[int, Rollout] = field(default_factory=dict)
+
+    def join(self, learner: Learner, rows: Rollout, step: int) -> Rollout:
+        """Return the rows with replayed ones behind the new ones of each prompt, in random order.
+
+        Where too few are kept yet, a new row takes the place of a replayed one and abstains, so that groups have
+        equal sizes.
+
+        Args:
+            learner: scores the replayed rows under the present policy.
+            rows: the new rows of this process, G of each prompt.
+            step: number of the step.
+        """
+        new = learner.args.num_generations
+        pool = replace(_kept(rows), valid=torch.zeros_like(rows.valid))
+        heads = range(0, len(rows), new)
+        index = list[int]()
+        for head, key in zip(heads, data_keys(rows.data[::new]).tolist(), strict=True):
+            drawn = list[int]()
+            if key in self.best:
+                purpose = f"replay of prompt {int(rows.prompt_index[head])}"
+                generator = generator_of(self.seed, purpose, step)
+                order = torch.randperm(len(self.best[key]), generator=generator)
+                drawn = (len(pool) + order[: self.count]).tolist()
+                pool = cat([pool, self.best[key]])
+            index += drawn + [head] * (self.count - len(drawn))
+        prompts = torch.tensor(heads).repeat_interleave(self.count)
+        old = learner.with_missing_fields(
+            replace(
+                pool.take(torch.tensor(index)),
+                prompt_index=rows.prompt_index[prompts],
+                data=[rows.data[i] for i in prompts],
+                logs=[{}] * len(prompts),
+                replayed=torch.ones_like(prompts).bool(),
+            )
+        )
+        joined = cat([replace(rows, replayed=torch.zeros_like(rows.valid)), old])
+        groups = torch.arange(len(joined)).split([len(rows), len(prompts)])
+        order = torch.cat([x.view(len(heads), -1) for x in groups], dim=1)
+        return joined.take(order.flatten())
+
+    def keep(self, policy: Policy, rows: Rollout) -> None:
+        """Keep the new rows of a step that are among the best of their prompt, each text once.
+
+        Args:
+            policy: decodes the completions.
+            rows: all rows of the step, the same on every process.
+        """
+        for key in rows.keys.unique().tolist():
+            index = (rows.rewarded & (rows.keys == key)).nonzero().flatten()
+            if not len(index):
+                continue
+            table = _kept(rows).take(index)
+            if key in self.best:
+                table = cat([self.best[key], table])
+            texts = policy.decode(table.completion_ids, table.mask)
+            best = best_rows(table.rewards, texts)[: self.capacity]
+            self.best[key] = table.take(torch.tensor(best))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the completions that are kept, as tensors."""
+        return {"best": {key: table.columns() for key, table in self.best.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.best = {key: Rollout(**columns) for key, columns in state["best"].items()}
+
+
+def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
+
+    Of equal rewards the earlier text comes first. Of the rows of a text the one with the least reward counts,
+    and of those with equal rewards the latest.
+
+    Args:
+        rewards: one of each row [N].
+        texts: N texts.
+    """
+    order = rewards.argsort(descending=True, stable=True).tolist()
+    return list({texts[i]: i for i in order}.values())
+
+
+def _kept(rows: Rollout) -> Rollout:
+    """Return the rows with the columns that are kept alone."""
+    names = [name for name in (*COLUMNS, *KEPT) if getattr(rows, name) is not None]
+    return Rollout(**{name: getattr(rows, name) for name in names})
