@@ -35,16 +35,15 @@ from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_sc
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
-COUNTS = ("nonfinite", "skipped", "idle")
-"""The counts of a `Learner` that a continuation goes on from."""
+COUNTS = ("nonfinite", "skipped", "idle")  # from which a continuation goes on
 
 
 class Critic:
     """A linear head on the policy's last hidden state, with an optimiser of its own.
 
     The critic's loss does not reach the policy's weights, so the policy's gradient is the estimator's alone.
-    A value depends on the prompt and on the tokens before the action, never on the action itself; therefore
-    it is a valid baseline, however wrong it is.
+    A value depends on the prompt and on the tokens before the action, never on the action itself, so it is a
+    valid baseline, however wrong it is.
 
     Attributes:
         head: layer norm and linear map, in float32; at the start all values are 0.
@@ -90,9 +89,8 @@ class Critic:
         Args:
             estimator: defines the loss.
             hidden: features of this process's rows [n, T, H].
-            returns: return from each state on [n, T], the target of its value.
-            weights: weight of each state in the loss of the whole step [n, T]; over all processes they sum
-                to 1.
+            returns: return from each state on, the target of its value [n, T].
+            weights: weight of each state in the loss of the step [n, T]; over all processes they sum to 1.
             accelerator: sums gradients over processes.
 
         Returns:
@@ -226,7 +224,7 @@ class Learner:
             rows,
             self.forward.scoring,
             distribution=self.sampling,
-            parts=self.micro_batches(rows, self.forward.scoring),
+            parts=self.micro_batches(rows),
             logprobs=True,
             entropy=True,
             score_norms=self.estimator.needs_score_norms,
@@ -234,20 +232,16 @@ class Learner:
         )
 
     def micro_batches(
-        self, rows: Rollout, scoring: Scoring, computed: Any = ...
+        self, rows: Rollout, scoring: Scoring | None = None, computed: Any = ...
     ) -> Iterator[Tensor]:
-        """Divide rows into passes as `Passes.divide` does.
-
-        A group that is divided has its prompt computed in each of its passes.
+        """Yield the numbers of the rows of each pass, as `Passes.divide` divides them.
 
         Args:
-            rows: this process's n rows.
-            scoring: how they are scored.
+            rows: this process's n rows. A group that is divided has its prompt computed in each pass.
+            scoring: how they are scored; None for as the policy is.
             computed: True for the rows that are computed [n]; all by default.
-
-        Yields:
-            For each pass the numbers of its rows.
         """
+        scoring = scoring or self.forward.scoring
         numbers = torch.arange(len(rows))
         groups = rows.distinct_prompts()[1] if scoring.share_prompt else numbers
         shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), groups])
@@ -256,11 +250,11 @@ class Learner:
 
     @property
     def largest_norm(self) -> float:
-        """The norm to which gradients are clipped; infinite if they are not."""
+        """The norm to which gradients are clipped; infinite without a limit."""
         return self.args.max_grad_norm or math.inf
 
     def sync(self) -> None:
-        """Sample and score with the weights that the policy has now."""
+        """Sample and score with the present weights."""
         self.forward.copy_weights()
         self.generator.sync(self.policy)
 
@@ -268,10 +262,9 @@ class Learner:
         """Return whether the optimiser may take a step, and count the updates in which it may not.
 
         Without a row to learn from, AdamW would still move the weights along its momentum and decay them.
-        A gradient that is not finite must never reach the weights.
 
         Args:
-            norm: length of the gradient.
+            norm: length of the gradient, which never reaches the weights if it is not finite.
             learns: whether any row, of any process, can have a gradient.
 
         Raises:
@@ -317,7 +310,7 @@ class Learner:
         return {"kl_coef": self.estimator.beta} | counts | parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
+        """Continue from what `state_dict` returned; the policy has its weights already."""
         self.estimator = replace(self.estimator, beta=state["kl_coef"])
         for name in COUNTS:
             setattr(self, name, int(state[name]))

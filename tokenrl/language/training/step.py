@@ -86,7 +86,6 @@ def training_step(
     estimator = learner.estimator
     accelerator = learner.accelerator
     parameters = learner.policy.trainable_parameters()
-    scoring = learner.forward.scoring
     sampling = replace(learner.sampling, step=step)
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
@@ -109,7 +108,7 @@ def training_step(
         rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []
         learner.optimizer.zero_grad()
-        for index in learner.micro_batches(rows, scoring, local(accelerator, learning)):
+        for index in learner.micro_batches(rows, computed=local(accelerator, learning)):
             part = rows.take(index)
             scores = learner.score(part)
             inputs = loss_inputs(part, scores)
