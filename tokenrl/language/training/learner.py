@@ -17,16 +17,8 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.forward import (
-    Forward,
-    choose_forward,
-    shape_of,
-)
-from tokenrl.language.rollout.generator import (
-    Generator,
-    LaggedGenerator,
-    TransformersGenerator,
-)
+from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
+from tokenrl.language.rollout.generator import Generator, LaggedGenerator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
