@@ -25,9 +25,8 @@ among these. They should be above .93, .99 and .8.
 
 import importlib.util
 import json
-import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,27 +46,21 @@ TOKEN = (
 )
 """A token of SMILES: an atom, a bond, a branch or the digit of a ring (Schwaller et al. 2019)."""
 LONGEST = 126
-"""The most tokens of a molecule; with its start and its end it fills the context of 128."""
+"""The most tokens of a molecule. Its start and its end make them 128, the model's context."""
 
 
-def tokens_of(smiles: str) -> list[str]:
-    """Cut SMILES into tokens. What is no SMILES has less text in its tokens than it had."""
-    return re.findall(TOKEN, smiles)
-
-
-def smiles_tokenizer(vocabulary: Iterable[str]) -> Any:
-    """Return a tokenizer for SMILES with the given tokens, a start, an end and an unknown token."""
+def smiles_tokenizer(molecules: Iterable[str]) -> Any:
+    """Return a tokenizer with a start, an end, and the tokens that occur in SMILES of molecules."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    numbers = {token: n for n, token in enumerate((EOS, UNKNOWN, START, *sorted(set(vocabulary))))}
+    tokens = sorted({token for smiles in molecules for token in re.findall(TOKEN, smiles)})
+    numbers = {token: number for number, token in enumerate([EOS, UNKNOWN, START, *tokens])}
     backend = Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=START, eos_token=EOS, pad_token=EOS,
-        padding_side="left", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    special = {"bos_token": START, "eos_token": EOS, "pad_token": EOS}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
 
 
 def canonical(smiles: str) -> str | None:
@@ -79,35 +72,25 @@ def canonical(smiles: str) -> str | None:
     return Chem.MolToSmiles(molecule) if smiles and molecule else None
 
 
-def molecules_of(path: Path, seed: int) -> list[str]:
-    """Read SMILES, the first word of each line, and return distinct molecules in an order set by the seed."""
-    lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    distinct = dict.fromkeys(filter(None, map(canonical, lines)))
-    kept = [smiles for smiles in distinct if len(tokens_of(smiles)) <= LONGEST]
-    print(f"{path.name}: {len(lines):,} SMILES, {len(distinct):,} molecules, {len(kept):,} are kept")
-    random.Random(seed).shuffle(kept)
-    return kept
+def in_molscore(path: str) -> Path:
+    """Return the path of a file or folder of MolScore, which takes seconds to import."""
+    return Path(importlib.util.find_spec("molscore").origin).parent / path  # type: ignore[union-attr, arg-type]
 
 
-def shares(
-    completions: Sequence[str],
-    learnt: Iterable[str],
-    canonical: Callable[[str], str | None] = canonical,
-) -> dict[str, float]:
-    """Return GuacaMol's three shares of completions; a share of nothing is 0.
+def read_molecules(path: Path) -> list[str]:
+    """Return the canonical SMILES of distinct molecules of a file, the first word of each line."""
+    lines = path.read_text().split("\n")
+    molecules = {canonical(words[0]) for line in lines if (words := line.split())}
+    return sorted(smiles for smiles in molecules if smiles and len(smiles) < LONGEST)
 
-    Args:
-        completions: Texts that a prior wrote.
-        learnt: Canonical SMILES that it learnt from.
-        canonical: Gives a molecule's canonical SMILES, or None for a text that is no molecule.
-    """
+
+def shares(completions: Sequence[str], learnt: Iterable[str]) -> dict[str, float]:
+    """Return the shares of valid completions, of distinct molecules among these, and of new ones among these."""
     valid = list(filter(None, map(canonical, completions)))
     distinct = set(valid)
-    return {
-        "valid": len(valid) / max(1, len(completions)),
-        "unique": len(distinct) / max(1, len(valid)),
-        "new": len(distinct.difference(learnt)) / max(1, len(distinct)),
-    }
+    parts = [(valid, completions), (distinct, valid), (distinct.difference(learnt), distinct)]
+    ratios = (len(part) / max(1, len(whole)) for part, whole in parts)
+    return dict(zip(("valid", "unique", "new"), ratios, strict=True))
 
 
 @dataclass
@@ -136,47 +119,36 @@ class Args:
     """Folder of the molecules, the new model, and the run that trains it."""
 
 
-def prepare(args: Args) -> None:
-    """Write demonstrations and a new model, unless an earlier call has."""
-    start, data = args.output_dir / "start", args.output_dir / "molecules.jsonl"
-    if (start / "tokenizer.json").exists():
-        return
-    sample = args.data
-    if sample is None:
-        (package,) = importlib.util.find_spec("molscore").submodule_search_locations  # type: ignore[union-attr]
-        sample = Path(package) / "data" / "sample.smi"
-    molecules = molecules_of(sample, args.seed)
+def prepare(args: Args, start: Path, data: Path) -> None:
+    """Write the molecules as demonstrations, and a new model."""
+    molecules = read_molecules(args.data or in_molscore("data/sample.smi"))
     start.mkdir(parents=True, exist_ok=True)
-    rows = ({"prompt": START, "completion": smiles} for smiles in molecules)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = smiles_tokenizer(token for smiles in molecules for token in tokens_of(smiles))
+    rows = (json.dumps({"prompt": START, "completion": smiles}) for smiles in molecules)
+    data.write_text("\n".join(rows))
+    tokenizer = smiles_tokenizer(molecules)
     shape = {"layers": args.layers, "hidden": args.hidden, "context": LONGEST + 2}
-    tiny_llama(tokenizer, **shape, seed=args.seed).save_pretrained(start)
-    tokenizer.save_pretrained(start)  # the last thing, as its presence says that all is there
+    tiny_llama(tokenizer, seed=args.seed, **shape).save_pretrained(start)
+    tokenizer.save_pretrained(start)  # at last, as its presence says that all is there
 
 
 def main(args: Args) -> None:
-    prepare(args)
-    run, data = args.output_dir / "sft", args.output_dir / "molecules.jsonl"
+    start, data, run = (args.output_dir / name for name in ("start", "molecules.jsonl", "sft"))
+    if not (start / "tokenizer.json").exists():
+        prepare(args, start, data)
     if not (run / "summary.json").exists():
         result = tokenrl.sft(
-            task=str(data), model=str(args.output_dir / "start"), output_dir=str(run),
-            max_steps=args.max_steps, batch_size=args.batch_size, seed=args.seed,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine",
-            warmup_steps=min(100, args.max_steps // 10), threads=args.threads,
-            save_every=200, resume="auto",
+            task=str(data), model=str(start), output_dir=str(run), resume="auto", save_every=200,
+            max_steps=args.max_steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=100, seed=args.seed, threads=args.threads,
         )  # fmt: skip
         if result.exit_code:
             raise SystemExit(f"{run} was stopped; the same command goes on.")
     policy = tokenrl.load_policy(str(run))
     sampling = Sampling(LONGEST, num_generations=args.samples, seed=args.seed)
     (completions,) = sample_pool(policy, [START], sampling)
-    learnt = [json.loads(line)["completion"] for line in data.read_text().splitlines()]
-    numbers = shares(completions, learnt)
-    (args.output_dir / "shares.json").write_text(json.dumps(numbers))
-    words = ", ".join(f"{name} {share:.3f}" for name, share in numbers.items())
-    print(f"{policy.size:,} parameters; of {len(completions):,} completions: {words}")
-    print(f"prior: {run / 'model'}")
+    learnt = (json.loads(line)["completion"] for line in data.open())
+    numbers = {name: round(share, 3) for name, share in shares(completions, learnt).items()}
+    print(f"{policy.size:,} parameters, {args.samples:,} completions: {numbers}")
 
 
 if __name__ == "__main__":
