@@ -3,7 +3,7 @@
     python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
     python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
     python recipes/molecules/molopt.py --seeds 3 4         the other half on another machine, copied to other/
-    python recipes/molecules/molopt.py --table --collect other/runs/molopt             one table of both
+    python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
 
 Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. What
 has ended is kept when a command is repeated, so a benchmark that was killed goes on.
@@ -29,13 +29,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import tyro
 from prior import LONGEST, START, in_molscore
-from scipy import stats
 
 import tokenrl
 from tokenrl.runs import read_run
@@ -68,17 +68,14 @@ class Args:
     output_dir: Path = Path("runs/molopt")
     """Folder of all runs and of the table."""
     collect: tuple[Path, ...] = ()
-    """Such folders of other machines, whose results join the table."""
-    table: bool = False
-    """Run nothing; print the table."""
+    """Such folders of other machines, whose results join the table; `--seeds` without a number runs nothing."""
 
 
 class Scorer:
-    """MolScore as a reward; `refused` counts completions that are no molecule."""
+    """MolScore as a reward. Its rows, one for each completion, are what the table is made from."""
 
     def __init__(self, molscore: Any) -> None:
         self.molscore = molscore
-        self.refused = 0
 
     def __call__(
         self, completions: list[str], scored: list[bool], log_metric: Callable, **columns: Any
@@ -87,11 +84,8 @@ class Scorer:
         if not all(scored):
             return [None] * len(scored)  # evaluations take nothing from the budget
         scores = self.molscore.score(completions, flt=True)
-        rows = self.molscore.main_df.tail(len(completions))
-        valid = rows["valid"] != "false"
-        self.refused += int((~valid).sum())
+        valid = self.molscore.main_df["valid"].tail(len(scores)) != "false"
         log_metric("valid", valid.mean())
-        log_metric("unique", (rows["unique"] == "true").mean())
         return list(valid * scores)
 
 
@@ -112,7 +106,6 @@ def open_task(args: Args, task: str, folder: Path) -> Any:
 
 def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, Any]:
     """Spend the budget of a task, and return MolScore's metrics with counts and seconds."""
-    scorer = Scorer(molscore)
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
         "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
@@ -120,10 +113,10 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
         "stop_after_zero_spread": 0, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
-    rows = {split: [{"prompt": START, "scored": split == "train"}] for split in ("train", "test")}
+    train, test = ([{"prompt": START, "scored": scored}] for scored in (True, False))
     result = tokenrl.train(
-        task=rows, reward=scorer, model=str(args.prior), seed=seed, output_dir=str(folder),
-        overwrite=True, **settings,
+        task={"train": train, "test": test}, reward=Scorer(molscore), model=str(args.prior),
+        seed=seed, output_dir=str(folder), overwrite=True, **settings,
     )  # fmt: skip
     if result.exit_code:
         raise SystemExit(f"{folder} was stopped; the same command makes it again.")
@@ -131,62 +124,58 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     metrics = molscore.compute_metrics(
         budget=args.budget, benchmark=args.benchmark, chemistry_filter_basic=False
     )
-    seconds = pd.DataFrame(read_run(folder).timings).sum()
-    scoring = seconds["rewards/Scorer/seconds"]
-    counts = {"molecules": len(molscore.main_df), "refused": scorer.refused, "scoring": scoring}
-    return (
-        metrics | counts | {"sampling": seconds["collect"] - scoring, "updating": seconds["update"]}
-    )
+    timings = pd.DataFrame(read_run(folder).timings).sum()
+    collecting, scoring, updating = timings[["collect", "rewards/Scorer/seconds", "update"]]
+    rows = molscore.main_df
+    return {
+        **metrics,
+        "refused by RDKit": (rows["valid"] == "false").sum(),
+        "molecules per second": len(rows) / (collecting + updating),
+        "seconds of sampling": collecting - scoring,
+        "seconds of scoring": scoring,
+        "seconds of updating": updating,
+    }
 
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
-    for task in tasks:
-        for seed in args.seeds:
-            folder = args.output_dir / args.name / task / f"seed_{seed}"
-            if (folder / "result.json").exists():
-                continue
-            try:
-                molscore = open_task(args, task, folder / "molscore")
-            except Exception as error:
-                print(f"{task} is a gap, as its oracle cannot score here: {error}")
-                break
-            row = {"name": args.name, "task": task, "seed": seed}
-            row |= optimise(args, molscore, seed, folder / "run")
-            (folder / "result.json").write_text(json.dumps(row, default=float))
-            shown = {
-                key: float(f"{value:.3g}")
-                for key, value in row.items()
-                if key not in ("name", "task")
-            }
-            rate = row["molecules"] / (row["sampling"] + row["scoring"] + row["updating"])
-            print(f"{task}: {shown}, {rate:.0f} molecules per second", flush=True)
+    for task, seed in product(tasks, args.seeds):
+        folder = args.output_dir / args.name / task / f"seed_{seed}"
+        if (folder / "result.json").exists():
+            continue
+        try:
+            molscore = open_task(args, task, folder / "molscore")
+        except Exception as error:
+            print(f"{task}, seed {seed}: a gap, as its oracle cannot score here. {error}")
+            continue
+        row = {"name": args.name, "task": task, "seed": seed}
+        row |= optimise(args, molscore, seed, folder / "run")
+        (folder / "result.json").write_text(json.dumps(row, default=float))
+        print(pd.Series(row).to_string(float_format="{:.3f}".format), flush=True)
 
 
 def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
-    """Return mean scores by task and name, with half of a 95 % interval over seeds; a gap is NaN."""
+    """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
     paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
     results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
-    groups = results.drop_duplicates(["name", "task", "seed"]).groupby(["task", "name"])[SCORE]
-    half = groups.sem() * stats.t.ppf(0.975, groups.count() - 1)
-    table = pd.concat({"mean": groups.mean(), "half": half, "seeds": groups.count()}, axis=1)
-    return table.unstack("name").reindex(tasks).swaplevel(axis=1).sort_index(axis=1)
+    results = results.drop_duplicates(["name", "task", "seed"])
+    table = results.pivot_table(SCORE, "task", "name", aggfunc=["mean", "sem", "count"])
+    return table.reindex(tasks)
 
 
 def main(args: Args) -> None:
-    configs = in_molscore(f"configs/{args.benchmark}").glob("*.json")
-    names = sorted(path.stem for path in configs)
+    names = sorted(path.stem for path in in_molscore(f"configs/{args.benchmark}").glob("*.json"))
     tasks = args.tasks or names
     if not set(tasks) <= set(names):
         raise SystemExit(f"The tasks of {args.benchmark} are {', '.join(names)}.")
-    if not args.table:
-        run(args, tasks, open_task, optimise)
+    run(args, tasks, open_task, optimise)
     table = summary([args.output_dir, *args.collect], tasks)
     if args.benchmark == "MolOpt":
         table["ACEGEN", "REINFORCE"] = pd.read_csv(ACEGEN, index_col="task")["REINFORCE"]
     table.to_csv(args.output_dir / "table.csv")
-    print(f"AUC of the top 100 of {args.budget:,} molecules; a gap is empty")
-    print(table.to_string(na_rep="", float_format="{:.3g}".format))
+    print(
+        f"AUC of the top 100 of {args.budget:,} molecules\n{table.to_string(na_rep='', float_format='{:.3f}'.format)}"
+    )
 
 
 if __name__ == "__main__":
