@@ -109,7 +109,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
         "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
-        "lr_scheduler_type": "constant", "eval_every": 0, "eval_generations": 0,
+        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "eval_every": 0, "eval_generations": 0,
         "stop_after_zero_spread": 0, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
@@ -173,9 +173,8 @@ def main(args: Args) -> None:
     if args.benchmark == "MolOpt":
         table["ACEGEN", "REINFORCE"] = pd.read_csv(ACEGEN, index_col="task")["REINFORCE"]
     table.to_csv(args.output_dir / "table.csv")
-    print(
-        f"AUC of the top 100 of {args.budget:,} molecules\n{table.to_string(na_rep='', float_format='{:.3f}'.format)}"
-    )
+    print(f"AUC of the top 100 of {args.budget:,} molecules, from the prior {args.prior}")
+    print(table.to_string(na_rep="", float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
