@@ -97,6 +97,10 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
         args.output_dir.mkdir(exist_ok=True)
         molopt.run(args, ["DRD2", "QED"][1 - (seeds == (5,)) :], open_task, optimise)
     assert made == [*(("a", seed) for seed in (1, 2, 3, 3, 4)), ("b", 5)]
+    for folder in folders:
+        args = molopt.Args(name="a", seeds=(3,), budget=500, output_dir=folder)
+        with pytest.raises(SystemExit, match="made with budget=10000"):
+            molopt.run(args, ["QED"], open_task, optimise)
     assert "DRD2, seed 5: a gap" in (printed := capsys.readouterr().out) and "release" in printed
     table = molopt.summary(folders, ["DRD2", "QED"])
     values = [table.loc["QED", (name, "a")] for name in ("mean", "sem", "count")]

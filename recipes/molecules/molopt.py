@@ -139,18 +139,24 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
+    settings = " ".join([*args.settings, f"budget={args.budget}"])
     for task, seed in product(tasks, args.seeds):
         folder = args.output_dir / args.name / task / f"seed_{seed}"
-        if (folder / "result.json").exists():
+        result = folder / "result.json"
+        if result.exists():
+            if (other := json.loads(result.read_text())["settings"]) != settings:
+                raise SystemExit(
+                    f"{folder} was made with {other}: give these settings another --name."
+                )
             continue
         try:
             molscore = open_task(args, task, folder / "molscore")
         except Exception as error:
             print(f"{task}, seed {seed}: a gap, as its oracle cannot score here. {error}")
             continue
-        row = {"name": args.name, "task": task, "seed": seed}
+        row = {"name": args.name, "settings": settings, "task": task, "seed": seed}
         row |= optimise(args, molscore, seed, folder / "run")
-        (folder / "result.json").write_text(json.dumps(row, default=float))
+        result.write_text(json.dumps(row, default=float))
         print(pd.Series(row).to_string(float_format="{:.3f}".format), flush=True)
 
 
@@ -158,6 +164,8 @@ def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
     """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
     paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
     results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    if (results.groupby("name")["settings"].nunique() > 1).any():
+        raise SystemExit("Results of one name have different settings; give these other names.")
     results = results.drop_duplicates(["name", "task", "seed"])
     table = results.pivot_table(SCORE, "task", "name", aggfunc=["mean", "sem", "count"])
     return table.reindex(tasks)
