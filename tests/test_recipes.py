@@ -24,10 +24,10 @@ PROGRAMS = {
 }
 # tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
 # tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
-# tests/language/rollout/test_vllm_server.py and tests/test_toy_environments.py
+# tests/language/rollout/test_vllm_server.py, tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "pretrained_toy_task", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"rebuild", "zero", "overall_scores", "compare_existing_runs", "openenv_client"}
-ELSEWHERE |= {"turns", "code_reward", "vllm_server", "level"}
+ELSEWHERE |= {"turns", "code_reward", "vllm_server", "level", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
         "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",

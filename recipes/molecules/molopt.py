@@ -1,0 +1,189 @@
+"""Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task, and MolScore's own table.
+
+    python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
+    python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
+    python recipes/molecules/molopt.py --seeds 3 4         the other half on another machine, copied to other/
+    python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
+
+Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. What
+has ended is kept when a command is repeated, so a benchmark that was killed goes on.
+
+MolScore counts the budget, remembers molecules that it has scored, and computes the table; the AUC of the top
+100 is the number that ACEGEN publishes. Text that RDKit refuses is rewarded with 0, and counts in the budget.
+A task whose oracle cannot be loaded here is named, and is a gap in the table.
+
+Look for: the AUC beside ACEGEN's, whose prior learnt from another set of molecules; `valid` and `unique`, as a
+policy that collapses onto few molecules wastes its budget; and where the seconds go.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[molecules]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+from prior import LONGEST, START, in_molscore
+
+import tokenrl
+from tokenrl.runs import read_run
+
+SCORE = "Top-100 AUC Score"
+ACEGEN = Path(__file__).with_name("acegen.csv")
+"""The AUC of the top 100 by task in ACEGEN's README, means of five seeds with 10,000 molecules."""
+
+
+@dataclass
+class Args:
+    """Which tasks and seeds are run, from which prior, and with which settings."""
+
+    settings: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Settings of `tokenrl train`, each as name=value."""
+    name: str = "reinforce"
+    """Name of these settings in the table, and of their folder."""
+    benchmark: str = "MolOpt"
+    """A benchmark of MolScore, such as MolOpt, GuacaMol or MolExp."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the benchmark. Default: all."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """A run of each task for each seed."""
+    budget: int = 10_000
+    """Scored molecules of a run."""
+    batch: int = 128
+    """Molecules of a step."""
+    prior: Path = Path("runs/prior/sft")
+    """The run of `prior.py`, or another model that writes SMILES."""
+    output_dir: Path = Path("runs/molopt")
+    """Folder of all runs and of the table."""
+    collect: tuple[Path, ...] = ()
+    """Such folders of other machines, whose results join the table; `--seeds` without a number runs nothing."""
+
+
+class Scorer:
+    """MolScore as a reward. Its rows, one for each completion, are what the table is made from."""
+
+    def __init__(self, molscore: Any) -> None:
+        self.molscore = molscore
+
+    def __call__(
+        self, completions: list[str], scored: list[bool], log_metric: Callable, **columns: Any
+    ) -> list[float | None]:
+        """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
+        if not all(scored):
+            return [None] * len(scored)  # evaluations take nothing from the budget
+        scores = self.molscore.score(completions, flt=True)
+        valid = self.molscore.main_df["valid"].tail(len(scores)) != "false"
+        log_metric("valid", valid.mean())
+        return list(valid * scores)
+
+
+def open_task(args: Args, task: str, folder: Path) -> Any:
+    """Return MolScore for a task, which writes to a new folder.
+
+    Raises:
+        Exception: Of any class, as an oracle cannot be loaded or fails on ethanol.
+    """
+    from molscore import MolScore
+
+    warnings.simplefilter("ignore", FutureWarning)  # of pandas, about MolScore
+    config, trial = f"{args.benchmark}:{task}", folder / "trial"
+    shutil.rmtree(folder, ignore_errors=True)
+    MolScore("trial", config, str(trial), add_run_dir=False).score(["CCO"])
+    return MolScore("tokenrl", config, str(folder), add_run_dir=False, budget=args.budget)
+
+
+def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """Spend the budget of a task, and return MolScore's metrics with counts and seconds."""
+    settings: dict[str, Any] = {
+        "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
+        "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
+        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "eval_every": 0, "eval_generations": 0,
+        "stop_after_zero_spread": 0, "threads": 1, "quiet": True,
+    }  # fmt: skip
+    settings |= dict(word.split("=", 1) for word in args.settings)
+    train, test = ([{"prompt": START, "scored": scored}] for scored in (True, False))
+    result = tokenrl.train(
+        task={"train": train, "test": test}, reward=Scorer(molscore), model=str(args.prior),
+        seed=seed, output_dir=str(folder), overwrite=True, **settings,
+    )  # fmt: skip
+    if result.exit_code:
+        raise SystemExit(f"{folder} was stopped; the same command makes it again.")
+    molscore.write_scores()
+    metrics = molscore.compute_metrics(
+        budget=args.budget, benchmark=args.benchmark, chemistry_filter_basic=False
+    )
+    timings = pd.DataFrame(read_run(folder).timings).sum()
+    collecting, scoring, updating = timings[["collect", "rewards/Scorer/seconds", "update"]]
+    rows = molscore.main_df
+    return {
+        **metrics,
+        "refused by RDKit": (rows["valid"] == "false").sum(),
+        "molecules per second": len(rows) / (collecting + updating),
+        "seconds of sampling": collecting - scoring,
+        "seconds of scoring": scoring,
+        "seconds of updating": updating,
+    }
+
+
+def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
+    """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
+    settings = " ".join([*args.settings, f"budget={args.budget}"])
+    for task, seed in product(tasks, args.seeds):
+        folder = args.output_dir / args.name / task / f"seed_{seed}"
+        result = folder / "result.json"
+        if result.exists():
+            if (other := json.loads(result.read_text())["settings"]) != settings:
+                raise SystemExit(
+                    f"{folder} was made with {other}: give these settings another --name."
+                )
+            continue
+        try:
+            molscore = open_task(args, task, folder / "molscore")
+        except Exception as error:
+            print(f"{task}, seed {seed}: a gap, as its oracle cannot score here. {error}")
+            continue
+        row = {"name": args.name, "settings": settings, "task": task, "seed": seed}
+        row |= optimise(args, molscore, seed, folder / "run")
+        result.write_text(json.dumps(row, default=float))
+        print(pd.Series(row).to_string(float_format="{:.3f}".format), flush=True)
+
+
+def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
+    """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
+    paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
+    results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    if (results.groupby("name")["settings"].nunique() > 1).any():
+        raise SystemExit("Results of one name have different settings; give these other names.")
+    results = results.drop_duplicates(["name", "task", "seed"])
+    table = results.pivot_table(SCORE, "task", "name", aggfunc=["mean", "sem", "count"])
+    return table.reindex(tasks)
+
+
+def main(args: Args) -> None:
+    names = sorted(path.stem for path in in_molscore(f"configs/{args.benchmark}").glob("*.json"))
+    tasks = args.tasks or names
+    if not set(tasks) <= set(names):
+        raise SystemExit(f"The tasks of {args.benchmark} are {', '.join(names)}.")
+    run(args, tasks, open_task, optimise)
+    table = summary([args.output_dir, *args.collect], tasks)
+    if args.benchmark == "MolOpt":
+        table["ACEGEN", "REINFORCE"] = pd.read_csv(ACEGEN, index_col="task")["REINFORCE"]
+    table.to_csv(args.output_dir / "table.csv")
+    print(f"AUC of the top 100 of {args.budget:,} molecules, from the prior {args.prior}")
+    print(table.to_string(na_rep="", float_format="{:.3f}".format))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

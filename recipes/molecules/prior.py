@@ -1,0 +1,157 @@
+"""Train a prior over molecules: a small language model that writes SMILES like those of a file.
+
+    python recipes/molecules/prior.py                                       MolScore's sample, 1.2 M parameters
+    python recipes/molecules/prior.py --data mine.smi --output-dir runs/mine    molecules of your own
+    python recipes/molecules/prior.py --layers 4 --hidden 256 --output-dir runs/large
+
+The sample has 300,819 SMILES, without stereochemistry, phosphorus and iodine; training reads 192,000 of them.
+A run that was killed goes on where it was saved when the command is repeated; one that has ended is only
+measured again. `molopt.py` optimises molecules from the result.
+
+A tokenizer cuts SMILES by the regular expression of Schwaller et al., "Molecular Transformer: A Model for
+Uncertainty-Calibrated Chemical Reaction Prediction", ACS Central Science 5 (2019), 1572. Each token that occurs
+in the molecules is one of the vocabulary; the model has no other.
+
+Look for: the shares of valid completions, of distinct molecules among the valid ones, and of new molecules
+among these. They should be above .93, .99 and .8.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[molecules]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import tokenrl
+from tokenrl.language import Sampling, sample_pool
+from toy_tasks.models import tiny_llama
+
+START = "<bos>"
+"""The prompt of every molecule."""
+EOS, UNKNOWN = "<eos>", "<unk>"
+TOKEN = (
+    r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$"
+    r"|%[0-9]{2}|[0-9]"
+)
+"""A token of SMILES: an atom, a bond, a branch or the digit of a ring (Schwaller et al. 2019)."""
+LONGEST = 126
+"""The most tokens of a molecule. Its start and its end make them 128, the model's context."""
+
+
+def smiles_tokenizer(molecules: Iterable[str]) -> Any:
+    """Return a tokenizer with a start, an end, and the tokens that occur in SMILES of molecules."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted({token for smiles in molecules for token in re.findall(TOKEN, smiles)})
+    numbers = {token: number for number, token in enumerate([EOS, UNKNOWN, START, *tokens])}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    special = {"bos_token": START, "eos_token": EOS, "pad_token": EOS}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+
+
+def canonical(smiles: str) -> str | None:
+    """Return RDKit's own SMILES of a molecule, or None where RDKit refuses it."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    return Chem.MolToSmiles(molecule) if smiles and molecule else None
+
+
+def in_molscore(path: str) -> Path:
+    """Return the path of a file or folder of MolScore, which takes seconds to import."""
+    return Path(importlib.util.find_spec("molscore").origin).parent / path  # type: ignore[union-attr, arg-type]
+
+
+def read_molecules(path: Path) -> list[str]:
+    """Return the canonical SMILES of distinct molecules of a file, the first word of each line."""
+    lines = path.read_text().split("\n")
+    molecules = {canonical(words[0]) for line in lines if (words := line.split())}
+    return sorted(smiles for smiles in molecules if smiles and len(smiles) < LONGEST)
+
+
+def shares(completions: Sequence[str], learnt: Iterable[str]) -> dict[str, float]:
+    """Return the shares of valid completions, of distinct molecules among these, and of new ones among these."""
+    valid = list(filter(None, map(canonical, completions)))
+    distinct = set(valid)
+    return {
+        "valid": len(valid) / len(completions),
+        "unique": len(distinct) / max(1, len(valid)),
+        "new": len(distinct.difference(learnt)) / max(1, len(distinct)),
+    }
+
+
+@dataclass
+class Args:
+    """The molecules, the size of the model, and its training."""
+
+    data: Path | None = None
+    """File of SMILES, the first word of each line. Default: MolScore's sample."""
+    layers: int = 3
+    """Transformer layers."""
+    hidden: int = 160
+    """Width of the model, a multiple of 4."""
+    max_steps: int = 3000
+    """Updates."""
+    batch_size: int = 64
+    """Molecules of an update."""
+    learning_rate: float = 3e-3
+    """Peak learning rate; it rises for 100 updates and falls to 0 along a cosine."""
+    seed: int = 0
+    """Seed of the order of molecules and of the first weights."""
+    threads: int = 2
+    """Threads of training."""
+    samples: int = 1000
+    """Completions that are measured at the end."""
+    output_dir: Path = Path("runs/prior")
+    """Folder of the molecules, the new model, and the run that trains it."""
+
+
+def prepare(args: Args, start: Path, data: Path) -> None:
+    """Write the molecules as demonstrations, and a new model."""
+    molecules = read_molecules(args.data or in_molscore("data/sample.smi"))
+    start.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps({"prompt": START, "completion": smiles}) for smiles in molecules)
+    data.write_text("\n".join(rows))
+    tokenizer = smiles_tokenizer(molecules)
+    shape = {"layers": args.layers, "hidden": args.hidden, "context": LONGEST + 2}
+    tiny_llama(tokenizer, seed=args.seed, **shape).save_pretrained(start)
+    tokenizer.save_pretrained(start)  # at last, as its presence says that all is there
+
+
+def main(args: Args) -> None:
+    start, data, run = (args.output_dir / name for name in ("start", "molecules.jsonl", "sft"))
+    if not (start / "tokenizer.json").exists():
+        prepare(args, start, data)
+    if not (run / "summary.json").exists():
+        result = tokenrl.sft(
+            task=str(data), model=str(start), output_dir=str(run), resume="auto", save_every=200,
+            max_steps=args.max_steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=100, seed=args.seed, threads=args.threads,
+        )  # fmt: skip
+        if result.exit_code:
+            raise SystemExit(f"{run} was stopped; the same command goes on.")
+    policy = tokenrl.load_policy(str(run))
+    sampling = Sampling(LONGEST, num_generations=args.samples, seed=args.seed)
+    (completions,) = sample_pool(policy, [START], sampling)
+    learnt = (json.loads(line)["completion"] for line in data.open())
+    numbers = {name: round(share, 3) for name, share in shares(completions, learnt).items()}
+    print(f"{policy.size:,} parameters, {args.samples:,} completions: {numbers}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
