@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import molopt
@@ -58,11 +57,8 @@ def test_a_task_spends_its_budget_and_no_more_on_evaluations(tmp_path):
     assert row[molopt.SCORE] == 10 and len(oracle.main_df) == 12  # whole steps
     assert row["refused by RDKit"] == (oracle.main_df["valid"] == "false").sum() > 0
     assert min(row[f"seconds of {name}"] for name in ("sampling", "scoring", "updating")) > 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["seed"], config["estimator"]["beta"]) == (3, 0.5)
-    metrics = []
-    values = molopt.Scorer(oracle)(["CC", "C("], [True] * 2, lambda *metric: metrics.append(metric))
-    assert values == [0.2, 0] and metrics == [("valid", 0.5)]
+    values = molopt.Scorer(oracle)(["CC", "C("], [True] * 2, lambda *metric: None)
+    assert values == [0.2, 0]
 
 
 def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):

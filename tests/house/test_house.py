@@ -30,12 +30,12 @@ LIMITS = {
     "language/policy": 11_820,
     "language/rewards": 14_490,
     "language/tasks": 10_210,
-    "language/rollout": 28_260,
-    "language/training": 21_940,
-    "language/supervised": 7_820,
+    "language/rollout": 28_880,
+    "language/training": 22_840,
+    "language/supervised": 7_880,
     "language/commands": 4_650,
-    "language/preferences": 6_930,
-    "language/evaluation": 4_220,
+    "language/preferences": 6_950,
+    "language/evaluation": 4_250,
     "lab": 100,
     "lab/exact": 14_920,
     "lab/measure": 5_700,
@@ -44,7 +44,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_890, 185, 90_640, 253_280, 64_170, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_520, 187, 92_160, 256_340, 67_640, 7_600
 STEP, STEP_FILES, STEP_WEIGHT, STEP_MODULES = "tokenrl.language.training.step", 38, 50_510, 46
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

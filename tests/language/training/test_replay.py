@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +22,6 @@ from tokenrl.core import Estimator
 from tokenrl.core.memories import RunningMean
 from tokenrl.errors import Refused
 from tokenrl.language.training.replay import Replay, best_rows
-
-RECIPE = Path(__file__).parents[3] / "recipes" / "enumeration" / "replay.py"
 
 
 def started(estimator="rloo", **options):
@@ -86,14 +81,6 @@ def test_the_best_distinct_texts_are_kept_with_their_latest_log_probabilities():
     rewards = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.0, 1.0, 3.0])
     assert best_rows(rewards, "abcbdae") == [3, 2, 6, 5, 4]
     assert best_rows(torch.tensor([2.0, 3.0, 1.0]), "aab") == [0, 2]
-
-
-def test_the_recipe_keeps_what_a_run_keeps():
-    kept = runpy.run_path(str(RECIPE))["kept"]
-    rewards = torch.tensor([0.3, 0.1, 0.8])
-    for pair in itertools.product(range(3), repeat=2):
-        best = best_rows(rewards[list(pair)], [*map(str, pair)])
-        assert kept(rewards, pair, 2) == [pair[row] for row in best]
 
 
 def test_a_run_says_that_replay_is_biased_and_what_it_excludes(tmp_path, said):

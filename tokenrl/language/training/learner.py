@@ -42,8 +42,7 @@ class Critic:
     """A linear head on the policy's last hidden state, with an optimiser of its own.
 
     The critic's loss does not reach the policy's weights, so the policy's gradient is the estimator's alone.
-    A value depends on the prompt and on the tokens before the action, never on the action itself, so it is a
-    valid baseline, however wrong it is.
+    A value depends on the prompt and the tokens before the action alone, so it is a valid baseline, even if wrong.
 
     Attributes:
         head: layer norm and linear map, in float32; at the start all values are 0.
@@ -59,7 +58,7 @@ class Critic:
         Args:
             hidden_size: width H of the hidden states.
             device: device of the head.
-            learning_rate: learning rate of AdamW.
+            learning_rate: that of AdamW.
             iterations: passes over the step's rows in each update.
         """
         linear = nn.Linear(hidden_size, 1)
@@ -166,7 +165,7 @@ class Learner:
 
     @property
     def group_size(self) -> int:
-        """The completions of a prompt in a step, new ones and replayed ones."""
+        """The completions of a prompt in a step, new and replayed ones."""
         return self.args.num_generations + self.args.replay
 
     def score(self, rows: Rollout) -> Scores:
