@@ -60,7 +60,9 @@ def measured(kind, size, ends, **options):
         return steady([row[name] for row in run.timings]), median(run.series("padding")[1])
 
 
-print("| update | parameters | lengths | padding, one pass | divided | seconds, one pass | divided | ratio (range) |")
+print(
+    "| update | parameters | lengths | padding, one pass | divided | seconds, one pass | divided | ratio (range) |"
+)
 print("|---|---|---|---|---|---|---|---|")
 for kind in ("train", "sft"):
     for size in sys.argv[1:] or SIZES:
