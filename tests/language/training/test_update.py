@@ -97,7 +97,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(
         sizes.clear()
         result, other, _ = stepped(ESTIMATORS[name], **limit, **options)
         assert apart(result, expected) < tolerance
-        assert len(sizes) > 1 or "tokens_per_pass" in limit  # few groups learn from the best of two
+        few = name == "max_at_k"  # it learns from so few rows that they may fit into one pass
+        assert len(sizes) > 1 or (few and "micro_batch_size" not in limit)
         assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
             if key != "padding":
