@@ -135,8 +135,6 @@ def training_step(
     metrics |= mismatch_metrics(scored)
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
     metrics |= learner.adapt_beta(metrics)
-    if learner.replay is not None:
-        learner.replay.keep(learner.policy, whole)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
     rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
@@ -167,10 +165,10 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
 def update_baselines(
     learner: Learner, memory: Memory, rows: Rollout, whole: Rollout, returns: Tensor
 ) -> dict[str, float]:
-    """Update the memory and the critic with this step's rewards, after the policy's update used them.
+    """Update the memory, the replay and the critic with this step's rows, after the policy's update used them.
 
     Args:
-        learner: holds the critic.
+        learner: holds the replay and the critic.
         memory: what the baseline remembers of earlier steps.
         rows: this process's n rows.
         whole: all N rows of the step.
@@ -181,6 +179,8 @@ def update_baselines(
         before its update; each only where the estimator has it.
     """
     metrics = {}
+    if learner.replay is not None:
+        learner.replay.keep(learner.policy, whole)
     if learner.estimator.needs_memory:
         metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
