@@ -2,7 +2,12 @@ import typing
 
 from tokenrl.control.run import ControlResult as ControlResult
 from tokenrl.core.estimator import Estimator as Estimator
-from tokenrl.errors import Refused as Refused, Stopped as Stopped, TokenrlError as TokenrlError
+from tokenrl.errors import (
+    Finished as Finished,
+    Refused as Refused,
+    Stopped as Stopped,
+    TokenrlError as TokenrlError,
+)
 from tokenrl.lab.exact.verdict import measure_bias as measure_bias
 from tokenrl.language.policy.model import load_policy as load_policy
 from tokenrl.language.preferences.fit import (

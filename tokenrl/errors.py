@@ -3,8 +3,9 @@
 It also tells files from pipes and devices, for which a reader would wait without end.
 
 `Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
-comes before. The message of each is one paragraph: the user's value, what is allowed, and what to do. The
-command line prints only the message and exits with `exit_code`.
+comes before. Rewards and callbacks raise `Finished`, which ends a run without an error. The message of each is
+one paragraph: the user's value, what is allowed, and what to do. The command line prints only the message and
+exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ class Stopped(TokenrlError, RuntimeError):
 
 class Lost(Stopped):
     """Raised where another process of this run has ended."""
+
+
+class Finished(TokenrlError):
+    """Raised by a reward or a callback that ends a training run, such as one whose budget is spent.
+
+    A step that it breaks off is left out. The run saves the state before this step and ends as usual, with
+    exit code 0; `resume="auto"` continues it. Only `train` ends so; elsewhere it is an error (exit code 2).
+
+    Example:
+        >>> raise Finished("10,000 molecules scored")
+    """
+
+    exit_code = 2
 
 
 class Interrupted(TokenrlError):

@@ -275,6 +275,8 @@ def ending(summary: Mapping[str, Any]) -> str:
     for flag in summary.get("flags") or ():
         if flag in FAILURES:
             reason = f"{reason} ({flag})"
+    if summary.get("reason"):
+        reason = f"{reason} ({summary['reason']})"
     parts = [visible(reason)]
     if summary.get("steps") is not None:
         parts.append(f"{summary['steps']} steps")

@@ -111,6 +111,7 @@ class Session:
         self._atexit = contextlib.ExitStack()
         self.exit_code = 0
         self.ended: str | None = None
+        self.reason = ""  # why a reward or a callback ended the run, in words
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
@@ -228,7 +229,6 @@ class Session:
             self._begin()
         while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
             self.step += 1
-            self.evaluation = {}
             yield self.step
 
     def _begin(self) -> None:
@@ -282,6 +282,7 @@ class Session:
         began = time.perf_counter()
         with own_process():
             yield
+        self.evaluation = {}
         self.step_seconds = time.perf_counter() - began
         self.training_seconds += self.step_seconds
 
@@ -318,7 +319,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation must know."""
         state = {name: getattr(self, name) for name in (*_STATE, "ended", "wall_seconds")}
-        if self.step >= self.args.max_steps or self.ended == "callback":
+        if self.step >= self.args.max_steps or self.ended in ("callback", "finished"):
             state["ended"] = None  # it may go on
         return state
 

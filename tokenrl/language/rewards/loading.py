@@ -121,6 +121,20 @@ def may_read(function: Any, column: str) -> bool:
     return re.search(use, f"{function!r} {code}", re.DOTALL) is not None
 
 
+def keeper(function: Any) -> Any:
+    """Return the object whose state a checkpoint holds for a reward: the reward, or that of which it is a method.
+
+    It has `state_dict` and `load_state_dict`. A module of torch is none, since no step changes its weights.
+
+    Returns:
+        The object, or None.
+    """
+    inner = original(function)
+    owner = getattr(inner, "__self__", inner)
+    saves = all(hasattr(owner, name) for name in ("state_dict", "load_state_dict"))
+    return owner if saves and not hasattr(owner, "named_parameters") else None
+
+
 def is_binary(function: Any) -> bool:
     """Return whether a reward is declared binary by an attribute `binary = True`: 1 is right, 0 is wrong.
 

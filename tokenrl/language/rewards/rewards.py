@@ -9,6 +9,8 @@ stay between the two, which says how large a difference of rewards is; a binary 
 itself. The library's rewards say both themselves where they hold. A reward that breaks its promise stops the
 run.
 
+The state of a reward that is an object with `state_dict` and `load_state_dict` is saved with a run.
+
 A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
 would overflow float32, in which the loss is computed. Whatever a reward raises, `sys.exit` included,
 stops the run with a message that names the function, its line and the prompts; only a Ctrl-C is not its
@@ -17,6 +19,7 @@ failure.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +38,14 @@ from tokenrl.language.rewards.calls import (
     row_in_words,
 )
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
+from tokenrl.language.rewards.loading import (
+    Range,
+    declared_range,
+    is_binary,
+    keeper,
+    load_reward,
+    original,
+)
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
 from tokenrl.settings import LARGEST_REWARD
@@ -80,6 +90,7 @@ class Rewards:
         environments: what the policy plays episodes in; None for completions of one turn.
         environment_weight: the weight of the environments' own rewards; 0 if they give none.
         seconds: the time that each function has taken in all calls so far, by its name.
+        keepers: the objects that have a state to be saved, by the names of their functions.
         faults: in words, the first error or missed deadline of each function that abstained because of it.
         state: how far the run is, which every call passes on as `trainer_state`; the run sets it.
     """
@@ -152,6 +163,8 @@ class Rewards:
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
         self._columns = dict[str, Any]()
+        owners = zip(self.names, map(keeper, self.functions), strict=True)
+        self.keepers = {name: owner for name, owner in owners if owner is not None}
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
@@ -182,9 +195,23 @@ class Rewards:
                     f"Reward function {name} asks for the environments, which stay in this process: leave "
                     "reward_timeout out, which moves it to another."
                 )
+            if name in self.keepers:
+                raise Refused(
+                    f"Reward function {name} has a state_dict, and would be called in another process, which does "
+                    "not save its state: leave reward_timeout out."
+                )
             moved[name] = source
             del self._here[name]
         return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state of each function that has one, by its name."""
+        return {name: copy.deepcopy(owner.state_dict()) for name, owner in self.keepers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        for name, owner in self.keepers.items():
+            owner.load_state_dict(state[name])
 
     @property
     def late(self) -> int:

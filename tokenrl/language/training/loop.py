@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Finished, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -33,6 +33,7 @@ from tokenrl.language.training.metrics import examples
 from tokenrl.language.training.run import (
     RunResult,
     TrainingRun,
+    end_by,
     first_facts,
     model_facts,
     settings_of,
@@ -80,7 +81,7 @@ def train(
         args: all arguments at once, instead of keywords.
         callback: called after each step, in each process, with the number of the step and its row of
             metrics.jsonl. If it returns True (in any process) the run ends, with the exit reason `callback`;
-            `resume="auto"` continues it.
+            `resume="auto"` continues it. So it does if it raises `Finished`, with the exit reason `finished`.
         **options: the fields of `TrainArguments`.
 
     Returns:
@@ -115,8 +116,13 @@ def train(
             if run.args.check:
                 return check_run(run, session)
             for step in _steps(run, session):
-                with session.update():
-                    record = _one_step(run, step)
+                try:
+                    with session.update():
+                        record = _one_step(run, step)
+                except Finished as end:
+                    end_by(end, session)
+                    session.step -= 1
+                    break
                 metrics = dict(record.metrics)
                 if session.due(run.args.eval_every):
                     metrics |= _evaluated(run, session)
@@ -124,12 +130,22 @@ def train(
                 if step == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
                 if callback:
-                    with user_code():
-                        is_last = callback(step, dict(metrics)) is True
-                    if any(all_reduce_max(accelerator, [int(is_last)])):
-                        session.ended = "callback"
+                    session.ended = _call_back(callback, metrics, session) or session.ended
                 session.ended = judge_step(run, session) or session.ended
             return _finish(run, session)
+
+
+def _call_back(callback: Callback, metrics: dict[str, float], session: Session) -> str | None:
+    """Call the user's function after a step; return why the run ends, if that of any process asks for it."""
+    wish = 0
+    try:
+        with user_code():
+            wish = int(callback(session.step, dict(metrics)) is True)
+    except Finished as end:
+        session.reason = str(end)
+        wish = 2
+    (wish,) = all_reduce_max(session.accelerator, [wish])
+    return (None, "callback", "finished")[wish]
 
 
 def _warm_start(
@@ -222,6 +238,8 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     if run.warm_started:
         facts["warm_started"] = run.warm_started
+    if run.rewards.keepers:
+        parts["rewards"] = run.rewards
     policy = run.learner.policy
     teacher = None if run.teacher is None else run.teacher.name
     session.open(
@@ -247,15 +265,20 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     run.check_prompts()
     learner.sync()  # with the weights of the checkpoint, if there is one
     if not session.continues:
-        held_out = len(run.task.eval_prompts)
-        session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
+        if run.evaluates:
+            held_out = len(run.task.eval_prompts)
+            session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
         _evaluated(run, session)
         judge_start(run, session)
     return session.steps()
 
 
 def _one_step(run: TrainingRun, step: int) -> Record:
-    """Make a training step, and add it to what the run has done so far."""
+    """Make a training step, and add it to what the run has done so far.
+
+    Raises:
+        Finished: a reward ends the run; prompts and states of rewards are those before the step again.
+    """
     learner = run.learner
     args = run.args
     run.tell(step - 1)
@@ -266,7 +289,15 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
         learner.generator.announce(local(learner.accelerator, following))
-    record = training_step(learner, run.training_rewards, run.memory, step, run.stream.draw_prompts)
+    before = run.stream.state_dict(), run.rewards.state_dict()
+    try:
+        record = training_step(
+            learner, run.training_rewards, run.memory, step, run.stream.draw_prompts
+        )
+    except Finished:
+        run.stream.load_state_dict(before[0])
+        run.rewards.load_state_dict(before[1])
+        raise
     metrics = record.metrics
     plain, least = sizes_of_steps(args)
     done: dict[str, float] = {
@@ -291,19 +322,26 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each, and what failed.
 
     The evaluation is recorded, and once it is said that episodes fail. The metrics of the step are returned.
+    There are none where evaluations would spend what a reward counts, or where a reward ends the run in one.
 
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
     """
+    if not run.evaluates:
+        return {}
     count, learner = run.args.eval_generations, run.learner
     run.tell(session.step)
     began = time.perf_counter()
-    evaluation = run.evaluator.evaluate(
-        run.task.eval_prompts,
-        run.rewards,
-        replace(learner.sampling, num_generations=count),
-        (count,) if count else (),
-    )
+    try:
+        evaluation = run.evaluator.evaluate(
+            run.task.eval_prompts,
+            run.rewards,
+            replace(learner.sampling, num_generations=count),
+            (count,) if count else (),
+        )
+    except Finished as end:
+        end_by(end, session)
+        return {}
     run.eval_seconds = time.perf_counter() - began
     means = evaluation.by_prompt
     if rewarded := means.get("reward", means.get("reward_greedy")):

@@ -13,6 +13,7 @@ import torch
 
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.memories import Memory
+from tokenrl.errors import Finished, Refused
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.characters import prompt_warnings
@@ -49,10 +50,11 @@ class RunResult(Outcome):
     """The result of a training run; see `Outcome` for the other fields.
 
     Attributes:
-        exit_reason: `finished`; `learnt` (ended early: all rewards are equal, and higher than before
-            training); `stuck` (ended early too, but below what counts as solved); `no-improvement` (after
-            `patience` evaluations); `callback`; `check`; or the name of the signal that stopped the run,
-            such as `SIGTERM`.
+        exit_reason: `finished`, also where a reward or a callback raised `Finished`; `learnt` (ended early:
+            all rewards are equal, and higher than before training); `stuck` (ended early too, but below what
+            counts as solved); `no-improvement` (after `patience` evaluations); `callback`; `check`; or the
+            name of the signal that stopped the run, such as `SIGTERM`.
+        reason: the words of that `Finished`; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
@@ -65,6 +67,7 @@ class RunResult(Outcome):
         policy: the trained policy, with the weights that are in model/.
     """
 
+    reason: str
     tokens_per_second: float
     flags: tuple[str, ...]
     warm_started: dict[str, Any]
@@ -156,6 +159,11 @@ class TrainingRun:
             None if prompts is None else partial(prompts.of, policy, sampling=learner.sampling),
         )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
+        return not self.rewards.keepers or self.args.eval_every > 0
+
     def check_prompts(self) -> None:
         """Refuse prompts of the policy or the teacher that are too long or cannot be read; episodes have others."""
         learner = self.learner
@@ -186,6 +194,7 @@ class TrainingRun:
         policy.trained_prompts = session.provenance.trained_prompts
         return RunResult(
             **session.outcome(),
+            reason=session.reason,
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
@@ -197,6 +206,7 @@ class TrainingRun:
         args = self.args
         # with those before and after training
         count = 1 + math.ceil(args.max_steps / args.eval_every) if args.eval_every else 2
+        count *= self.evaluates
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
@@ -221,7 +231,20 @@ class TrainingRun:
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
+        if not self.evaluates:
+            facts["evaluations"] = "none, as they would spend what the reward counts (--eval-every)"
         return {**facts, **self.learner.forward.scoring.remarks}
+
+
+def end_by(end: Finished, session: Session) -> None:
+    """End a run for the reason of a reward.
+
+    Raises:
+        Finished: there are other processes, which wait for this one in the middle of a step.
+    """
+    if session.accelerator.num_processes > 1:
+        raise end
+    session.ended, session.reason = "finished", str(end)
 
 
 def first_facts(
@@ -287,6 +310,18 @@ def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, T
     task, rewards = find_task(choices, may_lack_rewards=True)
     settings = train_settings(choices, task, read_models(choices, task))
     check_shares(settings.args, processes)
+    if rewards.keepers and processes > 1:
+        raise Refused(
+            "A reward with a state_dict would have another state in each process of this run: start one process, "
+            "or take a reward without state_dict."
+        )
+    if rewards.keepers and choices.eval_every is None:
+        settings = settings._replace(args=replace(settings.args, eval_every=0))
+        if choices.patience or choices.keep == "best":
+            raise Refused(
+                "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
+                "counts: give eval_every (--eval-every), or leave keep and patience out."
+            )
     return settings, task, rewards
 
 

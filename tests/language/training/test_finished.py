@@ -1,0 +1,132 @@
+"""A reward or a callback ends a run by `Finished`; the state of a reward is saved, and evaluations do not spend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenrl
+from tests.states import state_of
+from tokenrl.cli import main
+from tokenrl.runs.checkpoint import checkpoints
+from tokenrl.runs.metrics import read_metrics
+
+FILE = """
+import os, signal
+from pathlib import Path
+import tokenrl
+
+class Scorer:
+    \"\"\"Scores 22 completions; one that it has scored before earns half.\"\"\"
+    __name__ = "scorer"
+    def __init__(self):
+        self.seen = []
+    def __call__(self, completions, **rows):
+        rewards = []
+        for text in completions:
+            if len(self.seen) >= 22:
+                raise tokenrl.Finished("22 completions scored")
+            rewards.append((1 + text.count("a")) / (2 if text in self.seen else 1))
+            self.seen.append(text)
+            mark = Path(f"killed_{len(self.seen)}")
+            if mark.name in os.environ.get("KILLS", "").split() and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return rewards
+    def state_dict(self):
+        return {"seen": self.seen}
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+scorer = Scorer()
+
+async def enough(completions, trainer_state, **rows):
+    if trainer_state.global_step == 2:
+        raise tokenrl.Finished("enough")
+    return [text.count("a") / 9 for text in completions]
+"""
+QUICK = """train --task rows.jsonl --cpu --max-steps 9 --prompts-per-step 2 --num-generations 2 --eval-size 2
+--save-every 1 --max-completion-length 6 --threads 1 --eval-generations 0 --quiet --output-dir run"""
+
+
+@pytest.fixture
+def argv(saved, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(FILE)
+    rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return [*QUICK.split(), "--model", str(saved()), "--reward"]
+
+
+def summary() -> dict:
+    return json.loads(Path("run/summary.json").read_text())
+
+
+def steps() -> list[dict]:
+    return [row for row in read_metrics(Path("run/metrics.jsonl")) if row["step"]]
+
+
+def last_state() -> dict:
+    """The state in the newest checkpoint of the run."""
+    return state_of(checkpoints(Path("run/checkpoints"))[-1])
+
+
+def process(argv: list[str], kills: str = "") -> int:
+    """The exit code of a process of its own, whose modules and scorer are new."""
+    command = [sys.executable, "-m", "tokenrl", *argv]
+    return subprocess.run(command, env={**os.environ, "KILLS": kills}, check=False).returncode
+
+
+@pytest.mark.parametrize("form", ["", "--reward-timeout 60", "--on-reward-error abstain"])
+def test_a_reward_ends_the_run_before_the_step_that_it_breaks_off(argv, form):
+    argv = [*argv, "length(target=3)", "mine.py:enough", "--eval-every", "0", *form.split()]
+    assert main(argv) == 0
+    assert (summary()["exit_reason"], summary()["reason"]) == ("finished", "enough")
+    assert [row["step"] for row in steps()] == [1, 2] and summary()["steps"] == 2
+    assert Path("run/model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_budget_ends_a_run_alike_whether_it_is_killed_or_not(argv):
+    argv = [*argv, "mine.py:scorer", "--resume", "auto"]
+    assert process(argv) == 0
+    whole = steps(), last_state()["rewards"], last_state()["stream"]
+    assert len(whole[0]) == 5 and len(whole[1]["scorer"]["seen"]) == 20  # the sixth would need 24
+    assert summary()["eval_before"] == summary()["eval_after"] == {}
+    Path("run").rename("whole")
+    kills = "killed_3 killed_9 killed_16 killed_20 killed_21"
+    assert [process(argv, kills) for _ in range(6)] == [-9, -9, -9, -9, -9, 0]
+    assert process(argv) == 0  # ends again at once
+    assert (steps(), last_state()["rewards"], last_state()["stream"]) == whole
+    assert summary()["reason"] == "22 completions scored"
+
+
+def test_a_callback_ends_the_run_after_its_step_and_the_run_can_be_continued(argv, saved):
+    def enough(step, metrics):
+        if step == 2:
+            raise tokenrl.Finished("enough")
+
+    options = {"max_steps": 3, "prompts_per_step": 2, "num_generations": 2, "cpu": True}
+    options |= {"max_completion_length": 6, "eval_size": 2, "quiet": True, "output_dir": "run"}
+    options |= {"model": str(saved()), "task": "rows.jsonl", "reward": "length(target=3)"}
+    result = tokenrl.train(callback=enough, **options)
+    assert (result.exit_reason, result.reason, result.steps) == ("finished", "enough", 2)
+    assert result.eval_after
+    assert tokenrl.train(resume="auto", **options).steps == 3
+
+
+def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, capsys):
+    argv = [*argv, "mine.py:scorer"]
+    for extra in ("--keep best", "--reward-timeout 9"):
+        assert main([*argv, *extra.split()]) == 2
+    refused = " ".join(capsys.readouterr().err.split())
+    assert "needs evaluations" in refused and "has a state_dict" in refused
+    assert main([*argv, "--eval-every", "2"]) == 0
+    # Two prompts before training, four completions a step; the fourth step's evaluation is the last it pays.
+    assert summary()["reason"] == "22 completions scored"
+    assert len(last_state()["rewards"]["scorer"]["seen"]) == 2 + 4 * 4 + 2 * 2
