@@ -17,12 +17,20 @@ TEXTS = ["CC(=O)Nc1ccc(Br)cc1", "C[C@@H](N)C(=O)[O-]", "ClC1CC%12CC1/C=C\\%12", 
 class Oracle:
     """MolScore in small: a molecule is a text without brackets."""
 
-    main_df = pd.DataFrame()
+    main_df, step, calls_left = None, 0, 99
 
     def score(self, smiles, flt):
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise KeyboardInterrupt
+        self.step += 1
         valid = ["false" if set(text) & set("()[]") else "true" for text in smiles]
-        self.main_df = pd.concat([self.main_df, pd.DataFrame({"valid": valid})], ignore_index=True)
+        rows = pd.DataFrame({"smiles": smiles, "valid": valid, "step": self.step})
+        self.main_df = pd.concat([self.main_df, rows], ignore_index=True)
         return [0.1 * len(text) for text in smiles]
+
+    def update_maxmin(self, rows):
+        self.most = rows["step"].max()
 
     def write_scores(self):
         pass
@@ -33,11 +41,11 @@ class Oracle:
 
 def test_smiles_are_cut_into_atoms_bonds_and_rings_and_read_back():
     tokenizer = prior.smiles_tokenizer(TEXTS)
-    for text in [*TEXTS, prior.START]:
+    for text in [*TEXTS, prior.BOS]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
-    ids = tokenizer(prior.START + TEXTS[2])["input_ids"]
-    pieces = [prior.START, "Cl", *"C1CC", "%12", *"CC1/C=C\\", "%12"]
+    ids = tokenizer(prior.BOS + TEXTS[2])["input_ids"]
+    pieces = [prior.BOS, "Cl", *"C1CC", "%12", *"CC1/C=C\\", "%12"]
     assert tokenizer.convert_ids_to_tokens(ids) == pieces and ids[0] == tokenizer.bos_token_id
 
 
@@ -48,17 +56,23 @@ def test_the_shares_of_a_prior_count_molecules(monkeypatch):
     assert prior.shares(["CO", "OC", "CN", "C(", "N"], ["CO", "N"]) == expected
 
 
-def test_a_task_spends_its_budget_and_no_more_on_evaluations(tmp_path):
+def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
     tokenizer = prior.smiles_tokenizer(TEXTS)
     for part in (tiny_llama(tokenizer, layers=1, hidden=16, context=128), tokenizer):
         part.save_pretrained(tmp_path / "prior")
-    args = molopt.Args(("estimator=rloo,beta=0.5",), budget=10, batch=4, prior=tmp_path / "prior")
+    settings = ("estimator=rloo,beta=0.5", "save_every=1")
+    args = molopt.Args(settings, budget=10, batch=4, prior=tmp_path / "prior")
     row = molopt.optimise(args, oracle := Oracle(), 3, tmp_path / "run")
     assert row[molopt.SCORE] == 10 and len(oracle.main_df) == 12  # whole steps
     assert row["refused by RDKit"] == (oracle.main_df["valid"] == "false").sum() > 0
     assert min(row[f"seconds of {name}"] for name in ("sampling", "scoring", "updating")) > 0
-    values = molopt.Scorer(oracle)(["CC", "C("], [True] * 2, lambda *metric: None)
-    assert values == [0.2, 0]
+    broken, again = Oracle(), Oracle()
+    broken.calls_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        molopt.optimise(args, broken, 3, tmp_path / "broken")
+    molopt.optimise(args, again, 3, tmp_path / "broken")
+    assert again.main_df.equals(oracle.main_df) and again.most == 2
+    assert molopt.Scorer(oracle)(["CC", "C("], lambda *metric: None) == [0.2, 0]
 
 
 def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
@@ -85,7 +99,7 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
 def test_molscore_scores_a_task_and_an_oracle_that_it_cannot_load_is_an_error(tmp_path):
     pytest.importorskip("molscore")
     scorer = molopt.Scorer(molopt.open_task(molopt.Args(), "QED", tmp_path / "QED"))
-    values = scorer(["CC(=O)Nc1ccc(O)cc1", "c1cc", "C"], [True] * 3, lambda *metric: None)
+    values = scorer(["CC(=O)Nc1ccc(O)cc1", "c1cc", "C"], lambda *metric: None)
     assert values == pytest.approx([0.595, 0, 0.36], abs=0.001)
     with pytest.raises(ValueError, match="conda"):
         molopt.open_task(molopt.Args(), "DRD2", tmp_path / "DRD2")

@@ -5,8 +5,8 @@
     python recipes/molecules/molopt.py --seeds 3 4         the other half on another machine, copied to other/
     python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
 
-Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. What
-has ended is kept when a command is repeated, so a benchmark that was killed goes on.
+Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. When a
+command is repeated, what has ended is kept, and a run that was killed goes on where it was saved.
 
 MolScore counts the budget, remembers molecules that it has scored, and computes the table; the AUC of the top
 100 is the number that ACEGEN publishes. Text that RDKit refuses is rewarded with 0, and counts in the budget.
@@ -35,7 +35,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import tyro
-from prior import LONGEST, START, in_molscore
+from prior import LONGEST, in_molscore
 
 import tokenrl
 from tokenrl.runs import read_run
@@ -72,17 +72,29 @@ class Args:
 
 
 class Scorer:
-    """MolScore as a reward. Its rows, one for each completion, are what the table is made from."""
+    """MolScore as a reward. Its rows, one for each completion, are what the table is made from.
+
+    As it has a state, checkpoints save its rows, and evaluations take nothing from the budget.
+    """
 
     def __init__(self, molscore: Any) -> None:
         self.molscore = molscore
 
-    def __call__(
-        self, completions: list[str], scored: list[bool], log_metric: Callable, **columns: Any
-    ) -> list[float | None]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far, column by column, and the number of calls."""
+        rows = self.molscore.main_df
+        columns = {} if rows is None else rows.to_dict("list")
+        return {"step": self.molscore.step, "rows": columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with rows of earlier calls."""
+        self.molscore.step = state["step"]
+        if state["rows"]:
+            self.molscore.main_df = pd.DataFrame(state["rows"])
+            self.molscore.update_maxmin(self.molscore.main_df)
+
+    def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list[float]:
         """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
-        if not all(scored):
-            return [None] * len(scored)  # evaluations take nothing from the budget
         scores = self.molscore.score(completions, flt=True)
         valid = self.molscore.main_df["valid"].tail(len(scores)) != "false"
         log_metric("valid", valid.mean())
@@ -109,20 +121,19 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
         "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
-        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "eval_every": 0, "eval_generations": 0,
-        "stop_after_zero_spread": 0, "threads": 1, "quiet": True,
+        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,
+        "save_every": 10, "keep_checkpoints": 1, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
-    train, test = ([{"prompt": START, "scored": scored}] for scored in (True, False))
     result = tokenrl.train(
-        task={"train": train, "test": test}, reward=Scorer(molscore), model=str(args.prior),
-        seed=seed, output_dir=str(folder), overwrite=True, **settings,
+        task=[{"prompt": ""}], reward=Scorer(molscore), model=str(args.prior), seed=seed,
+        output_dir=str(folder), resume="auto", **settings,
     )  # fmt: skip
     if result.exit_code:
-        raise SystemExit(f"{folder} was stopped; the same command makes it again.")
+        raise SystemExit(f"{folder} was stopped; the same command goes on.")
     molscore.write_scores()
     metrics = molscore.compute_metrics(
-        budget=args.budget, benchmark=args.benchmark, chemistry_filter_basic=False
+        budget=args.budget, benchmark="MolOpt", chemistry_filter_basic=False
     )
     timings = pd.DataFrame(read_run(folder).timings).sum()
     collecting, scoring, updating = timings[["collect", "rewards/Scorer/seconds", "update"]]

@@ -4,7 +4,7 @@
     python recipes/molecules/prior.py --data mine.smi --output-dir runs/mine    molecules of your own
     python recipes/molecules/prior.py --layers 4 --hidden 256 --output-dir runs/large
 
-The sample has 300,819 SMILES, without stereochemistry, phosphorus and iodine; training reads 192,000 of them.
+The sample has 300,819 SMILES, without stereochemistry, phosphorus and iodine; training reads them about twice.
 A run that was killed goes on where it was saved when the command is repeated; one that has ended is only
 measured again. `molopt.py` optimises molecules from the result.
 
@@ -37,9 +37,8 @@ import tokenrl
 from tokenrl.language import Sampling, sample_pool
 from toy_tasks.models import tiny_llama
 
-START = "<bos>"
-"""The prompt of every molecule."""
-EOS, UNKNOWN = "<eos>", "<unk>"
+BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
+"""The first token of every molecule, whose prompt is empty; its last token; and one for other text."""
 TOKEN = (
     r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$"
     r"|%[0-9]{2}|[0-9]"
@@ -55,11 +54,11 @@ def smiles_tokenizer(molecules: Iterable[str]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokens = sorted({token for smiles in molecules for token in re.findall(TOKEN, smiles)})
-    numbers = {token: number for number, token in enumerate([EOS, UNKNOWN, START, *tokens])}
+    numbers = {token: number for number, token in enumerate([EOS, UNKNOWN, BOS, *tokens])}
     backend = Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    special = {"bos_token": START, "eos_token": EOS, "pad_token": EOS}
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
 
 
@@ -105,7 +104,7 @@ class Args:
     """Transformer layers."""
     hidden: int = 160
     """Width of the model, a multiple of 4."""
-    max_steps: int = 3000
+    max_steps: int = 9000
     """Updates."""
     batch_size: int = 64
     """Molecules of an update."""
@@ -125,7 +124,7 @@ def prepare(args: Args, start: Path, data: Path) -> None:
     """Write the molecules as demonstrations, and a new model."""
     molecules = read_molecules(args.data or in_molscore("data/sample.smi"))
     start.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps({"prompt": START, "completion": smiles}) for smiles in molecules)
+    rows = (json.dumps({"prompt": "", "completion": smiles}) for smiles in molecules)
     data.write_text("\n".join(rows))
     tokenizer = smiles_tokenizer(molecules)
     shape = {"layers": args.layers, "hidden": args.hidden, "context": LONGEST + 2}
@@ -147,7 +146,7 @@ def main(args: Args) -> None:
             raise SystemExit(f"{run} was stopped; the same command goes on.")
     policy = tokenrl.load_policy(str(run))
     sampling = Sampling(LONGEST, num_generations=args.samples, seed=args.seed)
-    (completions,) = sample_pool(policy, [START], sampling)
+    (completions,) = sample_pool(policy, [""], sampling)
     learnt = (json.loads(line)["completion"] for line in data.open())
     numbers = {name: round(share, 3) for name, share in shares(completions, learnt).items()}
     print(f"{policy.size:,} parameters, {args.samples:,} completions: {numbers}")

@@ -2,6 +2,7 @@
 
 import math
 import random
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -337,13 +338,32 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS[:3], PROMPTS[:1] * 3], ids=["several", "one prompt"])
+def test_the_loss_of_held_out_completions_is_the_mean_over_their_tokens(prompts, tmp_path):
+    endings = (" sat", " sat on the mat", " ran")
+    rows = [{"prompt": x, "completion": y} for x, y in zip(prompts, endings, strict=True)]
+    policy = make_policy()
+    losses = []
+    for row in rows[1:]:
+        prompt = policy.encode(row["prompt"])
+        ids = policy.encode(row["prompt"] + row["completion"])
+        ids = torch.tensor([[*ids, policy.tokenizer.eos_token_id]])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+        count = ids.shape[1] - len(prompt)
+        losses += [policy.model(ids, labels=labels).loss.item()] * count
+    task = {"train": rows[:1], "test": rows[1:]}
+    settings = {"max_steps": 1, "batch_size": 1, "output_dir": tmp_path, "quiet": True}
+    result = sft(task=task, model=policy, **settings)
+    assert result.eval_before["loss"] == pytest.approx(mean(losses), rel=1e-5)
+
+
 def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
     rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
     values = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
     values |= {"batch_size": 2, "output_dir": tmp_path, "quiet": True, "overwrite": True}
-    assert sft(**values).eval_after == {}
+    assert sft(**values).eval_after.keys() == {"loss"}
     result = sft(**values, reward=(vowel_reward,), eval_size=2)
-    assert {"reward", "reward_greedy"} <= result.eval_before.keys()
+    assert {"reward", "reward_greedy", "loss"} <= result.eval_before.keys()
     assert result.eval_before != result.eval_after
     for options, words in (
         ({"reward": (vowel_reward,), "completion_column": "gold"}, "no demonstrations"),

@@ -19,7 +19,7 @@ from tokenrl.language.rewards.tools import joined
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
-from tokenrl.language.rollout.scoring import USUAL, score
+from tokenrl.language.rollout.scoring import USUAL, score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
@@ -339,6 +339,16 @@ class SupervisedTraining(Descent):
         self.tokens += int(part.mask.sum())
         tokens = sum(len(self._pairs[i][1]) for i in batch)
         return -torch.where(mask, logprobs, 0).sum() / tokens
+
+    def held_out_loss(self, pairs: Sequence[Pair]) -> float:
+        """Return the mean negative log-likelihood of other completions' tokens, in nats per token."""
+        size = self._args.batch_size
+        total = 0.0
+        for first in range(0, len(pairs), size):
+            part = demonstration_batch(self._policy, pairs[first : first + size])
+            logprobs = score_in_parts(self._forward.model, part, self._forward.scoring).logprobs
+            total -= logprobs[part.mask].double().sum().item()
+        return total / sum(len(completion) for _, completion in pairs)
 
 
 def fit(

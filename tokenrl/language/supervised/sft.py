@@ -40,6 +40,7 @@ from tokenrl.language.tasks.held_out import (
     smaller_evaluation,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
@@ -59,7 +60,7 @@ EVALUATED = 64
 class SftResult(Outcome):
     """The result of a supervised run; see `Outcome` for the other fields.
 
-    Without a reward or held-out prompts the evaluations are empty.
+    Evaluations have the loss of held-out rows with a completion, and with a reward what the policy earns.
 
     Attributes:
         loss_before: mean negative log-likelihood of the first batch before its update, in nats per token;
@@ -73,7 +74,10 @@ class SftResult(Outcome):
     policy: Policy = field(repr=False)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [*super()._rows(), ("loss", number(self.loss_before), number(self.loss_after))]
+        return [
+            *super()._rows(),
+            ("loss of a batch", number(self.loss_before), number(self.loss_after)),
+        ]
 
 
 @takes(SftArguments)
@@ -137,7 +141,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             title=f"{name}, supervised, seed {args.seed}",
             **recorded(task),
         )
-        evaluate = _evaluation(args, task, rewards, forward, length, session.console.warn)
+        evaluate = _evaluation(args, task, rewards, training, forward, length, session.console.warn)
         if not session.continues:
             session.evaluated(evaluate())
         run_updates(session, training, evaluate)
@@ -164,22 +168,32 @@ def _evaluation(
     args: SftArguments,
     task: Any,
     rewards: Rewards,
+    training: SupervisedTraining,
     forward: Forward,
     length: int,
     warn: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that evaluates the policy on held-out prompts; without a reward it has no metrics."""
-    if not (rewards.functions and task.eval_prompts):
-        return dict
-    models = {f"the model {forward.policy.source}": forward.policy}
-    for warning in division_of(task, args.eval_size, models)[1]:
-        warn(warning)
+    """Return a function that evaluates the policy on held-out rows.
+
+    It computes the loss of those that have a completion, and with a reward what completions of the policy earn.
+    """
+    policy = forward.policy
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
+    column = args.completion_column
+    rows = [{**row, "completion": as_prompt(row[column])} for row in prompts if column in row]
+    pairs = encode_demonstrations(policy, rows, rewards.environments) if rows else []
+    if not prompts or not (rewards.functions or pairs):
+        return dict
+    for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:
+        warn(warning)
     sampling = Sampling(length, seed=args.seed)
 
     def evaluate() -> dict[str, float]:
         forward.copy_weights()
-        return evaluate_policy(forward.policy, prompts, rewards, sampling).metrics
+        metrics = {"loss": training.held_out_loss(pairs)} if pairs else {}
+        if rewards.functions:
+            metrics |= evaluate_policy(policy, prompts, rewards, sampling).metrics
+        return metrics
 
     return evaluate
 

@@ -76,7 +76,10 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         metrics["reward"] = rewarded.mean()
         metrics["reward_std"] = rewarded.std(correction=min(1, len(rewarded) - 1))
         metrics["frac_reward_zero_std"] = (differences == 0).all(dim=1).double().mean()
+    # Equal prompts with equal completions are one of both; the mask tells completions of padding apart.
+    texts = torch.cat([rows.prompt_ids, rows.completion_ids.masked_fill(~mask, -1)], dim=1)
     metrics |= {
+        "completions/unique": torch.tensor(len(texts.unique(dim=0)) / len(texts)),
         "entropy": (rows.entropy * mask).double().sum() / tokens,
         "completions/mean_length": counts.mean(),
         "completions/min_length": counts.min(),
