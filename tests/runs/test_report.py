@@ -102,14 +102,14 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
 
 
 def test_a_drawing_of_a_reward_is_an_image_and_no_markup(tmp_path):
-    drawing = "<?xml version='1.0'?><svg onload='alert(1)'><script>alert(2)</script></svg>"
+    drawing = "<?xml version='1.0'?><svg onload='alarm(1)'><script>alarm(2)</script></svg>"
     rows = [{"prompt": "1", "completion": "<svg/>", "molecule": drawing, "answer": "C"}]
     page = page_with(tmp_path, completions(rows))
     images = [image["src"] for image in page.all("img")]
     kind, _, content = images[0].partition(",")
     assert len(images) == 2  # the one that is open, and all
     assert (kind, unquote(content)) == ("data:image/svg+xml", drawing)
-    assert "<svg/>" in page.text and not page.all("svg") and "alert" not in page.text
+    assert "<svg/>" in page.text and not page.all("svg") and "alarm" not in page.text
 
 
 def test_an_unfinished_run_from_python_has_a_report(tmp_path):
