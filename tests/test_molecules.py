@@ -72,7 +72,8 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
         molopt.optimise(args, broken, 3, tmp_path / "broken")
     molopt.optimise(args, again, 3, tmp_path / "broken")
     assert again.main_df.equals(oracle.main_df) and again.most == 2
-    assert molopt.Scorer(oracle)(["CC", "C("], lambda *metric: None) == [0.2, 0]
+    rewards = molopt.Scorer(oracle, power=2)(["CC", "C("], lambda *metric: None)
+    assert rewards == pytest.approx([0.04, 0])
 
 
 def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
@@ -88,7 +89,7 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
         optimise = lambda *of: made.append(of[2]) or {molopt.SCORE: 0.1 * of[2]}  # noqa: E731
         molopt.run(args, ["DRD2", "QED"], open_task, optimise)
     assert made == [1, 2, 3, 4] and "DRD2, seed 4: a gap" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="made with budget=10000"):
+    with pytest.raises(SystemExit, match="made with batch=128 power=1.0 budget=10000"):
         molopt.run(replace(args, budget=500), ["QED"], open_task, optimise)
     table = molopt.summary(folders, ["DRD2", "QED"])
     values = [table.loc["QED", (name, "a")] for name in ("mean", "sem", "count")]

@@ -33,6 +33,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import tyro
 from prior import LONGEST, in_molscore
@@ -63,6 +64,8 @@ class Args:
     """Scored molecules of a run."""
     batch: int = 128
     """Molecules of a step."""
+    power: float = 1.0
+    """The reward is the score to this power; more than 1 prefers the best molecules."""
     prior: Path = Path("runs/prior/sft")
     """The run of `prior.py`, or another model that writes SMILES."""
     output_dir: Path = Path("runs/molopt")
@@ -77,8 +80,9 @@ class Scorer:
     As it has a state, checkpoints save its rows, and evaluations take nothing from the budget.
     """
 
-    def __init__(self, molscore: Any) -> None:
+    def __init__(self, molscore: Any, power: float = 1.0) -> None:
         self.molscore = molscore
+        self.power = power
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far, column by column, and the number of calls."""
@@ -95,10 +99,10 @@ class Scorer:
 
     def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list[float]:
         """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
-        scores = self.molscore.score(completions, flt=True)
+        scores = np.array(self.molscore.score(completions, flt=True))
         valid = self.molscore.main_df["valid"].tail(len(scores)) != "false"
         log_metric("valid", valid.mean())
-        return list(valid * scores)
+        return list(valid * scores**self.power)
 
 
 def open_task(args: Args, task: str, folder: Path) -> Any:
@@ -126,7 +130,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
     result = tokenrl.train(
-        task=[{"prompt": ""}], reward=Scorer(molscore), model=str(args.prior), seed=seed,
+        task=[{"prompt": ""}], reward=Scorer(molscore, args.power), model=str(args.prior), seed=seed,
         output_dir=str(folder), resume="auto", **settings,
     )  # fmt: skip
     if result.exit_code:
@@ -150,7 +154,8 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
-    settings = " ".join([*args.settings, f"budget={args.budget}"])
+    own = (f"{name}={getattr(args, name)}" for name in ("batch", "power", "budget"))
+    settings = " ".join([*args.settings, *own])
     for task, seed in product(tasks, args.seeds):
         folder = args.output_dir / args.name / task / f"seed_{seed}"
         result = folder / "result.json"
