@@ -25,7 +25,10 @@ class Oracle:
             raise KeyboardInterrupt
         self.step += 1
         valid = ["false" if set(text) & set("()[]") else "true" for text in smiles]
-        rows = pd.DataFrame({"smiles": smiles, "valid": valid, "step": self.step})
+        earlier = [] if self.main_df is None else list(self.main_df["smiles"])
+        unique = ["false" if text in earlier else "true" for text in smiles]
+        columns = {"smiles": smiles, "valid": valid, "unique": unique, "step": self.step}
+        rows = pd.DataFrame(columns)
         self.main_df = pd.concat([self.main_df, rows], ignore_index=True)
         return [0.1 * len(text) for text in smiles]
 
@@ -72,8 +75,9 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
         molopt.optimise(args, broken, 3, tmp_path / "broken")
     molopt.optimise(args, again, 3, tmp_path / "broken")
     assert again.main_df.equals(oracle.main_df) and again.most == 2
-    rewards = molopt.Scorer(oracle, power=2)(["CC", "C("], lambda *metric: None)
-    assert rewards == pytest.approx([0.04, 0])
+    scorer = molopt.Scorer(oracle, power=2, repeats=0.5)
+    rewards = [scorer([text], lambda *metric: None)[0] for text in ("CC", "C(", "CC")]
+    assert rewards == pytest.approx([0.04, 0, 0.02])
 
 
 def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):

@@ -66,6 +66,8 @@ class Args:
     """Molecules of a step."""
     power: float = 1.0
     """The reward is the score to this power; more than 1 prefers the best molecules."""
+    repeats: float = 1.0
+    """Factor of the reward of a molecule that has been scored before; 0 keeps the policy from writing it again."""
     prior: Path = Path("runs/prior/sft")
     """The run of `prior.py`, or another model that writes SMILES."""
     output_dir: Path = Path("runs/molopt")
@@ -80,9 +82,10 @@ class Scorer:
     As it has a state, checkpoints save its rows, and evaluations take nothing from the budget.
     """
 
-    def __init__(self, molscore: Any, power: float = 1.0) -> None:
+    def __init__(self, molscore: Any, power: float = 1.0, repeats: float = 1.0) -> None:
         self.molscore = molscore
         self.power = power
+        self.repeats = repeats
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far, column by column, and the number of calls."""
@@ -100,9 +103,11 @@ class Scorer:
     def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list[float]:
         """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
         scores = np.array(self.molscore.score(completions, flt=True))
-        valid = self.molscore.main_df["valid"].tail(len(scores)) != "false"
+        rows = self.molscore.main_df.tail(len(scores))
+        valid = rows["valid"] != "false"
         log_metric("valid", valid.mean())
-        return list(valid * scores**self.power)
+        factors = np.where(rows["unique"] == "false", self.repeats, 1.0)
+        return list(valid * factors * scores**self.power)
 
 
 def open_task(args: Args, task: str, folder: Path) -> Any:
@@ -130,7 +135,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
     result = tokenrl.train(
-        task=[{"prompt": ""}], reward=Scorer(molscore, args.power), model=str(args.prior), seed=seed,
+        task=[{"prompt": ""}], reward=Scorer(molscore, args.power, args.repeats), model=str(args.prior), seed=seed,
         output_dir=str(folder), resume="auto", **settings,
     )  # fmt: skip
     if result.exit_code:
@@ -154,7 +159,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
-    own = (f"{name}={getattr(args, name)}" for name in ("batch", "power", "budget"))
+    own = (f"{name}={getattr(args, name)}" for name in ("batch", "power", "repeats", "budget"))
     settings = " ".join([*args.settings, *own])
     for task, seed in product(tasks, args.seeds):
         folder = args.output_dir / args.name / task / f"seed_{seed}"
