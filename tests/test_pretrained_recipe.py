@@ -1,4 +1,4 @@
-"""The recipe for pretrained models, with a model that is pretrained here: another tokenizer, another size."""
+"""The way of pretrained models, with a model that is pretrained here: another tokenizer, another size."""
 
 import ast
 import json
@@ -14,10 +14,10 @@ import pytest
 import torch
 from pages import commands, write_files
 
+import tokenrl
 from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RECIPE = RECIPES / "language" / "pretrained_toy_task.py"
 PAGE = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
 REAL = Path.home() / ".cache" / "tokenrl-tests" / "SmolLM2-135M-Instruct"
 FROM_GGUF = """
@@ -74,24 +74,25 @@ def pretrain(folder: Path, steps: int = 80) -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_result(
+def test_a_pretrained_model_learns_the_form_of_an_answer_and_then_from_rewards(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     pretrain(tmp_path / "model")
-    recipe, run = runpy.run_path(str(RECIPE)), tmp_path / "run"
-    recipe["main"](str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run)
-    stages = json.loads((run / "stages.json").read_text())
-    assert list(stages) == ["as it is", "warm-started", "trained"]
-    rewards = [stage["reward"] for stage in stages.values()]
+    shared = {"model": str(tmp_path / "model"), "task": "target_length", "eval_size": 64}
+    start = tokenrl.evaluate(**shared).metrics
+    warm = {"warm_start": True, "warm_start_steps": 240, "lora_r": 8}
+    result = tokenrl.train(**shared, **warm, max_steps=30, output_dir=tmp_path / "run")
+    rewards = [stage["reward"] for stage in (start, result.eval_before, result.eval_after)]
     assert rewards[0] < -0.9 and rewards[0] + 0.1 < rewards[1] < rewards[2] - 0.1
-    assert stages["as it is"]["completions/clipped_ratio"] > 0.5
-    assert stages["trained"]["completions/clipped_ratio"] < 0.1
-    config = json.loads((run / "config.json").read_text())
-    assert config["warm_started"]["updates"] == 240 and config["lora_r"] == 8
-    output = capsys.readouterr().out
-    assert " parameters, LoRA)" in output
-    assert f"{rewards[2]:.3f} ±" in output.splitlines()[-2]  # the last row of the table
+    assert (
+        start["completions/clipped_ratio"]
+        > 0.5
+        > 0.1
+        > result.eval_after["completions/clipped_ratio"]
+    )
+    assert result.warm_started["updates"] == 240
+    assert " parameters, LoRA)" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ PROGRAMS = {
 # tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
 # tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
 # tests/language/rollout/test_vllm_server.py, tests/test_toy_environments.py and tests/test_molecules.py
-ELSEWHERE = {"distillation_forms", "pretrained_toy_task", "trl_estimator", "build", "reference"}
+ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"rebuild", "zero", "overall_scores", "compare_existing_runs", "openenv_client"}
 ELSEWHERE |= {"turns", "code_reward", "vllm_server", "level", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
