@@ -130,7 +130,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
         "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
-        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,
+        "learning_rate": 1e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,
         "save_every": 10, "keep_checkpoints": 1, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
@@ -185,6 +185,8 @@ def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
     """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
     paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
     results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    if results.empty:
+        raise SystemExit("No run has a result.")
     if (results.groupby("name")["settings"].nunique() > 1).any():
         raise SystemExit("Results of one name have different settings; give these other names.")
     results = results.drop_duplicates(["name", "task", "seed"])
@@ -200,7 +202,10 @@ def main(args: Args) -> None:
     run(args, tasks, open_task, optimise)
     table = summary([args.output_dir, *args.collect], tasks)
     if args.benchmark == "MolOpt":
-        table["ACEGEN", "REINFORCE"] = pd.read_csv(ACEGEN, index_col="task")["REINFORCE"]
+        published = pd.read_csv(ACEGEN, index_col="task")
+        for name in ("REINFORCE", "PPO", "PPOD"):
+            table["ACEGEN", name] = published[name]
+        table.loc["sum where all have a value"] = table[["mean", "ACEGEN"]].dropna().sum()
     table.to_csv(args.output_dir / "table.csv")
     print(f"AUC of the top 100 of {args.budget:,} molecules, from the prior {args.prior}")
     print(table.to_string(na_rep="", float_format="{:.3f}".format))
