@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -285,7 +285,9 @@ def observe(rows: Rows, settings: Any) -> Observed:
         early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
         abstained={
-            metric.removeprefix("rewards/").removesuffix("/abstained"): _mean(recent, metric)
+            metric.removeprefix("rewards/").removesuffix("/abstained"): _mean(
+                _number(row, metric) for row in recent
+            )
             for metric in dict(*rows[-1:])
             if metric.endswith("/abstained")
         },
@@ -298,20 +300,19 @@ def observe(rows: Rows, settings: Any) -> Observed:
 def _means(rows: Rows, settings: Any) -> Means:
     """Return the means of metrics over some rows."""
     estimator = settings.estimator
-    means = {name: _mean(rows, metric) for name, metric in METRICS.items()}
+    means = {name: _mean(_number(row, metric) for row in rows) for name, metric in METRICS.items()}
     if getattr(settings, "head", "softmax") != "softmax":
         means["entropy"] = math.nan
     num_envs = getattr(settings, "num_envs", 0)
     if not num_envs or (num_envs > 1 and not estimator.within_rows):  # else none are compared
-        shares = [{"equal": share_equal(row, estimator.needs_groups)} for row in rows]
-        means["equal"] = _mean(shares, "equal")
+        means["equal"] = _mean(share_equal(row, estimator.needs_groups) for row in rows)
     return Means(**means)
 
 
-def _mean(rows: Rows, metric: str) -> float:
-    """Return the mean of a metric over the rows in which it is a finite number; nan if there are none."""
-    values = [mean.value for mean in evaluations(rows, metric)]
-    return fmean(values) if values else math.nan
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not nan; nan if none is left."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return fmean(numbers) if numbers else math.nan
 
 
 def _number(row: Mapping[str, Any], metric: str) -> float:
