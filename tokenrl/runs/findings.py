@@ -49,7 +49,7 @@ class Finding:
             mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
             the same, with the finding beside it.
         text: one or more whole sentences, with the numbers.
-        changes: the settings to change, by name; none of a remark. An example is `{"estimator.entropy_coef": 0.01}`.
+        changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`; a remark has none.
     """
 
     flag: str

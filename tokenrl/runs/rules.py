@@ -2,8 +2,8 @@
 
 A rule is a flag, a predicate and a sentence. The predicate reads one record (see `runs.findings`) and weighs
 what it means; rules keep no state. A rule is silent if a number that it needs was not observed: no comparison
-with nan holds, and a sentence without one of its numbers is not told. Several rules may have the same flag;
-the first that applies speaks for it.
+with nan holds, and no sentence and no change lacks a number. Several rules may have the same flag; the first
+that applies speaks for it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def judge(observed: Observed, *flags: str) -> list[Finding]:
             with suppress(Unobserved):
                 text = Sentences().format(rule.sentence, run=observed, remedy=remedy(observed))
                 changes = {} if weight == "watch" else rule.changes(observed)
-                findings.setdefault(rule.flag, Finding(rule.flag, weight, text.rstrip(), changes))
+                if all(value == value for value in changes.values()):  # none is nan
+                    finding = Finding(rule.flag, weight, text.rstrip(), changes)
+                    findings.setdefault(rule.flag, finding)
     return list(findings.values())
 
 
@@ -195,7 +197,7 @@ RULES = (
     ),
     Rule(
         "entropy-collapsed",
-        lambda run: is_certain(run, run.recent.entropy) and entropy_bonus(run) > 0 and "act",
+        lambda run: is_certain(run, run.recent.entropy) and "act",
         LOW_ENTROPY,
         lambda run: {"estimator.entropy_coef": entropy_bonus(run)},
     ),
