@@ -77,7 +77,8 @@ def advise_run(path: str) -> Advice:
 def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]) -> str:
     """Return the command that repeats a run with the changes of its findings, or why there is none.
 
-    The changes of the gravest finding come last. All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
+    The changes of the gravest finding come last. All else may be the consequence of a destroyed policy, so
+    beside it no other finding's changes count.
     """
     if observed.is_solved:
         return SOLVED
