@@ -288,7 +288,7 @@ def observe(rows: Rows, settings: Any) -> Observed:
             metric.removeprefix("rewards/").removesuffix("/abstained"): _mean(
                 _number(row, metric) for row in recent
             )
-            for metric in dict(*rows[-1:])
+            for metric in (rows[-1] if rows else ())
             if metric.endswith("/abstained")
         },
         sampled=evaluations(rows, "eval_reward"),

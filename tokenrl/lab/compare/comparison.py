@@ -127,7 +127,7 @@ def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]
     return judge(
         Observed(
             learning_rate=means["learning_rate"],
-            max_completion_length=settings.get("max_completion_length"),
+            max_completion_length=settings.get("max_completion_length", math.nan),
             entropy_coef=arm.estimator.entropy_coef,
             early=Means(entropy=means["early_entropy"], equal=equal),
             whole=Means(cut=means["recent_cut"]),

@@ -128,11 +128,10 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
     mark = run.rewards.pass_threshold if solved is None else solved
     usual = run.settings.usual_rate or math.nan
-    last = dict(*rows[-1:])
-    reward = last.get("eval_reward", last.get("eval_reward_greedy", math.nan))
+    last = evaluations(rows[-1:], "eval_reward") or evaluations(rows[-1:], "eval_reward_greedy")
     return replace(
         observed,
-        is_solved=reward >= (solved or math.inf),
+        is_solved=any(mean.value >= (solved or math.inf) for mean in last),
         lowest_rate=usual,
         highest_rate=usual,
         faults=run.rewards.faults,
