@@ -8,12 +8,11 @@ import shlex
 
 import pytest
 
-from tokenrl.advisor.diagnosis import advise_run, changes_of
+from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
-from tokenrl.runs.findings import Finding
 
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
 
@@ -131,16 +130,6 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
     assert arguments.output_dir is None and arguments.resume is None, (
         "another run, in a new directory"
     )
-
-
-def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
-    findings = [
-        Finding("x", "watch", "", {"a": 1, "b": 1}),
-        Finding("x", "act", "", {"a": 2}),
-        Finding("x", "act", "", {"a": 3, "c": 3}),
-    ]
-    assert changes_of(findings) == {"a": 2, "b": 1, "c": 3}
-    assert changes_of([*findings, Finding("policy-destroyed", "void", "", {"d": 1})]) == {"d": 1}
 
 
 @pytest.mark.parametrize(("flags", "flagged"), [(["policy-destroyed"], True), ([], False)])

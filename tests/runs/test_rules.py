@@ -30,8 +30,8 @@ FAR = Observed(recent=Means(logp_difference=0.06, effective_samples=0.9))
 NEAR = Means(logp_difference=0.05, effective_samples=0.5)
 TRIAL = Observed(groups="4 groups", step=Means(reward=0.5, equal=1))
 IDLE = Observed(idle_steps=3, step=Means(reward=0.5), learning_rate=0.1)
-EQUAL = Observed(recent=Means(equal=0.6), num_generations=4)
-CUT = Observed(recent=Means(cut=0.2), max_completion_length=16)
+EQUAL = Observed(whole=Means(equal=0.6), num_generations=4)
+CUT = Observed(whole=Means(cut=0.2), max_completion_length=16)
 CASES = [  # flag, weight, what was observed, changes advised, and what of it makes the rule silent
     ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"latest": FALLEN._replace(signs="")}),
     ("policy-destroyed", "void", LOST, {"learning_rate": 0.025}, {"latest": FALLEN._replace(reward=Mean(0, 0.05, 4))}),
@@ -41,30 +41,32 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
     ("entropy-collapsed", "act", Observed(recent=Means(entropy=0.09)), {"estimator.entropy_coef": 0.01},
      {"recent": Means(entropy=0.1)}),
     ("entropy-collapsed", "act", Observed(recent=Means(entropy=-1)), {"estimator.entropy_coef": 0.01},
-     {"has_entropy_bonus": True}),
+     {"entropy_coef": 0.01}),
     ("entropy-collapsed", "act", Observed(early=Means(entropy=0.05), gain_of_arm=0), {}, {"gain_of_arm": 0.1}),
 
     ("sampling-differs", "act", FAR, {}, {"recent": NEAR}),
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)), {},
      {"importance_centre": True}),
+    ("rewards-abstain", "watch", Observed(abstained={"judge": 0.25}), {}, {"abstained": {"judge": 0.02}}),
     ("no-signal", "void", TRIAL, {}, {"step": Means(reward=0.5, equal=0.8)}),
-    ("no-signal", "watch", replace(TRIAL, others_differ=True), {}, {"groups": None}),
-    ("no-signal", "void", IDLE, {}, {"idle_steps": None}),
+    ("no-signal", "watch", replace(TRIAL, others_differ=True), {}, {"groups": ""}),
+    ("no-signal", "void", IDLE, {}, {"idle_steps": 0}),
+    ("no-signal", "void", replace(IDLE, sampled=[Mean(0.9, 0.01, 0)]), {}, {"idle_steps": 0}),
     ("no-signal", "act", Observed(early=Means(equal=0.6), gain_of_arm=-0.1), {}, {"gain_of_arm": 0.2}),
-    ("no-signal", "act", EQUAL, {"num_generations": 8}, {"recent": Means(equal=0.25)}),
-    ("no-signal", "act", replace(EQUAL, num_envs=4), {"num_envs": 8}, {"recent": Means(equal=0.25)}),
-    ("nothing-learnt", "act", ENDED, {}, {"gain": GAIN._replace(value=0.05)}),
+    ("no-signal", "act", EQUAL, {"num_generations": 8}, {"whole": Means(equal=0.25)}),
+    ("no-signal", "act", replace(EQUAL, num_envs=4), {"num_envs": 8}, {"whole": Means(equal=0.25)}),
+    ("nothing-learnt", "act", ENDED, {}, {"gain": replace(GAIN, value=0.05)}),
     ("greedy-fell", "act", GREEDY, {"keep": "best"}, {"greedy": [Mean(0.8, 0.03, 0), Mean(0.75, 0.02, 9)]}),
     ("greedy-fell", "act", GREEDY, {"keep": "best"}, {"keep": "best"}),
     ("greedy-gap", "watch", GAP, {}, {"most": [Mean(0.75, 0.02, 0)]}),
     ("truncation", "watch", Observed(step=Means(cut=1), max_completion_length=8), {}, {"step": Means(cut=0.9)}),
-    ("truncation", "act", CUT, {"max_completion_length": 32}, {"recent": Means(cut=0.05)}),
-    ("truncation", "void", replace(CUT, recent=Means(cut=0.6)), {"max_completion_length": 32},
-     {"recent": Means(cut=0)}),
-    ("unusual-rate", "void", RATES, {"learning_rate": 1e-3}, {"learning_rate": 1e-2}),
-    ("unusual-rate", "watch", replace(RATES, learning_rate=0.02), {"learning_rate": 1e-3},
+    ("truncation", "act", CUT, {"max_completion_length": 32}, {"whole": Means(cut=0.05)}),
+    ("truncation", "void", replace(CUT, whole=Means(cut=0.6)), {"max_completion_length": 32},
+     {"whole": Means(cut=0)}),
+    ("unusual-rate", "void", RATES, {}, {"learning_rate": 1e-2}),
+    ("unusual-rate", "watch", replace(RATES, learning_rate=0.02), {},
      {"highest_rate": 0.02}),
-    ("unusual-rate", "watch", replace(RATES, learning_rate=1e-5), {"learning_rate": 1e-3},
+    ("unusual-rate", "watch", replace(RATES, learning_rate=1e-5), {},
      {"learning_rate": 1e-3 / 29}),
     ("skipped", "void", Observed(skipped=0.8, learning_rate=1e-3), {"learning_rate": 5e-4}, {"skipped": 0}),
     ("skipped", "watch", Observed(skipped=0.01), {}, {"skipped": 0}),
@@ -95,11 +97,11 @@ def test_a_rule_fires_on_its_case_and_is_silent_on_its_neighbour_and_without_a_n
         ),
         (replace(LOST, highest_rate=0.2), "try --learning-rate 0.025."),
         (ENDED, "In 60% of the steps no two rewards that are compared differed. Use prompts that"),
-        (replace(ENDED, gain=GAIN._replace(equal=0.1)), "More steps"),
+        (replace(ENDED, gain=replace(GAIN, equal=0.1)), "More steps"),
         (replace(ENDED, pass_mark=0.2), "The policy already solves these prompts"),
-        (replace(ENDED, gain=GAIN._replace(value=-0.1)), "It has fallen. The learning rate"),
+        (replace(ENDED, gain=replace(GAIN, value=-0.1)), "It has fallen. The learning rate"),
         (replace(TRIAL, groups="{groups} of {0} {"), "In none of {groups} of {0} { do the rewards"),
-        (replace(CUT, step=Means(cut=1), recent=Means(), uncut="give --stop }{"), "little: give --stop }{"),
+        (replace(CUT, step=Means(cut=1), whole=Means(), uncut="give --stop }{"), "little: give --stop }{"),
     ],
 )  # fmt: skip
 def test_a_sentence_names_the_cause_and_keeps_the_braces_of_a_text(observed, words):
@@ -115,7 +117,7 @@ def test_fields_that_are_filled_by_name_are_settings():
         for field in fields(kind)
     }
     assert named == {"learning_rate", "max_completion_length", "num_generations", "num_envs", "keep", "scale",
-                     "eval_generations", "reward_scale", "importance_centre", "sync_every"}  # fmt: skip
+                     "eval_generations", "reward_scale", "importance_centre", "sync_every", "entropy_coef"}  # fmt: skip
 
 
 def row(step, reward, error=0.03, equal=0.2):

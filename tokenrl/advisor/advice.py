@@ -107,11 +107,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
     """Return the words of the command line for settings by name, such as `estimator.entropy_coef`."""
     words = []
     for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif str(value).startswith("-"):  # else the number would look like a flag
-            words.append(f"--{flag}={value}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else [value])
     return words

@@ -57,46 +57,49 @@ def advise_run(path: str) -> Advice:
             f"{path} has not made a step yet, or none in which an episode ended with a finite reward. Ask "
             "again once it has come further."
         )
+    arguments = configured(COMMANDS[run.kind], run.path, run.kind, anew=True)
     try:
-        return _diagnosed(run)
-    except Refused:
-        raise
+        observed = observe_recorded(run, arguments)
+        findings = judge(observed)
+        return Advice(
+            f"{run.path}: {run.title}",
+            run.kind,
+            command_of(run, observed, findings),
+            {"status": status_of(run, arguments.max_steps)},
+            findings,
+        )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise Refused(
             f"{path} cannot be diagnosed: a file of it is damaged or was changed ({describe(error)})."
         ) from error
 
 
-def _diagnosed(run: RecordedRun) -> Advice:
-    arguments = configured(COMMANDS[run.kind], run.path, run.kind, anew=True)
-    observed = observe_recorded(run, arguments)
-    findings = judge(observed)
-    line = SOLVED if observed.is_solved else UNCHANGED
-    changes = changes_of(findings)
-    if changes and not observed.is_solved:
-        config = str(run.path / "config.json")
-        words = ["tokenrl", run.kind, "--config", config, *flags(changes)]
-        line = f"Run it: {shlex.join(words)}"
-    summary = run.summary
-    step = run.metrics[-1]["step"]
-    ended = "still running" if not summary and in_use(run.path) else ending(summary)
-    error = f"; {summary['error']}" if "error" in summary else ""
-    status = (
-        f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {ended}{error}"
-    )
-    return Advice(f"{run.path}: {run.title}", run.kind, line, {"status": status}, findings)
+def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]) -> str:
+    """Return the command that repeats a run with the changes of its findings, or why there is none.
 
-
-def changes_of(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the changes of all findings; of two changes of one setting, the gravest finding's counts.
-
-    All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
+    The changes of the gravest finding come last. All else may be the consequence of a destroyed policy, so
+    beside it no other finding's changes count.
     """
+    if observed.is_solved:
+        return SOLVED
     causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
     changes: dict[str, Any] = {}
     for finding in sorted(causes or findings, key=lambda f: list(LEVELS).index(f.weight))[::-1]:
         changes |= finding.changes
-    return changes
+    if not changes:
+        return UNCHANGED
+    config = str(run.path / "config.json")
+    line = shlex.join(["tokenrl", run.kind, "--config", config, *flags(changes)])
+    return f"Run it: {line}"
+
+
+def status_of(run: RecordedRun, steps: int) -> str:
+    """Return in words how far a run of so many steps has come, and how it ended."""
+    summary = run.summary
+    step = run.metrics[-1]["step"]
+    ended = "still running" if not summary and in_use(run.path) else ending(summary)
+    error = f"; {summary['error']}" if "error" in summary else ""
+    return f"{step} of {steps} steps ({step / steps:.0%}); {ended}{error}"
 
 
 def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
@@ -111,15 +114,16 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     if solved is not None:
         last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
-    updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
-    skipped = run.series("skipped_steps")[1]
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = evaluated and evaluated[-1].exceeds(evaluated[0], ERRORS_OF_CHANCE)
     if is_language and ended_by_itself(run.summary.get("exit_reason")) and "flags" in run.summary:
         gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
+    skipped = (0.0, *run.series("skipped_steps")[1])[-1]
+    updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     return replace(
         observed,
         is_solved=is_solved,
-        skipped=skipped[-1] / updates if skipped else None,
+        whole=recent,
+        skipped=skipped / updates,
         latest=None if gained and run.summary else observed.latest,
     )

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 from tokenrl.runs.metric_table import finite
 
 Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
-Number: TypeAlias = "float | None"
 
 LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
@@ -22,6 +21,8 @@ LONGEST_TENTH = 100
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+MAX_ABSTAINED = 0.02
+"""Largest share of completions to which a reward function may give no reward."""
 ENDLESS = (
     "A model that never ends by itself, as one with random weights, has to learn that first (--warm-start, or "
     "tokenrl sft), or needs strings that end completions (--stop)."
@@ -48,7 +49,7 @@ class Finding:
             mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
             the same, with the finding beside it.
         text: one or more whole sentences, with the numbers.
-        changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
+        changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`; a remark has none.
     """
 
     flag: str
@@ -110,7 +111,8 @@ class Latest(NamedTuple):
     signs: str
 
 
-class Gain(NamedTuple):
+@dataclass(frozen=True)
+class Gain:
     """What a training gained on held-out prompts.
 
     Attributes:
@@ -119,25 +121,45 @@ class Gain(NamedTuple):
         equal: the share of training steps in which no rewards differed.
     """
 
-    value: float
-    error: float
-    before: float
-    equal: float
+    value: float = math.nan
+    error: float = math.nan
+    before: float = math.nan
+    equal: float = math.nan
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the gain is at most two standard errors."""
+        return self.value <= 2 * self.error
+
+
+class Abstention(NamedTuple):
+    """A reward function that gave no reward to more than a few completions.
+
+    Attributes:
+        name: its name.
+        share: the share of completions without its reward.
+        fault: in words, its first error; empty if it raised none.
+    """
+
+    name: str
+    share: float
+    fault: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What rules read of a training: its settings, its numbers, and what is known of its task and its model.
 
-    A field that is None silences the rules that need it. So whoever fills the record decides which rules
-    speak: a step of a training, a check, the end of a run, a diagnosis, an arm of a comparison.
+    A number that is nan, and a sequence that is empty, silence the rules that need them. So whoever fills the
+    record decides which rules speak: a step of a training, a check, the end of a run, a diagnosis, an arm of a
+    comparison.
 
     Attributes:
-        learning_rate ... importance_centre: settings of the run, and axes of its estimator.
-        has_entropy_bonus: whether the objective has one.
+        learning_rate ... entropy_coef: settings of the run, and axes of its estimator.
 
         step: the numbers of the last step.
         recent, early: means of the last and of the first tenth of the steps, of at most 100.
+        whole: the same as `recent`, of a run that is judged as a whole.
         latest: the last steps, beside the first one.
         skipped: the share of updates that were skipped because their gradient was not finite.
         sampled, greedy, most: the evaluations so far, the first one before training: of samples, of greedy
@@ -147,9 +169,9 @@ class Observed:
         gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
         is_solved: whether the last evaluation reaches the threshold.
 
-        groups: in words, what was compared before training, in the step of a check.
+        groups: in words, what was compared before training, in the step of a check; else empty.
         others_differ: whether other samples of the same policy have unequal rewards.
-        abstained: the recent metrics `rewards/{name}/abstained`, by their whole names.
+        abstained: the recent metrics `rewards/{name}/abstained`, by the names of the reward functions.
         faults: in words, the first error of each function that gave none because of it.
         idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
 
@@ -160,43 +182,83 @@ class Observed:
         is_misasked: whether it is sure that this helps.
     """
 
-    learning_rate: Number = None
-    max_completion_length: int | None = None
-    num_generations: int | None = None
-    num_envs: int | None = None
-    eval_generations: int | None = None
+    learning_rate: float = math.nan
+    max_completion_length: float = math.nan
+    num_generations: int = 1
+    num_envs: int = 0
+    eval_generations: float = math.nan
     keep: str = ""
     scale: str = ""
-    reward_scale: Number = None
+    reward_scale: float = math.nan
     sync_every: int = 1
     importance_centre: bool = False
-    has_entropy_bonus: bool = False
+    entropy_coef: float = 0.0
 
     step: Means = Means()
     recent: Means = Means()
+    whole: Means = Means()
     early: Means = Means()
     latest: Latest | None = None
-    skipped: Number = None
+    skipped: float = math.nan
     sampled: Sequence[Mean] = ()
     greedy: Sequence[Mean] = ()
     most: Sequence[Mean] = ()
 
-    gain: Gain | None = None
-    gain_of_arm: Number = None
+    gain: Gain = Gain()
+    gain_of_arm: float = math.nan
     is_solved: bool = False
 
-    groups: str | None = None
+    groups: str = ""
     others_differ: bool = False
     abstained: Mapping[str, float] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=dict)
-    idle_steps: int | None = None
+    idle_steps: int = 0
 
-    lowest_rate: Number = None
-    highest_rate: Number = None
+    lowest_rate: float = math.nan
+    highest_rate: float = math.nan
     pass_mark: float = math.inf
     can_warm_start: bool = False
     uncut: str = f"raise --max-completion-length. {ENDLESS}"
     is_misasked: bool = False
+
+    @property
+    def best_sampled(self) -> Mean:
+        """The evaluation with the highest reward of samples."""
+        return max(self.sampled)
+
+    @property
+    def best_greedy(self) -> Mean:
+        """The evaluation with the highest reward of greedy completions."""
+        return max(self.greedy)
+
+    @property
+    def last_greedy(self) -> Mean:
+        """The latest evaluation of greedy completions."""
+        return self.greedy[-1]
+
+    @property
+    def usual_rate(self) -> float:
+        """The usual learning rate that is nearest to the run's own."""
+        return min(max(self.learning_rate, self.lowest_rate), self.highest_rate)
+
+    @property
+    def times_usual(self) -> float:
+        """The learning rate in units of the usual one."""
+        return self.learning_rate / self.usual_rate
+
+    @property
+    def lower_rate(self) -> float:
+        """The highest usual learning rate if that is lower than the run's own, or else a quarter of its own."""
+        usual = self.highest_rate
+        return usual if usual < self.learning_rate else self.learning_rate / 4
+
+    @property
+    def abstention(self) -> Abstention | None:
+        """The first reward function that gave no reward to more than a few completions; None without any."""
+        for name, share in self.abstained.items():
+            if share > MAX_ABSTAINED:
+                return Abstention(name, share, self.faults.get(name, ""))
+        return None
 
 
 def observe(rows: Rows, settings: Any) -> Observed:
@@ -209,23 +271,25 @@ def observe(rows: Rows, settings: Any) -> Observed:
         settings: the settings of the run, a dataclass. A field of `Observed` with the name of a setting, or
             of an axis of the estimator, holds it.
     """
-    estimator = settings.estimator
-    named = vars(estimator) | vars(settings)
+    named = vars(settings.estimator) | vars(settings)
+    names = [part.name for part in fields(Observed)]
     steps = [row for row in rows if row["step"] > 0]
     tenth = min(max(1, len(steps) // 10), LONGEST_TENTH)
+    recent = steps[-tenth:]
     start = rows[:1]
     count = named.get("eval_generations")
     return Observed(
-        **{part.name: named[part.name] for part in fields(Observed) if part.name in named},
-        has_entropy_bonus=estimator.entropy_coef > 0,
+        **{name: named[name] for name in names if named.get(name) is not None},
         step=_means(steps[-1:], settings),
-        recent=_means(steps[-tenth:], settings),
+        recent=_means(recent, settings),
         early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
         abstained={
-            name: _mean(_number(row, name) for row in steps[-tenth:])
-            for name in (rows[-1] if rows else ())
-            if name.endswith("/abstained")
+            metric.removeprefix("rewards/").removesuffix("/abstained"): _mean(
+                _number(row, metric) for row in recent
+            )
+            for metric in (rows[-1] if rows else ())
+            if metric.endswith("/abstained")
         },
         sampled=evaluations(rows, "eval_reward"),
         greedy=evaluations(rows, "eval_reward_greedy"),
@@ -271,9 +335,9 @@ def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
 def evaluations(rows: Rows, metric: str) -> list[Mean]:
     """Return a metric and its standard error in the rows in which it is a finite number, in order."""
     return [
-        Mean(float(row[metric]), _number(row, f"{metric}_stderr"), row["step"])
+        Mean(value, _number(row, f"{metric}_stderr"), row["step"])
         for row in rows
-        if metric in row and finite(row[metric]) is not None
+        if not math.isnan(value := _number(row, metric))
     ]
 
 

@@ -1,17 +1,20 @@
 """One table of rules about what the numbers of a training mean.
 
-A rule reads one record (see `runs.findings`) and returns a finding, or None. It keeps no state, and says
-nothing if a number that it needs was not observed. A subject may have several rules; the first that finds
-something speaks for it.
+A rule is a flag, a predicate and a sentence. The predicate reads one record (see `runs.findings`) and weighs
+what it means; rules keep no state. A rule is silent if a number that it needs was not observed: no comparison
+with nan holds, and no sentence and no change lacks a number. Several rules may have the same flag; the first
+that applies speaks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import inf, nan
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from math import nan
+from string import Formatter
+from typing import Any, NamedTuple
 
-from tokenrl.runs.findings import ENDLESS, LOST_SHARE, Finding, Observed, Weight
+from tokenrl.runs.findings import ENDLESS, LOST_SHARE, Finding, Observed
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
@@ -25,333 +28,145 @@ MAX_DIFFERENCE = 0.05
 completions of 100 tokens spread by a factor of 1.9 around 1."""
 OTHER_MODEL = 0.5
 """Nats per token that no rounding reaches: bfloat16 changes log-probabilities by .01 to .1."""
-MAX_ABSTAINED = 0.02  # of completions to which a reward function gives no reward
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
+
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 )
-Judgement: TypeAlias = "Finding | None"
-T = TypeVar("T")
+TOO_FAST = (
+    "The learning rate, {run.learning_rate:g}, is the likely cause: try --learning-rate "
+    "{run.lower_rate:g}."
+)
+LOW_ENTROPY = (
+    "The policy has an entropy of {run.recent.entropy:.3g} nats per action: it makes nearly always the same "
+    "choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate."
+)
+DIFFERENT = (
+    "Log-probabilities of sampling and training differ by {run.recent.logp_difference:.2g} nats per token; "
+    "the effective sample size is {run.recent.effective_samples:.0%} of the completions. "
+)
+IDLE = (
+    "In {run.idle_steps} steps in a row no two rewards that are compared differed, so there is nothing to "
+    "learn from: the mean reward is {run.step.reward:.3g}"
+)
+EQUAL = "{run.whole.equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient. "
+GAIN = (
+    "The held-out reward was {run.gain.before:.3g} before training, and has changed by {run.gain.value:.2g} "
+    "± {run.gain.error:.1g}. "
+)
+NO_GAIN = f"{GAIN}It is no gain beyond noise. "
+CUT = (
+    "{run.whole.cut:.0%} of the completions are cut off at {run.max_completion_length} tokens. Raise "
+    "--max-completion-length. "
+)
+"""Sentences, or their beginnings, that several rules share."""
+
+
+class Rule(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        flag: the flag of its finding.
+        weigh: the predicate. It returns the weight of the finding, or something false where there is none.
+        sentence: whole sentences, with attributes of the record `run` in braces, and {remedy}.
+        changes: the settings to change, by name, unless the finding is a remark.
+    """
+
+    flag: str
+    weigh: Callable[[Observed], Any]
+    sentence: str
+    changes: Callable[[Observed], Mapping[str, Any]] = lambda run: {}
 
 
 class Unobserved(LookupError):
-    """A rule needs a number that was not observed, so it is silent."""
+    """A sentence has a number that was not observed, so it is not told."""
+
+
+class Sentences(Formatter):
+    """Puts numbers into sentences, as `str.format` does."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        """Return a value as text.
+
+        Raises:
+            Unobserved: it was not observed, so it is None or nan.
+        """
+        if value is None or value != value:
+            raise Unobserved
+        return super().format_field(value, format_spec)
 
 
 def judge(observed: Observed, *flags: str) -> list[Finding]:
     """Return the findings of all rules, or of some flags, at most one of each flag."""
     findings: dict[str, Finding] = {}
     for rule in RULES:
-        try:
-            finding = rule(observed)
-        except Unobserved:
-            continue
-        if finding and (not flags or finding.flag in flags):
-            findings.setdefault(finding.flag, finding)
+        weight = rule.weigh(observed)
+        if weight and (not flags or rule.flag in flags):
+            with suppress(Unobserved):
+                text = Sentences().format(rule.sentence, run=observed, remedy=remedy(observed))
+                changes = {} if weight == "watch" else rule.changes(observed)
+                if all(value == value for value in changes.values()):  # none is nan
+                    finding = Finding(rule.flag, weight, text.rstrip(), changes)
+                    findings.setdefault(rule.flag, finding)
     return list(findings.values())
 
 
-def require(value: T | None) -> T:
-    """Return a value that was observed.
-
-    Raises:
-        Unobserved: it was not, so it is None or nan.
-    """
-    if value is None or value != value:
-        raise Unobserved
-    return value
+def above(number: float, **limits: float) -> Any:
+    """Return the first of the weights, the gravest first, whose limit a number exceeds; None without any."""
+    return next((weight for weight, limit in limits.items() if number > limit), None)
 
 
-def above(number: float, watch: float = inf, act: float = inf, void: float = inf) -> Weight | None:
-    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
-    if number > void:
-        return "void"
-    if number > act:
-        return "act"
-    return "watch" if number > watch else None
-
-
-def policy_destroyed(observed: Observed) -> Judgement:
-    """The reward fell by more than noise explains, and a sign shows that the policy can hardly recover.
+def is_destroyed(run: Observed) -> bool:
+    """Whether the reward fell by more than noise explains, and a sign shows that the policy can hardly recover.
 
     Held-out prompts may be easier than training prompts: the first step, made by the policy that was
     evaluated, shows by how much. A policy that has kept half of what it had learnt is not lost.
     """
-    latest = require(observed.latest)
-    best = max(observed.sampled, default=None)
-    if not (best and latest.signs):
-        return None
-    reward = latest.reward.value
-    learnt = best.value - observed.sampled[0].value
-    is_fall = best.exceeds(latest.reward, MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS)
-    if not (is_fall and 2 * (latest.first + learnt - reward) > max(best.value - reward, learnt)):
-        return None
-    text = f"The policy is destroyed: the mean reward fell from {best.value:.3g} to {reward:.3g}"
-    return too_fast(observed, "policy-destroyed", "void", f"{text}, and {latest.signs}.")
+    if not (run.sampled and run.latest and run.latest.signs):
+        return False
+    best = run.best_sampled
+    reward = run.latest.reward
+    learnt = best.value - run.sampled[0].value
+    lost = run.latest.first + learnt - reward.value
+    is_fall = best.exceeds(reward, MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS)
+    return is_fall and 2 * lost > max(best.value - reward.value, learnt)
 
 
-def entropy_low_at_end(observed: Observed) -> Judgement:
-    """The policy chooses nearly always the same action.
+def is_certain(run: Observed, entropy: float) -> bool:
+    """Whether a policy of this entropy chooses nearly always the same action, and nothing works against it."""
+    return entropy < LEAST_ENTROPY and not run.entropy_coef
 
-    The bonus has the units of the advantages: of the spread of rewards, where they are not divided by it.
+
+def entropy_bonus(run: Observed) -> float:
+    """Return a bonus to begin with, in the units of the advantages; nan if these are unknown.
+
+    Advantages have the units of the spread of rewards, where they are not divided by it.
     """
-    entropy = observed.recent.entropy
-    if observed.has_entropy_bonus or not entropy < LEAST_ENTROPY:
-        return None
-    text = (
-        f"The policy has an entropy of {entropy:.3g} nats per action: it makes nearly always the same choice. "
-        "Unless that is right, set --estimator.entropy-coef or a lower learning rate."
-    )
-    if observed.is_solved:
-        return Finding("entropy-collapsed", "watch", text)
-    bonus = BONUS
-    if observed.num_envs and observed.scale == "none":
-        spread = require(observed.early.spread) * require(observed.reward_scale)
-        bonus = rounded(BONUS * (spread or 1.0))
-    return Finding("entropy-collapsed", "act", text, {"estimator.entropy_coef": bonus})
+    if not run.num_envs or run.scale != "none":
+        return BONUS
+    return rounded(BONUS * (run.early.spread * run.reward_scale or 1.0))
 
 
-def sampling_differs(observed: Observed) -> Judgement:
-    """The sampler's log-probabilities differ from the trainer's: in float32 by 1e-6, in bfloat16 by .01 to .1."""
-    difference = observed.recent.logp_difference
-    share = observed.recent.effective_samples
-    is_far = difference > MAX_DIFFERENCE or share < LOST_SHARE
-    if observed.importance_centre or not is_far:
-        return None
-    advice = "Sample and train in one precision, or change --estimator.importance."
-    if observed.sync_every > 1:
-        advice = (
-            "The sampler has weights of earlier steps: lower --sync-every or the learning rate, or correct for them "
-            "by --estimator.importance."
-        )
-    elif difference > OTHER_MODEL:
-        advice = (
-            "No precision differs so much: the sampler has another model, other weights, or another prompt or "
-            "temperature. Check what it loads, and that it takes over the weights after each update."
-        )
-    text = (
-        f"Log-probabilities of sampling and training differ by {difference:.2g} nats per token; "
-        f"the effective sample size is {share:.0%} of the completions. {advice}"
-    )
-    return Finding("sampling-differs", "void" if share < LOST_SHARE else "act", text)
+def sampling_differs(run: Observed) -> Any:
+    """Weigh how far the log-probabilities of sampler and trainer differ: in bfloat16 by .01 to .1."""
+    is_lost = run.recent.effective_samples < LOST_SHARE
+    weight = above(run.recent.logp_difference, act=MAX_DIFFERENCE)
+    return not run.importance_centre and ("void" if is_lost else weight)
 
 
-def rewards_abstain(observed: Observed) -> Judgement:
-    """A reward function gave more than a few completions no reward."""
-    for metric, share in observed.abstained.items():
-        name = metric.split("/", 1)[1].removesuffix("/abstained")
-        text = (
-            f"The reward function {name} gave no reward to {share:.0%} of the completions. Where others give one, "
-            "it counts as 0 in their sum, so right completions are pushed down too, unless --on-abstain "
-            f"leave-out leaves these completions out of their groups. {observed.faults.get(name, '')}"
-        )
-        if share > MAX_ABSTAINED:
-            return Finding("rewards-abstain", "watch", text.strip())
-    return None
-
-
-def no_signal_in_trial(observed: Observed) -> Judgement:
-    """All or nearly all rewards that were compared before training are equal."""
-    groups = require(observed.groups)
-    trial = observed.step
-    weight = above(trial.equal, watch=0.9, void=0.999)
-    text = f"In {trial.equal:.0%} of {groups} the rewards are equal. Only the others can teach anything."
-    if weight == "void":
-        text = f"In none of {groups} do the rewards differ; their mean is {trial.reward:.3g}."
-    if observed.others_differ:
-        weight = weight and "watch"
-    return weight and Finding("no-signal", weight, f"{text} {remedy(observed, trial.reward)}")
-
-
-def no_signal_in_steps(observed: Observed) -> Judgement:
-    """No rewards differed in several steps in a row; if the reward was higher before, the policy is lost."""
-    count = require(observed.idle_steps)
-    reward = require(observed.step.reward)
-    text = (
-        f"In {count} steps in a row no two rewards that are compared differed, so there is nothing to learn "
-        f"from: the mean reward is {reward:.3g}"
-    )
-    for before in observed.sampled[:1]:
-        if reward < before.value - 3 * before.error:
-            text += f", down from {before.value:.3g} before training."
-            return too_fast(observed, "no-signal", "void", text)
-    return Finding("no-signal", "void", f"{text}. {remedy(observed, reward)}")
-
-
-def lost_from_start(observed: Observed) -> Judgement:
-    """Nothing was gained, and the first tenth of the steps shows why: a low entropy alone is no fault."""
-    early = observed.early
-    if require(observed.gain_of_arm) > 0:
-        return None
-    if early.entropy < LEAST_ENTROPY and not observed.has_entropy_bonus:
-        text = (
-            f"Nothing was gained, and the entropy was {early.entropy:.3g} nats from the start on."
-        )
-        return Finding("entropy-collapsed", "act", text)
-    text = f"Nothing was gained: {early.equal:.0%} of the first groups had equal rewards."
-    return Finding("no-signal", "act", text) if early.equal > LOST_SHARE else None
-
-
-def little_signal_at_end(observed: Observed) -> Judgement:
-    """Many groups of the last tenth of the steps have equal rewards."""
-    equal = observed.recent.equal
-    weight = above(equal, watch=LOST_SHARE / 2, act=LOST_SHARE)
-    text = f"{equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient."
-    if weight == "act" and observed.is_solved:
-        return Finding(
-            "no-signal", "watch", f"{text} The task is too easy by now: take a harder one."
-        )
-    changes = {"num_generations": 2 * (observed.num_generations or 1)}
-    if observed.num_envs:
-        changes = {"num_envs": 2 * observed.num_envs}
-    text = f"{text} {remedy(observed)}"
-    return weight and Finding("no-signal", weight, text, changes if weight == "act" else {})
-
-
-def nothing_learnt(observed: Observed) -> Judgement:
-    """The reward of the held-out prompts gained at most two standard errors."""
-    gain = require(observed.gain)
-    if not gain.value <= 2 * gain.error:
-        return None
-    text = (
-        f"The held-out reward was {gain.before:.3g} before training, and has changed by {gain.value:.2g} ± "
-        f"{gain.error:.1g}. "
-    )
-    if gain.value < -2 * gain.error:
-        return too_fast(observed, "nothing-learnt", "act", f"{text}It has fallen.")
-    advice = "More steps, more completions a step or a higher rate may give one."
-    if gain.before >= observed.pass_mark:
-        advice = f"Little was left to gain. {SOLVED_ADVICE}"
-    elif gain.equal >= LOST_SHARE:
-        advice = (
-            f"In {gain.equal:.0%} of the steps no two rewards that are compared differed. "
-            f"{remedy(observed)}"
-        )
-    return Finding("nothing-learnt", "act", f"{text}It is no gain beyond noise. {advice}")
-
-
-def greedy_fell(observed: Observed) -> Judgement:
-    """The greedy reward is lower than at its best, whatever the reward of samples, and its weights are lost."""
-    best = max(observed.greedy, default=None)
-    if best is None or observed.is_solved or observed.keep == "best":
-        return None
-    after = observed.greedy[-1]
-    if not best.exceeds(after, GREEDY_ERRORS):
-        return None
-    text = (
-        f"The greedy reward has fallen from its best, {best.value:.3g} at step {best.step}, to "
-        f"{after.value:.3g}. No update follows it: samples or demonstrations may get better at the same "
-        "time. With --keep best model/ gets the weights of the best evaluation."
-    )
-    return Finding("greedy-fell", "act", text, {"keep": "best"})
-
-
-def samples_below_greedy(observed: Observed) -> Judgement:
-    """Before training the best of several samples earns less than the greedy completion of the same prompt."""
-    if not (observed.sampled and observed.greedy and observed.most):
-        return None
-    greedy = observed.greedy[0]
-    most = observed.most[0]
-    if not greedy.exceeds(most, GREEDY_ERRORS):
-        return None
-    text = (
-        f"Before training the greedy completions of held-out prompts earn {greedy.value:.3g}, the best of "
-        f"{require(observed.eval_generations)} samples {most.value:.3g}, all samples {observed.sampled[0].value:.3g}. "
-        "Updates follow the samples, so the greedy reward may fall. More demonstrations bring the two together, "
-        "and so does a lower --temperature; it makes another policy, which is the one that is trained."
-    )
-    return Finding("greedy-gap", "watch", text)
-
-
-def all_completions_cut(observed: Observed) -> Judgement:
-    """The limit cuts all completions of a step."""
-    if observed.step.cut != 1:
-        return None
-    limit = require(observed.max_completion_length)
-    text = (
-        f"Every completion was cut at {limit} tokens, so its reward says little: {observed.uncut}"
-    )
-    return Finding("truncation", "void" if observed.is_misasked else "watch", text)
-
-
-def completions_cut(observed: Observed) -> Judgement:
-    """The limit cuts a part of the completions."""
-    cut = observed.recent.cut
-    limit = require(observed.max_completion_length)
-    weight = above(cut, watch=0.05, act=0.1, void=LOST_SHARE)
-    text = f"{cut:.0%} of the completions are cut off at {limit} tokens. Raise --max-completion-length."
-    if weight == "void":
-        text = f"{text} {ENDLESS}"
-    changes = {} if weight == "watch" else {"max_completion_length": 2 * limit}
-    return weight and Finding("truncation", weight, text, changes)
-
-
-def unusual_rate(observed: Observed) -> Judgement:
-    """The learning rate is far from what is usual."""
-    rate = require(observed.learning_rate)
-    usual = min(max(rate, require(observed.lowest_rate)), require(observed.highest_rate))
-    ratio = rate / usual
-    weight = above(ratio, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
-    weight = weight or above(1 / ratio, watch=30)
-    text = f"The learning rate {rate:g} is {ratio:.3g} times the {usual:g} that is usual."
-    return weight and Finding("unusual-rate", weight, text, {"learning_rate": usual})
-
-
-def updates_skipped(observed: Observed) -> Judgement:
-    """Updates were skipped because their gradient was not finite."""
-    share = require(observed.skipped)
-    weight = above(share, watch=0, act=0.01, void=LOST_SHARE)
-    changes = {} if weight == "watch" else {"learning_rate": require(observed.learning_rate) / 2}
-    text = (
-        f"{share:.1%} of the updates were skipped because the gradient was not finite. Scale the rewards "
-        "down, lower the learning rate, or try float32."
-    )
-    return weight and Finding("skipped", weight, text, changes)
-
-
-RULES: tuple[Callable[[Observed], Judgement], ...] = (
-    policy_destroyed,
-    entropy_low_at_end,
-    sampling_differs,
-    rewards_abstain,
-    no_signal_in_trial,
-    no_signal_in_steps,
-    lost_from_start,
-    little_signal_at_end,
-    nothing_learnt,
-    greedy_fell,
-    samples_below_greedy,
-    completions_cut,
-    all_completions_cut,
-    unusual_rate,
-    updates_skipped,
-)
-"""In the order of the findings."""
-
-
-def too_fast(observed: Observed, flag: str, weight: Weight, text: str) -> Finding:
-    """Return a finding about a loss, of which the learning rate is the likely cause, with a lower rate."""
-    rate = require(observed.learning_rate)
-    usual = observed.highest_rate or rate
-    advised = usual if usual < rate else rate / 4
-    text += f" The learning rate, {rate:g}, is the likely cause: try --learning-rate {advised:g}."
-    return Finding(flag, weight, text, {"learning_rate": advised})
-
-
-def remedy(observed: Observed, reward: float = nan) -> str:
-    """Say what helps most where rewards do not differ, whose mean is `reward`."""
-    cut = observed.step.cut
-    if observed.num_envs:
+def remedy(run: Observed) -> str:
+    """Return in words what helps most where rewards do not differ."""
+    cut = run.step.cut
+    reward = run.step.reward if run.groups or run.idle_steps else nan  # else one step says little
+    if run.num_envs:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
-    if reward >= observed.pass_mark:
+    if reward >= run.pass_mark:
         return SOLVED_ADVICE
-    if observed.can_warm_start:
+    if run.can_warm_start:
         return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
     if cut >= LOST_SHARE:
-        limit = observed.max_completion_length
-        return (
-            f"{cut:.0%} of completions are cut at {limit} tokens, before an end: {observed.uncut}"
-        )
+        limit = run.max_completion_length
+        return f"{cut:.0%} of completions are cut at {limit} tokens, before an end: {run.uncut}"
     advice = (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
         "or more generations per prompt."
@@ -364,3 +179,200 @@ def remedy(observed: Observed, reward: float = nan) -> str:
 def rounded(number: float, figures: int = 1) -> float:
     """Round to a few significant figures, where only the order of magnitude matters."""
     return float(f"{number:.{figures}g}")
+
+
+RULES = (
+    Rule(
+        "policy-destroyed",
+        lambda run: is_destroyed(run) and "void",
+        "The policy is destroyed: the mean reward fell from {run.best_sampled.value:.3g} to "
+        "{run.latest.reward.value:.3g}, and {run.latest.signs}. " + TOO_FAST,
+        lambda run: {"learning_rate": run.lower_rate},
+    ),
+    # At the end of a run.
+    Rule(
+        "entropy-collapsed",
+        lambda run: is_certain(run, run.recent.entropy) and run.is_solved and "watch",
+        LOW_ENTROPY,
+    ),
+    Rule(
+        "entropy-collapsed",
+        lambda run: is_certain(run, run.recent.entropy) and "act",
+        LOW_ENTROPY,
+        lambda run: {"estimator.entropy_coef": entropy_bonus(run)},
+    ),
+    Rule(
+        "sampling-differs",
+        lambda run: run.sync_every > 1 and sampling_differs(run),
+        DIFFERENT
+        + "The sampler has weights of earlier steps: lower --sync-every or the learning rate, or "
+        "correct for them by --estimator.importance.",
+    ),
+    Rule(
+        "sampling-differs",
+        lambda run: run.recent.logp_difference > OTHER_MODEL and sampling_differs(run),
+        DIFFERENT
+        + "No precision differs so much: the sampler has another model, other weights, or another "
+        "prompt or temperature. Check what it loads, and that it takes over the weights after each update.",
+    ),
+    Rule(
+        "sampling-differs",
+        sampling_differs,
+        DIFFERENT + "Sample and train in one precision, or change --estimator.importance.",
+    ),
+    Rule(
+        "rewards-abstain",
+        lambda run: run.abstention and "watch",
+        "The reward function {run.abstention.name} gave no reward to {run.abstention.share:.0%} of the "
+        "completions. Where others give one, it counts as 0 in their sum, so right completions are pushed "
+        "down too, unless --on-abstain leave-out leaves these completions out of their groups. "
+        "{run.abstention.fault}",
+    ),
+    # Before training, in the step of a check.
+    Rule(
+        "no-signal",
+        lambda run: (
+            run.groups and run.step.equal > 0.999 and ("watch" if run.others_differ else "void")
+        ),
+        "In none of {run.groups} do the rewards differ; their mean is {run.step.reward:.3g}. {remedy}",
+    ),
+    Rule(
+        "no-signal",
+        lambda run: run.groups and run.step.equal > 0.9 and "watch",
+        "In {run.step.equal:.0%} of {run.groups} the rewards are equal. Only the others can teach anything. "
+        "{remedy}",
+    ),
+    # In several steps in a row; if the reward was higher before, the policy is lost.
+    Rule(
+        "no-signal",
+        lambda run: (
+            run.idle_steps
+            and run.sampled
+            and run.step.reward < run.sampled[0].value - 3 * run.sampled[0].error
+            and "void"
+        ),
+        IDLE + ", down from {run.sampled[0].value:.3g} before training. " + TOO_FAST,
+    ),
+    Rule("no-signal", lambda run: run.idle_steps and "void", IDLE + ". {remedy}"),
+    # Where nothing was gained, the first tenth of the steps shows why: a low entropy alone is no fault.
+    Rule(
+        "entropy-collapsed",
+        lambda run: run.gain_of_arm <= 0 and is_certain(run, run.early.entropy) and "act",
+        "Nothing was gained, and the entropy was {run.early.entropy:.3g} nats from the start on.",
+    ),
+    Rule(
+        "no-signal",
+        lambda run: (
+            run.gain_of_arm <= 0
+            and run.early.equal > LOST_SHARE
+            and not is_certain(run, run.early.entropy)
+            and "act"
+        ),
+        "Nothing was gained: {run.early.equal:.0%} of the first groups had equal rewards.",
+    ),
+    # In a run that is judged as a whole.
+    Rule(
+        "no-signal",
+        lambda run: run.whole.equal > LOST_SHARE and run.is_solved and "watch",
+        EQUAL + "The task is too easy by now: take a harder one.",
+    ),
+    Rule(
+        "no-signal",
+        lambda run: above(run.whole.equal, act=LOST_SHARE, watch=LOST_SHARE / 2),
+        EQUAL + "{remedy}",
+        lambda run: (
+            {"num_envs": 2 * run.num_envs}
+            if run.num_envs
+            else {"num_generations": 2 * (run.num_generations or 1)}
+        ),
+    ),
+    # On held-out prompts.
+    Rule(
+        "nothing-learnt",
+        lambda run: run.gain.value < -2 * run.gain.error and "act",
+        GAIN + "It has fallen. " + TOO_FAST,
+    ),
+    Rule(
+        "nothing-learnt",
+        lambda run: run.gain.is_noise and run.gain.before >= run.pass_mark and "act",
+        NO_GAIN + "Little was left to gain. " + SOLVED_ADVICE,
+    ),
+    Rule(
+        "nothing-learnt",
+        lambda run: run.gain.is_noise and run.gain.equal >= LOST_SHARE and "act",
+        NO_GAIN
+        + "In {run.gain.equal:.0%} of the steps no two rewards that are compared differed. {remedy}",
+    ),
+    Rule(
+        "nothing-learnt",
+        lambda run: run.gain.is_noise and "act",
+        NO_GAIN + "More steps, more completions a step or a higher rate may give one.",
+    ),
+    # Whatever the reward of samples: the weights of the best evaluation are lost.
+    Rule(
+        "greedy-fell",
+        lambda run: (
+            run.greedy
+            and not run.is_solved
+            and run.keep != "best"
+            and run.best_greedy.exceeds(run.last_greedy, GREEDY_ERRORS)
+            and "act"
+        ),
+        "The greedy reward has fallen from its best, {run.best_greedy.value:.3g} at step "
+        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. No update follows it: samples or "
+        "demonstrations may get better at the same time. With --keep best model/ gets the weights of the best "
+        "evaluation.",
+        lambda run: {"keep": "best"},
+    ),
+    Rule(
+        "greedy-gap",
+        lambda run: (
+            run.sampled
+            and run.greedy
+            and run.most
+            and run.greedy[0].exceeds(run.most[0], GREEDY_ERRORS)
+            and "watch"
+        ),
+        "Before training the greedy completions of held-out prompts earn {run.greedy[0].value:.3g}, the best "
+        "of {run.eval_generations} samples {run.most[0].value:.3g}, all samples {run.sampled[0].value:.3g}. "
+        "Updates follow the samples, so the greedy reward may fall. More demonstrations bring the two "
+        "together, and so does a lower --temperature; it makes another policy, which is the one that is "
+        "trained.",
+    ),
+    Rule(
+        "truncation",
+        lambda run: run.whole.cut > LOST_SHARE and "void",
+        CUT + ENDLESS,
+        lambda run: {"max_completion_length": 2 * run.max_completion_length},
+    ),
+    Rule(
+        "truncation",
+        lambda run: above(run.whole.cut, act=0.1, watch=0.05),
+        CUT,
+        lambda run: {"max_completion_length": 2 * run.max_completion_length},
+    ),
+    Rule(
+        "truncation",
+        lambda run: run.step.cut == 1 and ("void" if run.is_misasked else "watch"),
+        "Every completion was cut at {run.max_completion_length} tokens, so its reward says little: "
+        "{run.uncut}",
+    ),
+    Rule(
+        "unusual-rate",
+        # 1e-2 is ten times 1e-3, but for rounding
+        lambda run: (
+            above(run.learning_rate, void=30 * run.usual_rate, watch=10.001 * run.usual_rate)
+            or above(run.usual_rate, watch=30 * run.learning_rate)
+        ),
+        "The learning rate {run.learning_rate:g} is {run.times_usual:.3g} times the {run.usual_rate:g} that "
+        "is usual.",
+    ),
+    Rule(
+        "skipped",
+        lambda run: above(run.skipped, void=LOST_SHARE, act=0.01, watch=0),
+        "{run.skipped:.1%} of the updates were skipped because the gradient was not finite. Scale the rewards "
+        "down, lower the learning rate, or try float32.",
+        lambda run: {"learning_rate": run.learning_rate / 2},
+    ),
+)
+"""In the order of the findings."""

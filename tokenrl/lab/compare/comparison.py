@@ -127,10 +127,10 @@ def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]
     return judge(
         Observed(
             learning_rate=means["learning_rate"],
-            max_completion_length=settings.get("max_completion_length"),
-            has_entropy_bonus=arm.estimator.entropy_coef > 0,
+            max_completion_length=settings.get("max_completion_length", math.nan),
+            entropy_coef=arm.estimator.entropy_coef,
             early=Means(entropy=means["early_entropy"], equal=equal),
-            recent=Means(cut=means["recent_cut"]),
+            whole=Means(cut=means["recent_cut"]),
             skipped=means["skipped"],
             gain_of_arm=means["gain"],
         )

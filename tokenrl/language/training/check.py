@@ -24,7 +24,7 @@ from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, observe_run
 from tokenrl.runs.console import conclude
-from tokenrl.runs.findings import Finding, Weight, share_equal
+from tokenrl.runs.findings import Finding, Means, Weight, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, quantity, visible
 from tokenrl.runs.rules import judge
@@ -70,16 +70,14 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
             session.console.note("The warm start has not been made, so this step is not judged.")
         else:
             args, metrics = run.args, record.metrics
-            cut = math.nan
-            if run.rewards.environments is not None:
-                cut = metrics[
-                    "completions/clipped_ratio"
-                ]  # a turn that was cut off is never acted on
+            whole = Means()
+            if run.rewards.environments is not None:  # a turn that was cut off is never acted on
+                whole = Means(cut=metrics["completions/clipped_ratio"])
             equal = share_equal(metrics, args.estimator.needs_groups)
             observed = observe_run(run, [{"step": 1, **metrics}])
             observed = replace(
                 observed,
-                recent=replace(observed.recent, equal=math.nan, cut=cut),
+                whole=whole,
                 groups=_groups(args),
                 is_misasked=asks_in_text(run) or equal == 1,
                 others_differ=args.teacher is not None or sizes_of_steps(args)[0] < ENOUGH,

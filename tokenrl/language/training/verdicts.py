@@ -47,37 +47,31 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     start = f"step {session.step}:"
     limit = run.args.stop_after_zero_spread
     idle = steps_without_signal(run, session)
-    observed = observe_run(run, session.rows)
-    observed = replace(
-        observed,
-        # Other rules about the recent steps speak at the end of the run.
-        recent=replace(observed.recent, equal=math.nan, cut=math.nan),
-        idle_steps=idle if idle >= min(TOLD_STEPS, limit or TOLD_STEPS) else None,
-    )
+    is_told = idle >= min(TOLD_STEPS, limit or TOLD_STEPS)
+    observed = replace(observe_run(run, session.rows), idle_steps=idle if is_told else 0)
     findings = {finding.flag: finding for finding in judge(observed)}
-    destroyed = findings.get("policy-destroyed")
-    if destroyed and destroyed.flag not in session.flags:
-        session.flags.append(destroyed.flag)
     for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
         if flag in findings:
             session.warn_once(flag, f"{start} {findings[flag].text}")
     if remark := run.learner.generator.remark:
         session.warn_once("sampling-differs", f"{start} {remark}")
-    none = findings.get("no-signal")
-    if none is None:
+    if "policy-destroyed" in findings and "policy-destroyed" not in session.flags:
+        session.flags.append("policy-destroyed")
+    if "no-signal" not in findings:
         return None
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
-    reward = session.rows[-1].get("reward", math.nan)
-    if reward > before:
+    if observed.step.reward > before:
         return _end_of_learning(run, session, idle) if ends else None
+    text = findings["no-signal"].text
     if "policy-destroyed" not in session.flags:
-        session.warn_once("flat", f"{start} {none.text}")
+        session.warn_once("flat", f"{start} {text}")
     if ends:
         session.flags = session.flags or ["nothing-learnt"]
-        cause = destroyed or none
-        raise Stopped(f"{cause.text} (--stop-after-zero-spread 0 lets such a run continue.)")
+        if "policy-destroyed" in findings:
+            text = findings["policy-destroyed"].text
+        raise Stopped(f"{text} (--stop-after-zero-spread 0 lets such a run continue.)")
     return None
 
 
@@ -90,26 +84,22 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     last = session.rows[-1] | of_evaluation(session.evaluation)
     observed = observe_run(run, [*session.rows[:-1], last])
     # The others were set where a run ended that goes on now.
-    session.flags = [flag for flag in session.flags if flag == "policy-destroyed"]
+    flags = [flag for flag in session.flags if flag == "policy-destroyed"]
     if session.evaluation and session.step:
-        solved = getattr(run.task, "solved", None) or math.inf
         gain = _gain(run, session)
-        reward = last.get("eval_reward", last.get("eval_reward_greedy", 0))
-        observed = replace(observed, is_solved=reward >= solved)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
-            session.flags = []
+            flags = []
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
     for finding in judge(observed, "nothing-learnt", "entropy-collapsed", "greedy-fell"):
-        if finding.weight == "watch":
-            continue
-        if finding.flag == "nothing-learnt" and "policy-destroyed" in session.flags:
+        if flags and finding.flag == "nothing-learnt":
             finding = replace(finding, flag="policy-destroyed")
-        findings.append(finding)
+        if finding.weight != "watch":
+            findings.append(finding)
     if session.evaluation and (failed := failures_of(run.failures)):
         findings.append(Finding("environment-fails", "act", f"in the last evaluation {failed}"))
-    session.flags = list(dict.fromkeys([*session.flags, *(finding.flag for finding in findings)]))
+    session.flags = list(dict.fromkeys([*flags, *(finding.flag for finding in findings)]))
     return findings
 
 
@@ -137,10 +127,13 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         observed = replace(observed, uncut=words)
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
     mark = run.rewards.pass_threshold if solved is None else solved
+    usual = run.settings.usual_rate or math.nan
+    last = evaluations(rows[-1:], "eval_reward") or evaluations(rows[-1:], "eval_reward_greedy")
     return replace(
         observed,
-        lowest_rate=run.settings.usual_rate,
-        highest_rate=run.settings.usual_rate,
+        is_solved=any(mean.value >= (solved or math.inf) for mean in last),
+        lowest_rate=usual,
+        highest_rate=usual,
         faults=run.rewards.faults,
         pass_mark=math.inf if mark is None else mark,
         can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
