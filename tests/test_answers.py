@@ -7,19 +7,18 @@ import math
 import re
 import runpy
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from folders import RECIPES
 
-ROOT = Path(__file__).parents[1] / "recipes"
-PAGES = ROOT / "pages" / "explain" / "answers"
+PAGES = RECIPES / "pages" / "explain" / "answers"
 SEEDS = (0, 3)
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    return runpy.run_path(str(ROOT / "enumeration" / "answers.py"))
+    return runpy.run_path(str(RECIPES / "enumeration" / "answers.py"))
 
 
 def rows_of(problem):

@@ -39,19 +39,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def damaged(folder, tmp_path, monkeypatch):
+def damaged(folder, workplace, monkeypatch):
     """The working directory holds checkpoints as a run does, each with one bit of its weights flipped."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENRL_CACHE", str(folder / "cache"))
     for run, step, weights in (
         ("train", 4, "model.safetensors"),
         ("control", 2, "policy.safetensors"),
     ):
         name = f"checkpoints/step_{step:06d}"
-        shutil.copytree(folder / run / name, tmp_path / run / name)
-        whole = (tmp_path / run / name / weights).read_bytes()
-        (tmp_path / run / name / weights).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    return tmp_path
+        shutil.copytree(folder / run / name, workplace / run / name)
+        whole = (workplace / run / name / weights).read_bytes()
+        (workplace / run / name / weights).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    return workplace
 
 
 MODEL = ["--model", "train/checkpoints/step_000004"]
@@ -72,14 +71,13 @@ NEW = ["--max-steps", "1", "--output-dir", "new"]
     ],
     ids=lambda command: " ".join(command[:4]),
 )
-def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, command, capsys):
+def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, command, refusal):
     row = {"prompt": "abc>", "completion": "a", "chosen": "a", "rejected": "b"}
     (damaged / "rows.jsonl").write_text((json.dumps(row) + "\n") * 9)
-    assert main(command) == 2
-    output = " ".join(capsys.readouterr().err.split())
+    output = " ".join(refusal(*command).split())
     weights = "policy" if command[0] == "control" else "model"
     assert f"its file {weights}.safetensors is missing, altered" in output
-    assert "Traceback" not in output and not (damaged / "new" / "config.json").exists()
+    assert not (damaged / "new" / "config.json").exists()
 
 
 def test_checkpoints_hold_no_code(folder):

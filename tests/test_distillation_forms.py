@@ -6,16 +6,16 @@ import math
 import re
 import runpy
 import sys
-from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from folders import RECIPES
 
 from tokenrl import Estimator, measure_bias
 from tokenrl.lab import all_completions, exact_moments
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation_forms.py"
+RECIPE = RECIPES / "enumeration" / "distillation_forms.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import RECIPES, read_json
 from pages import commands, write_files
 
 from tokenrl.cli import main
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = RECIPES / "language" / "pretrained_toy_task.py"
 PAGE = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
 REAL = Path.home() / ".cache" / "tokenrl-tests" / "SmolLM2-135M-Instruct"
@@ -75,19 +75,18 @@ def pretrain(folder: Path, steps: int = 80) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_result(
-    tmp_path, monkeypatch, capsys
+    tmp_path, cache, capsys
 ):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     pretrain(tmp_path / "model")
     recipe, run = runpy.run_path(str(RECIPE)), tmp_path / "run"
     recipe["main"](str(tmp_path / "model"), task="target_length", max_steps=30, output_dir=run)
-    stages = json.loads((run / "stages.json").read_text())
+    stages = read_json(run / "stages.json")
     assert list(stages) == ["as it is", "warm-started", "trained"]
     rewards = [stage["reward"] for stage in stages.values()]
     assert rewards[0] < -0.9 and rewards[0] + 0.1 < rewards[1] < rewards[2] - 0.1
     assert stages["as it is"]["completions/clipped_ratio"] > 0.5
     assert stages["trained"]["completions/clipped_ratio"] < 0.1
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     assert config["warm_started"]["updates"] == 240 and config["lora_r"] == 8
     output = capsys.readouterr().out
     assert " parameters, LoRA)" in output
@@ -113,16 +112,16 @@ def real_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_learns_the_form_of_a_call_from_the_page(real_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+def test_a_real_model_learns_the_form_of_a_call_from_the_page(
+    real_model, workplace, cache, monkeypatch
+):
     write_files(PAGE)
     monkeypatch.setattr(sys, "argv", ["give_tools.py", real_model, "smollm-tools"])
     runpy.run_path("give_tools.py")
     words = next(words for words in commands(PAGE) if words[0] == "train")
     short = "--warm-start-steps 30 --max-steps 2 --eval-size 8 --eval-every 0 --output-dir run"
     assert main([*words, *short.split()]) == 0
-    warmed = json.loads(Path("run/config.json").read_text())["warm_started"]
+    warmed = read_json("run/config.json")["warm_started"]
     assert warmed["loss_before"] > 3 > 1.2 > warmed["loss_after"]
     last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["episodes/turns"] > 1.1 and last["episodes/completed"] > 0.8

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from folders import read_json
 from gymnasium import spaces
+from refusals import stopped
 
 from tokenrl import train_agent
 from tokenrl.cli import main
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Pieces, collect_episodes
-from tokenrl.errors import Stopped
 
 ID = "tokenrl-tests/Failing-v0"
 NAN = math.nan
@@ -109,7 +109,7 @@ def episodes(env):
     ],
 )
 def test_numbers_that_cannot_be_used_are_named(options, message):
-    with pytest.raises(Stopped, match=f"The environment {ID} .*{message}"):
+    with stopped(f"The environment {ID} .*{message}"):
         episodes(register(**options))
 
 
@@ -118,7 +118,7 @@ def test_numbers_of_pieces_are_looked_at_too():
     pieces = Pieces(Environments(register(rewards={8: NAN}, after=2 * 12), 2), 3, seed=0)
     for _ in range(5):
         pieces.collect(POLICY, torch.Generator().manual_seed(0))
-    with pytest.raises(Stopped, match="the reward nan in step 2 of a piece of an episode"):
+    with stopped("the reward nan in step 2 of a piece of an episode"):
         pieces.collect(POLICY, torch.Generator().manual_seed(0))
 
 
@@ -139,25 +139,23 @@ def test_numbers_after_the_end_of_an_episode_do_not_count():
 @pytest.mark.parametrize(
     ("command", "method"), [("control", "__init__"), ("control", "reset"), ("advise", "step")]
 )
-def test_whatever_is_raised_at_once_is_refused(capsys, command, method, error):
+def test_whatever_is_raised_at_once_is_refused(refusal, command, method, error):
     register(raises=method, error=error)
     flags = RUN if command == "control" else ["--episodes", "2"]
-    assert main([command, "--env", ID, *flags]) == 2
-    output = capsys.readouterr().err
+    output = refusal(command, "--env", ID, *flags)
     assert f"it raised {type(error).__name__}: {error}" in output and ID in output
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("own")], ids=repr)
 @pytest.mark.parametrize("method", ["reset", "step"])
-def test_whatever_is_raised_in_training_ends_the_run(tmp_path, monkeypatch, capsys, method, error):
+def test_whatever_is_raised_in_training_ends_the_run(workplace, capsys, method, error):
     """The evaluation before training takes at least 32 steps, and each update 16 more."""
-    monkeypatch.chdir(tmp_path)
     register(raises=method, error=error, after=100)
     assert main(["control", "--env", ID, *RUN, "--output-dir", "run"]) == 1
     output, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
     assert message in output and ID in output and "Traceback" not in output
     assert "The last complete checkpoint is" in output
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = read_json(workplace / "run" / "summary.json")
     assert summary["exit_reason"] == "failed" and message in summary["error"]
 
 

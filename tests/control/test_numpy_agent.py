@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import runpy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from folders import RECIPES
 
 from tokenrl.core import Estimator
 
-R = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "3_numpy.py"))
-)
+R = SimpleNamespace(**runpy.run_path(str(RECIPES / "control" / "3_numpy.py")))
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 STANDARDISED = {
     "baseline": "episode_mean",

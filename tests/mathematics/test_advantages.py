@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from refusals import refused
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES, CHOICES
 from tokenrl.core.memories import RunningMean
-from tokenrl.errors import Refused
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
 MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")
@@ -293,7 +293,7 @@ def test_a_baseline_of_the_users_own() -> None:
 )
 def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words) -> None:
     rows = 1 if size == 0 else 4
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields).advantages(
             torch.arange(rows * 1.0), torch.ones(rows, 3), group_size=size or None
         )
@@ -333,7 +333,7 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     first = 2 * (columns[0] - 3) / columns[0].std()
     second = -0.5 * torch.tensor([1.0, 0.0, -1.0, 0.0]).double()
     torch.testing.assert_close(policy, first + second)
-    with pytest.raises(Refused, match="components was not given"):
+    with refused("components was not given"):
         e.advantages(columns[0], torch.ones(4, 3), group_size=4)
 
 
@@ -349,7 +349,7 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     ids=str,
 )
 def test_components_need_a_baseline_made_of_their_own_rewards(fields) -> None:
-    with pytest.raises(Refused, match=r"components 'separate' .* its own rewards"):
+    with refused(r"components 'separate' .* its own rewards"):
         Estimator(components="separate", **fields)
 
 

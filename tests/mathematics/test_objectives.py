@@ -8,12 +8,12 @@ from statistics import fmean
 
 import pytest
 import torch
+from refusals import refused
 
 from tokenrl.core import Estimator
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.refusals import check_horizon
-from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 
 
@@ -56,7 +56,7 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
     for rewards in (torch.randn(size, generator=draw, dtype=torch.double), graded):
         if size < e.fewest_rows:
             words = f"at least {e.fewest_rows} rows, and they have {size}"
-            with pytest.raises(Refused, match=words):
+            with refused(words):
                 advantages(e, rewards)
             continue
         expected = rewards.new_tensor(by_listing_subsets(rewards.tolist(), order, form))
@@ -124,10 +124,10 @@ def test_negative_rewards_have_no_logarithm() -> None:
         torch.tensor([1.0, -0.5, 0.0]),
         torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]),
     ):
-        with pytest.raises(Refused, match=r"the reward -0\.5\. Give rewards of 0 or more"):
+        with refused(r"the reward -0\.5\. Give rewards of 0 or more"):
             check_rewards(e.objective, rewards, valid)
         check_rewards(Estimator(), rewards, valid)
-    with pytest.raises(Refused, match="rewards of 0 or more"):
+    with refused("rewards of 0 or more"):
         measure_bias(e, [tabular_problem(2)])
 
 
@@ -173,7 +173,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
 def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields)
 
 
@@ -190,9 +190,7 @@ def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
 
 def test_what_an_objective_advises_is_allowed() -> None:
     """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
-    with pytest.raises(
-        Refused, match=r"'log_success' compares .* take objective 'reward' and"
-    ) as alone:
+    with refused(r"'log_success' compares .* take objective 'reward' and") as alone:
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
     assert "rloo" not in str(alone.value)
     options = {"objective": "max_at_k", "objective_order": 2}
@@ -200,7 +198,7 @@ def test_what_an_objective_advises_is_allowed() -> None:
         check_horizon(Estimator(**options, objective_form=form), 501)
     bare = Estimator(**options, objective_form="no_baseline")
     check_horizon(bare, 500)
-    with pytest.raises(Refused, match="Choose another objective_form, such as 'leave_one_out'"):
+    with refused("Choose another objective_form, such as 'leave_one_out'"):
         check_horizon(bare, 501)
 
 

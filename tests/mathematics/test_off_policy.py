@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import doctest
-import json
 import math
 from statistics import median
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
@@ -96,13 +97,13 @@ def test_the_example_in_the_docstring() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_corrections(capsys, tmp_path) -> None:
+def test_the_table_of_corrections(said, tmp_path) -> None:
     path = tmp_path / "table.json"
     assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    out = said()
     assert "a sampler with temperature=0.8" in out
     assert "exact_for_sampler" in out and "exact_for_policy" in out
-    records = json.loads(path.read_text())
+    records = read_json(path)
     assert [record["correction"] for record in records] == list(TABLE)
     problems = [perturbed_problem(seed, Perturbation(temperature=0.8)) for seed in range(20)]
     last = Estimator.preset(TABLE[records[-1]["correction"]])
@@ -249,7 +250,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
 def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields)
 
 

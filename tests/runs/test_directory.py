@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
-from tokenrl.errors import Refused
 from tokenrl.runs.directory import RunDirectory, in_use, new_directory, newest, remove_run_files
 from tokenrl.runs.resume import cut_back
 
@@ -74,16 +74,15 @@ def test_a_path_through_a_parent_directory_is_resolved(path, folder, tmp_path, m
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "a\0b", "../a\0b", "a\udcff", "../\udcff"])
-def test_a_path_that_cannot_be_made_is_refused(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(Refused, match="cannot be used"):
+def test_a_path_that_cannot_be_made_is_refused(path, workplace):
+    (workplace / "file").write_text("mine")
+    with refused("cannot be used"):
         RunDirectory(path)
-    assert tree(tmp_path) == {"file": b"mine"}
+    assert tree(workplace) == {"file": b"mine"}
 
 
 def test_second_run_in_the_directory_is_refused(tmp_path):
-    with locked(tmp_path), pytest.raises(Refused, match="Another run is using"):
+    with locked(tmp_path), refused("Another run is using"):
         RunDirectory(tmp_path, may_hold_run=True)
     with locked(tmp_path):
         pass
@@ -109,7 +108,7 @@ def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
     finished_run(tmp_path)
     before = tree(tmp_path)
     for _ in range(2):
-        with pytest.raises(Refused, match=r"already holds a run.*overwrite"):
+        with refused(r"already holds a run.*overwrite"):
             RunDirectory(tmp_path)
     assert tree(tmp_path) == before
 
@@ -178,24 +177,23 @@ def test_directory_of_other_people_is_refused_even_with_overwrite(
     (tmp_path / name).write_text(text)
     (tmp_path / "model").mkdir()
     before = tree(tmp_path)
-    with pytest.raises(Refused, match=f"holds no run, but .*{name}"):
+    with refused(f"holds no run, but .*{name}"):
         RunDirectory(tmp_path, may_hold_run=may_hold_run)
     assert tree(tmp_path) == before  # not even a lock file
 
 
-def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_runs_that_start_at_once_take_different_numbers(workplace):
     for name in ("train-2", "train-mine", "other-9"):
         Path("runs", name).mkdir(parents=True)
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: new_directory("train"), range(8)))
     assert sorted(run.path for run in runs) == sorted(
-        tmp_path / f"runs/train-{n}" for n in range(3, 11)
+        workplace / f"runs/train-{n}" for n in range(3, 11)
     )
     for run in runs:
         run.release()
     assert newest("train") == 2  # of those that were made for nothing none is left
     shutil.rmtree("runs")
     Path("runs").touch()
-    with pytest.raises(Refused, match="cannot be used"):
+    with refused("cannot be used"):
         new_directory("train")

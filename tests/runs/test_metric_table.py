@@ -24,8 +24,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(files)
     words = [
         *RUNS[kind].split(),

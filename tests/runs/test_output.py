@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
+from folders import read_json
 
 from tokenrl.cli import main
 
@@ -58,20 +58,19 @@ def test_what_is_read_no_more_ends_quietly_and_a_run_is_saved(tmp_path):
 def test_a_run_goes_on_where_its_output_is_lost(tmp_path, shell):
     done = command([*TRAIN, "--output-dir", str(tmp_path / "run")], shell)
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
+    assert read_json(tmp_path / "run" / "summary.json")["exit_reason"] == "finished"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
-def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, refusal):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")
     (tmp_path / "x").rmdir()
-    assert main(["lab", "exact"]) == 2
-    text = capsys.readouterr().err
+    text = refusal("lab", "exact")
     assert text.count("\n") == 1 and "The current working directory cannot be used" in text
     assert main(["--version"]) == 0
 
 
-def test_what_an_error_says_cannot_change_the_terminal(tmp_path, capsys):
-    assert main(["report", str(tmp_path / "\x1b[31m")]) == 2
-    assert r"\x1b[31m" in (text := capsys.readouterr().err) and "\x1b" not in text
+def test_what_an_error_says_cannot_change_the_terminal(workplace, refusal):
+    text = refusal("report", "\x1b[31m")
+    assert r"\x1b[31m" in text and "\x1b" not in text

@@ -3,19 +3,19 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from folders import RECIPES
 from made_runs import rising, write_run
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "study"
+PROGRAMS = RECIPES / "study"
 
 
 def run(name, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
 
 
 RUNS = """problem,arm,seed,role,area

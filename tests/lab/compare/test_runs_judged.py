@@ -7,9 +7,9 @@ import made_runs
 import numpy as np
 import pytest
 from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_run
+from refusals import stopped
 
 import tokenrl
-from tokenrl.errors import Stopped
 from tokenrl.lab.compare.loop import judge_directory, missing
 from tokenrl.lab.compare.table import read_runs
 
@@ -146,7 +146,7 @@ def test_tuned_rates_are_chosen_and_an_edge_is_reported(tmp_path):
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
     broken = {"exit_reason": "failed", "error": "No memory."}
     arms = {arm: rewards(summary=broken) for arm in ("reinforce", "a2c")}
-    with pytest.raises(Stopped, match="Nothing can be judged on walk"):
+    with stopped("Nothing can be judged on walk"):
         compared(tmp_path, arms, seeds=2)
 
 
@@ -163,7 +163,7 @@ def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
     ("end", "verdict"), [(-0.1, "worse"), (0.5, "equivalent"), (0.9, "better")]
 )
 def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm(
-    tmp_path, capsys, trained, words, end, verdict
+    tmp_path, capsys, said, trained, words, end, verdict
 ):
     arms = {"reinforce": rising(0.5), "a2c": rising(end, 0.003, **trained), "rloo": rising(0.6)}
     compared(tmp_path, arms, margin=0.02)
@@ -174,7 +174,7 @@ def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm
         ("walk", "a2c"): verdict,
         ("walk", "rloo"): "better",
     }
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = said()
     told = words in printed or (end > 0 and "entropy" in trained)  # sharp, and it has learnt
     assert told and "not valid" not in printed and "void" not in printed
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from folders import read_json, write_rows
 
 from tests.language.tiny_models import make_policy
 from tokenrl.core.estimator import Estimator
@@ -31,14 +30,14 @@ WORDS = f"{len(HELD_OUT)} of the {len(HELD_OUT)} held-out rows have prompts that
 
 
 def warnings_of(run):
-    return " ".join(json.loads((run / "summary.json").read_text())["warnings"])
+    return " ".join(read_json(run / "summary.json")["warnings"])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two warm starts: one of a split that holds all rows, and one of rows that were divided."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    write_rows(folder / "rows.jsonl", ROWS)
     tasks = {"all": {"train": ROWS, "test": ROWS[:5]}, "rest": str(folder / "rows.jsonl")}
     return {
         name: sft(task=task, model=make_policy(), output_dir=str(folder / name), **SMALL)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+from refusals import refused
 from tiny_models import SENTENCES, make_model
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.supervised.fit import encode_demonstrations
 
@@ -175,9 +175,7 @@ def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
     policy = wrap(
         make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     )
-    with pytest.raises(
-        Refused, match=r"The demonstration of row 0.*cannot write '7'.*Give the prompt"
-    ):
+    with refused(r"The demonstration of row 0.*cannot write '7'.*Give the prompt"):
         encode_demonstrations(policy, [{"prompt": "3+4=", "completion": "7"}])
     assert policy.reply_ids(
         [{"role": "user", "content": "7"}], ended=False, chat=False, before=[1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import (
     ARCHITECTURES,
     make_learner,
@@ -12,7 +13,6 @@ from tiny_models import (
 )
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.policy.saving import save_policy
 
@@ -75,7 +75,7 @@ def test_target_modules_are_names_of_linear_layers():
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
     policy = make_policy()
     for wrong in ("query", "mlp", "proj"):
-        with pytest.raises(Refused, match=f"{wrong!r}.*linear layers are: .*q_proj"):
+        with refused(f"{wrong!r}.*linear layers are: .*q_proj"):
             add_lora(policy, r=2, target_modules=["q_proj", wrong])
     assert not policy.has_adapter  # untouched
 

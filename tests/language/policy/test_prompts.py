@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from refusals import refused
 from tiny_models import TEMPLATE, make_policy, make_task
 
 from tokenrl import evaluate, train
 from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.runs.output import harmless
 
@@ -106,12 +106,12 @@ def test_what_the_model_reads(prompt, form, text):
     ],
 )
 def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, prompt, said):
-    with pytest.raises(Refused, match=said):
+    with refused(said):
         chat_policy(template, **form).encode(prompt)
 
 
 def test_an_empty_stop_string_is_refused_and_any_other_is_taken_as_it_stands():
-    with pytest.raises(Refused, match="stop holds ''"):
+    with refused("stop holds ''"):
         PromptArguments(stop=("a", ""))
     assert PromptArguments(stop=r"\n").stop == (r"\n",)
 

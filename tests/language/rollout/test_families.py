@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import FAMILIES, family_policy
+from refusals import refused
 from tiny_models import quickly
 
-from tokenrl.errors import Refused
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
@@ -88,5 +88,5 @@ def test_bfloat16_is_not_mistaken_for_an_error(family):
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():
-    with pytest.raises(Refused, match=r"recurrent_gemma.* returns no cache"):
+    with refused(r"recurrent_gemma.* returns no cache"):
         check_scoring(family_policy("recurrent_gemma"))

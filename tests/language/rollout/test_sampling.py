@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from refusals import stopped
 from scipy.stats import chisquare
 from tiny_models import (
     ARCHITECTURES,
@@ -18,7 +19,6 @@ from tiny_models import (
     textbook_logprobs,
 )
 
-from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -200,7 +200,7 @@ def test_nan_logits_stop():
     with torch.no_grad():
         policy.model.lm_head.weight[2, 0] = float("nan")
     for generate in (lambda: draw(policy, [[1]]), lambda: greedy(policy, [[1]])):
-        with pytest.raises(Stopped, match="not finite"):
+        with stopped("not finite"):
             generate()
 
 

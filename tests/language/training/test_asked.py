@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 
 import pytest
+from folders import read_json
+from refusals import refused
 from tiny_models import vowel_reward
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.prompts import render
@@ -68,7 +68,7 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     read = prompts_read(policy, monkeypatch)
     data = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_steps": 1, **SMALL}
     result = tokenrl.train(model=str(run), output_dir=str(tmp_path / "a"), **data)
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config = read_json(tmp_path / "a" / "config.json")
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     assert all(asked_of(row["question"]) in read for row in ROWS)
     prompts, completions = zip(*SEEN, strict=True)
@@ -99,7 +99,7 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     assert main([*words, "--no-chat", "--system-prompt", "", "--stop"]) == 0
     out = capsys.readouterr()
     assert "asked" not in out.err and "\ncompletion " in out.out
-    with pytest.raises(Refused, match="system_prompt is for chat messages"):
+    with refused("system_prompt is for chat messages"):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 
 
@@ -150,13 +150,13 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(dated, days, tmp_
         return tokenrl.train(**data | shape | settings)
 
     trained(1)
-    recorded = json.loads((run / "config.json").read_text())["chat_time"]
+    recorded = read_json(run / "config.json")["chat_time"]
     assert re.fullmatch(r"2030-01-\d\dT07", recorded)
     values = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
     trained(1, **values)
     trained(2, resume="auto")  # on another day
     trained(2, resume="auto", **values)
-    assert json.loads((run / "config.json").read_text())["chat_time"] == recorded
+    assert read_json(run / "config.json")["chat_time"] == recorded
     assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     day = f"{recorded[8:10]} Jan 2030, 7 the cat"
     assert prompts_of(run, saved_form(str(run))).startswith(day)

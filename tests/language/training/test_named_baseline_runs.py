@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from folders import read_json, write_rows
 
 from tokenrl.cli import main
 
@@ -42,16 +41,15 @@ AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 -
 
 
 def baseline_of(run):
-    return json.loads((run / "config.json").read_text())["estimator"]["baseline"]
+    return read_json(run / "config.json")["estimator"]["baseline"]
 
 
 @pytest.fixture
-def train(saved, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(FILE)
-    (tmp_path / "paid.py").write_text(REWARD)
+def train(saved, workplace):
+    (workplace / "mine.py").write_text(FILE)
+    (workplace / "paid.py").write_text(REWARD)
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.chdir(tmp_path)
+    write_rows(workplace / "rows.jsonl", rows)
     defaults = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
     return lambda folder, *flags: main([*defaults, folder, *flags])
 
@@ -90,7 +88,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
         ("mine.py", "module:function or path/to/file.py:function"),
     ):
         assert train("run", "--estimator.baseline", spec) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
+        assert words in capsys.readouterr().err
         assert not (tmp_path / "run" / "config.json").exists()
     assert train("run", "--generator", "mine.py:engin") == 2
     assert "Did you mean 'engine'" in capsys.readouterr().err

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from test_teacher import CLOSED, QUICK, closed_form, logprob, other_model, student_of
 from tiny_environments import Guess
 from tiny_models import (
@@ -221,7 +222,7 @@ def test_a_run_says_what_its_teacher_is_and_reads_and_keeps_no_teacher(tmp_path,
     )
     assert f"teacher {words} {TEMPLATE!r} in place of the prompt" in out
     assert policy.reference is None and result.policy.reference is None
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = read_json(tmp_path / "run" / "config.json")
     names = ("teacher", "teacher_decay", "teacher_template")
     assert [config[name] for name in names] == ["self", 0.5, TEMPLATE]
     assert result.eval_before["kl"] > 0.1
@@ -301,7 +302,7 @@ def test_what_a_teacher_cannot_read_is_refused_in_words(tmp_path):
         ({"teacher_template": "{prompt}" + 40 * " seven"}, "row 0, for the teacher has .* context"),
     ]
     for changes, words in cases:
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             taught(tmp_path / "run", quiet=True, **changes)
         assert not (tmp_path / "run" / "config.json").exists()
     for function, words in (
@@ -309,7 +310,7 @@ def test_what_a_teacher_cannot_read_is_refused_in_words(tmp_path):
         (lambda prompt: chat, "message 0 of the prompt has content None"),
         (lambda prompt: 99 * "seven ", "tokens, with its completion"),
     ):
-        with pytest.raises(Stopped, match=words):
+        with stopped(words):
             taught(tmp_path / "run", quiet=True, overwrite=True, teacher_context=function)
 
 

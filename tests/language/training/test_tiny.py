@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import read_json, write_rows
 from tiny_models import quickly
 
 import tokenrl
@@ -49,10 +50,8 @@ KINDS = {
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(workplace, cache):
     """The current directory holds data of several forms."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     Path("own.py").write_text(PYTHON)
     plain = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(10)]
     forms = {"plain": plain, "columns": [], "chat": []}
@@ -62,7 +61,7 @@ def data(tmp_path, monkeypatch):
         forms["chat"].append({"messages": messages})
         forms["columns"].append({"question": row["prompt"][:-1], "answer": row["answer"]})
     for name, rows in forms.items():
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(f"{name}.jsonl", rows)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     # 8 is in held-out rows only
     assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
-    assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
+    assert read_json("whole/config.json")["model"] == "tiny"
 
 
 def named(prompts, completions, answer, **columns):
@@ -174,7 +173,7 @@ def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, c
         main(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run".split()) == 0
     )
     rows = [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)]
-    Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows("other.jsonl", rows)
     lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
     capsys.readouterr()
     for command in (

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import family_policy
+from folders import read_json
 from tiny_environments import Faulty, Guess
 from tiny_models import (
     ENDS,
@@ -286,7 +287,7 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
     assert main(command) == 0
     assert "mean number of turns of an episode" in said()
-    metrics = json.loads(numbers.read_text())
+    metrics = read_json(numbers)
     of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
     turns = of_episodes.pop("episodes/turns")
     assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
@@ -305,10 +306,10 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     assert capsys.readouterr().out.count("episode\nprompt") == 2  # an empty line plays one too
 
 
-def test_a_check_names_what_fails(run, tmp_path, capsys):
+def test_a_check_names_what_fails(run, tmp_path, refusal):
     command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
-    assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
-    assert "episodes failed. Away.step raised OSError" in capsys.readouterr().err
+    error = refusal(*command, f"{run.parent}/talk.py:Away")
+    assert "episodes failed. Away.step raised OSError" in error
 
 
 @pytest.mark.parametrize(
@@ -318,10 +319,10 @@ def test_a_check_names_what_fails(run, tmp_path, capsys):
         (["reward-model", "--output-dir", "OUT"], "A pair of completions"),
     ],
 )
-def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
+def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, refusal, command, purpose):
     words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
-    assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
-    expected = (
+    error = refusal(*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny")
+    assert (
         f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
+        in error
     )
-    assert expected in capsys.readouterr().err
