@@ -100,11 +100,11 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refusal(capsys):
-    """`refusal(*words)`: what the command line prints as it refuses these words, without a traceback."""
+    """`refusal(line, *words)`: what a command prints as it refuses its words, without a traceback."""
     from tokenrl.cli import main
 
-    def refusal(*words):
-        assert main([*words]) == 2
+    def refusal(line, *words):
+        assert main([*line.split(), *words]) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error
         return error

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import completes
 from folders import read_json, write_rows
 from refusals import refused
 
@@ -56,9 +57,7 @@ def assert_repeats(name: str, run: Path) -> None:
     getattr(importlib.import_module(module), function)(continued)
     recorded = shlex.split(read_json(run / "config.json")["command"])  # by a program
     assert main([*recorded[1:], "--quiet"]) == 0 and (run / "metrics.jsonl").read_bytes() == whole
-    assert (
-        main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
-    )
+    completes(name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet")
     (weights,) = (run / "model").glob("*.safetensors")
     for file in ("metrics.jsonl", f"model/{weights.name}"):
         assert (run / file).read_bytes() == (Path("again") / file).read_bytes(), file
@@ -67,7 +66,7 @@ def assert_repeats(name: str, run: Path) -> None:
 
 def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     flags = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
-    assert main([*TRAIN, "--model", model, *flags.split()]) == 0
+    completes(*TRAIN, "--model", model, *flags.split())
     out = capsys.readouterr().out
     assert (
         "no measure of progress" in out
@@ -77,17 +76,12 @@ def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     )
     assert_repeats("train", Path("run"))
     assert "is for `tokenrl train`; give it to that command" in capsys.readouterr().err
-    assert main([*EVALUATE, "run/model"]) == 0
+    completes(*EVALUATE, "run/model")
     assert "reward_greedy" in capsys.readouterr().out
     numbers = read_json(tmp_path / "numbers.json")
     after = read_json(tmp_path / "run" / "summary.json")["eval_after"]
     assert numbers["reward_greedy"] == pytest.approx(after["reward_greedy"])
-    assert (
-        main(
-            ["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]
-        )
-        == 0
-    )
+    completes("sample --model run/model --prompt abc> xyz> --num-generations 2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["prompt", "reward", "reward"] * 2
     file = tmp_path / "run" / "config.json"
@@ -95,12 +89,12 @@ def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     del config["kind"]  # as in runs of before it was written
     file.write_text(json.dumps(config))
     (tmp_path / "run" / "report.html").unlink()
-    assert main(["report", "run"]) == 0
+    completes("report run")
     assert "prompts" in (tmp_path / "run" / "report.html").read_text()
-    assert "several runs" in refusal("report", "run", "--output", "page.html")
+    assert "several runs" in refusal("report run --output page.html")
     assert not (tmp_path / "page.html").exists()
     assert "Name the output directory" in refusal("report")
-    assert main(["report", "run", "again", "--output", "both.html"]) == 0
+    completes("report run again --output both.html")
     assert capsys.readouterr().out == "both.html\n"
     assert "eval_reward_greedy" in (tmp_path / "both.html").read_text()
 
@@ -119,7 +113,7 @@ def model(tmp_path_factory):
 
 def test_evaluate_prints_a_table_and_writes_json(model, capsys, refusal, tmp_path):
     arguments = [*EVALUATE, model]
-    assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
+    completes(*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9")
     assert "best@3" in capsys.readouterr().out
     numbers = read_json(tmp_path / "numbers.json")
     assert {
@@ -134,8 +128,8 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, refusal, tmp_pat
 
 
 def test_evaluate_compares_models_prompt_by_prompt(model, capsys, refusal, tmp_path):
-    assert main([*TRAIN, "--model", model, "--learning-rate", "3e-3", "--quiet"]) == 0
-    assert main([*EVALUATE, model, "run"]) == 0
+    completes(*TRAIN, "--model", model, "--learning-rate", "3e-3", "--quiet")
+    completes(*EVALUATE, model, "run")
     out = capsys.readouterr().out
     assert "difference/ is minus" in " ".join(out.split()) and "±" in out
     numbers = read_json(tmp_path / "numbers.json")
@@ -190,7 +184,7 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", ask)
-    assert main(["sample", "--model", model, "--num-generations", "1"]) == 0
+    completes("sample --model", model, "--num-generations", "1")
     out = capsys.readouterr().out
     assert "Ctrl-D" in out and "\nprompt     abc>" in out and out.endswith("\n\n")
 
@@ -199,12 +193,12 @@ def test_sft_makes_a_model_that_train_takes(model, refusal, tmp_path):
     rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
     write_rows(tmp_path / "demonstrations.jsonl", rows)
     sft = ["sft", "--task", "demonstrations.jsonl", "--model", model, "--output-dir", "tuned"]
-    assert main([*sft, "--max-steps", "4", "--batch-size", "16", "--learning-rate", "3e-3"]) == 0
+    completes(*sft, "--max-steps", "4", "--batch-size", "16", "--learning-rate", "3e-3")
     summary = read_json(tmp_path / "tuned" / "summary.json")
     assert summary["loss_after"] < summary["loss_before"] and summary["exit_reason"] == "finished"
     assert_repeats("sft", Path("tuned"))
     assert "already holds a run" in refusal(*sft)
-    assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
+    completes(*TRAIN[:-1], "second", "--model", "tuned", "--quiet")
 
 
 def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
@@ -220,22 +214,21 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
         "--output-dir",
         "judge",
     ]
-    assert main([*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4"]) == 0
+    completes(*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4")
     assert "Bradley-Terry" in capsys.readouterr().out
     summary = read_json(tmp_path / "judge" / "summary.json")
     assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
     assert_repeats("reward-model", Path("judge"))
-    assert main(["report", "judge"]) == 0
+    completes("report judge")
     assert "accuracy" in (tmp_path / "judge" / "report.html").read_text()
-    assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
+    completes(*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet")
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[1])
     assert math.isfinite(line["rewards/model/mean"])
 
 
 def test_an_agent_is_trained_and_its_configuration_repeats_it():
     world = "control --env gridworld --num-envs 4 --eval-episodes 4 --max-steps 3 --seed 3 --num-steps 8"
-    flags = ["--estimator", "ppo", "--hidden", "8", "8", "--output-dir", "run", "--quiet"]
-    assert main([*world.split(), *flags]) == 0
+    completes(f"{world} --estimator ppo --hidden 8 8 --output-dir run --quiet")
     assert_repeats("control", Path("run"))
 
 

@@ -6,12 +6,11 @@ import json
 import shutil
 
 import pytest
+from command_line import completes
 
-from tokenrl.cli import main
 from tokenrl.runs.metrics import LOGS
 
-SMALL = ["--eval-generations", "1", "--prompts-per-step", "2", "--num-generations", "2"]
-SMALL += ["--eval-every", "0", "--eval-size", "4", "--quiet"]
+SMALL = "--eval-generations 1 --prompts-per-step 2 --num-generations 2 --eval-every 0 --eval-size 4 --quiet"
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +20,11 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("TOKENRL_CACHE", str(folder / "cache"))
-        train = [
-            "train",
-            "--task",
-            "vowels",
-            "--estimator",
-            "a2c",
-            "--max-steps",
-            "4",
-            "--save-every",
-            "2",
-        ]
-        assert main([*train, *SMALL, "--output-dir", "train"]) == 0
-        control = ["control", "--env", "bandit", "--max-steps", "2", "--save-every", "1", "--quiet"]
-        assert main([*control, "--output-dir", "control"]) == 0
+        train = (
+            "train --task vowels --estimator a2c --max-steps 4 --save-every 2 --output-dir train"
+        )
+        completes(f"{train} {SMALL}")
+        completes("control --env bandit --max-steps 2 --save-every 1 --quiet --output-dir control")
     return folder
 
 

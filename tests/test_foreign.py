@@ -159,7 +159,7 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
             tokenrl.train(**{wrong: 1})
         assert len(str(caught.value)) < 200
     (tmp_path / "trl.yaml").write_text("learning_rate: 1e-6\nnum_train_epochs: 1\nbeta: 0.04\n")
-    sentence = refusal("train", "--config", str(tmp_path / "trl.yaml"))
+    sentence = refusal("train --config", str(tmp_path / "trl.yaml"))
     assert "trl.yaml cannot be used" in sentence
     assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in sentence
     axis = "estimator=Estimator(beta=0.04)"
@@ -257,4 +257,4 @@ def test_a_value_too_many_and_a_file_without_a_name_are_refused_with_what_to_wri
     line, words, workplace, refusal
 ):
     (workplace / "own.py").write_text("def right(): ...\nclass Game:\n    def reset(self): ...\n")
-    assert words in refusal(*line.split())
+    assert words in refusal(line)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import completes
 from folders import RECIPES, ROOT, read_json
 from pages import blocks, commands, give_tools, make_chat_model_and_data, write_files
 
@@ -137,7 +138,7 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch, handlers, shor
     Path("recipes").symlink_to(RECIPES)
     if page == PAGES[0]:  # as `make train` does
         first = ["train", "--output-dir", "runs/sort_digits-rloo-seed0"]
-        assert main([*first, *BRIEF["train"].split()]) == 0
+        completes(*first, *BRIEF["train"].split())
     for name, *words in commands(page):
         if "downloads/run" in words:  # the page says where it comes from
             shutil.copytree("runs/vowels", "downloads/run", dirs_exist_ok=True)
@@ -167,9 +168,9 @@ def test_seeds_of_several_machines_are_gathered_as_the_page_says(workplace, refu
             config = read_json(f"runs/seeds_{first}/plan.json")
             assert config["plan"]["seeds"] == [int(first), int(first) + 1]
     (words,) = (words for words in commands(page) if "--collect" in words)
-    assert main([*words, "--quiet"]) == 0
+    completes(*words, "--quiet")
     words.remove("runs/seeds_4")  # these two seeds are made here
-    assert main([*words, "--quiet", "--output-dir", "runs/others"]) == 0
+    completes(*words, "--quiet", "--output-dir", "runs/others")
     for table in ("runs.csv", "comparisons.csv"):
         assert Path("runs/seeds", table).read_bytes() == Path("runs/others", table).read_bytes()
     for number, (changed, reason) in enumerate(

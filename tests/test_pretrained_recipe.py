@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
 from folders import RECIPES, read_json
 from pages import commands, write_files
-
-from tokenrl.cli import main
 
 RECIPE = RECIPES / "language" / "pretrained_toy_task.py"
 PAGE = RECIPES / "pages" / "tutorials" / "pretrained_tools.md"
@@ -120,7 +119,7 @@ def test_a_real_model_learns_the_form_of_a_call_from_the_page(
     runpy.run_path("give_tools.py")
     words = next(words for words in commands(PAGE) if words[0] == "train")
     short = "--warm-start-steps 30 --max-steps 2 --eval-size 8 --eval-every 0 --output-dir run"
-    assert main([*words, *short.split()]) == 0
+    completes(*words, *short.split())
     warmed = read_json("run/config.json")["warm_started"]
     assert warmed["loss_before"] > 3 > 1.2 > warmed["loss_after"]
     last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import completes
 from folders import RECIPES, read_json
 from pages import blocks
-
-from tokenrl.cli import main
 
 # by programs of a folder
 SHARED = {"own", "judging", "questions", "answer", "choice", "curves", "second_edition"}
@@ -260,7 +259,7 @@ def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, said):
     assert len(written) == 2 and set(written) < set(lines)
     ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]
     Path("grpo.yaml").write_text(settings)
-    assert main(["lab", "exact", "--trl-config", "grpo.yaml"]) == 0
+    completes("lab exact --trl-config grpo.yaml")
     ((_, _, output),) = [block for block in blocks(page) if "--trl-config" in block[1]]
     assert " ".join(output.split()) in said()
 

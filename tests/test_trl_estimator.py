@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 import torch
+from command_line import completes
 from folders import RECIPES
 
 from tokenrl import Estimator, Refused
-from tokenrl.cli import main
 from tokenrl.core import PRESETS
 
 RECIPE = RECIPES / "language" / "trl_estimator.py"
@@ -202,7 +202,7 @@ def test_what_is_said_to_change_nothing_does_so_in_trl(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields | idle | {"trainer": fields.get("trainer", "GRPO").lower()}))
-    assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+    completes("lab exact --trl-config", str(path))
     explanation = said().partition("changes nothing")[2]
     assert [name for name in idle if name not in explanation] == []
     (without,), (with_them,) = (

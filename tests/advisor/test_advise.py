@@ -7,10 +7,11 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from command_line import completes
 
 from tokenrl.advisor.advice import command_line
 from tokenrl.advisor.environment import choose_way
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import COMMANDS
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
@@ -33,7 +34,7 @@ def parsed(line: str):
 
 def advised(capsys, *argv) -> tuple[str, dict]:
     """What the command printed, and the record that it wrote beside the settings."""
-    assert main(["advise", *argv, "--json", "a.json", "--config", "c.json"]) == 0
+    completes("advise", *argv, "--json", "a.json", "--config", "c.json")
     with open("a.json") as file:
         return capsys.readouterr().out, json.load(file)
 
@@ -66,10 +67,8 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys, refusal):
     # measured, and rounded to a digit
     assert arguments.estimator.entropy_coef == pytest.approx(0.1, rel=0.2)
     assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
-    assert (
-        main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
-    )
-    assert "is for `tokenrl control`" in refusal("train", "--config", "c.json")
+    completes("control --config c.json --eval-episodes 2 --check --quiet")
+    assert "is for `tokenrl control`" in refusal("train --config c.json")
 
 
 def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):

@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from command_line import completes
 from folders import read_json
 from refusals import refused
 
@@ -95,7 +96,7 @@ def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_
     path = made_up("train", solved=solved, completions__clipped_ratio=0.2, **run)
     advice = advise_run(str(path))
     assert "solves its task" in advice.line
-    assert main(["advise", "--run", str(path)]) == 0
+    completes("advise --run", str(path))
     output = capsys.readouterr().out
     assert "solves its task" in output and "tokenrl train" not in output
 
@@ -154,7 +155,7 @@ def test_a_run_that_has_ended_is_destroyed_if_it_says_so_itself(made_up, flags, 
 
 def test_the_file_holds_what_is_printed(made_up, workplace, capsys):
     path = made_up("control", entropy=0.01, reward_std=12.0, solved=float("inf"))
-    assert main(["advise", "--run", str(path), "--json", "a.json"]) == 0
+    completes("advise --run", str(path), "--json", "a.json")
     output = capsys.readouterr().out
     assert "--estimator.entropy-coef 0.1" in output and "entropy-collapsed" in output
     record = read_json(workplace / "a.json")
@@ -192,7 +193,7 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, refusal):
         made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long ones
         broken: "Line 4 of",
     }.items():
-        error = refusal("advise", "--run", str(path))
+        error = refusal("advise --run", str(path))
         assert words in error and error.count("\n") == 1, path
 
 
@@ -206,8 +207,8 @@ REAL = {
 def test_a_real_run_from_end_to_end(kind, workplace, cache, capsys):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
     flags = [*REAL[kind].split(), "--max-steps", "4", "--output-dir", "run", "--quiet"]
-    assert main([kind, *flags]) == 0
-    assert main(["advise", "--run", "run"]) == 0
+    completes(kind, *flags)
+    completes("advise --run run")
     output = capsys.readouterr().out
     assert "4 of 4 steps (100%)" in output and "finished" in output
     line = output.partition("Run it: ")[2].partition("\n")[0]
@@ -240,5 +241,5 @@ def test_reading_a_run_executes_nothing_that_it_names(made_up, workplace, kind, 
         changes["estimator"] = config["estimator"] | changes["estimator"]
         changes |= {"seed": 0, "learning_rate": {"a": 0.01, "b": 0.02}[name]}
         (workplace / name / "config.json").write_text(json.dumps(config | changes))
-    assert main(command.split()) == 0
+    completes(command)
     assert not (workplace / "executed").exists()

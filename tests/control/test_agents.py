@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from command_line import completes
 from folders import read_json
 from refusals import refused
 
 from tokenrl import train_agent
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import COMMANDS
 from tokenrl.control import ControlArguments, agent_settings
 from tokenrl.control.arguments import TUNED
 from tokenrl.control.environments import describe
@@ -46,9 +47,9 @@ def test_an_agent_without_settings_is_refused_naming_those_there_are(agent, mess
 
 def test_an_agent_and_a_configuration_exclude_each_other(workplace, refusal):
     (workplace / "mine.json").write_text('{"env": "Acrobot-v1"}')
-    both = refusal("control", "--config", "mine.json", "--agent", "classic")
+    both = refusal("control --config mine.json --agent classic")
     assert "--agent and --config" in both
-    assert "Missing value for argument '--agent'" in refusal("control", "--agent")
+    assert "Missing value for argument '--agent'" in refusal("control --agent")
     with refused("agent 'classic' was given beside finished settings"):
         train_agent(ControlArguments(), agent="classic")
 
@@ -84,7 +85,7 @@ def test_the_verdict_in_words(env, mean, error, start, end):
 
 def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, capsys):
     flags = ["--max-steps", "1", "--num-envs", "4", "--eval-episodes", "4"]
-    assert main(["control", *flags, "--output-dir", str(tmp_path)]) == 0
+    completes("control", *flags, "--output-dir", str(tmp_path))
     summary = read_json(tmp_path / "summary.json")
     assert (summary["solved"], summary["threshold"]) == (False, 475)
     assert summary["verdict"].startswith("not solved: mean return ")

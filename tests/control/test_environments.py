@@ -7,11 +7,11 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from command_line import completes
 from folders import read_json
 from gymnasium import spaces
 from refusals import refused
 
-from tokenrl.cli import main
 from tokenrl.control.environments import Environments, describe, find
 from tokenrl.control.evaluation import SEEDS, seed_of
 
@@ -152,7 +152,7 @@ class Mine(CartPoleEnv):
 gymnasium.register("{name}-v0", entry_point={entry}, max_episode_steps=7)
 gymnasium.register("{name}Other-v1", entry_point=Mine, max_episode_steps=8)
 """
-SMALL = ["--num-envs", "2", "--max-steps", "1", "--eval-episodes", "2", "--quiet"]
+SMALL = "--num-envs 2 --max-steps 1 --eval-episodes 2 --quiet"
 
 
 @pytest.fixture
@@ -173,11 +173,9 @@ def write(workplace):
 def test_a_run_in_an_environment_of_a_user_can_be_repeated(write, capsys, source, entry):
     """A file, or a module in the current directory; its class may be given by its name, too."""
     write("a_file", entry=entry)
-    flags = ["--env", f"{source}:a_file-v0", *SMALL]
-    assert main(["control", *flags, "--output-dir", "first"]) == 0
-    assert read_json("first/config.json")["env"] == flags[1]
-    repeated = ["--config", "first/config.json", "--quiet", "--output-dir", "second"]
-    assert main(["control", *repeated]) == 0
+    completes(f"control --env {source}:a_file-v0 {SMALL} --output-dir first")
+    assert read_json("first/config.json")["env"] == f"{source}:a_file-v0"
+    completes("control --config first/config.json --quiet --output-dir second")
     assert capsys.readouterr() == ("", "")
     assert Path("first/metrics.jsonl").read_text() == Path("second/metrics.jsonl").read_text()
 

@@ -75,19 +75,7 @@ def register(kind=Failing, **options):
     return ID
 
 
-RUN = [
-    "--num-envs",
-    "2",
-    "--eval-episodes",
-    "2",
-    "--max-steps",
-    "30",
-    "--hidden",
-    "4",
-    "--save-every",
-    "1",
-    "--quiet",
-]
+RUN = "--num-envs 2 --eval-episodes 2 --max-steps 30 --hidden 4 --save-every 1 --quiet"
 POLICY = Policy(Shape(2, "softmax", 2, hidden=()), torch.Generator().manual_seed(0))
 
 
@@ -141,8 +129,8 @@ def test_numbers_after_the_end_of_an_episode_do_not_count():
 )
 def test_whatever_is_raised_at_once_is_refused(refusal, command, method, error):
     register(raises=method, error=error)
-    flags = RUN if command == "control" else ["--episodes", "2"]
-    output = refusal(command, "--env", ID, *flags)
+    flags = RUN if command == "control" else "--episodes 2"
+    output = refusal(f"{command} --env {ID} {flags}")
     assert f"it raised {type(error).__name__}: {error}" in output and ID in output
 
 
@@ -151,7 +139,7 @@ def test_whatever_is_raised_at_once_is_refused(refusal, command, method, error):
 def test_whatever_is_raised_in_training_ends_the_run(workplace, capsys, method, error):
     """The evaluation before training takes at least 32 steps, and each update 16 more."""
     register(raises=method, error=error, after=100)
-    assert main(["control", "--env", ID, *RUN, "--output-dir", "run"]) == 1
+    assert main(f"control --env {ID} {RUN} --output-dir run".split()) == 1
     output, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
     assert message in output and ID in output and "Traceback" not in output
     assert "The last complete checkpoint is" in output

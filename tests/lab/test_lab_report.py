@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
 from folders import read_json
 
 from tokenrl.cli import main
@@ -67,7 +68,7 @@ def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatc
 
 
 def test_what_was_tried_is_said_for_each_estimator(said) -> None:
-    assert main(["lab", "exact", "--estimators", "rloo", "opo_loo", "grpo", "maxrl", "spo"]) == 0
+    completes("lab exact --estimators rloo opo_loo grpo maxrl spo")
     out = said()
     all_of_them = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
     assert f"Tried for rloo; opo_loo: {all_of_them}." in out
@@ -81,7 +82,7 @@ def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, w
     lines = "def wrong(totals, *, group_size, mask, valid):\n    g = totals.view(-1, group_size)\n"
     lines += "    kept = g.sum(1, keepdim=True) - g.roll(1, 1)\n"
     Path("mine.py").write_text(lines + "    return (kept / (group_size - 1)).flatten()\n")
-    assert main(["lab", "exact", "--preset", "mine.py:wrong"]) == 0
+    completes("lab exact --preset mine.py:wrong")
     out = said()
     assert "mine.py:wrong: exact_up_to_scale with groups of 3 or more." in out
     assert "Tried for mine.py:wrong; rloo: prompts 1 to 4, group size 2 to 8" in out
@@ -115,7 +116,7 @@ def test_mistakes_are_refused_before_any_work(
     arguments, words, refusal, workplace, monkeypatch
 ) -> None:
     monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: pytest.fail("measured"))
-    assert words in refusal("lab", "exact", *arguments)
+    assert words in refusal("lab exact", *arguments)
     assert list(workplace.iterdir()) == []
 
 
@@ -134,7 +135,7 @@ def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None
     """Which of them are exact, and that the numbers which are printed are those that are written."""
     monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:2])
     path = tmp_path / "turns.json"
-    assert main(["lab", "exact", "--turns", "--json", str(path)]) == 0
+    completes("lab exact --turns --json", str(path))
     out, written = capsys.readouterr().out, read_json(path)
     exact = [record["name"] for record in written if record["status"] == "exact"]
     assert exact == [

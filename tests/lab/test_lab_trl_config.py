@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
+from command_line import completes
 
 from tokenrl import Estimator
-from tokenrl.cli import main
 from tokenrl.lab import measure_bias
 
 FIRST = "in the first update from a rollout every ratio is 1"
@@ -105,7 +105,7 @@ def test_a_configuration_of_trl_is_an_estimator(
 ) -> None:
     path = tmp_path / "grpo.json"
     path.write_text(json.dumps(fields))
-    assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+    completes("lab exact --trl-config", str(path))
     assert measured == [Estimator.preset(name), Estimator()]
     out = words(capsys.readouterr().out)
     assert [remark for remark in remarks if remark not in out] == []
@@ -140,7 +140,7 @@ def test_what_is_no_configuration_is_refused(
 ) -> None:
     path = tmp_path / name
     path.write_text(text)
-    assert message in refusal("lab", "exact", "--trl-config", str(path)) and measured == []
+    assert message in refusal("lab exact --trl-config", str(path)) and measured == []
 
 
 def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
@@ -148,7 +148,7 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
     for kind, name in ((trl.GRPOConfig, "trl_grpo"), (trl.RLOOConfig, "trl_rloo")):
         path = tmp_path / "exported.json"
         path.write_text(kind(output_dir=str(tmp_path), bf16=False, use_cpu=True).to_json_string())
-        assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+        completes("lab exact --trl-config", str(path))
         out = words(capsys.readouterr().out)
         assert measured[-2] == Estimator.preset(name)
         # no field differs from its default
@@ -156,7 +156,7 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
 
 
 def test_a_preset_is_explained_beside_rloo(capsys, refusal) -> None:
-    assert main(["lab", "exact", "--preset", "unsloth"]) == 0
+    completes("lab exact --preset unsloth")
     out = words(capsys.readouterr().out)
     for part in (
         "Unsloth 2026.10.9",

@@ -8,10 +8,10 @@ from statistics import median
 
 import pytest
 import torch
+from command_line import completes
 from folders import read_json
 from refusals import refused
 
-from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.core.losses import bounded
 from tokenrl.errors import Refused
@@ -99,7 +99,7 @@ def test_the_example_in_the_docstring() -> None:
 @pytest.mark.slow
 def test_the_table_of_corrections(said, tmp_path) -> None:
     path = tmp_path / "table.json"
-    assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
+    completes("lab exact --sampler temperature=0.8 --json", str(path))
     out = said()
     assert "a sampler with temperature=0.8" in out
     assert "exact_for_sampler" in out and "exact_for_policy" in out

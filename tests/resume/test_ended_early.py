@@ -6,6 +6,7 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from command_line import completes
 from folders import read_json
 from killing import REWARD, equal, left
 
@@ -31,7 +32,7 @@ def test_a_signal_decides_neither_the_best_weights_nor_the_end(kind, files, work
     for name in ("model", "rows.jsonl"):
         (workplace / name).symlink_to(files / name)
     argv = [*KINDS[kind].split(), "--resume", "auto", "--output-dir"]
-    assert main([*argv, "whole"]) == 0
+    completes(*argv, "whole")
     expected = left(workplace / "whole")
     steps = read_json(workplace / "whole" / "summary.json")["steps"]
     for number in {1, steps // 4 * 2}:
@@ -41,7 +42,7 @@ def test_a_signal_decides_neither_the_best_weights_nor_the_end(kind, files, work
         summary = read_json(workplace / f"run{number}" / "summary.json")
         assert summary["steps"] == number
         assert bool(summary["eval_after"]) == (number > 1)
-        assert main([*argv, f"run{number}"]) == 0
+        completes(*argv, f"run{number}")
         equal(left(workplace / f"run{number}"), expected)
 
 

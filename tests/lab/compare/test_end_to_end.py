@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import completes
 from folders import read_json
 from made_runs import WALK as PLANNED, compared, planned, rising, write_run
 from refusals import refused, stopped
@@ -62,7 +63,7 @@ def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     before = tables_of(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
     tokenrl.compare(**WALK, output_dir=str(folder))
-    assert main(["report", str(folder)]) == 0
+    completes("report", str(folder))
     assert tables_of(folder) == before
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")} == times
     with refused("another comparison"):
@@ -260,7 +261,7 @@ def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_
 def test_the_page_shows_the_verdict_first_and_every_difference(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": rising(0.6), "rloo": rising(0.52)}
     comparison = compared(tmp_path, arms, margin=0.05)
-    assert main(["report", str(tmp_path)]) == 0
+    completes("report", str(tmp_path))
     page = (tmp_path / "report.html").read_text()
     headings = ["What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
     positions = [page.index(text) for text in (comparison.words["walk"].headline, *headings)]

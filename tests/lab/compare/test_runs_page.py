@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from command_line import completes
 from made_runs import write_run
 from refusals import refused
 from runs.pages import EVIL, Page
 
-from tokenrl.cli import main
 from tokenrl.lab import compare_runs
 
 pytestmark = pytest.mark.drawn
@@ -29,7 +29,7 @@ def rows_of(text, heading):
 def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys):
     make_run(workplace / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1})
     make_run(workplace / "two", 0.75, task=EVIL, seed=0, estimator={"gamma": 1}, lora_r=8)
-    assert main(["report", "one", "two"]) == 0
+    completes("report one two")
     assert capsys.readouterr().out == "comparison.html\n"
     text = (workplace / "comparison.html").read_text("utf-8")
     numbers = rows_of(text, "Final numbers")

@@ -207,7 +207,7 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
 def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, refusal):
     run = trained(**changes)
     assert "say with task (--task) what it was trained on, and with reward (--reward)" in refusal(
-        "evaluate", "--model", run
+        "evaluate --model", run
     )
     expected = {
         "task": changes.get("task", "words.jsonl"),
@@ -218,5 +218,5 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, refusal
 
 
 def test_a_model_of_no_run_names_no_task(saved, refusal):
-    error = refusal("evaluate", "--model", str(saved()))
+    error = refusal("evaluate --model", str(saved()))
     assert "Name the task to evaluate on: task (--task)" in error

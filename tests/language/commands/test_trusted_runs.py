@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import completes
 from folders import read_json
 from refusals import refused
 
@@ -81,7 +82,7 @@ NAMES = {
 def test_no_code_of_a_stranger_is_executed(stranger, setting, name, refusal):
     value = [name] if setting == "reward" else name
     stranger(**{setting: value, "code": {name: "0" * 64}, "trust_run": True})
-    output = refusal("evaluate", "--model", "run")
+    output = refusal("evaluate --model run")
     assert f"{setting} '{name}' " in output and "--trust-run" in output
     assert not Path("executed").exists()
 
@@ -135,16 +136,16 @@ def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, 
 
 def test_runs_of_ones_own_work_from_anywhere_until_a_file_of_theirs_changes(stranger, monkeypatch):
     Path("run").rename("moved")
-    assert main(["train", "--config", "moved", "--output-dir", "again"]) == 0
+    completes("train --config moved --output-dir again")
     for run in ("moved", "again"):
-        assert main(["evaluate", "--model", run]) == 0
+        completes("evaluate --model", run)
     Path("rewards.py").write_text(OWN + "# changed")
     assert main(["evaluate", "--model", "moved"]) == main(["train", "--config", "moved"]) == 2
-    assert main(["evaluate", "--model", "moved", "--trust-run"]) == 0
+    completes("evaluate --model moved --trust-run")
     Path("rewards.py").write_text(OWN)
     monkeypatch.setenv("XDG_CONFIG_HOME", os.path.abspath("of-somebody-else"))
     assert main(["evaluate", "--model", "moved"]) == 2
-    assert main(["evaluate", "--model", "moved", "--reward", "rewards.py:vowels"]) == 0
+    completes("evaluate --model moved --reward rewards.py:vowels")
 
 
 def test_what_flags_name_and_what_is_trusted_is_executed(stranger):
@@ -170,7 +171,7 @@ def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(
 ):
     stranger(task="../words.jsonl", reward=["toy_tasks.vowels:load"])
     monkeypatch.chdir("run")
-    assert "is looked for in the directory of the run" in refusal("evaluate", "--model", ".")
+    assert "is looked for in the directory of the run" in refusal("evaluate --model .")
 
 
 KEYS = {

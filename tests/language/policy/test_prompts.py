@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from command_line import completes
 from refusals import refused
 from tiny_models import TEMPLATE, make_policy, make_task
 
 from tokenrl import evaluate, train
-from tokenrl.cli import main
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.runs.output import harmless
 
@@ -152,12 +152,7 @@ QUICK = {
 
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys, said):
     model, words = str(saved(kind="chat")), 'contains "<eos>"'
-    assert (
-        main(
-            ["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]
-        )
-        == 0
-    )
+    completes("sample --model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0")
     assert capsys.readouterr().err.count(words) == 1
     task = make_task(["a <eos> b", "the cat"])
     evaluate(model=model, task=task, num_generations=0)
@@ -170,6 +165,6 @@ def test_what_a_model_writes_cannot_change_the_terminal(saved, capsys):
     text = "a\tb\nc\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     shown = r"c\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     assert harmless(text) == f"a\tb\n{shown}"
-    assert main(["sample", "--model", str(saved()), "--prompt", "\x1b]0;title\x07"]) == 0
+    completes("sample --model", str(saved()), "--prompt", "\x1b]0;title\x07")
     out = capsys.readouterr().out
     assert r"\x1b]0;title\x07" in out and "\x1b" not in out and "\x07" not in out

@@ -214,7 +214,7 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert config["task_rows"]["columns"] == ["prompt", "answer", "marks"]
     assert config["task"] == "in-memory:" + digits and digits in config["title"]
     assert config["command"] == ""  # no command can name the rows and the model
-    message = refusal("train", "--config", str(tmp_path / "run"))
+    message = refusal("train --config", str(tmp_path / "run"))
     assert f"in-memory:{digits}' was data given from Python" in message
     assert "to_parquet('data.parquet')" in message
 

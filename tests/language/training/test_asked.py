@@ -6,12 +6,12 @@ import re
 import shutil
 
 import pytest
+from command_line import completes
 from folders import read_json
 from refusals import refused
 from tiny_models import vowel_reward
 
 import tokenrl
-from tokenrl.cli import main
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.prompts import render
@@ -91,12 +91,12 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
     assert capsys.readouterr().err.count(line) == 2
     words = ["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]
-    assert main(words) == 0
+    completes(*words)
     out = capsys.readouterr()
     assert line in out.err and "without rewards. The run of" in out.err
     (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
     assert "e" not in completion and " t" not in completion
-    assert main([*words, "--no-chat", "--system-prompt", "", "--stop"]) == 0
+    completes(*words, "--no-chat", "--system-prompt", "", "--stop")
     out = capsys.readouterr()
     assert "asked" not in out.err and "\ncompletion " in out.out
     with refused("system_prompt is for chat messages"):

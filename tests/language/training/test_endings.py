@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from command_line import completes
 from folders import read_json, write_rows
 from tiny_models import quickly
 
@@ -98,4 +99,4 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(argv, where, monkeypatch, cap
             "SystemExit" in summary["error"] or where == "words"
         )
         monkeypatch.setenv("WHERE", "")
-        assert main([*argv, "--resume", "auto"]) == 0
+        completes(*argv, "--resume", "auto")

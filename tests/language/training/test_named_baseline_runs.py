@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from command_line import completes
 from folders import read_json, write_rows
 
 from tokenrl.cli import main
@@ -64,7 +65,7 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     named = ("--estimator.baseline", "mine.py:half", "--generator", "mine.py:engine")
     assert train("engine", *named) == 0
     for name in ("run", "engine"):
-        assert main(["train", "--config", name, "--output-dir", f"{name}-again"]) == 0
+        completes("train --config", name, "--output-dir", f"{name}-again")
     assert (tmp_path / "engine.txt").read_text() == "NoneNone"  # once a run
     names = ("run", "same", "engine", "run-again", "engine-again")
     assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in names}) == 1
@@ -73,7 +74,7 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
 def test_a_memory_of_ones_own_is_made_once_per_run(train, tmp_path):
     assert train("run", "--estimator.baseline", "mine.py:Memory") == 0
     assert (tmp_path / "made.txt").read_text() == "made "
-    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:Memory"]) == 0
+    completes(AGENT, "--estimator.baseline", "mine.py:Memory")
     assert (tmp_path / "made.txt").read_text() == "made made "
 
 

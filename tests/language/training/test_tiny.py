@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
 from folders import read_json, write_rows
 from tiny_models import quickly
 
@@ -69,7 +70,7 @@ def data(workplace, cache):
 )
 def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     small = SMALL.split() if KINDS[kind].startswith("train") else []
-    assert main([*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run"]) == 0
+    completes(*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run")
     first, again = re.findall(r"^next +tokenrl (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert main(shlex.split(again)) == 0
     rewarded = kind != "demonstrations"
@@ -78,7 +79,7 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert first.startswith("sample") or main(shlex.split(first)) == 0
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1=\n2+x=\n"), "utf-8"))
-    assert main(["sample", "--model", "run"]) == 0
+    completes("sample --model run")
     printed = capsys.readouterr()
     assert re.search("tokenrl: as in the run of run: .*task ", printed.err)
     assert printed.out.startswith("prompt     1+1=\n") and printed.out.count("completion ") == 8
@@ -169,9 +170,7 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
 
 
 def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):
-    assert (
-        main(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run".split()) == 0
-    )
+    completes(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run")
     rows = [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)]
     write_rows("other.jsonl", rows)
     lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
@@ -181,8 +180,8 @@ def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, c
         "sample --model run --prompt é+1=",
         f"train --model run --task other.jsonl {TWO} {SMALL} --output-dir again",
     ):
-        assert main(command.split()) == 0
+        completes(command)
         printed = capsys.readouterr()
         assert re.search(lost, " ".join((printed.err + printed.out).split())), command
-    assert main(["sample", "--model", "run", "--prompt", "1+1="]) == 0
+    completes("sample --model run --prompt 1+1=")
     assert "loses" not in capsys.readouterr().err

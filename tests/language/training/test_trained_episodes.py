@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from command_line import completes
 from families import family_policy
 from folders import read_json
 from tiny_environments import Faulty, Guess
@@ -26,7 +27,6 @@ from tiny_models import (
 )
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -251,7 +251,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.py").write_text(ENVIRONMENT)
     command = ["train", "--task", f"{folder}/talk.py:Talk", *SMALL, "--output-dir", f"{folder}/run"]
-    assert main([*command, "--quiet"]) == 0
+    completes(*command, "--quiet")
     return folder / "run"
 
 
@@ -285,7 +285,7 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     numbers = run.parent / "numbers.json"
     command = ["evaluate", "--model", str(run), "--json", str(numbers), "--num-generations", "2"]
     command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
-    assert main(command) == 0
+    completes(*command)
     assert "mean number of turns of an episode" in said()
     metrics = read_json(numbers)
     of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
@@ -294,7 +294,7 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     assert abs(metrics["kl"]) < 1e-4
     # the task's own reward measures what the other one chose
     assert metrics["best_of_n_proxy@2"] >= metrics["best_of_n_proxy@1"] != metrics["best_of_n@1"]
-    assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
+    completes("sample --model", str(run), "--prompt", "", "7", "--num-generations", "1")
     out, output = capsys.readouterr()
     assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
     assert (
@@ -302,7 +302,7 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     )
     assert out.count("\nuser       <b>") >= 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
-    assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
+    completes("sample --model", str(run), "--num-generations", "0")
     assert capsys.readouterr().out.count("episode\nprompt") == 2  # an empty line plays one too
 
 
