@@ -7,7 +7,7 @@ import math
 import gymnasium
 import numpy as np
 import pytest
-import torch
+from drawing import seeded
 from folders import read_json
 from gymnasium import spaces
 from refusals import stopped
@@ -76,13 +76,11 @@ def register(kind=Failing, **options):
 
 
 RUN = "--num-envs 2 --eval-episodes 2 --max-steps 30 --hidden 4 --save-every 1 --quiet"
-POLICY = Policy(Shape(2, "softmax", 2, hidden=()), torch.Generator().manual_seed(0))
+POLICY = Policy(Shape(2, "softmax", 2, hidden=()), seeded(0))
 
 
 def episodes(env):
-    return collect_episodes(
-        Environments(env, 2), POLICY, 20, torch.Generator().manual_seed(0), seed=0
-    )
+    return collect_episodes(Environments(env, 2), POLICY, 20, seeded(0), seed=0)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -105,9 +103,9 @@ def test_numbers_of_pieces_are_looked_at_too():
     """Episodes of 8 steps and one that resets: the sixth piece of three is steps 7 and 8, and a reset."""
     pieces = Pieces(Environments(register(rewards={8: NAN}, after=2 * 12), 2), 3, seed=0)
     for _ in range(5):
-        pieces.collect(POLICY, torch.Generator().manual_seed(0))
+        pieces.collect(POLICY, seeded(0))
     with stopped("the reward nan in step 2 of a piece of an episode"):
-        pieces.collect(POLICY, torch.Generator().manual_seed(0))
+        pieces.collect(POLICY, seeded(0))
 
 
 def test_numbers_after_the_end_of_an_episode_do_not_count():

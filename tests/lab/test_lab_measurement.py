@@ -11,6 +11,7 @@ import pytest
 import torch
 from refusals import refused
 from tiny_lab_model import WORDS, points, tiny_policy
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.lab.measure.arguments import MeasureArguments
@@ -125,7 +126,7 @@ def test_a_step_is_the_gradient_that_training_takes(
         estimator.aggregation == "token_mean" or estimator.scale == "token_whiten"
     )
     mean = units.values[: 4 // units.groups].mean(0)
-    torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
+    assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples) -> None:
@@ -142,7 +143,7 @@ def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: S
             baseline="constant", baseline_constant=float(samples.rewards[others].mean())
         )
         expected = contributions(mean, samples, seen, prompts_per_step=8).values
-        torch.testing.assert_close(found[step], expected[step])
+        assert_close(found[step], expected[step])
 
 
 def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples) -> None:
@@ -153,10 +154,8 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     dropped = contributions(Estimator(zero_spread="drop"), flat, seen, prompts_per_step=4)
     kept = contributions(Estimator(), flat, seen, prompts_per_step=4)
     assert dropped.coupled and not kept.coupled
-    torch.testing.assert_close(
-        dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14
-    )
-    torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
+    assert_close(dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14)
+    assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
 ROWS = [{"prompt": word} for word in WORDS * 8]

@@ -6,6 +6,7 @@ import doctest
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
@@ -38,9 +39,9 @@ def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int)
         return mdp.start @ backed_up(fixed, 2, logits)[:-1]
 
     wanted = torch.func.grad(objective)(mdp.logits).flatten()
-    torch.testing.assert_close(problem.gradient(gamma=gamma)[0], wanted, **CLOSE)
+    assert_close(problem.gradient(gamma=gamma)[0], wanted, **CLOSE)
     j = (problem.chances * problem.returns(gamma)).sum()
-    torch.testing.assert_close(j, objective(mdp.logits), **CLOSE)
+    assert_close(j, objective(mdp.logits), **CLOSE)
 
 
 ASCENDS = {

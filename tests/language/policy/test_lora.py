@@ -11,6 +11,7 @@ from tiny_models import (
     one_step,
     weights,
 )
+from torch.testing import assert_close
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
@@ -65,7 +66,7 @@ def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merge
 
     save_policy(policy, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
+    assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
     # a copy was merged
     assert policy.has_adapter and torch.equal(weights(policy.model), adapter)
 
@@ -87,9 +88,7 @@ def test_gradient_checkpointing_trains_the_same_adapter():
     add_lora(checkpointed, r=2)
     for policy in (plain, checkpointed):
         one_step(make_learner(policy, learning_rate=1e-3))
-    torch.testing.assert_close(
-        weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4
-    )
+    assert_close(weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4)
     assert not torch.equal(weights(plain.model), before)
 
 

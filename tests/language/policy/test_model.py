@@ -6,6 +6,7 @@ from families import family_policy
 from refusals import refused
 from saved_states import equal
 from tiny_models import completions, make_model, make_policy, make_tokenizer
+from torch.testing import assert_close
 
 import tokenrl
 from tokenrl.language.policy.model import (
@@ -68,7 +69,7 @@ def test_padding_of_the_tokenizer_changes_no_completion(kind):
     texts, logprobs = complete(make_policy(kind="pad"))
     same, close = complete(make_policy(kind=kind))
     assert same == texts
-    torch.testing.assert_close(close, logprobs)
+    assert_close(close, logprobs)
 
 
 def test_an_empty_prompt_is_the_bos_or_refused():
@@ -154,7 +155,7 @@ def test_dropout_is_off_also_where_checkpointing_needs_training_mode(family, rat
     expected = policy.model(ids).logits
     enable_gradient_checkpointing(policy)
     assert any(module.training for module in policy.model.modules())
-    torch.testing.assert_close(policy.model(ids, use_cache=False).logits, expected)
+    assert_close(policy.model(ids, use_cache=False).logits, expected)
 
 
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}

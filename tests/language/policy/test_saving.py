@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from drawing import normals, seeded
 from families import FAMILIES, family_policy
 from folders import read_json
 from refusals import refused
@@ -35,8 +36,8 @@ def scrambled(model):
     """Other weights in the same model, of every size that its precision has."""
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):
-            generator = torch.Generator().manual_seed(number)
-            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            generator = seeded(number)
+            drawn = normals(generator, weight.shape)
             weight.copy_(drawn * 10.0 ** (3 * drawn))
     return model
 

@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, family_policy
 from refusals import refused
 from tiny_models import quickly
+from torch.testing import assert_close
 
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -71,11 +72,11 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     # rows leave the batch one by one
     assert length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2
     expected = alone(policy.model, rollout)
-    torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
+    assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
     for share in {False, scoring.share_prompt}:
         found = torch.where(rollout.mask, score(policy.model, rollout, Scoring(share)).logprobs, 0)
-        torch.testing.assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
+        assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
 

@@ -26,6 +26,7 @@ from tiny_models import (
     vowel_reward,
     weights,
 )
+from torch.testing import assert_close
 
 import tokenrl
 from tokenrl.core.estimator import Estimator
@@ -103,7 +104,7 @@ def test_completions_are_scored_behind_what_the_teacher_reads(source, lora, shar
         ]
         assert len({*read}) > 4
     expected = by_hand(start, policy, read, batch)
-    torch.testing.assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
+    assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
 
 
 def test_an_adapter_shares_the_frozen_weights_with_its_teacher():
@@ -170,7 +171,7 @@ def test_a_teacher_of_episodes_reads_in_place_of_prompt_and_first_observation():
     read = [f"{text} is {ROWS[i // 3]['answer']}:" for i, text in enumerate(openings)]
     assert batch.teacher_prompts == [policy.encode(text) for text in read]
     expected = by_hand(policy.model, policy, read, batch)
-    torch.testing.assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
+    assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
 
 
 def test_a_text_takes_the_place_of_the_last_message_of_the_user():
