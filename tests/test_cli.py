@@ -24,6 +24,7 @@ from tokenrl.configuration import configured
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 from tokenrl.settings import arguments as made
 
 TRAIN = shlex.split(
@@ -87,7 +88,7 @@ def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     file = tmp_path / "run" / "config.json"
     config = read_json(file)
     del config["kind"]  # as in runs of before it was written
-    file.write_text(json.dumps(config))
+    write_json(file, config)
     (tmp_path / "run" / "report.html").unlink()
     completes("report run")
     assert "prompts" in (tmp_path / "run" / "report.html").read_text()
@@ -258,7 +259,9 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path):
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
     for words, directory in (
-        *(("config.json", None), ("config.json --resume auto", "old"), ("own.json", "named")),
+        ("config.json", None),
+        ("config.json --resume auto", "old"),
+        ("own.json", "named"),
     ):
         assert (
             parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == directory
@@ -269,7 +272,7 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path):
         {"versions": {}},
         {},
     ):
-        (tmp_path / "config.json").write_text(json.dumps(stored | made_by))
+        write_json(tmp_path / "config.json", stored | made_by)
         for words, resume, overwrite in (
             ("--overwrite", None, True),
             ("--resume auto", "auto", False),

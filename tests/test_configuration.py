@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from refusals import refused
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 
 TRAINS = [name for name, command in COMMANDS.items() if command.trains]
 SPOILT = {
@@ -77,7 +77,7 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
 
 def test_a_spoilt_estimator_in_a_file_is_refused(tmp_path, capsys):
     for value in ESTIMATORS:
-        (tmp_path / "a.json").write_text(json.dumps({"estimator": value}))
+        write_json(tmp_path / "a.json", {"estimator": value})
         assert_refused("train", tmp_path / "a.json", capsys)
 
 
@@ -109,9 +109,9 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_
         "on_reward_timeout": "stop",
         "estimator": {"entropy_form": "per_step"},
     }
-    file.write_text(json.dumps(old))
+    write_json(file, old)
     assert configured(COMMANDS["train"].arguments, file, "train").seed == 4
-    file.write_text(json.dumps(old | {"minutes": 5}))
+    write_json(file, old | {"minutes": 5})
     with refused(r"no setting 'minutes'\. --check prints the seconds of a step"):
         configured(COMMANDS["train"].arguments, file, "train")
 

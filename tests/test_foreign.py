@@ -116,7 +116,8 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
     ("command", "name", "sentence"),
     [
         (
-            *("train", "per_device_train_batch_size"),
+            "train",
+            "per_device_train_batch_size",
             "It is --prompts-per-step, which is per_device_train_batch_size x gradient_accumulation_steps x "
             "processes / num_generations, as TRL counts completions; micro_batch_size and tokens_per_pass "
             "change memory only.",
@@ -128,7 +129,8 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
         ),
         ("control", "num_train_epochs", "The length of a run is max_steps, in steps."),
         (
-            *("train", "scale_rewards"),
+            "train",
+            "scale_rewards",
             "Of its values true and group is --estimator.scale group_std; batch is --estimator.scale "
             "batch_std; false and none is --estimator.scale none.",
         ),

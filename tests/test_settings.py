@@ -114,11 +114,9 @@ def test_a_field_refuses_what_its_type_does_not_allow(owner, name):
     ("name", "command"),
     [
         *((name, name) for name in ("train", "sft", "evaluate", "sample", "compare")),
-        *(
-            ("train_reward_model", "reward-model"),
-            ("train_agent", "control"),
-            ("measure_gradients", "lab measure"),
-        ),
+        ("train_reward_model", "reward-model"),
+        ("train_agent", "control"),
+        ("measure_gradients", "lab measure"),
     ],
 )
 def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, command):

@@ -15,15 +15,21 @@ from tokenrl.errors import USER_CODE_FAILED, Stopped, raised
 from tokenrl.user_code import user_code
 
 PRECISIONS = [
-    *("backends.fp32_precision", "backends.cuda.matmul.fp32_precision"),
-    *("backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision"),
-    *("backends.cudnn.rnn.fp32_precision", "backends.mkldnn.fp32_precision"),
-    *("backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision"),
+    "backends.fp32_precision",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.cudnn.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision",
+    "backends.mkldnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
+    "backends.mkldnn.conv.fp32_precision",
 ]
 NEW = [f"torch.{name} = 'ieee'" for name in PRECISIONS]
 OLD = [
-    *("torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')"),
-    *("torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cudnn.allow_tf32 = False"),
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False",
 ]
 OTHERS = """torch.set_default_dtype(torch.float64)
 torch.set_default_device('meta')

@@ -15,6 +15,7 @@ from tokenrl.advisor.diagnosis import advise_run, changes_of
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
+from tokenrl.runs.files import write_json
 from tokenrl.runs.findings import Finding
 
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
@@ -149,7 +150,7 @@ def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
 def test_a_run_that_has_ended_is_destroyed_if_it_says_so_itself(made_up, flags, flagged):
     path = made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.0}})
     summary = {"exit_reason": "finished", "steps": 40, "flags": flags}
-    (path / "summary.json").write_text(json.dumps(summary))
+    write_json(path / "summary.json", summary)
     assert ("policy-destroyed" in findings_of(path)) is flagged
 
 
@@ -240,6 +241,6 @@ def test_reading_a_run_executes_nothing_that_it_names(made_up, workplace, kind, 
         changes = json.loads(json.dumps(NAMED[kind]).replace("{}", source))
         changes["estimator"] = config["estimator"] | changes["estimator"]
         changes |= {"seed": 0, "learning_rate": {"a": 0.01, "b": 0.02}[name]}
-        (workplace / name / "config.json").write_text(json.dumps(config | changes))
+        write_json(workplace / name / "config.json", config | changes)
     completes(command)
     assert not (workplace / "executed").exists()

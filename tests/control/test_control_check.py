@@ -19,7 +19,7 @@ from tokenrl.control.training import check_agent, train_agent
 def check(tmp_path):
     def start(**options):
         small = {"num_envs": 4, "eval_episodes": 4, "max_steps": 10, "check": True}
-        return train_agent(output_dir=str(tmp_path / "run"), **(small | options))
+        return train_agent(output_dir=tmp_path / "run", **(small | options))
 
     return start
 

@@ -28,7 +28,7 @@ OFTEN = {"estimator": "a2c", "normalize_observations": True}
 
 
 def short(tmp_path, name="run", **options):
-    return train(output_dir=str(tmp_path / name), **(SHORT | options))
+    return train(output_dir=tmp_path / name, **(SHORT | options))
 
 
 def rows(result, name="metrics"):
@@ -188,5 +188,5 @@ def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
 @pytest.mark.parametrize("seed", range(10))
 def test_cartpole_is_solved_on_every_seed(tmp_path, seed):
     settings = {"max_steps": 60, "eval_every": 0, "quiet": True}
-    result = train(seed=seed, output_dir=str(tmp_path), **settings)
+    result = train(seed=seed, output_dir=tmp_path, **settings)
     assert min(result.eval_after["reward"], result.eval_after["reward_greedy"]) >= 475

@@ -152,4 +152,4 @@ def test_an_interrupt_passes_and_an_environment_that_cannot_be_closed_loses_noth
     register(raises="close", error=SystemExit(0))
     options = {"env": ID, "max_steps": 1, "num_envs": 2, "eval_episodes": 2}
     with pytest.warns(UserWarning, match=r"failed in close\(\): it raised SystemExit: 0"):
-        assert train_agent(output_dir=str(tmp_path / "run"), **options).exit_reason == "finished"
+        assert train_agent(output_dir=tmp_path / "run", **options).exit_reason == "finished"

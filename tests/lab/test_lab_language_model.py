@@ -44,7 +44,10 @@ def problem(policy: Policy):
 @pytest.mark.parametrize(
     ("fields", "groups"),
     [
-        *(({}, 64), (GRPO, 64), ({"beta": 0.3}, 64), (PATH, 64)),
+        ({}, 64),
+        (GRPO, 64),
+        ({"beta": 0.3}, 64),
+        (PATH, 64),
         pytest.param({"aggregation": "token_mean"}, 1, marks=pytest.mark.slow),
     ],
     ids=["rloo", "grpo", "kl", "closed-form-path", "token_mean"],

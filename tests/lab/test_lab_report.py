@@ -46,8 +46,8 @@ def test_a_table_records_and_progress(once) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["lab.json"]
     found = read_json(path)
     assert [r["estimator"] for r in found] == SOME[1:]
-    columns = [*("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise")]
-    columns += [*("ok", "on_binary", "of_reward", "off_policy", "problems")]
+    columns = ["estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise"]
+    columns += ["ok", "on_binary", "of_reward", "off_policy", "problems"]
     for record in found:
         assert list(record) == columns and record["ok"] is True
         assert record["cosine"] == min(p["cosine"] for p in record["problems"])

@@ -51,14 +51,17 @@ ASCENDS = {
         "cut, total, V^pi follows, discounted",
     ),
     "neither": (
-        *("reward to go, discounted", "blame window shorter", "GAE lam 0.5, any V"),
-        *(
-            "GAE lam 0.5, V^pi, discounted",
-            "to go, timestep mean of all (of 2 here)",
-            "to go, episode mean",
-        ),
-        *("to go, episode mean and std", "to go, episode mean and std, reward 1"),
-        *("episode normalised, then V", "cut, any V follows", "cut, taken for an end"),
+        "reward to go, discounted",
+        "blame window shorter",
+        "GAE lam 0.5, any V",
+        "GAE lam 0.5, V^pi, discounted",
+        "to go, timestep mean of all (of 2 here)",
+        "to go, episode mean",
+        "to go, episode mean and std",
+        "to go, episode mean and std, reward 1",
+        "episode normalised, then V",
+        "cut, any V follows",
+        "cut, taken for an end",
     ),
 }
 """Of the rows of the lab's table; all others ascend the return itself."""

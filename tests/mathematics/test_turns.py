@@ -19,8 +19,14 @@ from tokenrl.lab import exact_moments, named_estimators, turn_problems
 from tokenrl.lab.exact.verdict import Claim
 
 LAYOUT = (
-    *("0........", ".00.1....", "0.11.22..", "00......."),
-    *(".0.1.....", "0011.2...", ".00......", "0..11...."),
+    "0........",
+    ".00.1....",
+    "0.11.22..",
+    "00.......",
+    ".0.1.....",
+    "0011.2...",
+    ".00......",
+    "0..11....",
 )
 """The turn of each action, for each row and position of a step; a dot is no action."""
 N, T, K, SIZE = 8, 9, 3, 4

@@ -19,13 +19,14 @@ def tree(folder):
 
 
 MINE = (
-    *(
-        "videos",
-        "checkpoints/best",
-        "checkpoints/step_000003_best",
-        "completions/step_by_step.parquet",
-    ),
-    *("notes.txt", "preferences.jsonl", ".download.partial", "videos/talk-episode-1.mp4"),
+    "videos",
+    "checkpoints/best",
+    "checkpoints/step_000003_best",
+    "completions/step_by_step.parquet",
+    "notes.txt",
+    "preferences.jsonl",
+    ".download.partial",
+    "videos/talk-episode-1.mp4",
 )
 """What a user may have put beside the files of a run; the first three are folders."""
 
@@ -133,8 +134,12 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
 
 
 DEBRIS = (
-    *("checkpoints/.step_000004.partial/x", "checkpoints/.step_000005.old/x", ".model.partial/x"),
-    *(".report.html.partial", ".metrics.jsonl.partial", "completions/.step_000004.parquet.partial"),
+    "checkpoints/.step_000004.partial/x",
+    "checkpoints/.step_000005.old/x",
+    ".model.partial/x",
+    ".report.html.partial",
+    ".metrics.jsonl.partial",
+    "completions/.step_000004.parquet.partial",
 )
 
 

@@ -40,7 +40,7 @@ def metrics(folder):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "walk"
-    return tokenrl.compare(**WALK, output_dir=str(folder)), folder
+    return tokenrl.compare(**WALK, output_dir=folder), folder
 
 
 @pytest.mark.slow
@@ -62,12 +62,12 @@ def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     _, folder = walk
     before = tables_of(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
-    tokenrl.compare(**WALK, output_dir=str(folder))
+    tokenrl.compare(**WALK, output_dir=folder)
     completes("report", str(folder))
     assert tables_of(folder) == before
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")} == times
     with refused("another comparison"):
-        tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
+        tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=folder)
 
 
 def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_an_interrupted_comparison_counts_the_runs_that_had_ended_before(tmp_pat
         execution.execute(plan.runs(), tmp_path, workers=1, console=Console(quiet=True))
     assert stopped.value.exit_code == 143
     with pytest.raises(Interrupted, match="The dry run was interrupted"):
-        tokenrl.compare(**WALK, dry_run=True, output_dir=str(tmp_path / "dry"))
+        tokenrl.compare(**WALK, dry_run=True, output_dir=tmp_path / "dry")
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
 @pytest.mark.slow
 def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
     pytest.importorskip("ray")
-    tokenrl.compare(**WALK, workers=2, output_dir=str(tmp_path / "walk"), executor="ray")
+    tokenrl.compare(**WALK, workers=2, output_dir=tmp_path / "walk", executor="ray")
     assert tables_of(tmp_path / "walk") == tables_of(walk[1])
     assert metrics(tmp_path / "walk") == metrics(walk[1])
 
@@ -214,7 +214,7 @@ def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
 def test_without_ray_its_own_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with refused("Install it with pip install ray, set RAY_ADDRESS"):
-        tokenrl.compare(**WALK, output_dir=str(tmp_path / "walk"), executor="ray")
+        tokenrl.compare(**WALK, output_dir=tmp_path / "walk", executor="ray")
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(workplace, capsys):
 
 @pytest.mark.slow
 def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
-    tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=str(tmp_path / "dry"))
+    tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=tmp_path / "dry")
     printed = capsys.readouterr().out
     assert "threads 1 in each run, whatever runs beside it" in " ".join(printed.split())
     assert "a run on walk" in printed and "too few for a verdict" in printed
@@ -250,9 +250,7 @@ def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_path, said):
     settings = {"task": "sort_digits", "arms": ("rloo", "reinforce"), "seeds": 6, "max_steps": 4}
-    tokenrl.compare(
-        **settings, max_completion_length=3, dry_run=True, output_dir=str(tmp_path / "dry")
-    )
+    tokenrl.compare(**settings, max_completion_length=3, dry_run=True, output_dir=tmp_path / "dry")
     printed = said()
     assert "truncation on sort_digits 100% of the completions are cut off at 3 tokens" in printed
 

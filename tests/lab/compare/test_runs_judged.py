@@ -1,6 +1,5 @@
 """What a comparison reads from its runs and says of them, with runs that are written by hand."""
 
-import json
 import math
 
 import made_runs
@@ -12,6 +11,7 @@ from refusals import stopped
 import tokenrl
 from tokenrl.lab.compare.loop import judge_directory, missing
 from tokenrl.lab.compare.table import read_runs
+from tokenrl.runs.files import write_json
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -93,7 +93,7 @@ def test_a_run_that_ends_early_keeps_its_last_evaluation(early, summary, state, 
     file = early / "runs/walk/a2c/seed_0/summary.json"
     file.unlink(missing_ok=True)
     if summary:
-        file.write_text(json.dumps(summary))
+        write_json(file, summary)
     run = row(judge_directory(early), "a2c")
     assert (run["state"], run["reason"]) == (state, reason)
     assert run["failed"] == (state == "failed")
@@ -169,7 +169,7 @@ def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm
     compared(tmp_path, arms, margin=0.02)
     capsys.readouterr()
     options = WALK | {"quiet": False, "margin": 0.02}
-    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=tmp_path)
     assert comparison.judgement.verdicts() == {
         ("walk", "a2c"): verdict,
         ("walk", "rloo"): "better",
@@ -216,7 +216,7 @@ def test_no_further_comparison_is_proposed_from_the_results(tmp_path, capsys):
     compared(tmp_path, arms, margin=0.001)
     capsys.readouterr()
     options = WALK | {"quiet": False, "margin": 0.001}
-    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=tmp_path)
     assert list(comparison.judgement.verdicts().values()) == ["undecided"]
     written = [(tmp_path / name).read_text() for name in ("report.html", "comparison.json")]
     for text in (*written, capsys.readouterr().out):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from folders import read_json
 from refusals import refused
@@ -16,6 +14,7 @@ from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.commands.evaluate import as_trained
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
@@ -79,26 +78,20 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys, sa
 
 ROWS = [{"question": word} for word in WORDS]
 RECORDED = {
-    **{
-        "task": "vowels",
-        "share_seed": False,
-        "top_k": 3,
-        "temperature": 0.7,
-        "malformed": "observe",
-    },
-    **{
-        "max_turns": 4,
-        "eval_size": 5,
-        "prompt_column": "question",
-        "reward": ["exact_match"],
-        "seed": 2,
-    },
-    **{
-        "reward_weights": [2.0],
-        "max_completion_length": 7,
-        "truncate_prompts": True,
-        "command": "tokenrl",
-    },
+    "task": "vowels",
+    "share_seed": False,
+    "top_k": 3,
+    "temperature": 0.7,
+    "malformed": "observe",
+    "max_turns": 4,
+    "eval_size": 5,
+    "prompt_column": "question",
+    "reward": ["exact_match"],
+    "seed": 2,
+    "reward_weights": [2.0],
+    "max_completion_length": 7,
+    "truncate_prompts": True,
+    "command": "tokenrl",
 }
 FREE = (
     "share_seed",
@@ -115,7 +108,7 @@ IN_MEMORY = {"task": "in-memory:0123", "command": ""}
 def recorded(folder, **changes):
     """The directory of a run that has nothing but its configuration."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(RECORDED | changes))
+    write_json(folder / "config.json", RECORDED | changes)
     (folder / "metrics.jsonl").write_text("")
     return str(folder)
 

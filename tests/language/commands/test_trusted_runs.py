@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.configuration import configured
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 
 WORDS = "".join(f'{{"prompt": "{word}"}}\n' for word in ("cat", "dog", "mat", "log", "one", "two"))
 OWN = (
@@ -59,7 +59,7 @@ def stranger(folder, workplace, monkeypatch):
 
     def stranger(**names):
         config = read_json("run/config.json")
-        Path("run/config.json").write_text(json.dumps(config | names))
+        write_json(Path("run/config.json"), config | names)
 
     return stranger
 
@@ -123,7 +123,7 @@ COMMANDS = {
 def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, command, capsys):
     stranger(**COMMANDS[command])
     if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
-        Path("run/config.json").write_text(json.dumps(COMMANDS[command]))
+        write_json(Path("run/config.json"), COMMANDS[command])
     printed = command.startswith("sample")  # without rewards
     assert main(command.split()) == (0 if printed else 2)
     output = capsys.readouterr().err

@@ -101,21 +101,17 @@ def read(policy, ids):
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
-        *[
-            ("3+4=", "7"),
-            ("3+4= ", "7"),
-            ("3+4=", " 7"),
-            ("1+1", "=2"),
-            ("(a", ")"),
-            ("the c", "at sat"),
-        ],
-        *[
-            ("count to ten:", " one two\nthree"),
-            ("a\n", "b"),
-            ("the cat", "\n"),
-            ("the", ""),
-            ("", "the cat"),
-        ],
+        ("3+4=", "7"),
+        ("3+4= ", "7"),
+        ("3+4=", " 7"),
+        ("1+1", "=2"),
+        ("(a", ")"),
+        ("the c", "at sat"),
+        ("count to ten:", " one two\nthree"),
+        ("a\n", "b"),
+        ("the cat", "\n"),
+        ("the", ""),
+        ("", "the cat"),
     ],
 )
 def test_prompt_and_demonstration_read_as_written(kind, prompt, completion):

@@ -18,6 +18,7 @@ from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.runs.files import write_json
 
 LOADERS = [load_policy, RewardModel, reward_backbone]
 
@@ -152,7 +153,7 @@ def shipped(sources, tmp_path, monkeypatch):
     auto_map = dict.fromkeys(classes, "mine.Model") | {"AutoConfig": "mine.Mine"}
     config = read_json(folder / "config.json")
     config |= {"model_type": "mine", "auto_map": auto_map, "num_labels": 1}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     (folder / "mine.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
     return folder
 
@@ -225,7 +226,7 @@ def test_an_adapter_imports_no_module_that_it_names(sources, tmp_path, monkeypat
     config = read_json(folder / "adapter_config.json")
     config["megatron_config"] = {"hidden_size": 8}
     config["megatron_core"] = "a_module_of_a_stranger"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_json(folder / "adapter_config.json", config)
     with refused("Megatron"):
         load_policy(folder)
     assert "a_module_of_a_stranger" not in sys.modules

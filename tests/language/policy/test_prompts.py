@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from command_line import completes
 from refusals import refused
@@ -11,6 +9,7 @@ from tiny_models import TEMPLATE, make_policy, make_task
 
 from tokenrl import evaluate, train
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
@@ -121,7 +120,7 @@ def run(tmp_path):
     (tmp_path / "model" / "adapter").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.json").write_text(json.dumps({"kind": "sft", "chat": True, "stop": ["Q:"]}))
+    write_json(tmp_path / "config.json", {"kind": "sft", "chat": True, "stop": ["Q:"]})
     return tmp_path
 
 

@@ -39,9 +39,7 @@ def run(saved, tmp_path_factory):
     """A fine-tuning of one step, asked in a form of its own."""
     directory = tmp_path_factory.mktemp("runs") / "sft"
     settings = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
-    tokenrl.sft(
-        model=str(saved(kind="chat")), task=ROWS, output_dir=str(directory), **settings, **FORM
-    )
+    tokenrl.sft(model=str(saved(kind="chat")), task=ROWS, output_dir=directory, **settings, **FORM)
     return directory
 
 
@@ -67,7 +65,7 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert policy.form.stop == (" t", "e") and policy.stops is not None
     read = prompts_read(policy, monkeypatch)
     data = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_steps": 1, **SMALL}
-    result = tokenrl.train(model=str(run), output_dir=str(tmp_path / "a"), **data)
+    result = tokenrl.train(model=str(run), output_dir=tmp_path / "a", **data)
     config = read_json(tmp_path / "a" / "config.json")
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     assert all(asked_of(row["question"]) in read for row in ROWS)
@@ -77,7 +75,7 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
-    other = tokenrl.train(model=str(run), output_dir=str(tmp_path / "b"), **data, **plain)
+    other = tokenrl.train(model=str(run), output_dir=tmp_path / "b", **data, **plain)
     assert other.policy.stops is None
     assert other.policy.encode("cat") == policy.tokenizer("cat").input_ids
 
