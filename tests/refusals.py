@@ -5,22 +5,20 @@ from contextlib import contextmanager
 
 import pytest
 
-from tokenrl.errors import Refused, Stopped, TokenrlError
-
-
-def refused(words: str):
-    """A block that is refused before the first step, with words that match a pattern."""
-    return ended(Refused, words)
-
-
-def stopped(words: str):
-    """A block in which a run stops, with words that match a pattern."""
-    return ended(Stopped, words)
+from tokenrl.errors import Refused, Stopped
 
 
 @contextmanager
-def ended(kind: type[TokenrlError], words: str) -> Iterator[pytest.ExceptionInfo]:
-    """A block that ends with an error of this kind, whose message is one paragraph."""
-    with pytest.raises(kind, match=words) as caught:
+def refused(words: str) -> Iterator[pytest.ExceptionInfo]:
+    """A block that is refused before the first step, in one paragraph that matches these words."""
+    with pytest.raises(Refused, match=words) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def stopped(words: str) -> Iterator[pytest.ExceptionInfo]:
+    """A block in which a run stops, in one paragraph that matches these words."""
+    with pytest.raises(Stopped, match=words) as caught:
         yield caught
     assert "\n" not in str(caught.value)
