@@ -199,9 +199,8 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
 )
 def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, refusal):
     run = trained(**changes)
-    assert "say with task (--task) what it was trained on, and with reward (--reward)" in refusal(
-        "evaluate --model", run
-    )
+    error = refusal("evaluate --model", run)
+    assert "say with task (--task) what it was trained on, and with reward (--reward)" in error
     expected = {
         "task": changes.get("task", "words.jsonl"),
         "reward": vowel_reward,
