@@ -60,9 +60,10 @@ def undrawn(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _own_modules(tmp_path_factory):
-    """A test's own modules are forgotten after it, as in a process of its own."""
-    before = {*sys.modules}
+    """A test's own modules and their folders are forgotten after it, as in a process of its own."""
+    before, path = {*sys.modules}, [*sys.path]
     yield
+    sys.path[:] = path
     folder = str(tmp_path_factory.getbasetemp())
     for name in sys.modules.keys() - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
@@ -79,12 +80,44 @@ def handlers():
 
 
 @pytest.fixture
-def short_warm_start(tmp_path, monkeypatch):
+def said(capsys):
+    """`said()`: what was printed on the standard output since the last look, in one line."""
+    return lambda: " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder of the test's own, which is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Warm starts are kept in a folder of the test's own."""
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def refusal(capsys):
+    """`refusal(line, *words)`: what a command prints as it refuses its words, without a traceback."""
+    from tokenrl.cli import main
+
+    def refusal(line, *words):
+        assert main([*line.split(), *words]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    return refusal
+
+
+@pytest.fixture
+def short_warm_start(cache, monkeypatch):
     """Warm starts of ten steps, in a cache of the test's own."""
     from tokenrl.language.supervised import base
 
     fit = base.fit
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
         base, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10})
     )

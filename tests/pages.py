@@ -1,12 +1,13 @@
 """What README and pages show: the commands, and the blocks with what they print."""
 
-import json
 import re
 import runpy
 import shlex
 import string
 import sys
 from pathlib import Path
+
+from folders import write_rows
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -52,7 +53,7 @@ def make_chat_model_and_data(folder: Path, context: int = 256, eos: str = "<eos>
     rows = [
         {"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)
     ]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(folder / "sums.jsonl", rows)
 
 
 def give_tools(folder: Path, monkeypatch) -> None:

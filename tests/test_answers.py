@@ -7,19 +7,19 @@ import math
 import re
 import runpy
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from folders import RECIPES
+from torch.testing import assert_close
 
-ROOT = Path(__file__).parents[1] / "recipes"
-PAGES = ROOT / "pages" / "explain" / "answers"
+PAGES = RECIPES / "pages" / "explain" / "answers"
 SEEDS = (0, 3)
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    return runpy.run_path(str(ROOT / "enumeration" / "answers.py"))
+    return runpy.run_path(str(RECIPES / "enumeration" / "answers.py"))
 
 
 def rows_of(problem):
@@ -66,11 +66,11 @@ def test_levels_give_the_moments_of_whole_completions(recipe, name, seed):
     moments, size = recipe["moments_of"](weights, drawn, problem)
     mean, second = expected(weights, itertools.product(rows_of(problem), repeat=3))
     assert size == pytest.approx(3)
-    torch.testing.assert_close(moments.mean[0], mean)
+    assert_close(moments.mean[0], mean)
     assert moments.second == pytest.approx(second)
     p = sum(chance * reward for chance, reward, _ in rows_of(problem))
     factor = {"rloo": 1, "positive": 1 - p, "negative": p}.get(name, moments.scale)
-    torch.testing.assert_close(mean, factor * gradient_of(problem))
+    assert_close(mean, factor * gradient_of(problem))
 
 
 def gradient_of(problem):
@@ -88,13 +88,13 @@ def test_groups_of_random_size(recipe, name, rewards):
     )
     drawn = until_two_differ(rows_of(problem), 4)
     mean, second = expected(recipe[name], drawn)
-    torch.testing.assert_close(moments.mean[0], mean)
+    assert_close(moments.mean[0], mean)
     assert moments.second == pytest.approx(second)
     mean_size = sum(len(group) * math.prod(row[0] for row in group) for group in drawn)
     assert size == pytest.approx(mean_size)
     target = (size - 1) * gradient_of(problem)
     if name == "earlier":
-        torch.testing.assert_close(mean, target)
+        assert_close(mean, target)
     else:
         assert (moments.cosine == pytest.approx(1, abs=1e-12)) == (rewards == "binary")
 
@@ -106,12 +106,12 @@ def test_a_verifier_that_errs_scales_the_gradient(recipe):
     observed = sum(
         chance * (0.3 + 0.6 * reward) * score for chance, reward, score in rows_of(problem)
     )
-    torch.testing.assert_close(noisy.gradient()[0], observed)
-    torch.testing.assert_close(noisy.gradient(), 0.6 * problem.gradient())
+    assert_close(noisy.gradient()[0], observed)
+    assert_close(noisy.gradient(), 0.6 * problem.gradient())
     long = recipe["flipped"](problem, 0.3, 0.1, True)
     assert not torch.allclose(long.gradient(), 0.6 * problem.gradient(), rtol=1e-3)
     corrected = recipe["flipped"](problem, 0.3, 0.1, True, True)
-    torch.testing.assert_close(corrected.gradient(), problem.gradient())
+    assert_close(corrected.gradient(), problem.gradient())
 
 
 @pytest.mark.slow
@@ -145,8 +145,8 @@ def test_the_forms_of_distillation_differ_for_feedback_of_the_row_alone(recipe):
                 sampled = sampled + chance * ratios.sum() * score
                 later = problem.token_kl[0, m, t + 1 : length].sum()
                 closed = closed - chance * (problem.kl_slopes[0, m, t] + later * score)
-        torch.testing.assert_close(recipe["distilled"](form("opd_to_go"), problem), sampled)
-        torch.testing.assert_close(recipe["distilled"](form("opd_full_path"), problem), closed)
+        assert_close(recipe["distilled"](form("opd_to_go"), problem), sampled)
+        assert_close(recipe["distilled"](form("opd_full_path"), problem), closed)
         assert torch.allclose(sampled, closed) == (problem is not own)
     right = own.rewards[0].bool()
     assert torch.equal(own.token_kl[0][right], success.token_kl[0][right])
@@ -183,7 +183,7 @@ def test_a_sampler_that_is_behind_biases_rloo_as_loops_say(recipe, lag):
             mean += sampled[i] * sampled[j] * weights[i] * (rewards[i] - rewards[j]) * scores[i]
         estimator = recipe["Estimator"](importance=importance)
         moments, _ = recipe["off_policy_moments"](estimator, problem)
-        torch.testing.assert_close(moments.mean[0], mean)
+        assert_close(moments.mean[0], mean)
         assert (moments.relative_bias < 1e-9) == (importance == "sequence")
 
 

@@ -14,14 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import completes
+from folders import read_json, write_rows
+from refusals import refused
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 from tokenrl.settings import arguments as made
 
 TRAIN = shlex.split(
@@ -42,35 +45,29 @@ def fails_later(completions):
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "made_up_rewards.py").write_text(REWARDS)
-    yield
-    sys.modules.pop("made_up_rewards", None)
+def _rewards(workplace, cache):
+    (workplace / "made_up_rewards.py").write_text(REWARDS)
 
 
 def assert_repeats(name: str, run: Path) -> None:
     """Check that a run's configuration and its command repeat it byte for byte, and that others refuse it."""
-    assert json.loads((run / "config.json").read_text())["kind"] == name
+    assert read_json(run / "config.json")["kind"] == name
     whole = (run / "metrics.jsonl").read_bytes()
     module, _, function = COMMANDS[name].function.partition(":")
     continued = dataclasses.replace(configured(COMMANDS[name].arguments, run, name), resume="auto")
     getattr(importlib.import_module(module), function)(continued)
-    recorded = shlex.split(json.loads((run / "config.json").read_text())["command"])  # by a program
+    recorded = shlex.split(read_json(run / "config.json")["command"])  # by a program
     assert main([*recorded[1:], "--quiet"]) == 0 and (run / "metrics.jsonl").read_bytes() == whole
-    assert (
-        main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
-    )
+    completes(name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet")
     (weights,) = (run / "model").glob("*.safetensors")
     for file in ("metrics.jsonl", f"model/{weights.name}"):
         assert (run / file).read_bytes() == (Path("again") / file).read_bytes(), file
     assert main(["train" if name == "control" else "control", "--config", str(run)]) == 2
 
 
-def test_train_evaluate_sample_report(model, capsys, tmp_path):
+def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     flags = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
-    assert main([*TRAIN, "--model", model, *flags.split()]) == 0
+    completes(*TRAIN, "--model", model, *flags.split())
     out = capsys.readouterr().out
     assert (
         "no measure of progress" in out
@@ -80,30 +77,25 @@ def test_train_evaluate_sample_report(model, capsys, tmp_path):
     )
     assert_repeats("train", Path("run"))
     assert "is for `tokenrl train`; give it to that command" in capsys.readouterr().err
-    assert main([*EVALUATE, "run/model"]) == 0
+    completes(*EVALUATE, "run/model")
     assert "reward_greedy" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
-    after = json.loads((tmp_path / "run" / "summary.json").read_text())["eval_after"]
+    numbers = read_json(tmp_path / "numbers.json")
+    after = read_json(tmp_path / "run" / "summary.json")["eval_after"]
     assert numbers["reward_greedy"] == pytest.approx(after["reward_greedy"])
-    assert (
-        main(
-            ["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]
-        )
-        == 0
-    )
+    completes("sample --model run/model --prompt abc> xyz> --num-generations 2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["prompt", "reward", "reward"] * 2
     file = tmp_path / "run" / "config.json"
-    config = json.loads(file.read_text())
+    config = read_json(file)
     del config["kind"]  # as in runs of before it was written
-    file.write_text(json.dumps(config))
+    write_json(file, config)
     (tmp_path / "run" / "report.html").unlink()
-    assert main(["report", "run"]) == 0
+    completes("report run")
     assert "prompts" in (tmp_path / "run" / "report.html").read_text()
-    assert main(["report", "run", "--output", "page.html"]) == 2
-    assert "several runs" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
-    assert main(["report"]) == 2 and "Name the output directory" in capsys.readouterr().err
-    assert main(["report", "run", "again", "--output", "both.html"]) == 0
+    assert "several runs" in refusal("report run --output page.html")
+    assert not (tmp_path / "page.html").exists()
+    assert "Name the output directory" in refusal("report")
+    completes("report run again --output both.html")
     assert capsys.readouterr().out == "both.html\n"
     assert "eval_reward_greedy" in (tmp_path / "both.html").read_text()
 
@@ -120,11 +112,11 @@ def model(tmp_path_factory):
     return str(directory)
 
 
-def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
+def test_evaluate_prints_a_table_and_writes_json(model, capsys, refusal, tmp_path):
     arguments = [*EVALUATE, model]
-    assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
+    completes(*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9")
     assert "best@3" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    numbers = read_json(tmp_path / "numbers.json")
     assert {
         "best@1",
         "best@3",
@@ -133,16 +125,15 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
         "kl",
     } <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
-    assert main([*arguments, "--k", "8", "--num-generations", "2"]) == 2
-    assert "num_generations=2" in capsys.readouterr().err
+    assert "num_generations=2" in refusal(*arguments, "--k", "8", "--num-generations", "2")
 
 
-def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
-    assert main([*TRAIN, "--model", model, "--learning-rate", "3e-3", "--quiet"]) == 0
-    assert main([*EVALUATE, model, "run"]) == 0
+def test_evaluate_compares_models_prompt_by_prompt(model, capsys, refusal, tmp_path):
+    completes(*TRAIN, "--model", model, "--learning-rate", "3e-3", "--quiet")
+    completes(*EVALUATE, model, "run")
     out = capsys.readouterr().out
     assert "difference/ is minus" in " ".join(out.split()) and "±" in out
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    numbers = read_json(tmp_path / "numbers.json")
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
@@ -151,8 +142,7 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert list(together) == ["run", model]
     alone = {k: v for k, v in trained.items() if not k.startswith("difference/")}
     assert together["run"].metrics == alone
-    assert main([*EVALUATE, "run", ""]) == 2
-    assert "Name the model" in capsys.readouterr().err
+    assert "Name the model" in refusal(*EVALUATE, "run", "")
 
 
 def talk(lines, *arguments, monkeypatch, capsys):
@@ -195,28 +185,27 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", ask)
-    assert main(["sample", "--model", model, "--num-generations", "1"]) == 0
+    completes("sample --model", model, "--num-generations", "1")
     out = capsys.readouterr().out
     assert "Ctrl-D" in out and "\nprompt     abc>" in out and out.endswith("\n\n")
 
 
-def test_sft_makes_a_model_that_train_takes(model, capsys, tmp_path):
+def test_sft_makes_a_model_that_train_takes(model, refusal, tmp_path):
     rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
-    (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "demonstrations.jsonl", rows)
     sft = ["sft", "--task", "demonstrations.jsonl", "--model", model, "--output-dir", "tuned"]
-    assert main([*sft, "--max-steps", "4", "--batch-size", "16", "--learning-rate", "3e-3"]) == 0
-    summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
+    completes(*sft, "--max-steps", "4", "--batch-size", "16", "--learning-rate", "3e-3")
+    summary = read_json(tmp_path / "tuned" / "summary.json")
     assert summary["loss_after"] < summary["loss_before"] and summary["exit_reason"] == "finished"
     assert_repeats("sft", Path("tuned"))
-    assert main(sft) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
+    assert "already holds a run" in refusal(*sft)
+    completes(*TRAIN[:-1], "second", "--model", "tuned", "--quiet")
 
 
 def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
     pairs = [(x, n) for x in "abcdefgh" for n in (1, 2, 3)]
     rows = [{"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x, n in pairs]
-    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "preferences.jsonl", rows)
     judge = [
         "reward-model",
         "--data",
@@ -226,22 +215,21 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
         "--output-dir",
         "judge",
     ]
-    assert main([*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4"]) == 0
+    completes(*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4")
     assert "Bradley-Terry" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
+    summary = read_json(tmp_path / "judge" / "summary.json")
     assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
     assert_repeats("reward-model", Path("judge"))
-    assert main(["report", "judge"]) == 0
+    completes("report judge")
     assert "accuracy" in (tmp_path / "judge" / "report.html").read_text()
-    assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
+    completes(*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet")
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[1])
     assert math.isfinite(line["rewards/model/mean"])
 
 
 def test_an_agent_is_trained_and_its_configuration_repeats_it():
     world = "control --env gridworld --num-envs 4 --eval-episodes 4 --max-steps 3 --seed 3 --num-steps 8"
-    flags = ["--estimator", "ppo", "--hidden", "8", "8", "--output-dir", "run", "--quiet"]
-    assert main([*world.split(), *flags]) == 0
+    completes(f"{world} --estimator ppo --hidden 8 8 --output-dir run --quiet")
     assert_repeats("control", Path("run"))
 
 
@@ -271,7 +259,9 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path):
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
     for words, directory in (
-        *(("config.json", None), ("config.json --resume auto", "old"), ("own.json", "named")),
+        ("config.json", None),
+        ("config.json --resume auto", "old"),
+        ("own.json", "named"),
     ):
         assert (
             parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == directory
@@ -282,7 +272,7 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path):
         {"versions": {}},
         {},
     ):
-        (tmp_path / "config.json").write_text(json.dumps(stored | made_by))
+        write_json(tmp_path / "config.json", stored | made_by)
         for words, resume, overwrite in (
             ("--overwrite", None, True),
             ("--resume auto", "auto", False),
@@ -379,11 +369,9 @@ def test_python_dash_m_is_the_command():
         (["--reward", "made_up_rewards:fails"], "KeyError"),
     ],
 )
-def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, model, capsys, tmp_path):
+def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, model, refusal, tmp_path):
     (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert main([*TRAIN, "--quiet", "--model", model, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err and "Traceback" not in captured.err
+    assert words in refusal(*TRAIN, "--quiet", "--model", model, *arguments)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -394,21 +382,20 @@ def test_a_failure_during_the_run_is_exit_code_1(model, capsys):
     assert re.search(
         r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", errors
     )
-    summary = json.loads(Path("run", "summary.json").read_text())
+    summary = read_json(Path("run", "summary.json"))
     assert (
         summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
     )
     assert "Traceback" not in errors
 
 
-def test_no_baseline_for_long_completions_needs_a_flag(capsys):
+def test_no_baseline_for_long_completions_needs_a_flag(refusal):
     long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
     for extra, words in (
         ([], "subtracts no baseline"),
         (["--allow-no-baseline"], "leaves no room"),
     ):
-        assert main([*long, *extra, "--quiet"]) == 2
-        assert words in capsys.readouterr().err
+        assert words in refusal(*long, *extra, "--quiet")
 
 
 def test_the_bare_command(capsys):
@@ -442,7 +429,7 @@ def test_an_escape_that_no_shell_has_read_is_refused_and_keywords_are_taken_as_t
     flag = f"--{setting.replace('_', '-')}"
     kind = TrainArguments if name == "compare" else COMMANDS[name].arguments
     for text in LITERAL:
-        with pytest.raises(Refused, match=rf"{setting} holds \\[nrt], a backslash.* \$'"):
+        with refused(rf"{setting} holds \\[nrt], a backslash.* \$'"):
             parse(name, COMMANDS[name], [flag, text])
         assert getattr(made(kind, {setting: text}), setting) in (text, (text,))
     for text in PLAIN:

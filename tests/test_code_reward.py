@@ -3,11 +3,11 @@
 import importlib.util
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from folders import RECIPES
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "language" / "code_reward.py"
+RECIPE = RECIPES / "language" / "code_reward.py"
 RIGHT = "def double(x): return 2 * x"
 TESTS = "assert double(2) == 4\nassert double('a') == 'aa'"
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
-from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 
 TRAINS = [name for name, command in COMMANDS.items() if command.trains]
 SPOILT = {
@@ -49,11 +49,7 @@ WORDS = {"list.json": "is a list; it must map names to values", "truncated.json"
 WORDS |= dict.fromkeys(("twice.json", "twice.yaml"), "gives 'seed' a second time")
 WORDS |= {"twice_inside.json": "gives 'scale' a second time"}
 WORDS["broken.yaml"] = "cannot be read"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def assert_refused(command: str, path, capsys) -> str:
@@ -81,7 +77,7 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
 
 def test_a_spoilt_estimator_in_a_file_is_refused(tmp_path, capsys):
     for value in ESTIMATORS:
-        (tmp_path / "a.json").write_text(json.dumps({"estimator": value}))
+        write_json(tmp_path / "a.json", {"estimator": value})
         assert_refused("train", tmp_path / "a.json", capsys)
 
 
@@ -99,10 +95,9 @@ RESULTS = [
 
 
 @pytest.mark.parametrize("command", RESULTS)
-def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(command, capsys):
+def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(command, refusal):
     for path in ("", ".", "absent/file.json"):
-        assert main([*command.split(), "--json", path]) == 2
-        assert "cannot be written" in capsys.readouterr().err
+        assert "cannot be written" in refusal(*command.split(), "--json", path)
 
 
 def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_was_off(tmp_path):
@@ -114,12 +109,10 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_
         "on_reward_timeout": "stop",
         "estimator": {"entropy_form": "per_step"},
     }
-    file.write_text(json.dumps(old))
+    write_json(file, old)
     assert configured(COMMANDS["train"].arguments, file, "train").seed == 4
-    file.write_text(json.dumps(old | {"minutes": 5}))
-    with pytest.raises(
-        Refused, match=r"no setting 'minutes'\. --check prints the seconds of a step"
-    ):
+    write_json(file, old | {"minutes": 5})
+    with refused(r"no setting 'minutes'\. --check prints the seconds of a step"):
         configured(COMMANDS["train"].arguments, file, "train")
 
 
@@ -135,5 +128,5 @@ def test_words_of_yaml_without_quotes_are_texts_but_for_those_of_version_1_2():
     assert (args.seed, args.learning_rate, args.top_p, args.chat) == (10, 1e-3, 0.5, True)
     for word in ("no", "on", "2026-01-31"):
         Path("a.yaml").write_text(f"quiet: {word}")
-        with pytest.raises(Refused, match=f"quiet was given as '{word}'; it must be True or False"):
+        with refused(f"quiet was given as '{word}'; it must be True or False"):
             configured(TrainArguments, "a.yaml", "train")

@@ -6,12 +6,11 @@ import json
 import shutil
 
 import pytest
+from command_line import completes
 
-from tokenrl.cli import main
 from tokenrl.runs.metrics import LOGS
 
-SMALL = ["--eval-generations", "1", "--prompts-per-step", "2", "--num-generations", "2"]
-SMALL += ["--eval-every", "0", "--eval-size", "4", "--quiet"]
+SMALL = "--eval-generations 1 --prompts-per-step 2 --num-generations 2 --eval-every 0 --eval-size 4 --quiet"
 
 
 @pytest.fixture(scope="module")
@@ -21,37 +20,27 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("TOKENRL_CACHE", str(folder / "cache"))
-        train = [
-            "train",
-            "--task",
-            "vowels",
-            "--estimator",
-            "a2c",
-            "--max-steps",
-            "4",
-            "--save-every",
-            "2",
-        ]
-        assert main([*train, *SMALL, "--output-dir", "train"]) == 0
-        control = ["control", "--env", "bandit", "--max-steps", "2", "--save-every", "1", "--quiet"]
-        assert main([*control, "--output-dir", "control"]) == 0
+        train = (
+            "train --task vowels --estimator a2c --max-steps 4 --save-every 2 --output-dir train"
+        )
+        completes(f"{train} {SMALL}")
+        completes("control --env bandit --max-steps 2 --save-every 1 --quiet --output-dir control")
     return folder
 
 
 @pytest.fixture
-def damaged(folder, tmp_path, monkeypatch):
+def damaged(folder, workplace, monkeypatch):
     """The working directory holds checkpoints as a run does, each with one bit of its weights flipped."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENRL_CACHE", str(folder / "cache"))
     for run, step, weights in (
         ("train", 4, "model.safetensors"),
         ("control", 2, "policy.safetensors"),
     ):
         name = f"checkpoints/step_{step:06d}"
-        shutil.copytree(folder / run / name, tmp_path / run / name)
-        whole = (tmp_path / run / name / weights).read_bytes()
-        (tmp_path / run / name / weights).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    return tmp_path
+        shutil.copytree(folder / run / name, workplace / run / name)
+        whole = (workplace / run / name / weights).read_bytes()
+        (workplace / run / name / weights).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    return workplace
 
 
 MODEL = ["--model", "train/checkpoints/step_000004"]
@@ -72,14 +61,13 @@ NEW = ["--max-steps", "1", "--output-dir", "new"]
     ],
     ids=lambda command: " ".join(command[:4]),
 )
-def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, command, capsys):
+def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(damaged, command, refusal):
     row = {"prompt": "abc>", "completion": "a", "chosen": "a", "rejected": "b"}
     (damaged / "rows.jsonl").write_text((json.dumps(row) + "\n") * 9)
-    assert main(command) == 2
-    output = " ".join(capsys.readouterr().err.split())
+    output = " ".join(refusal(*command).split())
     weights = "policy" if command[0] == "control" else "model"
     assert f"its file {weights}.safetensors is missing, altered" in output
-    assert "Traceback" not in output and not (damaged / "new" / "config.json").exists()
+    assert not (damaged / "new" / "config.json").exists()
 
 
 def test_checkpoints_hold_no_code(folder):

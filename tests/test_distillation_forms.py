@@ -6,16 +6,18 @@ import math
 import re
 import runpy
 import sys
-from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from drawing import normals, seeded
+from folders import RECIPES
+from torch.testing import assert_close
 
 from tokenrl import Estimator, measure_bias
 from tokenrl.lab import all_completions, exact_moments
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "enumeration" / "distillation_forms.py"
+RECIPE = RECIPES / "enumeration" / "distillation_forms.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,8 @@ def recipe():
 def test_the_forms_are_those_of_the_formulas(recipe, seed, distance, ends):
     """Of the KL of whole completions, or of the KL of each token with its prefix held fixed."""
     rows = all_completions(3, 2, ends=ends)
-    draw = torch.Generator().manual_seed(seed)
-    student, noise = torch.randn(2, len(rows.prefixes), 3, generator=draw, dtype=torch.double)
+    draw = seeded(seed)
+    student, noise = normals(draw, 2, len(rows.prefixes), 3)
     leaf = student.clone().requires_grad_()
     pi, q = (logits.log_softmax(-1) for logits in (leaf, student + distance * noise))
     chances = (pi[rows.prefix, rows.ids] * rows.mask).sum(-1).exp()  # [M]
@@ -44,18 +46,18 @@ def test_the_forms_are_those_of_the_formulas(recipe, seed, distance, ends):
     problem = recipe["distillation_problem"](seed, distance, 2, ends=ends)
     for name, form in recipe["measure"](problem).items():
         mean = whole if "to_go" in name or "path" in name else fixed
-        torch.testing.assert_close(form.mean[0], mean, rtol=0, atol=1e-12)
-        torch.testing.assert_close(form.target[0], whole, rtol=0, atol=1e-12)
+        assert_close(form.mean[0], mean, rtol=0, atol=1e-12)
+        assert_close(form.target[0], whole, rtol=0, atol=1e-12)
 
 
 def test_the_other_forms_are_those_of_the_lab(recipe):
     problem = recipe["distillation_problem"](1, 1.0, 2)
     opd, weighed = recipe["measure"](problem)["opd"], recipe["iw_opd"](problem, gamma=0.0)
-    torch.testing.assert_close(weighed.mean, opd.mean)
+    assert_close(weighed.mean, opd.mean)
     assert weighed.second == pytest.approx(opd.second)
     form = recipe["rloo_of_log_ratio"](problem)
     exact = exact_moments(Estimator(beta=1.0), problem, group_size=4)
-    torch.testing.assert_close(form.mean, exact.mean)
+    assert_close(form.mean, exact.mean)
     assert form.variance == pytest.approx(4 * exact.variance)
 
 

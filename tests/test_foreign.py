@@ -8,13 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from folders import RECIPES
 from pages import commands, make_chat_model_and_data, write_files
+from refusals import refused
 
 import tokenrl
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import COMMANDS
 from tokenrl.core import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Refused, nearest
+from tokenrl.errors import nearest
 from tokenrl.flags import parse
 from tokenrl.foreign import check_flags, meaning, settings_of, table
 from tokenrl.language.training.arguments import TrainArguments
@@ -24,7 +26,7 @@ KNOWN = {
     name: set(settings_of(field_types(command.arguments))) for name, command in COMMANDS.items()
 }
 KNOWN["estimator"] = set(field_types(Estimator))  # a recorded one is read by itself
-PAGE = Path(__file__).parents[1] / "recipes" / "pages" / "guides" / "from_trl.md"
+PAGE = RECIPES / "pages" / "guides" / "from_trl.md"
 
 # All of GRPOConfig, RLOOConfig and the trainers of TRL 1.16 that has another name here or none, and the
 # fields of transformers' TrainingArguments that people set.
@@ -98,23 +100,24 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     assert "is --estimator grpo." in meaning("adv_estimator", settings, "grpo", flags=True)
 
 
-def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys):
+def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusal):
     for name in OF_TRL.split():
-        with pytest.raises(Refused, match=f"^There is no setting '{name}'") as caught:
+        with refused(f"^There is no setting '{name}'") as caught:
             tokenrl.train(**{name: 8})
         assert "Available" not in str(caught.value)
-        with pytest.raises(Refused, match=f"^There is no flag --{name}. (?!See)"):
+        with refused(f"^There is no flag --{name}. (?!See)"):
             check_flags([f"--{name}", "8"], field_types(TrainArguments), "tokenrl train")
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
-        assert main(["train", flag, "8"]) == main(["train", f"{flag}=8"]) == 2
-        assert capsys.readouterr().err.startswith(f"tokenrl: There is no flag {flag}. ")
+        for words in ([flag, "8"], [f"{flag}=8"]):
+            assert refusal("train", *words).startswith(f"tokenrl: There is no flag {flag}. ")
 
 
 @pytest.mark.parametrize(
     ("command", "name", "sentence"),
     [
         (
-            *("train", "per_device_train_batch_size"),
+            "train",
+            "per_device_train_batch_size",
             "It is --prompts-per-step, which is per_device_train_batch_size x gradient_accumulation_steps x "
             "processes / num_generations, as TRL counts completions; micro_batch_size and tokens_per_pass "
             "change memory only.",
@@ -126,7 +129,8 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         ),
         ("control", "num_train_epochs", "The length of a run is max_steps, in steps."),
         (
-            *("train", "scale_rewards"),
+            "train",
+            "scale_rewards",
             "Of its values true and group is --estimator.scale group_std; batch is --estimator.scale "
             "batch_std; false and none is --estimator.scale none.",
         ),
@@ -147,18 +151,17 @@ def test_the_hint_is_that_of_the_command(command, name, sentence):
     assert meaning(name, KNOWN[command], flags=True) == sentence
 
 
-def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, capsys):
+def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, refusal):
     for wrong, sentence in {
         "beta": r"axis of the estimator: estimator=Estimator\(beta=1\)",
         "num_train_epochs": "It is max_steps, which is epochs x rows / prompts_per_step",
         "learning_rat": "Did you mean 'learning_rate'",
     }.items():
-        with pytest.raises(Refused, match=sentence) as caught:
+        with refused(sentence) as caught:
             tokenrl.train(**{wrong: 1})
         assert len(str(caught.value)) < 200
     (tmp_path / "trl.yaml").write_text("learning_rate: 1e-6\nnum_train_epochs: 1\nbeta: 0.04\n")
-    assert main(["train", "--config", str(tmp_path / "trl.yaml")]) == 2
-    sentence = capsys.readouterr().err
+    sentence = refusal("train --config", str(tmp_path / "trl.yaml"))
     assert "trl.yaml cannot be used" in sentence
     assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in sentence
     axis = "estimator=Estimator(beta=0.04)"
@@ -204,15 +207,13 @@ SHOWN = re.findall(r"^\$ tokenrl (.*)\n(tokenrl: (?:(?![$`]).*\n)*)", PAGE.read_
 
 
 @pytest.mark.parametrize(("typed", "printed"), SHOWN)
-def test_the_page_shows_what_is_printed(typed, printed, capsys):
-    assert main(shlex.split(typed)) == 2
-    assert capsys.readouterr().err == printed
+def test_the_page_shows_what_is_printed(typed, printed, refusal):
+    assert refusal(*shlex.split(typed)) == printed
 
 
-def test_the_script_of_the_page_runs_and_its_command_has_the_same_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    make_chat_model_and_data(tmp_path)
+def test_the_script_of_the_page_runs_and_its_command_has_the_same_settings(workplace, monkeypatch):
+    monkeypatch.syspath_prepend(workplace)
+    make_chat_model_and_data(workplace)
     write_files(PAGE)
     train, calls = tokenrl.train, []
     brief = {"model": "model", "max_steps": 1, "quiet": True, "eval_generations": 0}
@@ -234,11 +235,9 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
         output_dir = "x"
 
     for function in (tokenrl.train, tokenrl.sft, tokenrl.evaluate, tokenrl.sample):
-        with pytest.raises(
-            Refused, match=r"\(GRPOConfig\); it must be \w+Arguments. Give settings as"
-        ):
+        with refused(r"\(GRPOConfig\); it must be \w+Arguments. Give settings as"):
             function(args=GRPOConfig(), model="m")
-    with pytest.raises(Refused, match="the keywords seed, quiet would be lost"):
+    with refused("the keywords seed, quiet would be lost"):
         tokenrl.train(COMMANDS["train"].arguments(), seed=1, quiet=True)
 
 
@@ -257,9 +256,7 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
     ],
 )
 def test_a_value_too_many_and_a_file_without_a_name_are_refused_with_what_to_write(
-    line, words, tmp_path, monkeypatch, capsys
+    line, words, workplace, refusal
 ):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text("def right(): ...\nclass Game:\n    def reset(self): ...\n")
-    assert main(line.split()) == 2
-    assert words in capsys.readouterr().err
+    (workplace / "own.py").write_text("def right(): ...\nclass Game:\n    def reset(self): ...\n")
+    assert words in refusal(line)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from folders import write_rows
 from safetensors.torch import load_file
 from test_settings import leaves
 
@@ -67,12 +67,11 @@ def flags(rng: random.Random, name: str) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(300))
-def test_random_command_lines(number, tmp_path, monkeypatch):
+def test_random_command_lines(number, workplace, monkeypatch):
     """None ends with a traceback, with exit code 0 and no model, or with weights that are not finite."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
     pairs = [{"prompt": x, "chosen": "the cat", "rejected": "the dog"} for x in "abcdefgh"]
-    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    write_rows("pairs.jsonl", pairs)
     rng = random.Random(number)
     name = rng.choice(list(BASES))
     argv = [*name.split(), *BASES[name].split(), *flags(rng, name)]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import completes
+from folders import RECIPES, ROOT, read_json
 from pages import blocks, commands, give_tools, make_chat_model_and_data, write_files
 
 import tokenrl
@@ -26,10 +28,9 @@ from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.supervised.fit import encode_demonstrations
 from toy_tasks.models import TinyModel
 
-ROOT = Path(__file__).parents[1]
-TUTORIALS = ROOT / "recipes" / "pages" / "tutorials"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "recipes").glob("*.ipynb"))
+TUTORIALS = RECIPES / "pages" / "tutorials"
+PAGES = [ROOT / "README.md", *sorted(RECIPES.rglob("*.md"))]
+NOTEBOOKS = sorted(RECIPES.glob("*.ipynb"))
 LEARNING = TUTORIALS / "own_task.md"  # trains for a hundred steps
 BRIEF = {  # what shortens a command of a page
     "train": "--max-steps 1 --eval-generations 0",
@@ -101,8 +102,7 @@ def with_programs():
 
 
 @pytest.mark.parametrize("page", [*with_programs()], ids=name_of)
-def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_python_of_a_page_prints_what_the_page_says(page, workplace, monkeypatch, capsys):
     train = tokenrl.train
     if page == LEARNING:
         monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
@@ -116,8 +116,7 @@ def test_the_python_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_python_of_a_page_that_learns_prints_what_the_page_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_python_of_a_page_that_learns_prints_what_the_page_says(workplace, capsys):
     assert all(shown == printed for shown, printed in shown_and_printed(LEARNING, capsys))
 
 
@@ -125,22 +124,21 @@ def test_the_python_of_a_page_that_learns_prints_what_the_page_says(tmp_path, mo
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if commands(page) or own_programs(page)], ids=name_of
 )
-def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, handlers, short_warm_start):
+def test_the_commands_of_a_page_run(page, workplace, monkeypatch, handlers, short_warm_start):
     """All but those that need a download or vLLM, shortened."""
-    monkeypatch.chdir(tmp_path)
     write_files(page)
     train = tokenrl.train
     monkeypatch.setattr(tokenrl, "train", lambda **options: train(**options | {"max_steps": 1}))
     for name in own_programs(page):
         runpy.run_path(name)
     if page.stem == "pretrained":
-        make_chat_model_and_data(tmp_path)
+        make_chat_model_and_data(workplace)
     if page.stem == "pretrained_tools":
-        give_tools(tmp_path, monkeypatch)
-    Path("recipes").symlink_to(ROOT / "recipes")
+        give_tools(workplace, monkeypatch)
+    Path("recipes").symlink_to(RECIPES)
     if page == PAGES[0]:  # as `make train` does
         first = ["train", "--output-dir", "runs/sort_digits-rloo-seed0"]
-        assert main([*first, *BRIEF["train"].split()]) == 0
+        completes(*first, *BRIEF["train"].split())
     for name, *words in commands(page):
         if "downloads/run" in words:  # the page says where it comes from
             shutil.copytree("runs/vowels", "downloads/run", dirs_exist_ok=True)
@@ -155,9 +153,8 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, handlers, short
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_seeds_of_several_machines_are_gathered_as_the_page_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    page = ROOT / "recipes" / "pages" / "guides" / "scaling.md"
+def test_seeds_of_several_machines_are_gathered_as_the_page_says(workplace, refusal):
+    page = RECIPES / "pages" / "guides" / "scaling.md"
     write_files(page)
     task = yaml.safe_load(Path("seeds.yaml").read_text())
     assert {*task} == {"workdir", "resources", "envs", "setup", "run"}
@@ -168,29 +165,27 @@ def test_seeds_of_several_machines_are_gathered_as_the_page_says(tmp_path, monke
             words = ["bash", "-ec", 'srun() { "$@"; }\n' + script]
             environment = {**os.environ, "PATH": path, name: first}
             subprocess.run(words, check=True, env=environment, capture_output=True)
-            config = json.loads(Path(f"runs/seeds_{first}/plan.json").read_text())
+            config = read_json(f"runs/seeds_{first}/plan.json")
             assert config["plan"]["seeds"] == [int(first), int(first) + 1]
     (words,) = (words for words in commands(page) if "--collect" in words)
-    assert main([*words, "--quiet"]) == 0
+    completes(*words, "--quiet")
     words.remove("runs/seeds_4")  # these two seeds are made here
-    assert main([*words, "--quiet", "--output-dir", "runs/others"]) == 0
+    completes(*words, "--quiet", "--output-dir", "runs/others")
     for table in ("runs.csv", "comparisons.csv"):
         assert Path("runs/seeds", table).read_bytes() == Path("runs/others", table).read_bytes()
-    for number, (changed, refusal) in enumerate(
+    for number, (changed, reason) in enumerate(
         (
             (["--num-envs", "16"], "made with other settings than this comparison has: num_envs"),
             (["--collect", "runs"], "collect has 'runs', which holds no comparison"),
         )
     ):
-        assert main([*words, *changed, "--output-dir", f"runs/{number}"]) == 2
-        assert refusal in capsys.readouterr().err
+        assert reason in refusal(*words, *changed, "--output-dir", f"runs/{number}")
 
 
-def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_templates_of_a_page_read_the_calls_that_they_write(workplace, monkeypatch):
     page = TUTORIALS / "pretrained_tools.md"
     write_files(page)
-    give_tools(tmp_path, monkeypatch)
+    give_tools(workplace, monkeypatch)
     policy = load_policy("smollm-tools")
     task = runpy.run_path("problems.py")["task"]
     environments = Environments(task.environment)
@@ -206,7 +201,7 @@ def test_the_templates_of_a_page_read_the_calls_that_they_write(tmp_path, monkey
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_the_outputs_of_a_notebook_are_those_of_one_whole_run(path):
-    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert path.stat().st_size < 300_000 and not re.search(
         r"/(tmp|home|root|work)/", path.read_text()
@@ -215,9 +210,8 @@ def test_the_outputs_of_a_notebook_are_those_of_one_whole_run(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path, monkeypatch):
+def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path, cache, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": tmp_path}}
@@ -231,9 +225,8 @@ def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interruption_ends_the_run_but_not_the_notebook(tmp_path, monkeypatch):
+def test_an_interruption_ends_the_run_but_not_the_notebook(tmp_path, cache, monkeypatch):
     manager = pytest.importorskip("jupyter_client").manager
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     kernels, kernel = manager.start_new_kernel(cwd=str(tmp_path))
     try:

@@ -41,14 +41,13 @@ def test_a_quiet_run_prints_nothing(name, files, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, workplace, capsys, said):
     rows = (files / "rows.jsonl").read_text().splitlines()[:6]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (workplace / "rows.jsonl").write_text("\n".join(rows))
     run = [*RUNS["train"], "--model", str(files / "model"), "--check"]
     run += ["--num-generations", "16"]
     assert main(run) == 2  # an untrained model is never right
-    assert "only 4 distinct prompts in 4 training rows" in " ".join(capsys.readouterr().out.split())
+    assert "only 4 distinct prompts in 4 training rows" in said()
     assert main([*run, "--quiet"]) == 2
     output = capsys.readouterr()  # it still says what is wrong
     assert output.out == "" and "1. no-signal: In none of 2 groups of 16" in output.err

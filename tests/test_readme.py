@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
+from folders import RECIPES, ROOT
 
 from tokenrl.core import PRESETS, Estimator
 from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.verdict import default_problems
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "recipes" / "pages"
+FOLDER = RECIPES / "pages"
 README, ALL = (ROOT / "README.md").read_text(), (FOLDER / "explain" / "estimators.md").read_text()
 CHOOSE = (FOLDER / "guides" / "choose.md").read_text()
 
@@ -71,7 +70,7 @@ def test_the_readme_keeps_six_rows_with_the_numbers_of_the_page():
 
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_lab():
-    table = runpy.run_path(str(ROOT / "recipes" / "enumeration" / "estimators_table.py"))
+    table = runpy.run_path(str(RECIPES / "enumeration" / "estimators_table.py"))
     rloo = measure_bias("rloo")
     less = []
     for name in PAPERS:

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import completes
+from folders import RECIPES, read_json
 from pages import blocks
 
-from tokenrl.cli import main
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 # by programs of a folder
 SHARED = {"own", "judging", "questions", "answer", "choice", "curves", "second_edition"}
 PROGRAMS = {
@@ -180,7 +179,7 @@ def test_a_recipe_leaves_a_complete_run(command, run, short_warm_start, tmp_path
     name, rung, *_ = command.split()
     run(command, *TRAINED[command])
     (folder,) = (tmp_path / "runs").glob("*")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     assert (summary["exit_reason"], summary["steps"]) == ("finished", 2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -190,7 +189,7 @@ def test_a_recipe_leaves_a_complete_run(command, run, short_warm_start, tmp_path
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.vocab_size == len(tokenizer)
     if name == "ladder":
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         assert config["estimator"]["baseline"] == LADDER[rung][0]
         assert 1 <= summary["eval_after"]["reward_greedy"] <= 2  # shifted by 1
     if name == "train_lm":
@@ -247,7 +246,7 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there():
     assert study["turn"](d, d, d)["fell"] == study["turn"](d, -d, gold)["fell"] == 0
 
 
-def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, capsys):
+def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, said):
     from tokenrl.core import PRESETS
 
     page, path = RECIPES / "pages" / "explain" / "defaults.md", tmp_path / "defaults.md"
@@ -260,9 +259,9 @@ def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, capsys):
     assert len(written) == 2 and set(written) < set(lines)
     ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]
     Path("grpo.yaml").write_text(settings)
-    assert main(["lab", "exact", "--trl-config", "grpo.yaml"]) == 0
+    completes("lab exact --trl-config grpo.yaml")
     ((_, _, output),) = [block for block in blocks(page) if "--trl-config" in block[1]]
-    assert " ".join(output.split()) in " ".join(capsys.readouterr().out.split())
+    assert " ".join(output.split()) in said()
 
 
 def test_the_table_of_estimators_has_the_rows_of_the_page(run, tmp_path):

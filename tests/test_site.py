@@ -15,9 +15,9 @@ from threading import Thread
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from folders import RECIPES, ROOT
 
-ROOT = Path(__file__).parents[1]
-SITE, PAGES = ROOT / "recipes" / "site", ROOT / "recipes" / "pages"
+SITE, PAGES = RECIPES / "site", RECIPES / "pages"
 FILES = sorted(path.relative_to(ROOT) for path in PAGES.rglob("*.md"))
 SIZES = [(1280, 900), (390, 800)]
 ERRANDS = {
@@ -221,7 +221,7 @@ def test_the_search_leads_to_the_page_that_answers(home, browser):
 
 @pytest.mark.slow
 def test_formulas_are_typeset_and_the_index_by_paper_is_cards_on_a_telephone(site, home, browser):
-    for source in (ROOT / "recipes").rglob("*.md"):
+    for source in RECIPES.rglob("*.md"):
         text = re.sub(r"(?ms)^```.*?^```|`[^`\n]*`", "", source.read_text(encoding="utf-8"))
         formulas = re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text)
         built = site / source.relative_to(ROOT).with_suffix(".html")

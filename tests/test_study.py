@@ -3,12 +3,12 @@
 import re
 import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from folders import RECIPES
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -18,7 +18,7 @@ from tokenrl.flags import parse
 from tokenrl.lab.compare import problems
 from tokenrl.language.supervised.base import load_base
 
-STUDY = Path(__file__).parents[1] / "recipes" / "study"
+STUDY = RECIPES / "study"
 
 
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)

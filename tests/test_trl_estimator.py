@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
+from folders import RECIPES
 
 from tokenrl import Estimator, Refused
-from tokenrl.cli import main
 from tokenrl.core import PRESETS
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "language" / "trl_estimator.py"
+RECIPE = RECIPES / "language" / "trl_estimator.py"
 trl = pytest.importorskip("trl", reason="the extra benchmarks has TRL")
 
 
@@ -198,12 +198,12 @@ IDLE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "idle"), IDLE)
 def test_what_is_said_to_change_nothing_does_so_in_trl(
-    fields, idle, recipe, tmp_path, capsys
+    fields, idle, recipe, tmp_path, said
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields | idle | {"trainer": fields.get("trainer", "GRPO").lower()}))
-    assert main(["lab", "exact", "--trl-config", str(path)]) == 0
-    explanation = " ".join(capsys.readouterr().out.split()).partition("changes nothing")[2]
+    completes("lab exact --trl-config", str(path))
+    explanation = said().partition("changes nothing")[2]
     assert [name for name in idle if name not in explanation] == []
     (without,), (with_them,) = (
         gradients(recipe, tmp_path, **fields | changes) for changes in ({}, idle)

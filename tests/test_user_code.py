@@ -9,20 +9,27 @@ import os
 import numpy as np
 import pytest
 import torch
+from refusals import stopped
 
 from tokenrl.errors import USER_CODE_FAILED, Stopped, raised
 from tokenrl.user_code import user_code
 
 PRECISIONS = [
-    *("backends.fp32_precision", "backends.cuda.matmul.fp32_precision"),
-    *("backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision"),
-    *("backends.cudnn.rnn.fp32_precision", "backends.mkldnn.fp32_precision"),
-    *("backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision"),
+    "backends.fp32_precision",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.cudnn.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision",
+    "backends.mkldnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
+    "backends.mkldnn.conv.fp32_precision",
 ]
 NEW = [f"torch.{name} = 'ieee'" for name in PRECISIONS]
 OLD = [
-    *("torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')"),
-    *("torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cudnn.allow_tf32 = False"),
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False",
 ]
 OTHERS = """torch.set_default_dtype(torch.float64)
 torch.set_default_device('meta')
@@ -118,7 +125,7 @@ def test_a_setting_that_user_code_changes_is_given_back(change):
 def test_what_cannot_be_given_back_is_told():
     left = torch.device("meta")
     with (
-        pytest.raises(Stopped, match="changed default_device of torch from cpu to meta, and left"),
+        stopped("changed default_device of torch from cpu to meta, and left"),
         user_code(),
     ):
         left.__enter__()
@@ -159,7 +166,7 @@ def test_what_handlers_around_would_miss_comes_out_as_a_failure_of_user_code(err
             raise Stopped(raised(failure)) from failure
 
     with (
-        pytest.raises(Stopped, match=rf"raised {type(error).__name__}: x \(test_user_code.py"),
+        stopped(rf"raised {type(error).__name__}: x \(test_user_code.py"),
         told(),
     ):
         raise error

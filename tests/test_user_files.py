@@ -6,9 +6,9 @@ import os
 import sys
 
 import pytest
+from refusals import refused
 
 from tokenrl import names
-from tokenrl.errors import Refused
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
@@ -41,20 +41,14 @@ BESIDE = (
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def _game(workplace, monkeypatch):
     """A folder with the file game.py, links to it and a file that imports it; nothing else was imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(names, "OWN_MODULES", {})
-    (tmp_path / "game.py").write_text(GAME)
-    (tmp_path / "beside.py").write_text(BESIDE.format("game"))
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "link.py").symlink_to("game.py")
-    (tmp_path / "inner" / "link.py").symlink_to(tmp_path / "game.py")
-    before = {*sys.modules}
-    yield
-    for name in sys.modules.keys() - before:
-        del sys.modules[name]
+    (workplace / "game.py").write_text(GAME)
+    (workplace / "beside.py").write_text(BESIDE.format("game"))
+    (workplace / "inner").mkdir()
+    (workplace / "link.py").symlink_to("game.py")
+    (workplace / "inner" / "link.py").symlink_to(workplace / "game.py")
 
 
 def executions():
@@ -128,7 +122,7 @@ def test_a_changed_file_is_read_anew_with_all_that_hold_parts_of_it(tmp_path, mo
 def test_a_file_that_failed_can_be_imported_once_it_is_mended(tmp_path):
     (tmp_path / "game.py").write_text(GAME + "broken")
     for name in ("beside.py:right", "game.py:score"):
-        with pytest.raises(Refused, match="NameError"):
+        with refused("NameError"):
             load_reward(name)
     (tmp_path / "game.py").write_text(GAME)
     assert load_reward("beside.py:right")(["a"]) == [1.0]

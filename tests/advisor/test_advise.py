@@ -7,10 +7,11 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from command_line import completes
 
 from tokenrl.advisor.advice import command_line
 from tokenrl.advisor.environment import choose_way
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import COMMANDS
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
@@ -22,10 +23,7 @@ LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)
 PENDULUM = Spec("Pendulum-v1", 3, None, 1, 200, None, fast=False)
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace", "cache")
 
 
 def parsed(line: str):
@@ -36,7 +34,7 @@ def parsed(line: str):
 
 def advised(capsys, *argv) -> tuple[str, dict]:
     """What the command printed, and the record that it wrote beside the settings."""
-    assert main(["advise", *argv, "--json", "a.json", "--config", "c.json"]) == 0
+    completes("advise", *argv, "--json", "a.json", "--config", "c.json")
     with open("a.json") as file:
         return capsys.readouterr().out, json.load(file)
 
@@ -58,7 +56,7 @@ def test_the_approach_follows_from_horizon_speed_and_actions(spec, baseline, app
     assert choose_way(spec, baseline) == approach
 
 
-def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
+def test_an_environment_is_measured_and_the_files_can_be_run(capsys, refusal):
     output, advice = advised(capsys, "--env", "CartPole-v1")
     assert "timestep_mean" in output and "tokenrl control --config c.json" in output
     returns = advice["measured"]
@@ -69,11 +67,8 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
     # measured, and rounded to a digit
     assert arguments.estimator.entropy_coef == pytest.approx(0.1, rel=0.2)
     assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
-    assert (
-        main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
-    )
-    assert main(["train", "--config", "c.json"]) == 2
-    assert "is for `tokenrl control`" in capsys.readouterr().err
+    completes("control --config c.json --eval-episodes 2 --check --quiet")
+    assert "is for `tokenrl control`" in refusal("train --config c.json")
 
 
 def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):
@@ -135,7 +130,6 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
         (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
     ],
 )
-def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
-    assert main(["advise", *argv]) == 2
-    error = capsys.readouterr().err
+def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, refusal):
+    error = refusal("advise", *argv)
     assert words in error and error.count("\n") == 1

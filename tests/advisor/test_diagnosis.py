@@ -7,12 +7,15 @@ import re
 import shlex
 
 import pytest
+from command_line import completes
+from folders import read_json
+from refusals import refused
 
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.flags import parse
+from tokenrl.runs.files import write_json
 
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
 
@@ -93,7 +96,7 @@ def test_a_task_that_was_solved_at_once_gets_no_higher_rate_and_no_command(made_
     path = made_up("train", solved=solved, completions__clipped_ratio=0.2, **run)
     advice = advise_run(str(path))
     assert "solves its task" in advice.line
-    assert main(["advise", "--run", str(path)]) == 0
+    completes("advise --run", str(path))
     output = capsys.readouterr().out
     assert "solves its task" in output and "tokenrl train" not in output
 
@@ -136,17 +139,16 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
 def test_a_run_that_has_ended_is_destroyed_if_it_says_so_itself(made_up, flags, flagged):
     path = made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.0}})
     summary = {"exit_reason": "finished", "steps": 40, "flags": flags}
-    (path / "summary.json").write_text(json.dumps(summary))
+    write_json(path / "summary.json", summary)
     assert ("policy-destroyed" in findings_of(path)) is flagged
 
 
-def test_the_file_holds_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_file_holds_what_is_printed(made_up, workplace, capsys):
     path = made_up("control", entropy=0.01, reward_std=12.0, solved=float("inf"))
-    assert main(["advise", "--run", str(path), "--json", "a.json"]) == 0
+    completes("advise --run", str(path), "--json", "a.json")
     output = capsys.readouterr().out
     assert "--estimator.entropy-coef 0.1" in output and "entropy-collapsed" in output
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = read_json(workplace / "a.json")
     changes = {finding["flag"]: finding["changes"] for finding in record["findings"]}
     assert changes["entropy-collapsed"] == {"estimator.entropy_coef": 0.1}
 
@@ -164,14 +166,14 @@ def test_the_file_holds_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
 )
 def test_a_run_whose_configuration_was_changed_is_refused(made_up, changes, words):
     path = made_up("train")
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     text = "{" if changes is None else json.dumps(config | changes)
     (path / "config.json").write_text(text)
-    with pytest.raises(Refused, match=re.escape(words)):
+    with refused(re.escape(words)):
         advise_run(str(path))
 
 
-def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
+def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, refusal):
     broken = made_up("train")
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
@@ -181,8 +183,7 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
         made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long ones
         broken: "Line 4 of",
     }.items():
-        assert main(["advise", "--run", str(path)]) == 2
-        error = capsys.readouterr().err
+        error = refusal("advise --run", str(path))
         assert words in error and error.count("\n") == 1, path
 
 
@@ -193,19 +194,17 @@ REAL = {
 
 
 @pytest.mark.parametrize("kind", ["control", pytest.param("train", marks=pytest.mark.slow)])
-def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
+def test_a_real_run_from_end_to_end(kind, workplace, cache, capsys):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
     flags = [*REAL[kind].split(), "--max-steps", "4", "--output-dir", "run", "--quiet"]
-    assert main([kind, *flags]) == 0
-    assert main(["advise", "--run", "run"]) == 0
+    completes(kind, *flags)
+    completes("advise --run run")
     output = capsys.readouterr().out
     assert "4 of 4 steps (100%)" in output and "finished" in output
     line = output.partition("Run it: ")[2].partition("\n")[0]
     unchanged = "No setting needs a change" in output
     assert unchanged or main([*shlex.split(line)[1:], "--check"]) in (0, 2)
-    assert not (tmp_path / "runs").exists()
+    assert not (workplace / "runs").exists()
 
 
 NAMED = {
@@ -222,18 +221,15 @@ NAMED = {
 
 @pytest.mark.parametrize("command", ["advise --run a", "report a", "report a b"])
 @pytest.mark.parametrize(("kind", "source"), [("control", "mine.py"), ("train", "mine")])
-def test_reading_a_run_executes_nothing_that_it_names(
-    made_up, tmp_path, monkeypatch, kind, source, command
-):
-    (tmp_path / "mine.py").write_text("open('executed', 'w')")
+def test_reading_a_run_executes_nothing_that_it_names(made_up, workplace, kind, source, command):
+    (workplace / "mine.py").write_text("open('executed', 'w')")
     for name in ("a", "b"):
         counts = {"num_samples": lambda step: 8 * step, "episodes": 8, "grad_clipped": 0.0}
-        made_up(kind, **counts).rename(tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text())
+        made_up(kind, **counts).rename(workplace / name)
+        config = read_json(workplace / name / "config.json")
         changes = json.loads(json.dumps(NAMED[kind]).replace("{}", source))
         changes["estimator"] = config["estimator"] | changes["estimator"]
         changes |= {"seed": 0, "learning_rate": {"a": 0.01, "b": 0.02}[name]}
-        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
-    monkeypatch.chdir(tmp_path)
-    assert main(command.split()) == 0
-    assert not (tmp_path / "executed").exists()
+        write_json(workplace / name / "config.json", config | changes)
+    completes(command)
+    assert not (workplace / "executed").exists()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
+from command_line import completes
+from folders import read_json
+from refusals import refused
 
 from tokenrl import train_agent
-from tokenrl.cli import COMMANDS, main
+from tokenrl.cli import COMMANDS
 from tokenrl.control import ControlArguments, agent_settings
 from tokenrl.control.arguments import TUNED
 from tokenrl.control.environments import describe
 from tokenrl.control.run import verdict
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.settings import arguments
 
@@ -40,17 +41,16 @@ def test_tuned_settings_are_settings_of_that_environment(env):
     ],
 )
 def test_an_agent_without_settings_is_refused_naming_those_there_are(agent, message):
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         train_agent(agent=agent, env="gridworld")
 
 
-def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
-    (tmp_path / "mine.json").write_text('{"env": "Acrobot-v1"}')
-    assert main(["control", "--config", str(tmp_path / "mine.json"), "--agent", "classic"]) == 2
-    assert "--agent and --config" in capsys.readouterr().err
-    assert main(["control", "--agent"]) == 2
-    assert "Missing value for argument '--agent'" in capsys.readouterr().err
-    with pytest.raises(Refused, match="agent 'classic' was given beside finished settings"):
+def test_an_agent_and_a_configuration_exclude_each_other(workplace, refusal):
+    (workplace / "mine.json").write_text('{"env": "Acrobot-v1"}')
+    both = refusal("control --config mine.json --agent classic")
+    assert "--agent and --config" in both
+    assert "Missing value for argument '--agent'" in refusal("control --agent")
+    with refused("agent 'classic' was given beside finished settings"):
         train_agent(ControlArguments(), agent="classic")
 
 
@@ -85,8 +85,8 @@ def test_the_verdict_in_words(env, mean, error, start, end):
 
 def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, capsys):
     flags = ["--max-steps", "1", "--num-envs", "4", "--eval-episodes", "4"]
-    assert main(["control", *flags, "--output-dir", str(tmp_path)]) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    completes("control", *flags, "--output-dir", str(tmp_path))
+    summary = read_json(tmp_path / "summary.json")
     assert (summary["solved"], summary["threshold"]) == (False, 475)
     assert summary["verdict"].startswith("not solved: mean return ")
     assert capsys.readouterr().out.splitlines()[-1] == summary["verdict"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import runpy
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from folders import RECIPES
+from refusals import refused
 
 from tokenrl.control import Bandit
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "1_bandit.py"))
+RECIPE = runpy.run_path(str(RECIPES / "control" / "1_bandit.py"))
 NAMES = ("probability", "gradient_variance", "expected_gradient", "episode_gradients")
 probability, variance, expected, episode_gradients = (RECIPE[name] for name in NAMES)
 THETAS = (-2.3, -1.0, 0.0, 0.7)
@@ -51,5 +51,5 @@ def test_an_episode():
         rows = [environment.step(np.int64(a)) for a in (0, 1, 0)]
         assert [row[1] for row in rows] == [2.0, -0.5, 2.0]
         assert [row[2] for row in rows] == [False, False, True] and not any(row[3] for row in rows)
-    with pytest.raises(Refused, match="two actions"):
+    with refused("two actions"):
         Bandit(rewards=(1.0,))

@@ -19,7 +19,7 @@ from tokenrl.control.training import check_agent, train_agent
 def check(tmp_path):
     def start(**options):
         small = {"num_envs": 4, "eval_episodes": 4, "max_steps": 10, "check": True}
-        return train_agent(output_dir=str(tmp_path / "run"), **(small | options))
+        return train_agent(output_dir=tmp_path / "run", **(small | options))
 
     return start
 
@@ -58,9 +58,9 @@ def test_a_check_changes_nothing_of_the_agent(check, monkeypatch, estimator):
 
 
 def test_all_problems_are_printed_at_once_also_when_quiet(tmp_path, capsys):
-    words = ["--env", "MountainCar-v0", "--max-episode-steps", "10", "--learning-rate", "3"]
-    words += ["--num-envs", "4", "--eval-episodes", "4", "--check", "--quiet"]
-    assert main(["control", *words, "--output-dir", str(tmp_path / "run")]) == 2
+    words = "control --env MountainCar-v0 --max-episode-steps 10 --learning-rate 3 --num-envs 4"
+    words += f" --eval-episodes 4 --check --quiet --output-dir {tmp_path / 'run'}"
+    assert main(words.split()) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 3

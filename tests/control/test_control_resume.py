@@ -22,22 +22,22 @@ def continued(run, name, options):
     copy = run.parent / name
     shutil.copytree(run, copy)
     middle = str(copy / "checkpoints" / "step_000003")
-    train_agent(output_dir=str(copy), resume=middle, **SMALL | options)
+    train_agent(output_dir=copy, resume=middle, **SMALL | options)
     return results(copy)
 
 
 def test_whole_episodes_continue_exactly(tmp_path):
     """All numbers of the log and all weights are equal, though no state of an environment was saved."""
-    run = train_agent(output_dir=str(tmp_path / "run"), **SMALL | EPISODES).output_dir
+    run = train_agent(output_dir=tmp_path / "run", **SMALL | EPISODES).output_dir
     assert continued(run, "again", EPISODES) == results(run)
 
 
-def test_pieces_continue_with_new_episodes_and_say_so(tmp_path, capsys):
+def test_pieces_continue_with_new_episodes_and_say_so(tmp_path, said):
     """The continuation cannot be equal to the run, but it is equal to itself; what came before stays."""
-    run = train_agent(output_dir=str(tmp_path / "run"), **SMALL | PIECES).output_dir
+    run = train_agent(output_dir=tmp_path / "run", **SMALL | PIECES).output_dir
     lines, _ = results(run)
-    assert "begins new episodes" not in " ".join(capsys.readouterr().out.split())
+    assert "begins new episodes" not in said()
     first, second = (continued(run, name, PIECES) for name in ("first", "second"))
-    assert "begins new episodes" in " ".join(capsys.readouterr().out.split())
+    assert "begins new episodes" in said()
     assert first == second
     assert first[0][:4] == lines[:4] and first[0][4] != lines[4]

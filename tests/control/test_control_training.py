@@ -13,13 +13,14 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from folders import read_json
 from gymnasium.envs.classic_control import CartPoleEnv
+from refusals import refused
 
 from tokenrl.control import training
 from tokenrl.control.environments import describe
 from tokenrl.control.policies import read_policy
 from tokenrl.control.training import train_agent as train
-from tokenrl.errors import Refused
 from tokenrl.runs.threads import using_threads
 
 SHORT = {"max_steps": 2, "num_envs": 4, "eval_episodes": 5, "quiet": True}
@@ -27,7 +28,7 @@ OFTEN = {"estimator": "a2c", "normalize_observations": True}
 
 
 def short(tmp_path, name="run", **options):
-    return train(output_dir=str(tmp_path / name), **(SHORT | options))
+    return train(output_dir=tmp_path / name, **(SHORT | options))
 
 
 def rows(result, name="metrics"):
@@ -59,7 +60,7 @@ def test_a_run_leaves_a_complete_directory(once):
     assert [line["num_env_steps"] for line in lines[1:]] == [steps[0], sum(steps)]
     assert all(line["reward"] == line["episode_length"] for line in lines[1:])
     assert [line["learning_rate"] for line in lines[1:]] == pytest.approx([0.4, 0.2])
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     assert summary["env_steps"] == lines[-1]["num_env_steps"] == result.env_steps
     # by the clock, as in the progress, and not by the processor's time
     rates = summary["env_steps_per_second"], rows(result, "timings")[-1]["env_steps_per_second"]
@@ -73,10 +74,10 @@ def test_a_saved_policy_acts_as_it_did_and_a_second_run_needs_overwrite(once, tm
     again = short(tmp_path, **options, initial_weights="uniform")
     assert again.steps == 0 and again.eval_before == again.eval_after
     assert again.eval_after["reward_greedy"] == result.eval_after["reward_greedy"]
-    with pytest.raises(Refused, match="already holds a run"):
+    with refused("already holds a run"):
         short(tmp_path, **options)
     assert short(tmp_path, **options, overwrite=True).eval_after == again.eval_after
-    with pytest.raises(Refused, match="hidden"):
+    with refused("hidden"):
         short(tmp_path, "another", **options, hidden=(8,))
 
 
@@ -100,11 +101,10 @@ def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_refused_before_anything_is_written(tmp_path, monkeypatch, options, message):
+def test_refused_before_anything_is_written(workplace, options, message):
     if "video" in options:
         pytest.importorskip("moviepy")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         train(**({"output_dir": "run"} | SHORT | options))
     assert not list(Path("run").glob("*.json*"))
 
@@ -132,13 +132,13 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, at_step):
     result = short(tmp_path, max_steps=50)
     assert (result.exit_reason, result.exit_code, result.steps) == ("SIGTERM", 143, 3)
     assert read_policy(result.output_dir).shape == result.policy.shape
-    assert json.loads((result.output_dir / "summary.json").read_text())["exit_reason"] == "SIGTERM"
+    assert read_json(result.output_dir / "summary.json")["exit_reason"] == "SIGTERM"
     starts = torch.cat([rollout.observations[:, 0] for rollout in rollouts])
     assert len(starts.unique(dim=0)) == 3 * 4  # every update has starting states of its own
 
 
 def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapses(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, said
 ):
     """Its rewards are 1 and 0; a mean of .8 is reached on the way, and is reported once."""
     spec = replace(describe("bandit"), solved=0.8)
@@ -146,7 +146,7 @@ def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapse
     options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
     options |= {"eval_every": 3, "eval_episodes": 40}
     full = short(tmp_path, **options | {"quiet": False})
-    output = " ".join(capsys.readouterr().out.split())
+    output = said()
     assert full.steps == 40 and output.count("Solved at step") == 1
     assert "Training goes on to step 40; with --stop-when-solved it ends here." in output
     assert full.flags == ["entropy-collapsed"]
@@ -160,7 +160,7 @@ def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapse
 
 @pytest.mark.parametrize("driver", [None, "offscreen"])
 def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
-    tmp_path, monkeypatch, capsys, driver
+    tmp_path, monkeypatch, said, driver
 ):
     drivers = []
 
@@ -179,7 +179,7 @@ def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
     run = short(tmp_path, env="tokenrl-tests/Watched-v0", video=True, quiet=False)
     assert set(drivers) == {driver or "dummy"} and os.environ.get("SDL_VIDEODRIVER") == driver
     assert (run.output_dir / "model" / "policy.safetensors").is_file()
-    failed = "it raised RuntimeError: no paint" in " ".join(capsys.readouterr().out.split())
+    failed = "it raised RuntimeError: no paint" in said()
     assert failed == (driver is not None)
     assert (run.output_dir / "videos" / "episode-episode-0.mp4").is_file() != failed
 
@@ -188,5 +188,5 @@ def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
 @pytest.mark.parametrize("seed", range(10))
 def test_cartpole_is_solved_on_every_seed(tmp_path, seed):
     settings = {"max_steps": 60, "eval_every": 0, "quiet": True}
-    result = train(seed=seed, output_dir=str(tmp_path), **settings)
+    result = train(seed=seed, output_dir=tmp_path, **settings)
     assert min(result.eval_after["reward"], result.eval_after["reward_greedy"]) >= 475

@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawing import normals, seeded
+from refusals import refused, stopped
+from torch.testing import assert_close
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
@@ -14,19 +17,18 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
 from tokenrl.control.update import Agent, learn, loss_units, scheduled
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused, Stopped
 
 LENGTHS = torch.tensor([4, 2, 3, 1])
 
 
 def rollout_of(*, width=4):
     """Four rows: 0 and 3 terminated, 1 met the time limit, 2 goes on."""
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     mask = torch.arange(width) < LENGTHS[:, None]
-    rewards = torch.randn(4, 4, generator=draw, dtype=torch.double)
+    rewards = normals(draw, 4, 4)
     actions = torch.randint(2, (4, 4), generator=draw)
-    observations = torch.randn(4, 4, 3, generator=draw, dtype=torch.double)
-    final = torch.randn(4, 3, generator=draw, dtype=torch.double)
+    observations = normals(draw, 4, 4, 3)
+    final = normals(draw, 4, 3)
     wider = torch.nn.functional.pad
     observations = wider(observations, (0, 0, 0, width - 4), value=9e9)
     rewards, actions = (wider(x, (0, width - 4)) for x in (rewards, actions))
@@ -49,14 +51,14 @@ def agent_of(estimator, *, critic="separate", **options):
     shape = Shape(
         3, "softmax", 2, (4,), critic=used, normalize_observations=args.normalize_observations
     )
-    policy = Policy(shape, torch.Generator().manual_seed(1)).double()
+    policy = Policy(shape, seeded(1)).double()
     return Agent(
         policy=policy,
         args=args,
         horizon=10,
         optimizer=torch.optim.SGD(policy.parameters(), lr=args.learning_rate),
         memory=estimator.memory(),
-        generator=torch.Generator().manual_seed(2),
+        generator=seeded(2),
     )
 
 
@@ -100,7 +102,7 @@ def test_the_update_of_the_textbook_agent_of_the_walk(row):
     loss = -(logprobs * (returns - values.detach())).mean()
     slope = slope_of(agent, loss + 0.7 * 0.5 * (values - returns).square().mean())
     expected = -slope * min(1.0, 0.5 / (float(slope.norm()) + 1e-6))
-    torch.testing.assert_close(moved(agent, rollout), expected)
+    assert_close(moved(agent, rollout), expected)
 
 
 EVERY = [
@@ -121,10 +123,10 @@ def test_neither_padding_nor_layout_changes_an_update(estimator, critic, monkeyp
     from tokenrl.control import update
 
     move = moved(agent_of(estimator, critic=critic), rollout_of())
-    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of(width=7)), move)
+    assert_close(moved(agent_of(estimator, critic=critic), rollout_of(width=7)), move)
     assert move.abs().sum() > 1e-4
     monkeypatch.setattr(update, "one_by_one", lambda rows: rows)
-    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of()), move)
+    assert_close(moved(agent_of(estimator, critic=critic), rollout_of()), move)
 
 
 WHOLE_ROWS = [
@@ -144,7 +146,7 @@ def test_minibatches_are_each_an_unbiased_part(estimator, parts):
     if not estimator.chosen("ratio").whole_row:
         parts = 2  # of which the number of actions is a multiple
     mean = moved(agent_of(estimator, num_minibatches=parts, **tiny), rollout) / parts
-    torch.testing.assert_close(mean, whole, rtol=1e-4, atol=1e-5)
+    assert_close(mean, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_of_several_passes_has_ratio_one():
@@ -169,7 +171,7 @@ def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value(gamma, options,
     flat, _ = loss_units(agent, estimator, rollout)
     rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
     expected = rewards + gamma * torch.tensor(goes_on) * values
-    torch.testing.assert_close(flat.returns[LENGTHS.cumsum(0) - 1, 0], expected)
+    assert_close(flat.returns[LENGTHS.cumsum(0) - 1, 0], expected)
 
 
 def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
@@ -187,7 +189,7 @@ def test_running_mean_and_scale_of_observations_learn_after_their_use():
     estimator = Estimator(baseline="running_mean", running_mean_decay=0.5, running_mean_init=3.0)
     scaled = agent_of(estimator, reward_scale=2.0, normalize_observations=True)
     plain = agent_of(estimator, reward_scale=2.0)
-    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))
+    assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))
     assert scaled.policy.scale.count == LENGTHS.sum()
     expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout_of().returns.mean())
     assert learn(scaled, rollout_of(), 2)["baseline"] == pytest.approx(expected)
@@ -210,7 +212,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
     assert torch.equal(weights(agent), before)
     learn(agent, rollout_of(), 2)
     learn(agent, broken, 3)
-    with pytest.raises(Stopped, match="2 updates in a row"):
+    with stopped("2 updates in a row"):
         learn(agent, broken, 4)
     assert agent.skipped == 3
 
@@ -234,7 +236,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
     ],
 )
 def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         check_supported(Estimator(**fields), num_steps)
 
 
@@ -254,4 +256,4 @@ def test_a_constant_that_all_rewards_hold_changes_no_advantage():
         units, _ = loss_units(agent, agent.args.estimator, rollout._replace(rewards=rewards))
         advantages.append(units.advantages)
     assert advantages[1].dtype == torch.float32 and advantages[0].abs().max() > 1
-    torch.testing.assert_close(*advantages)
+    assert_close(*advantages)

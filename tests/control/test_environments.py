@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+from command_line import completes
+from folders import read_json
 from gymnasium import spaces
+from refusals import refused
 
-from tokenrl.cli import main
 from tokenrl.control.environments import Environments, describe, find
 from tokenrl.control.evaluation import SEEDS, seed_of
-from tokenrl.errors import Refused
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def test_facts(env, size, actions, numbers, horizon, solved):
     ],
 )
 def test_names_that_lead_nowhere(env, message):
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         describe(env)
 
 
@@ -93,7 +92,7 @@ TWO, THREE = spaces.Discrete(2), spaces.Discrete(3)
     ],
 )
 def test_spaces_that_are_not_supported(observations, actions, message):
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         describe(register_odd(observations, actions))
 
 
@@ -153,17 +152,15 @@ class Mine(CartPoleEnv):
 gymnasium.register("{name}-v0", entry_point={entry}, max_episode_steps=7)
 gymnasium.register("{name}Other-v1", entry_point=Mine, max_episode_steps=8)
 """
-SMALL = ["--num-envs", "2", "--max-steps", "1", "--eval-episodes", "2", "--quiet"]
+SMALL = "--num-envs 2 --max-steps 1 --eval-episodes 2 --quiet"
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a file in an empty current directory; afterwards, import paths are as they were."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def write(workplace):
+    """Write a file in an empty current directory."""
 
     def write(name, text=FILE, entry="Mine"):
-        (tmp_path / f"{name}.py").write_text(text.format(name=name, entry=entry))
+        (workplace / f"{name}.py").write_text(text.format(name=name, entry=entry))
         return name
 
     return write
@@ -176,11 +173,9 @@ def write(tmp_path, monkeypatch):
 def test_a_run_in_an_environment_of_a_user_can_be_repeated(write, capsys, source, entry):
     """A file, or a module in the current directory; its class may be given by its name, too."""
     write("a_file", entry=entry)
-    flags = ["--env", f"{source}:a_file-v0", *SMALL]
-    assert main(["control", *flags, "--output-dir", "first"]) == 0
-    assert json.loads(Path("first/config.json").read_text())["env"] == flags[1]
-    repeated = ["--config", "first/config.json", "--quiet", "--output-dir", "second"]
-    assert main(["control", *repeated]) == 0
+    completes(f"control --env {source}:a_file-v0 {SMALL} --output-dir first")
+    assert read_json("first/config.json")["env"] == f"{source}:a_file-v0"
+    completes("control --config first/config.json --quiet --output-dir second")
     assert capsys.readouterr() == ("", "")
     assert Path("first/metrics.jsonl").read_text() == Path("second/metrics.jsonl").read_text()
 
@@ -208,7 +203,7 @@ def test_files_that_lead_nowhere(write, text, env, message):
         gymnasium.registry.pop(name, None)
     write("wrong", text)
     for _ in range(2):  # also if it has been imported before
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             find(env)
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import gymnasium
 import numpy as np
 import pytest
-import torch
+from drawing import seeded
+from folders import read_json
 from gymnasium import spaces
+from refusals import stopped
 
 from tokenrl import train_agent
 from tokenrl.cli import main
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Pieces, collect_episodes
-from tokenrl.errors import Stopped
 
 ID = "tokenrl-tests/Failing-v0"
 NAN = math.nan
@@ -75,26 +75,12 @@ def register(kind=Failing, **options):
     return ID
 
 
-RUN = [
-    "--num-envs",
-    "2",
-    "--eval-episodes",
-    "2",
-    "--max-steps",
-    "30",
-    "--hidden",
-    "4",
-    "--save-every",
-    "1",
-    "--quiet",
-]
-POLICY = Policy(Shape(2, "softmax", 2, hidden=()), torch.Generator().manual_seed(0))
+RUN = "--num-envs 2 --eval-episodes 2 --max-steps 30 --hidden 4 --save-every 1 --quiet"
+POLICY = Policy(Shape(2, "softmax", 2, hidden=()), seeded(0))
 
 
 def episodes(env):
-    return collect_episodes(
-        Environments(env, 2), POLICY, 20, torch.Generator().manual_seed(0), seed=0
-    )
+    return collect_episodes(Environments(env, 2), POLICY, 20, seeded(0), seed=0)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -109,7 +95,7 @@ def episodes(env):
     ],
 )
 def test_numbers_that_cannot_be_used_are_named(options, message):
-    with pytest.raises(Stopped, match=f"The environment {ID} .*{message}"):
+    with stopped(f"The environment {ID} .*{message}"):
         episodes(register(**options))
 
 
@@ -117,9 +103,9 @@ def test_numbers_of_pieces_are_looked_at_too():
     """Episodes of 8 steps and one that resets: the sixth piece of three is steps 7 and 8, and a reset."""
     pieces = Pieces(Environments(register(rewards={8: NAN}, after=2 * 12), 2), 3, seed=0)
     for _ in range(5):
-        pieces.collect(POLICY, torch.Generator().manual_seed(0))
-    with pytest.raises(Stopped, match="the reward nan in step 2 of a piece of an episode"):
-        pieces.collect(POLICY, torch.Generator().manual_seed(0))
+        pieces.collect(POLICY, seeded(0))
+    with stopped("the reward nan in step 2 of a piece of an episode"):
+        pieces.collect(POLICY, seeded(0))
 
 
 def test_numbers_after_the_end_of_an_episode_do_not_count():
@@ -139,25 +125,23 @@ def test_numbers_after_the_end_of_an_episode_do_not_count():
 @pytest.mark.parametrize(
     ("command", "method"), [("control", "__init__"), ("control", "reset"), ("advise", "step")]
 )
-def test_whatever_is_raised_at_once_is_refused(capsys, command, method, error):
+def test_whatever_is_raised_at_once_is_refused(refusal, command, method, error):
     register(raises=method, error=error)
-    flags = RUN if command == "control" else ["--episodes", "2"]
-    assert main([command, "--env", ID, *flags]) == 2
-    output = capsys.readouterr().err
+    flags = RUN if command == "control" else "--episodes 2"
+    output = refusal(f"{command} --env {ID} {flags}")
     assert f"it raised {type(error).__name__}: {error}" in output and ID in output
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("own")], ids=repr)
 @pytest.mark.parametrize("method", ["reset", "step"])
-def test_whatever_is_raised_in_training_ends_the_run(tmp_path, monkeypatch, capsys, method, error):
+def test_whatever_is_raised_in_training_ends_the_run(workplace, capsys, method, error):
     """The evaluation before training takes at least 32 steps, and each update 16 more."""
-    monkeypatch.chdir(tmp_path)
     register(raises=method, error=error, after=100)
-    assert main(["control", "--env", ID, *RUN, "--output-dir", "run"]) == 1
+    assert main(f"control --env {ID} {RUN} --output-dir run".split()) == 1
     output, message = capsys.readouterr().err, f"it raised {type(error).__name__}: {error}"
     assert message in output and ID in output and "Traceback" not in output
     assert "The last complete checkpoint is" in output
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = read_json(workplace / "run" / "summary.json")
     assert summary["exit_reason"] == "failed" and message in summary["error"]
 
 
@@ -168,4 +152,4 @@ def test_an_interrupt_passes_and_an_environment_that_cannot_be_closed_loses_noth
     register(raises="close", error=SystemExit(0))
     options = {"env": ID, "max_steps": 1, "num_envs": 2, "eval_episodes": 2}
     with pytest.warns(UserWarning, match=r"failed in close\(\): it raised SystemExit: 0"):
-        assert train_agent(output_dir=str(tmp_path / "run"), **options).exit_reason == "finished"
+        assert train_agent(output_dir=tmp_path / "run", **options).exit_reason == "finished"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from folders import RECIPES
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TimeLimit
+from refusals import refused
 
 from tokenrl.control import GRIDWORLD_STEPS
 from tokenrl.control.environments import describe
@@ -21,7 +22,6 @@ from tokenrl.control.worlds import (
     exact_values,
     transitions,
 )
-from tokenrl.errors import Refused
 
 UP, RIGHT, DOWN, LEFT = range(4)
 
@@ -103,8 +103,8 @@ def test_moves_walls_and_ends():
     assert steps == [*((cell, -0.5, False, False) for cell in cells), (15, 2.5, True, False)]
 
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "control"
-ENTROPY = SimpleNamespace(**runpy.run_path(str(RECIPES / "entropy.py")))
+PROGRAMS = RECIPES / "control"
+ENTROPY = SimpleNamespace(**runpy.run_path(str(PROGRAMS / "entropy.py")))
 TO_THE_RIGHT = np.eye(4)[[RIGHT] * 36]
 
 
@@ -151,5 +151,5 @@ def test_chances_of_goal_and_decoy(name, policy, chances):
     ],
 )
 def test_mistakes_are_refused(make, words):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         make()

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import runpy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from folders import RECIPES
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 
-R = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "3_numpy.py"))
-)
+R = SimpleNamespace(**runpy.run_path(str(RECIPES / "control" / "3_numpy.py")))
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 STANDARDISED = {
     "baseline": "episode_mean",
@@ -70,7 +69,7 @@ def test_the_gradient_by_hand_is_autograds_of_the_estimator(name):
     loss = estimator.loss(logprobs, advantages, token_weights, mask)
     for slope, expected in zip(gradient, torch.autograd.grad(-loss, parameters), strict=True):
         assert float(expected.abs().max()) > 1e-3
-        torch.testing.assert_close(slope, expected, **CLOSE)
+        assert_close(slope, expected, **CLOSE)
     assert estimator.bias_status == ("exact" if name == "undiscounted" else "biased")
 
 
@@ -86,7 +85,7 @@ def test_rmsprop_is_that_of_torch():
             parameter.grad = torch.tensor(part)
         optimizer.step()
     for mine, theirs in zip(weights, parameters, strict=True):
-        torch.testing.assert_close(torch.tensor(mine), theirs, **CLOSE)
+        assert_close(torch.tensor(mine), theirs, **CLOSE)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from drawing import normals, seeded
 from torch.distributions import Categorical, Independent, Normal
+from torch.testing import assert_close
 
 from tokenrl.control.policies import ObservationScale, Policy, Shape
 
@@ -14,7 +16,7 @@ from tokenrl.control.policies import ObservationScale, Policy, Shape
 def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
     policy = Policy(
         Shape(3, head, actions, hidden=hidden, critic=critic, **options),
-        torch.Generator().manual_seed(1),
+        seeded(1),
     )
     with torch.no_grad():
         policy.head.weight.mul_(100)  # away from the nearly uniform start
@@ -22,16 +24,16 @@ def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
 
 
 def observations(count=6):
-    return torch.randn(count, 3, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    return normals(seeded(2), count, 3)
 
 
 def test_initial_weights():
     """Orthogonal weights with a head near 0 make a uniform policy; the uniform ones are those of PyTorch."""
-    first = Policy(Shape(3, "softmax", 4, (64,)), torch.Generator().manual_seed(1)).double()
+    first = Policy(Shape(3, "softmax", 4, (64,)), seeded(1)).double()
     chances = first(observations()).softmax(-1)
-    torch.testing.assert_close(chances, torch.full((6, 4), 0.25).double(), atol=0.02, rtol=0)
+    assert_close(chances, torch.full((6, 4), 0.25).double(), atol=0.02, rtol=0)
     shape = Shape(3, "softmax", 4, (64,), critic="shared", initial_weights="uniform")
-    policy = Policy(shape, torch.Generator().manual_seed(1))
+    policy = Policy(shape, seeded(1))
     for layer in (policy.body[0], policy.head, policy.critic):
         for weight in layer.parameters():
             largest = weight.abs().max() * layer.in_features**0.5
@@ -75,7 +77,7 @@ def test_observation_scale_is_mean_and_std_of_all_that_was_seen():
     for part in inputs.split([1, 17, 22]):
         scale.update(part)
     expected = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
-    torch.testing.assert_close(scale(inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_close(scale(inputs), expected, rtol=1e-4, atol=1e-5)
     far = inputs[:1] + 1e6
     assert scale(far).max() == 10
 
@@ -88,26 +90,26 @@ def test_scores_are_those_of_torch_and_their_norms_those_of_autograd(head, size)
     if head == "softmax":
         actions, expected = torch.tensor([0, 1, 2, 3, 1, 0]), Categorical(logits=parameters)
     else:
-        actions = torch.randn(6, 2, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+        actions = normals(seeded(3), 6, 2)
         mean, log_std = parameters.chunk(2, -1)
         expected = Independent(Normal(mean, log_std.exp()), 1)
     scored = policy.score(x, actions)
-    torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
-    torch.testing.assert_close(scored.entropy, expected.entropy())
+    assert_close(scored.logprobs, expected.log_prob(actions))
+    assert_close(scored.entropy, expected.entropy())
     slopes = [
         torch.autograd.grad(y.sum(), parameters, retain_graph=True)[0]
         for y in (scored.entropy, expected.entropy(), scored.logprobs, expected.log_prob(actions))
     ]
-    torch.testing.assert_close(slopes[0], slopes[1])
-    torch.testing.assert_close(slopes[2], slopes[3])
-    torch.testing.assert_close(scored.score_norms, slopes[2].square().sum(-1))
+    assert_close(slopes[0], slopes[1])
+    assert_close(slopes[2], slopes[3])
+    assert_close(scored.score_norms, slopes[2].square().sum(-1))
 
 
 @pytest.mark.parametrize("head", ["softmax", "gaussian"])
 def test_drawn_actions_follow_the_distribution(head):
     policy, x, count = policy_of(head, 3), observations(1), 40_000
     policy.head.bias.data[:3] = torch.tensor([1.5, 0.0, -1.0])
-    noise = policy.noise(count, generator=torch.Generator().manual_seed(4)).double()
+    noise = policy.noise(count, generator=seeded(4)).double()
     actions = policy.act(x.expand(count, -1), noise)
     parameters = policy(x)[0].detach()
     if head == "softmax":

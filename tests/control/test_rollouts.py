@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from counting_env import Counting, register
+from drawing import seeded
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
@@ -16,16 +17,12 @@ from tokenrl.control.rollouts import Pieces, collect_episodes
 
 
 def policy_of(size=2, actions=2):
-    return Policy(Shape(size, "softmax", actions, hidden=()), torch.Generator().manual_seed(0))
-
-
-def draws(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return Policy(Shape(size, "softmax", actions, hidden=()), seeded(0))
 
 
 def test_unequal_episodes_are_not_mixed_with_those_that_follow():
     envs = Environments("CartPole-v1", 16)
-    rollout = collect_episodes(envs, policy_of(4), 500, draws(), seed=3)
+    rollout = collect_episodes(envs, policy_of(4), 500, seeded(0), seed=3)
     lengths = rollout.mask.sum(1)
     assert lengths.unique().numel() > 3
     assert torch.equal(rollout.rewards.sum(1), lengths.float())  # one point a step
@@ -44,7 +41,7 @@ def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
     first, second = Counting((3, 1, 4)), TimeLimit(Counting((9,)), 7)
     vector = SyncVectorEnv([lambda: first, lambda: second])
     pieces = Pieces(Environments(register(), 2, vector=vector), 5, seed=0)
-    rollout = pieces.collect(policy_of(), draws())
+    rollout = pieces.collect(policy_of(), seeded(0))
     assert rollout.rewards.tolist() == [[1, 2, 3, 0, 0], [11, 0, 0, 0, 0], [1, 2, 3, 4, 5]]
     assert rollout.mask.sum(1).tolist() == [3, 1, 5]
     steps = [[0, 1, 2, 0, 0], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
@@ -52,7 +49,9 @@ def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
     assert rollout.final_observations.tolist() == [[0, 3], [1, 1], [0, 5]]
     assert rollout.terminated.tolist() == [True, True, False] and not rollout.truncated.any()
     assert (rollout.returns.tolist(), rollout.lengths.tolist()) == ([6, 11], [3, 1])
-    rest = pieces.collect(policy_of(), draws())  # a reset and 4 steps; 2 steps, a reset and 2 steps
+    rest = pieces.collect(
+        policy_of(), seeded(0)
+    )  # a reset and 4 steps; 2 steps, a reset and 2 steps
     assert rest.rewards.tolist() == [[21, 22, 23, 24], [6, 7, 0, 0], [11, 12, 0, 0]]
     assert rest.env_steps == 8 and rest.observations[1, 0].tolist() == [0, 5]
     assert rest.terminated.tolist() == [True, False, False]
@@ -65,7 +64,7 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
     """The rewards of a rollout are those of `gymnasium.make` under the same actions from the same start."""
     spec = describe(env)
     policy = policy_of(spec.observation_size, spec.actions)
-    rollout = collect_episodes(Environments(env, 4), policy, spec.horizon, draws(), seed=11)
+    rollout = collect_episodes(Environments(env, 4), policy, spec.horizon, seeded(0), seed=11)
     single = gymnasium.make(spec.env)
     for row, mask in enumerate(rollout.mask):
         single.reset(seed=11 + row)
@@ -81,5 +80,5 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
     envs, policy = Environments(register(limit=200, lengths=(200,)), 4), policy_of()
     policy.head.weight.data.zero_()  # the same distribution in every state
-    actions = collect_episodes(envs, policy, 200, draws(), seed=0).actions
+    actions = collect_episodes(envs, policy, 200, seeded(0), seed=0).actions
     assert not torch.equal(actions[:, :64], actions[:, 64:128])

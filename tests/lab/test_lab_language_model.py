@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normals, seeded
 from listed_policy import problem_of_policy
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
@@ -43,7 +44,10 @@ def problem(policy: Policy):
 @pytest.mark.parametrize(
     ("fields", "groups"),
     [
-        *(({}, 64), (GRPO, 64), ({"beta": 0.3}, 64), (PATH, 64)),
+        ({}, 64),
+        (GRPO, 64),
+        ({"beta": 0.3}, 64),
+        (PATH, 64),
         pytest.param({"aggregation": "token_mean"}, 1, marks=pytest.mark.slow),
     ],
     ids=["rloo", "grpo", "kl", "closed-form-path", "token_mean"],
@@ -86,10 +90,10 @@ def test_training_has_the_exact_mean_and_variance(
     distance = torch.stack(found) - exact.mean[0]  # [steps, D]
     error = exact.variance / groups
     assert float(distance.square().sum(-1).mean()) == pytest.approx(error, rel=0.25)
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     directions = [
         exact.mean[0],
-        *torch.randn(5, distance.shape[1], generator=draw, dtype=torch.double),
+        *normals(draw, 5, distance.shape[1]),
     ]
     for u in directions:
         along = distance @ u

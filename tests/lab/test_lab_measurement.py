@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import refused
 from tiny_lab_model import WORDS, points, tiny_policy
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables, record
@@ -125,7 +126,7 @@ def test_a_step_is_the_gradient_that_training_takes(
         estimator.aggregation == "token_mean" or estimator.scale == "token_whiten"
     )
     mean = units.values[: 4 // units.groups].mean(0)
-    torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
+    assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples) -> None:
@@ -142,7 +143,7 @@ def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: S
             baseline="constant", baseline_constant=float(samples.rewards[others].mean())
         )
         expected = contributions(mean, samples, seen, prompts_per_step=8).values
-        torch.testing.assert_close(found[step], expected[step])
+        assert_close(found[step], expected[step])
 
 
 def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples) -> None:
@@ -153,10 +154,8 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     dropped = contributions(Estimator(zero_spread="drop"), flat, seen, prompts_per_step=4)
     kept = contributions(Estimator(), flat, seen, prompts_per_step=4)
     assert dropped.coupled and not kept.coupled
-    torch.testing.assert_close(
-        dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14
-    )
-    torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
+    assert_close(dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14)
+    assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
 ROWS = [{"prompt": word} for word in WORDS * 8]
@@ -193,7 +192,7 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -
     ids=str,
 )
 def test_mistakes_are_refused(policy: Policy, wrong, words) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         measure_gradients(model=policy, **(FEW | wrong))
 
 
@@ -230,5 +229,5 @@ def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):
     merged = measure_gradients(model=str(tmp_path / "run" / "model"), **how)  # all weights
     assert merged.estimators[0].variance.value > 2 * found.estimators[0].variance.value
     (tmp_path / "base" / "config.json").unlink()
-    with pytest.raises(Refused, match="could be loaded from"):
+    with refused("could be loaded from"):
         measure_gradients(model=str(tmp_path / "run"), **how)

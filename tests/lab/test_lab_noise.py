@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from drawing import normals, seeded
 from listed_policy import problem_of_policy
 from tiny_lab_model import PROMPTS, points_of, tiny_policy
 
@@ -31,9 +32,9 @@ def policy() -> Policy:
 
 def test_products_and_variances_are_unbiased() -> None:
     """All 4^3 samples of three units from four points of unequal chance."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(4, 5, generator=generator, dtype=torch.double)
-    other = torch.randn(4, 5, generator=generator, dtype=torch.double)
+    generator = seeded(0)
+    values = normals(generator, 4, 5)
+    other = normals(generator, 4, 5)
     chance = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.double)
     draw = Resampling(3, 5, replicates=2)
     signal, cross, variance = 0.0, 0.0, 0.0
@@ -94,7 +95,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     """
     rows = 2 * groups
     problem = problem_of_policy(policy, PROMPTS[0], points_of, length=2, vocabulary=4)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
     samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)
     estimators = {

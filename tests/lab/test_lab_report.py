@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
+from folders import read_json
 
 from tokenrl.cli import main
 from tokenrl.core import off_policy
@@ -42,10 +44,10 @@ def test_a_table_records_and_progress(once) -> None:
     (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["rloo"]]
     assert row[1:4] == ["exact", "exact", "1.000000"] and row[-1] == "yes"
     assert [p.name for p in path.parent.iterdir()] == ["lab.json"]
-    found = json.loads(path.read_text())
+    found = read_json(path)
     assert [r["estimator"] for r in found] == SOME[1:]
-    columns = [*("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise")]
-    columns += [*("ok", "on_binary", "of_reward", "off_policy", "problems")]
+    columns = ["estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise"]
+    columns += ["ok", "on_binary", "of_reward", "off_policy", "problems"]
     for record in found:
         assert list(record) == columns and record["ok"] is True
         assert record["cosine"] == min(p["cosine"] for p in record["problems"])
@@ -65,9 +67,9 @@ def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatc
     assert "declared wrongly: importance token." in capsys.readouterr().out
 
 
-def test_what_was_tried_is_said_for_each_estimator(capsys) -> None:
-    assert main(["lab", "exact", "--estimators", "rloo", "opo_loo", "grpo", "maxrl", "spo"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+def test_what_was_tried_is_said_for_each_estimator(said) -> None:
+    completes("lab exact --estimators rloo opo_loo grpo maxrl spo")
+    out = said()
     all_of_them = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
     assert f"Tried for rloo; opo_loo: {all_of_them}." in out
     small = "prompts 1 to 3, group size 2 to 4, tokens 1 to 3, rewards -2.6 to 2"
@@ -76,15 +78,12 @@ def test_what_was_tried_is_said_for_each_estimator(capsys) -> None:
     assert f"Tried for spo: {small}, the memory held fixed." in out
 
 
-def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(
-    capsys, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, workplace) -> None:
     lines = "def wrong(totals, *, group_size, mask, valid):\n    g = totals.view(-1, group_size)\n"
     lines += "    kept = g.sum(1, keepdim=True) - g.roll(1, 1)\n"
     Path("mine.py").write_text(lines + "    return (kept / (group_size - 1)).flatten()\n")
-    assert main(["lab", "exact", "--preset", "mine.py:wrong"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    completes("lab exact --preset mine.py:wrong")
+    out = said()
     assert "mine.py:wrong: exact_up_to_scale with groups of 3 or more." in out
     assert "Tried for mine.py:wrong; rloo: prompts 1 to 4, group size 2 to 8" in out
 
@@ -103,7 +102,7 @@ def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path
     assert main(["lab", "exact", "--json", str(path), "--estimators", "rloo", "grpo"]) == 1
     out = capsys.readouterr().out
     assert "declared wrongly: grpo" in out and "NO" in out.split()
-    assert [r["ok"] for r in json.loads(path.read_text())] == [True, False]
+    assert [r["ok"] for r in read_json(path)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -114,13 +113,11 @@ def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path
     ],
 )
 def test_mistakes_are_refused_before_any_work(
-    arguments, words, capsys, tmp_path, monkeypatch
+    arguments, words, refusal, workplace, monkeypatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: pytest.fail("measured"))
-    assert main(["lab", "exact", *arguments]) == 2
-    assert words in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert words in refusal("lab exact", *arguments)
+    assert list(workplace.iterdir()) == []
 
 
 def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
@@ -138,8 +135,8 @@ def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None
     """Which of them are exact, and that the numbers which are printed are those that are written."""
     monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:2])
     path = tmp_path / "turns.json"
-    assert main(["lab", "exact", "--turns", "--json", str(path)]) == 0
-    out, written = capsys.readouterr().out, json.loads(path.read_text())
+    completes("lab exact --turns --json", str(path))
+    out, written = capsys.readouterr().out, read_json(path)
     exact = [record["name"] for record in written if record["status"] == "exact"]
     assert exact == [
         "the row's total, RLOO",

@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
+from command_line import completes
 
 from tokenrl import Estimator
-from tokenrl.cli import main
 from tokenrl.lab import measure_bias
 
 FIRST = "in the first update from a rollout every ratio is 1"
@@ -105,7 +105,7 @@ def test_a_configuration_of_trl_is_an_estimator(
 ) -> None:
     path = tmp_path / "grpo.json"
     path.write_text(json.dumps(fields))
-    assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+    completes("lab exact --trl-config", str(path))
     assert measured == [Estimator.preset(name), Estimator()]
     out = words(capsys.readouterr().out)
     assert [remark for remark in remarks if remark not in out] == []
@@ -136,12 +136,11 @@ def test_a_configuration_of_trl_is_an_estimator(
     ],
 )
 def test_what_is_no_configuration_is_refused(
-    name, text, message, measured, capsys, tmp_path
+    name, text, message, measured, refusal, tmp_path
 ) -> None:
     path = tmp_path / name
     path.write_text(text)
-    assert main(["lab", "exact", "--trl-config", str(path)]) == 2 and measured == []
-    assert message in capsys.readouterr().err
+    assert message in refusal("lab exact --trl-config", str(path)) and measured == []
 
 
 def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
@@ -149,15 +148,15 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
     for kind, name in ((trl.GRPOConfig, "trl_grpo"), (trl.RLOOConfig, "trl_rloo")):
         path = tmp_path / "exported.json"
         path.write_text(kind(output_dir=str(tmp_path), bf16=False, use_cpu=True).to_json_string())
-        assert main(["lab", "exact", "--trl-config", str(path)]) == 0
+        completes("lab exact --trl-config", str(path))
         out = words(capsys.readouterr().out)
         assert measured[-2] == Estimator.preset(name)
         # no field differs from its default
         assert "changes nothing" not in out and "beyond" not in out
 
 
-def test_a_preset_is_explained_beside_rloo(capsys) -> None:
-    assert main(["lab", "exact", "--preset", "unsloth"]) == 0
+def test_a_preset_is_explained_beside_rloo(capsys, refusal) -> None:
+    completes("lab exact --preset unsloth")
     out = words(capsys.readouterr().out)
     for part in (
         "Unsloth 2026.10.9",
@@ -169,7 +168,6 @@ def test_a_preset_is_explained_beside_rloo(capsys) -> None:
         assert part in out
     (row,) = re.findall(r"unsloth biased biased ([0-9.]+)", out)
     assert float(row) == pytest.approx(measure_bias("trl_grpo").cosine, abs=1e-6)
-    assert main(["lab", "exact", "--preset", "grpo", "--estimators", "rloo"]) == 2
-    assert "exclude each other" in capsys.readouterr().err
-    assert main(["lab", "exact", "--preset", "grpoo"]) == 2
-    assert "Did you mean 'grpo'" in capsys.readouterr().err
+    exact = ["lab", "exact", "--preset"]
+    assert "exclude each other" in refusal(*exact, "grpo", "--estimators", "rloo")
+    assert "Did you mean 'grpo'" in refusal(*exact, "grpoo")

@@ -24,9 +24,3 @@ def saved(tmp_path_factory):
         return known[key]
 
     return save
-
-
-@pytest.fixture
-def said(capsys):
-    """`said()`: what was printed on the standard output since the last look, in one line."""
-    return lambda: " ".join(capsys.readouterr().out.split())

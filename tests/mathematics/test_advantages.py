@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normals, seeded
 from hypothesis import given, settings, strategies as st
+from refusals import refused
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES, CHOICES
 from tokenrl.core.memories import RunningMean
-from tokenrl.errors import Refused
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
 MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")
@@ -51,7 +53,7 @@ def advantages(rewards, *, mask=None, baseline_value=0.5, **fields):
 
 def some_inputs(n, t, dtype=torch.double):
     """Every input that a baseline may need."""
-    draw = torch.Generator().manual_seed(n)
+    draw = seeded(n)
     return {
         "values": torch.randn(n, t, generator=draw, dtype=dtype),
         "greedy_rewards": torch.randn(n, generator=draw, dtype=dtype),
@@ -73,7 +75,7 @@ def test_means_against_their_definitions(rewards) -> None:
     }
     for baseline, mean in subtracted.items():
         policy = advantages(rewards, baseline=baseline, baseline_constant=2.0)
-        torch.testing.assert_close(policy, flat - mean, rtol=1e-9, atol=1e-9)
+        assert_close(policy, flat - mean, rtol=1e-9, atol=1e-9)
 
 
 @quick
@@ -102,9 +104,7 @@ def test_scales_against_their_definitions(rewards, ddof, eps) -> None:
     inputs = {"mask": torch.arange(3) < lengths[:, None], "group_size": rewards.shape[1]}
     for scale, expected in wanted.items():
         fields = {"baseline": "none", "scale": scale, "scale_ddof": ddof, "scale_eps": eps}
-        torch.testing.assert_close(
-            advantages(flat, **inputs, **fields), expected, rtol=1e-6, atol=1e-6
-        )
+        assert_close(advantages(flat, **inputs, **fields), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", MEANS)
@@ -135,8 +135,8 @@ def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     """Removing a row of each group gives the others the same advantages, whatever the row holds."""
     if exclude_each_other(baseline, scale, returns):
         return
-    draw = torch.Generator().manual_seed(5)
-    rewards = torch.randn(16, generator=draw, dtype=torch.double)
+    draw = seeded(5)
+    rewards = normals(draw, 16)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 4).double()
     fields = {"baseline": baseline, "scale": scale, "returns": returns}
     inputs = some_inputs(16, 3) | {"rewards": rewards}
@@ -147,7 +147,7 @@ def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     policy = advantages(mask=mask, group_size=4, valid=valid, **fields, **spoilt)
     others = {name: x[valid] for name, x in inputs.items()}
     without = advantages(mask=mask[valid], group_size=3, **fields, **others)
-    torch.testing.assert_close(policy[valid], without)
+    assert_close(policy[valid], without)
     assert (policy[~valid] == 0).all()
 
 
@@ -185,8 +185,8 @@ def test_returns_by_hand() -> None:
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
-    draw = torch.Generator().manual_seed(4)
-    rewards, values = torch.randn(2, 3, 5, generator=draw, dtype=torch.double)
+    draw = seeded(4)
+    rewards, values = normals(draw, 2, 3, 5)
     lengths, beyond = [5, 3, 1], torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     e = Estimator(baseline="value", returns="gae", gamma=gamma, lam=lam)
@@ -199,8 +199,8 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
         positions = torch.arange(n).double()
         later = (positions - positions[:, None]).clamp(min=0)
         discounts = ((gamma * lam) ** later).triu()
-        torch.testing.assert_close(policy[row, :n], discounts @ errors)
-        torch.testing.assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
+        assert_close(policy[row, :n], discounts @ errors)
+        assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
 
 
 HEAVY = ("opo", "optimal", "shrinkage")
@@ -209,7 +209,7 @@ HEAVY = ("opo", "optimal", "shrinkage")
 @pytest.mark.parametrize("baseline", HEAVY)
 def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline) -> None:
     """sum - x_i in place of the sum of the others would lose them."""
-    rewards = torch.randn(9, generator=torch.Generator().manual_seed(6), dtype=torch.double)
+    rewards = normals(seeded(6), 9)
     norms = torch.linspace(0.1, 1, 27, dtype=torch.double).reshape(9, 3)
     mask = torch.arange(3) < torch.tensor([3, 1, 2, 2, 3, 1, 1, 3, 3])[:, None]
     fields = {"mask": mask.double(), "group_size": 3, "baseline": baseline}
@@ -219,7 +219,7 @@ def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline)
         other[row] += 1e6
         heavy[row] *= 1e6
         after = other - advantages(other, score_norms=heavy, **fields)
-        torch.testing.assert_close(after[row], plain[row], rtol=1e-7, atol=1e-7)
+        assert_close(after[row], plain[row], rtol=1e-7, atol=1e-7)
         assert not torch.allclose(after, plain)
 
 
@@ -234,15 +234,15 @@ def test_optimal_baselines_of_tokens_by_hand() -> None:
     # at t = 0 the others; at t = 1 the other one that still acts; at t = 2 no row acts, so the last such mean
     wanted = [[1 - 20 / 6, 0, 0], [2 - 17 / 5, 2 - 4, 0], [4 - 5 / 3, 4 - 2, 4 - 2]]
     each = advantages(rewards, optimal_form="per_timestep", **shared)
-    torch.testing.assert_close(each, torch.tensor(wanted))
+    assert_close(each, torch.tensor(wanted))
     wanted = [[1 - 21 / 7, 0, 0], [2 - 3, 2 - 46 / 14, 0], [4 - 3, 4 - 46 / 14, 0]]
     each = advantages(rewards, optimal_form="cumulative", leave_one_out=False, **shared)
-    torch.testing.assert_close(each, torch.tensor(wanted))
+    assert_close(each, torch.tensor(wanted))
 
 
 def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
     """With a given weight, and with the one that the other prompts give."""
-    totals = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    totals = normals(seeded(3), 4, 5)
     totals = totals + torch.arange(4)[:, None]
     own = (totals[0].sum() - totals[0]) / 4
     within, means = totals[1:].var(1).mean(), totals[1:].mean(1)
@@ -250,7 +250,7 @@ def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
     for weight, lam in ((0.25, 0.25), (None, between / (between + within / 4))):
         policy = advantages(totals, baseline="shrinkage", shrinkage_weight=weight)[:5]
         wanted = totals[0] - lam * own - (1 - lam) * means.mean()
-        torch.testing.assert_close(policy, wanted, rtol=1e-10, atol=1e-12)
+        assert_close(policy, wanted, rtol=1e-10, atol=1e-12)
     alike = torch.tensor([[4.0, 2.0, 3.0]] * 3)  # equal means of all prompts
     assert advantages(alike, baseline="shrinkage").tolist() == pytest.approx([1, -1, 0] * 3)
 
@@ -293,7 +293,7 @@ def test_a_baseline_of_the_users_own() -> None:
 )
 def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words) -> None:
     rows = 1 if size == 0 else 4
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields).advantages(
             torch.arange(rows * 1.0), torch.ones(rows, 3), group_size=size or None
         )
@@ -332,8 +332,8 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     policy = e.advantages(columns[0], torch.ones(4, 3), **inputs).policy
     first = 2 * (columns[0] - 3) / columns[0].std()
     second = -0.5 * torch.tensor([1.0, 0.0, -1.0, 0.0]).double()
-    torch.testing.assert_close(policy, first + second)
-    with pytest.raises(Refused, match="components was not given"):
+    assert_close(policy, first + second)
+    with refused("components was not given"):
         e.advantages(columns[0], torch.ones(4, 3), group_size=4)
 
 
@@ -349,7 +349,7 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     ids=str,
 )
 def test_components_need_a_baseline_made_of_their_own_rewards(fields) -> None:
-    with pytest.raises(Refused, match=r"components 'separate' .* its own rewards"):
+    with refused(r"components 'separate' .* its own rewards"):
         Estimator(components="separate", **fields)
 
 

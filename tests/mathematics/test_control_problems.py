@@ -6,6 +6,7 @@ import doctest
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
@@ -38,9 +39,9 @@ def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int)
         return mdp.start @ backed_up(fixed, 2, logits)[:-1]
 
     wanted = torch.func.grad(objective)(mdp.logits).flatten()
-    torch.testing.assert_close(problem.gradient(gamma=gamma)[0], wanted, **CLOSE)
+    assert_close(problem.gradient(gamma=gamma)[0], wanted, **CLOSE)
     j = (problem.chances * problem.returns(gamma)).sum()
-    torch.testing.assert_close(j, objective(mdp.logits), **CLOSE)
+    assert_close(j, objective(mdp.logits), **CLOSE)
 
 
 ASCENDS = {
@@ -50,14 +51,17 @@ ASCENDS = {
         "cut, total, V^pi follows, discounted",
     ),
     "neither": (
-        *("reward to go, discounted", "blame window shorter", "GAE lam 0.5, any V"),
-        *(
-            "GAE lam 0.5, V^pi, discounted",
-            "to go, timestep mean of all (of 2 here)",
-            "to go, episode mean",
-        ),
-        *("to go, episode mean and std", "to go, episode mean and std, reward 1"),
-        *("episode normalised, then V", "cut, any V follows", "cut, taken for an end"),
+        "reward to go, discounted",
+        "blame window shorter",
+        "GAE lam 0.5, any V",
+        "GAE lam 0.5, V^pi, discounted",
+        "to go, timestep mean of all (of 2 here)",
+        "to go, episode mean",
+        "to go, episode mean and std",
+        "to go, episode mean and std, reward 1",
+        "episode normalised, then V",
+        "cut, any V follows",
+        "cut, taken for an end",
     ),
 }
 """Of the rows of the lab's table; all others ascend the return itself."""

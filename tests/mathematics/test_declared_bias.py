@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 
 import tokenrl.lab.exact.verdict as verdict_module
 from tokenrl.cli import main
@@ -211,12 +212,11 @@ def test_a_baseline_of_ones_own_gets_a_measured_status() -> None:
     [(("exact", "of the others"), False), (("biased", "the row is in it"), True)],
 )
 def test_what_a_baseline_declares_of_itself_is_checked_as_ours_is(
-    declaration, ok, tmp_path, monkeypatch
+    declaration, ok, workplace
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     source = "def largest(totals, *, group_size, **_):\n    groups = totals.view(-1, group_size)\n"
     source += "    return groups.amax(-1).repeat_interleave(group_size)\n\n\n"
-    (tmp_path / "own.py").write_text(f"{source}largest.bias = {declaration}\n")
+    (workplace / "own.py").write_text(f"{source}largest.bias = {declaration}\n")
     estimator = Estimator(baseline="own.py:largest")
     verdict = measure_bias(estimator, SMALL)
     assert (verdict.declared, verdict.found, verdict.ok) == (declaration[0], "biased", ok)
@@ -230,7 +230,7 @@ def test_a_declaration_that_is_no_status_with_a_reason_is_refused(declaration) -
         return 0 * totals
 
     own.bias = declaration
-    with pytest.raises(Refused, match="it must be a status and the reason, two texts"):
+    with refused("it must be a status and the reason, two texts"):
         _ = Estimator(baseline=own).bias_status
 
 
@@ -366,5 +366,5 @@ def undefined(totals, *, group_size, **_):
     ],
 )
 def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         measure_bias(Estimator(baseline=baseline), SMALL)

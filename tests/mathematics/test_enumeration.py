@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.lab.exact.enumeration import exact_moments
@@ -91,8 +92,8 @@ def test_one_group_at_a_time(fields: dict, prompts: int, length: int, kind: str)
     estimator = Estimator(**fields)
     fast = exact_moments(estimator, problem, group_size=size)
     mean, second = by_hand(estimator, problem, size)
-    torch.testing.assert_close(fast.mean.sum(0), mean, **CLOSE)
+    assert_close(fast.mean.sum(0), mean, **CLOSE)
     assert fast.second == pytest.approx(second, rel=1e-10)
     pieces = exact_moments(estimator, problem, group_size=size, chunk=7)
-    torch.testing.assert_close(pieces.mean, fast.mean, **CLOSE)
+    assert_close(pieces.mean, fast.mean, **CLOSE)
     assert pieces.second == pytest.approx(fast.second, rel=1e-12)

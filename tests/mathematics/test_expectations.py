@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.core.rows import overlong_penalty
@@ -59,12 +60,12 @@ def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
     }
     for name, gradient in wanted.items():
         fields = {"beta": beta, "kl_estimator": name, "kl_placement": "loss"}
-        torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
+        assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
         exact = name in ("full_path", "k2_sequence", "closed_form_path")
         assert ((gradient - problem.gradient(beta=beta)).norm() < 1e-12) == exact
         if name in ("k2", "full_path"):  # the KL of a step as the baseline changes no mean
             fields["kl_baseline"] = "closed_form"
-            torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
+            assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
 
 
 def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row() -> None:
@@ -80,7 +81,7 @@ def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row() -> None:
     loss = e.loss(rows, policy, e.token_weights(mask, max_length=9), mask)
     (gradient,) = torch.autograd.grad(loss, rows)
     assert wanted.norm() > 0.01
-    torch.testing.assert_close(gradient, wanted * mask, rtol=0, atol=1e-12)
+    assert_close(gradient, wanted * mask, rtol=0, atol=1e-12)
 
 
 def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise() -> None:
@@ -90,7 +91,7 @@ def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise(
     plain, compared = (
         exact_moments(replace(e, baseline=name), problem, group_size=4) for name in ("none", "rloo")
     )
-    torch.testing.assert_close(compared.mean, plain.mean, **CLOSE)
+    assert_close(compared.mean, plain.mean, **CLOSE)
     assert compared.noise < plain.noise / 5
 
 
@@ -128,7 +129,7 @@ def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own() -> None:
     for name, penalty in held.items():
         wanted = ascent(problem, problem.totals - beta * penalty.sum(-1))
         found = mean_of({"beta": beta, "kl_estimator": name}, problem, 2)
-        torch.testing.assert_close(found, wanted, **CLOSE)
+        assert_close(found, wanted, **CLOSE)
         assert ((wanted - problem.gradient(beta=beta)).norm() < 1e-12) == (name == "k1")
 
 
@@ -148,12 +149,10 @@ def test_dropped_and_refilled_groups_weigh_prompts() -> None:
     assert abs(float(kept[0] - kept[1])) > 0.05
     weights = kept.flip(0) / 2 + (1 - kept.flip(0))
     dropped, refilled = (mean_of({"zero_spread": what}, problem, 2) for what in ("drop", "refill"))
-    torch.testing.assert_close(dropped, 2 * weights[:, None] * target, **CLOSE)
-    torch.testing.assert_close(refilled, target / kept.mean(), **CLOSE)
+    assert_close(dropped, 2 * weights[:, None] * target, **CLOSE)
+    assert_close(refilled, target / kept.mean(), **CLOSE)
     alone = tabular_problem(11, vocabulary=2, rewards="binary")
-    torch.testing.assert_close(
-        mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE
-    )
+    assert_close(mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE)
 
 
 def test_a_long_row_is_penalised_before_the_baseline() -> None:

@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from drawing import normals, seeded
+from refusals import refused
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import AXES
@@ -14,7 +17,6 @@ from tokenrl.core.divergences import LEAST_BETA, PER_TOKEN, next_beta
 from tokenrl.core.losses import token_entropy
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.statistics import generator_of, mean_and_error
-from tokenrl.errors import Refused
 from tokenrl.lab import tabular_problem
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).double()
@@ -32,7 +34,7 @@ PATHS = {
 
 def inputs(seed=0, n=4, t=4, dtype=torch.double):
     """Every tensor that a loss may need."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = seeded(seed)
     names = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "token_kl")
     return {name: torch.randn(n, t, generator=draw, dtype=dtype) / 3 for name in names}
 
@@ -50,8 +52,8 @@ def test_weights_by_hand(aggregation, divisors) -> None:
     """The row without any action is one of the N = 4."""
     e = Estimator(aggregation=aggregation)
     wanted = MASK / torch.tensor(divisors)[:, None]
-    torch.testing.assert_close(e.token_weights(MASK, max_length=10), wanted)
-    torch.testing.assert_close(e.token_weights(MASK.bool(), max_length=10), wanted.float())
+    assert_close(e.token_weights(MASK, max_length=10), wanted)
+    assert_close(e.token_weights(MASK.bool(), max_length=10), wanted.float())
 
 
 @pytest.mark.parametrize("aggregation", AXES["aggregation"])
@@ -60,7 +62,7 @@ def test_weights_of_abstaining_rows(aggregation) -> None:
     for gone in range(4):
         valid = torch.arange(4) != gone
         got = e.token_weights(MASK, max_length=10, valid=valid)
-        torch.testing.assert_close(got[valid], e.token_weights(MASK[valid], max_length=10))
+        assert_close(got[valid], e.token_weights(MASK[valid], max_length=10))
         assert (got[gone] == 0).all()
     assert (e.token_weights(MASK, max_length=10, valid=torch.zeros(4)) == 0).all()
     assert (e.token_weights(MASK * 0, max_length=10) == 0).all()
@@ -68,9 +70,9 @@ def test_weights_of_abstaining_rows(aggregation) -> None:
 
 def step_of(e, seed=3, n=8, t=5):
     tensors = inputs(seed, n, t)
-    draw = torch.Generator().manual_seed(seed)
+    draw = seeded(seed)
     mask = (torch.arange(t) < torch.randint(0, t + 1, (n, 1), generator=draw)).double()
-    rewards = torch.randn(n, generator=draw, dtype=torch.double)
+    rewards = normals(draw, n)
     if e.needs_sampling_logprobs:
         tensors["sampling_logprobs"] = tensors["old_logprobs"] + tensors["entropy"]
     advantages = e.advantages(
@@ -221,7 +223,7 @@ def test_the_loss_of_a_critic() -> None:
     loss = e.critic_loss(values, goal, ones, old_values=old)
     assert loss.item() == pytest.approx((1.5**2 + 1.0**2 + 1.0**2) / 2)
     assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0, -1.0]]
-    with pytest.raises(Refused, match="old_values"):
+    with refused("old_values"):
         e.critic_loss(values, goal, ones)
 
 
@@ -229,14 +231,12 @@ def test_k3_keeps_its_digits_near_the_reference() -> None:
     """Its mean is that of `test_expectations.py`; exp(-l) - 1 + l would lose every digit here."""
     logprobs = tabular_problem(30).logprobs[0]
     near = PER_TOKEN["k3"](logprobs, logprobs + 1e-9)
-    torch.testing.assert_close(near, torch.full_like(logprobs, 5e-19), rtol=1e-6, atol=0)
+    assert_close(near, torch.full_like(logprobs, 5e-19), rtol=1e-6, atol=0)
 
 
 def test_entropy_of_a_token() -> None:
-    x = torch.randn(5, 7, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        token_entropy(x), torch.distributions.Categorical(logits=x).entropy()
-    )
+    x = normals(seeded(0), 5, 7)
+    assert_close(token_entropy(x), torch.distributions.Categorical(logits=x).entropy())
     assert torch.autograd.gradcheck(token_entropy, x.requires_grad_())
     half = torch.tensor([0.0, 0.0, -torch.inf], requires_grad=True)
     entropy = token_entropy(half)

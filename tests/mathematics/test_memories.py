@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from refusals import refused, stopped
 
 from tokenrl.core import Estimator, RunningMean
 from tokenrl.core.memories import Tracker, read, update
-from tokenrl.errors import Refused, Stopped
 from tokenrl.lab import measure_bias, tabular_problem
 
 
@@ -33,7 +33,7 @@ def test_the_tracker_by_hand() -> None:
     assert torch.equal(tracker.read(keys), again.read(keys))
     assert tracker.read(keys[:1]).tolist() == pytest.approx([1.8 / 2.25])
     for wrong in (1.5, -0.1):
-        with pytest.raises(Stopped, match=f"from 0 to 1, but one is {wrong}"):
+        with stopped(f"from 0 to 1, but one is {wrong}"):
             update(tracker, keys[:1], torch.tensor([wrong]))
     empty = Tracker(RunningMean(), 0.5)
     empty.load_state_dict(Tracker(RunningMean(initial=0.5), 0.5).state_dict())
@@ -80,12 +80,12 @@ def test_a_class_of_ones_own_is_a_memory() -> None:
     ]
     verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
     assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
-    with pytest.raises(Refused, match="'Forgetful' has no state_dict and no load_state_dict"):
+    with refused("'Forgetful' has no state_dict and no load_state_dict"):
         Estimator(baseline=Forgetful).memory()
-    with pytest.raises(Stopped, match=r"'Demanding' failed: it raised TypeError: .*'size'"):
+    with stopped(r"'Demanding' failed: it raised TypeError: .*'size'"):
         Estimator(baseline=Demanding).memory()
     memory.best[4] = torch.nan
-    with pytest.raises(Refused, match="'Best' must return a tensor of 2 finite numbers"):
+    with refused("'Best' must return a tensor of 2 finite numbers"):
         read(memory, keys)
 
 

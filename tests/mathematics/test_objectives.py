@@ -8,12 +8,14 @@ from statistics import fmean
 
 import pytest
 import torch
+from drawing import normals, seeded
+from refusals import refused
+from torch.testing import assert_close
 
 from tokenrl.core import Estimator
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.refusals import check_horizon
-from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 
 
@@ -50,27 +52,27 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
     """Also with ties, negative rewards and rows that abstain, whose reward may be nan."""
     if (form, order) == ("sloo_minus_one", 1):
         return
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     e = Estimator(objective="max_at_k", objective_order=order, objective_form=form)
     graded = torch.randint(0, 3, (size,), generator=draw).double() - 1
-    for rewards in (torch.randn(size, generator=draw, dtype=torch.double), graded):
+    for rewards in (normals(draw, size), graded):
         if size < e.fewest_rows:
             words = f"at least {e.fewest_rows} rows, and they have {size}"
-            with pytest.raises(Refused, match=words):
+            with refused(words):
                 advantages(e, rewards)
             continue
         expected = rewards.new_tensor(by_listing_subsets(rewards.tolist(), order, form))
-        torch.testing.assert_close(advantages(e, rewards), expected, atol=1e-12, rtol=1e-12)
+        assert_close(advantages(e, rewards), expected, atol=1e-12, rtol=1e-12)
         spoilt = torch.nn.functional.pad(rewards, (1, 1), value=torch.nan)
         padded = torch.nn.functional.pad(expected, (1, 1))
-        torch.testing.assert_close(advantages(e, spoilt, ~spoilt.isnan()), padded)
+        assert_close(advantages(e, spoilt, ~spoilt.isnan()), padded)
         few = torch.arange(size) < e.fewest_rows - 1
         assert not advantages(e, rewards, few).any()
 
 
 def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
-    draw = torch.Generator().manual_seed(3)
-    rewards = torch.randn(1024, generator=draw, dtype=torch.double)
+    draw = seeded(3)
+    rewards = normals(draw, 1024)
     for order in (2, 8, 512, 1023):
         e = Estimator(objective="max_at_k", objective_order=order)
         exact, rounded = advantages(e, rewards), advantages(e, rewards.float())
@@ -105,7 +107,7 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     laws.append((kept, lambda p: order_mean(size, p)))
     for fields, objective in laws:
         weight = prompt_weight(Estimator(**fields), p, size)
-        torch.testing.assert_close(weight, slope(objective, p), atol=1e-10, rtol=1e-10)
+        assert_close(weight, slope(objective, p), atol=1e-10, rtol=1e-10)
     std = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}
     divided = 0.0
     for k in range(size + 1):
@@ -114,7 +116,7 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
         divided = divided + chance * variance / (variance**0.5 + 0.01)
     wanted = divided / (p * (1 - p))
     weight = prompt_weight(Estimator(**std), p, size)
-    torch.testing.assert_close(weight, wanted, atol=1e-10, rtol=1e-10)
+    assert_close(weight, wanted, atol=1e-10, rtol=1e-10)
 
 
 def test_negative_rewards_have_no_logarithm() -> None:
@@ -124,10 +126,10 @@ def test_negative_rewards_have_no_logarithm() -> None:
         torch.tensor([1.0, -0.5, 0.0]),
         torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]),
     ):
-        with pytest.raises(Refused, match=r"the reward -0\.5\. Give rewards of 0 or more"):
+        with refused(r"the reward -0\.5\. Give rewards of 0 or more"):
             check_rewards(e.objective, rewards, valid)
         check_rewards(Estimator(), rewards, valid)
-    with pytest.raises(Refused, match="rewards of 0 or more"):
+    with refused("rewards of 0 or more"):
         measure_bias(e, [tabular_problem(2)])
 
 
@@ -173,7 +175,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
 def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields)
 
 
@@ -184,15 +186,13 @@ def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
     e = Estimator(objective="log_success", objective_form=form)
     mean = (1.3 - rewards[:3]) / 2 if form == "leave_one_out" else 1.3 / 3
     wanted = torch.nn.functional.pad((rewards[:3] - mean) / mean, (0, 1))
-    torch.testing.assert_close(advantages(e, rewards, valid), wanted)
+    assert_close(advantages(e, rewards, valid), wanted)
     assert (advantages(e, rewards * 0) == -1.0 * (form == "keep_failures")).all()
 
 
 def test_what_an_objective_advises_is_allowed() -> None:
     """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
-    with pytest.raises(
-        Refused, match=r"'log_success' compares .* take objective 'reward' and"
-    ) as alone:
+    with refused(r"'log_success' compares .* take objective 'reward' and") as alone:
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
     assert "rloo" not in str(alone.value)
     options = {"objective": "max_at_k", "objective_order": 2}
@@ -200,7 +200,7 @@ def test_what_an_objective_advises_is_allowed() -> None:
         check_horizon(Estimator(**options, objective_form=form), 501)
     bare = Estimator(**options, objective_form="no_baseline")
     check_horizon(bare, 500)
-    with pytest.raises(Refused, match="Choose another objective_form, such as 'leave_one_out'"):
+    with refused("Choose another objective_form, such as 'leave_one_out'"):
         check_horizon(bare, 501)
 
 

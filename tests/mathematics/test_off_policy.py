@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import doctest
-import json
 import math
 from statistics import median
 
 import pytest
 import torch
+from command_line import completes
+from drawing import normals, seeded
+from folders import read_json
+from refusals import refused
+from torch.testing import assert_close
 
-from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.core.losses import bounded
 from tokenrl.errors import Refused
@@ -96,13 +99,13 @@ def test_the_example_in_the_docstring() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_corrections(capsys, tmp_path) -> None:
+def test_the_table_of_corrections(said, tmp_path) -> None:
     path = tmp_path / "table.json"
-    assert main(["lab", "exact", "--sampler", "temperature=0.8", "--json", str(path)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    completes("lab exact --sampler temperature=0.8 --json", str(path))
+    out = said()
     assert "a sampler with temperature=0.8" in out
     assert "exact_for_sampler" in out and "exact_for_policy" in out
-    records = json.loads(path.read_text())
+    records = read_json(path)
     assert [record["correction"] for record in records] == list(TABLE)
     problems = [perturbed_problem(seed, Perturbation(temperature=0.8)) for seed in range(20)]
     last = Estimator.preset(TABLE[records[-1]["correction"]])
@@ -117,7 +120,7 @@ def test_a_kl_in_the_reward_is_that_of_the_policy(beta: float) -> None:
     problem = perturbed_problem(41, Perturbation(noise=0.5), vocabulary=2, length=2)
     weighted = Estimator(beta=beta, importance="sequence")
     mean = off_policy_moments(weighted, problem)[0].mean
-    torch.testing.assert_close(mean, problem.gradient(beta=beta), rtol=1e-10, atol=1e-12)
+    assert_close(mean, problem.gradient(beta=beta), rtol=1e-10, atol=1e-12)
     assert weighted.off_policy_status == "exact_for_policy"
     status = "biased" if beta else "exact_for_sampler"
     assert Estimator(beta=beta, importance_centre=True).off_policy_status == status
@@ -176,13 +179,13 @@ def slope_of_centre(fields: dict, z: torch.Tensor, log_mu: torch.Tensor) -> torc
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict) -> None:
     """And those of all tokens if these are the top, or if all others have one ratio to the policy."""
-    draw = torch.Generator().manual_seed(3)
-    z, noise = torch.randn(2, 50, 9, generator=draw, dtype=torch.double)
+    draw = seeded(3)
+    z, noise = normals(draw, 2, 50, 9)
     other = (2 * z + noise).log_softmax(-1)
     whole = slope_of_centre(weights, z, other)
     for top in (9, 12):
         listed = slope_of_centre(weights | {"importance_centre_top": top}, z, other)
-        torch.testing.assert_close(listed, whole, rtol=1e-12, atol=1e-14)
+        assert_close(listed, whole, rtol=1e-12, atol=1e-14)
     bounds = Estimator(**weights).importance_range
     masks = weights.get("importance_bound") == "mask"
     for top in (1, 3, 8):
@@ -198,26 +201,26 @@ def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict) -> No
 
         centre = (q * f(p / q) - (alpha * f(1 / alpha))[:, None] * p) * log_p
         wanted = torch.autograd.grad(centre.sum(), leaf)[0]
-        torch.testing.assert_close(slope_of_centre(fields, z, other), wanted)
+        assert_close(slope_of_centre(fields, z, other), wanted)
         apart = (slope_of_centre(fields, z, other) - whole).norm() / whole.norm()
         if weights != {"importance": "token"}:  # of which the centre is 0
             assert apart > 1e-3 if top < 8 else apart < 1e-12  # a single other token loses nothing
         raised = (torch.arange(9) < top) * (4 + noise.sort(-1, descending=True).values)
         near = (z.sort(-1, descending=True).values + raised).log_softmax(-1)
         ordered = z.sort(-1, descending=True).values
-        torch.testing.assert_close(
+        assert_close(
             slope_of_centre(fields, ordered, near), slope_of_centre(weights, ordered, near)
         )
 
 
 def test_top_tokens_beyond_which_nothing_is_drawn_are_all() -> None:
     """In float32 too, where their probabilities add up to 1 but for rounding; also if pi can draw others."""
-    z = torch.randn(400, 30, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(400, 30, generator=seeded(1))
     cut = z.masked_fill(z < z.topk(6).values[:, -1:], -torch.inf).log_softmax(-1)
     for weights in WEIGHTS:
         fields = weights | {"importance_centre_top": 6}
         listed, whole = slope_of_centre(fields, z, cut), slope_of_centre(weights, z, cut)
-        torch.testing.assert_close(listed, whole, rtol=1e-4, atol=1e-6)
+        assert_close(listed, whole, rtol=1e-4, atol=1e-6)
     listed = slope_of_centre(fields, cut, z.log_softmax(-1))  # others that only the sampler draws
     assert listed.isfinite().all()
 
@@ -249,7 +252,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
 def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         Estimator(**fields)
 
 

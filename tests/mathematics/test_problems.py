@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normals, seeded
+from torch.testing import assert_close
 
 from tokenrl.lab.exact.problems import all_completions, tabular_problem
 
@@ -13,7 +15,7 @@ from tokenrl.lab.exact.problems import all_completions, tabular_problem
 def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
     problem = tabular_problem(1, prompts=2, rewards=kind, shared=shared)
     assert problem.scores.shape == (2, 15, 3, 21 * (1 if shared else 2))
-    torch.testing.assert_close(problem.chances.sum(-1), torch.ones(2).double(), rtol=1e-14, atol=0)
+    assert_close(problem.chances.sum(-1), torch.ones(2).double(), rtol=1e-14, atol=0)
     mean = torch.einsum("pm,pmtd->pd", problem.chances, problem.scores)
     assert mean.abs().max() < 1e-14
     assert (problem.totals.std(-1) > 0.1).all()
@@ -27,8 +29,8 @@ def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
 def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
     """Central differences of J along random directions, through policies drawn anew from moved logits."""
     every = all_completions(3, 3)
-    draw = torch.Generator().manual_seed(3)
-    logits, reference, _ = torch.randn(3, 2, 7, 3, generator=draw, dtype=torch.double)
+    draw = seeded(3)
+    logits, reference, _ = normals(draw, 3, 2, 7, 3)
     problem = tabular_problem(3, prompts=2, shared=shared)
     beta, entropy_coef = 0.3, 0.7
 
@@ -42,15 +44,15 @@ def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
 
     gradient = problem.gradient(beta=beta, entropy_coef=entropy_coef).sum(0)
     for _ in range(3):
-        u = torch.randn(gradient.shape, generator=draw, dtype=torch.double)
+        u = normals(draw, gradient.shape)
         step = 1e-5 * (u.reshape(1, 7, 3) if shared else u.reshape(2, 7, 3))
         slope = (objective(logits + step) - objective(logits - step)) / 2e-5
-        torch.testing.assert_close(slope, gradient @ u, rtol=1e-8, atol=1e-10)
+        assert_close(slope, gradient @ u, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "dense"])
 def test_true_values_are_the_mean_from_each_prefix(kind: str) -> None:
     problem = tabular_problem(5, rewards=kind, true_values=True)
     j = (problem.chances * problem.totals).sum()
-    torch.testing.assert_close(problem.values[0, :, 0], j.expand(15))
+    assert_close(problem.values[0, :, 0], j.expand(15))
     assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value per prefix

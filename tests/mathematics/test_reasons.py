@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from drawing import normals, seeded
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import CHOICES, ENTROPY, KL_EFFECTS, OBJECTIVES
@@ -18,8 +19,8 @@ from tokenrl.lab import all_completions, exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 torch.set_num_threads(1)
-DRAW = torch.Generator().manual_seed(3)
-STUDENT, TEACHER = torch.randn(2, 3, 2, generator=DRAW, dtype=torch.double)
+DRAW = seeded(3)
+STUDENT, TEACHER = normals(DRAW, 2, 3, 2)
 ONE = tabular_problem(
     5, group_size=3, vocabulary=2, rewards="dense", logits=STUDENT, reference=TEACHER
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refused
 
 from tokenrl.core import Estimator
 from tokenrl.core.rows import completion_mask, keep, zero_spread
-from tokenrl.errors import Refused
 
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
 
@@ -21,7 +21,7 @@ def test_groups_without_spread() -> None:
     assert zero_spread(REWARDS, 4, VALID).tolist() == [False, False]
     dense = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert zero_spread(dense, 2, torch.ones(2).bool()).tolist() == [True]
-    with pytest.raises(Refused, match="group_size is None"):
+    with refused("group_size is None"):
         zero_spread(REWARDS, None, VALID)
 
 
@@ -57,7 +57,7 @@ def test_what_is_kept() -> None:
         counted, mask = keep(REWARDS, torch.ones(8, 2), **given)
         for found, rows in zip((counted, mask.any(1)), wanted, strict=True):
             assert torch.equal(found, rows), fields
-    with pytest.raises(Refused, match="truncated"):
+    with refused("truncated"):
         Estimator(truncations="mask").loss_terms(
             REWARDS, torch.ones(8, 2), group_size=2, max_length=2
         )

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawing import normals, seeded
+from torch.testing import assert_close
 
 import tokenrl.lab.exact.turns as turns_module
 from tokenrl.core import Estimator
@@ -17,8 +19,14 @@ from tokenrl.lab import exact_moments, named_estimators, turn_problems
 from tokenrl.lab.exact.verdict import Claim
 
 LAYOUT = (
-    *("0........", ".00.1....", "0.11.22..", "00......."),
-    *(".0.1.....", "0011.2...", ".00......", "0..11...."),
+    "0........",
+    ".00.1....",
+    "0.11.22..",
+    "00.......",
+    ".0.1.....",
+    "0011.2...",
+    ".00......",
+    "0..11....",
 )
 """The turn of each action, for each row and position of a step; a dot is no action."""
 N, T, K, SIZE = 8, 9, 3, 4
@@ -27,14 +35,14 @@ N, T, K, SIZE = 8, 9, 3, 4
 
 def a_step(seed=0, layout=LAYOUT):
     """Every input of a step; off the mask these are junk."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = seeded(seed)
     mask = torch.tensor([[character != "." for character in row] for row in layout])
     turns = torch.tensor([[int(number) for number in row.replace(".", "7")] for row in layout])
-    rewards, *random = torch.randn(4, N, T, generator=draw, dtype=torch.double)
+    rewards, *random = normals(draw, 4, N, T)
     names = ("logprobs", "ref_logprobs", "values")
     inputs = dict(zip(names, random, strict=True)) | {"score_norms": random[0].abs()}
     inputs = {name: x.masked_fill(~mask, torch.nan) for name, x in inputs.items()}
-    inputs["greedy_rewards"] = torch.randn(N, generator=draw, dtype=torch.double)
+    inputs["greedy_rewards"] = normals(draw, N)
     sizes = {"group_size": SIZE, "baseline_value": 0.4}
     return {"rewards": rewards, "mask": mask, "turns": turns, **sizes, **inputs}
 
@@ -85,8 +93,8 @@ def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
     result = estimator.advantages(**step)
     policy = wanted.policy[:, None].expand(N, K) if wanted.policy.ndim == 1 else wanted.policy
     rows = result.policy[:, None] * step["mask"] if result.policy.ndim == 1 else result.policy
-    torch.testing.assert_close(rows, tokens_of(step, policy))
-    torch.testing.assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
+    assert_close(rows, tokens_of(step, policy))
+    assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
 
 
 def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
@@ -100,7 +108,7 @@ def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
     last = [int(row.nonzero().max()) for row in step["mask"]]
     step["rewards"] = step["rewards"] - 0.3 * kl
     step["rewards"][torch.arange(N), last] += penalty
-    torch.testing.assert_close(result, Estimator(**axes).advantages(**step).policy)
+    assert_close(result, Estimator(**axes).advantages(**step).policy)
 
 
 @pytest.mark.parametrize("baseline", [name for name in AXES["baseline"] if "episode" not in name])
@@ -114,7 +122,7 @@ def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline) -> None
         return
     to_go = replace(total, returns="reward_to_go")
     by_row = to_go.advantages(**step, turns=numbers).policy
-    torch.testing.assert_close(by_row, without.reshape(N, -1)[:, :1] * step["mask"])
+    assert_close(by_row, without.reshape(N, -1)[:, :1] * step["mask"])
 
 
 PROBLEM = replace(turn_problems()[0], group_size=2)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
+from folders import read_json
 
 from tests.states import state_of
 
@@ -99,7 +100,7 @@ class Nursery:
             children[-1].start()
         wait_for(children)
         return [
-            {"code": child.exitcode, "calls": json.loads(file.read_text())}
+            {"code": child.exitcode, "calls": read_json(file)}
             for child, file in zip(children, counts, strict=True)
         ]
 
@@ -164,7 +165,7 @@ def live(
 def left(run: Path) -> dict[str, object]:
     """What a run has left: all that it has computed, without the time that it took."""
     newest = max((run / "checkpoints").iterdir())
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     warm = run / "warm_start" / "metrics.jsonl"
     return {
         "warm start": warm.read_bytes() if warm.exists() else b"",

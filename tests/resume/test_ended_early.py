@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from contextlib import contextmanager
 
 import pytest
+from command_line import completes
+from folders import read_json
 from killing import REWARD, equal, left
 
 from tokenrl.cli import main
@@ -25,25 +26,24 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_signal_decides_neither_the_best_weights_nor_the_end(kind, files, tmp_path, monkeypatch):
+def test_a_signal_decides_neither_the_best_weights_nor_the_end(kind, files, workplace, monkeypatch):
     """In a step without an evaluation, and in one with one."""
-    (tmp_path / "rewards.py").write_text(REWARD)
+    (workplace / "rewards.py").write_text(REWARD)
     for name in ("model", "rows.jsonl"):
-        (tmp_path / name).symlink_to(files / name)
-    monkeypatch.chdir(tmp_path)
+        (workplace / name).symlink_to(files / name)
     argv = [*KINDS[kind].split(), "--resume", "auto", "--output-dir"]
-    assert main([*argv, "whole"]) == 0
-    expected = left(tmp_path / "whole")
-    steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
+    completes(*argv, "whole")
+    expected = left(workplace / "whole")
+    steps = read_json(workplace / "whole" / "summary.json")["steps"]
     for number in {1, steps // 4 * 2}:
         with monkeypatch.context() as patch:
             signalled(patch, number)
             assert main([*argv, f"run{number}"]) == 143
-        summary = json.loads((tmp_path / f"run{number}" / "summary.json").read_text())
+        summary = read_json(workplace / f"run{number}" / "summary.json")
         assert summary["steps"] == number
         assert bool(summary["eval_after"]) == (number > 1)
-        assert main([*argv, f"run{number}"]) == 0
-        equal(left(tmp_path / f"run{number}"), expected)
+        completes(*argv, f"run{number}")
+        equal(left(workplace / f"run{number}"), expected)
 
 
 def signalled(patch, number):

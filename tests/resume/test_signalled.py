@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
+from folders import read_json
 from killing import TRAIN, Moment, equal, left
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def signalled(nursery, whole, tmp_path):
         ]
         code = shown(nursery.run(argv, *moments))
         file = tmp_path / "run" / "summary.json"
-        summary = json.loads(file.read_text()) if file.exists() else {}
+        summary = read_json(file) if file.exists() else {}
         model = (tmp_path / "run" / "model" / "model.safetensors").exists()
         assert nursery.run(argv) == 0, nursery.said
         equal(left(tmp_path / "run"), whole, nursery.said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -12,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from safetensors.torch import save_file
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
 from tokenrl.runs.files import atomic_directory, model_directory, verify
 
@@ -44,7 +44,7 @@ def test_older_ones_go_by_number(tmp_path):
     for step in (999_998, 999_999, 1_000_000):  # as text, the last would be the first
         (tmp_path / "checkpoints" / ".step_000001.old").mkdir(parents=True)
         path = save(tmp_path / "checkpoints", step, write, keep=2)
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_json(path / "manifest.json")
     assert manifest.keys() == {"weights.bin", "sub/state.json", "trainer_state.pt"}
     assert manifest["weights.bin"][0] == 2048
     assert names(path.parent) == sorted([*mine, "step_1000000", "step_999999"])
@@ -59,11 +59,9 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         raise fault
 
     good = save(tmp_path, 1, write, keep=1)
-    with pytest.raises(
-        Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space"
-    ) as caught:
+    with stopped(rf"step_000002 could not be .*{fault.args[-1]}.*Free space") as caught:
         save(tmp_path, 2, fail, keep=1)
-    with pytest.raises(Stopped, match="where it is until"):  # no run directory is made again
+    with stopped("where it is until"):  # no run directory is made again
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
@@ -86,7 +84,7 @@ def test_damage_is_refused_by_name(tmp_path, name, content, words):
     if content is not None:
         (path / name).write_bytes(content)
     for read in (verify, model_directory):
-        with pytest.raises(Refused, match=f"step_000002 cannot be used: its file {words} is miss"):
+        with refused(f"step_000002 cannot be used: its file {words} is miss"):
             read(path)
 
 
@@ -98,7 +96,7 @@ def test_any_changed_byte_of_a_checkpoint_is_detected_and_named(tmp_path, file):
         flipped = bytes([whole[index] ^ 1 << index % 8])
         for changed in (flipped, b""):
             (path / file).write_bytes(whole[:index] + changed + whole[index + 1 :])
-            with pytest.raises(Refused, match=re.escape(file)):
+            with refused(re.escape(file)):
                 verify(path)
     (path / file).write_bytes(whole)
     verify(path)
@@ -115,9 +113,7 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
     assert model_directory(model.parent) == model and model_directory("owner/name") == "owner/name"
     (model / "weights.bin").write_bytes(b"x")
     for inside in (model.parent, model, model / "sub"):
-        with pytest.raises(
-            Refused, match=r"weights.bin is missing, altered.*a copy without manifest"
-        ):
+        with refused(r"weights.bin is missing, altered.*a copy without manifest"):
             model_directory(inside)
     (model / "manifest.json").unlink()  # what the message advises
     assert model_directory(model) == model
@@ -145,7 +141,7 @@ def test_a_state_comes_back_bit_for_bit_and_holds_no_code(tmp_path):
         assert again.dtype == tensor.dtype
         torch.testing.assert_close(again, tensor, rtol=0, atol=0, equal_nan=True)
     torch.save({"code": os.system}, tmp_path / "trainer_state.pt")
-    with pytest.raises(Refused, match="holds no state from which a run can continue"):
+    with refused("holds no state from which a run can continue"):
         read_state(tmp_path)
 
 

@@ -70,9 +70,16 @@ def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side(
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        *((0.91234, 0.0123, "0.912 ± 0.012"), (1234.5, 67.8, "1234 ± 68"), (0.94, 0.0, "0.94 ± 0")),
-        *((0.5, None, "0.5"), (None, 0.1, "-"), (0.5, math.nan, "0.5"), (1, 3e-9, "1 ± 3e-09")),
-        *((0.1, 2e-17, "0.1 ± 0"), (0.0, 1e-16, "0 ± 0"), (1e9, 1e-7, "1e+09 ± 0")),
+        (0.91234, 0.0123, "0.912 ± 0.012"),
+        (1234.5, 67.8, "1234 ± 68"),
+        (0.94, 0.0, "0.94 ± 0"),
+        (0.5, None, "0.5"),
+        (None, 0.1, "-"),
+        (0.5, math.nan, "0.5"),
+        (1, 3e-9, "1 ± 3e-09"),
+        (0.1, 2e-17, "0.1 ± 0"),
+        (0.0, 1e-16, "0 ± 0"),
+        (1e9, 1e-7, "1e+09 ± 0"),
     ],
 )
 def test_numbers_have_the_figures_that_their_errors_leave(value, error, text):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
-from tokenrl.errors import Refused
 from tokenrl.runs.directory import RunDirectory, in_use, new_directory, newest, remove_run_files
 from tokenrl.runs.resume import cut_back
 
@@ -19,13 +19,14 @@ def tree(folder):
 
 
 MINE = (
-    *(
-        "videos",
-        "checkpoints/best",
-        "checkpoints/step_000003_best",
-        "completions/step_by_step.parquet",
-    ),
-    *("notes.txt", "preferences.jsonl", ".download.partial", "videos/talk-episode-1.mp4"),
+    "videos",
+    "checkpoints/best",
+    "checkpoints/step_000003_best",
+    "completions/step_by_step.parquet",
+    "notes.txt",
+    "preferences.jsonl",
+    ".download.partial",
+    "videos/talk-episode-1.mp4",
 )
 """What a user may have put beside the files of a run; the first three are folders."""
 
@@ -74,16 +75,15 @@ def test_a_path_through_a_parent_directory_is_resolved(path, folder, tmp_path, m
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "a\0b", "../a\0b", "a\udcff", "../\udcff"])
-def test_a_path_that_cannot_be_made_is_refused(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(Refused, match="cannot be used"):
+def test_a_path_that_cannot_be_made_is_refused(path, workplace):
+    (workplace / "file").write_text("mine")
+    with refused("cannot be used"):
         RunDirectory(path)
-    assert tree(tmp_path) == {"file": b"mine"}
+    assert tree(workplace) == {"file": b"mine"}
 
 
 def test_second_run_in_the_directory_is_refused(tmp_path):
-    with locked(tmp_path), pytest.raises(Refused, match="Another run is using"):
+    with locked(tmp_path), refused("Another run is using"):
         RunDirectory(tmp_path, may_hold_run=True)
     with locked(tmp_path):
         pass
@@ -109,7 +109,7 @@ def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
     finished_run(tmp_path)
     before = tree(tmp_path)
     for _ in range(2):
-        with pytest.raises(Refused, match=r"already holds a run.*overwrite"):
+        with refused(r"already holds a run.*overwrite"):
             RunDirectory(tmp_path)
     assert tree(tmp_path) == before
 
@@ -134,8 +134,12 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
 
 
 DEBRIS = (
-    *("checkpoints/.step_000004.partial/x", "checkpoints/.step_000005.old/x", ".model.partial/x"),
-    *(".report.html.partial", ".metrics.jsonl.partial", "completions/.step_000004.parquet.partial"),
+    "checkpoints/.step_000004.partial/x",
+    "checkpoints/.step_000005.old/x",
+    ".model.partial/x",
+    ".report.html.partial",
+    ".metrics.jsonl.partial",
+    "completions/.step_000004.parquet.partial",
 )
 
 
@@ -178,24 +182,23 @@ def test_directory_of_other_people_is_refused_even_with_overwrite(
     (tmp_path / name).write_text(text)
     (tmp_path / "model").mkdir()
     before = tree(tmp_path)
-    with pytest.raises(Refused, match=f"holds no run, but .*{name}"):
+    with refused(f"holds no run, but .*{name}"):
         RunDirectory(tmp_path, may_hold_run=may_hold_run)
     assert tree(tmp_path) == before  # not even a lock file
 
 
-def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_runs_that_start_at_once_take_different_numbers(workplace):
     for name in ("train-2", "train-mine", "other-9"):
         Path("runs", name).mkdir(parents=True)
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: new_directory("train"), range(8)))
     assert sorted(run.path for run in runs) == sorted(
-        tmp_path / f"runs/train-{n}" for n in range(3, 11)
+        workplace / f"runs/train-{n}" for n in range(3, 11)
     )
     for run in runs:
         run.release()
     assert newest("train") == 2  # of those that were made for nothing none is left
     shutil.rmtree("runs")
     Path("runs").touch()
-    with pytest.raises(Refused, match="cannot be used"):
+    with refused("cannot be used"):
         new_directory("train")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused, stopped
 
 from tests.runs.test_session import live
 from tokenrl.configuration import read_config
@@ -82,7 +83,7 @@ def test_nothing_is_written_through_a_link_or_a_pipe_in_the_place_of_a_file(
     else:
         (run / place.format(name)).symlink_to(targets.get(kind, outside / "none"))
     if name == "model" and place == "{}" and kind == "dangling link":
-        with pytest.raises(Stopped, match="model could not be written"):
+        with stopped("model could not be written"):
             write_folder(run / name)
     else:
         WRITERS[name](run / name)
@@ -113,7 +114,7 @@ def test_logs_locks_and_folders_of_a_run_that_are_links_are_refused_and_their_ta
 def test_a_pipe_in_a_run_is_refused_in_words_and_not_waited_for(tmp_path, name):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     os.mkfifo(tmp_path / name)
-    with pytest.raises(Refused, match=f"{name} cannot be read .*only regular files are read"):
+    with refused(f"{name} cannot be read .*only regular files are read"):
         _ = read_run(tmp_path).timings
 
 
@@ -122,12 +123,12 @@ def test_a_pipe_in_a_sealed_folder_or_for_a_result_is_refused(tmp_path):
     write_folder(tmp_path / "model")
     (tmp_path / "model" / "a").unlink()
     os.mkfifo(tmp_path / "model" / "a")
-    with pytest.raises(Refused, match="its file a is missing"):
+    with refused("its file a is missing"):
         verify(tmp_path / "model")
-    with pytest.raises(Refused, match="model/a cannot be written: it is a pipe"):
+    with refused("model/a cannot be written: it is a pipe"):
         check_place(tmp_path / "model" / "a")
     (tmp_path / "model" / "manifest.json").unlink()
-    with pytest.raises(Refused, match="model/a is a pipe or a device"):
+    with refused("model/a is a pipe or a device"):
         model_directory(tmp_path / "model")
 
 
@@ -159,7 +160,7 @@ def test_a_system_without_a_flush_of_folders_is_passed_over_and_a_lost_write_is_
 
     monkeypatch.setattr(os, "fsync", flush)
     if is_fault:
-        with pytest.raises(Stopped, match="could not be written"):
+        with stopped("could not be written"):
             write_json(tmp_path / "x", {})
     else:
         assert live(tmp_path / "run").exit_reason == "finished"

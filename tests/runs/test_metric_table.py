@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from command_line import completes
 
 import tokenrl
-from tokenrl.cli import main
 from tokenrl.runs import read_run
 from tokenrl.runs.metric_table import all_metrics, metric_of
 
@@ -24,8 +24,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(files)
     words = [
         *RUNS[kind].split(),
@@ -37,7 +36,7 @@ def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, mo
     ]
     if "control" not in RUNS[kind]:
         words += ["--model", "model"]
-    assert main(words) == 0
+    completes(*words)
     run = read_run(tmp_path / "run")
     names = {name for row in (*run.metrics, *run.timings) for name in row}
     names |= (run.summary["eval_after"] or {}).keys()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from folders import ROOT
 from packaging.version import Version
 
 from tokenrl.language.rewards.library import LIBRARY
@@ -73,7 +74,7 @@ def test_no_command_repeats_a_run_with_nameless_objects(options):
 
 def test_the_tested_versions_are_those_of_the_constraints():
     """The tests also ran with a release of torch that is newer, and not in the constraints for its size."""
-    text = Path(__file__).parents[2].joinpath("constraints.txt").read_text()
+    text = (ROOT / "constraints.txt").read_text()
     pins = dict(
         re.findall(r'^(\w+)==(\d+\.\d+)\S*(?:; python_version >= "3.11")?$', text, re.MULTILINE)
     )

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
+from command_line import completes
+from folders import read_json
 
-from tokenrl.cli import main
-
-TRAIN = [
-    "control",
-    "--env",
-    "bandit",
-    "--max-steps",
-    "8",
-    "--logging-steps",
-    "1",
-    "--save-every",
-    "1",
-]
+TRAIN = "control --env bandit --max-steps 8 --logging-steps 1 --save-every 1 --output-dir"
 
 
-def command(arguments, shell):
+def command(words, shell):
     """Run a command in a shell that says where its output goes."""
-    line = shell.format('"$PYTHON" -m tokenrl ' + " ".join(arguments))
+    line = shell.format('"$PYTHON" -m tokenrl ' + words)
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"],
         capture_output=True,
@@ -37,7 +26,7 @@ def command(arguments, shell):
 
 @pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1"])
 def test_help_that_cannot_be_written_stops(unbuffered):
-    done = command(["train", "--help"], unbuffered + " {} >/dev/full")
+    done = command("train --help", unbuffered + " {} >/dev/full")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(
         "tokenrl: The output could not be written ([Errno 28] No space left on"
@@ -47,31 +36,30 @@ def test_help_that_cannot_be_written_stops(unbuffered):
 @pytest.mark.slow
 def test_what_is_read_no_more_ends_quietly_and_a_run_is_saved(tmp_path):
     run = tmp_path / "run"
-    done = command([*TRAIN, "--output-dir", str(run)], "PYTHONUNBUFFERED=1 {} | head -3")
+    done = command(f"{TRAIN} {run}", "PYTHONUNBUFFERED=1 {} | head -3")
     assert done.returncode == 141 and done.stderr == ""
-    assert main([*TRAIN, "--output-dir", str(run), "--resume", "auto", "--quiet"]) == 0
+    completes(f"{TRAIN} {run} --resume auto --quiet")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["{} >/dev/full", "{} >&- 2>&-", "PYTHONIOENCODING=ascii {}"])
 def test_a_run_goes_on_where_its_output_is_lost(tmp_path, shell):
-    done = command([*TRAIN, "--output-dir", str(tmp_path / "run")], shell)
+    done = command(f"{TRAIN} {tmp_path / 'run'}", shell)
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
+    assert read_json(tmp_path / "run" / "summary.json")["exit_reason"] == "finished"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
-def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, refusal):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")
     (tmp_path / "x").rmdir()
-    assert main(["lab", "exact"]) == 2
-    text = capsys.readouterr().err
+    text = refusal("lab exact")
     assert text.count("\n") == 1 and "The current working directory cannot be used" in text
-    assert main(["--version"]) == 0
+    completes("--version")
 
 
-def test_what_an_error_says_cannot_change_the_terminal(tmp_path, capsys):
-    assert main(["report", str(tmp_path / "\x1b[31m")]) == 2
-    assert r"\x1b[31m" in (text := capsys.readouterr().err) and "\x1b" not in text
+def test_what_an_error_says_cannot_change_the_terminal(workplace, refusal):
+    text = refusal("report", "\x1b[31m")
+    assert r"\x1b[31m" in text and "\x1b" not in text

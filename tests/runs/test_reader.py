@@ -10,6 +10,7 @@ import pytest
 
 from tokenrl.control import train_agent
 from tokenrl.runs import read_run
+from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
 
@@ -41,7 +42,7 @@ def test_the_evaluation_after_an_early_end_stands_in_the_summary(run):
     shutil.rmtree(run / "checkpoints")
     rows = [{"step": 0, "eval_reward": 1.0}, {"step": 1, "reward": "Infinity", "kl": None}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "re')
-    (run / "summary.json").write_text(json.dumps({"steps": 1, "eval_after": {"reward": 2.0}}))
+    write_json(run / "summary.json", {"steps": 1, "eval_after": {"reward": 2.0}})
     recorded = read_run(run)
     assert recorded.evaluations == [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0}]
     assert recorded.metrics[1]["reward"] == float("inf") and recorded.series("reward") == ([], [])

@@ -8,9 +8,9 @@ from base64 import b64encode
 from urllib.parse import unquote
 
 import pytest
+from refusals import refused
 
 from runs.pages import EVIL, Page
-from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
 from tokenrl.runs.markup import Section, completions, write_page
 from tokenrl.runs.metrics import append_rows, write_completions
@@ -121,7 +121,7 @@ def test_an_unfinished_run_from_python_has_a_report(tmp_path):
 
 def test_what_is_no_run_is_refused_and_a_comparison_answers_with_its_page(tmp_path):
     for words in (r"metrics\.jsonl", "holds a comparison, not a run"):
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             report_from_directory(tmp_path)
         (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "report.html").write_text("the page")
@@ -130,5 +130,5 @@ def test_what_is_no_run_is_refused_and_a_comparison_answers_with_its_page(tmp_pa
 
 def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
     (run / "completions/step_000001.parquet").write_text("PAR1")
-    with pytest.raises(Refused, match=r"step_000001.parquet.*Remove"):
+    with refused(r"step_000001.parquet.*Remove"):
         report_from_directory(run)

@@ -9,12 +9,13 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from safetensors.torch import load_file, save_file
 
 from tokenrl.core import Estimator
@@ -143,7 +144,7 @@ def lines(directory, name="metrics.jsonl"):
 
 
 def summary_of(directory):
-    return json.loads((directory / "summary.json").read_text())
+    return read_json(directory / "summary.json")
 
 
 def bytes_of(directory):
@@ -168,7 +169,7 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     assert [row["step"] for row in lines(tmp_path, "timings.jsonl")] == [1, 2, 3, 4, 5]
     keys = {"exit_reason", "steps", "eval_before", "eval_after", "wall_seconds", "warnings", "best"}
     assert summary_of(tmp_path).keys() == keys
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert (config["kind"], config["max_steps"], config["task"]) == ("train", 5, "counting")
     assert config["command"] == f"tokenrl train --config {tmp_path / 'config.json'} --overwrite"
     assert (tmp_path / "model" / "weights.safetensors").exists()
@@ -197,7 +198,7 @@ def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path)
         at(4, Stopped("The reward has gone."))(session)
 
     words = r"At step 4: The reward has gone. The last .* is .*step_000002"
-    with pytest.raises(Stopped, match=words):
+    with stopped(words):
         live(tmp_path, fail)
     summary = summary_of(tmp_path)
     assert summary["warnings"] == ["step 1: the policy fell."]
@@ -208,7 +209,7 @@ def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path)
 
 
 def test_a_refusal_at_a_step_is_a_failure_and_an_error_of_the_program_goes_on_as_it_is(tmp_path):
-    with pytest.raises(Stopped, match="At step 3: give another table"):
+    with stopped("At step 3: give another table"):
         live(tmp_path, at(3, Refused("give another table.")))
     with pytest.raises(ZeroDivisionError):
         live(tmp_path, before=at(1, ZeroDivisionError()), overwrite=True)
@@ -218,7 +219,7 @@ def test_a_refusal_at_a_step_is_a_failure_and_an_error_of_the_program_goes_on_as
 def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tmp_path):
     live(tmp_path)
     before = bytes_of(tmp_path)
-    with pytest.raises(Refused, match="Before the first step: no reward"):
+    with refused("Before the first step: no reward"):
         live(tmp_path, score=raising(Stopped("no reward")), overwrite=True)
     assert bytes_of(tmp_path) == before
 
@@ -248,7 +249,7 @@ def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes(monke
     )
     processes = SimpleNamespace(is_main_process=True, num_processes=2)
     check_processes(processes, {"output_dir": "a", "seed": 1, "reward": (partial(sum, "ab"),)})
-    with pytest.raises(Refused, match="processes of this run differ in seed"):
+    with refused("processes of this run differ in seed"):
         check_processes(processes, {"output_dir": "b", "seed": 2, "reward": (partial(sum, "ba"),)})
 
 
@@ -326,12 +327,12 @@ def test_an_earlier_checkpoint_knows_its_own_best(tmp_path):
 
 
 @pytest.mark.parametrize("metric", [None, "loss"])
-def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, capsys):
+def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, metric, said):
     """Of equal evaluations the first is the best, of losses the lowest, and NaN never."""
     options = {"max_steps": 14, "score": falling, "keep": "best", "quiet": False}
     ended = live(tmp_path / "run", best_metric=metric, **options)
     words = "holds the weights of step 4"
-    assert words in " ".join(capsys.readouterr().out.split())
+    assert words in said()
     assert words in (tmp_path / "run" / "report.html").read_text()
     value = 9 if metric is None else -9
     assert ended.best == {"step": 4, "metric": metric or "reward", "value": value, "evaluations": 8}
@@ -359,7 +360,7 @@ def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step)
 
 def test_a_run_whose_best_checkpoint_is_damaged_says_so_and_keeps_its_last_one(tmp_path):
     options = {"max_steps": 14, "score": falling, "save_every": 5, "keep": "best"}
-    with pytest.raises(Stopped, match=r"step_000004 cannot be used: .*step_000014; --resume auto"):
+    with stopped(r"step_000004 cannot be used: .*step_000014; --resume auto"):
         live(tmp_path, lambda session: session.step == 12 and damaged(tmp_path, 4), **options)
 
 
@@ -382,12 +383,12 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_a
             return super().state_dict() | {"memory": self.memory}
 
     words = rf"cannot be .*({reason}).*in dicts and lists"
-    with pytest.raises(Refused, match=f"The state of 'counter' {words}"):
+    with refused(f"The state of 'counter' {words}"):
         live(tmp_path / "run", counter=Remembering())
     assert not (tmp_path / "run").exists()
     counter = Remembering()
     counter.memory = []
-    with pytest.raises(Stopped, match=f"At step 2: The state of this run {words}"):
+    with stopped(f"At step 2: The state of this run {words}"):
         live(tmp_path / "run", lambda session: setattr(counter, "memory", make()), counter=counter)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -409,7 +410,7 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path, metric):
         return numbers | {"calibration_error": abs(step - 3), "rewards/f/mean": -step}
 
     options = {"score": score, "keep": "best", "max_steps": 4, "eval_every": 1}
-    with pytest.raises(Refused, match=DIRECTIONS[metric]):
+    with refused(DIRECTIONS[metric]):
         live(tmp_path / "run", **options, best_metric=metric)
     name = metric.removeprefix("many:")
     chosen = {f"more:{name}": 4, f"less:{name}": 0, "eval_calibration_error": 3}
@@ -420,7 +421,7 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path, metric):
 
 
 def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(Refused, match="no best 'accuracy': this run evaluates reward, loss"):
+    with refused("no best 'accuracy': this run evaluates reward, loss"):
         live(tmp_path, score=falling, patience=2, best_metric="accuracy")
     assert not (tmp_path / "config.json").exists()
 
@@ -432,21 +433,21 @@ def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_gro
     assert (ended.exit_reason, ended.steps) == ("finished", 3)
     live(tmp_path, resume="auto")
     assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
-    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 5
+    assert read_json(tmp_path / "config.json")["max_steps"] == 5
 
 
-def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path, said):
     live(tmp_path)
     newest = tmp_path / "checkpoints" / "step_000005"
     damaged(tmp_path, 5)
-    with pytest.raises(Refused, match=r"weights\.safetensors"):
+    with refused(r"weights\.safetensors"):
         live(tmp_path, resume=str(newest))
     live(tmp_path, resume="auto", quiet=False)
-    words = " ".join(capsys.readouterr().out.split())
+    words = said()
     assert "skipped" in words and "continues after step 4" in words and verify(newest) is None
     for step in (4, 5):
         damaged(tmp_path, step)
-    with pytest.raises(Refused, match=r"cannot be continued.*step_000005.*--overwrite"):
+    with refused(r"cannot be continued.*step_000005.*--overwrite"):
         live(tmp_path, resume="auto")
     assert (tmp_path / "model").exists()
 
@@ -468,14 +469,14 @@ def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(
     live(tmp_path)
     (tmp_path / "config.json").unlink()  # the checkpoint knows the settings too
     before = bytes_of(tmp_path)
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         live(tmp_path, **{"resume": "auto"} | options)
     assert bytes_of(tmp_path) == before
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     counter = Counter()
-    with pytest.raises(Stopped, match="After step 3 the weights are not finite"):
+    with stopped("After step 3 the weights are not finite"):
         live(
             tmp_path,
             lambda session: counter.weight.div_(3 - session.step),
@@ -536,10 +537,9 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert names == ["step_000002", "step_000004", "step_000005", "model"] and parents <= flushed
 
 
-def test_a_reward_may_change_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_reward_may_change_the_working_directory(workplace):
     ended = live("runs/a", lambda session: os.chdir("/"))
-    assert ended.output_dir == tmp_path / "runs" / "a" and (ended.output_dir / "model").is_dir()
+    assert ended.output_dir == workplace / "runs" / "a" and (ended.output_dir / "model").is_dir()
 
 
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
@@ -553,26 +553,24 @@ CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't alloc
     ],
 )
 def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, error, words):
-    with pytest.raises(Stopped, match=f"At step 3: {words}.*step_000002") as caught:
+    with stopped(f"At step 3: {words}.*step_000002"):
         live(tmp_path / "run", before=at(3, error))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(Refused, match=f"Before the first step: {words}"):
+    with refused(f"Before the first step: {words}"):
         live(tmp_path / "other", score=raising(error))
 
 
-def test_runs_without_a_directory_are_numbered_and_end_with_commands(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_runs_without_a_directory_are_numbered_and_end_with_commands(workplace, capsys):
     with pytest.raises(Killed):
         live(None, at(3, Killed()))
-    assert live(None, resume="auto").output_dir == tmp_path / "runs/train-1"
-    assert live(None, quiet=False).output_dir == tmp_path / "runs/train-2"
-    assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
+    assert live(None, resume="auto").output_dir == workplace / "runs/train-1"
+    assert live(None, quiet=False).output_dir == workplace / "runs/train-2"
+    assert read_json("runs/train-2/config.json")["output_dir"] == "runs/train-2"
     assert capsys.readouterr().out.endswith(
         "next    tokenrl sample --model runs/train-2\n"
         "next    tokenrl train --config runs/train-2 --seed 1\n"
     )
     second = live(None, accelerator=second_process({2: [7, 0]}), max_steps=0)
-    assert second.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
+    assert second.output_dir == workplace / "runs/train-7"  # the number that the main process took
 
 
 def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():

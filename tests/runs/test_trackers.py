@@ -1,13 +1,13 @@
 """Experiment trackers: found or refused by name, told everything, and never the end of a run."""
 
-import json
 from unittest.mock import MagicMock, call
 
 import pytest
 from accelerate import tracking
+from folders import read_json
+from refusals import refused
 
 from tests.runs.test_session import live
-from tokenrl.errors import Refused
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(trackers, tmp_pat
     [("at its start", ConnectionError), ("at step 0", SystemExit), ("at its end", ConnectionError)],
 )
 def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
-    trackers, tmp_path, capsys, when, kind
+    trackers, tmp_path, said, when, kind
 ):
     fake, second = trackers["fake"], trackers["other"].return_value
     tracker = fake.return_value
     call = {"at its start": fake, "at step 0": tracker.log, "at its end": tracker.finish}[when]
     call.side_effect = kind("no network")
     live(tmp_path / "run", report_to=("fake", "other"), quiet=False)
-    text = " ".join(capsys.readouterr().out.split())
+    text = said()
     assert text.count("tracker fake failed") == 1 and "tracker other" not in text
     assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in text
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
+    assert read_json(tmp_path / "run" / "summary.json")["exit_reason"] == "finished"
     assert call.call_count in (1, 2)  # a run that did not end is asked to end once more
     assert second.log.call_count == 6 and second.finish.call_count == 1
 
@@ -80,7 +80,7 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
 def test_one_that_is_missing_is_refused_before_the_directory_is_made(
     trackers, tmp_path, names, words
 ):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         live(tmp_path / "run", report_to=names)
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,5 @@
 """Comparisons from the command to the report: made, locked, repeated, killed, on Ray; and their page."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import completes
+from folders import read_json
 from made_runs import WALK as PLANNED, compared, planned, rising, write_run
+from refusals import refused, stopped
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.errors import Interrupted, Refused
+from tokenrl.errors import Interrupted
 from tokenrl.lab.compare import execution, loop
 from tokenrl.lab.compare.execution import _settings
 from tokenrl.lab.compare.loop import judge_directory
@@ -38,7 +40,7 @@ def metrics(folder):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "walk"
-    return tokenrl.compare(**WALK, output_dir=str(folder)), folder
+    return tokenrl.compare(**WALK, output_dir=folder), folder
 
 
 @pytest.mark.slow
@@ -60,12 +62,12 @@ def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
     _, folder = walk
     before = tables_of(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
-    tokenrl.compare(**WALK, output_dir=str(folder))
-    assert main(["report", str(folder)]) == 0
+    tokenrl.compare(**WALK, output_dir=folder)
+    completes("report", str(folder))
     assert tables_of(folder) == before
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")} == times
-    with pytest.raises(Refused, match="another comparison"):
-        tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
+    with refused("another comparison"):
+        tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=folder)
 
 
 def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypatch):
@@ -75,7 +77,7 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
     def execute(runs, root, **options):
         for run in runs:
             write_run(root / run.path, **rising(0.5)(run.seed))
-        with pytest.raises(Refused, match=locked):
+        with refused(locked):
             tokenrl.compare(**settings)
 
     monkeypatch.setattr(loop, "execute", execute)
@@ -83,15 +85,14 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
 
 
 @pytest.fixture
-def halves(tmp_path, monkeypatch):
+def halves(workplace, monkeypatch):
     """Comparisons m0 and m1 of two seeds each that have ended, and `gathered(**options)` of all four seeds."""
     monkeypatch.setattr(loop, "execute", lambda *args, **options: None)
-    monkeypatch.chdir(tmp_path)
     hashes = {"data": "1", "base model": "2", "module mine": "3"}
     for first in (0, 2):
         plan = planned(WALK | {"first_seed": first, "output_dir": f"m{first // 2}"})
         for run in plan.runs():
-            path = tmp_path / f"m{first // 2}" / run.path
+            path = workplace / f"m{first // 2}" / run.path
             write_run(path, **rising(0.5)(run.seed), config={"hashes": hashes})
             write_json(path.with_name(f"{path.name}.json"), _settings(run))
     sources = ("m0", "m1")
@@ -104,11 +105,11 @@ def halves(tmp_path, monkeypatch):
     return gathered
 
 
-def test_runs_of_other_machines_are_copied_and_go_on_being_ordinary_runs(halves, capsys):
+def test_runs_of_other_machines_are_copied_and_go_on_being_ordinary_runs(halves, said):
     planned(WALK | {"output_dir": "m2"})  # none of its runs has ended
     comparison = halves(quiet=False, collect=("m0", "m1", "m2"))
     assert set(comparison.table.runs["state"]) == {"finished"}
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = said()
     for name, count in (("m0", 4), ("m1", 4), ("m2", 0)):
         assert f"{count} of 8 runs copied from {name}" in printed
     assert not list(Path("all").rglob("manifest.json")), "its files may change"
@@ -124,17 +125,17 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
         halves()
     arm = "reinforce_timestep_mean"
     file = Path(where) / "runs/walk" / arm / "seed_2/config.json"
-    config = json.loads(file.read_text())
+    config = read_json(file)
     write_json(file, config | {"hashes": config["hashes"] | {"module more": "4"}})
     if where == "all":
         halves()
     write_json(file, config | {"hashes": config["hashes"] | {name: "another"}})
     first = "runs/walk/reinforce/seed_0"
     words = f"{first} and runs/walk/{arm}/seed_2 in all .* differ in {name}"
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         halves()
     if where == "all":
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             judge_directory("all")
 
 
@@ -152,7 +153,7 @@ STRANGE = {
 @pytest.mark.parametrize("kind", STRANGE)
 def test_what_links_and_pipes_of_a_stranger_s_run_point_to_is_not_copied(halves, kind):
     STRANGE[kind](Path("m1/runs/walk/reinforce/seed_2").resolve())
-    with pytest.raises(Refused, match="is a link, or no ordinary file, so its run is not copied"):
+    with refused("is a link, or no ordinary file, so its run is not copied"):
         halves()
     assert not Path("all/runs/walk/reinforce/seed_2").exists()
 
@@ -173,7 +174,7 @@ def test_an_interrupted_comparison_counts_the_runs_that_had_ended_before(tmp_pat
         execution.execute(plan.runs(), tmp_path, workers=1, console=Console(quiet=True))
     assert stopped.value.exit_code == 143
     with pytest.raises(Interrupted, match="The dry run was interrupted"):
-        tokenrl.compare(**WALK, dry_run=True, output_dir=str(tmp_path / "dry"))
+        tokenrl.compare(**WALK, dry_run=True, output_dir=tmp_path / "dry")
 
 
 @pytest.mark.slow
@@ -205,24 +206,23 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
 @pytest.mark.slow
 def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
     pytest.importorskip("ray")
-    tokenrl.compare(**WALK, workers=2, output_dir=str(tmp_path / "walk"), executor="ray")
+    tokenrl.compare(**WALK, workers=2, output_dir=tmp_path / "walk", executor="ray")
     assert tables_of(tmp_path / "walk") == tables_of(walk[1])
     assert metrics(tmp_path / "walk") == metrics(walk[1])
 
 
 def test_without_ray_its_own_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(Refused, match="Install it with pip install ray, set RAY_ADDRESS"):
-        tokenrl.compare(**WALK, output_dir=str(tmp_path / "walk"), executor="ray")
+    with refused("Install it with pip install ray, set RAY_ADDRESS"):
+        tokenrl.compare(**WALK, output_dir=tmp_path / "walk", executor="ray")
 
 
 @pytest.mark.slow
-def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.py").write_text(
+def test_a_run_that_breaks_is_counted_and_its_words_are_told(workplace, capsys):
+    (workplace / "broken.py").write_text(
         "def reward(prompts, completions, **_):\n    raise KeyError('nothing')\n"
     )
-    with pytest.raises(tokenrl.errors.Stopped, match="KeyError: 'nothing'"):
+    with stopped("KeyError: 'nothing'"):
         tokenrl.compare(
             task="sort_digits",
             reward="broken.py:reward",
@@ -240,7 +240,7 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
-    tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=str(tmp_path / "dry"))
+    tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=tmp_path / "dry")
     printed = capsys.readouterr().out
     assert "threads 1 in each run, whatever runs beside it" in " ".join(printed.split())
     assert "a run on walk" in printed and "too few for a verdict" in printed
@@ -248,12 +248,10 @@ def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_path, capsys):
+def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_path, said):
     settings = {"task": "sort_digits", "arms": ("rloo", "reinforce"), "seeds": 6, "max_steps": 4}
-    tokenrl.compare(
-        **settings, max_completion_length=3, dry_run=True, output_dir=str(tmp_path / "dry")
-    )
-    printed = " ".join(capsys.readouterr().out.split())
+    tokenrl.compare(**settings, max_completion_length=3, dry_run=True, output_dir=tmp_path / "dry")
+    printed = said()
     assert "truncation on sort_digits 100% of the completions are cut off at 3 tokens" in printed
 
 
@@ -261,7 +259,7 @@ def test_a_dry_run_tells_that_most_completions_are_cut_before_a_run_is_paid(tmp_
 def test_the_page_shows_the_verdict_first_and_every_difference(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": rising(0.6), "rloo": rising(0.52)}
     comparison = compared(tmp_path, arms, margin=0.05)
-    assert main(["report", str(tmp_path)]) == 0
+    completes("report", str(tmp_path))
     page = (tmp_path / "report.html").read_text()
     headings = ["What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
     positions = [page.index(text) for text in (comparison.words["walk"].headline, *headings)]

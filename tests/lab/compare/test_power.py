@@ -1,10 +1,10 @@
 """The numbers behind a verdict: power, and the smallest difference that a comparison can show."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import RECIPES
 from scipy import stats
 
 from tokenrl.lab.compare.intervals import (
@@ -21,9 +21,6 @@ def test_power_is_that_of_the_tables():
     assert power(40, 50.0, 0.95) == 1, "also where the distribution of t overflows"
 
 
-ROOT = Path(__file__).parents[3]
-
-
 def same_arms(pairs, comparisons):
     """The lower and the upper ends of intervals of arms that are the same, in standard deviations."""
     differences = np.random.default_rng(pairs).standard_normal((100_000, pairs))
@@ -33,7 +30,7 @@ def same_arms(pairs, comparisons):
 
 def test_the_guide_says_what_seeds_show():
     """Told from 0 are intervals above 0, better those that also end beyond the margin."""
-    text = (ROOT / "recipes" / "pages" / "guides" / "compare.md").read_text()
+    text = (RECIPES / "pages" / "guides" / "compare.md").read_text()
     rows = re.findall(r"^\| (\d+) \|" + r" ([\d.]+) \|" * 4 + "$", text, re.MULTILINE)
     assert len(rows) == 3
     for pairs, *numbers in rows:

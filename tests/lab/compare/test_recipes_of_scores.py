@@ -1,21 +1,22 @@
 """The recipes that read the runs of a comparison, or runs that exist without one."""
 
-import json
 import runpy
 import sys
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from folders import RECIPES
 from made_runs import rising, write_run
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "study"
+from tokenrl.runs.files import write_json
+
+PROGRAMS = RECIPES / "study"
 
 
 def run(name, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
 
 
 RUNS = """problem,arm,seed,role,area
@@ -32,7 +33,7 @@ def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(
 ):
     (tmp_path / "runs.csv").write_text(RUNS)
     problems = [{"label": name, "reward_range": ends} for name, ends in RANGES.items()]
-    (tmp_path / "plan.json").write_text(json.dumps({"plan": {"problems": problems}}))
+    write_json(tmp_path / "plan.json", {"plan": {"problems": problems}})
     monkeypatch.setitem(sys.modules, "rliable", None)
     with pytest.raises(SystemExit, match="pip install rliable"):
         run("overall_scores", [tmp_path], monkeypatch)

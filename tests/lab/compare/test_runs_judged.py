@@ -1,17 +1,17 @@
 """What a comparison reads from its runs and says of them, with runs that are written by hand."""
 
-import json
 import math
 
 import made_runs
 import numpy as np
 import pytest
 from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_run
+from refusals import stopped
 
 import tokenrl
-from tokenrl.errors import Stopped
 from tokenrl.lab.compare.loop import judge_directory, missing
 from tokenrl.lab.compare.table import read_runs
+from tokenrl.runs.files import write_json
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -93,7 +93,7 @@ def test_a_run_that_ends_early_keeps_its_last_evaluation(early, summary, state, 
     file = early / "runs/walk/a2c/seed_0/summary.json"
     file.unlink(missing_ok=True)
     if summary:
-        file.write_text(json.dumps(summary))
+        write_json(file, summary)
     run = row(judge_directory(early), "a2c")
     assert (run["state"], run["reason"]) == (state, reason)
     assert run["failed"] == (state == "failed")
@@ -146,7 +146,7 @@ def test_tuned_rates_are_chosen_and_an_edge_is_reported(tmp_path):
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
     broken = {"exit_reason": "failed", "error": "No memory."}
     arms = {arm: rewards(summary=broken) for arm in ("reinforce", "a2c")}
-    with pytest.raises(Stopped, match="Nothing can be judged on walk"):
+    with stopped("Nothing can be judged on walk"):
         compared(tmp_path, arms, seeds=2)
 
 
@@ -163,18 +163,18 @@ def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
     ("end", "verdict"), [(-0.1, "worse"), (0.5, "equivalent"), (0.9, "better")]
 )
 def test_what_happens_in_training_is_said_beside_the_verdict_and_excludes_no_arm(
-    tmp_path, capsys, trained, words, end, verdict
+    tmp_path, capsys, said, trained, words, end, verdict
 ):
     arms = {"reinforce": rising(0.5), "a2c": rising(end, 0.003, **trained), "rloo": rising(0.6)}
     compared(tmp_path, arms, margin=0.02)
     capsys.readouterr()
     options = WALK | {"quiet": False, "margin": 0.02}
-    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=tmp_path)
     assert comparison.judgement.verdicts() == {
         ("walk", "a2c"): verdict,
         ("walk", "rloo"): "better",
     }
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = said()
     told = words in printed or (end > 0 and "entropy" in trained)  # sharp, and it has learnt
     assert told and "not valid" not in printed and "void" not in printed
 
@@ -216,7 +216,7 @@ def test_no_further_comparison_is_proposed_from_the_results(tmp_path, capsys):
     compared(tmp_path, arms, margin=0.001)
     capsys.readouterr()
     options = WALK | {"quiet": False, "margin": 0.001}
-    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=str(tmp_path))
+    comparison = tokenrl.compare(**options, arms=tuple(arms), output_dir=tmp_path)
     assert list(comparison.judgement.verdicts().values()) == ["undecided"]
     written = [(tmp_path / name).read_text() for name in ("report.html", "comparison.json")]
     for text in (*written, capsys.readouterr().out):

@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from command_line import completes
 from made_runs import write_run
+from refusals import refused
 from runs.pages import EVIL, Page
 
-from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.lab import compare_runs
 
 pytestmark = pytest.mark.drawn
@@ -26,13 +26,12 @@ def rows_of(text, heading):
     return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
 
 
-def test_runs_stand_side_by_side_with_the_settings_that_differ(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1})
-    make_run(tmp_path / "two", 0.75, task=EVIL, seed=0, estimator={"gamma": 1}, lora_r=8)
-    assert main(["report", "one", "two"]) == 0
+def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys):
+    make_run(workplace / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1})
+    make_run(workplace / "two", 0.75, task=EVIL, seed=0, estimator={"gamma": 1}, lora_r=8)
+    completes("report one two")
     assert capsys.readouterr().out == "comparison.html\n"
-    text = (tmp_path / "comparison.html").read_text("utf-8")
+    text = (workplace / "comparison.html").read_text("utf-8")
     numbers = rows_of(text, "Final numbers")
     assert ["reward", "0.500 ± 0.010", "0.750 ± 0.010"] in numbers
     assert ["pass@0.5", "1", "-"] in numbers and numbers[0] == ["", "one", "two"]
@@ -58,9 +57,8 @@ def test_runs_stand_side_by_side_with_the_settings_that_differ(tmp_path, monkeyp
         (["one", "three"], "c.html", "three holds no metrics.jsonl"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(tmp_path, monkeypatch, runs, output, words):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_shown_is_refused(workplace, runs, output, words):
     for name in ("one", "two"):
-        make_run(tmp_path / name, 0.5)
-    with pytest.raises(Refused, match=words):
+        make_run(workplace / name, 0.5)
+    with refused(words):
         compare_runs(runs, output)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from folders import read_json
+from refusals import refused
 from tiny_models import make_task, quickly, vowel_reward
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
-from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.commands.evaluate import as_trained
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
@@ -33,12 +32,10 @@ SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": Tru
 
 
 @pytest.fixture
-def trained(saved, tmp_path, monkeypatch):
+def trained(saved, workplace, cache):
     """`trained(name, **changes)`: the directory of a run on a data file with a reward of the user's own."""
-    (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "{word}"}}\n' for word in WORDS))
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    (workplace / "words.jsonl").write_text("".join(f'{{"question": "{word}"}}\n' for word in WORDS))
+    (workplace / "rewards.py").write_text(REWARDS)
     data = {"task": "words.jsonl", "reward": "rewards.py:vowels", "model": str(saved(kind="chat"))}
 
     def trained(name="run", **changes):
@@ -76,31 +73,25 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys, sa
     )
     main(["evaluate", "--model", run, "--json", "numbers.json"])
     assert "held-out prompts of words.jsonl" in said()
-    assert json.loads(Path("numbers.json").read_text()) == pytest.approx(expected.metrics)
+    assert read_json("numbers.json") == pytest.approx(expected.metrics)
 
 
 ROWS = [{"question": word} for word in WORDS]
 RECORDED = {
-    **{
-        "task": "vowels",
-        "share_seed": False,
-        "top_k": 3,
-        "temperature": 0.7,
-        "malformed": "observe",
-    },
-    **{
-        "max_turns": 4,
-        "eval_size": 5,
-        "prompt_column": "question",
-        "reward": ["exact_match"],
-        "seed": 2,
-    },
-    **{
-        "reward_weights": [2.0],
-        "max_completion_length": 7,
-        "truncate_prompts": True,
-        "command": "tokenrl",
-    },
+    "task": "vowels",
+    "share_seed": False,
+    "top_k": 3,
+    "temperature": 0.7,
+    "malformed": "observe",
+    "max_turns": 4,
+    "eval_size": 5,
+    "prompt_column": "question",
+    "reward": ["exact_match"],
+    "seed": 2,
+    "reward_weights": [2.0],
+    "max_completion_length": 7,
+    "truncate_prompts": True,
+    "command": "tokenrl",
 }
 FREE = (
     "share_seed",
@@ -117,7 +108,7 @@ IN_MEMORY = {"task": "in-memory:0123", "command": ""}
 def recorded(folder, **changes):
     """The directory of a run that has nothing but its configuration."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(RECORDED | changes))
+    write_json(folder / "config.json", RECORDED | changes)
     (folder / "metrics.jsonl").write_text("")
     return str(folder)
 
@@ -191,9 +182,7 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
     assert result["b"].rows == tokenrl.evaluate(model="b", seed=3).rows
     assert "as in the run of a, b: " in capsys.readouterr().err
     hot = trained("hot", temperature=2.0)
-    with pytest.raises(
-        Refused, match=r"runs of a, hot differ in temperature, 0.7 and 2.0: give temperature"
-    ):
+    with refused(r"runs of a, hot differ in temperature, 0.7 and 2.0: give temperature"):
         tokenrl.evaluate(model=["a", hot])
     assert list(tokenrl.evaluate(model=["a", hot], temperature=1.0)) == ["a", "hot"]
 
@@ -208,13 +197,10 @@ def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(
     ],
     ids=["own task", "toy task", "rows", "lambda"],
 )
-def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys):
+def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, refusal):
     run = trained(**changes)
-    assert main(["evaluate", "--model", run]) == 2
-    assert (
-        "say with task (--task) what it was trained on, and with reward (--reward)"
-        in capsys.readouterr().err
-    )
+    error = refusal("evaluate --model", run)
+    assert "say with task (--task) what it was trained on, and with reward (--reward)" in error
     expected = {
         "task": changes.get("task", "words.jsonl"),
         "reward": vowel_reward,
@@ -223,6 +209,6 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys)
     assert tokenrl.evaluate(model=run, **expected, prompt_column="question").rows
 
 
-def test_a_model_of_no_run_names_no_task(saved, capsys):
-    assert main(["evaluate", "--model", str(saved())]) == 2
-    assert "Name the task to evaluate on: task (--task)" in capsys.readouterr().err
+def test_a_model_of_no_run_names_no_task(saved, refusal):
+    error = refusal("evaluate --model", str(saved()))
+    assert "Name the task to evaluate on: task (--task)" in error

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from folders import read_json, write_rows
 
 from tests.language.tiny_models import make_policy
 from tokenrl.core.estimator import Estimator
@@ -31,17 +30,17 @@ WORDS = f"{len(HELD_OUT)} of the {len(HELD_OUT)} held-out rows have prompts that
 
 
 def warnings_of(run):
-    return " ".join(json.loads((run / "summary.json").read_text())["warnings"])
+    return " ".join(read_json(run / "summary.json")["warnings"])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two warm starts: one of a split that holds all rows, and one of rows that were divided."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    write_rows(folder / "rows.jsonl", ROWS)
     tasks = {"all": {"train": ROWS, "test": ROWS[:5]}, "rest": str(folder / "rows.jsonl")}
     return {
-        name: sft(task=task, model=make_policy(), output_dir=str(folder / name), **SMALL)
+        name: sft(task=task, model=make_policy(), output_dir=folder / name, **SMALL)
         for name, task in tasks.items()
     }
 
@@ -52,7 +51,7 @@ def test_a_training_and_an_evaluation_count_them(name, expected, runs, tmp_path,
     path = str(start.output_dir)
     for number, model in enumerate((path, start.policy, load_policy(path))):
         run = tmp_path / str(number)
-        train(model=model, task=ROWS, reward=reward, output_dir=str(run), **SMALL, **SIZES)
+        train(model=model, task=ROWS, reward=reward, output_dir=run, **SMALL, **SIZES)
         assert warnings_of(run).count(f"{WORDS} the model was trained on") == expected
     # and the run that began with it remembers them too
     for model in (path, str(run)):
@@ -67,7 +66,7 @@ def test_a_teacher_a_judge_and_the_base_of_a_comparison_count_too(runs, tmp_path
     train_reward_model(data=pairs, model=path, output_dir=judge, **SMALL)
     options = {"teacher": path, "estimator": Estimator(beta=0.1)} | SMALL | SIZES
     run = tmp_path / "run"
-    train(model=make_policy(), task=ROWS, reward=[judge, reward], output_dir=str(run), **options)
+    train(model=make_policy(), task=ROWS, reward=[judge, reward], output_dir=run, **options)
     warnings = warnings_of(run)
     assert warnings.count(WORDS) == 2
     assert f"{WORDS} the teacher was" in warnings and f"{WORDS} the reward judge was" in warnings

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from command_line import completes
+from folders import read_json
+from refusals import refused
 
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.configuration import configured
-from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import write_json
 
 WORDS = "".join(f'{{"prompt": "{word}"}}\n' for word in ("cat", "dog", "mat", "log", "one", "two"))
 OWN = (
@@ -44,21 +46,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def stranger(folder, tmp_path, monkeypatch):
+def stranger(folder, workplace, monkeypatch):
     """`stranger(**names)`: a copy of the run, whose config.json names other code; `evil.py` tells."""
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, workplace, dirs_exist_ok=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(workplace / "settings"))
     for place in ("run/evil.py", "beside.py", "run/inner/evil.py"):
         Path(place).parent.mkdir(exist_ok=True)
-        Path(place).write_text(EVIL.format(str(tmp_path / "executed")))
-    Path("run/inner/__init__.py").write_text(EVIL.format(str(tmp_path / "executed")))
+        Path(place).write_text(EVIL.format(str(workplace / "executed")))
+    Path("run/inner/__init__.py").write_text(EVIL.format(str(workplace / "executed")))
     Path("link.py").symlink_to("run/evil.py")
     Path("run/out.py").symlink_to("../rewards.py")
 
     def stranger(**names):
-        config = json.loads(Path("run/config.json").read_text())
-        Path("run/config.json").write_text(json.dumps(config | names))
+        config = read_json("run/config.json")
+        write_json(Path("run/config.json"), config | names)
 
     return stranger
 
@@ -78,14 +79,11 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 @pytest.mark.parametrize("setting", ["task", "reward", "environment"])
-def test_no_code_of_a_stranger_is_executed(stranger, setting, name, capsys):
+def test_no_code_of_a_stranger_is_executed(stranger, setting, name, refusal):
     value = [name] if setting == "reward" else name
     stranger(**{setting: value, "code": {name: "0" * 64}, "trust_run": True})
-    assert main(["evaluate", "--model", "run"]) == 2
-    output = capsys.readouterr().err
-    assert (
-        f"{setting} '{name}' " in output and "--trust-run" in output and "Traceback" not in output
-    )
+    output = refusal("evaluate --model run")
+    assert f"{setting} '{name}' " in output and "--trust-run" in output
     assert not Path("executed").exists()
 
 
@@ -125,7 +123,7 @@ COMMANDS = {
 def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, command, capsys):
     stranger(**COMMANDS[command])
     if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
-        Path("run/config.json").write_text(json.dumps(COMMANDS[command]))
+        write_json(Path("run/config.json"), COMMANDS[command])
     printed = command.startswith("sample")  # without rewards
     assert main(command.split()) == (0 if printed else 2)
     output = capsys.readouterr().err
@@ -138,25 +136,23 @@ def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, 
 
 def test_runs_of_ones_own_work_from_anywhere_until_a_file_of_theirs_changes(stranger, monkeypatch):
     Path("run").rename("moved")
-    assert main(["train", "--config", "moved", "--output-dir", "again"]) == 0
+    completes("train --config moved --output-dir again")
     for run in ("moved", "again"):
-        assert main(["evaluate", "--model", run]) == 0
+        completes("evaluate --model", run)
     Path("rewards.py").write_text(OWN + "# changed")
     assert main(["evaluate", "--model", "moved"]) == main(["train", "--config", "moved"]) == 2
-    assert main(["evaluate", "--model", "moved", "--trust-run"]) == 0
+    completes("evaluate --model moved --trust-run")
     Path("rewards.py").write_text(OWN)
     monkeypatch.setenv("XDG_CONFIG_HOME", os.path.abspath("of-somebody-else"))
     assert main(["evaluate", "--model", "moved"]) == 2
-    assert main(["evaluate", "--model", "moved", "--reward", "rewards.py:vowels"]) == 0
+    completes("evaluate --model moved --reward rewards.py:vowels")
 
 
 def test_what_flags_name_and_what_is_trusted_is_executed(stranger):
     stranger(reward=["run/evil.py:vowels"])
     assert tokenrl.evaluate(model="run", reward="run/evil.py:vowels").metrics
     Path("executed").unlink()
-    with pytest.raises(
-        Refused, match=r"reward 'run/evil.py:vowels' is looked for in the directory of the run"
-    ):
+    with refused(r"reward 'run/evil.py:vowels' is looked for in the directory of the run"):
         tokenrl.evaluate(model="run")
     with Path("run/evil.py").open("a") as file:
         file.write("# changed, so that it is executed again")
@@ -171,12 +167,11 @@ def test_no_run_says_that_it_is_trusted(stranger):
 
 
 def test_modules_are_not_looked_for_in_the_run_as_the_current_directory(
-    stranger, monkeypatch, capsys
+    stranger, monkeypatch, refusal
 ):
     stranger(task="../words.jsonl", reward=["toy_tasks.vowels:load"])
     monkeypatch.chdir("run")
-    assert main(["evaluate", "--model", "."]) == 2
-    assert "is looked for in the directory of the run" in capsys.readouterr().err
+    assert "is looked for in the directory of the run" in refusal("evaluate --model .")
 
 
 KEYS = {

@@ -6,9 +6,10 @@ import gc
 
 import pytest
 from engines import gap, sampled, started, trained, wide_policy
+from refusals import refused
 from tiny_models import make_task
 
-from tokenrl.errors import Refused, TokenrlError
+from tokenrl.errors import TokenrlError
 from tokenrl.language.rollout.vllm import VllmGenerator
 
 pytestmark = pytest.mark.vllm
@@ -41,7 +42,7 @@ def test_a_model_that_the_engine_cannot_sample_is_refused_and_the_next_is_not(
 def test_a_custom_architecture_is_refused():
     policy = wide_policy()
     policy.model.__class__ = type("OwnForCausalLM", (type(policy.model),), {})
-    with pytest.raises(Refused, match=r"OwnForCausalLM.*generator transformers samples without it"):
+    with refused(r"OwnForCausalLM.*generator transformers samples without it"):
         VllmGenerator.start(policy, cache=0.05)
 
 
@@ -54,7 +55,7 @@ def test_a_custom_architecture_is_refused():
     ],
 )
 def test_settings_that_the_engine_cannot_keep_are_refused(tmp_path, options, words):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         trained(tmp_path / "run", wide_policy(), **options)
 
 
@@ -65,7 +66,5 @@ def test_rows_longer_than_the_cache_holds_are_refused_before_the_first_step(
     """The engine would end such completions early, and say nothing."""
     policy = wide_policy(max_position_embeddings=4096)
     options = {"task": make_task(["the cat " * words] * 8), "max_completion_length": length}
-    with pytest.raises(
-        Refused, match=r"up to \d+ tokens, and generator_cache has room for \d+: raise it"
-    ):
+    with refused(r"up to \d+ tokens, and generator_cache has room for \d+: raise it"):
         trained(tmp_path / "run", policy, generator_cache=3e-4, **options)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from engines import IDS, gap, sampled, scaled, started, wide_policy
+from refusals import stopped
 from scipy.stats import chisquare
 from tiny_models import make_tokenizer
 
-from tokenrl.errors import Stopped
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rollout import vllm
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -145,9 +145,7 @@ def test_an_update_that_scales_one_matrix_is_refused_at_the_start(monkeypatch, l
 
     monkeypatch.setattr(vllm, "checkpoint_weights", wrong)
     with (
-        pytest.raises(
-            Stopped, match="against the trainer's model, gives log-probabilities that are off"
-        ),
+        stopped("against the trainer's model, gives log-probabilities that are off"),
         started(wide_policy()),
     ):
         pass

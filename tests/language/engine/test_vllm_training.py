@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import pytest
 from engines import trained, uneven, wide_policy
+from folders import RECIPES
 from tiny_environments import Guess
 from tiny_models import ENDS, PROMPTS, apart, weights
 
@@ -83,7 +83,7 @@ def test_a_learning_rate_of_0_leaves_the_numbers_as_they_were(tmp_path):
 def test_a_server_of_the_recipe_samples_from_each_version_of_the_adapter(tmp_path, monkeypatch):
     """After the second step it loses the adapter, as if it had been started again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    recipe = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
+    recipe = RECIPES / "language" / "vllm_server.py"
     versions, engines = [], []
 
     class Server(runpy.run_path(str(recipe))["VllmServer"]):

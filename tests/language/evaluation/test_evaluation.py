@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny_models import LETTERS, Engine, letters, textbook_logprobs
 
-from tokenrl.errors import Refused
 from tokenrl.language.commands.evaluate import paired_differences
 from tokenrl.language.evaluation.evaluation import (
     SCORED_AT_ONCE,
@@ -185,7 +185,7 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     ],
 )
 def test_a_reference_that_cannot_score_is_refused(reference, generations, words):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         evaluate(Recorder().right, reference=tiny(1, **reference), generations=generations)
 
 
@@ -224,7 +224,7 @@ def test_a_policy_is_probed():
     whole = groups[~np.isnan(groups).any(axis=1)]
     assert 0 < len(whole) < 16 and metrics.unequal == np.mean(whole.std(axis=1) > 0)
     assert 0 < metrics.truncated.value <= 1
-    with pytest.raises(Refused, match="samples of each: give two or more"):
+    with refused("samples of each: give two or more"):
         probe_policy(tiny, rows, Rewards(reward), Sampling(3, 1))
 
 

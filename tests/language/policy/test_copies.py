@@ -7,11 +7,11 @@ from types import MethodType
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import make_learner, make_model, make_policy, make_tokenizer
 from torch.nn.functional import linear
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.policy.copies import copied, frozen_copy
 from tokenrl.language.policy.model import Policy, add_lora, wrap
 from tokenrl.language.rollout.forward import half_copy
@@ -72,7 +72,7 @@ def test_a_copy_that_computes_with_other_weights_is_refused(made, put, request):
     policy = make_policy()
     PUT[put](policy.model)
     weights = copy.deepcopy(policy.model.state_dict())
-    with pytest.raises(Refused, match=r"does not compute with its own weights.*compile\(\)"):
+    with refused(r"does not compute with its own weights.*compile\(\)"):
         COPIES[made](policy)
     for name, weight in policy.model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
@@ -82,7 +82,7 @@ def test_a_policy_that_is_such_a_copy_already_is_refused():
     model = make_model()
     behind(model)
     policy = wrap(copy.deepcopy(model), make_tokenizer())
-    with pytest.raises(Refused, match=r"No weight of .* changes its log-probabilities"):
+    with refused(r"No weight of .* changes its log-probabilities"):
         make_learner(policy, Estimator())
 
 

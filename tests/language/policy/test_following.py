@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+from refusals import refused
 from tiny_models import SENTENCES, make_model
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.supervised.fit import encode_demonstrations
 
@@ -101,21 +101,17 @@ def read(policy, ids):
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
-        *[
-            ("3+4=", "7"),
-            ("3+4= ", "7"),
-            ("3+4=", " 7"),
-            ("1+1", "=2"),
-            ("(a", ")"),
-            ("the c", "at sat"),
-        ],
-        *[
-            ("count to ten:", " one two\nthree"),
-            ("a\n", "b"),
-            ("the cat", "\n"),
-            ("the", ""),
-            ("", "the cat"),
-        ],
+        ("3+4=", "7"),
+        ("3+4= ", "7"),
+        ("3+4=", " 7"),
+        ("1+1", "=2"),
+        ("(a", ")"),
+        ("the c", "at sat"),
+        ("count to ten:", " one two\nthree"),
+        ("a\n", "b"),
+        ("the cat", "\n"),
+        ("the", ""),
+        ("", "the cat"),
     ],
 )
 def test_prompt_and_demonstration_read_as_written(kind, prompt, completion):
@@ -175,9 +171,7 @@ def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
     policy = wrap(
         make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     )
-    with pytest.raises(
-        Refused, match=r"The demonstration of row 0.*cannot write '7'.*Give the prompt"
-    ):
+    with refused(r"The demonstration of row 0.*cannot write '7'.*Give the prompt"):
         encode_demonstrations(policy, [{"prompt": "3+4=", "completion": "7"}])
     assert policy.reply_ids(
         [{"role": "user", "content": "7"}], ended=False, chat=False, before=[1]

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused
 from tiny_models import make_model, make_policy, make_tokenizer
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.runs.files import write_json
 
 LOADERS = [load_policy, RewardModel, reward_backbone]
 
@@ -41,10 +43,10 @@ def test_a_damaged_or_lost_file_is_refused(sources, load, tmp_path):
         folder = shutil.copytree(sources[load], tmp_path / name)
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(Refused, match=str(folder)):
+        with refused(str(folder)):
             load(str(folder))
         (folder / name).unlink()
-        with pytest.raises(Refused, match=str(folder)):
+        with refused(str(folder)):
             load(str(folder))
 
 
@@ -55,33 +57,32 @@ def test_a_damaged_adapter_is_refused(sources, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         copy = shutil.copytree(tmp_path / "adapter", tmp_path / "copy", dirs_exist_ok=True)
         (copy / name).write_text("{}")
-        with pytest.raises(Refused, match=str(copy)):
+        with refused(str(copy)):
             load_policy(copy)
 
 
 def test_another_precision_or_vocabulary_is_refused(sources, tmp_path):
     assert load_policy(sources[load_policy], dtype="bfloat16").model.dtype == torch.bfloat16
-    with pytest.raises(Refused, match="float8"):
+    with refused("float8"):
         load_policy(sources[load_policy], dtype="float8")
     make_model(vocabulary=80).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(Refused, match=r"up to 89.*only 80 rows"):
+    with refused(r"up to 89.*only 80 rows"):
         load_policy(tmp_path)
 
 
 def test_a_model_without_its_language_head_is_refused(sources):
-    with pytest.raises(Refused, match=r"lacks lm_head\.weight"):
+    with refused(r"lacks lm_head\.weight"):
         load_policy(sources[RewardModel])
 
 
 # ---- what is no model ----
 
 
-def test_a_name_of_nothing_is_refused_within_seconds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_name_of_nothing_is_refused_within_seconds(workplace):
     for name in ("runs/nope", "/nope", "no such model"):
         began = time.monotonic()
-        with pytest.raises(Refused, match=f"There is no directory '{name}' in {tmp_path}"):
+        with refused(f"There is no directory '{name}' in {workplace}"):
             load_policy(name)
         # transformers asks the hub for 50 s where there is no network
         assert time.monotonic() - began < 15
@@ -105,7 +106,7 @@ def test_a_directory_of_something_else_says_what_it_is(tmp_path):
         "notes": "holds no saved model",
         "bare": "has no tokenizer beside its model",
     }.items():
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             load_policy(tmp_path / folder)
 
 
@@ -124,7 +125,7 @@ def test_weights_that_are_a_program_are_refused_and_not_run(sources, tmp_path):
     folder = shutil.copytree(sources[load_policy], tmp_path / "copy")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Program(tmp_path / "trace"), 2))
-    with pytest.raises(Refused, match="could be loaded from"):
+    with refused("could be loaded from"):
         load_policy(folder)
     assert not (tmp_path / "trace").exists()
 
@@ -150,16 +151,16 @@ def shipped(sources, tmp_path, monkeypatch):
     folder = shutil.copytree(sources[load_policy], tmp_path / "model")
     classes = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
     auto_map = dict.fromkeys(classes, "mine.Model") | {"AutoConfig": "mine.Mine"}
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config |= {"model_type": "mine", "auto_map": auto_map, "num_labels": 1}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     (folder / "mine.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
     return folder
 
 
 def test_code_shipped_with_a_model_does_not_run_by_default(shipped):
     for load in LOADERS:
-        with pytest.raises(Refused, match=r"custom code|trust_remote_code"):
+        with refused(r"custom code|trust_remote_code"):
             load(str(shipped))
     assert not (shipped.parent / "trace").exists()
     policy = load_policy(shipped, trust_remote_code=True)
@@ -197,17 +198,15 @@ def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
     add_lora(policy, r=2)
     for load in LOADERS:
         folder = shutil.copytree(sources[load], tmp_path / load.__name__)
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         # in JSON a slash may also be written as an escape
         text = json.dumps(config | asked).replace("owner/", "owner\\u002f")
         (folder / "config.json").write_text(text)
-        with pytest.raises(
-            Refused, match=r"program from the hub .*owner/kernel.*trust_remote_code"
-        ):
+        with refused(r"program from the hub .*owner/kernel.*trust_remote_code"):
             load(str(folder))
         policy.model.peft_config["default"].base_model_name_or_path = str(folder)
         SavedModel(policy).write(mkdir(tmp_path / f"adapter of {load.__name__}"))
-        with pytest.raises(Refused, match="program from the hub"):
+        with refused("program from the hub"):
             load_policy(tmp_path / f"adapter of {load.__name__}")
     assert not fetched
 
@@ -224,11 +223,11 @@ def test_an_adapter_imports_no_module_that_it_names(sources, tmp_path, monkeypat
     add_lora(policy, r=2)
     folder = mkdir(tmp_path / "adapter")
     SavedModel(policy).write(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     config["megatron_config"] = {"hidden_size": 8}
     config["megatron_core"] = "a_module_of_a_stranger"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(Refused, match="Megatron"):
+    write_json(folder / "adapter_config.json", config)
+    with refused("Megatron"):
         load_policy(folder)
     assert "a_module_of_a_stranger" not in sys.modules
 
@@ -250,7 +249,7 @@ def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(sources, tmp_pa
     policy.model.peft_config["default"].revision = "v2"
     SavedModel(policy).write(mkdir(tmp_path / "adapter"))
     monkeypatch.setattr(utils, "cached_file", cached)
-    with pytest.raises(Refused, match="no network"):
+    with refused("no network"):
         load_policy(tmp_path / "adapter")
     assert seen == [("owner/name", "config.json", "v2")]
     assert base_named(str(tmp_path / "adapter"), True) == ("owner/name", "v2")  # what is loaded

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import (
     ARCHITECTURES,
     make_learner,
@@ -10,9 +11,9 @@ from tiny_models import (
     one_step,
     weights,
 )
+from torch.testing import assert_close
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.policy.saving import save_policy
 
@@ -65,7 +66,7 @@ def test_only_the_adapter_trains_its_reference_is_the_base_and_it_is_saved_merge
 
     save_policy(policy, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
+    assert_close(logits(plain), changed, atol=1e-5, rtol=1e-5)
     # a copy was merged
     assert policy.has_adapter and torch.equal(weights(policy.model), adapter)
 
@@ -75,7 +76,7 @@ def test_target_modules_are_names_of_linear_layers():
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
     policy = make_policy()
     for wrong in ("query", "mlp", "proj"):
-        with pytest.raises(Refused, match=f"{wrong!r}.*linear layers are: .*q_proj"):
+        with refused(f"{wrong!r}.*linear layers are: .*q_proj"):
             add_lora(policy, r=2, target_modules=["q_proj", wrong])
     assert not policy.has_adapter  # untouched
 
@@ -87,9 +88,7 @@ def test_gradient_checkpointing_trains_the_same_adapter():
     add_lora(checkpointed, r=2)
     for policy in (plain, checkpointed):
         one_step(make_learner(policy, learning_rate=1e-3))
-    torch.testing.assert_close(
-        weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4
-    )
+    assert_close(weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4)
     assert not torch.equal(weights(plain.model), before)
 
 

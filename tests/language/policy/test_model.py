@@ -3,11 +3,12 @@
 import pytest
 import torch
 from families import family_policy
+from refusals import refused
 from saved_states import equal
 from tiny_models import completions, make_model, make_policy, make_tokenizer
+from torch.testing import assert_close
 
 import tokenrl
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import (
     enable_gradient_checkpointing,
     wrap,
@@ -28,7 +29,7 @@ def test_objects_that_are_no_model_with_its_tokenizer_are_refused_in_the_call(fu
     tokenizer = make_tokenizer()
     hint = r"^model was given as [^\n]*: model=\(model, tokenizer\)\.$"
     for wrong in (model, tokenizer, (tokenizer, model), (model, tokenizer, 1), 5):
-        with pytest.raises(Refused, match=hint):
+        with refused(hint):
             function(model=wrong, task="sort_digits")
     for right in ([model, tokenizer], wrap(model, tokenizer), "a/b", None):
         SftArguments(model=right)
@@ -41,7 +42,7 @@ def test_float16_is_refused_for_training_also_if_it_was_saved_so(tmp_path):
     make_model(dtype="float16").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     for kind in (TrainArguments, SftArguments):
-        with pytest.raises(Refused, match="float16"):
+        with refused("float16"):
             args = kind(model=str(tmp_path), dtype="auto")
             adapt(args, load_base(args, None))
 
@@ -68,13 +69,13 @@ def test_padding_of_the_tokenizer_changes_no_completion(kind):
     texts, logprobs = complete(make_policy(kind="pad"))
     same, close = complete(make_policy(kind=kind))
     assert same == texts
-    torch.testing.assert_close(close, logprobs)
+    assert_close(close, logprobs)
 
 
 def test_an_empty_prompt_is_the_bos_or_refused():
     assert make_policy(kind="chat").encode("") == [0]
     policy = make_policy()
-    with pytest.raises(Refused, match="BOS"):
+    with refused("BOS"):
         policy.encode("")
     policy.tokenizer.bos_token = "<bos>"  # known but not added by itself
     assert policy.encode("") == [0]
@@ -90,11 +91,11 @@ def test_too_long_a_prompt_is_refused_with_its_lengths():
     assert 32 < length <= 64
     remedies = f"give max_completion_length {64 - length} or less, give truncate_prompts .--truncate-prompts., which"
     words = rf"^The prompt 'count.* has {length} tokens.*{length + 32}.*context of 64: {remedies}"
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         policy.encode_all(["a", LONG], max_completion_length=32)
-    with pytest.raises(Refused, match=r"line 7 has 1\d\d tokens"):
+    with refused(r"line 7 has 1\d\d tokens"):
         policy.encode_all(["the cat " * 40], max_completion_length=8, locations=["line 7"])
-    with pytest.raises(Refused, match=r"no room for a prompt.*: lower it .--max-completion-length"):
+    with refused(r"no room for a prompt.*: lower it .--max-completion-length"):
         policy.encode_all(["a"], max_completion_length=64)
 
 
@@ -154,7 +155,7 @@ def test_dropout_is_off_also_where_checkpointing_needs_training_mode(family, rat
     expected = policy.model(ids).logits
     enable_gradient_checkpointing(policy)
     assert any(module.training for module in policy.model.modules())
-    torch.testing.assert_close(policy.model(ids, use_cache=False).logits, expected)
+    assert_close(policy.model(ids, use_cache=False).logits, expected)
 
 
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -177,5 +178,5 @@ def test_a_context_is_known_under_each_of_its_names(family, shape, context):
     policy = wrap(kind(config), make_tokenizer())
     assert policy.context == context
     if context:
-        with pytest.raises(Refused, match="more than the model's context of 40"):
+        with refused("more than the model's context of 40"):
             policy.encode_all([LONG * 3], max_completion_length=4)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from command_line import completes
+from refusals import refused
 from tiny_models import TEMPLATE, make_policy, make_task
 
 from tokenrl import evaluate, train
-from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
@@ -106,12 +105,12 @@ def test_what_the_model_reads(prompt, form, text):
     ],
 )
 def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, prompt, said):
-    with pytest.raises(Refused, match=said):
+    with refused(said):
         chat_policy(template, **form).encode(prompt)
 
 
 def test_an_empty_stop_string_is_refused_and_any_other_is_taken_as_it_stands():
-    with pytest.raises(Refused, match="stop holds ''"):
+    with refused("stop holds ''"):
         PromptArguments(stop=("a", ""))
     assert PromptArguments(stop=r"\n").stop == (r"\n",)
 
@@ -121,7 +120,7 @@ def run(tmp_path):
     (tmp_path / "model" / "adapter").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.json").write_text(json.dumps({"kind": "sft", "chat": True, "stop": ["Q:"]}))
+    write_json(tmp_path / "config.json", {"kind": "sft", "chat": True, "stop": ["Q:"]})
     return tmp_path
 
 
@@ -152,12 +151,7 @@ QUICK = {
 
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys, said):
     model, words = str(saved(kind="chat")), 'contains "<eos>"'
-    assert (
-        main(
-            ["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]
-        )
-        == 0
-    )
+    completes("sample --model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0")
     assert capsys.readouterr().err.count(words) == 1
     task = make_task(["a <eos> b", "the cat"])
     evaluate(model=model, task=task, num_generations=0)
@@ -170,6 +164,6 @@ def test_what_a_model_writes_cannot_change_the_terminal(saved, capsys):
     text = "a\tb\nc\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     shown = r"c\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     assert harmless(text) == f"a\tb\n{shown}"
-    assert main(["sample", "--model", str(saved()), "--prompt", "\x1b]0;title\x07"]) == 0
+    completes("sample --model", str(saved()), "--prompt", "\x1b]0;title\x07")
     out = capsys.readouterr().out
     assert r"\x1b]0;title\x07" in out and "\x1b" not in out and "\x07" not in out

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from refusals import refused
 from tiny_environments import CALLS
 from tiny_models import TEMPLATE, make_policy
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.rewards.tools import assistant_message
 
@@ -65,7 +65,7 @@ def test_a_reply_to_a_policy_of_text_is_the_text_alone():
     ],
 )
 def test_a_template_that_rewrites_earlier_turns_is_refused(template):
-    with pytest.raises(Refused, match=r"tiny llama.* writes earlier messages otherwise"):
+    with refused(r"tiny llama.* writes earlier messages otherwise"):
         policy_with(template).reply_ids(USER, ended=True, chat=True)
 
 
@@ -75,9 +75,9 @@ def test_tools_are_shown_by_the_template_or_refused():
         policy.tokenizer.decode(policy.encode(USER, [count]))
         == "tools count<eos> u the cat<eos> a "
     )
-    with pytest.raises(Refused, match=r"tools, but a prompt is text: 'the cat'.*--chat"):
+    with refused(r"tools, but a prompt is text: 'the cat'.*--chat"):
         policy.encode("the cat", [count])
-    with pytest.raises(Refused, match="never reads tools"):
+    with refused("never reads tools"):
         policy_with(TEMPLATE).encode(USER, [count])
 
 

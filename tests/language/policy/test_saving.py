@@ -1,12 +1,14 @@
 """Weights come back bit for bit into a policy that was made anew, and another model's are refused."""
 
-import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from drawing import normals, seeded
 from families import FAMILIES, family_policy
+from folders import read_json
+from refusals import refused
 from saved_states import equal, through_a_checkpoint
 from tiny_models import (
     make_learner,
@@ -19,7 +21,6 @@ from tiny_models import (
 )
 
 import tokenrl
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy, wrap
 from tokenrl.language.policy.saved import SavedModel
@@ -35,8 +36,8 @@ def scrambled(model):
     """Other weights in the same model, of every size that its precision has."""
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):
-            generator = torch.Generator().manual_seed(number)
-            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            generator = seeded(number)
+            drawn = normals(generator, weight.shape)
             weight.copy_(drawn * 10.0 ** (3 * drawn))
     return model
 
@@ -124,7 +125,7 @@ def test_weights_of_another_model_or_damaged_ones_are_refused_and_change_nothing
         file.unlink()
     policy = make_policy()
     before = tensors_of(policy.model)
-    with pytest.raises(Refused, match=r"are not those of this run's model .* start a new run"):
+    with refused(r"are not those of this run's model .* start a new run"):
         SavedModel(policy).read(tmp_path)
     assert equal(tensors_of(policy.model), before)
 
@@ -162,7 +163,7 @@ def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_pa
     if case == "changed":
         save_policy(make_policy(seed=1), folder)
     for merge in (True, False):
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             load_policy(adapter, merge_adapter=merge)
     if case == "changed":  # in another precision the bytes differ anyway
         assert load_policy(adapter, dtype="bfloat16").trainable_parameters()
@@ -225,7 +226,7 @@ def with_a_bias(policy):
 def test_what_cannot_be_saved_is_refused_before_the_first_step(change, words, tmp_path):
     policy = make_policy()
     change(policy)
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         trained(policy, tmp_path / "run", with_check=True)
     assert [path.name for path in tmp_path.iterdir()] == []
 
@@ -339,12 +340,12 @@ def test_what_is_shipped_names_no_directory_of_this_machine(lora, saved, tmp_pat
         assert all("base_model" not in read(card)[0] for card in cards)
         if lora:  # its base is found beside it, in the run
             folder = run / "out" / "model" / "adapter"
-            config = json.loads((folder / "adapter_config.json").read_text())
+            config = read_json(folder / "adapter_config.json")
             assert not config["base_model_name_or_path"]
             alone = load_policy(folder).model
             assert torch.equal(logits_of(alone), logits_of(load_policy(run / "out").model))
             shutil.copytree(folder, run / "elsewhere")
-            with pytest.raises(Refused, match="does not name the base"):
+            with refused("does not name the base"):
                 load_policy(run / "elsewhere")
         assert result.steps == 1
 
@@ -358,7 +359,7 @@ def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path
     ]
     card = Card("t", {"teacher": "/home/me/a b/teacher"}, lines, "owner/name")
     save_policy(policy, tmp_path, card=card)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/name"
     front, text = read(tmp_path / "README.md")
     assert front["base_model"] == "owner/name" and "| teacher | teacher |" in text

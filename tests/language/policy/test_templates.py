@@ -7,11 +7,11 @@ import re
 from datetime import datetime
 
 import pytest
+from refusals import refused
 from tiny_environments import chat_policy
 from tiny_models import make_policy, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling, encode
@@ -87,7 +87,7 @@ def test_any_error_of_a_template_is_a_paragraph_that_names_the_row(kind):
     ]
     messages = []
     for call in calls:
-        with pytest.raises(Refused, match=r"The chat template of .* refuses messages") as caught:
+        with refused(r"The chat template of .* refuses messages") as caught:
             call()
         messages.append(str(caught.value))
     assert messages[1].startswith("The prompt of line 8: The chat template")
@@ -146,10 +146,10 @@ def test_arguments_that_are_no_object_are_refused_with_their_row(call, arguments
     policy = policy_with(CALLED.replace("{{ CALL }}", call))
     rows = [{"prompt": USER, "completion": [called(x)]} for x in ("{}", arguments)]
     words = f"row 1: A call of a tool has the arguments {arguments!r}: they must be an object"
-    with pytest.raises(Refused, match=re.escape(words)):
+    with refused(re.escape(words)):
         encode_demonstrations(policy, rows)
     prompts = [{"prompt": [*USER, *row["completion"], *USER]} for row in rows]
-    with pytest.raises(Refused, match=re.escape(words)):
+    with refused(re.escape(words)):
         encode(policy, prompts, Sampling(2), ["row 0", "row 1"])
 
 
@@ -178,9 +178,7 @@ def test_each_turn_of_a_demonstration_is_learnt_behind_all_before_it():
 )
 def test_messages_that_are_no_demonstration_are_refused(prompt, roles, words):
     completion = [{"role": role, "content": "a"} for role in roles]
-    with pytest.raises(
-        Refused, match=rf"^The demonstration of row 0: .*{words}.*It needs a prompt"
-    ):
+    with refused(rf"^The demonstration of row 0: .*{words}.*It needs a prompt"):
         encode_demonstrations(policy_with(CALLED), [{"prompt": prompt, "completion": completion}])
 
 

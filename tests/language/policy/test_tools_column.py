@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from refusals import refused
 from tiny_environments import Guess, Recorded, Safe, chat_policy
 from transformers import AutoModelForSequenceClassification
 
 import tokenrl
-from tokenrl.errors import Refused
 from tokenrl.language.preferences.evaluation import encode_pairs
 from tokenrl.language.preferences.pairs import read_pairs
 from tokenrl.language.rewards.environments import Environments
@@ -78,7 +78,7 @@ def test_what_is_no_list_of_tools_is_refused_with_its_row_and_text_ignores_it(to
     rows = [{"prompt": [{**USER, "content": f"{i}"}], "tools": None, "x": i} for i in range(9)]
     rows[7]["tools"] = tools
     options = {"model": policy_of_names(), "reward": [lambda x, **_: x], "max_steps": 1}
-    with pytest.raises(Refused, match=r"of row 7: The column tools holds .*JSON schemas"):
+    with refused(r"of row 7: The column tools holds .*JSON schemas"):
         tokenrl.train(task=rows, **options, quiet=True, max_completion_length=4)
     policy = chat_policy()
     text = {"prompt": "?", "tools": tools}

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from refusals import refused
 from tiny_models import PROMPTS, make_policy
 
-from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import Pair, divided, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import (
     first_is_chosen,
@@ -114,7 +114,7 @@ def test_written_preferences_are_read_by_datasets_and_by_us(kind, tmp_path):
 )
 def test_what_cannot_be_made_is_refused(changes, words):
     options = {"prompts": rows_of(PROMPTS), "gold_rewards": gold} | SIZES | changes
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         make_preferences(make_policy(), **options)
 
 
@@ -192,7 +192,7 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
     ],
 )
 def test_rows_that_are_no_preferences_are_refused(rows, words):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         read_pairs(rows, "data")
 
 
@@ -210,5 +210,5 @@ def test_held_out_pairs_share_no_prompt_with_the_others():
     uneven = [Pair("p", "a", "b"), *(Pair("q", f"a{i}", "b") for i in range(99))]
     parts = divided(uneven, 5)
     assert all(parts) and len(parts[0]) >= 50 and "single rows" in parts[2]
-    with pytest.raises(Refused, match="at least 2 pairs"):
+    with refused("at least 2 pairs"):
         divided(uneven[:1], 1)

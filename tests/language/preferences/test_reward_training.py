@@ -1,11 +1,12 @@
 """Reward models: the loss and its gradient by hand, scores free of padding, and a run from start to end."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from tiny_models import (
     ARCHITECTURES,
     apart,
@@ -16,7 +17,6 @@ from tiny_models import (
     weights,
 )
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language import fit_reward_model, train_reward_model
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone
@@ -182,7 +182,7 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(26))
     assert (lines[0]["eval_accuracy"], lines[25]["eval_accuracy"]) == (before, after)
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     assert config["pairs"] == {"train": 142, "held_out": 18}
     assert config["command"] == ""  # no command can name rows in memory
     card = (run / "model" / "README.md").read_text()
@@ -199,8 +199,7 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert logits == pytest.approx(result.reward_model(["the"] * 3, completions), abs=1e-5)
 
 
-def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, cache):
     options = {"task": "vowels", "num_pairs": 60, "eval_size": 20, "max_steps": 2, "quiet": True}
     options["hidden_size"] = 16
     result = train_reward_model(output_dir=tmp_path / "run", noise_temperature=1.0, **options)
@@ -211,7 +210,7 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
     other = train_reward_model(output_dir=tmp_path / "b", data=str(file), **options)
     for run in (result, other):
         assert run.reward_model.model.config.hidden_size == 16
-    with pytest.raises(Refused, match="hidden_size=18 does not fit"):
+    with refused("hidden_size=18 does not fit"):
         train_reward_model(output_dir=tmp_path / "c", **options | {"hidden_size": 18})
 
 
@@ -228,7 +227,7 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
 def test_what_cannot_be_trained_is_refused(changes, words, tmp_path, saved):
     run = tmp_path / "run"
     options = {"data": [GOOD] * 8, "model": str(saved()), "output_dir": run, "quiet": True}
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         train_reward_model(**options | changes)
     assert not run.exists()
 
@@ -239,11 +238,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     center = {"margin": 1e30, "center_rewards_coefficient": 1e30}
     with torch.no_grad():
         judge.model.score.weight.mul_(1e6)
-    with pytest.raises(Stopped, match="loss of the reward model is inf at step 1"):
+    with stopped("loss of the reward model is inf at step 1"):
         train_reward_model(output_dir=tmp_path / "run", **center, **options)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["exit_reason"] == "failed" and "inf" in summary["error"]
     with torch.no_grad():
         judge.model.score.weight.fill_(math.nan)
-    with pytest.raises(Refused, match=r"Before the first step: 8 of 8 rewards are not finite"):
+    with refused(r"Before the first step: 8 of 8 rewards are not finite"):
         train_reward_model(output_dir=tmp_path / "other", **options)

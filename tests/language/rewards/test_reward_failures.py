@@ -11,11 +11,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from refusals import stopped
 from test_rewards import COMPLETIONS, IDS, PROMPTS, length, returning
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Stopped
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
@@ -39,7 +39,7 @@ def call(functions, weights=None):
 )  # fmt: skip
 def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
     row = r"for the completion 'xxx.*x\.\.\. of the prompt 'p3' \(line 9\); a reward is a"
-    with pytest.raises(Stopped, match=rf"answer returned .*{words}.* {row}"):
+    with stopped(rf"answer returned .*{words}.* {row}"):
         bad = returning([1e12, None, -1e12, value])
         Rewards([length, bad])(PROMPTS, COMPLETIONS, IDS, {}, locations=LINES)
 
@@ -56,7 +56,7 @@ def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
     ],
 )  # fmt: skip
 def test_an_output_that_is_no_list_of_as_many_is_never_broadcast(output, words):
-    with pytest.raises(Stopped, match=rf"answer returned .*{words}"):
+    with stopped(rf"answer returned .*{words}"):
         call(returning(output))
 
 
@@ -65,9 +65,9 @@ def test_a_sum_that_is_too_large_is_named():
     growing = returning([None, 1.0, 10.0, 100.0])
     assert call([half, growing], [1e12, 0.0]).total.tolist() == [5e11] * 4
     message = r"the prompt 'p2' is 2e\+12 = 2 x 0.5 \(answer\) \+ 2e\+11 x 10 \(answer_2\).*reward_weights"
-    with pytest.raises(Stopped, match=message):
+    with stopped(message):
         call([half, growing], [2.0, 2e11])
-    with pytest.raises(Stopped, match="the prompt 'p2' is nan"):  # inf - inf
+    with stopped("the prompt 'p2' is nan"):  # inf - inf
         call([growing, growing], [1.7e308, -1.7e308])
 
 
@@ -141,7 +141,7 @@ def reward_model(error):
 def test_what_a_reward_raises_is_its_failure(make, error):
     named = rf"Reward function bad raised {type(error).__name__}: .* \(test_reward_failures.py, line \d+\)"
     prompts = r"It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more\."
-    with pytest.raises(Stopped, match=rf"{named}.* {prompts}") as caught:
+    with stopped(rf"{named}.* {prompts}") as caught:
         call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
 
@@ -193,7 +193,7 @@ def test_a_function_that_fails_is_not_called_again():
 
     line = by_a_helper.__code__.co_firstlineno + 2
     prompts = "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"
-    with pytest.raises(Stopped, match=rf"by_a_helper raised Zero.*, line {line}\)\. {prompts}\.$"):
+    with stopped(rf"by_a_helper raised Zero.*, line {line}\)\. {prompts}\.$"):
         call(by_a_helper)
     assert calls == [4]
 
@@ -202,9 +202,7 @@ def test_a_function_that_takes_a_chat_for_text_is_told_where_the_text_is():
     def stripped(completions):
         return [float(text.strip() == "a") for text in completions]
 
-    with pytest.raises(
-        Stopped, match=r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"
-    ):
+    with stopped(r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"):
         Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {})
 
 

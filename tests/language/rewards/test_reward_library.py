@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, strategies as st
+from refusals import refused, stopped
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.library import (
     LIBRARY,
     ExactMatch,
@@ -143,18 +143,14 @@ def test_length_is_measured_in_tokens_words_or_characters():
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(make):
-    with pytest.raises(
-        Refused, match=r"was given as|give exactly one of the two|is not a regular expression"
-    ):
+    with refused(r"was given as|give exactly one of the two|is not a regular expression"):
         make()
 
 
 def test_a_column_that_is_not_there_is_refused_before_the_first_step():
     for reward in (ExactMatch(column="anser"), NumericAnswer(column="anser")):
-        with pytest.raises(
-            Refused, match=r"column 'anser'.*Did you mean 'answer'.*\(column='...'\)"
-        ):
+        with refused(r"column 'anser'.*Did you mean 'answer'.*\(column='...'\)"):
             Rewards(reward).check_columns(["prompt", "answer"])
     Rewards(ExactMatch()).check_columns(["prompt", "answer"])
-    with pytest.raises(Stopped, match="exact_match raised KeyError: 'answer'"):
+    with stopped("exact_match raised KeyError: 'answer'"):
         Rewards(ExactMatch())(["p"], ["c"], [[1]], {})

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refused, stopped
 from tiny_models import make_policy
 
 import tokenrl
 from tokenrl import names
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.model import RewardModel
@@ -117,10 +118,9 @@ class Points:
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def _worked(workplace, monkeypatch):
     """A folder with the file; the process of the rewards would import all files that this one has imported."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "worked.py").write_text(FILE)
+    (workplace / "worked.py").write_text(FILE)
     for name in names.OWN_MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(names, "OWN_MODULES", {})
@@ -162,7 +162,7 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     task = PromptTask("mine", rows, rows, None)
     _, rewards = find_task(TaskArguments(task=task, reward=names, reward_timeout=1.0))
     message = r"^Reward function backtracks did not return within 1 s \(reward_timeout=1\)"
-    with pytest.raises(Stopped, match=message):
+    with stopped(message):
         rewards(PROMPTS, COMPLETIONS, IDS, {})
     wait_for(lambda: not any(map(running, started(tmp_path))))
 
@@ -182,12 +182,12 @@ def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, val
         assert result.extra == {"size": [3, None, 0, 4]} and result.logged["calls"] == 1
     in_time = rewards(PROMPTS[:1], COMPLETIONS[:1], IDS[:1], {})
     assert in_time.logged["frac_rows_late"] == 0 and rewards.late == 1
-    with pytest.raises(Stopped, match=r"strict raised ZeroDivisionError"):
+    with stopped(r"strict raised ZeroDivisionError"):
         Rewards(["worked.py:strict"], timeout=5, abstains=True)(PROMPTS, COMPLETIONS, IDS, {})
 
 
 @pytest.mark.slow  # each late call starts its process anew
-def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsys):
+def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(said):
     rows = [{"prompt": text} for text in ("the cat", "one two", "sat on")]
     options = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "model": make_policy()}
     options |= {"eval_generations": 0, "max_completion_length": 2, "output_dir": "run"}
@@ -196,9 +196,7 @@ def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(capsy
     tokenrl.train(task=task, reward=["worked.py:moody"], **options)
     metrics = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[1])
     assert metrics["frac_rows_late"] == metrics["frac_rows_abstained"] == 0.5
-    assert "2 completions got no reward, as it missed reward_timeout" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "2 completions got no reward, as it missed reward_timeout" in said()
 
 
 def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
@@ -255,16 +253,16 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_come_back_with_function_row_and_cause(name):
-    with pytest.raises(Stopped, match=FAULTS[name]) as caught:
+    with stopped(FAULTS[name]) as caught:
         call(["length", name], timeout=0.5 if name == "awaits" else 60.0)
     if name == "strict":
         assert "1 / len(text)" in str(caught.value.__cause__)
 
 
 def test_arguments_that_are_missing_or_cannot_be_sent_are_named():
-    with pytest.raises(Refused, match="half has a parameter 'level'"):
+    with refused("half has a parameter 'level'"):
         call(["half"], columns={"column": [0] * 4})
-    with pytest.raises(Stopped, match=r"arguments of the reward functions .*lock.* cannot be sent"):
+    with stopped(r"arguments of the reward functions .*lock.* cannot be sent"):
         call(["length"], columns={"lock": [threading.Lock()] * 4})
 
 
@@ -274,7 +272,7 @@ def test_what_cannot_be_handed_over_is_refused_with_the_remedy():
 
     for function, name in ((inner, "inner"), (lambda completions: [0.0], "reward")):
         message = rf"Reward function {name} cannot run under reward_timeout.*name it"
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             Rewards(function, timeout=5.0)
 
 

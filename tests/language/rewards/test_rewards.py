@@ -6,15 +6,14 @@ import functools
 import inspect
 import math
 import re
-import sys
 import threading
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused, stopped
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.library import Length, RegexFormat
@@ -93,15 +92,13 @@ def test_a_column_that_is_missing_is_refused_before_the_first_step():
         raise AssertionError("must not be called")
 
     rewards = Rewards([length, exact])
-    with pytest.raises(
-        Refused, match=r"exact has a parameter 'anwser'.*Did you mean 'answer'.*completions"
-    ):
+    with refused(r"exact has a parameter 'anwser'.*Did you mean 'answer'.*completions"):
         rewards.check_columns(["prompt", "answer"])
-    with pytest.raises(Refused, match="exact has a parameter 'anwser'"):
+    with refused("exact has a parameter 'anwser'"):
         rewards(PROMPTS, COMPLETIONS, IDS, {})
-    with pytest.raises(Refused, match=r"parameter 'prompt'"):  # TRL withholds the column too
+    with refused(r"parameter 'prompt'"):  # TRL withholds the column too
         Rewards(lambda prompt: [0.0]).check_columns(["prompt"])
-    with pytest.raises(Refused, match="cannot be passed by keyword"):
+    with refused("cannot be passed by keyword"):
         Rewards(lambda completions, /: [0.0]).check_columns([])
     Rewards([length, exact]).check_columns(["anwser"])
 
@@ -127,9 +124,7 @@ def test_every_kind_of_number_is_taken(output):
 def test_functions_that_all_abstain_everywhere_stop_the_run():
     none = returning([None] * 4)
     assert call([none, length]).valid.all()
-    with pytest.raises(
-        Stopped, match=r"answer, reward\) abstained from each of 4 .* 'one' of the prompt"
-    ):
+    with stopped(r"answer, reward\) abstained from each of 4 .* 'one' of the prompt"):
         call([none, lambda **_: [None] * 4])
     assert not call(none, all_may_abstain=True).valid.any()
 
@@ -143,9 +138,9 @@ def test_what_functions_log_is_collected():
 
     result = call([logging, length])
     assert result.extra == {"length": [3, 5, 0, 500]} and result.logged == {"longest": 5}
-    with pytest.raises(Stopped, match=r"log_extra\('half'\) got 2 values for 4"):
+    with stopped(r"log_extra\('half'\) got 2 values for 4"):
         call(lambda log_extra, **_: log_extra("half", [1, 2]) or [0.0] * 4)
-    with pytest.raises(Stopped, match=r"log_extra\('length'\) got 8 values for 4"):
+    with stopped(r"log_extra\('length'\) got 8 values for 4"):
         call([logging, logging])  # none of two functions wins in silence
 
 
@@ -163,25 +158,23 @@ def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_ca
         return [0.0] * len(completions)
 
     message = rf"late gave {call_name} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
-    with pytest.raises(Stopped, match=message):
+    with stopped(message):
         call([length, late])
 
 
 def test_weights_that_do_not_fit_and_no_function_are_refused():
     for weights in ([1], [1, 2, 3], [1, math.nan], [math.inf, 1], []):
-        with pytest.raises(Refused, match=r"reward_weights .* length, reward: give 2 finite"):
+        with refused(r"reward_weights .* length, reward: give 2 finite"):
             Rewards([length, lambda **_: []], weights)
-    with pytest.raises(Refused, match="No reward function"):
+    with refused("No reward function"):
         Rewards([])
 
 
 # ---- by name ----
 
 
-def test_rewards_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "my_rewards.py").write_text(
+def test_rewards_by_name(workplace):
+    (workplace / "my_rewards.py").write_text(
         "number = 3\nasync def slow(completions):\n    return [1.0] * len(completions)\n"
         "class Judge:\n    def __call__(self, completions):\n        return [2.0] * len(completions)\n"
         "judge = Judge()\n"
@@ -190,10 +183,10 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
     assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
     assert inspect.iscoroutinefunction(load_reward("my_rewards:slow"))
-    rewards = Rewards(["my_rewards:slow", f"{tmp_path}/my_rewards.py:judge", length])
+    rewards = Rewards(["my_rewards:slow", f"{workplace}/my_rewards.py:judge", length])
     assert rewards.names == ["slow", "Judge", "length"]
     assert rewards(PROMPTS, COMPLETIONS, IDS, {}).values[0].tolist() == [1, 2, 3]
-    (tmp_path / "length").mkdir()  # a folder of that name is a model
+    (workplace / "length").mkdir()  # a folder of that name is a model
     for spec, message in {
         "my_rewards:slaw": r"has no slaw.*Did you mean 'slow'.*judge",
         "my_rewards:number": "is a int, which cannot be called",
@@ -201,7 +194,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         3: "is a int, .*; give the function itself",
         "length": r"length holds no saved model: it has no config\.json",
     }.items():
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             load_reward(spec)
 
 
@@ -256,9 +249,8 @@ def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, me
         return [1.0 + 1e-9 * (name == "range"), None, value, 0.0]  # the first is rounding
 
     setattr(lies, name, promise)
-    with pytest.raises(
-        Stopped,
-        match=rf"lies is declared to {message} for the completion '' of the prompt 'p2': correct",
+    with stopped(
+        rf"lies is declared to {message} for the completion '' of the prompt 'p2': correct"
     ):
         call(lies)
     setattr(lies, name, None)
@@ -341,9 +333,7 @@ def test_rows_that_cannot_be_copied_are_refused(value, held_out):
     rows = (plain, wrong) if held_out else (wrong, plain)
     split = "eval" if held_out else "train"
     task = PromptTask("mine", *rows, reward=length)
-    with pytest.raises(
-        Refused, match=rf"{split}_prompts, row 0: column 'answer' holds .* cannot be copied"
-    ):
+    with refused(rf"{split}_prompts, row 0: column 'answer' holds .* cannot be copied"):
         find_task(EvaluateArguments(task=task))
 
 
@@ -390,5 +380,5 @@ def test_a_row_for_which_a_function_fails_gets_no_reward_of_this_function_alone(
     result = rewards(["p"] * 3, texts, [[1]] * 3, {})
     assert result.values.T.tolist() == [[1, pytest.approx(math.nan, nan_ok=True), 3], [0, 0, 0]]
     assert result.valid.all() and "StopIteration" in rewards.faults[function.__name__]
-    with pytest.raises(Stopped, match="StopIteration"):
+    with stopped("StopIteration"):
         Rewards(function, timeout=timeout)(["p"] * 3, texts, [[1]] * 3, {})

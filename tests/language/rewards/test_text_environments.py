@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+from refusals import refused, stopped
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import Overdue
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.isolation import RandomStreams, call_all
@@ -214,7 +214,7 @@ def test_a_method_that_has_never_returned_what_it_must_stops_the_run(kind, metho
         return wrong
 
     environments = Environments(type("Wrong", (kind,), {method: returns_wrong}))
-    with pytest.raises(Stopped, match=rf"^Wrong.{method} returned .*it must return"):
+    with stopped(rf"^Wrong.{method} returned .*it must return"):
         episodes = environments.reset(rows(9, secret=1), range(9))
         environments.step(episodes, turns_of(*["go"] * 9))
         environments.finish(episodes)
@@ -270,7 +270,7 @@ def no_docstring(self, number: int) -> str:
     ],
 )
 def test_what_can_never_be_played_is_refused(factory, columns, message):
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         Environments(factory).check_rows(rows(1, **columns))
 
 
@@ -293,12 +293,12 @@ def test_a_row_chooses_its_environment_and_rewards_are_one_more_function():
         assert rewards.names == ["looks", "environment"]
         assert result.total.tolist() == total and np.isnan(result.values[0, -1])
     assert Rewards([], environments=Environments(Tools)).names == ["Tools"]
-    with pytest.raises(Refused, match=r"looks asks for the environments.*reward_timeout"):
+    with refused(r"looks asks for the environments.*reward_timeout"):
         Rewards(looks, timeout=1, environments=environments)
     bare = type("Bare", (), {"reset": lambda self, **_: None})
-    with pytest.raises(Refused, match="given, and Bare has no get_reward: give"):
+    with refused("given, and Bare has no get_reward: give"):
         Rewards([], environments=Environments(bare))
-    with pytest.raises(Refused, match="no column"):
+    with refused("no column"):
         Rewards(looks).check_columns(["prompt"])
 
 

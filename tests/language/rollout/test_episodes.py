@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from families import family_policy
+from refusals import refused
 from tiny_environments import Guess, Recorded, Safe, call, chat_policy
 from tiny_models import ENDS, letters, make_policy, make_tokenizer, quickly
+from torch.testing import assert_close
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -83,7 +84,7 @@ def test_an_episode_depends_on_no_other_of_its_batch_and_on_no_draw_outside():
             for name in ("logprobs", "entropy", "sampling_logprobs"):
                 actual = getattr(part, name)[i][part.mask[i]]
                 expected = getattr(whole, name)[row][whole.mask[row]]
-                torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+                assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_what_was_sampled_is_never_tokenised_again():
@@ -200,7 +201,7 @@ def test_a_model_that_cannot_call_is_refused_before_a_turn_even_where_every_turn
     policy.tokenizer.response_template = None
     generator = Recorded(policy, ["sat"])
     sampling = Sampling(max_completion_length=3, step=1)
-    with pytest.raises(Refused, match=r"tokenizer.response_template and save it"):
+    with refused(r"tokenizer.response_template and save it"):
         play(policy, generator, Environments(Safe), [(0, {"prompt": ASKED})], sampling, "training")
     assert generator.histories == []
 
@@ -290,10 +291,10 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
         ends[i, [int(positions.max()) for positions in actions]] = True
         expected[i, int(actions[-1].max())] += 200.0 * (i + 1)
     assert not plain.turn_rewards[~ends].any()
-    torch.testing.assert_close(rollout.turn_rewards, expected)
-    torch.testing.assert_close(rollout.rewards, expected.sum(dim=1))
+    assert_close(rollout.turn_rewards, expected)
+    assert_close(rollout.rewards, expected.sum(dim=1))
     totals = [length(range(12)), plain.turn_rewards.sum(dim=1).tolist()]
-    torch.testing.assert_close(rollout.by_function, torch.tensor(totals).double().T)
+    assert_close(rollout.by_function, torch.tensor(totals).double().T)
 
 
 class Odd(Guess):
@@ -341,7 +342,7 @@ def test_a_template_that_fails_on_anything_is_refused(template):
     policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
         "m.role + ':' + m.content }}", "m.role + ':' }}" + template
     )
-    with pytest.raises(Refused, match="ZeroDivisionError"):
+    with refused("ZeroDivisionError"):
         played(policy, Environments(odd("x")[0]), [ASKED[1:]] * 9)
 
 
@@ -390,9 +391,7 @@ def assert_same(actual, expected):
         outcome(expected, i) for i in range(len(expected))
     ]
     for name in ("logprobs", "entropy", "sampling_logprobs"):
-        torch.testing.assert_close(
-            getattr(actual, name), getattr(expected, name), rtol=2e-5, atol=3e-5
-        )
+        assert_close(getattr(actual, name), getattr(expected, name), rtol=2e-5, atol=3e-5)
 
 
 FAMILIES = ["llama", "gpt2", "qwen3", "qwen3_5", "mistral", *sorted(LONG)]
@@ -510,7 +509,7 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
         second = turns.generate(histories, Sampling(1), draws)
     assert reads.count == 2 + 4 + 3  # two and four new tokens, and a new prompt
     plain = TransformersGenerator(policy).generate(histories, Sampling(1), draws)
-    torch.testing.assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
+    assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
     assert torch.equal(second.completion_ids, plain.completion_ids)
     # What was continued is dropped, and only what has an end is kept.
     rows = zip(histories, second.truncated.tolist(), strict=True)

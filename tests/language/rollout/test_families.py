@@ -3,9 +3,10 @@
 import pytest
 import torch
 from families import FAMILIES, family_policy
+from refusals import refused
 from tiny_models import quickly
+from torch.testing import assert_close
 
-from tokenrl.errors import Refused
 from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
@@ -71,11 +72,11 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     # rows leave the batch one by one
     assert length < 6 or len(set(rollout.mask.sum(1).tolist())) > 2
     expected = alone(policy.model, rollout)
-    torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
+    assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
     for share in {False, scoring.share_prompt}:
         found = torch.where(rollout.mask, score(policy.model, rollout, Scoring(share)).logprobs, 0)
-        torch.testing.assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
+        assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
 
@@ -88,5 +89,5 @@ def test_bfloat16_is_not_mistaken_for_an_error(family):
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():
-    with pytest.raises(Refused, match=r"recurrent_gemma.* returns no cache"):
+    with refused(r"recurrent_gemma.* returns no cache"):
         check_scoring(family_policy("recurrent_gemma"))

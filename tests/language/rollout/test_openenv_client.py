@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+from folders import RECIPES
 from tiny_models import letters
 
 import tokenrl
 from tokenrl.language.rollout.episodes import ENDINGS
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "openenv_client.py"
+RECIPE = RECIPES / "language" / "openenv_client.py"
 pytest.importorskip("websockets", reason="the extra openenv has websockets")
 SECRETS = "abcd"
 

@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from refusals import stopped
 from scipy.stats import chisquare
 from tiny_models import (
     ARCHITECTURES,
@@ -17,8 +18,8 @@ from tiny_models import (
     make_policy,
     textbook_logprobs,
 )
+from torch.testing import assert_close
 
-from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -100,7 +101,7 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(
             policy.model, rollout, distribution=Distribution(**distribution), entropy=True
         )
     for mine, other in ((rollout.logprobs, scores.logprobs), (rollout.entropy, scores.entropy)):
-        torch.testing.assert_close(
+        assert_close(
             mine[rollout.mask], other.detach()[rollout.mask], atol=1e-5, rtol=0, check_dtype=False
         )
         assert not mine[~rollout.mask].any()
@@ -156,7 +157,7 @@ def test_same_completions_however_many_are_sampled_at_once(rows_at_once, generat
     assert torch.equal(parts.prompt_ids[parts.prompt_mask], whole.prompt_ids[whole.prompt_mask])
     for name, column in whole.columns().items():
         if not name.endswith("_ids"):  # whose padding differs
-            torch.testing.assert_close(getattr(parts, name), column, atol=1e-5, rtol=0)
+            assert_close(getattr(parts, name), column, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("several_eos", [False, True])
@@ -200,7 +201,7 @@ def test_nan_logits_stop():
     with torch.no_grad():
         policy.model.lm_head.weight[2, 0] = float("nan")
     for generate in (lambda: draw(policy, [[1]]), lambda: greedy(policy, [[1]])):
-        with pytest.raises(Stopped, match="not finite"):
+        with stopped("not finite"):
             generate()
 
 

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import PROMPTS, completions, make_policy, make_tokenizer
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rollout.generator import LOOK_EVERY
@@ -127,7 +127,7 @@ def test_the_name_of_a_special_token_ends_as_eos_does():
     by_pad = last == policy.tokenizer.pad_token_id
     assert by_pad.any() and not rollout.truncated[by_pad].any()
     assert not (rollout.completion_ids == policy.tokenizer.pad_token_id)[rollout.mask][:-1].all()
-    with pytest.raises(Refused, match=r"'<eos>' is a special token.* Give '<eos>' alone"):
+    with refused(r"'<eos>' is a special token.* Give '<eos>' alone"):
         policy.ask(PromptArguments(stop=("a<eos>",)))
     policy.ask(PromptArguments())
     assert policy.stops is None

@@ -8,6 +8,7 @@ from families import family_policy
 from test_episodes import played
 from tiny_models import ENDS, make_policy, make_tokenizer, quickly
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
@@ -66,7 +67,7 @@ def assert_same(actual, expected, rows=slice(None)):
         a, b = getattr(actual, name), getattr(expected, name)
         assert (a is None) == (b is None)
         if b is not None:
-            torch.testing.assert_close(a[:, :width], b[rows][:, :width], atol=5e-6, rtol=1e-5)
+            assert_close(a[:, :width], b[rows][:, :width], atol=5e-6, rtol=1e-5)
 
 
 @pytest.fixture(params=[1, 8])
@@ -187,7 +188,7 @@ def test_episodes_keep_what_was_read_in_fixed_memory_too(look_every):
     rollout = played(policy)
     assert len(policy.token_steps) and rollout.turns.max() == 2
     assert torch.equal(rollout.completion_ids, expected.completion_ids)
-    torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
+    assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
 
 
 def trained(folder, **options):
@@ -203,7 +204,7 @@ def test_a_run_takes_it_where_it_is_asked_to_and_says_so(tmp_path, monkeypatch, 
     monkeypatch.setattr(forward, "CAPTURING", ("cpu",))
     others, steps = trained(tmp_path / "fixed", capture="auto")
     assert len(steps) > 1 and "captured, with buffers" in capsys.readouterr().out
-    torch.testing.assert_close(weights, others, atol=1e-4, rtol=0)
+    assert_close(weights, others, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

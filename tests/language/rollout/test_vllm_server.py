@@ -17,17 +17,18 @@ from threading import Timer
 
 import pytest
 import torch
+from folders import RECIPES
 from peft import set_peft_model_state_dict
+from refusals import refused, stopped
 from safetensors.torch import load_file
 from tiny_models import letter_task, letters, letters_trained, vowel_reward
 
-from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.runs.metrics import read_metrics
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "language" / "vllm_server.py"
+RECIPE = RECIPES / "language" / "vllm_server.py"
 LOAD, UNLOAD, COMPLETE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
 KEY, BY_NAME = "a-key-of-the-test", f"{RECIPE}:VllmServer"
 
@@ -243,7 +244,7 @@ def test_an_answer_that_cannot_be_used_stops_the_run_and_says_what_it_is(
     fake, tmp_path, change, words
 ):
     fake.spoil = lambda answer: change(answer) if fake.number > 10 else None
-    with pytest.raises(Stopped, match=words):
+    with stopped(words):
         trained(tmp_path / "run")
 
 
@@ -282,7 +283,7 @@ def test_a_server_of_another_base_is_refused(fake, tmp_path):
     with torch.no_grad():
         for p in fake.policy.model.parameters():
             p.mul_(1.5)
-    with pytest.raises(Stopped, match="against the trainer's model"):
+    with stopped("against the trainer's model"):
         trained(tmp_path / "run")
 
 
@@ -295,13 +296,13 @@ def test_a_server_of_another_base_is_refused(fake, tmp_path):
     ],
 )
 def test_what_is_not_sent_is_refused(fake, tmp_path, options, words):
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         trained(tmp_path / "run", **options)
 
 
 def test_a_server_that_loads_no_adapters_is_refused_before_the_first_step(fake, tmp_path):
     fake.answer = lambda path, body: (404, {"detail": "Not Found"})
-    with pytest.raises(Refused, match=r"does not load .*Not Found.*--enable-lora"):
+    with refused(r"does not load .*Not Found.*--enable-lora"):
         trained(tmp_path / "run")
 
 
@@ -309,6 +310,6 @@ def test_a_server_that_does_not_start_leaves_nothing_behind(monkeypatch, tmp_pat
     monkeypatch.delenv("VLLM_SERVER_URL", raising=False)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(Refused, match="the server has ended; its log: "):
+    with refused("the server has ended; its log: "):
         trained(tmp_path / "run")
     assert not list(tmp_path.glob("tokenrl-*"))

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
+from refusals import refused
 
 from tokenrl import sft
 from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.tasks.sources import read_splits
 from tokenrl.language.tasks.stream import PromptStream, RowOrder, batch_orders
@@ -28,16 +28,10 @@ def reward(completions, answer, **kwargs):
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """The current directory and the dataset cache are temporary, modules written there are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def alone(workplace, monkeypatch):
+    """The current directory and the dataset cache are temporary."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(workplace / "cache"))
     datasets.disable_progress_bars()
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def toy_tasks(monkeypatch, **tasks):
@@ -94,7 +88,7 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
     datasets.DatasetDict(first=rows, second=rows.take(2)).save_to_disk("both")
     task = load_task("both", split="first", eval_split="second", reward=reward)
     assert (len(task.train_prompts), len(task.eval_prompts)) == (20, 2)
-    with pytest.raises(Refused, match=r"no split 'frist'.*'first'"):
+    with refused(r"no split 'frist'.*'first'"):
         load_task("both", split="frist", reward=reward)
 
 
@@ -149,9 +143,9 @@ def test_a_task_of_the_users_own_module_or_file(tmp_path):
     assert load_task(f"{tmp_path}/my_task.py:task").name == "mine"
     other = load_task("my_task:task", reward=reward)
     assert other.reward is reward and load_task("my_task:task").reward is len
-    with pytest.raises(Refused, match="OSError: no disk"):
+    with refused("OSError: no disk"):
         load_task("my_task:broken")
-    with pytest.raises(Refused, match=r"has no tsk.*'task'"):
+    with refused(r"has no tsk.*'task'"):
         load_task("my_task:tsk")
 
 
@@ -168,7 +162,7 @@ def test_unknown_names_are_refused_whatever_their_form(tmp_path):
         "bad_task:task": "ModuleNotFoundError.*not_installed_anywhere",
         "notes.txt": r"cannot read '.txt' files; allowed are \.json",
     }.items():
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             load_task(name, reward=reward)
 
 
@@ -177,11 +171,8 @@ def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
         raise RuntimeError("generation\n  failed") from ConnectionError("no route")
 
     hub(monkeypatch, None, as_dataset)
-    with pytest.raises(
-        Refused, match="generation failed caused by ConnectionError: no route"
-    ) as caught:
+    with refused("generation failed caused by ConnectionError: no route"):
         load_task("owner/name", reward=reward)
-    assert "\n" not in str(caught.value)
 
 
 def test_empty_data_is_refused(tmp_path, monkeypatch):
@@ -194,10 +185,10 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
     }.items():
         (tmp_path / name).write_text(content)
     for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
-        with pytest.raises(Refused, match=f"'{name}'"):
+        with refused(f"'{name}'"):
             load_task(name, reward=reward)
     toy_tasks(monkeypatch, empty=PromptTask("empty", [], ROWS, reward))
-    with pytest.raises(Refused, match="train_prompts is empty"):
+    with refused("train_prompts is empty"):
         load_task("empty")
 
 
@@ -230,7 +221,7 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
 def test_a_file_that_holds_no_rows_is_refused_with_its_line(tmp_path, read, name, content, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Refused, match=place):
+    with refused(place):
         read(name.partition("/")[0])
 
 
@@ -279,7 +270,7 @@ def test_positions_and_epochs_count_what_was_given_out_and_another_order_is_refu
     assert [number for number, _ in stream.draw_prompts(32)] == list(range(32))
     assert stream.epoch == 32 / 20
     for rows, seed, fault in ((19, 0, "num_rows 20 and this run has 19"), (20, 1, "seed 0 and")):
-        with pytest.raises(Refused, match=fault):
+        with refused(fault):
             prompts_of(rows, 1, seed)[0].load_state_dict(stream.state_dict())
 
 

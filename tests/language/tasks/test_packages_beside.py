@@ -6,8 +6,8 @@ import re
 import sys
 
 import pytest
+from refusals import refused
 
-from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import load_task
 
@@ -94,13 +94,12 @@ def test_a_puzzle_is_a_task_with_its_own_score():
 )
 def test_a_puzzle_that_there_is_not_is_refused(spec, words):
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(Refused, match=words) as caught:
+    with refused(words):
         load_task("reasoning_gym:" + spec)
-    assert "\n" not in str(caught.value)
 
 
 def test_without_the_package_its_name_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(Refused, match="pip install reasoning-gym"):
+    with refused("pip install reasoning-gym"):
         load_task("reasoning_gym:leg_counting")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
+from refusals import refused
 
-from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.supervised.base import make_tiny
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task
@@ -34,14 +31,11 @@ read = Task()
 
 @pytest.mark.parametrize("raises", ["sys.exit(0)", "raise OSError('no')"])
 @pytest.mark.parametrize("name", ["make", "read"])
-def test_so_is_one_in_a_file(tmp_path, monkeypatch, capsys, name, raises):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "mine.py").write_text(FILE.replace("RAISES", raises))
-    assert main(["train", "--task", f"mine.py:{name}", "--output-dir", "run", "--quiet"]) == 2
-    said = capsys.readouterr().err
-    assert f"task 'mine.py:{name}' was read, and it raised " in said and "(mine.py, line" in said
-    assert "Traceback" not in said and not (tmp_path / "run").exists()
+def test_so_is_one_in_a_file(workplace, refusal, name, raises):
+    (workplace / "mine.py").write_text(FILE.replace("RAISES", raises))
+    error = refusal("train --task", f"mine.py:{name}", "--output-dir", "run", "--quiet")
+    assert f"task 'mine.py:{name}' was read, and it raised " in error and "(mine.py, line" in error
+    assert not (workplace / "run").exists()
 
 
 def test_a_column_that_rows_of_a_task_lack_is_none_for_a_reward_whatever_rows_it_is_called_with():
@@ -66,7 +60,7 @@ def test_a_column_that_rows_of_a_task_lack_is_none_for_a_reward_whatever_rows_it
 def test_a_mark_of_a_task_is_a_number(attribute):
     task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
     setattr(task, attribute, "0.9")
-    with pytest.raises(Refused, match=f"{attribute} is '0.9'; give a number, or None"):
+    with refused(f"{attribute} is '0.9'; give a number, or None"):
         find_task(TaskArguments(task=task))
 
 

@@ -1,8 +1,7 @@
 """Prompts from columns and templates, and imports by name, without a file of data."""
 
-import sys
-
 import pytest
+from refusals import refused
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
@@ -18,15 +17,13 @@ def test_columns_and_templates():
     rows = with_prompts(ROWS, "here", template)
     assert rows[2] == {"prompt": "q2 (2) {}\nAnswer:", **ROWS[2]}
     for template in ("{questoin}", "{}", "{question", "{hint[gone]}"):
-        with pytest.raises(Refused, match="prompt_template"):
+        with refused("prompt_template"):
             with_prompts(ROWS, "here", DataArguments(prompt_template=template))
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
-    with pytest.raises(
-        Refused, match=f"prompt_template .* of row 3 .* column 'question' is {missing}"
-    ):
+    with refused(f"prompt_template .* of row 3 .* column 'question' is {missing}"):
         with_prompts(
             [*ROWS, {"question": missing}], "here", DataArguments(prompt_template="{question}")
         )
@@ -54,10 +51,10 @@ def test_bad_prompts_are_refused_with_their_row(prompt, fault):
     good = [{"prompt": "\U0001f600"}, {"prompt": [{"role": "user", "content": ""}]}]
     check_prompts(good, "here")
     bad = [*good, {"prompt": prompt}]
-    with pytest.raises(Refused, match=f"here, row 2: .*{fault}"):
+    with refused(f"here, row 2: .*{fault}"):
         check_prompts(bad, "here")
     for rows in ((bad, good), (good, bad)):
-        with pytest.raises(Refused, match=f"task 'mine', .*_prompts, row 2: .*{fault}"):
+        with refused(f"task 'mine', .*_prompts, row 2: .*{fault}"):
             find_task(TaskArguments(task=PromptTask("mine", *rows, lambda completions: [0.0])))
 
 
@@ -77,8 +74,7 @@ def make_echo():
 
 
 @pytest.fixture
-def echo_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def echo_file(tmp_path):
     (tmp_path / "env.py").write_text(
         "class Env:\n    def reset(self, seed=None): return '', {}\n"
         "    def step(self, text): return '', 1.0, True, False, {}\n"

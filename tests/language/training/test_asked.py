@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 
 import pytest
+from command_line import completes
+from folders import read_json
+from refusals import refused
 from tiny_models import vowel_reward
 
 import tokenrl
-from tokenrl.cli import main
-from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.prompts import render
@@ -39,9 +39,7 @@ def run(saved, tmp_path_factory):
     """A fine-tuning of one step, asked in a form of its own."""
     directory = tmp_path_factory.mktemp("runs") / "sft"
     settings = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
-    tokenrl.sft(
-        model=str(saved(kind="chat")), task=ROWS, output_dir=str(directory), **settings, **FORM
-    )
+    tokenrl.sft(model=str(saved(kind="chat")), task=ROWS, output_dir=directory, **settings, **FORM)
     return directory
 
 
@@ -67,8 +65,8 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert policy.form.stop == (" t", "e") and policy.stops is not None
     read = prompts_read(policy, monkeypatch)
     data = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_steps": 1, **SMALL}
-    result = tokenrl.train(model=str(run), output_dir=str(tmp_path / "a"), **data)
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    result = tokenrl.train(model=str(run), output_dir=tmp_path / "a", **data)
+    config = read_json(tmp_path / "a" / "config.json")
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     assert all(asked_of(row["question"]) in read for row in ROWS)
     prompts, completions = zip(*SEEN, strict=True)
@@ -77,7 +75,7 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
-    other = tokenrl.train(model=str(run), output_dir=str(tmp_path / "b"), **data, **plain)
+    other = tokenrl.train(model=str(run), output_dir=tmp_path / "b", **data, **plain)
     assert other.policy.stops is None
     assert other.policy.encode("cat") == policy.tokenizer("cat").input_ids
 
@@ -91,15 +89,15 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
     assert capsys.readouterr().err.count(line) == 2
     words = ["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]
-    assert main(words) == 0
+    completes(*words)
     out = capsys.readouterr()
     assert line in out.err and "without rewards. The run of" in out.err
     (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
     assert "e" not in completion and " t" not in completion
-    assert main([*words, "--no-chat", "--system-prompt", "", "--stop"]) == 0
+    completes(*words, "--no-chat", "--system-prompt", "", "--stop")
     out = capsys.readouterr()
     assert "asked" not in out.err and "\ncompletion " in out.out
-    with pytest.raises(Refused, match="system_prompt is for chat messages"):
+    with refused("system_prompt is for chat messages"):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 
 
@@ -150,13 +148,13 @@ def test_a_template_that_reads_the_clock_has_one_time_in_a_run(dated, days, tmp_
         return tokenrl.train(**data | shape | settings)
 
     trained(1)
-    recorded = json.loads((run / "config.json").read_text())["chat_time"]
+    recorded = read_json(run / "config.json")["chat_time"]
     assert re.fullmatch(r"2030-01-\d\dT07", recorded)
     values = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
     trained(1, **values)
     trained(2, resume="auto")  # on another day
     trained(2, resume="auto", **values)
-    assert json.loads((run / "config.json").read_text())["chat_time"] == recorded
+    assert read_json(run / "config.json")["chat_time"] == recorded
     assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     day = f"{recorded[8:10]} Jan 2030, 7 the cat"
     assert prompts_of(run, saved_form(str(run))).startswith(day)

@@ -1,15 +1,15 @@
 """The page about the directory of a run names each file, and each column of its tables of completions."""
 
 import re
-from pathlib import Path
 
 import pyarrow.parquet as parquet
+from folders import RECIPES
 from tiny_environments import Safe, chat_policy
 from tiny_models import make_policy
 
 import tokenrl
 
-PAGE = Path(__file__).parents[3] / "recipes" / "pages" / "reference" / "run_directory.md"
+PAGE = RECIPES / "pages" / "reference" / "run_directory.md"
 TABLES = PAGE.read_text().partition("## Columns of the completions")[2].partition("\n## ")[0]
 QUIET = {"quiet": True, "max_steps": 1}
 

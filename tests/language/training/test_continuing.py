@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import family_policy
+from folders import read_json
+from refusals import refused
 from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, vowel_reward
 
 import tokenrl
 from tests.states import state_of
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.names import OWN_MODULES, import_attribute
 
 REFILLING = Estimator.preset(
@@ -72,7 +72,7 @@ KINDS = {
 def files_of(run, step):
     """What a run leaves that must not depend on an interruption."""
     weights = {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")}
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     results = {name: value for name, value in summary.items() if "second" not in name}
     state = state_of(run / "checkpoints" / f"step_{step:06d}")
     return (run / "metrics.jsonl").read_bytes(), weights, state, results
@@ -106,7 +106,7 @@ def test_a_supervised_training_continues_bit_for_bit(tmp_path):
     settings["output_dir"] = run = tmp_path / "run"
     tokenrl.sft(model=make_policy(), **settings)
     whole = files_of(run, 4)
-    with pytest.raises(Refused, match="seed: 0, now 5"):
+    with refused("seed: 0, now 5"):
         tokenrl.sft(model=make_policy(), **settings, resume="auto", seed=5)
     tokenrl.sft(model=make_policy(), **settings, resume=run / "checkpoints" / "step_000002")
     assert files_of(run, 4) == whole
@@ -133,7 +133,7 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
         ({"model": make_policy(kind="pad_is_eos")}, "otherwise: .*tokenizer"),
         ({"model": make_policy(seed=1)}, "otherwise: .*base model"),
     ):
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             train(resume="auto", max_steps=4, **changes)
     assert before == {path: path.read_bytes() for path in before}
     again = train(resume="auto")
@@ -207,10 +207,9 @@ HELD = [
 
 
 @pytest.fixture
-def of_code(tmp_path, monkeypatch):
+def of_code(workplace, monkeypatch):
     """`train(setting, value, **changes)`: a run in which one setting names code or holds it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(workplace)
 
     def train(setting, value, **changes):
         settings = {"model": make_policy(), "task": make_task(), "reward": vowel_reward}
@@ -242,7 +241,7 @@ def of_code(tmp_path, monkeypatch):
 def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name):
     """Also a module that is imported in a call, and not yet where the run is to be continued."""
     of_code(setting, name)
-    hashes = json.loads(Path("run/config.json").read_text())["hashes"]
+    hashes = read_json("run/config.json")["hashes"]
     of_code(setting, name, resume="auto", max_steps=2)
     for file in ("mine.py", "pack/inner.py", "later.py"):
         text = Path(file).read_text()
@@ -250,7 +249,7 @@ def test_a_run_whose_code_has_changed_is_not_continued(of_code, setting, name):
         for module in ("late", "later"):  # as in a new process
             sys.modules.pop(module, None)
         module = file.removesuffix(".py").replace("/", ".")
-        with pytest.raises(Refused, match=rf"started otherwise: module {module}: '.*, code and"):
+        with refused(rf"started otherwise: module {module}: '.*, code and"):
             of_code(setting, name, resume="auto", max_steps=3)
         Path(file).write_text(text)
     assert of_code(setting, name, resume="auto", max_steps=3).steps == 3
@@ -273,8 +272,8 @@ def test_nor_is_one_whose_functions_have_changed(of_code, setting, name, before,
     config = Path("run/config.json").read_text()
     assert " at 0x" not in config
     place = {"baseline": "estimator.baseline", "task": "reward"}.get(setting, setting)
-    with pytest.raises(Refused, match=f"otherwise: .*{place}: .*Continue it"):
+    with refused(f"otherwise: .*{place}: .*Continue it"):
         of_code(setting, held(MINE.replace(before, after)), resume="auto", max_steps=3)
     if isinstance(again, partial):
-        with pytest.raises(Refused, match=r"otherwise: .*reward: "):
+        with refused(r"otherwise: .*reward: "):
             of_code(setting, partial(again, scale=4.0), resume="auto", max_steps=3)

@@ -1,15 +1,14 @@
 """Settings that were left open: which task, model and adapter get which, and what is said of their origin."""
 
-import json
-
 import pytest
+from folders import read_json
 from hypothesis import given, settings, strategies as st
+from refusals import refused
 from tiny_models import make_model, make_policy, make_task, make_tokenizer
 
 import tokenrl
 import toy_tasks
 from tokenrl.configuration import configured
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.defaults import (
@@ -159,7 +158,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     assert (
         f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in output
     )
-    config = json.loads((result.output_dir / "config.json").read_text())
+    config = read_json(result.output_dir / "config.json")
     assert (config["learning_rate"], config["max_completion_length"]) == (1e-4, longest + 4)
     late = ["threads", "mixed_precision", "training_attention", "tokens_per_pass"]
     assert None not in [config[name] for name in late]  # also what follows from the loaded model
@@ -217,7 +216,7 @@ def test_prompts_that_surely_fit_are_not_tokenised_before_the_first_step_and_oth
         tokenrl.train(model=model, task=rows, **options, **length, overwrite=True)
         assert len(set(encoded)) < 20
     rows[7]["prompt"] = "cat the " * 180
-    with pytest.raises(Refused, match=r"row 7 has 1440 tokens.*context of 512"):
+    with refused(r"row 7 has 1440 tokens.*context of 512"):
         tokenrl.train(model=model, task=rows, **options, max_completion_length=9, overwrite=True)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from command_line import completes
+from folders import read_json, write_rows
 from tiny_models import quickly
 
 from tokenrl.cli import main
@@ -78,11 +79,10 @@ WHERE = ("reward", "async", "factory", "generate", "sync", "memory", "state")
 
 
 @pytest.fixture
-def argv(saved, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(FILE)
+def argv(saved, workplace):
+    (workplace / "mine.py").write_text(FILE)
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.chdir(tmp_path)
+    write_rows(workplace / "rows.jsonl", rows)
     return [*QUICK.split(), "--model", str(saved())]
 
 
@@ -94,9 +94,9 @@ def test_sys_exit_in_code_of_the_user_is_a_failure(argv, where, monkeypatch, cap
     assert "Traceback" not in output and ("SystemExit: 0" in output or where == "words")
     assert Path("run/summary.json").exists() == (where != "factory")
     if where != "factory":
-        summary = json.loads(Path("run/summary.json").read_text())
+        summary = read_json("run/summary.json")
         assert summary["exit_reason"] == "failed" and (
             "SystemExit" in summary["error"] or where == "words"
         )
         monkeypatch.setenv("WHERE", "")
-        assert main([*argv, "--resume", "auto"]) == 0
+        completes(*argv, "--resume", "auto")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from itertools import count
 from types import SimpleNamespace
@@ -11,6 +10,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, make_policy
 
 from tokenrl import Estimator
@@ -114,7 +115,7 @@ def column_faults():
 @pytest.mark.parametrize(("name", "spoil"), [*column_faults()])
 def test_each_column_is_what_it_is_declared_to_be(name, spoil):
     words = rf"^Spoilt.generate returned a rollout that cannot be used.*\b{name}\b"
-    with pytest.raises(Stopped, match=words):
+    with stopped(words):
         sampled(spoil, **LISTED)
 
 
@@ -219,7 +220,7 @@ WRONG_LISTED = {
     ],
 )
 def test_a_wrong_rollout_is_told_in_words(spoil, words, options):
-    with pytest.raises(Stopped, match=rf"^Spoilt.generate returned a rollout .*{words}"):
+    with stopped(rf"^Spoilt.generate returned a rollout .*{words}"):
         sampled(spoil, **options)
 
 
@@ -261,7 +262,7 @@ def test_a_completion_that_goes_on_behind_a_stop_string_is_wrong():
     def deaf(policy, spoil):
         return Spoilt(dataclasses.replace(policy, stops=None), spoil)
 
-    with pytest.raises(Stopped, match="mask must be True"):
+    with stopped("mask must be True"):
         sampled(as_it_is, kind=deaf, stops=["e"])
 
 
@@ -295,7 +296,7 @@ class Wordy(Limited):
 )
 def test_an_engine_is_held_to_its_abilities(tmp_path, options, words):
     options = {"generator": Limited, "max_steps": 2, "quiet": False} | options
-    with pytest.raises(Refused, match=words):
+    with refused(words):
         letters_trained(tmp_path, letter_task(ends), **options)
 
 
@@ -306,9 +307,7 @@ def test_a_run_with_an_inexact_engine_says_so_and_needs_one_process(tmp_path, sa
     printed = said()
     assert "by Limited, with random numbers of its own: the run is not bit-exact" in printed
     assert "Limited has random numbers of its own" in printed
-    with pytest.raises(
-        Refused, match="Limited samples in a run of one process, and this run has 3"
-    ):
+    with refused("Limited samples in a run of one process, and this run has 3"):
         check_shares(SimpleNamespace(generator=Limited, prompts_per_step=3), 3)
 
 
@@ -440,7 +439,7 @@ class Early(Lying):
 )
 def test_an_engine_that_lies_after_its_first_rollouts_is_stopped(tmp_path, kind, words):
     options = {"learning_rate": 0.5, "max_steps": 8, "eval_generations": 2}
-    with pytest.raises(Stopped, match=rf"^At step [1-8]: \w+.generate returned .*{words}"):
+    with stopped(rf"^At step [1-8]: \w+.generate returned .*{words}"):
         letters_trained(tmp_path, letter_task(ends), generator=kind, **options)
 
 
@@ -458,7 +457,7 @@ def test_an_engine_whose_numbers_become_others_is_told(tmp_path, change, words):
     kind = type("Later", (Lying,), fields)
     options = {"estimator": Estimator(importance="token"), "learning_rate": 0.5, "max_steps": 8}
     letters_trained(tmp_path, letter_task(ends), generator=kind, eval_generations=2, **options)
-    warnings = json.loads((tmp_path / "summary.json").read_text())["warnings"]
+    warnings = read_json(tmp_path / "summary.json")["warnings"]
     assert any(words in " ".join(text.split()) for text in warnings), warnings
 
 
@@ -479,7 +478,7 @@ class LaterSampled(Engine):
 def test_greedy_completions_are_compared_in_each_evaluation(tmp_path):
     options = {"learning_rate": 0.02, "max_steps": 12, "eval_every": 3, "eval_generations": 0}
     words = r"^At step \d+: LaterSampled.generate returned .* \d+% of its greedy tokens are not the most probable"
-    with pytest.raises(Stopped, match=words):
+    with stopped(words):
         letters_trained(tmp_path, letter_task(ends), generator=LaterSampled, **options)
 
 
@@ -526,5 +525,5 @@ class Ending(Ahead):
 
 
 def test_an_iterator_that_ends_in_an_engine_is_its_failure(tmp_path):
-    with pytest.raises(Stopped, match=r"Ending\.announce failed: it raised StopIteration"):
+    with stopped(r"Ending\.announce failed: it raised StopIteration"):
         letters_trained(tmp_path, letter_task(ends), generator=Ending, sync_every=2)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import (
     Engine,
     apart,
@@ -18,7 +19,6 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Refused
 from tokenrl.language.training import loop
 
 DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")
@@ -137,14 +137,14 @@ def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch
         def generate(self, *args):
             return dataclasses.replace(super().generate(*args), sampling_distribution=None)
 
-    with pytest.raises(Refused, match="every token, and this generator returns none"):
+    with refused("every token, and this generator returns none"):
         stepped(Estimator(importance_centre=True), engine=Silent)
     monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 10)
     for top in (None, 11):
         estimator = Estimator(importance_centre=True, importance_centre_top=top)
         kept = top or 96
         words = f"of {kept} tokens at each position.*up to 10 tokens. Set importance_centre_top"
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             stepped(estimator)
     stepped(Estimator(importance_centre=True, importance_centre_top=10))
 
@@ -173,7 +173,7 @@ def test_the_metrics_say_how_far_the_sampler_is_off(micro_batch_size):
 
 @pytest.mark.parametrize("kind", [Engine, Gapped])
 def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
-    monkeypatch, tmp_path, capsys, kind
+    monkeypatch, tmp_path, said, kind
 ):
     made = []
 
@@ -187,7 +187,7 @@ def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}
     tokenrl.train(**options)
     warning = "step 1: Log-probabilities of sampling and training differ by 0.3 nats per token"
-    assert " ".join(capsys.readouterr().out.split()).count(warning) == (kind is Gapped)
+    assert said().count(warning) == (kind is Gapped)
     # Two evaluations (greedy and sampled) of two prompts each, two steps.
     assert made[0].prompts == 2 * 2 * 2 + 2 * 2
     assert made[0].synced == 3 and made[0].closed  # the starting weights, and those of two steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy, make_task
+from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.rollout.agreement import check_token_steps
@@ -32,7 +33,7 @@ def sampled(policy):
 def test_sampling_draws_the_same_tokens():
     here, there = (sampled(on(device)) for device in ("cpu", "cuda"))
     assert torch.equal(here.completion_ids, there.completion_ids.cpu())
-    torch.testing.assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
+    assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
 
 
 def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
@@ -42,7 +43,7 @@ def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
     for _ in range(2):  # captured, and replayed
         rollout = sampled(policy)
         assert torch.equal(rollout.completion_ids, expected.completion_ids)
-        torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+        assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
     buckets = len(policy.token_steps)
     with torch.no_grad():
         for p in policy.model.parameters():

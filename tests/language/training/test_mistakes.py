@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+from refusals import refused
 from tiny_models import make_policy, make_task
 
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import check_shares
@@ -33,7 +33,7 @@ def run(folder, **settings):
 @pytest.mark.parametrize("kind", [TrainArguments, SftArguments])
 @pytest.mark.parametrize("given", [{"lora_target_modules": "q_proj"}, {"lora_alpha": 8}])
 def test_settings_of_an_adapter_need_an_adapter(kind, given):
-    with pytest.raises(Refused, match=f"{next(iter(given))} was given as .*lora_r is 0"):
+    with refused(f"{next(iter(given))} was given as .*lora_r is 0"):
         arguments(kind, given)
     arguments(kind, given | {"lora_r": 2})
 
@@ -77,13 +77,13 @@ def test_variables_of_accelerate_that_change_numbers_are_overruled(
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
 def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prompts, valid):
     args = SimpleNamespace(generator="transformers", prompts_per_step=prompts)
-    with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
+    with refused(rf"cannot be shared equally by 3 processes.* Give {valid}\."):
         check_shares(args, 3)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
 def test_without_vllm_a_run_that_asks_for_it_says_what_to_install(tmp_path):
-    with pytest.raises(Refused, match=r"needs the package vllm.*tokenrl-lm\[vllm\]"):
+    with refused(r"needs the package vllm.*tokenrl-lm\[vllm\]"):
         run(tmp_path / "run", generator="vllm")
 
 
@@ -98,5 +98,5 @@ def test_functions_that_take_a_seed_refuse_what_is_none(seed):
         lambda: reward_backbone("nowhere", seed=seed),
         lambda: warm_started_base(task, seed=seed),
     ):
-        with pytest.raises(Refused, match=r"seed was given as .* and at most 4,294,967,295"):
+        with refused(r"seed was given as .* and at most 4,294,967,295"):
             function()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from command_line import completes
+from folders import read_json, write_rows
 
 from tokenrl.cli import main
 
@@ -42,16 +42,15 @@ AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 -
 
 
 def baseline_of(run):
-    return json.loads((run / "config.json").read_text())["estimator"]["baseline"]
+    return read_json(run / "config.json")["estimator"]["baseline"]
 
 
 @pytest.fixture
-def train(saved, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(FILE)
-    (tmp_path / "paid.py").write_text(REWARD)
+def train(saved, workplace):
+    (workplace / "mine.py").write_text(FILE)
+    (workplace / "paid.py").write_text(REWARD)
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.chdir(tmp_path)
+    write_rows(workplace / "rows.jsonl", rows)
     defaults = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
     return lambda folder, *flags: main([*defaults, folder, *flags])
 
@@ -66,7 +65,7 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     named = ("--estimator.baseline", "mine.py:half", "--generator", "mine.py:engine")
     assert train("engine", *named) == 0
     for name in ("run", "engine"):
-        assert main(["train", "--config", name, "--output-dir", f"{name}-again"]) == 0
+        completes("train --config", name, "--output-dir", f"{name}-again")
     assert (tmp_path / "engine.txt").read_text() == "NoneNone"  # once a run
     names = ("run", "same", "engine", "run-again", "engine-again")
     assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in names}) == 1
@@ -75,7 +74,7 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
 def test_a_memory_of_ones_own_is_made_once_per_run(train, tmp_path):
     assert train("run", "--estimator.baseline", "mine.py:Memory") == 0
     assert (tmp_path / "made.txt").read_text() == "made "
-    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:Memory"]) == 0
+    completes(AGENT, "--estimator.baseline", "mine.py:Memory")
     assert (tmp_path / "made.txt").read_text() == "made made "
 
 
@@ -90,7 +89,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
         ("mine.py", "module:function or path/to/file.py:function"),
     ):
         assert train("run", "--estimator.baseline", spec) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
+        assert words in capsys.readouterr().err
         assert not (tmp_path / "run" / "config.json").exists()
     assert train("run", "--generator", "mine.py:engin") == 2
     assert "Did you mean 'engine'" in capsys.readouterr().err

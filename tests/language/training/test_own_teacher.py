@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused, stopped
 from test_teacher import CLOSED, QUICK, closed_form, logprob, other_model, student_of
 from tiny_environments import Guess
 from tiny_models import (
@@ -25,6 +26,7 @@ from tiny_models import (
     vowel_reward,
     weights,
 )
+from torch.testing import assert_close
 
 import tokenrl
 from tokenrl.core.estimator import Estimator
@@ -102,7 +104,7 @@ def test_completions_are_scored_behind_what_the_teacher_reads(source, lora, shar
         ]
         assert len({*read}) > 4
     expected = by_hand(start, policy, read, batch)
-    torch.testing.assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
+    assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
 
 
 def test_an_adapter_shares_the_frozen_weights_with_its_teacher():
@@ -169,7 +171,7 @@ def test_a_teacher_of_episodes_reads_in_place_of_prompt_and_first_observation():
     read = [f"{text} is {ROWS[i // 3]['answer']}:" for i, text in enumerate(openings)]
     assert batch.teacher_prompts == [policy.encode(text) for text in read]
     expected = by_hand(policy.model, policy, read, batch)
-    torch.testing.assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
+    assert_close(batch.ref_logprobs * batch.mask, expected, rtol=0, atol=1e-10)
 
 
 def test_a_text_takes_the_place_of_the_last_message_of_the_user():
@@ -221,7 +223,7 @@ def test_a_run_says_what_its_teacher_is_and_reads_and_keeps_no_teacher(tmp_path,
     )
     assert f"teacher {words} {TEMPLATE!r} in place of the prompt" in out
     assert policy.reference is None and result.policy.reference is None
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = read_json(tmp_path / "run" / "config.json")
     names = ("teacher", "teacher_decay", "teacher_template")
     assert [config[name] for name in names] == ["self", 0.5, TEMPLATE]
     assert result.eval_before["kl"] > 0.1
@@ -301,7 +303,7 @@ def test_what_a_teacher_cannot_read_is_refused_in_words(tmp_path):
         ({"teacher_template": "{prompt}" + 40 * " seven"}, "row 0, for the teacher has .* context"),
     ]
     for changes, words in cases:
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             taught(tmp_path / "run", quiet=True, **changes)
         assert not (tmp_path / "run" / "config.json").exists()
     for function, words in (
@@ -309,7 +311,7 @@ def test_what_a_teacher_cannot_read_is_refused_in_words(tmp_path):
         (lambda prompt: chat, "message 0 of the prompt has content None"),
         (lambda prompt: 99 * "seven ", "tokens, with its completion"),
     ):
-        with pytest.raises(Stopped, match=words):
+        with stopped(words):
             taught(tmp_path / "run", quiet=True, overwrite=True, teacher_context=function)
 
 

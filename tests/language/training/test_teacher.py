@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused
 from tiny_environments import Guess
 from tiny_models import (
     ENDS,
@@ -29,7 +30,6 @@ from tiny_models import (
 
 import tokenrl
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy
@@ -242,7 +242,7 @@ def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_
     out = said()
     assert "none: what is learnt is to lower the KL to the teacher; evaluated:" in out
     assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = read_json(tmp_path / "run" / "config.json")
     assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert "reward" not in rows[1] and rows[1]["kl"] > 0
@@ -322,11 +322,11 @@ def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_
         ({"teacher": with_other_token(), "task": task, "warm_start": True}, "another vocabulary"),
     ]
     for changes, words in cases:
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             distilled(tmp_path / "run", quiet=True, **changes)
         assert not (tmp_path / "run" / "config.json").exists()
         assert not (tmp_path / "run" / "warm_start" / "config.json").exists()
-    with pytest.raises(Refused, match="it is for tokenrl train with a teacher"):
+    with refused("it is for tokenrl train with a teacher"):
         tokenrl.sft(task="sort_digits", reward="none", output_dir=tmp_path / "run")
 
 
@@ -336,7 +336,7 @@ def test_a_run_continues_with_its_own_teacher_only(tmp_path):
     pair = other.model, other.tokenizer
     cases = (pair, "otherwise: .*teacher"), (other, "otherwise: .*teacher")
     for teacher, words in (*cases, (None, "The teacher cannot be used")):
-        with pytest.raises(Refused, match=words):
+        with refused(words):
             distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2, teacher=teacher)
     assert distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2).steps == 2
 

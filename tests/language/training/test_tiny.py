@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import completes
+from folders import read_json, write_rows
 from tiny_models import quickly
 
 import tokenrl
@@ -49,10 +51,8 @@ KINDS = {
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(workplace, cache):
     """The current directory holds data of several forms."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     Path("own.py").write_text(PYTHON)
     plain = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(10)]
     forms = {"plain": plain, "columns": [], "chat": []}
@@ -62,7 +62,7 @@ def data(tmp_path, monkeypatch):
         forms["chat"].append({"messages": messages})
         forms["columns"].append({"question": row["prompt"][:-1], "answer": row["answer"]})
     for name, rows in forms.items():
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(f"{name}.jsonl", rows)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def data(tmp_path, monkeypatch):
 )
 def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     small = SMALL.split() if KINDS[kind].startswith("train") else []
-    assert main([*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run"]) == 0
+    completes(*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run")
     first, again = re.findall(r"^next +tokenrl (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert main(shlex.split(again)) == 0
     rewarded = kind != "demonstrations"
@@ -79,7 +79,7 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert first.startswith("sample") or main(shlex.split(first)) == 0
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1=\n2+x=\n"), "utf-8"))
-    assert main(["sample", "--model", "run"]) == 0
+    completes("sample --model run")
     printed = capsys.readouterr()
     assert re.search("tokenrl: as in the run of run: .*task ", printed.err)
     assert printed.out.startswith("prompt     1+1=\n") and printed.out.count("completion ") == 8
@@ -100,7 +100,7 @@ def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_sa
     # 8 is in held-out rows only
     assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
-    assert json.loads(Path("whole/config.json").read_text())["model"] == "tiny"
+    assert read_json("whole/config.json")["model"] == "tiny"
 
 
 def named(prompts, completions, answer, **columns):
@@ -170,11 +170,9 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
 
 
 def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):
-    assert (
-        main(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run".split()) == 0
-    )
+    completes(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run")
     rows = [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)]
-    Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows("other.jsonl", rows)
     lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
     capsys.readouterr()
     for command in (
@@ -182,8 +180,8 @@ def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, c
         "sample --model run --prompt é+1=",
         f"train --model run --task other.jsonl {TWO} {SMALL} --output-dir again",
     ):
-        assert main(command.split()) == 0
+        completes(command)
         printed = capsys.readouterr()
         assert re.search(lost, " ".join((printed.err + printed.out).split())), command
-    assert main(["sample", "--model", "run", "--prompt", "1+1="]) == 0
+    completes("sample --model run --prompt 1+1=")
     assert "loses" not in capsys.readouterr().err

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from command_line import completes
 from families import family_policy
+from folders import read_json
 from tiny_environments import Faulty, Guess
 from tiny_models import (
     ENDS,
@@ -25,7 +27,6 @@ from tiny_models import (
 )
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -250,7 +251,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.py").write_text(ENVIRONMENT)
     command = ["train", "--task", f"{folder}/talk.py:Talk", *SMALL, "--output-dir", f"{folder}/run"]
-    assert main([*command, "--quiet"]) == 0
+    completes(*command, "--quiet")
     return folder / "run"
 
 
@@ -284,16 +285,16 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     numbers = run.parent / "numbers.json"
     command = ["evaluate", "--model", str(run), "--json", str(numbers), "--num-generations", "2"]
     command += ["--best-of", "2", "--reference", str(run), "--reward", f"{run.parent}/talk.py:long"]
-    assert main(command) == 0
+    completes(*command)
     assert "mean number of turns of an episode" in said()
-    metrics = json.loads(numbers.read_text())
+    metrics = read_json(numbers)
     of_episodes = {name: value for name, value in metrics.items() if name.startswith("episodes/")}
     turns = of_episodes.pop("episodes/turns")
     assert 1 < turns <= 3 and sum(of_episodes.values()) == pytest.approx(1)
     assert abs(metrics["kl"]) < 1e-4
     # the task's own reward measures what the other one chose
     assert metrics["best_of_n_proxy@2"] >= metrics["best_of_n_proxy@1"] != metrics["best_of_n@1"]
-    assert main(["sample", "--model", str(run), "--prompt", "", "7", "--num-generations", "1"]) == 0
+    completes("sample --model", str(run), "--prompt", "", "7", "--num-generations", "1")
     out, output = capsys.readouterr()
     assert out.count("episode\nprompt     <") == 2 and "7<" not in out and "\nending     " in out
     assert (
@@ -301,14 +302,14 @@ def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkey
     )
     assert out.count("\nuser       <b>") >= 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
-    assert main(["sample", "--model", str(run), "--num-generations", "0"]) == 0
+    completes("sample --model", str(run), "--num-generations", "0")
     assert capsys.readouterr().out.count("episode\nprompt") == 2  # an empty line plays one too
 
 
-def test_a_check_names_what_fails(run, tmp_path, capsys):
+def test_a_check_names_what_fails(run, tmp_path, refusal):
     command = ["train", "--check", *SMALL, "--output-dir", str(tmp_path / "new"), "--task"]
-    assert main([*command, f"{run.parent}/talk.py:Away"]) == 2
-    assert "episodes failed. Away.step raised OSError" in capsys.readouterr().err
+    error = refusal(*command, f"{run.parent}/talk.py:Away")
+    assert "episodes failed. Away.step raised OSError" in error
 
 
 @pytest.mark.parametrize(
@@ -318,10 +319,10 @@ def test_a_check_names_what_fails(run, tmp_path, capsys):
         (["reward-model", "--output-dir", "OUT"], "A pair of completions"),
     ],
 )
-def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, capsys, command, purpose):
+def test_what_needs_a_single_turn_refuses_an_environment(run, tmp_path, refusal, command, purpose):
     words = [word.replace("OUT", str(tmp_path / "new")) for word in command]
-    assert main([*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny"]) == 2
-    expected = (
+    error = refusal(*words, "--task", f"{run.parent}/talk.py:Talk", "--model", "tiny")
+    assert (
         f"{purpose} needs completions of one turn, and Talk answers them: name a task without"
+        in error
     )
-    assert expected in capsys.readouterr().err

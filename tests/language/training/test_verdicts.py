@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 
 import pytest
+from folders import read_json
+from refusals import stopped
 from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.advisor.diagnosis import advise_run
@@ -52,7 +53,7 @@ def printed(capsys) -> str:
 
 
 def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
+    return read_json(folder / "summary.json")
 
 
 def test_a_run_that_learns_has_no_flag(trained):
@@ -106,7 +107,7 @@ class Flickering(Falling):
 
 
 def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
-    with pytest.raises(Stopped, match=r"At step \d+: The policy is destroyed"):
+    with stopped(r"At step \d+: The policy is destroyed"):
         train(
             tmp_path / "run",
             Flickering(6),
@@ -132,9 +133,9 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
 
 def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     lost = r"nothing to learn from: the mean reward is 0, down from 0\.\d+ before training\. The learning rat"
-    with pytest.raises(Stopped, match=lost):
+    with stopped(lost):
         train(tmp_path / "run", Falling(5), prompts_per_step=1, stop_after_zero_spread=5)
-    with pytest.raises(Stopped, match=r"the mean reward is 0\. \S"):
+    with stopped(r"the mean reward is 0\. \S"):
         train(tmp_path / "never", nothing, stop_after_zero_spread=5)
 
 
@@ -207,7 +208,7 @@ def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_pa
 
     settled.calls, options = 0, {"eval_generations": 0, "stop_after_zero_spread": 3}
     if reason is None:
-        with pytest.raises(Stopped, match="no two rewards that are compared differed"):
+        with stopped("no two rewards that are compared differed"):
             train(tmp_path, settled, **options)
     else:
         assert train(tmp_path, settled, **options).exit_reason == reason
