@@ -231,8 +231,6 @@ class TrainingRun:
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
-        if not self.evaluates:
-            facts["evaluations"] = "none, as they would spend what the reward counts (--eval-every)"
         return {**facts, **self.learner.forward.scoring.remarks}
 
 
@@ -269,12 +267,17 @@ def first_facts(
     if args.warm_start:
         skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
+    order = "an evaluation, training steps with evaluations in between"
+    if rewards.keepers and not args.eval_every:
+        order = (
+            "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
+        )
     return {
         "task": division_of(task, args.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
-        "order": f"{stage}an evaluation, training steps with evaluations in between",
+        "order": f"{stage}{order}",
         "seed": args.seed,
         "run": directory,
     }
