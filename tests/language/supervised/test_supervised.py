@@ -174,6 +174,13 @@ def test_a_demonstration_reads_as_the_episode_of_its_row(prompt, text, read):
     assert environments.reset(rows[:1], [7])[0].opening == read and not warnings
 
 
+def test_held_out_demonstrations_are_read_as_those_of_the_training(tmp_path):
+    rows = [{"prompt": asked(x), "text": "the mat", "completion": "sat"} for x in ("a", "the cat")]
+    options = {"environment": Store, "model": chat_policy(), "output_dir": str(tmp_path)}
+    result = sft(task={"train": rows, "test": rows}, max_steps=1, batch_size=2, **options)
+    assert result.eval_before["loss"] == pytest.approx(result.loss_before, rel=1e-5)
+
+
 def test_what_reset_draws_is_in_no_demonstration_and_a_line_says_so(tmp_path, said):
     rows = [{"prompt": asked(text), "text": "random", "completion": "sat"} for text in "abcdef"]
     warnings = []

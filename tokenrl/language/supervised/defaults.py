@@ -8,7 +8,7 @@ own tokenizer writes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
@@ -90,12 +90,7 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
         Refused: there are none.
     """
     rows = list(getattr(task, "demonstrations", None) or [])
-    placed = with_places(task.train_prompts)
-    rows = rows or [
-        Placed({**row, "completion": as_prompt(row[column])}, location)
-        for location, row in placed
-        if column in row
-    ]
+    rows = rows or with_completions(task.train_prompts, column)
     if not rows:
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
         raise Refused(
@@ -103,6 +98,15 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
             f"{', '.join(columns)} by completion_column (--completion-column).{nearest(column, columns)}"
         )
     return rows
+
+
+def with_completions(rows: Iterable[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
+    """Return the rows that have this column, as `completion`, with the locations of the rows in the data."""
+    return [
+        Placed({**row, "completion": as_prompt(row[column])}, location)
+        for location, row in with_places(rows)
+        if column in row
+    ]
 
 
 def room(pairs: Sequence[Pair]) -> int:

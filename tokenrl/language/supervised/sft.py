@@ -25,6 +25,7 @@ from tokenrl.language.supervised.defaults import (
     demonstrations,
     room,
     sft_defaults,
+    with_completions,
     with_origins,
 )
 from tokenrl.language.supervised.fit import (
@@ -40,7 +41,6 @@ from tokenrl.language.tasks.held_out import (
     smaller_evaluation,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
@@ -179,9 +179,11 @@ def _evaluation(
     """
     policy = forward.policy
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
-    column = args.completion_column
-    rows = [{**row, "completion": as_prompt(row[column])} for row in prompts if column in row]
-    pairs = encode_demonstrations(policy, rows, rewards.environments) if rows else []
+    environments = rewards.environments
+    rows = with_completions(prompts, args.completion_column)
+    if environments is not None:  # as those that are learnt from, of which a warning has been told
+        rows = as_in_episodes(rows, environments, lambda words: None)
+    pairs = encode_demonstrations(policy, rows, environments) if rows else []
     if not prompts or not (rewards.functions or pairs):
         return dict
     for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:

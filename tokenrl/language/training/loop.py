@@ -34,6 +34,7 @@ from tokenrl.language.training.run import (
     RunResult,
     TrainingRun,
     end_by,
+    evaluates,
     first_facts,
     model_facts,
     settings_of,
@@ -265,7 +266,7 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     run.check_prompts()
     learner.sync()  # with the weights of the checkpoint, if there is one
     if not session.continues:
-        if run.evaluates:
+        if evaluates(run.args, run.rewards):
             held_out = len(run.task.eval_prompts)
             session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
         _evaluated(run, session)
@@ -327,7 +328,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
     """
-    if not run.evaluates:
+    if not evaluates(run.args, run.rewards):
         return {}
     count, learner = run.args.eval_generations, run.learner
     run.tell(session.step)

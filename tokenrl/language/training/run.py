@@ -159,11 +159,6 @@ class TrainingRun:
             None if prompts is None else partial(prompts.of, policy, sampling=learner.sampling),
         )
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
-        return not self.rewards.keepers or self.args.eval_every > 0
-
     def check_prompts(self) -> None:
         """Refuse prompts of the policy or the teacher that are too long or cannot be read; episodes have others."""
         learner = self.learner
@@ -206,7 +201,7 @@ class TrainingRun:
         args = self.args
         # with those before and after training
         count = 1 + math.ceil(args.max_steps / args.eval_every) if args.eval_every else 2
-        count *= self.evaluates
+        count *= evaluates(args, self.rewards)
         whole = args.max_steps * step_seconds + count * self.eval_seconds
         words = f"{args.max_steps} steps of {step_seconds:.2g} s"
         words = f"{words}, {count} evaluations of {self.eval_seconds:.2g} s"
@@ -232,6 +227,11 @@ class TrainingRun:
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
         return {**facts, **self.learner.forward.scoring.remarks}
+
+
+def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
+    """Return whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
+    return not rewards.keepers or bool(args.eval_every)
 
 
 def end_by(end: Finished, session: Session) -> None:
@@ -268,7 +268,7 @@ def first_facts(
         skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
         stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
     order = "an evaluation, training steps with evaluations in between"
-    if rewards.keepers and not args.eval_every:
+    if not evaluates(args, rewards):
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
