@@ -101,10 +101,20 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
     assert table.loc["DRD2"].isna().all()
 
 
-def test_molscore_scores_a_task_and_an_oracle_that_it_cannot_load_is_an_error(tmp_path):
+def test_molscore_scores_tasks_with_the_oracles_of_old_releases_too(tmp_path):
     pytest.importorskip("molscore")
-    scorer = molopt.Scorer(molopt.open_task(molopt.Args(), "QED", tmp_path / "QED"))
-    values = scorer(["CC(=O)Nc1ccc(O)cc1", "c1cc", "C"], lambda *metric: None)
-    assert values == pytest.approx([0.595, 0, 0.36], abs=0.001)
-    with pytest.raises(ValueError, match="conda"):
-        molopt.open_task(molopt.Args(), "DRD2", tmp_path / "DRD2")
+    molecules = {
+        "QED": ["CC(=O)Nc1ccc(O)cc1", "c1cc", "C"],
+        "DRD2": ["O=C(CCCN1CCC(O)(c2ccc(Cl)cc2)CC1)c1ccc(F)cc1", "c1cc", "CC(=O)Nc1ccc(O)cc1"],
+        "GSK3B": ["O=C1NC(=O)C(c2c[nH]c3ccccc23)=C1Nc1ccccc1", "CC(=O)Nc1ccc(O)cc1"],
+        "JNK3": ["O=C1NC(=O)C(c2c[nH]c3ccccc23)=C1Nc1ccccc1", "CC(=O)Nc1ccc(O)cc1"],
+    }
+    for task, scores in {  # those of the oracles by scikit-learn 1.2.2
+        "QED": [0.595, 0, 0.36],
+        "DRD2": [1, 0, 0.0028],
+        "GSK3B": [0.85, 0],
+        "JNK3": [0.17, 0.01],
+    }.items():
+        scorer = molopt.Scorer(molopt.open_task(molopt.Args(), task, tmp_path / task))
+        values = scorer(molecules[task], lambda *metric: None)
+        assert values == pytest.approx(scores, abs=0.001), task

@@ -45,8 +45,10 @@ def measured(kind, size, ends, **options):
     rows = [{"prompt": "!", "completion": "#" * (n - 1)} for n in [*LENGTHS.values()][ends]]
     if kind == "train":
         rows = [{"prompt": "!"}] * 2
-        options |= {"estimator": "rloo", "prompts_per_step": 1, "num_generations": 64}
         options |= {
+            "estimator": "rloo",
+            "prompts_per_step": 1,
+            "num_generations": 64,
             "max_completion_length": 64,
             "reward": lambda completions, **_: [*range(len(completions))],
         }
@@ -61,18 +63,18 @@ def measured(kind, size, ends, **options):
 
 
 print(
-    "| update | parameters | lengths | padding, one pass | divided | seconds, one pass | divided | ratio (range) |"
+    "| update | parameters | lengths | padding, one pass | divided | seconds, one pass | divided | ratio (range) |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
-print("|---|---|---|---|---|---|---|---|")
 for kind in ("train", "sft"):
     for size in sys.argv[1:] or SIZES:
         for ends, spread in enumerate(LENGTHS):
-            pairs = [
-                (measured(kind, size, ends, pass_overhead=10**9), measured(kind, size, ends))
-                for _ in range(5)
-            ]
-            ratios = sorted(whole[0] / divided[0] for whole, divided in pairs)
-            (whole, padding), (divided, rest) = pairs[-1]
+            ratios = []
+            for _ in range(5):
+                whole, padding = measured(kind, size, ends, pass_overhead=10**9)
+                divided, rest = measured(kind, size, ends)
+                ratios.append(whole / divided)
+            ratios.sort()
             ratio = f"{ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             numbers = f"{padding:.2f} | {rest:.2f} | {whole:.3f} | {divided:.3f} | {ratio}"
             print(f"| {kind} | {size} M | {spread} | {numbers} |", flush=True)

@@ -15,38 +15,28 @@ latter. The row is weighted by the importance of the estimator. `recipes/pages/e
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from __future__ import annotations
-
 import itertools
+from dataclasses import replace
 from statistics import median
 
 import torch
 import tyro
-from torch import Tensor
 
 from tokenrl import Estimator
+from tokenrl.lab import Perturbation, Problem, exact_moments, perturbed_problem
 
-TOKENS = 3
-LENGTH = 2
-COMPLETIONS = list(itertools.product(range(TOKENS), repeat=LENGTH))
-WEIGHTS = {"none": "none", "tokens": "token", "sequences": "sequence"}
+WEIGHTS = ("none", "token", "sequence")
 
 
-def token_logprobs(logits: Tensor) -> Tensor:
-    """Return the log-probabilities of the tokens of each completion [N, LENGTH].
-
-    Args:
-        logits: those of the first token, and of the second behind each first one [1 + TOKENS, TOKENS].
-    """
-    table = logits.log_softmax(dim=1)
-    rows = [torch.stack([table[0, a], table[1 + a, b]]) for a, b in COMPLETIONS]
-    return torch.stack(rows)
-
-
-def kept(rewards: Tensor, pair: tuple[int, int], capacity: int) -> list[int]:
-    """Return the numbers of the completions that are kept of a pair."""
-    distinct = dict.fromkeys(pair)
-    return sorted(distinct, key=lambda number: -float(rewards[number]))[:capacity]
+def replayed(problem: Problem, capacity: int) -> Problem:
+    """Return the problem in which its sampler draws two completions, and one of the best `capacity` is learnt from."""
+    rewards = problem.totals[0]
+    chances = problem.of_sampler.chances[0]
+    shares = torch.zeros_like(chances)  # how often each completion is the replayed one
+    for pair in itertools.product(range(len(chances)), repeat=2):
+        kept = sorted(set(pair), key=lambda number: -rewards[number])[:capacity]
+        shares[kept] += chances[list(pair)].prod() / len(kept)
+    return replace(problem, environment=shares / chances)
 
 
 def bias(seed: int, weights: str, capacity: int) -> float:
@@ -54,37 +44,13 @@ def bias(seed: int, weights: str, capacity: int) -> float:
 
     Args:
         seed: seed of both policies and of the rewards.
-        weights: a name of `WEIGHTS`.
+        weights: the importance of the estimator.
         capacity: completions that are kept: with 1 the better of two, with 2 both.
     """
-    draw = torch.Generator().manual_seed(seed)
-    shape = (1 + TOKENS, TOKENS)
-    older = torch.randn(shape, generator=draw, dtype=torch.float64)
-    moved = 0.5 * torch.randn(shape, generator=draw, dtype=torch.float64)
-    present = (older + moved).requires_grad_()
-    rewards = torch.rand(len(COMPLETIONS), generator=draw, dtype=torch.float64)
-    old_tokens = token_logprobs(older)
-    tokens = token_logprobs(present)
-    objective = (tokens.sum(dim=1).exp() * rewards).sum()
-    (true,) = torch.autograd.grad(objective, present, retain_graph=True)
-
-    chances = old_tokens.sum(dim=1).exp()
-    shares = torch.zeros_like(chances)  # how often each completion is the replayed one
-    for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
-        numbers = kept(rewards, pair, capacity)
-        shares[numbers] += chances[list(pair)].prod() / len(numbers)
-
-    estimator = Estimator.preset("reinforce", importance=WEIGHTS[weights])
-    ones = torch.ones_like(tokens)
-    loss = estimator.loss(
-        tokens,
-        rewards,
-        ones * shares[:, None],
-        ones.bool(),
-        old_logprobs=tokens.detach(),
-        sampling_logprobs=old_tokens,
-    )
-    (gradient,) = torch.autograd.grad(-loss, present)
+    problem = perturbed_problem(seed, Perturbation(noise=0.5), group_size=1)
+    estimator = Estimator.preset("reinforce", importance=weights)
+    gradient = exact_moments(estimator, replayed(problem, capacity)).mean.sum(0)
+    true = problem.gradient().sum(0)
     return float((gradient - true).norm() / true.norm())
 
 
@@ -94,7 +60,7 @@ def main(problems: int = 20) -> None:
     Args:
         problems: number of problems.
     """
-    print(f"{'weights':12} {'the better is kept':>20} {'both are kept':>16}")
+    print(f"{'importance':12} {'the better is kept':>20} {'both are kept':>16}")
     for weights in WEIGHTS:
         medians = []
         for capacity in (1, 2):

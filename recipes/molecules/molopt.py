@@ -116,6 +116,7 @@ def open_task(args: Args, task: str, folder: Path) -> Any:
     Raises:
         Exception: Of any class, as an oracle cannot be loaded or fails on ethanol.
     """
+    import oracles  # noqa: F401 - for MolScore, which then starts no environment of conda
     from molscore import MolScore
 
     warnings.simplefilter("ignore", FutureWarning)  # of pandas, about MolScore
