@@ -16,6 +16,7 @@ from pages import blocks
 
 # by programs of a folder
 SHARED = {"own", "judging", "questions", "answer", "choice", "curves", "second_edition"}
+SHARED |= {"oracles", "tasks"}
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))
@@ -36,7 +37,7 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "reward_to_go  timestep_mean exact  1.99",
         "figure: variance_horizon.png",
     ),
-    "replay": (r"sequences +\d\.\d{3} +0\.000",),
+    "replay": (r"sequence +\d\.\d{3} +0\.000",),
     "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
     "figures grpo-difficulty": (
         r"2      0.707    0.707    0.707           1.000 .*e-1\d",

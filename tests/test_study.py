@@ -21,10 +21,12 @@ from tokenrl.language.supervised.base import load_base
 STUDY = RECIPES / "study"
 
 
-@pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)
+PLANS = {*STUDY.glob("*.yaml")} - {STUDY / "13_molecules.yaml"}  # which needs MolScore
+
+
+@pytest.mark.parametrize("path", sorted(PLANS), ids=lambda path: path.stem)
 def test_a_plan_can_be_run(path, monkeypatch):
     # some models are made by the study itself
-
     def own_model(args, task):
         return load_base(replace(args, model=None), task, weights=False)
 

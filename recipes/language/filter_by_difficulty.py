@@ -18,7 +18,7 @@ With p the chance of a right answer, the error of a measured rate is sqrt(p (1 -
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import tyro
 
@@ -26,46 +26,38 @@ import tokenrl
 from tokenrl.language import load_task, warm_started_base
 
 
-@dataclass
-class Args:
-    """Which prompts are kept."""
+def main(
+    task: str = "sort_digits",
+    model: str | None = None,
+    low: float = 0.1,
+    high: float = 0.9,
+    prompts: int = 512,
+    samples: int = 8,
+    max_steps: int = 60,
+    output_dir: str = "runs/filtered",
+) -> None:
+    """Measure prompts, keep those that are solved sometimes, and train on them.
 
-    task: str = "sort_digits"
-    """A toy task, module:attribute, or a data file."""
-    model: str | None = None
-    """Directory or hub name; without one, the toy task's own tiny model."""
-    low: float = 0.1
-    """Least mean reward of a prompt that is kept."""
-    high: float = 0.9
-    """Greatest mean reward of a prompt that is kept."""
-    prompts: int = 512
-    """The most training prompts that are measured, and trained on."""
-    samples: int = 8
-    """Completions by which a prompt's mean reward is measured."""
-    max_steps: int = 60
-    """Rollouts to train on."""
-    output_dir: str = "runs/filtered"
-    """Directory of the run."""
-
-
-def main(args: Args) -> None:
-    """Measure, filter, train."""
-    task = load_task(args.task)
-    model = args.model or str(warm_started_base(task))
-    prompts = task.train_prompts[: args.prompts]
-    measured = replace(task, eval_prompts=prompts)
-    rates = tokenrl.evaluate(model=model, task=measured, num_generations=args.samples).by_prompt[
-        "reward"
-    ]
-    chosen = [
-        prompt for prompt, rate in zip(prompts, rates, strict=True) if args.low <= rate <= args.high
-    ]
-    print(
-        f"kept {len(chosen)} of {len(rates)} prompts, with mean rewards from {args.low} to {args.high}"
-    )
-    filtered = replace(task, train_prompts=chosen)
-    tokenrl.train(model=model, task=filtered, max_steps=args.max_steps, output_dir=args.output_dir)
+    Args:
+        task: A toy task, module:attribute, or a data file.
+        model: Directory or hub name; without one, the toy task's own tiny model.
+        low: Least mean reward of a prompt that is kept.
+        high: Greatest mean reward of a prompt that is kept.
+        prompts: The most training prompts that are measured, and trained on.
+        samples: Completions by which a prompt's mean reward is measured.
+        max_steps: Rollouts to train on.
+        output_dir: Directory of the run.
+    """
+    loaded = load_task(task)
+    model = model or str(warm_started_base(loaded))
+    rows = loaded.train_prompts[:prompts]
+    measured = replace(loaded, eval_prompts=rows)
+    table = tokenrl.evaluate(model=model, task=measured, num_generations=samples).by_prompt
+    chosen = [row for row, rate in zip(rows, table["reward"], strict=True) if low <= rate <= high]
+    print(f"kept {len(chosen)} of {len(rows)} prompts")
+    filtered = replace(loaded, train_prompts=chosen)
+    tokenrl.train(model=model, task=filtered, max_steps=max_steps, output_dir=output_dir)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

@@ -27,7 +27,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,63 +93,62 @@ def shares(completions: Sequence[str], learnt: Iterable[str]) -> dict[str, float
     }
 
 
-@dataclass
-class Args:
-    """The molecules, the size of the model, and its training."""
-
-    data: Path | None = None
-    """File of SMILES, the first word of each line. Default: MolScore's sample."""
-    layers: int = 3
-    """Transformer layers."""
-    hidden: int = 160
-    """Width of the model, a multiple of 4."""
-    max_steps: int = 9000
-    """Updates."""
-    batch_size: int = 64
-    """Molecules of an update."""
-    learning_rate: float = 3e-3
-    """Peak learning rate; it rises for 100 updates and falls to 0 along a cosine."""
-    seed: int = 0
-    """Seed of the order of molecules and of the first weights."""
-    threads: int = 2
-    """Threads of training."""
-    samples: int = 1000
-    """Completions that are measured at the end."""
-    output_dir: Path = Path("runs/prior")
-    """Folder of the molecules, the new model, and the run that trains it."""
-
-
-def prepare(args: Args, start: Path, data: Path) -> None:
+def prepare(start: Path, data: Path, smiles: Path, seed: int, **shape: int) -> None:
     """Write the molecules as demonstrations, and a new model."""
-    molecules = read_molecules(args.data or in_molscore("data/sample.smi"))
+    molecules = read_molecules(smiles)
     start.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps({"prompt": "", "completion": smiles}) for smiles in molecules)
+    rows = (json.dumps({"prompt": "", "completion": molecule}) for molecule in molecules)
     data.write_text("\n".join(rows))
     tokenizer = smiles_tokenizer(molecules)
-    shape = {"layers": args.layers, "hidden": args.hidden, "context": LONGEST + 2}
-    tiny_llama(tokenizer, seed=args.seed, **shape).save_pretrained(start)
+    tiny_llama(tokenizer, seed=seed, context=LONGEST + 2, **shape).save_pretrained(start)
     tokenizer.save_pretrained(start)  # at last, as its presence says that all is there
 
 
-def main(args: Args) -> None:
-    start, data, run = (args.output_dir / name for name in ("start", "molecules.jsonl", "sft"))
+def main(
+    data: Path | None = None,
+    layers: int = 3,
+    hidden: int = 160,
+    max_steps: int = 9000,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    threads: int = 2,
+    samples: int = 1000,
+    output_dir: Path = Path("runs/prior"),
+) -> None:
+    """Train the model on the molecules, and measure what it writes.
+
+    Args:
+        data: File of SMILES, the first word of each line. Default: MolScore's sample.
+        layers: Transformer layers.
+        hidden: Width of the model, a multiple of 4.
+        max_steps: Updates.
+        batch_size: Molecules of an update.
+        learning_rate: Peak learning rate; it rises for 100 updates and falls to 0 along a cosine.
+        seed: Seed of the order of molecules and of the first weights.
+        threads: Threads of training.
+        samples: Completions that are measured at the end.
+        output_dir: Folder of the molecules, the new model, and the run that trains it.
+    """
+    start, rows, run = (output_dir / name for name in ("start", "molecules.jsonl", "sft"))
     if not (start / "tokenizer.json").exists():
-        prepare(args, start, data)
+        smiles = data or in_molscore("data/sample.smi")
+        prepare(start, rows, smiles, seed, layers=layers, hidden=hidden)
     if not (run / "summary.json").exists():
         result = tokenrl.sft(
-            task=str(data), model=str(start), output_dir=str(run), resume="auto", save_every=200,
-            max_steps=args.max_steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=100, seed=args.seed, threads=args.threads,
+            task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
+            max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=100, seed=seed, threads=threads,
         )  # fmt: skip
         if result.exit_code:
             raise SystemExit(f"{run} was stopped; the same command goes on.")
     policy = tokenrl.load_policy(str(run))
-    sampling = Sampling(LONGEST, num_generations=args.samples, seed=args.seed)
+    sampling = Sampling(LONGEST, num_generations=samples, seed=seed)
     (completions,) = sample_pool(policy, [""], sampling)
-    learnt = (json.loads(line)["completion"] for line in data.open())
+    learnt = (json.loads(line)["completion"] for line in rows.open())
     numbers = {name: round(share, 3) for name, share in shares(completions, learnt).items()}
-    print(f"{policy.size:,} parameters, {args.samples:,} completions: {numbers}")
+    print(f"{policy.size:,} parameters, {samples:,} completions: {numbers}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    tyro.cli(main, description=__doc__)
