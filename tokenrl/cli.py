@@ -141,6 +141,6 @@ def _run(argv: list[str]) -> int:
     with without_warnings(getattr(args, "quiet", False)):
         try:
             result = getattr(importlib.import_module(module), function)(args)
-        except (SystemExit, RuntimeError) as error:
+        except (SystemExit, RuntimeError, OSError) as error:
             raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +191,14 @@ def code_line(error: BaseException, frame: int = -1) -> str:
     return f" ({Path(frames[0].filename).name}, line {frames[0].lineno})"
 
 
-def explain(error: BaseException) -> Stopped | None:
-    """Return an error in plain words for what would end the program, used up memory, or a lost process; else None."""
+def explain(error: BaseException) -> TokenrlError | None:
+    """Return in plain words what would end the program, used up memory, a lost process or a long name; else None."""
     if isinstance(error, TokenrlError):  # it is in plain words already
         return None
     if isinstance(error, ENDS):
         return Stopped(f"Code that was called would have ended this program: {raised(error)}.")
+    if getattr(error, "errno", 0) == ENAMETOOLONG:
+        return Refused(f"This is longer than a file's name can be: {error}.")
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return Stopped(

@@ -65,7 +65,7 @@ def test_a_run_leaves_a_complete_directory(once):
     # by the clock, as in the progress, and not by the processor's time
     rates = summary["env_steps_per_second"], rows(result, "timings")[-1]["env_steps_per_second"]
     assert rates == pytest.approx([result.env_steps / result.train_seconds] * 2)
-    assert "threads 1 (fewer than 1 M parameters)" in output
+    assert "threads 1 (fewer than 10 M parameters)" in output
 
 
 def test_a_saved_policy_acts_as_it_did_and_a_second_run_needs_overwrite(once, tmp_path):

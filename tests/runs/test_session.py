@@ -8,6 +8,7 @@ import os
 import signal
 from collections import deque
 from dataclasses import dataclass, field, replace
+from errno import ENAMETOOLONG
 from functools import partial
 from types import SimpleNamespace
 
@@ -550,9 +551,10 @@ CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't alloc
     [
         (RuntimeError(CPU_FULL), "There is not enough memory .* --micro-batch-size"),
         (torch.distributed.DistError(), "Another process of this run has ended"),
+        (OSError(ENAMETOOLONG, "too long"), "This is longer than a file's name can be"),
     ],
 )
-def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, error, words):
+def test_what_pytorch_and_the_system_say_is_one_paragraph(tmp_path, error, words):
     with stopped(f"At step 3: {words}.*step_000002"):
         live(tmp_path / "run", before=at(3, error))
     with refused(f"Before the first step: {words}"):

@@ -16,8 +16,8 @@ from tokenrl.runs.threads import choose_threads, using_threads
     [
         (10**9, 3, "2", 3, "as set"),
         (10, None, "2", 2, "OMP_NUM_THREADS"),
-        (999_999, None, None, 1, "fewer than 1 M"),
-        (1_000_000, None, None, 2, "as many as"),
+        (9_999_999, None, None, 1, "fewer than 10 M"),
+        (10_000_000, None, None, 2, "as many as"),
     ],
 )
 def test_a_setting_comes_first_then_the_variable_then_the_size(

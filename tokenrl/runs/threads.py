@@ -15,7 +15,7 @@ from typing import Annotated
 
 from tokenrl.settings import OPEN, Bounds, Settings
 
-SMALL = 1_000_000
+SMALL = 10_000_000
 """Models with fewer parameters get one thread."""
 
 
@@ -24,7 +24,7 @@ class ThreadArguments(Settings, group="threads"):
     """With how many threads torch computes on a CPU. Their number changes results by rounding only."""
 
     threads: Annotated[int, Bounds(at_least=1, at_most=1024)] = OPEN
-    """Threads of torch. Default: OMP_NUM_THREADS if it is set; else 1 for a model below 1 M parameters, and
+    """Threads of torch. Default: OMP_NUM_THREADS if it is set; else 1 for a model below 10 M parameters, and
     one for each processor for a larger one."""
 
 
