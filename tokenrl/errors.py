@@ -199,16 +199,15 @@ def explain(error: BaseException) -> TokenrlError | None:
         return Stopped(f"Code that was called would have ended this program: {raised(error)}.")
     if getattr(error, "errno", 0) == ENAMETOOLONG:
         return Refused(f"This is longer than a file's name can be: {error}.")
-    used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    words = str(error)
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in words:
         return Stopped(
             f"There is not enough memory ({describe(error)}). Give less at once: of a language model fewer "
             "--tokens-per-pass, --micro-batch-size, --sampling-batch-size or, in lab measure, "
             "--rows-at-once, which change no result, or shorter completions; of an agent fewer --num-envs."
         )
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    is_of_network = "DistError" in kinds or "/gloo/" in str(error)
-    if is_of_network and isinstance(error, RuntimeError):
+    if "RuntimeError" in kinds and ("DistError" in kinds or "/gloo/" in words):
         return Lost(
             "Another process of this run has ended or does not answer; what it printed says why. Start all "
             f"of them again to continue the run. PyTorch said: {describe(error)}"

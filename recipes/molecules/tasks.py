@@ -26,5 +26,5 @@ def __getattr__(name: str) -> PromptTask:
         return list(molscore.score(completions, flt=True))
 
     score.range = (0, 1)  # type: ignore[attr-defined]
-    prompts = [{"prompt": ""}]
-    return PromptTask(name, prompts, 128 * prompts, score, max_completion_length=LONGEST + 1)
+    prompts = 128 * [{"prompt": ""}]
+    return PromptTask(name, prompts, prompts, score, max_completion_length=LONGEST + 1)
