@@ -179,6 +179,15 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -
     )
 
 
+def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy) -> None:
+    variances = []
+    for rows in (ROWS[:1], ROWS[:1] * 16):
+        task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows})
+        measured = measure_gradients(model=policy, estimators=("rloo",), **FEW | {"task": task})
+        variances.append(measured.estimators[0].variance.value)
+    assert variances[0] == variances[1] > 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
