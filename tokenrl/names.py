@@ -111,8 +111,8 @@ def import_source(source: str, whose: str) -> Any:
     file = Path(source).resolve() if source.endswith(".py") else None
     if file is not None and not file.is_file():
         raise Refused(f"{whose}: there is no file {source}; give its path from {Path.cwd()}.")
-    own = OWN_MODULES.values()
-    if not all(path.is_file() and path.read_bytes() == content for path, content in own):
+    modules = OWN_MODULES.values()
+    if not all(path.is_file() and path.read_bytes() == content for path, content in modules):
         for name in OWN_MODULES:
             sys.modules.pop(name, None)
         OWN_MODULES.clear()

@@ -128,8 +128,8 @@ def agents(kind: str) -> dict[str, dict[str, Any]]:
     for line in Path(__file__).with_name("agents.txt").read_text(encoding="utf-8").splitlines():
         agent, *columns = line.split(" | ")
         if agent == kind:
-            env, estimator, others = columns
-            settings[env] = {"estimator": Estimator.preset(estimator), **read_changes(others)[1]}
+            env, estimator, changes = columns
+            settings[env] = {"estimator": Estimator.preset(estimator), **read_changes(changes)[1]}
     return settings
 
 

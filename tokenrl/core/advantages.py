@@ -296,8 +296,8 @@ def from_function(function: Callable[..., Tensor], rows: Rows, step: Step) -> Fl
     name = getattr(function, "__name__", type(function).__name__)
     options = {"group_size": step.group_size, "mask": mask.clone(), "valid": rows.valid.clone()}
     with failures_of_baseline(name):
-        own = function.load() if isinstance(function, NamedFunction) else function
-        parameters = signature(own).parameters.values()
+        loaded = function.load() if isinstance(function, NamedFunction) else function
+        parameters = signature(loaded).parameters.values()
         if any(x.name == "rewards" or x.kind is x.VAR_KEYWORD for x in parameters):
             options["rewards"] = step.rewards.clone()
         baseline = function(totals.clone(), **options)

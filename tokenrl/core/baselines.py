@@ -39,15 +39,15 @@ def quantile(
     rows, and the lower one of the two middle returns of an even number. A row without another gets its own
     return.
     """
-    others = valid[:, None] & ~each_itself(totals.shape[1], totals)  # [S, n, n]
-    candidates = totals[:, None].masked_fill(~others, torch.inf)
+    peers = valid[:, None] & ~each_itself(totals.shape[1], totals)  # [S, n, n]
+    candidates = totals[:, None].masked_fill(~peers, torch.inf)
     ordered = candidates.sort(-1).values
-    count = others.sum(-1, keepdim=True)
+    count = peers.sum(-1, keepdim=True)
     # 1e-6: the product may be rounded up, as 0.07 * 100
     rank = (share * count - 1e-6).ceil().long()
     index = rank.clamp(min=1) - 1
     least = ordered.gather(-1, index)[..., 0]
-    return torch.where(others.any(-1), least, totals)
+    return torch.where(peers.any(-1), least, totals)
 
 
 def each_itself(n: int, like: Tensor) -> Bool[Tensor, "n n"]:

@@ -98,9 +98,9 @@ def estimator_line(axes: Axes, always: Sequence[str], status: str) -> str:
         always: names of axes that are shown first, whatever they are.
         status: the status in words.
     """
-    others = [field.name for field in fields(axes) if getattr(axes, field.name) != field.default]
+    changed = [field.name for field in fields(axes) if getattr(axes, field.name) != field.default]
     parts = []
-    for name in dict.fromkeys([*always, *others]):
+    for name in dict.fromkeys([*always, *changed]):
         value = getattr(axes, name)
         text = f"{value:g}" if isinstance(value, float) else str(value)
         if callable(value):
@@ -117,9 +117,9 @@ def objective_line(axes: Axes) -> dict[str, str]:
     name: str = axes.objective
     if axes.objective_order is not None:
         name += f" of order {axes.objective_order}"
-    own = status_line(axes, of_reward=False)
+    status = status_line(axes, of_reward=False)
     of_mean = status_line(axes, of_reward=True)
-    line = f"{name}, form {axes.form}; bias: {own}; as a gradient of the mean reward: {of_mean}"
+    line = f"{name}, form {axes.form}; bias: {status}; as a gradient of the mean reward: {of_mean}"
     return {"objective": line}
 
 

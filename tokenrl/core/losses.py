@@ -221,8 +221,8 @@ def with_others(logprobs: Float[Tensor, "*N k"]) -> Float[Tensor, "*N k+1"]:
     sum of `pi grad log pi` over the others is the gradient of their sum.
     """
     rounding = 16 * torch.finfo(logprobs.dtype).eps
-    others = 1 - logprobs.exp().sum(-1, keepdim=True)
-    log_others = others.clamp(min=rounding).log().masked_fill(others <= rounding, -torch.inf)
+    remainder = 1 - logprobs.exp().sum(-1, keepdim=True)
+    log_others = remainder.clamp(min=rounding).log().masked_fill(remainder <= rounding, -torch.inf)
     return torch.cat([logprobs, log_others], dim=-1)
 
 

@@ -32,10 +32,10 @@ def std_of_others(
     Returns:
         The deviation, exactly 0 for equal others, and the mask of the rows with two or more others.
     """
-    others = valid[:, None] & ~each_itself(valid.shape[1], valid)  # [S, n, n]
-    compared = totals[:, None].expand_as(others)
-    deviation = std(compared, others, ddof)[..., 0]
-    return deviation, others.sum(-1) > 1
+    peers = valid[:, None] & ~each_itself(valid.shape[1], valid)  # [S, n, n]
+    compared = totals[:, None].expand_as(peers)
+    deviation = std(compared, peers, ddof)[..., 0]
+    return deviation, peers.sum(-1) > 1
 
 
 def std_of_other_sets(
@@ -48,10 +48,10 @@ def std_of_other_sets(
     """
     sets, n = valid.shape
     own_set = each_itself(sets, valid).repeat_interleave(n, 1)  # [S, S n]
-    others = valid.reshape(1, -1) & ~own_set
-    compared = totals.reshape(1, -1).expand_as(others)
-    deviation = std(compared, others, ddof)[:, :1]
-    return deviation, others.sum(-1, keepdim=True) > 1
+    peers = valid.reshape(1, -1) & ~own_set
+    compared = totals.reshape(1, -1).expand_as(peers)
+    deviation = std(compared, peers, ddof)[:, :1]
+    return deviation, peers.sum(-1, keepdim=True) > 1
 
 
 def token_whiten(

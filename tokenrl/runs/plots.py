@@ -245,12 +245,12 @@ def extremes(x: Sequence[float], curves: Iterable[Sequence[float]], columns: flo
 
     last = len(x) - 1
     column = np.floor((np.asarray(x) - x[0]) * (columns / max(x[-1] - x[0], 1e-300)))
-    kept = {0, last}
+    indices = {0, last}
     for values in curves:
         order = np.lexsort((np.asarray(values), column))  # by column, and in it by value
         ends = np.flatnonzero(np.diff(column[order]))
-        kept.update(order[[0, *(ends + 1), *ends, last]].tolist())
-    return sorted(kept)
+        indices.update(order[[0, *(ends + 1), *ends, last]].tolist())
+    return sorted(indices)
 
 
 def smooth(

@@ -24,11 +24,11 @@ def share_of_rate(
     """
     if updates < warmup_steps:
         return updates / warmup_steps
-    left = max(1, max_steps - warmup_steps)
+    decay_steps = max(1, max_steps - warmup_steps)
     if kind == "linear":
-        return max(0.0, (max_steps - updates) / left)
+        return max(0.0, (max_steps - updates) / decay_steps)
     if kind == "cosine":
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((updates - warmup_steps) / left))))
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((updates - warmup_steps) / decay_steps))))
     return 1.0
 
 

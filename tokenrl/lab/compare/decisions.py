@@ -112,12 +112,12 @@ def _pairs(
 ) -> list[tuple[ArmScores, ArmScores]]:
     """Return each other arm with the reference, then all other pairs if they are asked for."""
     check_choice("reference", reference, arms)
-    others = [scores for arm, scores in arms.items() if arm != reference]
-    if not others:
+    rivals = [scores for arm, scores in arms.items() if arm != reference]
+    if not rivals:
         raise Refused(f"There is only the arm {reference!r}; give two arms or more.")
-    pairs = [(arm, arms[reference]) for arm in others]
+    pairs = [(arm, arms[reference]) for arm in rivals]
     if all_pairs:
-        pairs += [(later, earlier) for earlier, later in combinations(others, 2)]
+        pairs += [(later, earlier) for earlier, later in combinations(rivals, 2)]
     return pairs
 
 

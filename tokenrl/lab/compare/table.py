@@ -90,11 +90,11 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
         decisive = [run.settings.get(name) for name in DECISIVE]
         for name, digest in (recorded.config.get("hashes", {}) if recorded else {}).items():
-            other = first.setdefault(f"{name} {decisive}", (digest, run.path))
-            if digest != other[0]:
+            earlier = first.setdefault(f"{name} {decisive}", (digest, run.path))
+            if digest != earlier[0]:
                 raise Refused(
-                    f"The runs {other[1]} and {run.path} in {root} cannot be compared, as they differ in {name}. Make "
-                    "all runs with the same code, data and models, in an empty --output-dir."
+                    f"The runs {earlier[1]} and {run.path} in {root} cannot be compared, as they differ in {name}. "
+                    "Make all runs with the same code, data and models, in an empty --output-dir."
                 )
         state, reason = _state(recorded, path)
         row = {

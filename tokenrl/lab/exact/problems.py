@@ -330,12 +330,14 @@ def slopes_of(
     """
     slope = torch.func.jacrev(quantity)
     prompts = zip(logits, *constants, strict=True)
-    own = torch.stack([slope(x, rows, *y).flatten(-2) for x, *y in prompts])  # [P, M, T, ..., S V]
+    by_prompt = torch.stack(
+        [slope(x, rows, *y).flatten(-2) for x, *y in prompts]
+    )  # [P, M, T, ..., S V]
     if shared:
-        return own
+        return by_prompt
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
-    whole = own.new_zeros(*own.shape[:-1], len(logits), own.shape[-1])
-    for prompt, block in enumerate(own):
+    whole = by_prompt.new_zeros(*by_prompt.shape[:-1], len(logits), by_prompt.shape[-1])
+    for prompt, block in enumerate(by_prompt):
         whole[prompt, ..., prompt, :] = block
     return whole.flatten(-2)
 

@@ -120,8 +120,8 @@ def sum_of_means(
 def mean_of_turns(totals: Tensor, *, mask: Tensor, left_out: int, **_: Any) -> Tensor:
     """Return the mean of the totals over all turns of the step, less so many of the row's own turns [N]."""
     turns = mask.sum(-1)
-    own = turns.clamp(max=left_out)
-    return ((turns * totals).sum() - own * totals) / (turns.sum() - own)
+    excluded = turns.clamp(max=left_out)
+    return ((turns * totals).sum() - excluded * totals) / (turns.sum() - excluded)
 
 
 def divided(totals: Tensor, *, mask: Tensor, valid: Tensor, by: str, **_: Any) -> Tensor:

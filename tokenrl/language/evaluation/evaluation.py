@@ -311,9 +311,9 @@ def _metrics(
     metrics["completions/mean_length"] = mean("length")
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
-        own = [row["rewards"][i] for row in rows]
-        metrics[f"rewards/{name}/mean"] = over_prompts(own).value
-        if share := fmean(map(math.isnan, own)):
+        column = [row["rewards"][i] for row in rows]
+        metrics[f"rewards/{name}/mean"] = over_prompts(column).value
+        if share := fmean(map(math.isnan, column)):
             metrics[f"rewards/{name}/abstained"] = share
     tokens = sum(row["length"] for row in rows)
     entropy = sum(row["entropy"] for row in rows)
@@ -323,8 +323,8 @@ def _metrics(
         endings = [row["ending"] for row in rows]
         for ending in dict.fromkeys(endings):
             metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
-    kept = ("reward", "reward_greedy")
-    return {name: x for name, x in metrics.items() if name in kept or not math.isnan(x)}
+    always = ("reward", "reward_greedy")
+    return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}
 
 
 class Estimate(NamedTuple):

@@ -42,12 +42,12 @@ def copied(model: nn.Module, replaced: Mapping[int, Any] | None = None) -> Any:
     """
     twin = copy.deepcopy(model, dict(replaced or {}))
     of_twin, of_model = ({w.data_ptr(): w for w in m.parameters()} for m in (twin, model))
-    own = [of_twin[address] for address in of_twin.keys() - of_model]
-    others = [of_model[address] for address in of_model.keys() - of_twin]
+    of_copy = [of_twin[address] for address in of_twin.keys() - of_model]
+    of_original = [of_model[address] for address in of_model.keys() - of_twin]
     logits = _logits(twin)
-    if not own or (logits is None and _logits(model) is None):
+    if not of_copy or (logits is None and _logits(model) is None):
         return twin  # the checks of a run refuse a model that cannot be computed
-    if logits is None or not _changes(twin, logits, own) or _changes(twin, logits, others):
+    if logits is None or not _changes(twin, logits, of_copy) or _changes(twin, logits, of_original):
         parts = [name or "the model" for name, m in model.named_modules() if "forward" in vars(m)]
         raise Refused(
             f"A copy of the model ({type(model).__name__}) does not compute with its own weights. Functions that were "

@@ -276,8 +276,8 @@ def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Any) -> str:
     end = max(ends, key=text.rfind, default="")
     if end.strip() and end in text:
         return end
-    other = policy.write([*prompt, {"role": "assistant", "content": "."}], tools)
-    return commonprefix([text[::-1], other[::-1]])[::-1].rstrip()  # noqa: RUF071
+    answered = policy.write([*prompt, {"role": "assistant", "content": "."}], tools)
+    return commonprefix([text[::-1], answered[::-1]])[::-1].rstrip()  # noqa: RUF071
 
 
 def reply_ids(

@@ -75,8 +75,8 @@ def check_scoring(
         )
     remarks = {}
     if cache:
-        way = "as the model keeps it, with each prompt read for each completion, in sampling"
-        remarks["cache"] = f"{way} ({cache})"
+        words = "as the model keeps it, with each prompt read for each completion, in sampling"
+        remarks["cache"] = f"{words} ({cache})"
     if prompts:
         remarks["prompts"] = f"computed anew for each completion when scored ({prompts})"
     if logits:

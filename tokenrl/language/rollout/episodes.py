@@ -290,18 +290,18 @@ def _sampled(
     histories = [row.prompt + row.tokens for row in active]
     rollout = generator.generate(histories, sampling, draws).on_host()
     room = torch.tensor([row.room(policy, row.budget) for row in active])
-    kept = rollout.mask & (torch.arange(rollout.mask.shape[1]) < room[:, None])
+    mask = rollout.mask & (torch.arange(rollout.mask.shape[1]) < room[:, None])
     cut = rollout.truncated | (rollout.mask.sum(dim=1) > room)
     starts = torch.tensor([len(row.tokens) for row in active])
-    texts = policy.decode(rollout.completion_ids, kept)
+    texts = policy.decode(rollout.completion_ids, mask)
     for j, row in enumerate(active):
-        ids = rollout.completion_ids[j][kept[j]].tolist()
+        ids = rollout.completion_ids[j][mask[j]].tolist()
         tools = () if cut[j] else row.episode.tools  # an unfinished turn is never acted on
         before = row.prompt + row.tokens  # the engine may have changed the list that it was given
         row.write(assistant_message(policy.tokenizer, ids, before, texts[j], tools), ids)
         if cut[j]:
             row.ending = "context_overflow" if row.budget else "max_tokens"
-    numbers, positions = kept.nonzero(as_tuple=True)
+    numbers, positions = mask.nonzero(as_tuple=True)
     cells = torch.tensor(index)[numbers], starts[numbers] + positions
     return _Part(rollout, (numbers, positions), cells, turn)
 

@@ -146,8 +146,8 @@ def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
     """Return the environments of episodes and the rewards that these gave, None where an episode failed."""
     totals = rollout.turn_rewards.sum(dim=1).tolist()
     rows = zip(totals, rollout.failures, strict=True)
-    own = [None if failure else total for total, failure in rows]
-    return {"environments": list(rollout.environments), "environment_rewards": own}
+    rewards = [None if failure else total for total, failure in rows]
+    return {"environments": list(rollout.environments), "environment_rewards": rewards}
 
 
 def episode_metrics(rollout: Rollout) -> dict[str, float]:

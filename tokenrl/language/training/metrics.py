@@ -182,13 +182,13 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
         those of the rows that the first update learns from; none if there are no such rows.
     """
     host = to_host(part.logprobs for part in parts)
-    own: list[list[float]] = []
+    local: list[list[float]] = []
     for part, logprobs in zip(parts, host, strict=True):
         gaps = torch.where(part.mask, logprobs - part.sampling_logprobs, 0).double()  # log pi / mu
         sizes = gaps.abs()
         numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), part.mask.sum(1))
-        own += torch.stack(numbers, dim=1).tolist()
-    rows = gather_objects(own)
+        local += torch.stack(numbers, dim=1).tolist()
+    rows = gather_objects(local)
     if not rows:
         return {}
     ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
