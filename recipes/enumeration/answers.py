@@ -29,13 +29,7 @@ import tyro
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.lab import (
-    Moments,
-    Problem,
-    exact_moments,
-    off_policy_moments,
-    tabular_problem,
-)
+from tokenrl.lab import Moments, Problem, exact_moments, off_policy_moments, tabular_problem
 
 PARAMETERS = 4
 SLOPES = ("scores", "entropy_slopes", "kl_slopes")
