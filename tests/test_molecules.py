@@ -118,3 +118,4 @@ def test_molscore_scores_tasks_with_the_oracles_of_old_releases_too(tmp_path):
         scorer = molopt.Scorer(molopt.open_task(molopt.Args(), task, tmp_path / task))
         values = scorer(molecules[task], lambda *metric: None)
         assert values == pytest.approx(scores, abs=0.001), task
+        assert scorer(["c1cc", "("], lambda *metric: None) == [0, 0], task

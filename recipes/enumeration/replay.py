@@ -15,8 +15,8 @@ latter. The row is weighted by the importance of the estimator. `recipes/pages/e
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import itertools
 from dataclasses import replace
+from itertools import product
 from statistics import median
 
 import torch
@@ -33,7 +33,7 @@ def replayed(problem: Problem, capacity: int) -> Problem:
     rewards = problem.totals[0]
     chances = problem.of_sampler.chances[0]
     shares = torch.zeros_like(chances)  # how often each completion is the replayed one
-    for pair in itertools.product(range(len(chances)), repeat=2):
+    for pair in product(range(len(chances)), repeat=2):
         kept = sorted(set(pair), key=lambda number: -rewards[number])[:capacity]
         shares[kept] += chances[list(pair)].prod() / len(kept)
     return replace(problem, environment=shares / chances)
@@ -62,10 +62,10 @@ def main(problems: int = 20) -> None:
     """
     print(f"{'importance':12} {'the better is kept':>20} {'both are kept':>16}")
     for weights in WEIGHTS:
-        medians = []
-        for capacity in (1, 2):
-            medians.append(median(bias(seed, weights, capacity) for seed in range(problems)))
-        print(f"{weights:12} {medians[0]:20.3f} {medians[1]:16.3f}")
+        better, both = (
+            median(bias(seed, weights, capacity) for seed in range(problems)) for capacity in (1, 2)
+        )
+        print(f"{weights:12} {better:20.3f} {both:16.3f}")
 
 
 if __name__ == "__main__":

@@ -61,11 +61,15 @@ class LegacyQSAR(WithConda):
         return (counts[..., 1] / counts.sum(-1)).mean(0)
 
     def __call__(self, smiles: list[str], **options: Any) -> list[dict[str, Any]]:
-        size = self.size
-        rows = [Fingerprints.get(text, self.fingerprint, size, asarray=True) for text in smiles]
-        probabilities = self.probabilities(np.array(rows, np.float32))
-        column = f"{self.prefix}_pred_proba"
-        return [{"smiles": text, column: p} for text, p in zip(smiles, probabilities, strict=True)]
+        rows = [Fingerprints.get(text, self.fingerprint, self.size, True) for text in smiles]
+        # MolScore also asks for batches in which nothing is a molecule.
+        valid = [row is not None for row in rows]
+        molecules = [np.zeros(self.size) if row is None else row for row in rows]
+        probabilities = valid * self.probabilities(np.array(molecules, np.float32))
+        return [
+            {"smiles": text, f"{self.prefix}_pred_proba": p}
+            for text, p in zip(smiles, probabilities, strict=True)
+        ]
 
 
 warnings.simplefilter("ignore", InconsistentVersionWarning)
