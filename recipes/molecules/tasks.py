@@ -2,7 +2,7 @@
 
     tokenrl compare --task recipes/molecules/tasks.py:QED --model runs/prior/sft --arms rloo reinforce
 
-The prompt is empty. An evaluation samples 128 molecules.
+The prompt is empty. An evaluation samples four molecules for each of 32 rows, 128 in all.
 """
 
 from pathlib import Path
@@ -26,5 +26,5 @@ def __getattr__(name: str) -> PromptTask:
         return list(molscore.score(completions, flt=True))
 
     score.range = (0, 1)  # type: ignore[attr-defined]
-    prompts = 128 * [{"prompt": ""}]
+    prompts = 32 * [{"prompt": ""}]
     return PromptTask(name, prompts, prompts, score, max_completion_length=LONGEST + 1)
