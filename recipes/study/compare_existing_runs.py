@@ -48,7 +48,7 @@ def main(
                 "arm": ", ".join(f"{name}={value}" for name, value in values.items()) or "all runs",
                 "seed": run.config["seed"],
                 "score": fmean(rewards) if rewards else float("nan"),
-                "failed": not ended_by_itself(run.summary.get("exit_reason")),
+                "failed": not ended_by_itself(run.summary),
             }
         )
     (family,) = judge_scores(rows, margin=margin, failure_below=failure_below).families

@@ -308,7 +308,8 @@ def damaged(run, step):
 
 def test_an_evaluation_made_because_a_run_ended_decides_nothing_once_it_goes_on(tmp_path):
     def call_back(session):
-        session.ended = "callback" if session.step == 5 else session.ended
+        if session.step == 5:
+            session.end("callback")
 
     usual = {"score": falling, "patience": 3, "max_steps": 14}
     live(tmp_path, call_back, **usual)

@@ -29,7 +29,8 @@ def logged(kind):
 
 def test_a_tracker_gets_settings_steps_evaluations_and_timings(trackers, tmp_path):
     def end(session):  # so that it is evaluated after its last row
-        session.ended = "stuck" if session.step == 3 else None
+        if session.step == 3:
+            session.end("stuck")
 
     fake = trackers["fake"]
     live(tmp_path / "none", report_to=("none",))

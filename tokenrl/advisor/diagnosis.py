@@ -116,7 +116,7 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = evaluated and evaluated[-1].exceeds(evaluated[0], ERRORS_OF_CHANCE)
-    if is_language and ended_by_itself(run.summary.get("exit_reason")) and "flags" in run.summary:
+    if is_language and ended_by_itself(run.summary) and "flags" in run.summary:
         gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]

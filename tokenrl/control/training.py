@@ -110,7 +110,7 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
     args = run.args
     reached = run.solved(session.eval_before) is True
     if args.stop_when_solved and reached:
-        session.ended = "solved"
+        session.end("solved")
     for step in session.steps():
         with session.update():
             metrics = _one_update(run, step)
@@ -119,7 +119,7 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
             metrics |= session.evaluated(scores)
             if run.solved(scores):
                 if args.stop_when_solved:
-                    session.ended = "solved"
+                    session.end("solved")
                 elif not reached and step < args.max_steps:
                     session.console.note(
                         f"Solved at step {step}, with a mean return of {scores['reward']:.4g}. Training goes "

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from tokenrl.errors import Refused
 from tokenrl.runs.metric_table import metric_of
-from tokenrl.runs.signals import BROKEN_OFF
 from tokenrl.settings import Natural, Settings
 
 DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")
@@ -127,7 +126,7 @@ class Best:
 def kept_weights(summary: Mapping[str, Any]) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
-    if not best or summary["exit_reason"] in BROKEN_OFF:
+    if not best or summary["exit_reason"] == "failed":
         return ""
     text = (
         f"model/ holds the weights of step {best['step']}, with the best {best['metric']} of "

@@ -176,9 +176,8 @@ def conclude(
     """
     findings = sorted(findings, key=lambda finding: finding.weight != "void")
     problems = [str(finding) for finding in findings if finding.weight == "void"]
-    session.ended = "check"
+    session.end("check", exit_code=Refused.exit_code if problems else 0)
     session.flags += [finding.flag for finding in findings]
-    session.exit_code = Refused.exit_code if problems else 0
     if not session.main:
         return
     console = session.console

@@ -68,8 +68,9 @@ class Session:
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
-        flags, ended: warnings about the outcome; why the run ends before its last step: a loop sets it.
-        exit_code: that of the outcome; 2 for a check that found a problem.
+        flags: warnings about the outcome.
+        ended, reason: why the run ends before its last step, see `BY_ITSELF`, and why in words.
+        exit_code: the code of the outcome; 2 for a check that found a problem.
     """
 
     saver: Saver
@@ -111,7 +112,7 @@ class Session:
         self._atexit = contextlib.ExitStack()
         self.exit_code = 0
         self.ended: str | None = None
-        self.reason = ""  # why a reward or a callback ended the run, in words
+        self.reason = ""
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
@@ -208,7 +209,7 @@ class Session:
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps that are left; they end early after a signal, or once `ended` is set.
+        """Yield the steps that are left; they end early after a signal, or once `end` is called.
 
         Before the first of them config.json and the evaluation of step 0 are written. A run that the
         directory held goes; of a continued run, what follows the checkpoint.
@@ -273,7 +274,7 @@ class Session:
         best = self.saver.best
         best.judge(self.step, metrics)
         if best.exhausted and self.ended is None and self.step < self.args.max_steps:
-            self.ended = "no-improvement"
+            self.end("no-improvement")
         return of_evaluation(metrics)
 
     @contextlib.contextmanager
@@ -310,6 +311,17 @@ class Session:
         self._recorded = self.step
         self.console.step(self.step, self.args.max_steps, {**metrics, **times})
 
+    def end(self, reason: str, words: str = "", exit_code: int = 0) -> None:
+        """End the run after this step.
+
+        Args:
+            reason: one of `BY_ITSELF`, or `check`.
+            words: why in words, such as those of `Finished`.
+            exit_code: the code of the outcome, unless a signal came.
+        """
+        self.ended, self.reason = reason, words
+        self.exit_code = self.stop.exit_code or exit_code
+
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
         if topic not in self._warned:
@@ -332,11 +344,10 @@ class Session:
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
         code = self.stop.exit_code
-        self.exit_code = code or self.exit_code
         return {
             "output_dir": self.output_dir,
             "exit_reason": SIGNALS.get(code, self.ended or "finished"),
-            "exit_code": self.exit_code,
+            "exit_code": code or self.exit_code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
@@ -357,6 +368,7 @@ class Session:
         Raises:
             Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
         """
+        self.exit_code = ended.exit_code
         self.save()
         self.saver.read_best(self.step)
         if not self.main:

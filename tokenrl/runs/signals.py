@@ -18,19 +18,20 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from functools import cache, partial
 from types import FrameType
 from typing import Any
 
 SIGNALS = {143: "SIGTERM", 130: "SIGINT", 129: "SIGHUP"}
 """The reason that summary.json gives for an exit code."""
-BROKEN_OFF = (None, "failed", "check")
-"""The reasons, besides signals, of runs that did not end by themselves; None of a run that was killed."""
+BY_ITSELF = ("finished", "callback", "learnt", "stuck", "no-improvement", "solved")
+"""The exit reasons of runs whose training decided to end; the others are `check`, `failed` and signals."""
 
 
-def ended_by_itself(reason: str | None) -> bool:
-    """Return whether the exit reason of a summary.json is that of a run that ended as its training decided."""
-    return reason not in (*BROKEN_OFF, *SIGNALS.values())
+def ended_by_itself(summary: Mapping[str, Any]) -> bool:
+    """Return whether a run ended as its training decided, from its summary.json; empty for a killed run."""
+    return summary.get("exit_reason") in BY_ITSELF
 
 
 @cache

@@ -150,7 +150,7 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
     summary = recorded.summary if recorded else {}
     ending = summary.get("exit_reason")
-    if ended_by_itself(ending):
+    if ended_by_itself(summary):
         return "finished", ""
     if ending in SIGNALS.values():
         return "missing", f"It was stopped by {ending}; the same command continues it."
@@ -168,7 +168,7 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
 def is_done(run: PlannedRun, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
     summary = root / run.path / "summary.json"
-    return summary.is_file() and ended_by_itself(read_config(summary).get("exit_reason"))
+    return summary.is_file() and ended_by_itself(read_config(summary))
 
 
 def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:

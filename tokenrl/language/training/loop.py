@@ -131,22 +131,22 @@ def train(
                 if step == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
                 if callback:
-                    session.ended = _call_back(callback, metrics, session) or session.ended
-                session.ended = judge_step(run, session) or session.ended
+                    _call_back(callback, metrics, session)
+                judge_step(run, session)
             return _finish(run, session)
 
 
-def _call_back(callback: Callback, metrics: dict[str, float], session: Session) -> str | None:
-    """Call the user's function after a step; return why the run ends, if that of any process asks for it."""
-    wish = 0
+def _call_back(callback: Callback, metrics: dict[str, float], session: Session) -> None:
+    """Call the user's function after a step, and end the run if the call of any process asks for it."""
+    wish, words = 0, ""
     try:
         with user_code():
             wish = int(callback(session.step, dict(metrics)) is True)
     except Finished as end:
-        session.reason = str(end)
-        wish = 2
+        wish, words = 2, str(end)
     (wish,) = all_reduce_max(session.accelerator, [wish])
-    return (None, "callback", "finished")[wish]
+    if wish:
+        session.end("callback" if wish == 1 else "finished", words)
 
 
 def _warm_start(

@@ -242,7 +242,7 @@ def end_by(end: Finished, session: Session) -> None:
     """
     if session.accelerator.num_processes > 1:
         raise end
-    session.ended, session.reason = "finished", str(end)
+    session.end("finished", str(end))
 
 
 def first_facts(

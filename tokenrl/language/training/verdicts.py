@@ -37,8 +37,8 @@ def judge_start(run: TrainingRun, session: Session) -> None:
         session.warn_once(finding.flag, finding.text)
 
 
-def judge_step(run: TrainingRun, session: Session) -> str | None:
-    """Warn of a step that destroys the policy or can teach nothing; return why the run ends now, or None.
+def judge_step(run: TrainingRun, session: Session) -> None:
+    """Warn of a step that destroys the policy or can teach nothing, and end a run that has nothing to learn.
 
     Raises:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
@@ -58,12 +58,14 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
     if "policy-destroyed" in findings and "policy-destroyed" not in session.flags:
         session.flags.append("policy-destroyed")
     if "no-signal" not in findings:
-        return None
+        return
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
     if observed.step.reward > before:
-        return _end_of_learning(run, session, idle) if ends else None
+        if ends:
+            _end_learning(run, session, idle)
+        return
     text = findings["no-signal"].text
     if "policy-destroyed" not in session.flags:
         session.warn_once("flat", f"{start} {text}")
@@ -72,7 +74,6 @@ def judge_step(run: TrainingRun, session: Session) -> str | None:
         if "policy-destroyed" in findings:
             text = findings["policy-destroyed"].text
         raise Stopped(f"{text} (--stop-after-zero-spread 0 lets such a run continue.)")
-    return None
 
 
 def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
@@ -162,19 +163,20 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     return count
 
 
-def _end_of_learning(run: TrainingRun, session: Session, steps: int) -> str:
-    """Print why a run ends whose rewards are all equal and higher than before; return the exit reason."""
+def _end_learning(run: TrainingRun, session: Session, steps: int) -> None:
+    """End a run whose rewards are all equal and higher than before, and print why."""
     solved = getattr(run.task, "solved", None)
     reward = session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
         session.console.note(f"{text}: the task is learnt.")
-        return "learnt"
+        session.end("learnt")
+        return
     session.console.warn(
         f"{text}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as solved. Try "
         "a lower --learning-rate, or a bonus for entropy (--estimator.entropy-coef)."
     )
-    return "stuck"
+    session.end("stuck")
 
 
 def asks_in_text(run: TrainingRun) -> bool:
