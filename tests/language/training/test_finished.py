@@ -120,6 +120,28 @@ def test_a_callback_ends_the_run_after_its_step_and_the_run_can_be_continued(arg
     assert tokenrl.train(resume="auto", **options).steps == 3
 
 
+def test_a_check_spends_nothing_of_what_a_reward_counts(saved, tmp_path):
+    class Scorer:
+        count = 0
+
+        def __call__(self, completions, **rows):
+            self.count += len(completions)
+            return [0.0, 1.0] * (len(completions) // 2)
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    scorer = Scorer()
+    scorer.count = 5
+    usual = {"model": str(saved()), "task": [{"prompt": "the cat"}], "reward": scorer}
+    usual |= {"max_completion_length": 4, "num_generations": 2, "cpu": True}
+    check = tokenrl.train(**usual, check=True, output_dir=str(tmp_path / "run"))
+    assert (check.exit_reason, scorer.count) == ("check", 5)
+
+
 def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, capsys):
     argv = [*argv, "mine.py:scorer"]
     for extra in ("--keep best", "--reward-timeout 9"):

@@ -44,13 +44,15 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     """Make the first step of a run, print it with what the rules find, and return the result.
 
     Args:
-        run: the run. Its weights have been trained afterwards, and nothing of it is saved.
+        run: the run. Its weights have been trained afterwards, and nothing of it is saved. Rewards have their
+            states of before again.
         session: the session, which has been opened.
 
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
     findings = _text_findings(run)
+    before = run.rewards.state_dict()
     observed = observe_run(run, [])
     lines = {}
     try:
@@ -85,6 +87,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
             )
             if record.unread:
                 findings.append(Finding("unread-tokens", "watch", record.unread))
+    run.rewards.load_state_dict(before)
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
     is_open = run.settings.origins.get("max_completion_length") != "given"
     for finding in judge(observed):
