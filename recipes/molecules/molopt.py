@@ -96,6 +96,7 @@ class Scorer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with rows of earlier calls."""
         self.molscore.step = state["step"]
+        self.molscore.main_df = None
         if state["rows"]:
             self.molscore.main_df = pd.DataFrame(state["rows"])
             self.molscore.update_maxmin(self.molscore.main_df)
