@@ -1,7 +1,6 @@
-"""Calls code that a user wrote, such as rewards, so that the run stays what it is without it.
+"""Runs user code, such as rewards, and restores the settings of torch and numpy that it changed.
 
-The code may change settings of torch and numpy for itself; once the call has returned, the run has its own
-again. A process that the code forks ends where it would come out of the call. Imports no torch.
+A process that the code forks ends where it would come out of the call. Imports no torch.
 """
 
 from __future__ import annotations

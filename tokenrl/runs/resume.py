@@ -290,8 +290,8 @@ def together(accelerator: Any, prepare: Callable[[], T]) -> T:
         prepare: what each process does, which may refuse.
 
     Raises:
-        Refused: `prepare` refused, here or in another process. If it did so in the main process, the others
-            raise `Silent`, and those too in which it did not.
+        Refused: `prepare` refused, here or in another process.
+        Silent: the main process refuses; all others raise this.
     """
     fault: TokenrlError | None = None
     try:

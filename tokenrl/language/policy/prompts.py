@@ -32,7 +32,7 @@ OURS = (
 """Arguments of a chat template that are given by this module, and so by nobody else."""
 
 TAIL = 16
-"""Tokens before a text that are looked at to see how it reads behind them."""
+"""Preceding tokens decoded with a text, to check that it reads as written."""
 ENCODED_TWICE = re.compile(r'"\{\s*(\\|\})')
 """How the JSON of an object begins that was encoded again, as text."""
 BEGUN = 200

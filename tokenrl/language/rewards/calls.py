@@ -40,7 +40,7 @@ RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
     "log_extra": (COLUMNS.split(), ("rewards/",)),
 }
-"""The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
+"""Reserved names and prefixes: of metrics for `log_metric`, of completions for `log_extra`."""
 
 PLAIN = {str, int, float, bool, type(None)}
 """Types of values that cannot be changed in place."""

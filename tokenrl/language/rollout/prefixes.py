@@ -70,7 +70,7 @@ class PrefixCache:
             self._rows = {key: prefix for key, prefix in prefixes if prefix.cache is not oldest}
 
     def drop(self, ids: Sequence[int], length: int) -> None:
-        """Forget the prefix of so many tokens of a history, which becomes longer."""
+        """Remove the cached prefix of `length` tokens; a longer one replaces it."""
         self._rows.pop(_key(ids[:length]), None)
 
     def _nbytes(self) -> int:

@@ -49,11 +49,11 @@ class SamplingArguments(Distribution, group="sampling"):
     fit is read again in each turn. With vllm: all; rows that do not fit wait, and it bounds the length of
     prompt and completion together."""
     sync_every: Count = 1
-    """Steps for which the weights that sample training stay the same: with 4 a rollout is of weights that are up
-    to 3 steps old, as where sampling and training overlap. Then they are a copy, which needs transformers as
-    generator. A generator of your own that has `announce` samples each step during the update of the step
-    before, so give it 2; it is not told what follows in episodes or with zero_spread refill. An importance of
-    the estimator corrects for them; evaluations are of the present weights."""
+    """Sample k steps from the same copy of the weights, so up to k - 1 steps old, as where sampling and training
+    overlap. The copy needs transformers as generator. A generator of your own that has `announce` samples each
+    step during the update of the step before, so give it 2; it is not told what follows in episodes or with
+    zero_spread refill. An importance of the estimator corrects for old weights. Evaluations sample from the
+    present ones."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     capture: Literal["auto", "no"] = "no"
@@ -191,10 +191,9 @@ class WarmStartArguments(Settings, group="warm start"):
     a learning rate that is constant after 10 updates of warm-up. An adapter is added afterwards.
     Demonstrations are those of the task, or else training rows with a completion. The stage is a run in
     warm_start of the output_dir; one that has ended there is taken as it is. For many trainings from one
-    start, run tokenrl sft once and give its directory to --model. auto: skip it if at least half of the
-    groups have unequal rewards already and at most half of the completions are cut at the maximum length, of
-    samples for 32 training prompts; graded rewards are often unequal for a model that knows nothing. Default:
-    no such stage."""
+    start, run tokenrl sft once and give its directory to --model. auto: samples 32 training prompts, and skips
+    the stage if at least half of the groups have unequal rewards and at least half of the completions end.
+    Graded rewards are often unequal for a model that knows nothing. Default: no such stage."""
     warm_start_steps: Count = 240
     """Updates of this stage."""
 
