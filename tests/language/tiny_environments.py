@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tokenrl.language.policy.model import Policy, wrap
-from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 
 
@@ -131,7 +131,7 @@ def chat_policy(context: int = 512) -> Policy:
     return wrap(model, tokenizer, source="tiny chat")
 
 
-class Recorded:
+class Recorded(Generator):
     """The usual generator, keeping its prompts, or one that writes a script: a text per row in each call."""
 
     def __init__(self, policy: Policy, *script: list[str]) -> None:

@@ -19,7 +19,6 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.language.training import loop
 
 DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")
 """Presets that need something of the engine that the others do not, or that take it elsewhere."""
@@ -173,7 +172,7 @@ def test_the_metrics_say_how_far_the_sampler_is_off(micro_batch_size):
 
 @pytest.mark.parametrize("kind", [Engine, Gapped])
 def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
-    monkeypatch, tmp_path, said, kind
+    tmp_path, said, kind
 ):
     made = []
 
@@ -181,11 +180,10 @@ def test_a_run_samples_everything_by_its_generator_and_warns_of_a_different_one(
         made.append(kind(policy))
         return made[-1]
 
-    monkeypatch.setattr(loop, "engine_of", lambda *_: engine)
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "cpu": True}
-    tokenrl.train(**options)
+    tokenrl.train(**options, generator=engine)
     warning = "step 1: Log-probabilities of sampling and training differ by 0.3 nats per token"
     assert said().count(warning) == (kind is Gapped)
     # Two evaluations (greedy and sampled) of two prompts each, two steps.

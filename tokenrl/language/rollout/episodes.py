@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.tools import assistant_message, response_template
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling, key_of, uniforms
 
@@ -76,8 +76,7 @@ def play(
         A `Rollout` of N = B * G rows with the columns of turns. The mask has gaps where the environment
         wrote. `turn_rewards` are the environment's own.
     """
-    if isinstance(generator, TransformersGenerator):
-        generator = generator.over_turns()
+    generator = generator.over_turns()
     draws = uniforms(stream, sampling, [number for number, _ in prompts])
     data = [row for _, row in prompts for _ in range(sampling.group_size)]
     episodes = environments.reset(data, _seeds(environments, prompts, sampling, stream))

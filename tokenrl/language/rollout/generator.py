@@ -1,4 +1,4 @@
-"""Samples completions: the `Generator` protocol and its default, which samples from the policy's own model.
+"""Samples completions: the base class `Generator`, and the default, which samples from the policy's own model.
 
 Tokens are drawn by inverting the CDF at uniform random numbers that are fixed by (stream, seed, step, prompt,
 generation, position). A completion therefore depends neither on the other rows of its batch nor on the number
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoder import Decoder
 from tokenrl.language.rollout.drawing import on_device
@@ -31,7 +31,6 @@ from tokenrl.language.rollout.rollout import (
 )
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
-from tokenrl.settings import shown
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -65,19 +64,6 @@ class Abilities:
     distributed: bool = True
     min_p_last: bool = True
     temperatures: tuple[float, float] = (0.0, math.inf)
-
-
-def abilities_of(engine: Any) -> Abilities:
-    """Return what an engine, its class or a function that makes it says that it can do, if it is `Abilities`."""
-    abilities = getattr(engine, "abilities", Generator.abilities)
-    if isinstance(abilities, Abilities):
-        return abilities
-    raise Refused(f"An engine has abilities {shown(abilities)}; give tokenrl.language.Abilities.")
-
-
-def announces(engine: Any) -> bool:
-    """Return whether an engine, its class or a function that makes it has a method `announce` of its own."""
-    return getattr(engine, "announce", Generator.announce) is not Generator.announce
 
 
 class Generator:
@@ -118,6 +104,10 @@ class Generator:
             one writes there is not read.
         """
         raise NotImplementedError
+
+    def over_turns(self) -> Generator:
+        """Return what samples one batch of episodes, whose turns begin with what was sampled before."""
+        return self
 
     def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now."""

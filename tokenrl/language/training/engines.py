@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,6 @@ from tokenrl.language.rollout.generator import (
     Generator,
     LaggedGenerator,
     TransformersGenerator,
-    abilities_of,
-    announces,
 )
 from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
@@ -67,28 +65,52 @@ MOST_TOKENS = 4096
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 
 
-def named_engine(engine: Any) -> Any:
-    """Return the class of the engine of a name, or the user's function that makes one."""
+class Engine(NamedTuple):
+    """The engine of a run, before it is made.
+
+    Attributes:
+        name: the engine, or the user's function that makes it, as messages call it.
+        make: makes the generator.
+        abilities: what its class, or that function, says that it can do.
+        lags: whether it can sample from weights of earlier steps.
+    """
+
+    name: str
+    make: MakeGenerator
+    abilities: Abilities
+    lags: bool
+
+
+def engine_of(args: TrainArguments) -> Engine:
+    """Return the engine that the settings of a run name.
+
+    Raises:
+        Refused: it cannot be imported, or has other abilities than `Abilities`.
+    """
+    engine: Any = args.generator
+    name = str(getattr(engine, "__name__", engine))
     if isinstance(engine, NamedFunction):
-        return engine.load()
-    return ENGINES.get(engine, engine) if isinstance(engine, str) else engine
-
-
-def engine_name(engine: Any) -> str:
-    """Return the name of the engine that samples, or of the user's function that makes it."""
-    return str(getattr(engine, "__name__", engine))
-
-
-def engine_of(args: TrainArguments) -> MakeGenerator:
-    """Return what makes the generator of a run, of a policy and the most completions at once."""
-    engine = named_engine(args.generator)
-    cache = args.generator_cache
-    if args.sync_every > 1 and engine is TransformersGenerator:
-        return partial(LaggedGenerator, cache=cache, every=args.sync_every)
+        engine = engine.load()
+    elif isinstance(engine, str):
+        engine = ENGINES[engine]
+    make = engine
+    lags = getattr(engine, "announce", Generator.announce) is not Generator.announce
     if engine in ENGINES.values():
-        make = engine.start if engine is VllmGenerator else engine
-        return partial(make, cache=cache)
-    return engine  # type: ignore[no-any-return]
+        start = engine.start if engine is VllmGenerator else engine
+        make = partial(start, cache=args.generator_cache)
+    if engine is TransformersGenerator:
+        lags = True
+        if args.sync_every > 1:
+            make = partial(LaggedGenerator, cache=args.generator_cache, every=args.sync_every)
+    return Engine(name, make, _abilities_of(engine), lags)
+
+
+def _abilities_of(engine: Any) -> Abilities:
+    """Return what an engine, its class or a function that makes it says that it can do, if it is `Abilities`."""
+    abilities = getattr(engine, "abilities", Generator.abilities)
+    if isinstance(abilities, Abilities):
+        return abilities
+    raise Refused(f"An engine has abilities {shown(abilities)}; give tokenrl.language.Abilities.")
 
 
 def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
@@ -166,7 +188,7 @@ class CheckedEngine(Generator):
     def abilities(self) -> Abilities:  # type: ignore[override]
         """What the engine can do."""
         with self._told("abilities cannot be read"):
-            return abilities_of(self.engine)
+            return _abilities_of(self.engine)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -214,10 +236,9 @@ class CheckedEngine(Generator):
         return _told(f"{type(self.engine).__name__}.{failure}", Stopped)
 
     def announce(self, prompts: Any) -> None:
-        """Tell an engine that has `announce` which prompts come next; it gets copies of the rows."""
+        """Tell the engine which prompts come next; it gets copies of the rows."""
         with self._told("announce failed"):
-            if announces(self.engine):
-                self.engine.announce([(number, copied(dict(row))) for number, row in prompts])
+            self.engine.announce([(number, copied(dict(row))) for number, row in prompts])
 
     def sync(self, policy: Policy) -> None:
         """Let the engine sample from the weights that this policy has now."""

@@ -18,7 +18,6 @@ from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card, fingerprint, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
-from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, with_own_weights
@@ -27,7 +26,7 @@ from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.engines import engine_name, engine_of
+from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.metrics import examples
 from tokenrl.language.training.run import (
@@ -214,10 +213,10 @@ def _prepare(
     with using_threads(threads):
         engine = engine_of(args)
         turns = rewards.environments is not None
-        learner = make_learner(args, policy, accelerator, engine, teacher, turns=turns)
+        learner = make_learner(args, policy, accelerator, engine.make, teacher, turns=turns)
     policy.sampling = distribution_of(learner.sampling)
-    if not abilities_of(learner.generator).exact:
-        provenance.caveats.append(f"{engine_name(args.generator)} has random numbers of its own")
+    if not learner.generator.abilities.exact:
+        provenance.caveats.append(f"{engine.name} has random numbers of its own")
     run = TrainingRun(
         settings=settings,
         decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},

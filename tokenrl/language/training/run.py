@@ -20,7 +20,6 @@ from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.generator import abilities_of
 from tokenrl.language.supervised.base import vocabulary_of
 from tokenrl.language.supervised.defaults import check_prompts, with_origins
 from tokenrl.language.tasks.held_out import division_of
@@ -28,7 +27,7 @@ from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import engine_name
+from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import (
     RunSettings,
@@ -219,8 +218,8 @@ class TrainingRun:
             "threads": self.threads,
             "computing": self.learner.forward.words,
         }
-        if not abilities_of(self.learner.generator).exact:
-            engine = engine_name(self.args.generator)
+        if not self.learner.generator.abilities.exact:
+            engine = engine_of(self.args).name
             facts["sampling"] = (
                 f"by {engine}, with random numbers of its own: the run is not bit-exact"
             )

@@ -12,11 +12,10 @@ import torch
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.generator import abilities_of, announces
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
 from tokenrl.language.tasks.task import is_unrewarded
 from tokenrl.language.training.arguments import OWN, TrainArguments
-from tokenrl.language.training.engines import engine_name, named_engine
+from tokenrl.language.training.engines import engine_of
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import arguments, lay
 
@@ -134,15 +133,13 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
-    engine = engine_name(args.generator)
-    maker = named_engine(args.generator)
-    abilities = abilities_of(maker)
+    engine = engine_of(args)
+    abilities = engine.abilities
     if args.top_p < 1 and args.min_p and not abilities.min_p_last:
         raise Refused(
-            f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
+            f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    can_lag = args.generator == "transformers" or announces(maker)
-    if args.sync_every > 1 and (estimator.needs_greedy or not can_lag):
+    if args.sync_every > 1 and (estimator.needs_greedy or not engine.lags):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
@@ -150,7 +147,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     lowest, highest = abilities.temperatures
     if not lowest <= args.temperature <= highest:
         raise Refused(
-            f"temperature was given as {args.temperature:g}; {engine} samples from {lowest:g} to {highest:g}."
+            f"temperature was given as {args.temperature:g}; {engine.name} samples from {lowest:g} to {highest:g}."
         )
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(
@@ -242,9 +239,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
 def check_shares(args: TrainArguments, world: int) -> None:
     """Refuse settings with which a number of processes cannot share a step equally."""
     prompts = args.prompts_per_step
-    if world > 1 and not abilities_of(named_engine(args.generator)).distributed:
+    engine = engine_of(args)
+    if world > 1 and not engine.abilities.distributed:
         problem = f"samples in a run of one process, and this run has {world}"
-        raise Refused(f"{engine_name(args.generator)} {problem}: take transformers.")
+        raise Refused(f"{engine.name} {problem}: take transformers.")
     if prompts % world:
         down = prompts // world * world
         up = (prompts // world + 1) * world
