@@ -25,7 +25,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         read_flags_once(patch, sys.modules["tokenrl.flags"])
     if "tokenrl.language.rollout.forward" in sys.modules:
         forward = sys.modules["tokenrl.language.rollout.forward"]
-        patch.setattr(forward, "check_scoring", remembered(forward.check_scoring))
+        patch.setattr(forward, "check_model", remembered(forward.check_model))
     if "tokenrl.language.policy.saved" in sys.modules:
         saved = sys.modules["tokenrl.language.policy.saved"]
         patch.setattr(saved.SavedModel, "check", trial_once(saved.SavedModel.check))
@@ -72,27 +72,23 @@ def cached_tasks(load):
     return copied
 
 
-def remembered(check_scoring):
+def remembered(check_model):
     """The check before a run, made once for the same bits of a model and the same code.
 
     It takes longer than a step of a tiny model. Its own tests call it by its own name.
     """
     results = {}
 
-    @wraps(check_scoring)
+    @wraps(check_model)
     def check(policy, model=None, *, accelerator=None, **options):
         together = accelerator is not None and accelerator.num_processes > 1
         if together or policy.device.type != "cpu":
-            return check_scoring(policy, model, accelerator=accelerator, **options)
+            return check_model(policy, model, accelerator=accelerator, **options)
         models = [policy.model, *([] if model in (None, policy.model) else [model])]
         of = (*map(_state, models), *_code(), policy.context, *sorted(options.items()))
         if of not in results:
-            results[of] = (
-                check_scoring(policy, model, accelerator=accelerator, **options),
-                policy.plain_cache,
-            )
-        scoring, policy.plain_cache = copy.deepcopy(results[of])
-        return scoring
+            results[of] = check_model(policy, model, accelerator=accelerator, **options)
+        return results[of]
 
     return check
 

@@ -208,18 +208,20 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
 
 def scored(learner, **how):
     """The same learner, which scores in another way: see the fields of `Scoring`."""
-    scoring = dataclasses.replace(learner.forward.scoring, **how)
-    learner.forward = dataclasses.replace(learner.forward, scoring=scoring)
+    way = learner.forward.way
+    way = dataclasses.replace(way, scoring=dataclasses.replace(way.scoring, **how))
+    learner.forward = dataclasses.replace(learner.forward, way=way)
     return learner
 
 
-def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how):
+def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, generator=None, **how):
     """A rollout of the default generator with the training's random numbers; 0 generations are greedy."""
     from tokenrl.language.rollout.sampling import Sampling, uniforms
 
     sampling = Sampling(step=step, **how)
     draws = uniforms("training", sampling, range(len(prompt_ids)) if places is None else places)
-    return TransformersGenerator(policy).generate(prompt_ids, sampling, draws)
+    generator = generator or TransformersGenerator(policy)
+    return generator.generate(prompt_ids, sampling, draws)
 
 
 def one_step(

@@ -23,6 +23,7 @@ from tokenrl.language.evaluation.probe import all_equal, probe_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from toy_tasks.models import TinyModel
 
@@ -55,8 +56,6 @@ Recorder.right.binary = True
 def evaluate(functions, policy=None, *, mark=None, generations=6, how=None, k=(), **options):
     sampling = Sampling(4, generations, **how or {})
     rewards = Rewards(functions, pass_threshold=mark)
-    if "generator" in options:
-        return Evaluator(policy or tiny(), **options).evaluate(ROWS, rewards, sampling, k).metrics
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, k=k, **options).metrics
 
 
@@ -251,7 +250,9 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     rewards = Rewards([], environments=Environments(Talk, max_turns=3))
     policy, sampling = tiny(context=64), Sampling(9, 4)
     result = evaluate_policy(policy, ROWS, rewards, sampling)
-    rows = Evaluator(policy).rows(ROWS, rewards, sampling, "evaluation")
+    rows = Evaluator(policy, TransformersGenerator(policy)).rows(
+        ROWS, rewards, sampling, "evaluation"
+    )
     turns = [
         [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
     ]

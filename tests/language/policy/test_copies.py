@@ -15,7 +15,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.copies import copied, frozen_copy
 from tokenrl.language.policy.model import Policy, add_lora, wrap
 from tokenrl.language.rollout.forward import half_copy
-from tokenrl.language.rollout.generator import LaggedGenerator
+from tokenrl.language.rollout.generator import LaggedGenerator, TransformersGenerator
 from tokenrl.language.supervised.base import with_own_weights
 
 IDS = torch.tensor([[3, 5, 7, 9]])
@@ -58,7 +58,7 @@ PUT = {
 COPIES = {
     "reference": Policy.add_reference,
     "own teacher": lambda policy: frozen_copy(policy.model),
-    "older sampler": lambda policy: LaggedGenerator(policy, every=2),
+    "older sampler": lambda policy: LaggedGenerator(TransformersGenerator(policy), 2),
     "bfloat16": half_copy,
     "of the caller": lambda policy: with_own_weights(policy, (policy.model, policy.tokenizer)),
 }

@@ -314,12 +314,12 @@ def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(name, t
     settings = GenerationConfig(eos_token_id=1, max_length=30)
     setattr(settings, name, CHANGED[name])
     policy.model.generation_config = settings
-    policy.sampling = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    save_policy(policy, tmp_path)
+    drawn = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    save_policy(policy, tmp_path, distribution=drawn)
     assert policy.model.generation_config is settings
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert (saved.temperature, saved.top_k, saved.max_length) == (0.7, 0, 30)
-    plain = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
+    plain = GenerationConfig(do_sample=True, **drawn)
     kept = {"eos_token_id": 1, "max_length": 30}
     assert saved.to_diff_dict() == {**plain.to_diff_dict(), **kept}
 

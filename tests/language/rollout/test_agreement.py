@@ -16,16 +16,16 @@ from transformers.cache_utils import DynamicLayer
 
 import tokenrl
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.cache import GrowingLayer
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.rollout.scoring import Way
 
 
-def usual(scoring: Scoring) -> bool:
+def usual(way: Way) -> bool:
     """Whether nothing is done in a plainer way."""
-    return scoring.share_prompt and scoring.tokens_at_once is not None and not scoring.remarks
+    return way.scoring.share_prompt and way.scoring.tokens_at_once and not way.remarks
 
 
 def changed(policy, change):
@@ -99,7 +99,7 @@ def hidden_of_the_first_layer(options):
 @pytest.mark.parametrize("architecture", quickly(ARCHITECTURES, {"qwen2", "gpt_neox"}))
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
-    check_scoring(make_policy(architecture, **options))
+    check_model(make_policy(architecture, **options))
     absolute = [("position_ids",)] if architecture == "gpt2" else []
     for names in (
         ("attention_mask",),
@@ -109,56 +109,56 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
     ):
         wrong = changed(make_policy(architecture, **options), without(*names))
         with refused(r"tiny .* sampling gives log-probabilities that are off by"):
-            check_scoring(wrong)
+            check_model(wrong)
 
 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
-    scoring = check_scoring(policy)
-    assert not scoring.share_prompt
-    assert "shared prompt gives a gradient that is off" in scoring.remarks["prompts"]
+    way = check_model(policy)
+    assert not way.scoring.share_prompt
+    assert "shared prompt gives a gradient that is off" in way.remarks["prompts"]
 
 
 def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
     policy = changed(make_policy("gpt2"), overwritten)
-    assert usual(check_scoring(policy, gradient=False))
-    scoring = check_scoring(policy)
-    assert not scoring.share_prompt and "modified by an" in scoring.remarks["prompts"]
+    assert usual(check_model(policy, gradient=False))
+    way = check_model(policy)
+    assert not way.scoring.share_prompt and "modified by an" in way.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
     with refused("scoring gives a gradient that is off by"):
-        check_scoring(changed(make_policy(), steep_when_padded))
-    check_scoring(changed(make_policy(), steep_when_padded), gradient=False)
+        check_model(changed(make_policy(), steep_when_padded))
+    check_model(changed(make_policy(), steep_when_padded), gradient=False)
 
 
 def test_wrong_hidden_states_are_refused_where_a_critic_reads_them():
-    check_scoring(changed(make_policy(), hidden_of_the_first_layer))
+    check_model(changed(make_policy(), hidden_of_the_first_layer))
     with refused("sampling gives hidden states that are off by"):
-        check_scoring(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
+        check_model(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8, None])
 def test_the_probe_fits_into_any_context(context):
     policy = make_policy("gpt2", n_positions=context or 64)
     policy.context = context
-    assert usual(check_scoring(policy))
+    assert usual(check_model(policy))
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
-    assert usual(check_scoring(policy, hidden=True))
+    assert usual(check_model(policy, hidden=True))
 
 
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
     policy = make_policy()
     enable_gradient_checkpointing(policy)
-    scoring = check_scoring(policy)
+    way = check_model(policy)
     assert (
-        not scoring.share_prompt
-        and not scoring.remarks
+        not way.scoring.share_prompt
+        and not way.remarks
         and any(m.training for m in policy.model.modules())
     )
 
@@ -201,10 +201,10 @@ def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the
     prompts, draws = [[5, 6, 7], [8]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     before = TransformersGenerator(policy).generate(prompts, Sampling(12, 3), draws)
     monkeypatch.setattr(*LIBRARY[release], raising=False)
-    scoring = check_scoring(policy)
+    way = check_model(policy)
     plain = release not in ("the layer's type", "attributes of a layer")
-    assert policy.plain_cache == plain == ("cache" in scoring.remarks)
-    after = TransformersGenerator(policy).generate(prompts, Sampling(12, 3), draws)
+    assert way.plain_cache == plain == ("cache" in way.remarks)
+    after = TransformersGenerator(policy, way=way).generate(prompts, Sampling(12, 3), draws)
     assert torch.equal(before.completion_ids, after.completion_ids)
     assert torch.allclose(before.logprobs, after.logprobs, atol=1e-5)
 
@@ -219,7 +219,7 @@ def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeyp
         eval_generations=1,
         cpu=True,
     )
-    assert result.exit_code == 0 and result.policy.plain_cache
+    assert result.exit_code == 0
     header = said()
     assert "as the model keeps it" in header and "no such attribute in this release" in header
 
@@ -237,15 +237,15 @@ def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
     policy = make_policy()
     if worst == "refused":
         with refused("another process"):
-            check_scoring(policy, accelerator=processes)
+            check_model(policy, accelerator=processes)
     else:
-        scoring = check_scoring(policy, accelerator=processes)
-        assert scoring.share_prompt == (worst != "prompts")
-        assert policy.plain_cache == (worst == "cache")
-        assert {*scoring.remarks} == {worst} - {"nothing"}
+        way = check_model(policy, accelerator=processes)
+        assert way.scoring.share_prompt == (worst != "prompts")
+        assert way.plain_cache == (worst == "cache")
+        assert {*way.remarks} == {worst} - {"nothing"}
     assert sent == [[0, 0, 0, 0]]
     with refused("off by"):  # a process that refuses tells the others first
-        check_scoring(changed(make_policy(), without("attention_mask")), accelerator=processes)
+        check_model(changed(make_policy(), without("attention_mask")), accelerator=processes)
     assert sent[1:] == [[1, 0, 0, 0]]
 
 

@@ -21,7 +21,7 @@ from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout import generator as module
-from tokenrl.language.rollout.agreement import check_turns
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -354,19 +354,22 @@ LONG = {"gemma3", "falcon_h1", "lfm2", "deepseek_v3"}
 
 
 def talking(family: str, **config):
-    """A random policy of a family that plays episodes of texts."""
+    """What samples a random policy of a family that plays episodes of texts."""
     sizes = {"vocabulary": 96, "max_position_embeddings": 256, **WINDOWS.get(family, {}), **config}
     policy = family_policy(family, **sizes)
     policy = replace(policy, tokenizer=make_tokenizer(), eos_ids=ENDS, source=family)
-    check_turns(policy)
-    return policy
+    return checked_generator(policy, Environments)
+
+
+def talked(turns):
+    return played(turns.policy, generator=turns)
 
 
 class Reads:
-    """Counts the tokens that the model of a policy reads, padding included."""
+    """Counts the tokens that the model of a generator reads, padding included."""
 
-    def __init__(self, policy) -> None:
-        self.policy, self.count = policy, 0
+    def __init__(self, turns) -> None:
+        self.policy, self.count = turns.policy, 0
 
     def __enter__(self):
         embedding = self.policy.model.get_input_embeddings()
@@ -380,9 +383,9 @@ class Reads:
         self.handle.remove()
 
 
-def plainly(policy):
-    """The same policy, of which each turn reads its whole history."""
-    return replace(policy, keeps_turns=False)
+def plainly(turns):
+    """The same generator, of which each turn reads its whole history."""
+    return replace(turns, way=replace(turns.way, keeps_turns=False))
 
 
 def assert_same(actual, expected):
@@ -399,12 +402,12 @@ FAMILIES = ["llama", "gpt2", "qwen3", "qwen3_5", "mistral", *sorted(LONG)]
 
 @pytest.mark.parametrize("family", quickly(FAMILIES, LONG))
 def test_episodes_are_those_of_reading_everything_again(family):
-    policy = talking(family)
-    assert policy.keeps_turns
-    with Reads(policy) as fewer:
-        rollout = played(policy)
-    with Reads(policy) as all_of_it:
-        expected = played(plainly(policy))
+    turns = talking(family)
+    assert turns.way.keeps_turns
+    with Reads(turns) as fewer:
+        rollout = talked(turns)
+    with Reads(turns) as all_of_it:
+        expected = talked(plainly(turns))
     assert rollout.turns.max() == 2
     assert_same(rollout, expected)
     share = 1 if family in WINDOWS else 0.8  # rows that have outgrown a window are read again
@@ -415,46 +418,45 @@ def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeyp
     """On a device rows go on for some tokens behind their end, with keys that belong to nothing."""
     expected = {}
     for family in ("llama", "qwen3_5"):
-        policy = talking(family)
-        add_lora(policy, r=2)
+        turns = talking(family)
+        add_lora(turns.policy, r=2)
         with torch.no_grad():
-            for parameter in policy.trainable_parameters():
+            for parameter in turns.policy.trainable_parameters():
                 parameter.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter)) / 3)
-        expected[family] = policy, played(plainly(policy))
+        expected[family] = turns, talked(plainly(turns))
     monkeypatch.setitem(module.LOOK_EVERY, "cpu", 3)
-    for family, (policy, episodes) in expected.items():
-        with Reads(policy) as reads:
-            assert_same(played(policy), episodes)
-        with Reads(policy) as plain:
-            assert_same(played(plainly(policy)), episodes)
+    for family, (turns, episodes) in expected.items():
+        with Reads(turns) as reads:
+            assert_same(talked(turns), episodes)
+        with Reads(turns) as plain:
+            assert_same(talked(plainly(turns)), episodes)
         if family == "llama":  # states have gone beyond the end
             assert reads.count < 0.5 * plain.count
 
 
 def test_with_little_memory_the_episodes_are_the_same_and_more_is_read():
-    policy = talking("qwen3")
-    expected = played(plainly(policy))
+    turns = talking("qwen3")
+    expected = talked(plainly(turns))
     counts = []
     for bytes_of_rows in (2**31, 16_000, 1):  # of some 30,000 that all rows take
-        generator = TransformersGenerator(policy, cache=bytes_of_rows / 2**30)
-        with Reads(policy) as reads:
-            assert_same(played(policy, generator=generator), expected)
+        with Reads(turns) as reads:
+            assert_same(talked(replace(turns, cache=bytes_of_rows / 2**30)), expected)
         counts.append(reads.count)
     assert counts[0] < counts[1] < counts[2]
 
 
 def test_a_model_that_cannot_continue_its_cache_reads_everything_again():
-    policy = replace(talking("mamba"), keeps_turns=None)
+    turns = talking("mamba")
     # it forgets its state where several tokens follow
-    assert "from turn to turn gives log-probabilities that are off by" in check_turns(policy)
-    assert policy.keeps_turns is False and check_turns(policy) == ""  # tried once
-    with Reads(policy) as reads:
-        rollout = played(policy)
-    with Reads(policy) as plain:
-        assert_same(played(plainly(policy)), rollout)
+    assert "from turn to turn gives log-probabilities that are off by" in turns.way.remarks["turns"]
+    assert not turns.way.keeps_turns
+    with Reads(turns) as reads:
+        rollout = talked(turns)
+    with Reads(turns) as plain:
+        assert_same(talked(plainly(turns)), rollout)
     assert reads.count == plain.count
-    short = replace(talking("mistral", sliding_window=3), keeps_turns=None)
-    assert check_turns(short) == "its cache drops tokens, as with a sliding window"
+    short = talking("mistral", sliding_window=3).way
+    assert "its cache drops tokens, as with a sliding window" in short.remarks["turns"]
 
 
 def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatch):
@@ -467,14 +469,14 @@ def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatc
         return cache
 
     monkeypatch.setattr(Cache, "joined", shifted)
-    policy = talking("llama")
-    assert policy.keeps_turns is False
+    turns = talking("llama")
+    assert not turns.way.keeps_turns
 
 
 def test_the_longest_prefix_is_continued_and_the_oldest_is_forgotten_first():
-    policy = talking("llama")
-    turns = TransformersGenerator(policy).over_turns()
-    out = policy.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True)
+    turns = talking("llama")
+    turns = turns.over_turns()
+    out = turns.policy.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True)
     cache = Cache.of(out)
     size = cache.rows([0], 0, 4).nbytes
     assert size == 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, size, tokens, float32
@@ -489,26 +491,26 @@ def test_the_longest_prefix_is_continued_and_the_oldest_is_forgotten_first():
     assert prefixes.longest([5, 9, 9]) is None and len(prefixes) == 1
     prefixes.add({0: ([1], 4)}, newest := cache.rows([0] * 2, 0, 4))
     assert prefixes.longest([1, 2]) == (1, newest, 0, 4) and len(prefixes) == 2
-    assert not turns.prefixes and TransformersGenerator(policy).prefixes is None
+    assert not turns.prefixes and talking("llama").prefixes is None
 
 
 def test_rows_with_the_same_history_are_read_once_and_end_alike():
     """Twins of one history may be answered differently, and both continue it."""
-    policy = talking("qwen3")
-    turns = TransformersGenerator(policy).over_turns()
+    turns = talking("qwen3")
+    turns = turns.over_turns()
     sampling = replace(SAMPLING, num_generations=1, max_completion_length=8)
     draws = torch.full((4, 8), 0.4)
-    with Reads(policy) as reads:
+    with Reads(turns) as reads:
         first = turns.generate([[3, 4, 5]] * 4, sampling, draws)
     counts = first.mask.sum(dim=1)
     assert reads.count == 3 + int((counts - 1).sum())
     assert len({*map(str, first.completion_ids.tolist())}) == 1 == len(turns.prefixes)
     history = [3, 4, 5, *first.completion_ids[0][first.mask[0]].tolist()]
     histories = [[*history, 7], [*history, 7, 8, 9], [*history, 7], [3, 4, 6]]
-    with Reads(policy) as reads:
+    with Reads(turns) as reads:
         second = turns.generate(histories, Sampling(1), draws)
     assert reads.count == 2 + 4 + 3  # two and four new tokens, and a new prompt
-    plain = TransformersGenerator(policy).generate(histories, Sampling(1), draws)
+    plain = TransformersGenerator(turns.policy).generate(histories, Sampling(1), draws)
     assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
     assert torch.equal(second.completion_ids, plain.completion_ids)
     # What was continued is dropped, and only what has an end is kept.

@@ -1,4 +1,4 @@
-"""Many architectures against a forward pass of each row alone, and how `check_scoring` scores them."""
+"""Many architectures against a forward pass of each row alone, and how `check_model` scores them."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from refusals import refused
 from tiny_models import quickly
 from torch.testing import assert_close
 
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, score
@@ -57,16 +57,13 @@ def slope(logprobs, model):
 def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone(family, length):
     policy = family_policy(family)
     before = torch.get_rng_state()
-    scoring = check_scoring(policy, hidden=True)
+    way = check_model(policy, hidden=True)
+    scoring = way.scoring
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
-    assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in scoring.remarks)
-    assert NOT_SHARED.get(family, "") in scoring.remarks.get("prompts", "")
-    assert (
-        (scoring.tokens_at_once is None)
-        == (family in WHOLE_LOGITS)
-        == ("logits" in scoring.remarks)
-    )
+    assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in way.remarks)
+    assert NOT_SHARED.get(family, "") in way.remarks.get("prompts", "")
+    assert (scoring.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in way.remarks)
 
     rollout = sampled(policy, length)
     # rows leave the batch one by one
@@ -85,9 +82,9 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
 )
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
-    assert check_scoring(policy, hidden=True).share_prompt or family in NOT_SHARED
+    assert check_model(policy, hidden=True).scoring.share_prompt or family in NOT_SHARED
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():
     with refused(r"recurrent_gemma.* returns no cache"):
-        check_scoring(family_policy("recurrent_gemma"))
+        check_model(family_policy("recurrent_gemma"))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenrl.core import Estimator
 from tokenrl.language.policy.model import add_lora
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
@@ -102,8 +102,8 @@ def test_a_frozen_head_gets_no_gradient():
 def test_an_adapted_head_is_left_to_the_forward_pass():
     policy = make_policy()
     add_lora(policy, r=2, target_modules=["lm_head"])
-    scoring = check_scoring(policy)
-    assert scoring.tokens_at_once is None and "no linear layer" in scoring.remarks["logits"]
+    way = check_model(policy)
+    assert way.scoring.tokens_at_once is None and "no linear layer" in way.remarks["logits"]
 
 
 class _Largest(TorchDispatchMode):

@@ -16,7 +16,7 @@ from tiny_models import (
 )
 
 from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.scoring import Scoring, score
 
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
         for m in policy.model.modules()
         if getattr(m, "gradient_checkpointing", False) and m.training
     ]
-    assert layers and not check_scoring(policy).share_prompt
+    assert layers and not check_model(policy).scoring.share_prompt
     calls = []
     next(layers[-1].children()).register_forward_pre_hook(lambda *_: calls.append(1))
     same, found = objective(policy, rollout, share_prompt=False)

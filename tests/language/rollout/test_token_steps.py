@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import family_policy
 from test_episodes import played
+from tiny_environments import Guess
 from tiny_models import ENDS, make_policy, make_tokenizer, quickly
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing import assert_close
@@ -13,11 +14,12 @@ from torch.testing import assert_close
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rollout import forward, generator, token_steps
-from tokenrl.language.rollout.agreement import check_token_steps, check_turns
+from tokenrl.language.rollout.agreement import check_token_steps, checked_generator
 from tokenrl.language.rollout.cache import FixedLayer
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Way
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
@@ -42,10 +44,11 @@ def some_policy(family: str, **config):
     return replace(policy, eos_ids=tuple(range(0, 64, 16)), tokenizer=make_tokenizer())
 
 
-def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", greedy=False):
+def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", steps=None, greedy=False):
     """Completions of the prompts of these numbers, each with its own draws."""
-    steps = TokenSteps() if way == "fixed" else policy.token_steps
-    engine = TransformersGenerator(replace(policy, token_steps=steps))
+    if way == "fixed":
+        steps = TokenSteps()
+    engine = TransformersGenerator(policy, way=Way(token_steps=steps))
     if way == "prefixes":
         engine = replace(engine, prefixes=PrefixCache(2**30))
     draws = torch.cat([DRAWS[SIZE * i : SIZE * (i + 1)] for i in prompts])
@@ -114,36 +117,34 @@ def test_the_distribution_and_stop_strings_are_those_of_the_plain_way(distributi
 
 def test_a_bucket_serves_all_batches_of_its_size_and_reads_new_weights():
     policy = some_policy("llama")
-    policy.token_steps = TokenSteps()
-    generated(policy, (0, 1))
-    buckets = len(policy.token_steps)
+    steps = TokenSteps()
+    generated(policy, (0, 1), steps=steps)
+    buckets = len(steps)
     vector = parameters_to_vector(policy.model.parameters()).detach()
     with torch.no_grad():
         for p in policy.model.parameters():
             p.mul_(1.5)  # in place, as an optimiser does
-    changed = replace(policy, token_steps=None)
-    assert_same(generated(policy, (1, 2)), generated(changed, (1, 2)))
+    assert_same(generated(policy, (1, 2), steps=steps), generated(policy, (1, 2)))
     largest = token_steps._rounded(2 * SIZE)
-    assert buckets <= len(policy.token_steps) <= 4 and largest == 8
+    assert buckets <= len(steps) <= 4 and largest == 8
     vector_to_parameters(vector, policy.model.parameters())  # at other addresses
-    assert_same(generated(policy, (0, 1)), generated(changed, (0, 1)))
-    assert len(policy.token_steps) > buckets
+    assert_same(generated(policy, (0, 1), steps=steps), generated(policy, (0, 1)))
+    assert len(steps) > buckets
 
 
 def test_memory_is_bounded():
     policy = some_policy("llama")
     expected = generated(policy)
-    policy.token_steps = TokenSteps(limit=1000)
-    assert_same(generated(policy), expected)
-    assert len(policy.token_steps) == 0
-    policy.token_steps = TokenSteps()
-    generated(policy)
-    buckets = sizes_of(policy.token_steps)
+    none, steps = TokenSteps(limit=1000), TokenSteps()
+    assert_same(generated(policy, steps=none), expected)
+    assert len(none) == 0
+    generated(policy, steps=steps)
+    buckets = sizes_of(steps)
     assert len(buckets) > 2
-    policy.token_steps = TokenSteps(limit=max(buckets))
+    steps = TokenSteps(limit=max(buckets))
     for _ in range(2):
-        assert_same(generated(policy), expected)
-        assert 0 < sum(sizes_of(policy.token_steps)) <= max(buckets)
+        assert_same(generated(policy, steps=steps), expected)
+        assert 0 < sum(sizes_of(steps)) <= max(buckets)
 
 
 def sizes_of(steps):
@@ -155,14 +156,17 @@ def test_rows_of_a_bucket(rows, size):
     assert token_steps._rounded(rows) == size
 
 
+def tried(policy, way=Way(), **options):  # noqa: B008  # it is frozen
+    return check_token_steps(policy, way, TokenSteps(), **options)
+
+
 def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
     policy = some_policy("llama")
-    assert check_token_steps(policy, hidden=True) == "" and policy.token_steps is not None
-    assert "too many values" in check_token_steps(some_policy("bloom"))  # a mask of its own kind
+    assert tried(policy, hidden=True) == ""
+    assert "too many values" in tried(some_policy("bloom"))  # a mask of its own kind
     for family in ("mistral", "qwen3_5", "mamba"):
-        other = some_policy(family)
-        assert "does not keep all tokens" in check_token_steps(other) and not other.token_steps
-    assert "only handed back" in check_token_steps(replace(policy, plain_cache=True))
+        assert "does not keep all tokens" in tried(some_policy(family))
+    assert "only handed back" in tried(policy, Way(plain_cache=True))
 
     def late(layer, keys, values, *_, **__):
         """Writes the keys of the next token one column too far."""
@@ -171,22 +175,22 @@ def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
         return layer.keys, layer.values
 
     monkeypatch.setattr(FixedLayer, "update", late)
-    assert "off by" in check_token_steps(policy) and policy.token_steps is None
+    assert "off by" in tried(policy)
 
 
 def test_a_step_that_draws_with_other_numbers_is_noticed(monkeypatch):
     compute = token_steps.drawn
     monkeypatch.setattr(token_steps, "drawn", lambda *args: compute(*args[:3], args[3] * 0.9))
-    assert "other tokens" in check_token_steps(some_policy("llama"))
+    assert "other tokens" in tried(some_policy("llama"))
 
 
 def test_episodes_keep_what_was_read_in_fixed_memory_too(look_every):
     policy = replace(make_policy(max_position_embeddings=256), eos_ids=ENDS)
-    assert check_turns(policy) == ""
-    expected = played(policy)
-    policy.token_steps = TokenSteps()
-    rollout = played(policy)
-    assert len(policy.token_steps) and rollout.turns.max() == 2
+    turns, steps = checked_generator(policy, Guess), TokenSteps()
+    expected = played(policy, generator=turns)
+    fixed = replace(turns, way=replace(turns.way, token_steps=steps))
+    rollout = played(policy, generator=fixed)
+    assert turns.way.keeps_turns and len(steps) and rollout.turns.max() == 2
     assert torch.equal(rollout.completion_ids, expected.completion_ids)
     assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
 
@@ -195,24 +199,26 @@ def trained(folder, **options):
     sizes = {"max_steps": 3, "num_generations": 4, "prompts_per_step": 3, "eval_size": 4}
     task = {"task": "sort_digits", "model": "tiny", "estimator": "ppo", "seed": 3}
     run = train(**task, **sizes, output_dir=folder, **options)
-    return parameters_to_vector(run.policy.trainable_parameters()), run.policy.token_steps
+    return parameters_to_vector(run.policy.trainable_parameters())
 
 
 def test_a_run_takes_it_where_it_is_asked_to_and_says_so(tmp_path, monkeypatch, capsys):
-    weights, steps = trained(tmp_path / "plain", capture="auto")
-    assert steps is None and "not captured (not below 1 B" in capsys.readouterr().out
+    weights = trained(tmp_path / "plain", capture="auto")
+    assert "not captured (not below 1 B" in capsys.readouterr().out
     monkeypatch.setattr(forward, "CAPTURING", ("cpu",))
-    others, steps = trained(tmp_path / "fixed", capture="auto")
-    assert len(steps) > 1 and "captured, with buffers" in capsys.readouterr().out
+    made = []
+    monkeypatch.setattr(forward, "TokenSteps", lambda: made.append(TokenSteps()) or made[-1])
+    others = trained(tmp_path / "fixed", capture="auto")
+    assert len(made[0]) > 1 and "captured, with buffers" in capsys.readouterr().out
     assert_close(weights, others, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_rows_that_no_completion_uses_stay_within_the_table_of_positions(family, look_every):
     """9 rows take a bucket of 16, and smaller ones as they end; a table of 128 positions serves 20 rollouts."""
-    policy = replace(some_policy(family), token_steps=TokenSteps())
-    first = generated(policy)
+    policy, steps = some_policy(family), TokenSteps()
+    first = generated(policy, steps=steps)
     for _ in range(20):
-        assert_same(generated(policy), first)
-    positions = [int(step.position.max()) for step in policy.token_steps._steps.values()]
+        assert_same(generated(policy, steps=steps), first)
+    positions = [int(step.position.max()) for step in steps._steps.values()]
     assert len(positions) > 1 and max(positions) < len(PROMPTS[0]) + LENGTH

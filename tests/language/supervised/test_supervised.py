@@ -27,7 +27,6 @@ from tokenrl.language.preferences.fit import PreferenceTraining
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rollout.forward import Forward, choose_forward, choose_passes
-from tokenrl.language.rollout.scoring import USUAL
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import warm_started_base
 from tokenrl.language.supervised.fit import (
@@ -284,7 +283,7 @@ def test_an_update_is_the_same_in_passes_of_any_size(kind, half):
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     policy = make_policy()
     args = SftArguments(max_steps=3, batch_size=2, learning_rate=0.1, task="rows")
-    forward = Forward(policy=policy, model=policy.model, scoring=USUAL, tokens_per_pass=MAX_COUNT)
+    forward = Forward(policy=policy, model=policy.model, tokens_per_pass=MAX_COUNT)
     training = SupervisedTraining(policy, encode_demonstrations(policy, ROWS), args, forward)
     training.update()
     before = weights(policy.model)

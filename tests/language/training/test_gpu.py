@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from tokenrl import train
 from tokenrl.language.rollout.agreement import check_token_steps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
-from tokenrl.language.rollout.scoring import Scoring, score
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.scoring import Scoring, Way, score
+from tokenrl.language.rollout.token_steps import TokenSteps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,8 +27,8 @@ def on(device: str, **config):
     return policy
 
 
-def sampled(policy):
-    settings = {"num_generations": 3, "max_completion_length": 6, "seed": 1}
+def sampled(policy, generator=None):
+    settings = {"num_generations": 3, "max_completion_length": 6, "seed": 1, "generator": generator}
     return completions(policy, [policy.encode(p) for p in PROMPTS], **settings)
 
 
@@ -39,19 +41,20 @@ def test_sampling_draws_the_same_tokens():
 def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
     policy = on("cuda")
     expected = sampled(policy)
-    assert check_token_steps(policy) == ""
+    steps = TokenSteps()
+    assert check_token_steps(policy, Way(), steps) == ""
+    captured = TransformersGenerator(policy, way=Way(token_steps=steps))
     for _ in range(2):  # captured, and replayed
-        rollout = sampled(policy)
+        rollout = sampled(policy, captured)
         assert torch.equal(rollout.completion_ids, expected.completion_ids)
         assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
-    buckets = len(policy.token_steps)
+    buckets = len(steps)
     with torch.no_grad():
         for p in policy.model.parameters():
             p.mul_(1.5)
-    changed = sampled(policy)
-    assert len(policy.token_steps) == buckets
+    changed = sampled(policy, captured)
+    assert len(steps) == buckets
     assert not torch.equal(changed.completion_ids, expected.completion_ids)
-    policy.token_steps = None
     assert torch.equal(changed.completion_ids, sampled(policy).completion_ids)
 
 
@@ -72,7 +75,7 @@ def test_the_gradient_is_that_of_a_processor(way):
     if way == "half":
         copied, copies = half_copy(there)
         model = copied.model
-        half = Forward(policy=copied, model=model, scoring=scoring, copies=copies)
+        half = Forward(policy=copied, model=model, copies=copies)
     total(score(model, sampled(there), scoring), sampled(there)).backward()
     if way == "half":
         half.accumulate_gradients()

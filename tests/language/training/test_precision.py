@@ -24,7 +24,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.forward import Forward, half_copy
-from tokenrl.language.rollout.scoring import Scoring, score
+from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.rows import sample
 
 KL = Estimator.preset("grpo", beta=0.1)
@@ -42,7 +42,7 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     exact = gradient(policy.model)
     policy.model.zero_grad()
     copied, copies = half_copy(policy)
-    half = Forward(policy=copied, model=copied.model, scoring=Scoring(), copies=copies)
+    half = Forward(policy=copied, model=copied.model, copies=copies)
     for _ in range(2):  # a second backward pass adds to the first
         score(half.policy.model, rollout).logprobs.sum().backward()
         half.accumulate_gradients()
@@ -132,13 +132,13 @@ def test_how_a_run_computes_follows_from_rules(
 
 def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatch):
     """On a model that is sure of its answers bfloat16 rounded a gradient until it had nothing of itself."""
-    checked, real = [], forward.check_scoring
+    checked, real = [], forward.check_model
 
     def noted(policy, model, **settings):
         checked.extend(p.dtype for p in (*policy.model.parameters(), *model.parameters()))
         return real(policy, model, **settings)
 
-    monkeypatch.setattr(forward, "check_scoring", noted)
+    monkeypatch.setattr(forward, "check_model", noted)
     learner = make_learner(make_policy(), mixed_precision="bf16", training_attention="eager")
     assert set(checked) == {torch.float32}
     assert {p.dtype for p in learner.forward.model.parameters()} == {torch.bfloat16}

@@ -141,7 +141,7 @@ def test_a_teacher_is_scored_in_its_own_way(monkeypatch, estimator):
     alone = Scoring(share_prompt=False)
     monkeypatch.setattr(learners, "teacher_scoring", lambda *_: alone)
     learner = make_learner(student_of(), estimator, teacher=other_model(dtype="float64"))
-    assert learner.forward.scoring.share_prompt
+    assert learner.forward.way.scoring.share_prompt
     keeps_cache = []
     reference = learner.policy.reference
     reference.register_forward_pre_hook(
@@ -378,7 +378,7 @@ def test_the_kl_to_a_reference_counts_up_to_where_it_ends():
     sampling = Sampling(24, 8)
 
     def kl_to(reference):
-        evaluator = Evaluator(policy, reference=reference)
+        evaluator = Evaluator(policy, TransformersGenerator(policy), reference=reference)
         return evaluator.rows(rows, rewards, sampling, "evaluation")
 
     whole = kl_to(replace(ending_at(1)))

@@ -13,7 +13,8 @@ from torch import Tensor
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
+from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
@@ -72,17 +73,17 @@ def collect(
         Refused: When a greedy completion has no reward.
     """
     group_size = sampling.num_generations
-    scoring = check_scoring(policy)
-    sampled = sample_and_reward(
-        policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
-    )
+    way = check_model(policy)
+    generator = TransformersGenerator(policy, way=way)
+    options: dict[str, Any] = {"stream": "measurement", "generator": generator}
+    sampled = sample_and_reward(policy, rows, rewards, sampling, batch_size=rows_at_once, **options)
     greedily_sampled = sample_and_reward(
         policy,
         rows,
         rewards,
         replace(sampling, num_generations=0),
-        stream="measurement",
         batch_size=max(1, rows_at_once // group_size),
+        **options,
     )
     parts = []
     columns = []
@@ -98,10 +99,10 @@ def collect(
             "greedy_rewards": greedy.rewards.repeat_interleave(group_size),
         }
         parts.append(rollout)
-        columns.append(shared | _scores(policy, rollout, sampling, scoring))
+        columns.append(shared | _scores(policy, rollout, sampling, way.scoring))
     whole = {name: torch.cat([part[name].cpu() for part in columns]) for name in columns[0]}
     whole = {name: x.double() if x.is_floating_point() else x for name, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=group_size, scoring=scoring, **whole)
+    return Samples(parts=tuple(parts), group_size=group_size, scoring=way.scoring, **whole)
 
 
 def _scores(

@@ -30,7 +30,6 @@ from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy, load_policy
 from tokenrl.language.rewards.calls import TrainerState
-from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import Sampling
@@ -242,7 +241,6 @@ def load_placed(args: Any, model: str) -> Policy:
     """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
     policy = load_policy(model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     policy.model.to(device_for(policy.size))
-    check_scoring(policy, gradient=False)
     return policy
 
 

@@ -17,9 +17,8 @@ from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.arguments import fill_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_turns
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.distribution import distribution_of
-from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import (
     prompt_text,
     prompts_of,
@@ -80,8 +79,7 @@ class Sampler:
         if self.rewards is not None:
             self.rewards.state = state_of(args.model)
         self.policy, self._length = opened(args, args.model, task, 64)
-        if self.environments is not None:
-            check_turns(self.policy)
+        self._generator = checked_generator(self.policy, self.environments)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then
             rows = [row for row in rows if isinstance(row["prompt"], str)]
@@ -129,9 +127,7 @@ class Sampler:
         self._completed += 1
         options = "interactive", self.environments
         with using_threads(choose_threads(policy.size)[0]):
-            rollout = sample_rows(
-                policy, TransformersGenerator(policy), prompts, sampling, *options
-            )
+            rollout = sample_rows(policy, self._generator, prompts, sampling, *options)
         texts = texts_of(policy, rollout)
         if self.environments is not None:
             columns = rollout.messages, rollout.endings, rollout.failures

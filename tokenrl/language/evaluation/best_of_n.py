@@ -20,7 +20,7 @@ from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.settings import check_number
@@ -45,7 +45,7 @@ def sample_pool(
         Refused: `num_generations` is 0, or a prompt cannot be completed.
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
-    generator = TransformersGenerator(policy)
+    generator = checked_generator(policy)
     texts: list[list[str]] = []
     rows = [{"prompt": prompt} for prompt in prompts]
     for index, ids in enumerate(encode(policy, rows, sampling)):

@@ -19,8 +19,8 @@ import torch
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import check_scoring, check_turns
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.agreement import check_model, checked_generator
+from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
@@ -66,8 +66,8 @@ class Evaluator:
 
     Attributes:
         policy: the policy.
+        generator: samples the completions.
         scoring: how the policy is scored, for what a generator of another engine does not return.
-        generator: samples the completions; None for the policy's own model.
         accelerator: accelerate's handle, in a run of several processes; None for a single process.
         reference: the policy to which the KL of the sampled completions is estimated; both policies at the
             temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
@@ -78,8 +78,8 @@ class Evaluator:
     """
 
     policy: Policy
+    generator: Generator
     scoring: Scoring = USUAL
-    generator: Generator | None = None
     accelerator: Any = None
     reference: Policy | None = None
     reference_scoring: Scoring = USUAL
@@ -98,8 +98,6 @@ class Evaluator:
         if self.reference is not None:
             single = prompts if rewards.environments is None else ()
             _check_reference(self.policy, self.reference, single, sampling)
-        if rewards.environments is not None:
-            check_turns(self.policy)
         passes = []
         failures = list[str]()
         # The greedy completions, then those that are sampled.
@@ -134,7 +132,7 @@ class Evaluator:
         """
         policy = self.policy
         rows = list[dict[str, Any]]()
-        generator = self.generator or TransformersGenerator(policy)
+        generator = self.generator
         for batch in sample_and_reward(
             policy,
             prompts,
@@ -201,6 +199,7 @@ def evaluate_policy(
     *,
     k: Sequence[int] = (),
     reference: Policy | None = None,
+    generator: Generator | None = None,
 ) -> Evaluation:
     """Evaluate a policy on held-out prompts.
 
@@ -212,6 +211,7 @@ def evaluate_policy(
             Evaluations with the same seed use the same random numbers in every step of a run.
         k: the values of k for pass@k or best@k.
         reference: the policy to which the KL is estimated, see `Evaluator`.
+        generator: samples the completions; None for the policy's own model, which is tried on a few tokens first.
 
     Returns:
         The metrics, with standard errors over prompts (`..._stderr`). `completions/mean_length` in tokens,
@@ -226,8 +226,9 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    scoring = USUAL if reference is None else check_scoring(reference, gradient=False)
-    evaluator = Evaluator(policy, reference=reference, reference_scoring=scoring)
+    scoring = USUAL if reference is None else check_model(reference, gradient=False).scoring
+    generator = generator or checked_generator(policy, rewards.environments)
+    evaluator = Evaluator(policy, generator, reference=reference, reference_scoring=scoring)
     return evaluator.evaluate(prompts, rewards, sampling, k)
 
 

@@ -19,6 +19,7 @@ from tokenrl.language.evaluation.evaluation import (
 )
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.sampling import Sampling
 
 Row = Mapping[str, Any]
@@ -56,7 +57,8 @@ def probe_policy(
         raise Refused(
             f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
         )
-    rows = Evaluator(policy).rows(prompts, rewards, sampling, "probe")
+    generator = checked_generator(policy, rewards.environments)
+    rows = Evaluator(policy, generator).rows(prompts, rewards, sampling, "probe")
     totals = known_rewards(rows, samples)
     size = 2 ** (samples.bit_length() - 1)
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)

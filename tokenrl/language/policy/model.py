@@ -50,10 +50,6 @@ class Policy:
         reference: frozen model of a KL term, a copy or a teacher; None if none is needed or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
-        sampling: how the tokens were drawn in training, as `GenerationConfig` names it, for those who load it.
-        plain_cache: whether the model's cache may only be handed back to it, as `check_scoring` decides.
-        keeps_turns: whether episodes may keep caches over turns; None until `check_turns` has tried it.
-        token_steps: the memory in which tokens are sampled one by one, see `TokenSteps`; None for that of a batch.
     """
 
     model: nn.Module
@@ -65,11 +61,7 @@ class Policy:
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
-    sampling: Mapping[str, float] = field(default_factory=dict, repr=False)
-    plain_cache: bool = field(default=False, repr=False)
-    keeps_turns: bool | None = field(default=None, repr=False)
     trained_prompts: frozenset[str] = field(default=frozenset(), repr=False)
-    token_steps: Any = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:

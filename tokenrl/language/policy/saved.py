@@ -7,8 +7,8 @@ transformers makes of the saved configuration.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,12 @@ class SavedModel:
     Attributes:
         policy: the policy or the reward model.
         kind: "policy" or "reward model".
+        distribution: how tokens are drawn in training, see `write_generation`.
     """
 
     policy: Any
     kind: str = "policy"
+    distribution: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
@@ -81,7 +83,7 @@ class SavedModel:
             with quietly():
                 write_adapter(self.policy, folder, self._base)
         else:
-            save_policy(self.policy, folder)
+            save_policy(self.policy, folder, distribution=self.distribution)
 
     def read(self, folder: Path) -> None:
         """Give the model the weights that `write` wrote, bit for bit.
@@ -113,7 +115,7 @@ class SavedModel:
             hollow = _hollow(model)
             hollow.config.save_pretrained(folder)
             self.policy.tokenizer.save_pretrained(folder)
-            write_generation(self.policy, hollow, folder)
+            write_generation(self.policy, hollow, folder, self.distribution)
             transformers.AutoTokenizer.from_pretrained(folder, **options)
             if getattr(bare, "hf_quantizer", None) is None:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)

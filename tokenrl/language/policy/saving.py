@@ -31,7 +31,13 @@ BASE = "base.json"
 
 
 @quietly()
-def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> None:
+def save_policy(
+    policy: Any,
+    directory: Path,
+    *,
+    card: Card | None = None,
+    distribution: Mapping[str, float] = DRAWN,
+) -> None:
     """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
     An adapter is merged into a copy of the weights, so that transformers alone can load the model; the
@@ -42,6 +48,7 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
         directory: an existing folder.
         card: what README.md says, in the folder of the adapter too; None writes no card. With a card the folder
             is for others, and no directory of this machine is named in it.
+        distribution: how tokens were drawn in training, see `write_generation`.
     """
     model = policy.model
     if has_adapter(model):
@@ -55,7 +62,7 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
         model = merged(copy.deepcopy(model))
     with patch.object(model, "can_generate", return_value=False):  # how is written below
         model.save_pretrained(directory)
-    write_generation(policy, model, directory)
+    write_generation(policy, model, directory, distribution)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
         write_text(directory / "README.md", card.text())
@@ -129,17 +136,25 @@ def merged(model: Any) -> Any:
     return whole
 
 
-def write_generation(policy: Any, model: Any, directory: Path) -> None:
+def write_generation(
+    policy: Any, model: Any, directory: Path, distribution: Mapping[str, float]
+) -> None:
     """Write how transformers generates with a model: its completions are drawn and end as those of the policy.
 
     Of the settings that the base model came with, special tokens and limits of length stay.
+
+    Args:
+        policy: the policy; nothing is written of a reward model.
+        model: its model, with an adapter merged.
+        directory: an existing folder.
+        distribution: how tokens were drawn in training, as `GenerationConfig` names it.
     """
     from transformers import GenerationConfig
 
     settings = getattr(model, "generation_config", None)
     if settings is None:  # of a reward model
         return
-    values = {name: getattr(settings, name) for name in KEPT} | DRAWN | policy.sampling
+    values = {name: getattr(settings, name) for name in KEPT} | DRAWN | {**distribution}
     if ends := policy.ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     GenerationConfig(**values).save_pretrained(directory)

@@ -25,7 +25,6 @@ from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
-from tokenrl.language.rollout.agreement import check_scoring
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_base, warm_started_base
 from tokenrl.language.supervised.defaults import completion_limit, own_model
@@ -98,7 +97,6 @@ def _from_task(
         model = args.model
     arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(args.form))
     policy = load_base(arguments, task, announce)
-    check_scoring(policy, gradient=False)
     length = args.max_completion_length or completion_limit(task, model, policy)[0]
 
     def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:

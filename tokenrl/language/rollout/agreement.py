@@ -24,7 +24,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, score
+from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, Way, score
 from tokenrl.language.rollout.token_steps import TokenSteps
 from tokenrl.runs.processes import all_reduce_max
 
@@ -33,6 +33,8 @@ TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.fl
 and of a gradient, relative to its norm. Rounding stays far below them, in TensorFloat-32 too."""
 COARSE = (0.12, 0.5)
 """The same for bfloat16 and for quantised weights."""
+HANDED_BACK = "its cache is only handed back to it"
+"""Why neither turns nor token-steps keep a cache that no row may leave."""
 PIECE = 3
 """Tokens whose logits are computed at once in a trial of chunks, of a few more."""
 
@@ -41,15 +43,16 @@ class WrongRollout(Exception):
     """Raised where the rows or the numbers of a batch are not what they must be; says in words how."""
 
 
-def check_scoring(
+def check_model(
     policy: Policy,
     model: nn.Module | None = None,
     *,
     hidden: bool = False,
     gradient: bool = True,
+    turns: bool = False,
     accelerator: Any = None,
-) -> Scoring:
-    """Return the fastest way of scoring that is right for a policy; its weights and gradients stay.
+) -> Way:
+    """Return the fastest way of sampling and scoring that is right for a policy, which stays as it is.
 
     A model whose logits are not finite is not tried: the run itself reports that.
 
@@ -58,6 +61,7 @@ def check_scoring(
         model: what gradients flow through, with the weights of `policy.model`; None for that model.
         hidden: whether the hidden states are needed too, as by a critic.
         gradient: whether gradients are needed too.
+        turns: whether episodes of several turns are sampled.
         accelerator: accelerate's handle of the processes, which then score alike; None for one process.
 
     Raises:
@@ -66,7 +70,6 @@ def check_scoring(
     with torch.random.fork_rng(devices=[]):
         faults = _faults(policy, model or policy.model, hidden, gradient)
     wrong, prompts, logits, cache = _on_any_process(accelerator, faults)
-    policy.plain_cache = bool(cache)
     if wrong:
         raise Refused(
             f"The model {policy.source!r} ({type(policy.model).__name__}) cannot be sampled and scored in "
@@ -81,45 +84,45 @@ def check_scoring(
         remarks["prompts"] = f"computed anew for each completion when scored ({prompts})"
     if logits:
         remarks["logits"] = f"of all tokens at once when scored ({logits})"
+    keeps_turns = turns
+    if turns and (fault := HANDED_BACK if cache else _failure(_continue_rows, policy)):
+        keeps_turns = False
+        remarks["turns"] = f"each reads its whole history again ({fault})"
     head = head_of(policy.model)
-    return Scoring(
+    scoring = Scoring(
         share_prompt=not prompts and not _recomputes(policy),
         tokens_at_once=None if logits or head is None else tokens_at_once(head.out_features),
-        remarks=remarks,
     )
+    return Way(scoring, bool(cache), keeps_turns, remarks=remarks)
 
 
-def check_turns(policy: Policy) -> str:
-    """Try whether episodes may keep the cache of a row from turn to turn, once for a policy.
+def checked_generator(policy: Policy, environments: Any = None) -> TransformersGenerator:
+    """Return what samples a policy that is not trained here, in the way that `check_model` returns.
 
-    Returns:
-        Why each turn has to read its whole history again, in words; empty if it need not.
+    Args:
+        policy: the policy, on the device where it will run.
+        environments: what episodes are played in; None for completions of one turn.
     """
-    fault = ""
-    if policy.keeps_turns is None:
-        fault = "its cache is only handed back to it"
-        if not policy.plain_cache:
-            fault = _failure(_continue_rows, policy)
-        policy.keeps_turns = not fault
-    return fault
+    turns = environments is not None
+    return TransformersGenerator(policy, way=check_model(policy, gradient=False, turns=turns))
 
 
-def check_token_steps(policy: Policy, *, hidden: bool = False) -> str:
-    """Try whether tokens may be sampled in memory that keeps its address; `token_steps` of the policy then is it.
+def check_token_steps(policy: Policy, way: Way, steps: TokenSteps, *, hidden: bool = False) -> str:
+    """Try whether tokens may be sampled in memory that keeps its address.
 
     Args:
         policy: the policy.
+        way: how it is sampled without this memory.
+        steps: the memory.
         hidden: whether the hidden states are needed too, as by a critic.
 
     Returns:
         Why they may not, in words; empty if they may.
     """
-    policy.token_steps = None
-    steps = TokenSteps()
 
     def compare() -> None:
-        plain = _sampled(policy, hidden)
-        rollout = _sampled(replace(policy, token_steps=steps), hidden)
+        plain = _sampled(policy, way, hidden)
+        rollout = _sampled(policy, replace(way, token_steps=steps), hidden)
         if not len(steps):
             raise WrongRollout("its cache does not keep all tokens")
         trial = Trial.of(policy, rollout, hidden=hidden)
@@ -127,12 +130,7 @@ def check_token_steps(policy: Policy, *, hidden: bool = False) -> str:
         if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
             raise WrongRollout("sampling in fixed memory draws other tokens")
 
-    fault = "its cache is only handed back to it"
-    if not policy.plain_cache:
-        fault = _failure(compare)
-    if not fault:
-        policy.token_steps = steps
-    return fault
+    return HANDED_BACK if way.plain_cache else _failure(compare)
 
 
 def _recomputes(policy: Policy) -> bool:
@@ -157,7 +155,7 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     trials: list[Trial] = []
 
     def sample(plain_cache: bool) -> None:
-        rollout = _sampled(replace(policy, plain_cache=plain_cache), hidden)
+        rollout = _sampled(policy, Way(plain_cache=plain_cache), hidden)
         slope = gradient and bool(policy.trainable_parameters())
         trials[:] = [Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
@@ -184,11 +182,11 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     return ["", unshared, whole, cache]
 
 
-def _sampled(policy: Policy, hidden: bool) -> Rollout:
+def _sampled(policy: Policy, way: Way, hidden: bool) -> Rollout:
     """Sample two completions of a longer and of a shorter prompt, which do not end early."""
     prompts, length = _prompts(policy)
     draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
-    endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None))
+    endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None), way=way)
     return endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
 
 
@@ -199,9 +197,9 @@ def _continue_rows(policy: Policy) -> None:
     The first turn ends at several lengths, and before the second one row reads more tokens than another.
     """
     prompts, length = _prompts(policy)
-    endless = replace(policy, eos_ids=(), stops=None, keeps_turns=True)
+    endless = replace(policy, eos_ids=(), stops=None)
     draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
-    turns = TransformersGenerator(endless).over_turns()
+    turns = TransformersGenerator(endless, way=Way(keeps_turns=True)).over_turns()
     ids = turns.generate(prompts, Sampling(length, 2), draws).completion_ids
     ends = ids[:, length // 2].tolist()
     ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))

@@ -75,6 +75,7 @@ class Decoder:
         prompt_index: Tensor,
         sampling: Sampling,
         prefixes: PrefixCache | None,
+        plain_cache: bool,
     ) -> None:
         """Read the prompts, and make each the rows of its group.
 
@@ -84,6 +85,7 @@ class Decoder:
             prompt_index: the prompt of each row, on the CPU [n].
             sampling: how the rows are sampled.
             prefixes: what of the prompts was read before; None for nothing.
+            plain_cache: whether the cache may only be handed back to the model.
         """
         self.model = policy.model
         self.sampling = sampling
@@ -92,7 +94,7 @@ class Decoder:
         self.eos_ids = policy.eos_ids
         self.eos = torch.tensor(policy.eos_ids, device=self.device)
         self.alive = torch.ones(len(prompt_index), dtype=torch.bool, device=self.device)
-        if policy.plain_cache:
+        if plain_cache:
             prompts = [prompts[i] for i in prompt_index.tolist()]
             prompt_index = torch.arange(len(prompt_index))
         groups = [[_Prompt(ids) for ids in prompts]]
@@ -119,7 +121,7 @@ class Decoder:
             longest = max(map(len, prompts))
             whole = Cache.joined(rows, longest, sampling.max_completion_length)
             self._store(whole, _joined([output for _, output in parts]), index)
-        if not policy.plain_cache:
+        if not plain_cache:
             if not torch.equal(prompt_index, torch.arange(len(prompts))):
                 self.select(index)
             self.cache.make_room(sampling.max_completion_length)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,10 +23,11 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.copies import sharing_copy
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import check_scoring, check_token_steps, check_turns
+from tokenrl.language.rollout.agreement import check_model, check_token_steps
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
-from tokenrl.language.rollout.scoring import USUAL, Scoring
+from tokenrl.language.rollout.scoring import USUAL, Scoring, Way
+from tokenrl.language.rollout.token_steps import TokenSteps
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
@@ -61,12 +62,12 @@ class Forward(Passes):
     Attributes:
         policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained; `model`
             shares its weights.
-        scoring: how completions are scored.
+        way: how completions are sampled and scored.
         reference_scoring: how completions are scored under the reference; a teacher may have a way of its own.
     """
 
     policy: Policy
-    scoring: Scoring
+    way: Way = field(default=Way(), repr=False)
     reference_scoring: Scoring = USUAL
 
     @property
@@ -159,10 +160,7 @@ def choose_forward(
         policy = replace(policy, model=model)
         suffix = " in sampling too"
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    scoring = check_scoring(policy, model, hidden=hidden, accelerator=accelerator)
-    if turns and (fault := check_turns(policy)):
-        remarks = {**scoring.remarks, "turns": f"each reads its whole history again ({fault})"}
-        scoring = replace(scoring, remarks=remarks)
+    way = check_model(policy, model, hidden=hidden, turns=turns, accelerator=accelerator)
     copies: Copies = ()
     if precision == "bf16":
         policy, copies = half_copy(policy)
@@ -170,16 +168,15 @@ def choose_forward(
         if attention == "eager":
             model = with_attention(model, "eager")
     if getattr(args, "capture", "no") == "auto":
-        remarks = {**scoring.remarks, "token-steps": _capture(policy, hidden)}
-        scoring = replace(scoring, remarks=remarks)
+        way = _captured(policy, way, hidden)
     kind = attention.replace("_", " ")
     words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, {line}"
     settings = {"mixed_precision": precision, "training_attention": attention} | sizes
     forward = Forward(
         policy=policy,
         model=model,
-        scoring=scoring,
-        reference_scoring=scoring,
+        way=way,
+        reference_scoring=way.scoring,
         copies=copies,
         words=words,
         **sizes,
@@ -225,12 +222,15 @@ def _attention(
     return "eager" if device.type == "cpu" and suits else "as_loaded"
 
 
-def _capture(policy: Policy, hidden: bool) -> str:
-    """Let small models on a GPU sample by captured token-steps; return in words whether they do."""
+def _captured(policy: Policy, way: Way, hidden: bool) -> Way:
+    """Let small models on a GPU sample by captured token-steps; a remark says whether they do."""
     fault = "not below 1 B parameters on a CUDA device"
+    steps = TokenSteps()
     if policy.device.type in CAPTURING and policy.size < LAUNCHED:
-        fault = check_token_steps(policy, hidden=hidden)
-    return f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
+        fault = check_token_steps(policy, way, steps, hidden=hidden)
+    words = f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
+    remarks = {**way.remarks, "token-steps": words}
+    return replace(way, token_steps=None if fault else steps, remarks=remarks)
 
 
 def _sizes(args: Any, model: Any) -> tuple[dict[str, int], str]:
@@ -322,7 +322,7 @@ def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
     try:
         _register_unread_masks()
         changed = replace(policy, model=with_attention(policy.model, UNREAD))
-        check_scoring(changed, gradient=False)
+        check_model(changed, gradient=False)
     except (Refused, ImportError):  # another release of transformers may have no such names
         return policy
     if policy.reference is not None:  # a teacher may be of another kind than the policy

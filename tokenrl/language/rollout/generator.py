@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ from tokenrl.language.rollout.rollout import (
     zeroed,
 )
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Way
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class TransformersGenerator(Generator):
     """Samples from the policy's own model, so there are no weights to copy and nothing to free.
 
     The forward pass of each distinct prompt is computed once and its cache is repeated for the rows of the
-    group. Rows that are finished leave the batch. For a policy with `plain_cache`, the prompt is computed for
-    each row and rows stay, so that the cache is only handed back to the model.
+    group. Rows that are finished leave the batch. With a `plain_cache`, the prompt is computed for each row and
+    rows stay, so that the cache is only handed back to the model.
 
     Attributes:
         policy: the policy whose model is sampled from.
@@ -136,16 +137,18 @@ class TransformersGenerator(Generator):
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
         prefixes: what it keeps of the rows that it samples, and need not read again; None to keep nothing.
+        way: how the model is sampled; a run samples its own model in the way that its start has tried.
     """
 
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
     prefixes: PrefixCache | None = None
+    way: Way = field(default=Way(), repr=False)
 
     def over_turns(self) -> TransformersGenerator:
-        """Return the generator of one batch of episodes, which reads no history twice if `check_turns` allows it."""
-        if not self.policy.keeps_turns:
+        """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
+        if not self.way.keeps_turns:
             return self
         return replace(self, prefixes=PrefixCache(self.cache * GIB))
 
@@ -175,14 +178,66 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                part = _decode(
-                    self.policy, prompt_ids[start:end], sampling, uniforms, self.prefixes
-                )
+                part = self._decode(prompt_ids[start:end], sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
                 module.training = True
         return cat(parts)
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    ) -> Rollout:
+        """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
+        policy = self.policy
+        prefixes = self.prefixes
+        plain_cache = self.way.plain_cache
+        device = policy.device
+        length = sampling.max_completion_length
+        prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
+        prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+        decoder = Decoder(policy, prompts, prompt_index, sampling, prefixes, plain_cache)
+        state: Decoder | FixedDecoder = decoder
+        if self.way.token_steps is not None:
+            state = self.way.token_steps.decoder(decoder, prompt_ids.shape[1] + length, draws)
+        ended = None
+        if prefixes is not None:
+            ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
+        tokens = _Tokens(len(prompt_index), length, policy)
+        batch = torch.arange(len(prompt_index))  # rows that are still in the batch
+        rows = to_device(batch, device)
+        look_every = LOOK_EVERY.get(device.type, WINDOW)
+        for start in range(0, length, look_every):
+            end = min(start + look_every, length)
+            uniforms = None if draws is None else draws[rows, start:end]
+            columns = state.sample(uniforms, end - start)
+            tokens.write(start, rows, columns)
+            if policy.stops is not None:
+                ids, mask = tokens.columns["ids"], tokens.columns["mask"]
+                at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
+                state.end(at_stops[rows])
+            if end == length and ended is None:
+                break
+            unfinished = _unfinished(state.alive, columns["entropy"])
+            if ended is not None:
+                ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
+            if end == length or not len(unfinished):
+                break
+            # Copying the cache costs as much as keeping a few finished rows.
+            if len(unfinished) <= 0.75 * len(rows) and not plain_cache:
+                index = to_device(unfinished, device)
+                state.select(index)
+                rows = rows[index]
+                batch = batch[unfinished]
+        unfinished_rows = torch.zeros_like(tokens.columns["mask"][:, 0]).index_put(
+            (rows,), state.alive
+        )
+        rollout = tokens.rollout(
+            policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows
+        )
+        if ended is not None:
+            ended.keep(rollout)
+        return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
 
 
 class LaggedGenerator(Generator):
@@ -192,20 +247,17 @@ class LaggedGenerator(Generator):
     evaluation, is sampled from the policy itself.
     """
 
-    def __init__(
-        self, policy: Policy, rows_at_once: int | None = None, *, cache: float = 2.0, every: int
-    ) -> None:
+    def __init__(self, present: TransformersGenerator, every: int) -> None:
         """Copy the policy's model.
 
         Args:
-            policy: the policy.
-            rows_at_once: see `TransformersGenerator`.
-            cache: see `TransformersGenerator`.
+            present: samples from the policy itself.
             every: k, 2 or more; step s samples from the weights before step `s - (s - 1) % k`.
         """
+        policy = present.policy
         lagged = replace(policy, model=copied(policy.model), reference=None)
-        self._present = TransformersGenerator(policy, rows_at_once, cache)
-        self._lagged = TransformersGenerator(lagged, rows_at_once, cache)
+        self._present = present
+        self._lagged = replace(present, policy=lagged)
         self._every = every
 
     def generate(
@@ -235,57 +287,6 @@ def _trained(policy: Policy) -> dict[str, Tensor]:
     """Return the weights that are trained, by name, without autograd."""
     named = policy.model.named_parameters()
     return {name: weight.detach() for name, weight in named if weight.requires_grad}
-
-
-def _decode(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    draws: Tensor | None,
-    prefixes: PrefixCache | None,
-) -> Rollout:
-    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
-    device = policy.device
-    length = sampling.max_completion_length
-    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
-    prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-    state: Decoder | FixedDecoder = Decoder(policy, prompts, prompt_index, sampling, prefixes)
-    if policy.token_steps is not None:
-        state = policy.token_steps.decoder(state, prompt_ids.shape[1] + length, draws)
-    ended = None
-    if prefixes is not None:
-        ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
-    tokens = _Tokens(len(prompt_index), length, policy)
-    batch = torch.arange(len(prompt_index))  # rows that are still in the batch
-    rows = to_device(batch, device)
-    look_every = LOOK_EVERY.get(device.type, WINDOW)
-    for start in range(0, length, look_every):
-        end = min(start + look_every, length)
-        uniforms = None if draws is None else draws[rows, start:end]
-        columns = state.sample(uniforms, end - start)
-        tokens.write(start, rows, columns)
-        if policy.stops is not None:
-            ids, mask = tokens.columns["ids"], tokens.columns["mask"]
-            at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
-            state.end(at_stops[rows])
-        if end == length and ended is None:
-            break
-        unfinished = _unfinished(state.alive, columns["entropy"])
-        if ended is not None:
-            ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
-        if end == length or not len(unfinished):
-            break
-        # Copying the cache costs as much as keeping a few finished rows.
-        if len(unfinished) <= 0.75 * len(rows) and not policy.plain_cache:
-            index = to_device(unfinished, device)
-            state.select(index)
-            rows = rows[index]
-            batch = batch[unfinished]
-    unfinished_rows = torch.zeros_like(tokens.columns["mask"][:, 0]).index_put((rows,), state.alive)
-    rollout = tokens.rollout(policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows)
-    if ended is not None:
-        ended.keep(rollout)
-    return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
 
 
 class _Tokens:

@@ -16,8 +16,9 @@ from tokenrl.core.returns import at_last_action
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.episodes import ENDINGS, play
-from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 
@@ -178,7 +179,7 @@ def sample_and_reward(
         rewards: the reward functions.
         sampling: how to sample; 0 generations means the greedy completion.
         stream: the stream of random numbers, a name in `STREAMS`.
-        generator: the engine that samples; None for the policy's own model.
+        generator: the engine that samples; None for the policy's own model, which is tried first.
         accelerator: accelerate's `Accelerator` in a run of W processes, each of which takes every W-th
             prompt; None for a single process.
         batch_size: completions per batch, which changes memory only.
@@ -191,7 +192,7 @@ def sample_and_reward(
     if accelerator is not None:
         rank = accelerator.process_index
         world = accelerator.num_processes
-    generator = generator or TransformersGenerator(policy)
+    generator = generator or checked_generator(policy, rewards.environments)
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encoded(policy, prompts, sampling)
     size = max(1, batch_size // sampling.group_size)

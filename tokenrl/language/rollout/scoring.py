@@ -24,25 +24,45 @@ from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_h
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rollout.token_steps import TokenSteps
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a model is scored: in the usual way, or in a plainer one; `check_scoring` returns the right one.
+    """How completions are scored: in the usual way, or in a plainer one.
 
     Attributes:
         share_prompt: compute each distinct prompt once; False if no key/value cache may be kept.
         tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
             compute all of them, as where something comes after the head.
-        remarks: what is unusual, in words, for a run's header; empty if nothing is.
     """
 
     share_prompt: bool = True
     tokens_at_once: int | None = None
-    remarks: Mapping[str, str] = field(default_factory=dict)
 
 
 USUAL = Scoring()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is sampled and scored: in the usual way, or in another one; `check_model` returns the right one.
+
+    Attributes:
+        scoring: how completions are scored.
+        plain_cache: whether the model's cache may only be handed back to it in sampling.
+        keeps_turns: whether episodes may keep caches from turn to turn.
+        token_steps: the memory in which tokens are sampled one by one; None for that of a batch.
+        remarks: what is unusual, in words, for a run's header; empty if nothing is.
+    """
+
+    scoring: Scoring = USUAL
+    plain_cache: bool = False
+    keeps_turns: bool = False
+    token_steps: TokenSteps | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
 
@@ -144,7 +164,7 @@ def _score_in_chunks(
         assert rollout.ref_states is not None
         chunks = chunks._replace(reference=(rollout.ref_states[actions], ref_head))
     head = head_of(model)
-    assert head is not None  # as `check_scoring` returned a number of tokens at once
+    assert head is not None  # as `check_model` returned a number of tokens at once
     with without_head(head) as inputs:
         before, last_hidden = _forward(model, rollout, scoring, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)

@@ -19,7 +19,7 @@ from tokenrl.language.rewards.tools import joined
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
-from tokenrl.language.rollout.scoring import USUAL, score, score_in_parts
+from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
@@ -334,7 +334,7 @@ class SupervisedTraining(Descent):
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
         part = demonstration_batch(self._policy, [self._pairs[i] for i in rows])
-        logprobs = score(self._forward.model, part, self._forward.scoring).logprobs
+        logprobs = score(self._forward.model, part, self._forward.way.scoring).logprobs
         mask = to_device(part.mask, logprobs.device)
         self.tokens += int(part.mask.sum())
         tokens = sum(len(self._pairs[i][1]) for i in batch)
@@ -346,7 +346,7 @@ class SupervisedTraining(Descent):
         total = 0.0
         for first in range(0, len(pairs), size):
             part = demonstration_batch(self._policy, pairs[first : first + size])
-            logprobs = score_in_parts(self._forward.model, part, self._forward.scoring).logprobs
+            logprobs = score_in_parts(self._forward.model, part, self._forward.way.scoring).logprobs
             total -= logprobs[part.mask].double().sum().item()
         return total / sum(len(completion) for _, completion in pairs)
 
@@ -378,7 +378,7 @@ def fit(
         Stopped: the loss or its gradient became NaN or infinite.
     """
     args = DescentArguments(**options)
-    usual = Forward(policy=policy, model=policy.model, scoring=USUAL, tokens_per_pass=MAX_COUNT)
+    usual = Forward(policy=policy, model=policy.model, tokens_per_pass=MAX_COUNT)
     pairs = encode_demonstrations(policy, demonstrations, environments)
     training = SupervisedTraining(policy, pairs, args, forward or usual)
     return [training.update()["loss"] for _ in range(args.max_steps)]

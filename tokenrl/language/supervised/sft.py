@@ -17,6 +17,7 @@ from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import Card, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.forward import Forward, choose_forward
+from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import adapt, load_base, vocabulary_of
@@ -125,7 +126,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
             length, _ = completion_limit(task, args.model, policy, otherwise=length)
-        forward, computing = choose_forward(args, policy, length=length)
+        turns = environments is not None
+        forward, computing = choose_forward(args, policy, length=length, turns=turns)
         computing |= {"threads": threads, "output_dir": session.directory}
         args = replace(args, **computing, chat_time=policy.form.chat_time)
         training = SupervisedTraining(policy, pairs, args, forward)
@@ -160,7 +162,7 @@ def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) ->
         "learning rate": f"{rate}, {args.lr_scheduler_type}",
         "computing": forward.words,
         **form_line(forward.policy.form, args.model),
-        **forward.scoring.remarks,
+        **forward.way.remarks,
     }
 
 
@@ -189,12 +191,14 @@ def _evaluation(
     for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:
         warn(warning)
     sampling = Sampling(length, seed=args.seed)
+    generator = TransformersGenerator(policy, way=forward.way)
 
     def evaluate() -> dict[str, float]:
         forward.copy_weights()
         metrics = {"loss": training.held_out_loss(pairs)} if pairs else {}
         if rewards.functions:
-            metrics |= evaluate_policy(policy, prompts, rewards, sampling).metrics
+            evaluation = evaluate_policy(policy, prompts, rewards, sampling, generator=generator)
+            metrics |= evaluation.metrics
         return metrics
 
     return evaluate

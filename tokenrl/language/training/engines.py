@@ -48,7 +48,7 @@ from tokenrl.language.rollout.generator import (
 )
 from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scores, Scoring
+from tokenrl.language.rollout.scoring import Scores, Scoring, Way
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.names import NamedFunction
@@ -98,10 +98,7 @@ def engine_of(args: TrainArguments) -> Engine:
     if engine in ENGINES.values():
         start = engine.start if engine is VllmGenerator else engine
         make = partial(start, cache=args.generator_cache)
-    if engine is TransformersGenerator:
-        lags = True
-        if args.sync_every > 1:
-            make = partial(LaggedGenerator, cache=args.generator_cache, every=args.sync_every)
+        lags = engine is TransformersGenerator
     return Engine(name, make, _abilities_of(engine), lags)
 
 
@@ -128,26 +125,26 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
 
 
 def start_engine(
-    make: MakeGenerator, policy: Policy, scoring: Scoring, rows_at_once: int | None
+    make: MakeGenerator, policy: Policy, way: Way, rows_at_once: int | None, every: int = 1
 ) -> Generator:
     """Start a generator; unless it is the default one, or an older copy, all that it returns is checked.
 
     Args:
         make: makes the generator from the policy and `rows_at_once`.
         policy: the policy that is sampled.
-        scoring: how the policy is scored.
+        way: how the policy is sampled and scored.
         rows_at_once: the most completions that are sampled at once; None for all.
+        every: with more than 1, the default generator samples training from an older copy, see `LaggedGenerator`.
 
     Raises:
         Refused: the generator cannot be made, or lacks a method.
     """
     with _told("The generator could not be made", Refused):
         engine = make(policy, rows_at_once)
-    if isinstance(engine, LaggedGenerator):
-        return engine
-    if type(engine) is TransformersGenerator and engine.policy is policy:
-        return engine
-    return CheckedEngine(engine, policy, scoring)
+    if type(engine) is not TransformersGenerator or engine.policy is not policy:
+        return CheckedEngine(engine, policy, way.scoring)
+    engine = replace(engine, way=way)
+    return LaggedGenerator(engine, every) if every > 1 else engine
 
 
 @contextmanager

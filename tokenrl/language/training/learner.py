@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
-from tokenrl.language.rollout.generator import Generator, LaggedGenerator, TransformersGenerator
+from tokenrl.language.rollout.generator import Generator, LaggedGenerator
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
@@ -29,7 +29,7 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import check_vocabulary, start_engine
+from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_scoring
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -179,7 +179,7 @@ class Learner:
         return score(
             self.forward.model,
             rows,
-            self.forward.scoring,
+            self.forward.way.scoring,
             distribution=self.sampling,
             entropy=estimator.needs_entropy,
             centres=estimator.score_centres if estimator.importance_centre else None,
@@ -188,7 +188,9 @@ class Learner:
 
     def logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
-        return self._scores(rows, self.forward.model, self.forward.scoring, self.sampling).logprobs
+        return self._scores(
+            rows, self.forward.model, self.forward.way.scoring, self.sampling
+        ).logprobs
 
     def ref_scores(self, rows: Rollout, *, states: bool) -> Scores:
         """Score rows under the reference, without a gradient, at the same temperature over all tokens.
@@ -221,7 +223,7 @@ class Learner:
         return with_missing_fields(
             self.forward.policy,
             rows,
-            self.forward.scoring,
+            self.forward.way.scoring,
             distribution=self.sampling,
             parts=self.micro_batches(rows),
             logprobs=True,
@@ -240,7 +242,7 @@ class Learner:
             scoring: how they are scored; None for as the policy is.
             computed: True for the rows that are computed [n]; all by default.
         """
-        scoring = scoring or self.forward.scoring
+        scoring = scoring or self.forward.way.scoring
         numbers = torch.arange(len(rows))
         groups = rows.distinct_prompts()[1] if scoring.share_prompt else numbers
         shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), groups])
@@ -333,7 +335,6 @@ def make_learner(
     args: TrainArguments,
     policy: Policy,
     accelerator: Any,
-    engine: Callable[[Policy, int | None], Generator] = TransformersGenerator,
     teacher: Teacher | None = None,
     *,
     turns: bool = False,
@@ -344,7 +345,6 @@ def make_learner(
         args: the settings of the run.
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
-        engine: makes the generator, from the policy that is sampled and `sampling_batch_size`.
         teacher: the teacher; None without one. The model of another policy is this policy's reference already.
         turns: whether episodes of several turns are sampled.
 
@@ -385,7 +385,13 @@ def make_learner(
         estimator=args.estimator,
         args=args,
         computing=computing,
-        generator=start_engine(engine, forward.policy, forward.scoring, args.sampling_batch_size),
+        generator=start_engine(
+            engine_of(args).make,
+            forward.policy,
+            forward.way,
+            args.sampling_batch_size,
+            args.sync_every,
+        ),
         teacher_prompts=None if teacher is None else teacher.prompts,
     )
     if args.teacher_decay is not None:

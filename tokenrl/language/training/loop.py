@@ -211,12 +211,10 @@ def _prepare(
     threads, reason = choose_threads(policy.size, args.threads)
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
-        engine = engine_of(args)
         turns = rewards.environments is not None
-        learner = make_learner(args, policy, accelerator, engine.make, teacher, turns=turns)
-    policy.sampling = distribution_of(learner.sampling)
+        learner = make_learner(args, policy, accelerator, teacher, turns=turns)
     if not learner.generator.abilities.exact:
-        provenance.caveats.append(f"{engine.name} has random numbers of its own")
+        provenance.caveats.append(f"{engine_of(args).name} has random numbers of its own")
     run = TrainingRun(
         settings=settings,
         decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},
@@ -244,7 +242,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     teacher = None if run.teacher is None else run.teacher.name
     session.open(
         run.args,
-        SavedModel(policy),
+        SavedModel(policy, distribution=distribution_of(run.learner.sampling)),
         provenance,
         parts | {"run": run},
         run.facts(),
@@ -394,6 +392,8 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, repetition(session.command), run.args.model)
-    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), findings)
+    distribution = distribution_of(run.learner.sampling)
+    save = partial(save_policy, ended.policy, card=card, distribution=distribution)
+    session.finish(ended, save, findings)
     run.learner.accelerator.wait_for_everyone()
     return ended

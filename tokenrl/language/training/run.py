@@ -150,8 +150,8 @@ class TrainingRun:
         prompts = learner.teacher_prompts
         return Evaluator(
             policy,
-            learner.forward.scoring,
             learner.generator,
+            learner.forward.way.scoring,
             learner.accelerator,
             reference,
             learner.forward.reference_scoring,
@@ -225,7 +225,7 @@ class TrainingRun:
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
-        return {**facts, **self.learner.forward.scoring.remarks}
+        return {**facts, **self.learner.forward.way.remarks}
 
 
 def evaluates(args: TrainArguments, rewards: Rewards) -> bool:

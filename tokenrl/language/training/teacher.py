@@ -22,7 +22,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.loading import context_of
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import fingerprint
-from tokenrl.language.rollout.agreement import check_scoring
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Scoring
@@ -274,4 +274,5 @@ def teacher_scoring(teacher: Policy, model: Any, accelerator: Any) -> Scoring:
             f"The teacher {teacher.source!r} has weights or log-probabilities that are not finite, so no KL to it "
             "exists: give another teacher, or one that is held in another dtype."
         )
-    return check_scoring(replace(teacher, model=model), gradient=False, accelerator=accelerator)
+    alone = replace(teacher, model=model)
+    return check_model(alone, gradient=False, accelerator=accelerator).scoring
