@@ -31,7 +31,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from statistics import fmean
@@ -191,7 +190,6 @@ class VllmServer:
 
     def announce(self, prompts):
         """Note the prompts of the step after the next one, so that they are sampled during the update."""
-        self.abilities = replace(self.abilities, agrees=False)  # its weights may be an update old
         self.announced = prompts
 
     def generate(self, prompt_ids, sampling, draws):

@@ -19,7 +19,7 @@ from tokenrl.language.rollout.cache import FixedLayer
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import USUAL_WAY, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
@@ -156,7 +156,7 @@ def test_rows_of_a_bucket(rows, size):
     assert token_steps._rounded(rows) == size
 
 
-def tried(policy, way=Way(), **options):  # noqa: B008  # it is frozen
+def tried(policy, way=USUAL_WAY, **options):
     return check_token_steps(policy, way, TokenSteps(), **options)
 
 

@@ -75,15 +75,12 @@ def collect(
     group_size = sampling.num_generations
     way = check_model(policy)
     generator = TransformersGenerator(policy, way=way)
-    options: dict[str, Any] = {"stream": "measurement", "generator": generator}
-    sampled = sample_and_reward(policy, rows, rewards, sampling, batch_size=rows_at_once, **options)
-    greedily_sampled = sample_and_reward(
-        policy,
-        rows,
-        rewards,
-        replace(sampling, num_generations=0),
-        batch_size=max(1, rows_at_once // group_size),
-        **options,
+    sample = partial(
+        sample_and_reward, policy, rows, rewards, stream="measurement", generator=generator
+    )
+    sampled = sample(sampling, batch_size=rows_at_once)
+    greedily_sampled = sample(
+        replace(sampling, num_generations=0), batch_size=max(1, rows_at_once // group_size)
     )
     parts = []
     columns = []

@@ -184,10 +184,9 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
 
 def _sampled(policy: Policy, way: Way, hidden: bool) -> Rollout:
     """Sample two completions of a longer and of a shorter prompt, which do not end early."""
-    prompts, length = _prompts(policy)
-    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
+    prompts, draws = _prompts(policy)
     endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None), way=way)
-    return endless.generate(prompts, Sampling(length, 2, keep_hidden=hidden), draws)
+    return endless.generate(prompts, Sampling(draws.shape[1], 2, keep_hidden=hidden), draws)
 
 
 @torch.no_grad()
@@ -196,9 +195,9 @@ def _continue_rows(policy: Policy) -> None:
 
     The first turn ends at several lengths, and before the second one row reads more tokens than another.
     """
-    prompts, length = _prompts(policy)
+    prompts, draws = _prompts(policy)
+    length = draws.shape[1]
     endless = replace(policy, eos_ids=(), stops=None)
-    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
     turns = TransformersGenerator(endless, way=Way(keeps_turns=True)).over_turns()
     ids = turns.generate(prompts, Sampling(length, 2), draws).completion_ids
     ends = ids[:, length // 2].tolist()
@@ -217,22 +216,22 @@ def _continue_rows(policy: Policy) -> None:
     trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
 
 
-def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
-    """Return a longer and a shorter prompt, and how many tokens follow them, as the context allows."""
+def _prompts(policy: Policy) -> tuple[list[list[int]], Tensor]:
+    """Return a longer and a shorter prompt, and uniforms [4, T] of two completions of each, as the context allows."""
     vocabulary = len(policy.model.get_input_embeddings().weight)  # type: ignore[operator]
     context = policy.context or 64
     length = max(1, min(4, context // 3))
     ids = [(7 * i + 3) * vocabulary // 53 % vocabulary for i in range(7)]
     longer = ids[: max(1, min(5, context - length))]
     shorter = ids[-max(1, len(longer) // 2) :]
-    return [longer, shorter], length
+    return [longer, shorter], (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
 
 
 def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
     """Return the faults of any of the processes, since all processes have to score alike."""
     anywhere = all_reduce_max(accelerator, [int(bool(fault)) for fault in faults])
-    words = ["it is wrong on another process" if is_wrong else "" for is_wrong in anywhere]
-    return [fault or word for fault, word in zip(faults, words, strict=True)]
+    words = ("", "it is wrong on another process")
+    return [fault or words[wrong] for fault, wrong in zip(faults, anywhere, strict=True)]
 
 
 def _failure(compute: Callable[..., None], *arguments: Any) -> str:

@@ -102,11 +102,7 @@ class Decoder:
             groups = _groups(prompts, prefixes)
             order = [prompt.ids for prompt in chain.from_iterable(groups)]
             numbers = {ids: number for number, ids in enumerate(order)}
-            index_in_order = []
-            for i in prompt_index.tolist():
-                ids = tuple(prompts[i])
-                index_in_order.append(numbers[ids])
-            prompt_index = torch.tensor(index_in_order)
+            prompt_index = torch.tensor([numbers[tuple(prompts[i])] for i in prompt_index.tolist()])
             prompts = order
         index = to_device(prompt_index, self.device)
         parts = [self._read(group) for group in groups]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_model, check_token_steps
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
-from tokenrl.language.rollout.scoring import USUAL, Scoring, Way
+from tokenrl.language.rollout.scoring import USUAL, USUAL_WAY, Scoring, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 SHORT = 128
@@ -67,7 +67,7 @@ class Forward(Passes):
     """
 
     policy: Policy
-    way: Way = field(default=Way(), repr=False)
+    way: Way = USUAL_WAY
     reference_scoring: Scoring = USUAL
 
     @property

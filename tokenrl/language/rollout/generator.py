@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from tokenrl.language.rollout.rollout import (
     zeroed,
 )
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import USUAL_WAY, Way
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class TransformersGenerator(Generator):
     rows_at_once: int | None = None
     cache: float = 2.0
     prefixes: PrefixCache | None = None
-    way: Way = field(default=Way(), repr=False)
+    way: Way = USUAL_WAY
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
@@ -218,7 +218,7 @@ class TransformersGenerator(Generator):
                 state.end(at_stops[rows])
             if end == length and ended is None:
                 break
-            unfinished = _unfinished(state.alive, columns["entropy"])
+            unfinished = state.alive.cpu().nonzero().squeeze(1)
             if ended is not None:
                 ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
             if end == length or not len(unfinished):
@@ -229,11 +229,13 @@ class TransformersGenerator(Generator):
                 state.select(index)
                 rows = rows[index]
                 batch = batch[unfinished]
-        unfinished_rows = torch.zeros_like(tokens.columns["mask"][:, 0]).index_put(
-            (rows,), state.alive
-        )
+        truncated = state.alive.new_zeros(len(prompt_index)).index_put((rows,), state.alive)
         rollout = tokens.rollout(
-            policy.pad_id, prompt_ids, prompt_mask, prompt_index, unfinished_rows
+            policy.pad_id,
+            prompt_ids=prompt_ids[prompt_index],
+            prompt_mask=prompt_mask[prompt_index],
+            prompt_index=prompt_index,
+            truncated=truncated,
         )
         if ended is not None:
             ended.keep(rollout)
@@ -309,39 +311,22 @@ class _Tokens:
                 self.columns[name] = x.new_zeros(*self.columns["ids"].shape, *x.shape[2:])
             self.columns[name][rows, start:end] = x
 
-    def rollout(
-        self,
-        pad_id: int,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        prompt_index: Tensor,
-        truncated: Tensor,
-    ) -> Rollout:
+    def rollout(self, pad_id: int, **columns: Any) -> Rollout:
         """Return the rollout of the completions, on the host.
 
         Args:
             pad_id: the id behind the end of a completion.
-            prompt_ids: ids of B prompts, padded on the left [B, P].
-            prompt_mask: True on the ids [B, P].
-            prompt_index: the prompt of each completion [N].
-            truncated: True for completions without an end [N].
+            **columns: the columns of their prompts, and whether each has no end.
 
         Raises:
-            Stopped: an entropy is not finite.
+            Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
         """
-        columns: dict[str, Any] = dict(self.columns)
-        ids = columns.pop("ids")
-        mask = columns.pop("mask")
-        for name, x in columns.items():
-            columns[name] = zeroed(x, mask)
+        mask = self.columns["mask"]
+        of_tokens: dict[str, Any] = {name: zeroed(x, mask) for name, x in self.columns.items()}
         rollout = Rollout(
-            prompt_ids=prompt_ids[prompt_index],
-            prompt_mask=prompt_mask[prompt_index],
-            prompt_index=prompt_index,
-            completion_ids=ids.masked_fill(~mask, pad_id),
-            mask=mask,
-            truncated=truncated,
-            sampling_logprobs=columns["logprobs"],
+            completion_ids=of_tokens.pop("ids").masked_fill(~mask, pad_id),
+            sampling_logprobs=of_tokens["logprobs"],
+            **of_tokens,
             **columns,
         ).on_host()
         if not rollout.entropy.isfinite().all():
@@ -371,19 +356,3 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
         host_mask[over, position + 1 :] = False
     mask.copy_(host_mask)
     return to_device(ended, ids.device)
-
-
-def _unfinished(alive: Tensor, entropy: Tensor) -> Tensor:
-    """Return the unfinished rows of the batch, on the host, in one transfer.
-
-    Args:
-        alive: True for the rows that are unfinished [n].
-        entropy: entropies of the last tokens that were sampled [n, t].
-
-    Raises:
-        Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
-    """
-    unfinished, finite = torch.stack([alive, torch.isfinite(entropy).all(dim=1)]).cpu()
-    if not finite.all():
-        raise Stopped(NOT_FINITE)
-    return unfinished.nonzero().squeeze(1)

@@ -171,8 +171,8 @@ class Rollout:
 
     def on_host(self) -> Rollout:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        tensors = {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
-        small = {name: x for name, x in tensors.items() if x.ndim < 3}
+        columns = self.columns().items()
+        small = {name: x for name, x in columns if isinstance(x, Tensor) and x.ndim < 3}
         host: dict[str, Any] = dict(zip(small, to_host(small.values()), strict=True))
         return replace(self, **host)
 

@@ -63,6 +63,7 @@ class Way:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
+USUAL_WAY = Way()
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
 

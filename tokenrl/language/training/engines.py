@@ -141,8 +141,9 @@ def start_engine(
     """
     with _told("The generator could not be made", Refused):
         engine = make(policy, rows_at_once)
+        abilities = _abilities_of(engine)
     if type(engine) is not TransformersGenerator or engine.policy is not policy:
-        return CheckedEngine(engine, policy, way.scoring)
+        return CheckedEngine(engine, policy, way.scoring, abilities)
     engine = replace(engine, way=way)
     return LaggedGenerator(engine, every) if every > 1 else engine
 
@@ -169,6 +170,7 @@ class CheckedEngine(Generator):
         engine: samples the completions.
         policy: the policy that is sampled, with the weights of the trainer.
         scoring: how the policy is scored.
+        abilities: what the engine can do. Once it samples ahead of updates, it need not agree with the trainer.
         greedy_compared: whether greedy completions of the present weights were compared with the trainer.
         samples_compared: whether sampled completions were compared with the trainer.
         remark: in words, how far later ones differed from the trainer's; empty if little.
@@ -177,15 +179,10 @@ class CheckedEngine(Generator):
     engine: Generator
     policy: Policy
     scoring: Scoring
+    abilities: Abilities  # type: ignore[misc]
     greedy_compared: bool = False
     samples_compared: bool = False
     remark: str = ""
-
-    @property
-    def abilities(self) -> Abilities:  # type: ignore[override]
-        """What the engine can do."""
-        with self._told("abilities cannot be read"):
-            return _abilities_of(self.engine)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -236,6 +233,7 @@ class CheckedEngine(Generator):
         """Tell the engine which prompts come next; it gets copies of the rows."""
         with self._told("announce failed"):
             self.engine.announce([(number, copied(dict(row))) for number, row in prompts])
+        self.abilities = replace(self.abilities, agrees=False)
 
     def sync(self, policy: Policy) -> None:
         """Let the engine sample from the weights that this policy has now."""
