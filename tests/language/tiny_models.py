@@ -207,9 +207,8 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
 
 
 def scored(learner, **how):
-    """The same learner, which scores in another way: see the fields of `Scoring`."""
-    way = learner.forward.way
-    way = dataclasses.replace(way, scoring=dataclasses.replace(way.scoring, **how))
+    """The same learner, which scores in another way: see the fields of `Way`."""
+    way = dataclasses.replace(learner.forward.way, **how)
     learner.forward = dataclasses.replace(learner.forward, way=way)
     return learner
 

@@ -25,7 +25,7 @@ from tokenrl.language.rollout.scoring import Way
 
 def usual(way: Way) -> bool:
     """Whether nothing is done in a plainer way."""
-    return way.scoring.share_prompt and way.scoring.tokens_at_once and not way.remarks
+    return way.share_prompt and way.tokens_at_once and not way.remarks
 
 
 def changed(policy, change):
@@ -115,7 +115,7 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
     way = check_model(policy)
-    assert not way.scoring.share_prompt
+    assert not way.share_prompt
     assert "shared prompt gives a gradient that is off" in way.remarks["prompts"]
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed(
     policy = changed(make_policy("gpt2"), overwritten)
     assert usual(check_model(policy, gradient=False))
     way = check_model(policy)
-    assert not way.scoring.share_prompt and "modified by an" in way.remarks["prompts"]
+    assert not way.share_prompt and "modified by an" in way.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
@@ -157,9 +157,7 @@ def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarke
     enable_gradient_checkpointing(policy)
     way = check_model(policy)
     assert (
-        not way.scoring.share_prompt
-        and not way.remarks
-        and any(m.training for m in policy.model.modules())
+        not way.share_prompt and not way.remarks and any(m.training for m in policy.model.modules())
     )
 
 
@@ -240,7 +238,7 @@ def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
             check_model(policy, accelerator=processes)
     else:
         way = check_model(policy, accelerator=processes)
-        assert way.scoring.share_prompt == (worst != "prompts")
+        assert way.share_prompt == (worst != "prompts")
         assert way.plain_cache == (worst == "cache")
         assert {*way.remarks} == {worst} - {"nothing"}
     assert sent == [[0, 0, 0, 0]]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scoring, score
+from tokenrl.language.rollout.scoring import Way, score
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 REFUSED = {"recurrent_gemma"}
@@ -58,12 +58,11 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     policy = family_policy(family)
     before = torch.get_rng_state()
     way = check_model(policy, hidden=True)
-    scoring = way.scoring
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
-    assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in way.remarks)
+    assert way.share_prompt == (family not in NOT_SHARED) == ("prompts" not in way.remarks)
     assert NOT_SHARED.get(family, "") in way.remarks.get("prompts", "")
-    assert (scoring.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in way.remarks)
+    assert (way.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in way.remarks)
 
     rollout = sampled(policy, length)
     # rows leave the batch one by one
@@ -71,8 +70,8 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     expected = alone(policy.model, rollout)
     assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
-    for share in {False, scoring.share_prompt}:
-        found = torch.where(rollout.mask, score(policy.model, rollout, Scoring(share)).logprobs, 0)
+    for share in {False, way.share_prompt}:
+        found = torch.where(rollout.mask, score(policy.model, rollout, Way(share)).logprobs, 0)
         assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
@@ -82,7 +81,7 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
 )
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
-    assert check_model(policy, hidden=True).scoring.share_prompt or family in NOT_SHARED
+    assert check_model(policy, hidden=True).share_prompt or family in NOT_SHARED
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():

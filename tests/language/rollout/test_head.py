@@ -22,7 +22,7 @@ from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
+from tokenrl.language.rollout.scoring import Way, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -45,11 +45,11 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if rollout.top_ids is not None:
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
-        scored = score_in_parts(policy.reference, rollout, Scoring(**how), states=True)
+        scored = score_in_parts(policy.reference, rollout, Way(**how), states=True)
         rollout = replace(rollout, ref_states=scored.states)
         is_whole = "tokens_at_once" not in how
         options["ref_head"] = torch.nn.Identity() if is_whole else head_of(policy.reference)
-    scores = score(policy.model, rollout, Scoring(**how), **options)
+    scores = score(policy.model, rollout, Way(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy
     columns = [scores.logprobs, scores.entropy, scores.score_norms]
@@ -103,7 +103,7 @@ def test_an_adapted_head_is_left_to_the_forward_pass():
     policy = make_policy()
     add_lora(policy, r=2, target_modules=["lm_head"])
     way = check_model(policy)
-    assert way.scoring.tokens_at_once is None and "no linear layer" in way.remarks["logits"]
+    assert way.tokens_at_once is None and "no linear layer" in way.remarks["logits"]
 
 
 class _Largest(TorchDispatchMode):
@@ -127,7 +127,7 @@ def test_logits_of_all_tokens_never_exist(trained):
     vocabulary, tokens = 20_000, int(rollout.mask.sum())
     # gradients of weights are as large as these
     size = policy.model.get_input_embeddings().weight.numel()
-    at_once, how = 8, Scoring(tokens_at_once=8)
+    at_once, how = 8, Way(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:
         if trained:

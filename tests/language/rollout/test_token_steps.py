@@ -19,7 +19,7 @@ from tokenrl.language.rollout.cache import FixedLayer
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL_WAY, Way
+from tokenrl.language.rollout.scoring import USUAL, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
@@ -156,7 +156,7 @@ def test_rows_of_a_bucket(rows, size):
     assert token_steps._rounded(rows) == size
 
 
-def tried(policy, way=USUAL_WAY, **options):
+def tried(policy, way=USUAL, **options):
     return check_token_steps(policy, way, TokenSteps(), **options)
 
 
@@ -206,10 +206,10 @@ def test_a_run_takes_it_where_it_is_asked_to_and_says_so(tmp_path, monkeypatch, 
     weights = trained(tmp_path / "plain", capture="auto")
     assert "not captured (not below 1 B" in capsys.readouterr().out
     monkeypatch.setattr(forward, "CAPTURING", ("cpu",))
-    made = []
-    monkeypatch.setattr(forward, "TokenSteps", lambda: made.append(TokenSteps()) or made[-1])
+    steps = TokenSteps()
+    monkeypatch.setattr(forward, "TokenSteps", lambda: steps)
     others = trained(tmp_path / "fixed", capture="auto")
-    assert len(made[0]) > 1 and "captured, with buffers" in capsys.readouterr().out
+    assert len(steps) > 1 and "captured, with buffers" in capsys.readouterr().out
     assert_close(weights, others, atol=1e-4, rtol=0)
 
 

@@ -11,7 +11,7 @@ from tokenrl import train
 from tokenrl.language.rollout.agreement import check_token_steps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.scoring import Scoring, Way, score
+from tokenrl.language.rollout.scoring import Way, score
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 pytestmark = [
@@ -67,16 +67,16 @@ def total(scores, rollout):
 def test_the_gradient_is_that_of_a_processor(way):
     here, there = on("cpu"), on("cuda")
     total(score(here.model, sampled(here)), sampled(here)).backward()
-    model, scoring = there.model, Scoring()
+    model, way = there.model, Way()
     if way == "chunks":
-        scoring = Scoring(tokens_at_once=5)
+        way = Way(tokens_at_once=5)
     if way == "eager":
         model = with_attention(model, "eager")
     if way == "half":
         copied, copies = half_copy(there)
         model = copied.model
         half = Forward(policy=copied, model=model, copies=copies)
-    total(score(model, sampled(there), scoring), sampled(there)).backward()
+    total(score(model, sampled(there), way), sampled(there)).backward()
     if way == "half":
         half.accumulate_gradients()
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (

@@ -24,7 +24,7 @@ from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
+from tokenrl.language.rollout.scoring import USUAL, Way, score_in_parts, with_missing_fields
 from tokenrl.runs.console import message_text, with_errors
 from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
@@ -67,22 +67,22 @@ class Evaluator:
     Attributes:
         policy: the policy.
         generator: samples the completions.
-        scoring: how the policy is scored, for what a generator of another engine does not return.
+        way: how the policy is scored, for what a generator of another engine does not return.
         accelerator: accelerate's handle, in a run of several processes; None for a single process.
         reference: the policy to which the KL of the sampled completions is estimated; both policies at the
             temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
             later token counts. None for no KL.
-        reference_scoring: how the reference is scored.
+        reference_way: how the reference is scored.
         reference_prompts: returns the ids of the prompts that the reference reads in place of those of a batch;
             None for the same.
     """
 
     policy: Policy
     generator: Generator
-    scoring: Scoring = USUAL
+    way: Way = USUAL
     accelerator: Any = None
     reference: Policy | None = None
-    reference_scoring: Scoring = USUAL
+    reference_way: Way = USUAL
     reference_prompts: Callable[[Rollout], Sequence[list[int]]] | None = None
 
     def evaluate(
@@ -145,7 +145,7 @@ class Evaluator:
             batch = with_missing_fields(
                 policy,
                 batch,
-                self.scoring,
+                self.way,
                 distribution=sampling,
                 parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
                 logprobs=True,
@@ -182,7 +182,7 @@ class Evaluator:
         whole = batch
         if self.reference_prompts is not None:
             whole = batch.behind(self.reference_prompts(batch), reference.pad_id)
-        scores = score_in_parts(reference.model, whole, self.reference_scoring, **options)
+        scores = score_in_parts(reference.model, whole, self.reference_way, **options)
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
         over = torch.isin(batch.completion_ids, ends) & batch.mask
@@ -226,9 +226,9 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    scoring = USUAL if reference is None else check_model(reference, gradient=False).scoring
+    way = USUAL if reference is None else check_model(reference, gradient=False)
     generator = generator or checked_generator(policy, rewards.environments)
-    evaluator = Evaluator(policy, generator, reference=reference, reference_scoring=scoring)
+    evaluator = Evaluator(policy, generator, reference=reference, reference_way=way)
     return evaluator.evaluate(prompts, rewards, sampling, k)
 
 

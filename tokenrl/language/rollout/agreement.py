@@ -24,7 +24,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import UNCHANGED, Scoring, Way, score
+from tokenrl.language.rollout.scoring import UNCHANGED, Way, score
 from tokenrl.language.rollout.token_steps import TokenSteps
 from tokenrl.runs.processes import all_reduce_max
 
@@ -84,16 +84,16 @@ def check_model(
         remarks["prompts"] = f"computed anew for each completion when scored ({prompts})"
     if logits:
         remarks["logits"] = f"of all tokens at once when scored ({logits})"
-    keeps_turns = turns
     if turns and (fault := HANDED_BACK if cache else _failure(_continue_rows, policy)):
-        keeps_turns = False
         remarks["turns"] = f"each reads its whole history again ({fault})"
     head = head_of(policy.model)
-    scoring = Scoring(
+    return Way(
         share_prompt=not prompts and not _recomputes(policy),
         tokens_at_once=None if logits or head is None else tokens_at_once(head.out_features),
+        plain_cache=bool(cache),
+        keeps_turns=turns and "turns" not in remarks,
+        remarks=remarks,
     )
-    return Way(scoring, bool(cache), keeps_turns, remarks=remarks)
 
 
 def checked_generator(policy: Policy, environments: Any = None) -> TransformersGenerator:
@@ -170,15 +170,15 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
         )
     compare = trials[0].score
     can_share = not _recomputes(policy)
-    unshared = _failure(compare, model, Scoring()) if can_share else ""
+    unshared = _failure(compare, model, Way()) if can_share else ""
     if unshared or not can_share:
         can_share = False
-        wrong = _failure(compare, model, Scoring(share_prompt=False))
+        wrong = _failure(compare, model, Way(share_prompt=False))
         if wrong:
             return [wrong, unshared, "", cache]
     whole = "the head is no linear layer"
     if head_of(model) is not None:
-        whole = _failure(compare, model, Scoring(can_share, PIECE))
+        whole = _failure(compare, model, Way(can_share, PIECE))
     return ["", unshared, whole, cache]
 
 
@@ -317,13 +317,13 @@ class Trial:
         """Whether some weights are in half precision or quantised."""
         return self.tolerances[0] > TOLERANCES[torch.float32][0]
 
-    def score(self, model: nn.Module, scoring: Scoring) -> None:
+    def score(self, model: nn.Module, way: Way) -> None:
         """Score what was sampled, and compare values and gradient with those of each row alone."""
-        name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
-        if scoring.tokens_at_once is not None:
+        name = "scoring with a shared prompt" if way.share_prompt else "scoring"
+        if way.tokens_at_once is not None:
             name = "scoring some tokens at a time"
         with torch.set_grad_enabled(self.gradient is not None):
-            scores = score(model, self.rollout, scoring, hidden=self.hidden is not None)
+            scores = score(model, self.rollout, way, hidden=self.hidden is not None)
         self.compare(name, scores.logprobs, scores.hidden)
         if self.gradient is None:
             return

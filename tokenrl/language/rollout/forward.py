@@ -26,7 +26,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_model, check_token_steps
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
-from tokenrl.language.rollout.scoring import USUAL, USUAL_WAY, Scoring, Way
+from tokenrl.language.rollout.scoring import USUAL, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
 
 SHORT = 128
@@ -63,17 +63,17 @@ class Forward(Passes):
         policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained; `model`
             shares its weights.
         way: how completions are sampled and scored.
-        reference_scoring: how completions are scored under the reference; a teacher may have a way of its own.
+        reference_way: how completions are scored under the reference; a teacher may have a way of its own.
     """
 
     policy: Policy
-    way: Way = USUAL_WAY
-    reference_scoring: Scoring = USUAL
+    way: Way = USUAL
+    reference_way: Way = USUAL
 
     @property
     def ref_head(self) -> nn.Module:
         """What makes the logits of the reference from its states: its head, or nothing where these are logits."""
-        if self.reference_scoring.tokens_at_once is None:
+        if self.reference_way.tokens_at_once is None:
             return nn.Identity()
         return head_of(self.policy.reference or self.policy.model) or nn.Identity()
 
@@ -176,7 +176,7 @@ def choose_forward(
         policy=policy,
         model=model,
         way=way,
-        reference_scoring=way.scoring,
+        reference_way=way,
         copies=copies,
         words=words,
         **sizes,

@@ -30,7 +30,7 @@ from tokenrl.language.rollout.rollout import (
     zeroed,
 )
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL_WAY, Way
+from tokenrl.language.rollout.scoring import USUAL, Way
 from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class TransformersGenerator(Generator):
     rows_at_once: int | None = None
     cache: float = 2.0
     prefixes: PrefixCache | None = None
-    way: Way = USUAL_WAY
+    way: Way = USUAL
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""

@@ -28,42 +28,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How completions are scored: in the usual way, or in a plainer one.
-
-    Attributes:
-        share_prompt: compute each distinct prompt once; False if no key/value cache may be kept.
-        tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
-            compute all of them, as where something comes after the head.
-    """
-
-    share_prompt: bool = True
-    tokens_at_once: int | None = None
-
-
-USUAL = Scoring()
-
-
-@dataclass(frozen=True)
 class Way:
     """How a model is sampled and scored: in the usual way, or in another one; `check_model` returns the right one.
 
     Attributes:
-        scoring: how completions are scored.
+        share_prompt: in scoring, compute each distinct prompt once; False if no key/value cache may be kept.
+        tokens_at_once: in scoring, number of tokens whose logits may exist at once; None if the forward pass has
+            to compute all of them, as where something comes after the head.
         plain_cache: whether the model's cache may only be handed back to it in sampling.
         keeps_turns: whether episodes may keep caches from turn to turn.
         token_steps: the memory in which tokens are sampled one by one; None for that of a batch.
         remarks: what is unusual, in words, for a run's header; empty if nothing is.
     """
 
-    scoring: Scoring = USUAL
+    share_prompt: bool = True
+    tokens_at_once: int | None = None
     plain_cache: bool = False
     keeps_turns: bool = False
     token_steps: TokenSteps | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-USUAL_WAY = Way()
+USUAL = Way()
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
 
@@ -94,7 +80,7 @@ class Scores(NamedTuple):
 def score(
     model: nn.Module,
     rollout: Rollout,
-    scoring: Scoring = USUAL,
+    way: Way = USUAL,
     *,
     distribution: Distribution = UNCHANGED,
     entropy: bool = False,
@@ -109,7 +95,7 @@ def score(
     Args:
         model: a causal language model.
         rollout: N completions on the CPU; see `Rollout` for shapes. They are copied to the model's device.
-        scoring: how the model is scored.
+        way: how the model is scored.
         distribution: the distribution of tokens that was sampled from.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
@@ -120,14 +106,14 @@ def score(
         ref_head: makes the logits of the reference from `rollout.ref_states`. The KL to it is returned too, at
             the same temperature over all tokens, whatever `distribution` keeps.
     """
-    at_once = scoring.tokens_at_once
+    at_once = way.tokens_at_once
     needs_all = centres is not None and rollout.top_ids is None
     is_long = states or int(rollout.mask.sum()) > (at_once or 0)
     if at_once is not None and is_long and not needs_all:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        scores = _score_in_chunks(model, rollout, scoring, chunks, hidden, ref_head, centres)
+        scores = _score_in_chunks(model, rollout, way, chunks, hidden, ref_head, centres)
         return scores if states else scores._replace(states=None)
-    logits, last_hidden = _forward(model, rollout, scoring, hidden)
+    logits, last_hidden = _forward(model, rollout, way, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
@@ -152,7 +138,7 @@ def score(
 def _score_in_chunks(
     model: nn.Module,
     rollout: Rollout,
-    scoring: Scoring,
+    way: Way,
     chunks: Chunks,
     hidden: bool,
     ref_head: nn.Module | None,
@@ -167,7 +153,7 @@ def _score_in_chunks(
     head = head_of(model)
     assert head is not None  # as `check_model` returned a number of tokens at once
     with without_head(head) as inputs:
-        before, last_hidden = _forward(model, rollout, scoring, hidden, inputs)
+        before, last_hidden = _forward(model, rollout, way, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)
     if centres is not None:
         assert rollout.top_ids is not None
@@ -194,7 +180,7 @@ def _score_in_chunks(
 def score_in_parts(
     model: nn.Module,
     rollout: Rollout,
-    scoring: Scoring,
+    way: Way,
     *,
     parts: Iterable[Tensor] = (),
     **options: Any,
@@ -207,13 +193,13 @@ def score_in_parts(
     Args:
         model: a causal language model.
         rollout: N completions.
-        scoring: how the model is scored.
+        way: how the model is scored.
         parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
         **options: further options of `score`.
     """
     n, width = rollout.mask.shape
     index = [*parts] or [torch.arange(n)]
-    scores = [score(model, rollout.take(rows), scoring, **options) for rows in index]
+    scores = [score(model, rollout.take(rows), way, **options) for rows in index]
     order = torch.cat(index).argsort()
     columns = dict[str, Tensor]()
     for name, column in zip(Scores._fields, zip(*scores, strict=True), strict=True):
@@ -229,7 +215,7 @@ def score_in_parts(
 def with_missing_fields(
     policy: Policy,
     rollout: Rollout,
-    scoring: Scoring,
+    way: Way,
     *,
     distribution: Distribution,
     parts: Iterable[Tensor] = (),
@@ -242,7 +228,7 @@ def with_missing_fields(
     Args:
         policy: the policy that the rollout was sampled from, with the weights it had then.
         rollout: N completions.
-        scoring: how its model is scored.
+        way: how its model is scored.
         distribution: the distribution of tokens that was sampled from.
         parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
         **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
@@ -254,7 +240,7 @@ def with_missing_fields(
     scores = score_in_parts(
         policy.model,
         rollout,
-        scoring,
+        way,
         distribution=distribution,
         parts=parts,
         **options,
@@ -266,7 +252,7 @@ def with_missing_fields(
 def _forward(
     model: nn.Module,
     rollout: Rollout,
-    scoring: Scoring,
+    way: Way,
     hidden: bool,
     inputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -275,7 +261,7 @@ def _forward(
     Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
     `inputs`.
     """
-    if scoring.share_prompt:
+    if way.share_prompt:
         return _forward_shared(model, rollout, hidden, inputs)
     width = rollout.mask.shape[1]
     device = next(model.parameters()).device

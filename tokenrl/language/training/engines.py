@@ -48,7 +48,7 @@ from tokenrl.language.rollout.generator import (
 )
 from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scores, Scoring, Way
+from tokenrl.language.rollout.scoring import Scores, Way
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.names import NamedFunction
@@ -143,7 +143,7 @@ def start_engine(
         engine = make(policy, rows_at_once)
         abilities = _abilities_of(engine)
     if type(engine) is not TransformersGenerator or engine.policy is not policy:
-        return CheckedEngine(engine, policy, way.scoring, abilities)
+        return CheckedEngine(engine, policy, way, abilities)
     engine = replace(engine, way=way)
     return LaggedGenerator(engine, every) if every > 1 else engine
 
@@ -169,7 +169,7 @@ class CheckedEngine(Generator):
     Attributes:
         engine: samples the completions.
         policy: the policy that is sampled, with the weights of the trainer.
-        scoring: how the policy is scored.
+        way: how the policy is scored.
         abilities: what the engine can do. Once it samples ahead of updates, it need not agree with the trainer.
         greedy_compared: whether greedy completions of the present weights were compared with the trainer.
         samples_compared: whether sampled completions were compared with the trainer.
@@ -178,7 +178,7 @@ class CheckedEngine(Generator):
 
     engine: Generator
     policy: Policy
-    scoring: Scoring
+    way: Way
     abilities: Abilities  # type: ignore[misc]
     greedy_compared: bool = False
     samples_compared: bool = False
@@ -198,7 +198,7 @@ class CheckedEngine(Generator):
         with self._told(UNUSABLE):
             rollout = checked(answer, prompt_ids, sampling, self.policy)
             if draws is None and not self.greedy_compared:
-                check_greedy(rollout, self.policy, self.scoring)
+                check_greedy(rollout, self.policy, self.way)
                 self.greedy_compared = True
         return rollout
 
@@ -218,7 +218,7 @@ class CheckedEngine(Generator):
             with self._told(UNUSABLE):
                 if agrees and not self.samples_compared:
                     check_trial(rows, sampling, self.policy)
-                check_samples(rows, sampling, self.policy, self.scoring, limit)
+                check_samples(rows, sampling, self.policy, self.way, limit)
         except Stopped as error:  # its weights may be older now
             if agrees or not self.samples_compared:
                 raise

@@ -23,7 +23,7 @@ from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import (
     Scores,
-    Scoring,
+    Way,
     score,
     score_in_parts,
     with_missing_fields,
@@ -31,7 +31,7 @@ from tokenrl.language.rollout.scoring import (
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
-from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_scoring
+from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_way
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
@@ -179,7 +179,7 @@ class Learner:
         return score(
             self.forward.model,
             rows,
-            self.forward.way.scoring,
+            self.forward.way,
             distribution=self.sampling,
             entropy=estimator.needs_entropy,
             centres=estimator.score_centres if estimator.importance_centre else None,
@@ -188,9 +188,7 @@ class Learner:
 
     def logprobs(self, rows: Rollout) -> Tensor:
         """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
-        return self._scores(
-            rows, self.forward.model, self.forward.way.scoring, self.sampling
-        ).logprobs
+        return self._scores(rows, self.forward.model, self.forward.way, self.sampling).logprobs
 
     def ref_scores(self, rows: Rollout, *, states: bool) -> Scores:
         """Score rows under the reference, without a gradient, at the same temperature over all tokens.
@@ -200,22 +198,22 @@ class Learner:
         if rows.teacher_prompts is not None:
             rows = rows.behind(rows.teacher_prompts, self.policy.pad_id)
         with self.forward.policy.reference_model() as reference:
-            scoring = self.forward.reference_scoring
-            return self._scores(rows, reference, scoring, self.sampling.whole, states=states)
+            way = self.forward.reference_way
+            return self._scores(rows, reference, way, self.sampling.whole, states=states)
 
     def _scores(
         self,
         rows: Rollout,
         model: nn.Module,
-        scoring: Scoring,
+        way: Way,
         distribution: Distribution,
         *,
         states: bool = False,
     ) -> Scores:
         """Score rows under a model, without a gradient."""
-        parts = self.micro_batches(rows, scoring)
+        parts = self.micro_batches(rows, way)
         return score_in_parts(
-            model, rows, scoring, parts=parts, distribution=distribution, states=states
+            model, rows, way, parts=parts, distribution=distribution, states=states
         )
 
     def with_missing_fields(self, rows: Rollout) -> Rollout:
@@ -223,7 +221,7 @@ class Learner:
         return with_missing_fields(
             self.forward.policy,
             rows,
-            self.forward.way.scoring,
+            self.forward.way,
             distribution=self.sampling,
             parts=self.micro_batches(rows),
             logprobs=True,
@@ -233,18 +231,18 @@ class Learner:
         )
 
     def micro_batches(
-        self, rows: Rollout, scoring: Scoring | None = None, computed: Any = ...
+        self, rows: Rollout, way: Way | None = None, computed: Any = ...
     ) -> Iterator[Tensor]:
         """Yield the numbers of the rows of each pass, as `Passes.divide` divides them.
 
         Args:
             rows: this process's n rows. A group that is divided has its prompt computed in each pass.
-            scoring: how they are scored; None for as the policy is.
+            way: how they are scored; None for as the policy is.
             computed: True for the rows that are computed [n]; all by default.
         """
-        scoring = scoring or self.forward.way.scoring
+        way = way or self.forward.way
         numbers = torch.arange(len(rows))
-        groups = rows.distinct_prompts()[1] if scoring.share_prompt else numbers
+        groups = rows.distinct_prompts()[1] if way.share_prompt else numbers
         shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), groups])
         for part in self.forward.divide(shapes[:, computed].tolist(), self.args.micro_batch_size):
             yield numbers[computed][part]
@@ -370,8 +368,8 @@ def make_learner(
         turns=turns,
     )
     if teacher is not None and teacher.policy is not None:
-        scoring = teacher_scoring(teacher.policy, forward.policy.reference, accelerator)
-        forward = replace(forward, reference_scoring=scoring)
+        way = teacher_way(teacher.policy, forward.policy.reference, accelerator)
+        forward = replace(forward, reference_way=way)
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     make: Any = torch.optim.SGD
     if args.optimizer == "adamw":

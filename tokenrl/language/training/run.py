@@ -151,10 +151,10 @@ class TrainingRun:
         return Evaluator(
             policy,
             learner.generator,
-            learner.forward.way.scoring,
+            learner.forward.way,
             learner.accelerator,
             reference,
-            learner.forward.reference_scoring,
+            learner.forward.reference_way,
             None if prompts is None else partial(prompts.of, policy, sampling=learner.sampling),
         )
 

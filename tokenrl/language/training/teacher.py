@@ -25,7 +25,7 @@ from tokenrl.language.policy.saving import fingerprint
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Scoring
+from tokenrl.language.rollout.scoring import Way
 from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
 from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
@@ -253,7 +253,7 @@ def fit_rows(model: Any, rows: int, name: str) -> None:
     model.config.get_text_config().vocab_size = rows
 
 
-def teacher_scoring(teacher: Policy, model: Any, accelerator: Any) -> Scoring:
+def teacher_way(teacher: Policy, model: Any, accelerator: Any) -> Way:
     """Return how completions are scored under a teacher, which may be of another architecture than the policy.
 
     Args:
@@ -274,5 +274,4 @@ def teacher_scoring(teacher: Policy, model: Any, accelerator: Any) -> Scoring:
             f"The teacher {teacher.source!r} has weights or log-probabilities that are not finite, so no KL to it "
             "exists: give another teacher, or one that is held in another dtype."
         )
-    alone = replace(teacher, model=model)
-    return check_model(alone, gradient=False, accelerator=accelerator).scoring
+    return check_model(replace(teacher, model=model), gradient=False, accelerator=accelerator)
