@@ -75,9 +75,7 @@ def collect(
     group_size = sampling.num_generations
     way = check_model(policy)
     generator = TransformersGenerator(policy, way=way)
-    sample = partial(
-        sample_and_reward, policy, rows, rewards, stream="measurement", generator=generator
-    )
+    sample = partial(sample_and_reward, policy, generator, rows, rewards, stream="measurement")
     sampled = sample(sampling, batch_size=rows_at_once)
     greedily_sampled = sample(
         replace(sampling, num_generations=0), batch_size=max(1, rows_at_once // group_size)
@@ -105,8 +103,7 @@ def collect(
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, way: Way) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
     score = partial(score_in_parts, rollout=rollout, way=way)
-    scored = score(policy.model, distribution=sampling, entropy=True)
-    assert scored.entropy is not None
+    scored: Any = score(policy.model, distribution=sampling, entropy=True)
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:

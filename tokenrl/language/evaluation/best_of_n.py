@@ -121,7 +121,10 @@ def best_of_n_metrics(
         np.ndarray
     ]()  # the rewards of each prompt's completions that decide the choice
     measured_by = list[np.ndarray]()
-    for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
+    generator = checked_generator(policy, choosing.environments)
+    for batch in sample_and_reward(
+        policy, generator, prompts, choosing, sampling, stream="best_of_n"
+    ):
         played = batch
         if batch.messages is not None:  # the rewards of the environment count for both
             last = at_last_action(batch.mask.cpu())

@@ -135,11 +135,11 @@ class Evaluator:
         generator = self.generator
         for batch in sample_and_reward(
             policy,
+            generator,
             prompts,
             rewards,
             sampling,
             stream=stream,
-            generator=generator,
             accelerator=self.accelerator,
         ):
             batch = with_missing_fields(

@@ -57,8 +57,8 @@ def probe_policy(
         raise Refused(
             f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more."
         )
-    generator = checked_generator(policy, rewards.environments)
-    rows = Evaluator(policy, generator).rows(prompts, rewards, sampling, "probe")
+    evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
+    rows = evaluator.rows(prompts, rewards, sampling, "probe")
     totals = known_rewards(rows, samples)
     size = 2 ** (samples.bit_length() - 1)
     cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)

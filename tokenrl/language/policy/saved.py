@@ -7,7 +7,7 @@ transformers makes of the saved configuration.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,12 +39,12 @@ class SavedModel:
     Attributes:
         policy: the policy or the reward model.
         kind: "policy" or "reward model".
-        distribution: how tokens are drawn in training, see `write_generation`.
+        distribution: how tokens are drawn in training, see `save_policy`.
     """
 
     policy: Any
     kind: str = "policy"
-    distribution: Mapping[str, float] = field(default_factory=dict)
+    distribution: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.

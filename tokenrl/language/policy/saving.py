@@ -32,11 +32,7 @@ BASE = "base.json"
 
 @quietly()
 def save_policy(
-    policy: Any,
-    directory: Path,
-    *,
-    card: Card | None = None,
-    distribution: Mapping[str, float] = DRAWN,
+    policy: Any, directory: Path, *, card: Card | None = None, distribution: dict[str, Any] = DRAWN
 ) -> None:
     """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
@@ -48,7 +44,7 @@ def save_policy(
         directory: an existing folder.
         card: what README.md says, in the folder of the adapter too; None writes no card. With a card the folder
             is for others, and no directory of this machine is named in it.
-        distribution: how tokens were drawn in training, see `write_generation`.
+        distribution: how tokens were drawn in training, as `GenerationConfig` names it.
     """
     model = policy.model
     if has_adapter(model):
@@ -137,24 +133,19 @@ def merged(model: Any) -> Any:
 
 
 def write_generation(
-    policy: Any, model: Any, directory: Path, distribution: Mapping[str, float]
+    policy: Any, model: Any, directory: Path, distribution: dict[str, Any]
 ) -> None:
     """Write how transformers generates with a model: its completions are drawn and end as those of the policy.
 
-    Of the settings that the base model came with, special tokens and limits of length stay.
-
-    Args:
-        policy: the policy; nothing is written of a reward model.
-        model: its model, with an adapter merged.
-        directory: an existing folder.
-        distribution: how tokens were drawn in training, as `GenerationConfig` names it.
+    Of the settings that the base model came with, special tokens and limits of length stay. The distribution is
+    that of training, as `GenerationConfig` names it.
     """
     from transformers import GenerationConfig
 
     settings = getattr(model, "generation_config", None)
     if settings is None:  # of a reward model
         return
-    values = {name: getattr(settings, name) for name in KEPT} | DRAWN | {**distribution}
+    values = {name: getattr(settings, name) for name in KEPT} | DRAWN | distribution
     if ends := policy.ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     GenerationConfig(**values).save_pretrained(directory)

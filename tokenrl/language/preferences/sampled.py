@@ -17,6 +17,7 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import check_single_turn
@@ -76,8 +77,9 @@ def make_preferences(
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     draws = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
+    generator = checked_generator(policy)
     for batch in sample_and_reward(
-        policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
+        policy, generator, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
         texts = policy.decode(batch.completion_ids, batch.mask)
         golds = batch.rewards.masked_fill(~batch.valid, math.nan).tolist()

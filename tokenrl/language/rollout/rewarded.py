@@ -16,7 +16,6 @@ from tokenrl.core.returns import at_last_action
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
-from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, lengths
@@ -162,12 +161,12 @@ def episode_metrics(rollout: Rollout) -> dict[str, float]:
 
 def sample_and_reward(
     policy: Policy,
+    generator: Generator,
     prompts: Sequence[Row],
     rewards: Rewards,
     sampling: Sampling,
     *,
     stream: str,
-    generator: Generator | None = None,
     accelerator: Any = None,
     batch_size: int = 256,
 ) -> Iterator[Rollout]:
@@ -175,11 +174,11 @@ def sample_and_reward(
 
     Args:
         policy: the policy to sample from.
+        generator: samples.
         prompts: rows with a `prompt`; their other columns are passed to the reward functions.
         rewards: the reward functions.
         sampling: how to sample; 0 generations means the greedy completion.
         stream: the stream of random numbers, a name in `STREAMS`.
-        generator: the engine that samples; None for the policy's own model, which is tried first.
         accelerator: accelerate's `Accelerator` in a run of W processes, each of which takes every W-th
             prompt; None for a single process.
         batch_size: completions per batch, which changes memory only.
@@ -192,7 +191,6 @@ def sample_and_reward(
     if accelerator is not None:
         rank = accelerator.process_index
         world = accelerator.num_processes
-    generator = generator or checked_generator(policy, rewards.environments)
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encoded(policy, prompts, sampling)
     size = max(1, batch_size // sampling.group_size)

@@ -197,8 +197,9 @@ def _evaluation(
         forward.copy_weights()
         metrics = {"loss": training.held_out_loss(pairs)} if pairs else {}
         if rewards.functions:
-            evaluation = evaluate_policy(policy, prompts, rewards, sampling, generator=generator)
-            metrics |= evaluation.metrics
+            metrics |= evaluate_policy(
+                policy, prompts, rewards, sampling, generator=generator
+            ).metrics
         return metrics
 
     return evaluate

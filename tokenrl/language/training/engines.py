@@ -93,12 +93,11 @@ def engine_of(args: TrainArguments) -> Engine:
         engine = engine.load()
     elif isinstance(engine, str):
         engine = ENGINES[engine]
-    make = engine
-    lags = getattr(engine, "announce", Generator.announce) is not Generator.announce
+    make = engine.start if engine is VllmGenerator else engine
     if engine in ENGINES.values():
-        start = engine.start if engine is VllmGenerator else engine
-        make = partial(start, cache=args.generator_cache)
-        lags = engine is TransformersGenerator
+        make = partial(make, cache=args.generator_cache)
+    announces = getattr(engine, "announce", Generator.announce) is not Generator.announce
+    lags = announces or engine is TransformersGenerator
     return Engine(name, make, _abilities_of(engine), lags)
 
 

@@ -21,13 +21,7 @@ from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, LaggedGenerator
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
-from tokenrl.language.rollout.scoring import (
-    Scores,
-    Way,
-    score,
-    score_in_parts,
-    with_missing_fields,
-)
+from tokenrl.language.rollout.scoring import Scores, Way, score, score_in_parts, with_missing_fields
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
@@ -370,6 +364,9 @@ def make_learner(
     if teacher is not None and teacher.policy is not None:
         way = teacher_way(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_way=way)
+    generator = start_engine(
+        engine_of(args).make, forward.policy, forward.way, args.sampling_batch_size, args.sync_every
+    )
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     make: Any = torch.optim.SGD
     if args.optimizer == "adamw":
@@ -383,13 +380,7 @@ def make_learner(
         estimator=args.estimator,
         args=args,
         computing=computing,
-        generator=start_engine(
-            engine_of(args).make,
-            forward.policy,
-            forward.way,
-            args.sampling_batch_size,
-            args.sync_every,
-        ),
+        generator=generator,
         teacher_prompts=None if teacher is None else teacher.prompts,
     )
     if args.teacher_decay is not None:

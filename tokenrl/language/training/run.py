@@ -219,9 +219,8 @@ class TrainingRun:
             "computing": self.learner.forward.words,
         }
         if not self.learner.generator.abilities.exact:
-            engine = engine_of(self.args).name
             facts["sampling"] = (
-                f"by {engine}, with random numbers of its own: the run is not bit-exact"
+                f"by {engine_of(self.args).name}, with random numbers of its own: the run is not bit-exact"
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"

@@ -134,8 +134,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
     engine = engine_of(args)
-    abilities = engine.abilities
-    if args.top_p < 1 and args.min_p and not abilities.min_p_last:
+    if args.top_p < 1 and args.min_p and not engine.abilities.min_p_last:
         raise Refused(
             f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
@@ -144,7 +143,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
-    lowest, highest = abilities.temperatures
+    lowest, highest = engine.abilities.temperatures
     if not lowest <= args.temperature <= highest:
         raise Refused(
             f"temperature was given as {args.temperature:g}; {engine.name} samples from {lowest:g} to {highest:g}."
