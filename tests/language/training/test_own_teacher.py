@@ -197,10 +197,8 @@ def test_a_kl_is_evaluated_behind_what_the_teacher_reads():
     for template, least in (("{prompt}", 0.0), (TEMPLATE, 0.1)):
         learner = make_learner(policy, IN_REWARD, ROWS, teacher="self", teacher_template=template)
         prompts = partial(learner.teacher_prompts.of, policy, sampling=learner.sampling)
-        generator = TransformersGenerator(policy)
-        evaluator = Evaluator(
-            policy, generator, reference=replace(policy), reference_prompts=prompts
-        )
+        reads = {"reference": replace(policy), "reference_prompts": prompts}
+        evaluator = Evaluator(policy, learner.generator, **reads)
         rows = evaluator.rows(ROWS, Rewards(vowel_reward), Sampling(6, 2), "evaluation")
         largest = max(abs(row["kl"]) for row in rows)
         assert largest > least if least else largest < 1e-12

@@ -54,7 +54,8 @@ class Abilities:
     Attributes:
         exact: its completions depend on the weights and on `draws` alone, so a run repeats bit for bit.
         agrees: it computes the trainer's probabilities up to rounding; a run refuses to start if it does not.
-            Other engines may differ more (see `check_samples`), and a run warns of the difference.
+            Other engines may differ more (see `check_samples`), and a run warns of the difference. So may an
+            engine from the first call of its `announce` on, because its weights may be an update old.
         distributed: it samples in a run of several processes.
         min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
         temperatures: the lowest and the highest temperature that it samples at.
@@ -76,8 +77,8 @@ class Generator:
 
     An engine that can sample a step while the update of the step before is made has a method `announce`. With
     `sync_every` above 1 it is called before each step but the last. It gets the prompts of this process in the
-    step after it, each as a number and a copy of a row of the data. The weights may then be an update old. It is
-    not called where these prompts are unknown: in episodes, and where groups of equal rewards are resampled.
+    step after it, each as a number and a copy of a row of the data. It is not called where these prompts are
+    unknown: in episodes, and where groups of equal rewards are resampled.
 
     Attributes:
         abilities: what the engine can do.
@@ -137,7 +138,7 @@ class TransformersGenerator(Generator):
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
         prefixes: what it keeps of the rows that it samples, and need not read again; None to keep nothing.
-        way: how the model is sampled; a run samples its own model in the way that its start has tried.
+        way: how the model is sampled. A run samples its own model in the way that it has tried at its start.
     """
 
     policy: Policy
