@@ -308,7 +308,7 @@ def test_a_run_with_an_inexact_engine_says_so_and_needs_one_process(tmp_path, sa
     assert "by Limited, with random numbers of its own: the run is not bit-exact" in printed
     assert "Limited has random numbers of its own" in printed
     with refused("Limited samples in a run of one process, and this run has 3"):
-        check_shares(SimpleNamespace(generator=Limited, prompts_per_step=3, sync_every=1), 3)
+        check_shares(SimpleNamespace(generator=Limited, prompts_per_step=3), 3)
 
 
 def ends(completions, **_):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 from refusals import refused
@@ -76,7 +75,7 @@ def test_variables_of_accelerate_that_change_numbers_are_overruled(
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
 def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prompts, valid):
-    args = SimpleNamespace(generator="transformers", prompts_per_step=prompts)
+    args = TrainArguments(prompts_per_step=prompts)
     with refused(rf"cannot be shared equally by 3 processes.* Give {valid}\."):
         check_shares(args, 3)
 
