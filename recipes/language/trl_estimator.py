@@ -37,11 +37,11 @@ class EstimatorTrainer(GRPOTrainer):
     ) -> None:
         """Take an estimator, and what GRPOTrainer takes; its `args` is called config."""
         e = estimator
-        if e.needs_values or e.needs_greedy or e.needs_score_norms or e.needs_memory:
+        if e.needs_memory or e.needs & {"values", "greedy_rewards", "score_norms"}:
             raise Refused(
                 f"TRL has no input for the baseline {e.baseline!r}. Choose rloo or group_mean."
             )
-        if e.zero_spread != "keep" or e.truncations != "keep" or e.needs_sampling_logprobs:
+        if e.zero_spread != "keep" or e.truncations != "keep" or "sampling_logprobs" in e.needs:
             raise Refused(
                 "Give the estimator zero_spread=keep and truncations=keep, and no importance weights."
             )
@@ -66,7 +66,7 @@ class EstimatorTrainer(GRPOTrainer):
             "mask": mask,
             "valid": ~self.rewards.isnan().all(1),
         }
-        if "old_per_token_logps" not in rollout and self.estimator.needs_kl:
+        if "old_per_token_logps" not in rollout and self.estimator.beta:
             with torch.no_grad():
                 rollout["old_per_token_logps"] = self._logprobs(self.model, rollout)[0]
         rollout["advantages"] = self.estimator.advantages(

@@ -47,7 +47,7 @@ def agent_of(estimator, *, critic="separate", **options):
         "max_steps": 10,
     } | options
     args = ControlArguments(estimator=estimator, hidden=(4,), value_network=critic, **settings)
-    used = critic if estimator.needs_values else None
+    used = critic if "values" in estimator.needs else None
     shape = Shape(
         3, "softmax", 2, (4,), critic=used, normalize_observations=args.normalize_observations
     )

@@ -329,7 +329,7 @@ def stepped(
     # Weights small enough that float32's rounding stays below the tolerances.
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1)
     policy.eos_ids = ENDS
-    if estimator.needs_reference:
+    if estimator.beta:
         policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(
             False
         )

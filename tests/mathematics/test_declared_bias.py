@@ -55,8 +55,9 @@ def mine(totals, **_):
 
 
 LOSS_KL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "full_path"}
-BEST_OF_2 = {"objective": "max_at_k", "objective_order": 2}
-LOO_SUCCESS = {"objective": "log_success", "objective_form": "leave_one_out"}
+BEST_OF_2 = {"baseline": "none", "objective": "max_at_k", "objective_order": 2}
+SUCCESS = {"baseline": "none", "objective": "log_success"}
+LOO_SUCCESS = {**SUCCESS, "objective_form": "leave_one_out"}
 EXACT = "no choice"
 OF_THEIR_OWN = "of their own"
 COMBINED = [
@@ -107,7 +108,7 @@ COMBINED = [
         "exact_up_to_scale",
         "1/max_length",
     ),
-    ({"objective": "log_success"}, "biased", "on rewards of 0 and 1 it is exact"),
+    (SUCCESS, "biased", "on rewards of 0 and 1 it is exact"),
     ({**LOO_SUCCESS, **LOSS_KL}, "biased", "coefficient"),
     ({**LOO_SUCCESS, "aggregation": "token_mean"}, "biased", "in the limit only"),
 ]

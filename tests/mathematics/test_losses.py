@@ -73,7 +73,7 @@ def step_of(e, seed=3, n=8, t=5):
     draw = seeded(seed)
     mask = (torch.arange(t) < torch.randint(0, t + 1, (n, 1), generator=draw)).double()
     rewards = normals(draw, n)
-    if e.needs_sampling_logprobs:
+    if "sampling_logprobs" in e.needs:
         tensors["sampling_logprobs"] = tensors["old_logprobs"] + tensors["entropy"]
     advantages = e.advantages(
         rewards,

@@ -24,6 +24,8 @@ def advantages(estimator: Estimator, rewards: torch.Tensor, valid: torch.Tensor 
     return estimator.advantages(rewards, mask, group_size=len(rewards), valid=valid).policy
 
 
+BEST = {"baseline": "none", "objective": "max_at_k"}
+SUCCESS = {"baseline": "none", "objective": "log_success"}
 SUBTRACTED = {
     "leave_one_out": lambda n, order: (1, order),
     "sloo": lambda n, order: (n / (n - 1), order),
@@ -53,7 +55,7 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
     if (form, order) == ("sloo_minus_one", 1):
         return
     draw = seeded(1)
-    e = Estimator(objective="max_at_k", objective_order=order, objective_form=form)
+    e = Estimator("none", objective="max_at_k", objective_order=order, objective_form=form)
     graded = torch.randint(0, 3, (size,), generator=draw).double() - 1
     for rewards in (normals(draw, size), graded):
         if size < e.fewest_rows:
@@ -74,7 +76,7 @@ def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
     draw = seeded(3)
     rewards = normals(draw, 1024)
     for order in (2, 8, 512, 1023):
-        e = Estimator(objective="max_at_k", objective_order=order)
+        e = Estimator("none", objective="max_at_k", objective_order=order)
         exact, rounded = advantages(e, rewards), advantages(e, rewards.float())
         # Over all rows, m s_i sums to k m times the mean maximum, and k rho_k(others) to the same.
         assert abs(exact.mean()) < 1e-9 * order * rewards.abs().max()
@@ -99,11 +101,11 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     laws = [({}, lambda p: p), ({"baseline": "group_mean"}, lambda p: (size - 1) / size * p)]
     for form in SUBTRACTED:
         for k in (1, 2, 3, 4):
-            fields = {"objective": "max_at_k", "objective_order": k, "objective_form": form}
+            fields = {**BEST, "objective_order": k, "objective_form": form}
             if (form, k) != ("sloo_minus_one", 1) and Estimator(**fields).fewest_rows <= size:
                 laws.append((fields, lambda p, k=k: 1 - (1 - p) ** k))
-    laws.append(({"objective": "log_success"}, lambda p: order_mean(size - 1, p)))
-    kept = {"objective": "log_success", "objective_form": "keep_failures"}
+    laws.append((SUCCESS, lambda p: order_mean(size - 1, p)))
+    kept = {**SUCCESS, "objective_form": "keep_failures"}
     laws.append((kept, lambda p: order_mean(size, p)))
     for fields, objective in laws:
         weight = prompt_weight(Estimator(**fields), p, size)
@@ -120,7 +122,7 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
 
 
 def test_negative_rewards_have_no_logarithm() -> None:
-    e, valid = Estimator(objective="log_success"), torch.tensor([True, True, False])
+    e, valid = Estimator(**SUCCESS), torch.tensor([True, True, False])
     check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
     for rewards in (
         torch.tensor([1.0, -0.5, 0.0]),
@@ -157,17 +159,17 @@ def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> N
 
 
 REFUSED = [
-    ({"objective": "max_at_k"}, "objective_order 4"),
+    (BEST, "objective_order 4"),
     ({"objective_order": 4}, "the objective is 'reward'"),
-    ({"objective": "log_success", "objective_order": 4}, "follows from the number of completions"),
+    ({**SUCCESS, "objective_order": 4}, "follows from the number of completions"),
     ({"objective_form": "sloo"}, "not a form of the objective 'reward'"),
-    ({"objective": "log_success", "baseline": "group_mean"}, "Set baseline 'rloo'"),
-    ({"objective": "log_success", "scale": "batch_std"}, "Set scale 'none'"),
-    ({"objective": "log_success", "returns": "reward_to_go"}, "Set returns 'total'"),
-    ({"objective": "log_success", "beta": 0.1}, "kl_placement 'loss'"),
-    ({"objective": "log_success", "overlong_buffer": 4}, "Leave overlong_buffer out"),
+    ({"objective": "log_success"}, "by itself, without baseline 'rloo'. Set baseline 'none'"),
+    ({**SUCCESS, "scale": "batch_std"}, "Set scale 'none'"),
+    ({**SUCCESS, "returns": "reward_to_go"}, "Set returns 'total'"),
+    ({**SUCCESS, "beta": 0.1}, "kl_placement 'loss'"),
+    ({**SUCCESS, "overlong_buffer": 4}, "Leave overlong_buffer out"),
     (
-        {"objective": "max_at_k", "objective_order": 1, "objective_form": "sloo_minus_one"},
+        {**BEST, "objective_order": 1, "objective_form": "sloo_minus_one"},
         "2 or more",
     ),
 ]
@@ -183,7 +185,7 @@ def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str)
 def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
     """Of the group or of the other rows, without those that abstain; -1 or nothing if no row succeeds."""
     rewards, valid = torch.tensor([1.0, 0.0, 0.3, 9.0]).double(), torch.arange(4) < 3
-    e = Estimator(objective="log_success", objective_form=form)
+    e = Estimator(**SUCCESS, objective_form=form)
     mean = (1.3 - rewards[:3]) / 2 if form == "leave_one_out" else 1.3 / 3
     wanted = torch.nn.functional.pad((rewards[:3] - mean) / mean, (0, 1))
     assert_close(advantages(e, rewards, valid), wanted)
@@ -195,7 +197,7 @@ def test_what_an_objective_advises_is_allowed() -> None:
     with refused(r"'log_success' compares .* take objective 'reward' and") as alone:
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
     assert "rloo" not in str(alone.value)
-    options = {"objective": "max_at_k", "objective_order": 2}
+    options = {**BEST, "objective_order": 2}
     for form in ("leave_one_out", "sloo_minus_one", "sloo"):
         check_horizon(Estimator(**options, objective_form=form), 501)
     bare = Estimator(**options, objective_form="no_baseline")
@@ -211,6 +213,8 @@ def test_the_header_shows_every_axis_that_differs_and_one_status() -> None:
     shown = ("baseline", "aggregation", "beta")
     plain = estimator_line(Estimator(), shown, "exact")
     assert plain == "baseline rloo, sequence_sum, KL 0; bias: exact"
+    of_maxrl = estimator_line(Estimator.preset("maxrl"), shown, "biased")
+    assert of_maxrl == "sequence_sum, KL 0; bias: biased"
     e = Estimator(baseline=half, importance="sequence", importance_cap=3.0, entropy_coef=0.01)
     line = estimator_line(e, shown, "biased")
     assert line.startswith("baseline half, sequence_sum, KL 0, ") and line.endswith(

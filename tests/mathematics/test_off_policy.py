@@ -67,7 +67,7 @@ ESTIMATORS = [
     KL | {"kl_estimator": "k3"},
     KL | {"kl_placement": "loss", "kl_estimator": "full_path"},
     {"entropy_coef": 0.3},
-    *({"objective": "max_at_k", "objective_order": k} for k in (1, 2)),
+    *({"baseline": "none", "objective": "max_at_k", "objective_order": k} for k in (1, 2)),
 ]
 
 

@@ -43,8 +43,11 @@ CHANGES = [
     {"zero_spread": "drop"},
     {"overlong_buffer": 3},
     {"entropy_coef": 0.3},
-    {"objective": "max_at_k", "objective_order": 2},
-    *({"objective": "log_success", "objective_form": form} for _, form in [*OBJECTIVES][-3:]),
+    {"baseline": "none", "objective": "max_at_k", "objective_order": 2},
+    *(
+        {"baseline": "none", "objective": "log_success", "objective_form": form}
+        for _, form in [*OBJECTIVES][-3:]
+    ),
     *({**KL, "kl_placement": place, "kl_estimator": estimate} for place, estimate in KL_EFFECTS),
 ]
 

@@ -92,7 +92,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
         reasons["estimator.entropy_coef"] = (
             f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
         )
-    if control.estimator.needs_values:
+    if "values" in control.estimator.needs:
         reasons["reward_scale"] = "about 1 / sd of returns: a critic learns targets of size 1"
     line = f"Run it: {command_line('control', control)}"
     measured = asdict(spec) | returns
@@ -147,7 +147,7 @@ def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> 
     spread = returns["sd"] or max(1.0, abs(returns["mean"]))
     if estimator.baseline == "running_mean":  # it starts at the mean of other episodes
         estimator = replace(estimator, running_mean_init=rounded(returns["mean"], 2))
-    if estimator.needs_values:
+    if "values" in estimator.needs:
         control = replace(control, reward_scale=rounded(1 / spread))
         spread = 1.0  # returns are scaled to it
         if returns["truncated"] == 1 and not spec.discrete:

@@ -95,7 +95,7 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         spec.head,
         spec.actions or spec.action_size,
         hidden=tuple(args.hidden),
-        critic=args.value_network if estimator.needs_values else None,
+        critic=args.value_network if "values" in estimator.needs else None,
         activation=args.activation,
         normalize_observations=args.normalize_observations,
         initial_weights=args.initial_weights,

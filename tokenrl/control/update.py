@@ -124,7 +124,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
 
 def scheduled(args: ControlArguments, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
-    if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
+    if args.entropy_schedule == "constant" or not args.estimator.entropy_coef:
         return args.estimator
     share = 1 - (step - 1) / max(args.max_steps, 1)
     return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * share)
@@ -141,10 +141,10 @@ def loss_units(
     scored = None
     values = None
     bootstrap = None
-    ratio = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
-    if ratio or estimator.needs_score_norms:
+    needs = estimator.needs
+    if needs & {"old_logprobs", "sampling_logprobs", "score_norms"}:
         scored = policy.score(rollout.observations[mask], rollout.actions[mask])
-    if estimator.needs_values:
+    if "values" in needs:
         values = in_rows(policy.values(rollout.observations[mask]), mask)
         # A terminal state has value 0. A truncated episode would have gone on, so the critic's value is added
         # in place of its later rewards; except with gamma 1, where the return of an episode is the sum of its
@@ -229,7 +229,7 @@ def _losses(agent: Agent, estimator: Estimator, units: Units) -> tuple[Tensor, T
     mask = units.mask
     observations = units.observations[mask]
     scored = policy.score(
-        observations, units.actions[mask], entropy_gradient=estimator.needs_entropy
+        observations, units.actions[mask], entropy_gradient=estimator.entropy_coef > 0
     )
     objective = estimator.loss(
         in_rows(scored.logprobs, mask),

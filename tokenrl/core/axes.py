@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
-from tokenrl.core.choices import OBJECTIVES, choice_of
-from tokenrl.core.effects import Choice
-from tokenrl.names import NamedFunction
+from tokenrl.core.choices import (
+    CHOICES,
+    ENTROPY,
+    KL_EFFECTS,
+    OBJECTIVES,
+    YOUR_OWN,
+    own_choice,
+)
+from tokenrl.core.effects import Choice, Need
 from tokenrl.settings import (
     OR_FUNCTION,
     Bounds,
@@ -181,24 +187,56 @@ class Axes(Settings):
     ] = "default"
     """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
+    @property
+    def entries(self) -> dict[str, Choice]:
+        """The entry of each choice that is in force, by its axis; a user's baseline has `YOUR_OWN`.
+
+        Another objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
+        """
+        entries = {
+            axis: names.get(str(getattr(self, axis)), YOUR_OWN) for axis, names in CHOICES.items()
+        }
+        if self.other_objective:
+            entries["baseline"] = OBJECTIVES[self.objective, self.form]
+        if self.entropy_coef:
+            entries["entropy"] = ENTROPY
+        if self.beta:
+            entries["kl"] = KL_EFFECTS[self.kl_placement, self.kl_estimator]
+        return entries
+
     def chosen(self, axis: str) -> Choice:
-        """Return the row of the table of choices for the choice on an axis."""
-        return choice_of(axis, getattr(self, axis))
+        """Return the entry of the choice on an axis."""
+        return self.entries[axis]
 
     @property
-    def _advantage_axes(self) -> dict[str, Choice]:
-        """The choices on the three axes that make the advantages."""
-        return {axis: self.chosen(axis) for axis in ("returns", "baseline", "scale")}
+    def baseline_entry(self) -> Choice:
+        """The entry of the baseline, with what a user's own declares, which is imported if it was named."""
+        return own_choice(self.baseline) if callable(self.baseline) else self.chosen("baseline")
 
     @property
-    def inputs(self) -> set[str]:
-        """The names of the arguments of `Estimator.advantages` that these axes need."""
-        return {choice.needs for choice in self._advantage_axes.values()} - {""}
+    def needs(self) -> set[Need]:
+        """The arguments of `Estimator.advantages` and `Estimator.loss` that the choices need."""
+        return {choice.needs for choice in self.entries.values()}
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether the baseline is a memory of earlier steps, which each step updates."""
+        return self.baseline_entry.needs == "baseline_value"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether several completions of each prompt are compared."""
+        return any(choice.compares == "group" for choice in self.entries.values())
 
     @property
     def within_rows(self) -> list[str]:
         """The axes, of returns, baseline and scale, on which the steps of one row are compared."""
-        return [axis for axis, choice in self._advantage_axes.items() if choice.compares == "row"]
+        return [axis for axis, choice in self.entries.items() if choice.compares == "row"]
+
+    @property
+    def other_objective(self) -> bool:
+        """Whether another objective than the mean reward is ascended."""
+        return self.objective != "reward"
 
     @property
     def form(self) -> str:
@@ -208,51 +246,14 @@ class Axes(Settings):
 
     @property
     def fewest_rows(self) -> int:
-        """The number of rows of a group without which the objective gives it no advantage."""
-        if self.objective_order is None:
-            return 2
-        needs_another = OBJECTIVES[self.objective, self.form].of_others
-        return max(2, self.objective_order + needs_another)
-
-    @property
-    def other_objective(self) -> bool:
-        """Whether another objective than the mean reward is ascended."""
-        return self.objective != "reward"
-
-    @property
-    def separate_components(self) -> bool:
-        """Whether each reward function has a baseline and a scale of its own."""
-        return self.components == "separate"
+        """The number of rows without which the baseline, or the objective, gives a set no advantage."""
+        choice = self.chosen("baseline")
+        return max(choice.rows, (self.objective_order or 0) + choice.of_others)
 
     @property
     def shares_return(self) -> bool:
         """Whether all actions of a row are credited with the return of the row."""
         return self.returns == "total"
-
-    @property
-    def divides(self) -> bool:
-        """Whether advantages are divided by a scale."""
-        return self.scale != "none"
-
-    @property
-    def masks_weights(self) -> bool:
-        """Whether importance weights beyond their bounds are set to 0."""
-        return self.importance_bound == "mask"
-
-    @property
-    def masks_truncated(self) -> bool:
-        """Whether truncated rows have no gradient."""
-        return self.truncations == "mask"
-
-    @property
-    def skips_equal_groups(self) -> bool:
-        """Whether groups of equal rewards are left out, or replaced."""
-        return self.zero_spread != "keep"
-
-    @property
-    def refills(self) -> bool:
-        """Whether groups of equal rewards are replaced by groups of new prompts."""
-        return self.zero_spread == "refill"
 
     @property
     def subtracts_baseline(self) -> bool:
@@ -261,7 +262,7 @@ class Axes(Settings):
         A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
         return and subtract none. A scale or returns that subtract a mean are one.
         """
-        if any(choice.subtracts_mean for choice in self._advantage_axes.values()):
+        if any(choice.subtracts_mean for choice in self.entries.values()):
             return True
         if self.baseline == "constant":
             return self.baseline_constant != 0
@@ -270,80 +271,19 @@ class Axes(Settings):
         return self.baseline != "none"
 
     @property
-    def needs_groups(self) -> bool:
-        """Whether several completions of each prompt are compared."""
-        compared = {choice.compares for choice in self._advantage_axes.values()}
-        return "group" in compared or self.skips_equal_groups
-
-    @property
-    def needs_kl(self) -> bool:
-        """Whether a KL divergence from a reference policy is used anywhere."""
-        return self.beta > 0
-
-    needs_reference = needs_kl
-
-    @property
     def kl_in_reward(self) -> bool:
         """Whether a KL is subtracted from the reward."""
-        return self.needs_kl and self.kl_placement == "reward"
+        return self.beta > 0 and self.kl_placement == "reward"
 
     @property
     def kl_in_loss(self) -> bool:
         """Whether a KL is a term of the loss."""
-        return self.needs_kl and self.kl_placement == "loss"
-
-    @property
-    def needs_token_kl(self) -> bool:
-        """Whether the loss needs the KL of each token's distribution, summed over the vocabulary."""
-        closed = self.kl_estimator in ("closed_form", "closed_form_path")
-        return self.kl_in_loss and (closed or self.kl_baseline != "none")
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the loss needs the entropy of each step."""
-        return self.entropy_coef > 0
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether a critic's values are needed."""
-        return "values" in self.inputs
-
-    @property
-    def own_baseline(self) -> Any:
-        """The user's function or class that is the baseline, imported if it was named; or the name of ours."""
-        return self.baseline.load() if isinstance(self.baseline, NamedFunction) else self.baseline
-
-    @property
-    def needs_memory(self) -> bool:
-        """Whether the baseline is a memory of earlier steps, which each step updates."""
-        own = self.own_baseline
-        is_class = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
-        return is_class or "baseline_value" in self.inputs
-
-    @property
-    def needs_greedy(self) -> bool:
-        """Whether the reward of each prompt's greedy completion is needed."""
-        return "greedy_rewards" in self.inputs
-
-    @property
-    def needs_score_norms(self) -> bool:
-        """Whether the squared norm of each token's score is needed."""
-        return "score_norms" in self.inputs
-
-    @property
-    def needs_sampling_logprobs(self) -> bool:
-        """Whether the loss needs the logprobs that the sampler itself reported."""
-        return self.importance != "none"
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """Whether the loss needs the logprobs of the policy that sampled."""
-        return self.ratio != "none"
+        return self.beta > 0 and self.kl_placement == "loss"
 
     @property
     def loss_side_terms(self) -> bool:
         """Whether rows of advantage 0 still have a gradient, from a KL or an entropy term in the loss."""
-        return self.kl_in_loss or self.needs_entropy
+        return self.kl_in_loss or self.entropy_coef > 0
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -358,7 +298,7 @@ class Axes(Settings):
             "importance": self.importance,
             "clip": self.importance_clip,
             "bounds": self.importance_range,
-            "masks": self.masks_weights,
+            "masks": self.importance_bound == "mask",
         }
 
     @property

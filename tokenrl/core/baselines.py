@@ -30,8 +30,13 @@ def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tens
     return first + sum_of_rest / count.clamp(min=1)
 
 
+def constant(totals: Float[Tensor, "S n"], baseline_constant: float) -> Float[Tensor, "S n"]:
+    """Return the same number for every row."""
+    return torch.full_like(totals, baseline_constant)
+
+
 def quantile(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], share: float
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], baseline_quantile: float
 ) -> Float[Tensor, "S n"]:
     """Return the quantile of the OTHER valid rows: the least R_j that a share of them do not exceed.
 
@@ -44,7 +49,7 @@ def quantile(
     ordered = candidates.sort(-1).values
     count = peers.sum(-1, keepdim=True)
     # 1e-6: the product may be rounded up, as 0.07 * 100
-    rank = (share * count - 1e-6).ceil().long()
+    rank = (baseline_quantile * count - 1e-6).ceil().long()
     index = rank.clamp(min=1) - 1
     least = ordered.gather(-1, index)[..., 0]
     return torch.where(peers.any(-1), least, totals)
@@ -128,17 +133,7 @@ def weighted_by_row(
     *,
     leave_one_out: bool,
 ) -> Float[Tensor, "S n"]:
-    """Return the weighted mean of the returns of the set, or the plain mean where all weights are 0.
-
-    With the weights L, the lengths of the rows, it is the baseline of OPO (arXiv 2505.23585): Hao et al. 2025
-    derive it from the baseline of least variance by assuming that the squared norm |S|^2 of a row's score is
-    proportional to the length of the row.
-
-    With the sums of the squared norms of the tokens' scores it estimates `E[|S|^2 R]/E[|S|^2]`, the constant
-    baseline of least variance (Greensmith et al. 2004). S is the sum of the scores of a row's tokens; that sum
-    of squares equals |S|^2 in expectation, and in every row when tokens share no parameters. With importance
-    weights w the rows of the gradient are w S, so that the constant is `E[w^2 |S|^2 R]/E[w^2 |S|^2]`.
-    """
+    """Return the weighted mean of the returns of the set, or the plain mean where all weights are 0."""
     weighted, defined = weighted_mean(totals, valid, weights, leave_one_out=leave_one_out)
     plain = rloo if leave_one_out else mean
     return torch.where(defined, weighted, plain(totals, valid))
@@ -154,9 +149,7 @@ def weighted_by_time(
     """Return the weighted mean of the returns at each timestep, over the rows of the set that act at it.
 
     At a timestep where no (other) row acts, the mean of the latest timestep that has one is used instead; it
-    does not contain the row itself either. Before the first mean the result is 0. With weights `|s_t|^2` it
-    estimates the baseline of least variance at each timestep (Greensmith et al. 2004), and with the sums of
-    `|s_u|^2` up to t it is the optimal token baseline (arXiv 2602.07078).
+    does not contain the row itself either. Before the first mean the result is 0.
     """
     by_time = (x.transpose(1, 2) for x in (returns, actions, weights))
     weighted, defined = weighted_mean(*by_time, leave_one_out=leave_one_out)  # [S, T, n]
@@ -167,8 +160,64 @@ def weighted_by_time(
     return zero_outside(weighted, defined).gather(-1, latest)
 
 
+def opo(
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    actions: Bool[Tensor, "S n T"],
+    leave_one_out: bool,
+) -> Float[Tensor, "S n"]:
+    """Return the mean of the returns, weighted by the lengths of the rows (arXiv 2505.23585).
+
+    Hao et al. 2025 derive it from the baseline of least variance by assuming that the squared norm |S|^2 of a
+    row's score is proportional to the length of the row.
+    """
+    return weighted_by_row(totals, valid, actions.sum(-1), leave_one_out=leave_one_out)
+
+
+def optimal(
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    actions: Bool[Tensor, "S n T"],
+    returns: Float[Tensor, "S n T"],
+    score_norms: Float[Tensor, "S n T"],
+    leave_one_out: bool,
+    optimal_form: str,
+) -> Float[Tensor, "S n *T"]:
+    """Return an estimate of the baseline of least variance (Greensmith et al. 2004).
+
+    - `sequence`: of the constant `E[|S|^2 R]/E[|S|^2]`. S is the sum of the scores s_t of a row's tokens. The
+      sum of the |s_t|^2 stands for |S|^2: it equals it in expectation, and in every row when tokens share no
+      parameters. With importance weights w the rows of the gradient are w S, so that the constant is
+      `E[w^2 |S|^2 R]/E[w^2 |S|^2]`.
+    - `per_timestep`: of one number at each timestep, with the weights |s_t|^2.
+    - `cumulative`: the same with the sums of |s_u|^2 up to t, the optimal token baseline (arXiv 2602.07078).
+    """
+    weights = zero_outside(score_norms, actions)
+    if optimal_form == "sequence":
+        return weighted_by_row(totals, valid, weights.sum(-1), leave_one_out=leave_one_out)
+    if optimal_form == "cumulative":
+        weights = weights.cumsum(-1)
+    return weighted_by_time(returns, actions, weights, leave_one_out=leave_one_out)
+
+
+def timestep_mean(
+    returns: Float[Tensor, "S n T"], actions: Bool[Tensor, "S n T"], leave_one_out: bool
+) -> Float[Tensor, "S n T"]:
+    """Return the mean of the returns at each timestep, over the rows that act at it."""
+    return weighted_by_time(
+        returns, actions, actions.to(returns.dtype), leave_one_out=leave_one_out
+    )
+
+
+def episode_mean(
+    returns: Float[Tensor, "S n T"], actions: Bool[Tensor, "S n T"]
+) -> Float[Tensor, "S n T"]:
+    """Return the mean over the row's own steps, which depends on its own actions and hence is biased."""
+    return mean(returns, actions)
+
+
 def shrinkage(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], weight: float | None
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], shrinkage_weight: float | None
 ) -> Float[Tensor, "S n"]:
     """Return `lam * mean of the prompt's other rows + (1 - lam) * mean elsewhere`.
 
@@ -189,7 +238,8 @@ def shrinkage(
     elsewhere = first + from_one / count.clamp(min=1)  # [S]
     variances = std(totals, valid, ddof=1)[..., 0].square()
     estimate = estimated_weight(means, variances, valid.sum(-1), elsewhere, different)
-    lam = torch.where(count > 0, estimate if weight is None else weight, 1.0)
+    weight = estimate if shrinkage_weight is None else shrinkage_weight
+    lam = torch.where(count > 0, weight, 1.0)
     lam = lam.to(totals.dtype)[:, None]
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
     return prompt_mean + (1 - lam) * (elsewhere[:, None] - prompt_mean)

@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from tokenrl.core import choices
-from tokenrl.core.choices import OBJECTIVES, choice_of
+from tokenrl.core.choices import CHOICES, REPLACED
 from tokenrl.core.effects import (
     ASYMPTOTIC,
     BIASED,
@@ -36,7 +35,6 @@ from tokenrl.core.effects import (
     UP_TO_SCALE,
     Effect,
 )
-from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes
@@ -53,22 +51,19 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         binary: Give the effects on rewards of 0 and 1.
         of_reward: Give the effect of the objective on the gradient of the mean reward.
     """
-    # of the objective and its form on the objective's own gradient, or that of E[R]
-    objective = OBJECTIVES[axes.objective, axes.form]
-    differs = of_reward and axes.objective_order != 1
-    alone: list[Effect] = [(objective.of_reward if differs else None) or objective]
-    alone += [effect(axes) for effect in (baseline_effect, returns_effect, zero_spread_effect)]
-    for axis in ("scale", "aggregation", "ratio", "importance", "truncations"):
-        alone.append(axes.chosen(axis))
-    if axes.needs_entropy:
-        alone.append(choices.ENTROPY)
-    if axes.needs_kl:
-        alone.append(choices.KL_EFFECTS[axes.kl_placement, axes.kl_estimator])
+    alone: list[Effect] = [
+        baseline_effect(axes, of_reward),
+        returns_effect(axes),
+        zero_spread_effect(axes),
+    ]
+    entries = axes.entries
+    axes_alone = ("scale", "aggregation", "ratio", "importance", "truncations", "entropy", "kl")
+    alone += [entries[axis] for axis in axes_alone if axis in entries]
     # If the advantage of a row depends on its reward and on those of its group only, it is f(r, K) on rewards
     # of 0 and 1, with K successes among the others. The expected gradient is then `E[f(1, K) - f(0, K)] grad p`,
     # with K of the distribution Binomial(G-1, p): a positive number for each prompt, which
     # `tokenrl.lab.prompt_weight` computes. Numbers of other prompts are independent of the row.
-    own_return = axes.chosen("baseline").in_group and axes.shares_return and axes.gamma == 1
+    own_return = entries["baseline"].in_group and axes.shares_return and axes.gamma == 1
     alone_in_group = own_return and not axes.kl_in_reward and not axes.overlong_buffer
     if binary and alone_in_group:
         alone = [Effect(effect.binary or effect.status, effect.reason) for effect in alone]
@@ -79,8 +74,8 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
     if axes.other_objective:
         matter.append(alone[0])
     if not axes.shares_return:
-        matter.append(alone[2])
-    if axes.needs_kl:
+        matter.append(alone[1])
+    if axes.beta:
         matter.append(alone[-1])
     return [
         effect
@@ -105,7 +100,8 @@ def estimator_line(axes: Axes, always: Sequence[str], status: str) -> str:
         text = f"{value:g}" if isinstance(value, float) else str(value)
         if callable(value):
             text = getattr(value, "__name__", type(value).__name__)
-        if not name.startswith("objective"):  # which has a line of its own
+        has_own_line = name.startswith("objective")
+        if not has_own_line and not (axes.other_objective and name in REPLACED):
             parts.append(f"{LABELS.get(name, name)} {text}".strip())
     return f"{', '.join(parts)}; bias: {status}"
 
@@ -130,33 +126,23 @@ def status_line(axes: Axes, *, of_reward: bool) -> str:
     return always if always == binary else f"{always}, on rewards of 0 and 1 {binary}"
 
 
-def baseline_effect(axes: Axes) -> Effect:
-    """Return the effect of the baseline, which for some depends on `leave_one_out`.
+def baseline_effect(axes: Axes, of_reward: bool = False) -> Effect:
+    """Return the effect of the baseline, or of the objective in its place.
 
-    A user's function or class declares it by its attribute `bias`, a status with the reason.
-
-    Raises:
-        Refused: The attribute is anything else.
+    Args:
+        axes: The axes of the estimator.
+        of_reward: Give the effect of the objective on the gradient of the mean reward.
     """
-    declaration = getattr(axes.own_baseline, "bias", None)
-    if callable(axes.baseline) and declaration is not None:
-        match declaration:
-            case (str(status), str(reason)) if status in FROM_BEST_TO_WORST:
-                return Effect(status, reason)
-        raise Refused(
-            f"The bias of the baseline {axes.baseline.__name__} is {declaration!r}; it must be a status and the "
-            f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
-        )
-    if callable(axes.baseline) and axes.needs_memory:
-        return choices.MEMORY
-    choice = choice_of("baseline", axes.baseline)
+    choice = axes.baseline_entry
+    if of_reward and axes.objective_order != 1 and choice.of_reward:
+        return choice.of_reward
     return choice if axes.leave_one_out or choice.row_inside is None else choice.row_inside
 
 
 def returns_effect(axes: Axes) -> Effect:
     """Return the effect of the returns; GAE with lam 1 is the reward to go."""
-    reward_to_go = axes.returns == "gae" and axes.lam == 1.0
-    choice = choice_of("returns", "reward_to_go" if reward_to_go else axes.returns)
+    is_reward_to_go = axes.returns == "gae" and axes.lam == 1.0
+    choice = CHOICES["returns"]["reward_to_go"] if is_reward_to_go else axes.chosen("returns")
     return choice if axes.gamma == 1.0 or choice.discounted is None else choice.discounted
 
 
@@ -166,19 +152,18 @@ def zero_spread_effect(axes: Axes) -> Effect:
     It only reweights prompts if those groups have no gradient anyway, and is a bias otherwise.
     """
     effect = axes.chosen("zero_spread")
-    if not axes.skips_equal_groups:
+    if axes.zero_spread == "keep":
         return effect
     if callable(axes.baseline):
         return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
     baseline = axes.chosen("baseline")
     had_gradient = (
         not baseline.centred
-        or (axes.separate_components and not baseline.additive)
-        or not OBJECTIVES[axes.objective, axes.form].centred
+        or (axes.components == "separate" and not baseline.additive)
         or axes.chosen("scale").subtracts_mean
         or axes.overlong_buffer > 0
-        or axes.needs_kl
-        or axes.needs_entropy
+        or axes.beta > 0
+        or axes.entropy_coef > 0
     )
     if had_gradient:
         return Effect(
@@ -195,14 +180,15 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
 
     Args:
         axes: The axes of the estimator.
-        alone: The effects of its choices by themselves, that of the objective first.
+        alone: The effects of its choices by themselves, first that of the baseline or the objective.
     """
     baseline = axes.chosen("baseline")
     shrinks = baseline.status == UP_TO_SCALE
     per_prompt = alone[0].status == PER_PROMPT
     # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term relative
     # to them, for any number of prompts. The factor of a batch mean tends to 1 as the step grows.
-    rescaled = axes.divides or per_prompt or (shrinks and baseline.compares == "group")
+    divides = axes.scale != "none"
+    rescaled = divides or per_prompt or (shrinks and baseline.compares == "group")
     combined = []
     if axes.loss_side_terms and rescaled:
         reason = (
@@ -210,7 +196,7 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
             "coefficient"
         )
         combined.append(Effect(BIASED, reason))
-    if axes.separate_components and axes.divides:
+    if axes.components == "separate" and divides:
         reason = (
             "each reward function is divided by its own spread, so it has another weight than in J; by themselves, "
             "with rewards of 0 and 1, 'group_mean' and 'group_std' ascend sum_k w_G(p_k) grad p_k"

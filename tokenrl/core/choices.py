@@ -13,17 +13,21 @@ computed, where no other choice matters; `bias.effects` leaves it out elsewhere.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tokenrl.core.effects import (
     ASYMPTOTIC,
     BIASED,
     EXACT,
+    FROM_BEST_TO_WORST,
     PER_PROMPT,
     UNKNOWN,
     UP_TO_SCALE,
     Choice,
     Effect,
 )
+from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction
 
 ON_POLICY = "on-policy every importance weight is 1"
 FIRST_UPDATE = (
@@ -43,24 +47,47 @@ CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
         "none": Choice(EXACT, "nothing is subtracted", any_units=True, in_group=True),
         "constant": Choice(
-            EXACT, "a constant baseline times the score has mean zero", any_units=True
+            EXACT,
+            "a constant baseline times the score has mean zero",
+            formula="baselines.constant",
+            any_units=True,
         ),
         "running_mean": MEMORY,
         "tracker": MEMORY,
-        "rloo": Choice(EXACT, OF_OTHERS, compares="group", centred=True, in_group=True),
-        "quantile": Choice(EXACT, OF_OTHERS, compares="group", centred=True, additive=False),
+        "rloo": Choice(
+            EXACT,
+            OF_OTHERS,
+            formula="baselines.rloo",
+            compares="group",
+            rows=2,
+            centred=True,
+            in_group=True,
+        ),
+        "quantile": Choice(
+            EXACT,
+            OF_OTHERS,
+            formula="baselines.quantile",
+            compares="group",
+            rows=2,
+            centred=True,
+            additive=False,
+        ),
         "group_mean": Choice(
             UP_TO_SCALE,
             "the row's own return is in the mean of its group, which with 'total' leaves (G-1)/G of the advantage "
             "with 'rloo': ascends E[R] - E[b]/G, (G-1)/G of the gradient",
+            formula="baselines.mean",
             compares="group",
+            rows=2,
             centred=True,
             in_group=True,
         ),
         "batch_mean": Choice(
             UP_TO_SCALE,
             "the row's own return is in the mean of the step: ascends E[R] - E[b]/N, (N-1)/N of the gradient",
+            formula="baselines.mean",
             compares="step",
+            rows=2,
         ),
         "remax": Choice(
             EXACT, "the greedy completion depends on the prompt only", needs="greedy_rewards"
@@ -68,7 +95,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "opo": Choice(
             EXACT,
             WEIGHTED_OTHERS,
+            formula="baselines.opo",
             compares="group",
+            rows=2,
             centred=True,
             row_inside=Effect(
                 BIASED,
@@ -79,7 +108,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "optimal": Choice(
             EXACT,
             WEIGHTED_OTHERS,
+            formula="baselines.optimal",
             compares="group",
+            rows=2,
             needs="score_norms",
             centred=True,
             row_inside=Effect(
@@ -89,7 +120,11 @@ CHOICES: dict[str, dict[str, Choice]] = {
             ),
         ),
         "shrinkage": Choice(
-            EXACT, "neither the means nor their weights contain the row", compares="group"
+            EXACT,
+            "neither the means nor their weights contain the row",
+            formula="baselines.shrinkage",
+            compares="group",
+            rows=2,
         ),
         "value": Choice(
             EXACT,
@@ -102,13 +137,16 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "the mean over the row's own steps contains the results of its own actions; by itself, with the "
             "undiscounted reward to go, it ascends the return with the u-th of L rewards weighted by 1 - u/L, so "
             "the last does not count; if every step has the same reward that is half the gradient",
+            formula="baselines.episode_mean",
             compares="row",
             any_units=True,
         ),
         "timestep_mean": Choice(
             EXACT,
             "the baseline is made of the returns of the other rows at the same timestep",
+            formula="baselines.timestep_mean",
             compares="step",
+            rows=2,
             any_units=True,
             row_inside=Effect(
                 ASYMPTOTIC,
@@ -125,25 +163,32 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "K/G(1 - K/G), and with 'rloo' at G/(G-1) times that; with three or more reward levels there is no "
             "objective",
             PER_PROMPT,
+            formula="scales.by_std",
             compares="group",
+            rows=2,
             of_prompt=True,
         ),
         "batch_std": Choice(
             ASYMPTOTIC,
             "the row's own return is in the divisor, which tends to the same number for all rows as the step grows",
             PER_PROMPT,
+            formula="scales.by_std",
             compares="step",
+            rows=2,
         ),
         "loo_std": Choice(
             PER_PROMPT,
             "the divisor is made of the other completions of the prompt: E[1/(std + eps)] of its gradient",
+            formula="scales.loo_std",
             compares="group",
+            rows=3,
             of_others=True,
             of_prompt=True,
         ),
         "other_groups_std": Choice(
             PER_PROMPT,
             "the divisor is made of the other prompts: E[1/(std + eps)] of the prompt's gradient",
+            formula="scales.other_groups_std",
             compares="group",
             of_others=True,
         ),
@@ -151,12 +196,14 @@ CHOICES: dict[str, dict[str, Choice]] = {
             ASYMPTOTIC,
             "the row's own advantages are in the mean and in the divisor, each of which tends to the same number "
             "for all rows as the step grows",
+            formula="scales.token_whiten",
             subtracts_mean=True,
         ),
         "episode_std": Choice(
             BIASED,
             "each episode is divided by the spread of its own returns to go; the result is the gradient of no "
             "objective",
+            formula="scales.episode_std",
             compares="row",
         ),
     },
@@ -177,25 +224,32 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "ratio": {
         "none": Choice(EXACT, "on-policy"),
-        "token": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
-        "sequence_mean": Choice(EXACT, FIRST_UPDATE, whole_row=True),
+        "token": Choice(EXACT, FIRST_UPDATE, needs="old_logprobs", token_bounds=True),
+        "sequence_mean": Choice(EXACT, FIRST_UPDATE, needs="old_logprobs", whole_row=True),
         "sequence_product": Choice(
-            EXACT, "the ratio of the sequence is exact off-policy too", whole_row=True
+            EXACT,
+            "the ratio of the sequence is exact off-policy too",
+            needs="old_logprobs",
+            whole_row=True,
         ),
-        "geometric_clip": Choice(EXACT, FIRST_UPDATE, token_bounds=True, whole_row=True),
-        "cispo": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
-        "trust": Choice(EXACT, FIRST_UPDATE, token_bounds=True),
+        "geometric_clip": Choice(
+            EXACT, FIRST_UPDATE, needs="old_logprobs", token_bounds=True, whole_row=True
+        ),
+        "cispo": Choice(EXACT, FIRST_UPDATE, needs="old_logprobs", token_bounds=True),
+        "trust": Choice(EXACT, FIRST_UPDATE, needs="old_logprobs", token_bounds=True),
     },
     "importance": {  # where the sampler differs, `off_policy` says what these do
         "none": Choice(EXACT, "completions are not weighted"),
-        "token": Choice(EXACT, ON_POLICY),
-        "prefix": Choice(EXACT, ON_POLICY, whole_row=True),
-        "sequence": Choice(EXACT, ON_POLICY, whole_row=True),
-        "geometric": Choice(EXACT, ON_POLICY, whole_row=True),
+        "token": Choice(EXACT, ON_POLICY, needs="sampling_logprobs"),
+        "prefix": Choice(EXACT, ON_POLICY, needs="sampling_logprobs", whole_row=True),
+        "sequence": Choice(EXACT, ON_POLICY, needs="sampling_logprobs", whole_row=True),
+        "geometric": Choice(EXACT, ON_POLICY, needs="sampling_logprobs", whole_row=True),
     },
     "kl_baseline": {
         "none": Choice(EXACT, "nothing is subtracted from the log ratio"),
-        "closed_form": Choice(EXACT, "the KL of a step does not depend on the action there"),
+        "closed_form": Choice(
+            EXACT, "the KL of a step does not depend on the action there", needs="token_kl"
+        ),
     },
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
@@ -213,6 +267,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "total": Choice(
             EXACT,
             "every action is credited with the whole return",
+            formula="returns.reward_to_go",
             to_go=True,
             discounted=Effect(
                 BIASED,
@@ -220,12 +275,17 @@ CHOICES: dict[str, dict[str, Choice]] = {
             ),
         ),
         "reward_to_go": Choice(
-            EXACT, "earlier rewards do not depend on an action", to_go=True, discounted=NO_OBJECTIVE
+            EXACT,
+            "earlier rewards do not depend on an action",
+            formula="returns.reward_to_go",
+            to_go=True,
+            discounted=NO_OBJECTIVE,
         ),
         "blame_window": Choice(
             BIASED,
             "rewards beyond the window are credited to no action: the gradient of no objective, and exact if no row "
             "is longer than the window",
+            formula="returns.in_window",
             discounted=Effect(
                 BIASED,
                 "rewards beyond the window are credited to no action, and the others are discounted",
@@ -235,6 +295,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             BIASED,
             "the mean and the spread of each episode's own returns to go depend on its actions: it is the gradient "
             "of no objective, and in sum a good episode gets as much credit as a bad one, none",
+            formula="returns.episode_normalized",
             compares="row",
             subtracts_mean=True,
         ),
@@ -242,6 +303,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             BIASED,
             "with lam < 1 values replace later rewards: unbiased if they are exact, V^pi of the state and of the "
             "number of steps left, or if no action changes their errors",
+            formula="returns.lambda_return",
             needs="values",
             discounted=NO_OBJECTIVE,
         ),
@@ -261,11 +323,13 @@ CHOICES: dict[str, dict[str, Choice]] = {
             PER_PROMPT,
             "the step is divided by the number of kept groups: of B prompts each is weighted by B E[1/kept | it is "
             "kept], which is 1 with one prompt per step",
+            compares="group",
         ),
         "refill": Choice(
             UP_TO_SCALE,
             "new prompts fill the step in proportion to P(kept), which cancels 1/P(kept): one number for all "
             "prompts, if they are drawn independently (resampling the SAME prompt would be biased)",
+            compares="group",
         ),
     },
     "truncations": {
@@ -282,37 +346,40 @@ CHOICES: dict[str, dict[str, Choice]] = {
 EACH = "the gradient of each step's {}, with its prefix held fixed"
 LATER = "the effect of an action on the {} of later steps is missing"
 
-KL_EFFECTS: dict[tuple[str, str], Effect] = {
-    ("reward", "k1"): Effect(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
-    ("reward", "k2"): Effect(
+KL_EFFECTS: dict[tuple[str, str], Choice] = {
+    ("reward", "k1"): Choice(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
+    ("reward", "k2"): Choice(
         BIASED, "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed"
     ),
-    ("reward", "k3"): Effect(
+    ("reward", "k3"): Choice(
         BIASED,
         "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
     ),
-    ("loss", "k1"): Effect(
+    ("loss", "k1"): Choice(
         BIASED,
         "the gradient of the log ratio is not that of the KL: it has mean zero, so J is ascended without any KL",
     ),
-    ("loss", "k2"): Effect(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
-    ("loss", "k3"): Effect(
+    ("loss", "k2"): Choice(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
+    ("loss", "k3"): Choice(
         BIASED,
         f"k3 differentiated is not the KL(pi || ref): {EACH.format('FORWARD KL(ref || pi)')}",
     ),
-    ("loss", "k2_sequence"): Effect(EXACT, "k2 of the whole sequence has the gradient of the KL"),
-    ("loss", "full_path"): Effect(
+    ("loss", "k2_sequence"): Choice(EXACT, "k2 of the whole sequence has the gradient of the KL"),
+    ("loss", "full_path"): Choice(
         EXACT, "each action is credited with its own and later log ratios"
     ),
-    ("loss", "closed_form"): Effect(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
-    ("loss", "closed_form_path"): Effect(
+    ("loss", "closed_form"): Choice(
+        BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", needs="token_kl"
+    ),
+    ("loss", "closed_form_path"): Choice(
         EXACT,
         "the gradient of each step's KL, and each action is credited with the KL of later steps",
+        needs="token_kl",
     ),
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-ENTROPY = Effect(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
+ENTROPY = Choice(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
 """The effect of an entropy bonus."""
 
 LOG_SUCCESS = (
@@ -322,36 +389,73 @@ LOG_SUCCESS = (
 MAXRL = Effect(BIASED, "hard prompts count for more than easy ones", PER_PROMPT)
 RARE = "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)"
 BEST = "the mean of the best of k rows, minus a number made of the others"
-BEST_OF_K = Choice(EXACT, BEST, of_reward=Effect(BIASED, RARE, PER_PROMPT))
+OF_GROUP: Any = {"compares": "group", "rows": 2, "in_group": True}
+BEST_OF_K = Choice(
+    EXACT,
+    BEST,
+    formula="objectives.max_at_k",
+    of_reward=Effect(BIASED, RARE, PER_PROMPT),
+    **OF_GROUP,
+)
+OF_LOG: Any = {"formula": "objectives.log_success", **OF_GROUP}
 
 OBJECTIVES: dict[tuple[str, str], Choice] = {
-    ("reward", "default"): Choice(EXACT, "the mean reward", centred=True),
+    ("reward", "default"): Choice(EXACT, "the mean reward"),
     # Subtracted is the mean of the best of k others, of k - 1 others, G/(G-1) times the first, and nothing.
     ("max_at_k", "leave_one_out"): replace(BEST_OF_K, centred=True, of_others=True),
     ("max_at_k", "sloo_minus_one"): replace(BEST_OF_K, centred=True),
     ("max_at_k", "sloo"): replace(BEST_OF_K, of_others=True),
     ("max_at_k", "no_baseline"): BEST_OF_K,
     ("log_success", "maxrl"): Choice(
-        BIASED, f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k", EXACT, centred=True, of_reward=MAXRL
+        BIASED,
+        f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k",
+        EXACT,
+        centred=True,
+        of_reward=MAXRL,
+        **OF_LOG,
     ),
     ("log_success", "keep_failures"): Choice(
-        BIASED, f"{LOG_SUCCESS}sum_(k<=G) (1-(1-p)^k)/k", EXACT, of_reward=MAXRL
+        BIASED, f"{LOG_SUCCESS}sum_(k<=G) (1-(1-p)^k)/k", EXACT, of_reward=MAXRL, **OF_LOG
     ),
     ("log_success", "leave_one_out"): Choice(
         PER_PROMPT,
         "the divisor b is made of the other completions only: E[1/b; b > 0] of the gradient of E[R]",
         centred=True,
+        **OF_LOG,
     ),
 }
-"""The effect of each form of each objective on its own gradient; the first form listed is the default."""
+"""Each form of each objective, with its effect on the objective's own gradient; the first listed is the default.
+
+Another objective than the reward makes the advantages by itself: its entry stands in place of a baseline's."""
+
+REPLACED = {"baseline": "none", "scale": "none", "returns": "total", "components": "summed"}
+"""The axes that another objective replaces, with the only choice that goes with it."""
 
 OF_YOUR_OWN = "a baseline of your own is exact if it contains nothing of the row's own actions"
 YOUR_OWN = Choice(UNKNOWN, OF_YOUR_OWN, any_units=True)
 
 
-def choice_of(axis: str, name: object) -> Choice:
-    """Return the row of the table for a name, or for a function given as the baseline (bias unknown)."""
-    return YOUR_OWN if callable(name) else CHOICES[axis][str(name)]
+def own_choice(baseline: Any) -> Choice:
+    """Return the entry of a user's function, or of a class of memories; it is imported if it was named.
+
+    It declares its bias by its attribute `bias`, a status with the reason.
+
+    Raises:
+        Refused: The attribute is anything else, or nothing can be imported by the name.
+    """
+    own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
+    is_memory = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
+    choice = MEMORY if is_memory else replace(YOUR_OWN, formula=baseline)
+    declaration = getattr(own, "bias", None)
+    match declaration:
+        case None:
+            return choice
+        case (str(status), str(reason)) if status in FROM_BEST_TO_WORST:
+            return replace(choice, status=status, reason=reason)
+    raise Refused(
+        f"The bias of the baseline {baseline.__name__} is {declaration!r}; it must be a status and the "
+        f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
+    )
 
 
 AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.items()} | {

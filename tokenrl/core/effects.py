@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 EXACT = "exact"
 UP_TO_SCALE = "exact_up_to_scale"
@@ -32,14 +33,30 @@ class Effect:
     """A better status that holds if every return is 0 or 1 and rows are compared in their groups only."""
 
 
+Need = Literal[
+    "",
+    "values",
+    "greedy_rewards",
+    "score_norms",
+    "baseline_value",
+    "old_logprobs",
+    "sampling_logprobs",
+    "token_kl",
+]
+"""Arguments of `Estimator.advantages` and `Estimator.loss` that choices need."""
+
+
 @dataclass(frozen=True)
 class Choice(Effect):
-    """One name on one axis: its effect, and every other fact about it that the code uses.
+    """One name on one axis: its effect, its formula, and every other fact about it that the code uses.
 
     Attributes:
+        formula: The function that computes it, as `baselines.rloo`, a name in a module beside this one; or the
+            user's own. Empty if there is nothing to compute: a baseline is then what it `needs`, if anything.
         compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
             steps of one row. None if it compares nothing.
-        needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
+        rows: The fewest rows that can be compared; an objective needs its order too.
+        needs: The argument that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
         additive: Whether the baselines of several reward functions add up to that of their sum.
         whole_row: Whether a ratio or a weight sums over the row, which must then not be split.
@@ -55,8 +72,10 @@ class Choice(Effect):
         token_bounds: Whether a ratio has a bound for each token.
     """
 
+    formula: str | Callable[..., Any] = ""
     compares: Literal["group", "step", "row"] | None = None
-    needs: str = ""
+    rows: int = 1
+    needs: Need = ""
     centred: bool = False
     additive: bool = True
     whole_row: bool = False

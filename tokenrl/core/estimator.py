@@ -128,7 +128,7 @@ class Estimator(Axes):
         Means and standard deviations over rows use the rows' total returns, also with the returns
         'reward_to_go'. Inputs that the chosen axes do not need are ignored.
 
-        With `turns`, one instant is a turn instead of a token, see `advantages.Step.in_turns`: gamma, lam,
+        With `turns`, one instant is a turn instead of a token, see `advantages.advantages_of`: gamma, lam,
         `window`, the length of a row and 'token_whiten' then count turns. With returns 'total', gamma 1 and a
         named baseline the actions of a row share its return, and turns are ignored.
 
@@ -159,7 +159,7 @@ class Estimator(Axes):
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
             ValueError: When rewards and mask do not fit together.
         """
-        from tokenrl.core import advantages as formulas
+        from tokenrl.core import advantages as steps
         from tokenrl.core.losses import importance_weights
         from tokenrl.core.returns import token_rewards
         from tokenrl.core.rows import required, zero_outside
@@ -171,7 +171,7 @@ class Estimator(Axes):
         valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
         if (
             score_norms is not None
-            and self.needs_sampling_logprobs
+            and self.importance != "none"
             and logprobs is not None
             and sampling_logprobs is not None
         ):  # else they are of the policy's own rows
@@ -179,21 +179,33 @@ class Estimator(Axes):
             log_weights = zero_outside(logprobs - sampling_logprobs, actions)
             weights = importance_weights(log_weights, actions, **self.importance_options)
             score_norms = score_norms * weights**2
-        step = formulas.Step(
-            rewards, mask, valid, group_size, values, score_norms, greedy_rewards, baseline_value
-        )
-        if not self.separate_components:
-            in_time = formulas.rewards_in_time(
-                self, step, bootstrap, max_length, logprobs, ref_logprobs
-            )
-            return formulas.advantages_of(self, step._replace(rewards=in_time), turns)
+        columns: dict[str, Any] = {"mask": mask, "valid": valid, "group_size": group_size}
+        inputs = {
+            "values": values,
+            "score_norms": score_norms,
+            "greedy_rewards": greedy_rewards,
+            "baseline_value": baseline_value,
+        }
+        needs = self.needs | {self.baseline_entry.needs}
+        for name, value in inputs.items():
+            if name in needs:
+                columns[name] = required(name, value, f"the estimator with {self.baseline!r}")
+        if self.components == "summed":
+            added = {
+                "bootstrap": bootstrap,
+                "max_length": max_length,
+                "logprobs": logprobs,
+                "ref_logprobs": ref_logprobs,
+            }
+            in_time = steps.rewards_in_time(self, rewards, columns | added)
+            return steps.advantages_of(self, columns | {"rewards": in_time}, turns)
         parts = []
         for column in required("components", components, "'separate'").unbind(1):
             present = valid & ~column.isnan()
             in_time = token_rewards(column.nan_to_num(), mask, present)
-            of_column = step._replace(rewards=in_time, valid=present)
-            parts.append(formulas.advantages_of(self, of_column, turns))
-        return formulas.weighted_sum(parts, component_weights)
+            of_column = columns | {"rewards": in_time, "valid": present}
+            parts.append(steps.advantages_of(self, of_column, turns))
+        return steps.weighted_sum(parts, component_weights)
 
     def token_weights(
         self,
@@ -277,11 +289,11 @@ class Estimator(Axes):
         advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
         advantages = zero_outside(advantages.expand(live.shape), live)
         old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
-        scored_before = self.needs_sampling_logprobs and old_logprobs is not None
-        if self.needs_old_logprobs or scored_before:
+        is_weighted = self.importance != "none"
+        if self.ratio != "none" or (is_weighted and old_logprobs is not None):
             old = inside("old_logprobs", old_logprobs, f"the ratio {self.ratio!r}").detach()
         gain = policy_gain(self, logprobs, old, advantages, live)
-        if self.needs_sampling_logprobs:
+        if is_weighted:
             purpose = f"importance {self.importance!r}"
             log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
             gain = gain * importance_weights(log_weights, live, **self.importance_options)
@@ -290,9 +302,10 @@ class Estimator(Axes):
         if self.kl_in_loss:
             reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
             # After the importance weight, which corrects the policy's gain and does not apply to the KL.
-            closed = inside("token_kl", token_kl, "a closed form") if self.needs_token_kl else None
+            is_closed = "token_kl" in self.needs
+            closed = inside("token_kl", token_kl, "a closed form") if is_closed else None
             gain = gain - self.beta * kl_in_loss(self.kl_estimator, logprobs, reference, closed)
-        if self.needs_entropy:
+        if self.entropy_coef:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
 
@@ -329,8 +342,9 @@ class Estimator(Axes):
             ids = sampling_logprobs.topk(top).indices
             logprobs = with_others(logprobs.gather(-1, ids))
             sampling_logprobs = with_others(sampling_logprobs.gather(-1, ids))
-        bounds = self.importance_range if self.needs_sampling_logprobs else None
-        return score_centres(logprobs, sampling_logprobs, bounds, masks=self.masks_weights)
+        bounds = None if self.importance == "none" else self.importance_range
+        masks = self.importance_bound == "mask"
+        return score_centres(logprobs, sampling_logprobs, bounds, masks=masks)
 
     def critic_loss(
         self,
@@ -376,8 +390,8 @@ class Estimator(Axes):
         in_divisor, in_gradient = keep(
             rewards,
             mask,
-            masks_truncated=self.masks_truncated,
-            skips_equal_groups=self.skips_equal_groups,
+            masks_truncated=self.truncations == "mask",
+            skips_equal_groups=self.zero_spread != "keep",
             group_size=group_size,
             valid=valid,
             truncated=truncated,

@@ -48,7 +48,7 @@ def log_success(
 
 
 def max_at_k(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], order: int, form: str
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], objective_order: int, form: str
 ) -> Float[Tensor, "S n"]:
     """Return k times the mean maximum of the row and k - 1 others, minus what the form subtracts from that.
 
@@ -60,6 +60,7 @@ def max_at_k(
     - `sloo`: m/(m - 1) times the mean maximum of k others (eq. 29).
     - `no_baseline`: nothing (eq. 19).
     """
+    order = objective_order
     if order == 1 and form == "leave_one_out":
         return totals - rloo(totals, valid)  # the best of one row is its reward
     differences, first = from_first(totals, valid)

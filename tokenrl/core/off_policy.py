@@ -66,7 +66,7 @@ BOUNDED = Effect(
 
 def correction(axes: Axes) -> Effect:
     """Return what importance and its bounds do by themselves."""
-    if axes.importance_centre and not axes.needs_sampling_logprobs:
+    if axes.importance_centre and axes.importance == "none":
         return CENTRED if axes.importance_centre_top is None else CENTRED_TOP
     effect = CORRECTIONS[axes.importance]
     bounded = axes.importance_cap or axes.importance_floor
@@ -84,7 +84,7 @@ def declared_off_policy(axes: Axes) -> Effect:
         reasons.append(
             "the KL or entropy term in the loss is a mean over the sampler's completions"
         )
-    if effect is CENTRED and axes.needs_kl:
+    if effect is CENTRED and axes.beta:
         reasons.append("the KL is that of the policy, not that of the sampler")
     compares = axes.other_objective and axes.objective_order != 1
     if effect.status == EXACT_FOR_POLICY and compares:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import KL_EFFECTS, OBJECTIVES, REPLACED
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ALONE = "choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'"
 """What to do where there are no other rows to compare with."""
+OF_STEP = {"values", "greedy_rewards", "baseline_value"}
+"""What is known of the whole reward of a row, and not of each reward function."""
 LONGEST_WITHOUT_BASELINE = 500
 """Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
 
@@ -25,7 +27,8 @@ def check_axes(axes: Axes) -> None:
     Raises:
         Refused: With the choices, and others to take instead.
     """
-    if axes.needs_kl and (axes.kl_placement, axes.kl_estimator) not in KL_EFFECTS:
+    check_objective(axes)
+    if axes.beta and (axes.kl_placement, axes.kl_estimator) not in KL_EFFECTS:
         raise Refused(
             f"kl_estimator {axes.kl_estimator!r} is exact in the loss, but kl_placement is {axes.kl_placement!r}. "
             "Set kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
@@ -39,7 +42,7 @@ def check_axes(axes: Axes) -> None:
             "'loss' and one of these two, or kl_baseline 'none'."
         )
     for axis in axes.within_rows:
-        if axes.separate_components or (axis != "returns" and axes.shares_return):
+        if axes.components == "separate" or (axis != "returns" and axes.shares_return):
             raise Refused(
                 f"{getattr(axes, axis)!r} compares the steps of one row, which with returns 'total' or "
                 "components 'separate' all have the same return. Set returns 'reward_to_go' and components "
@@ -56,9 +59,8 @@ def check_axes(axes: Axes) -> None:
             f"scale {axes.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
             "Give a scale_eps above 0; its preset has 0.1."
         )
-    check_objective(axes)
-    of_step = axes.overlong_buffer or axes.kl_in_reward or axes.inputs - {"score_norms"}
-    if axes.separate_components and of_step:
+    of_step = axes.overlong_buffer or axes.kl_in_reward or axes.needs & OF_STEP
+    if axes.components == "separate" and of_step:
         raise Refused(
             "With components 'separate' the advantages of a reward function are made of its own rewards in "
             "the step. Choose a baseline of these, such as 'rloo' or 'group_mean', returns other than 'gae', "
@@ -69,7 +71,8 @@ def check_axes(axes: Axes) -> None:
 def check_importance(axes: Axes) -> None:
     """Refuse bounds without weights, a mask without bounds or at 1, and centres that do not exist."""
     names = [x for x in ("importance_cap", "importance_floor") if getattr(axes, x) is not None]
-    if not axes.needs_sampling_logprobs and (names or axes.masks_weights):
+    masks = axes.importance_bound == "mask"
+    if axes.importance == "none" and (names or masks):
         raise Refused(
             f"{(names or ['importance_bound'])[0]} is set, but importance is 'none', so there are no weights to "
             "bound. Set importance=token, which is what importance_cap alone meant in earlier versions, or "
@@ -80,13 +83,13 @@ def check_importance(axes: Axes) -> None:
             f"importance_clip bounds the weights of prefixes, and importance is {axes.importance!r}. Set "
             "importance 'prefix', or bound other weights by importance_cap and importance_floor."
         )
-    if axes.masks_weights and not names:
+    if masks and not names:
         raise Refused(
             "importance_bound 'mask' sets weights beyond importance_cap and importance_floor to 0, but "
             "neither is set. Set importance_cap, for example 3, or importance_bound 'truncate'."
         )
     at_1 = [name for name in names if 0.9999 < getattr(axes, name) < 1.0001]
-    if axes.masks_weights and at_1:
+    if masks and at_1:
         raise Refused(
             f"importance_bound 'mask' has a bound at 1 ({at_1[0]}). Where sampler and policy agree, a weight is 1 "
             "up to rounding, which would decide whether the completion counts. Set importance_cap to 1.0001 "
@@ -127,8 +130,7 @@ def check_objective(axes: Axes) -> None:
             f"objective_order is for the objective 'max_at_k', and the objective is {name!r}. Leave it out; the "
             "order of 'log_success' follows from the number of completions per prompt."
         )
-    replaced = {"baseline": "rloo", "scale": "none", "returns": "total", "components": "summed"}
-    for axis, value in replaced.items():
+    for axis, value in REPLACED.items():
         if axes.other_objective and getattr(axes, axis) != value:
             raise Refused(
                 f"objective {name!r} makes the advantages by itself, without {axis} {getattr(axes, axis)!r}. "

@@ -95,9 +95,8 @@ def in_window(
 def lambda_return(
     rewards: Float[Tensor, "N T"],
     values: Float[Tensor, "N T"],
-    mask: Bool[Tensor, "N T"],
-    *,
-    gamma: float = 1.0,
+    actions: Bool[Tensor, "N T"],
+    gamma: float,
     lam: float,
 ) -> Float[Tensor, "N T"]:
     """Return `G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1})`, with V and G 0 after the end.
@@ -108,33 +107,39 @@ def lambda_return(
 
     Args:
         rewards: Rewards [N, T]; the value of the state after a truncation is a reward at the last action.
-        values: Value of the state before each action [N, T]; may hold anything where the mask is 0.
-        mask: True where the position is an action [N, T].
+        values: Value of the state before each action [N, T]; may hold anything at other positions.
+        actions: True where the position is an action [N, T].
         gamma: Discount per position.
         lam: Weight of the observed return against the value, from 0 to 1.
     """
     if lam == 1.0:
         return reward_to_go(rewards, gamma)
-    values = zero_outside(values, mask)
+    values = zero_outside(values, actions)
     after = value_after = torch.zeros_like(rewards[:, 0])
     backwards = []
     for t in range(rewards.shape[-1] - 1, -1, -1):
         # `after` is G_{t+1} and `value_after` is V_{t+1}, both 0 beyond the end of the row
         through = rewards[:, t] + gamma * after
         mixed = rewards[:, t] + gamma * ((1 - lam) * value_after + lam * after)
-        after = torch.where(mask[:, t], mixed, through)
+        after = torch.where(actions[:, t], mixed, through)
         # At a position without an action, V is the reward there plus the discounted value that follows.
-        value_after = torch.where(mask[:, t], values[:, t], rewards[:, t] + gamma * value_after)
+        through = rewards[:, t] + gamma * value_after
+        value_after = torch.where(actions[:, t], values[:, t], through)
         backwards.append(after)
     return torch.stack(backwards[::-1], dim=-1)
 
 
-def normalised(
-    returns: Float[Tensor, "N T"], actions: Bool[Tensor, "N T"], *, ddof: int, eps: float
+def episode_normalized(
+    rewards: Float[Tensor, "N T"],
+    actions: Bool[Tensor, "N T"],
+    gamma: float,
+    scale_ddof: int,
+    scale_eps: float,
 ) -> Float[Tensor, "N T"]:
     """Return `(G_t - mean) / (std + eps)`, with the mean and the standard deviation over the row's own steps.
 
     A critic then learns these numbers, and the baseline 'value' is subtracted from them.
     """
+    returns = reward_to_go(rewards, gamma)
     centred = zero_outside(returns - mean(returns, actions), actions)
-    return divide(centred, std(returns, actions, ddof), eps)
+    return divide(centred, std(returns, actions, scale_ddof), scale_eps)

@@ -1,7 +1,7 @@
 """Computes what advantages are divided by: one formula for each scale in `choices`.
 
-A divisor made of the row's own return biases the gradient; the reasons are in `choices`. The formulas of
-standard deviations take sets of rows [S, n], as those of `baselines` do.
+A divisor made of the row's own return biases the gradient; the reasons are in `choices`. The formulas take
+sets of rows [S, n], as those of `baselines` do.
 """
 
 from __future__ import annotations
@@ -24,38 +24,56 @@ def divide(
     return zero_outside(divided, positive.expand_as(advantages))
 
 
-def std_of_others(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int
-) -> tuple[Float[Tensor, "S n"], Bool[Tensor, "S n"]]:
-    """Return the standard deviation of the OTHER rows of the set.
+def by_std(
+    advantages: Float[Tensor, "S n #T"],
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    scale_ddof: int,
+    scale_eps: float,
+) -> Float[Tensor, "S n #T"]:
+    """Divide by the standard deviation of the returns of the set: of a group, or of the step."""
+    return divide(advantages, std(totals, valid, scale_ddof)[..., None], scale_eps)
 
-    Returns:
-        The deviation, exactly 0 for equal others, and the mask of the rows with two or more others.
-    """
+
+def loo_std(
+    advantages: Float[Tensor, "S n #T"],
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    scale_ddof: int,
+    scale_eps: float,
+) -> Float[Tensor, "S n #T"]:
+    """Divide by the standard deviation of the returns of the OTHER rows of the set."""
     peers = valid[:, None] & ~each_itself(valid.shape[1], valid)  # [S, n, n]
     compared = totals[:, None].expand_as(peers)
-    deviation = std(compared, peers, ddof)[..., 0]
-    return deviation, peers.sum(-1) > 1
+    return divide(advantages, std(compared, peers, scale_ddof)[..., :1], scale_eps)
 
 
-def std_of_other_sets(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int
-) -> tuple[Float[Tensor, "S 1"], Bool[Tensor, "S 1"]]:
-    """Return the standard deviation of all rows of the OTHER sets, around their common mean.
+def other_groups_std(
+    advantages: Float[Tensor, "S n #T"],
+    totals: Float[Tensor, "S n"],
+    valid: Bool[Tensor, "S n"],
+    scale_ddof: int,
+    scale_eps: float,
+) -> Float[Tensor, "S n #T"]:
+    """Divide by the standard deviation of all returns of the OTHER sets, around their common mean.
 
-    Returns:
-        The deviation, exactly 0 for equal others, and the mask of the sets with two or more other rows.
+    The result is 0 where these have fewer than two valid rows.
     """
     sets, n = valid.shape
     own_set = each_itself(sets, valid).repeat_interleave(n, 1)  # [S, S n]
     peers = valid.reshape(1, -1) & ~own_set
     compared = totals.reshape(1, -1).expand_as(peers)
-    deviation = std(compared, peers, ddof)[:, :1]
-    return deviation, peers.sum(-1, keepdim=True) > 1
+    several = peers.sum(-1) > 1
+    deviation = std(compared, peers, scale_ddof)[:, 0]
+    deviation = torch.where(several, deviation, torch.inf)
+    return divide(advantages, deviation[:, None, None], scale_eps)
 
 
 def token_whiten(
-    advantages: Float[Tensor, "S n #T"], actions: Bool[Tensor, "S n T"], *, ddof: int, eps: float
+    advantages: Float[Tensor, "S n #T"],
+    actions: Bool[Tensor, "S n T"],
+    scale_ddof: int,
+    scale_eps: float,
 ) -> Float[Tensor, "S n #T"]:
     """Return `(A - mean)/(std + eps)`, with mean and standard deviation over all tokens of the step.
 
@@ -64,4 +82,15 @@ def token_whiten(
     tokens = advantages.expand_as(actions).reshape(1, -1)
     inside = actions.reshape(1, -1)
     centre = mean(tokens, inside)[0, 0]
-    return divide(advantages - centre, std(tokens, inside, ddof)[0, 0], eps)
+    return divide(advantages - centre, std(tokens, inside, scale_ddof)[0, 0], scale_eps)
+
+
+def episode_std(
+    advantages: Float[Tensor, "S n #T"],
+    returns: Float[Tensor, "S n T"],
+    actions: Bool[Tensor, "S n T"],
+    scale_ddof: int,
+    scale_eps: float,
+) -> Float[Tensor, "S n #T"]:
+    """Divide by the standard deviation of the row's own returns over its steps."""
+    return divide(advantages, std(returns, actions, scale_ddof)[..., :1], scale_eps)

@@ -151,7 +151,7 @@ def trained(estimator, factory=Guess, **options):
     """A step on episodes, of two updates where there is a ratio: weights and last gradient, and metrics."""
     policy = make_policy(max_position_embeddings=128, initializer_range=0.1)
     policy.eos_ids = ENDS
-    if estimator.needs_reference:
+    if estimator.beta:
         policy.reference = make_policy(seed=1, max_position_embeddings=128).model.requires_grad_(
             False
         )

@@ -109,7 +109,7 @@ class Problem:
         if self.unit != "completions":
             return self.per_step
         settings = {**self.settings, **arm.settings}
-        per_prompt = settings["num_generations"] + arm.estimator.needs_greedy
+        per_prompt = settings["num_generations"] + ("greedy_rewards" in arm.estimator.needs)
         return int(settings["prompts_per_step"] * per_prompt)
 
     def max_steps(self, arm: Arm) -> int:
@@ -119,7 +119,7 @@ class Problem:
     def length_in_words(self, arm: Arm) -> str:
         """The number of steps of an arm and their samples; runs with refills are read at the budget."""
         length = f"{arm.label}: {self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
-        if arm.estimator.refills:
+        if arm.estimator.zero_spread == "refill":
             length += f" and refills, read at {self.budget:,} {self.unit}"
         return length
 

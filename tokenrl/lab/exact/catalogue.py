@@ -78,8 +78,8 @@ EXTRA = {
     "kl_baseline=closed_form",
     "entropy bonus": "entropy_coef=0.3",
     "max_at_2, full path KL": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
-    "objective=max_at_k,objective_order=2",
-    "log_success, token_mean": "objective=log_success,aggregation=token_mean",
+    "baseline=none,objective=max_at_k,objective_order=2",
+    "log_success, token_mean": "baseline=none,objective=log_success,aggregation=token_mean",
 }
 """Further estimators, which are neither presets nor RLOO with one axis changed."""
 
@@ -116,5 +116,6 @@ def _candidates() -> Iterator[tuple[str, str]]:
             if (form, order) != ("sloo_minus_one", 1):
                 label = objective if order is None else f"max_at_{order}"
                 changes = f"objective={objective},objective_form={form},objective_order={order}"
+                changes += "" if objective == "reward" else ",baseline=none"
                 yield f"{label}, {form}", changes
     yield from EXTRA.items()

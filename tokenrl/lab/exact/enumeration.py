@@ -145,7 +145,7 @@ def exact_moments(
     slopes = listed.flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
-    refill = estimator.refills
+    refill = estimator.zero_spread == "refill"
     every_prompt: list[tuple[int, ...]] = [tuple(range(prompts))]
     if refill:
         every_prompt = [*itertools.product(range(prompts), repeat=prompts)]
@@ -229,7 +229,7 @@ def _listed_slopes(estimator: Estimator, problem: Problem) -> Tensor:
 def _differentiated(estimator: Estimator, problem: Problem) -> list[str]:
     """Return the names of those fields of `Slopes` through which the loss depends on the parameters."""
     names = ["logprobs", "entropy"]
-    if estimator.needs_token_kl:
+    if "token_kl" in estimator.needs:
         names.append("token_kl")
     if problem.sampler is not None:
         names.append("centres")

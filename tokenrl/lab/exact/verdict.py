@@ -327,7 +327,7 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
     Where groups of equal rewards are left out, no reward follows a truncation, as `core.bias` assumes.
     """
     problems = default_problems()
-    if estimator.skips_equal_groups:
+    if estimator.zero_spread != "keep":
         problems = tuple(replace(p, after=None, bootstrap=None) for p in problems)
     if not estimator.other_objective:
         return problems

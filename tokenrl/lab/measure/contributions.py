@@ -61,9 +61,9 @@ def contributions(
     Raises:
         Refused: When the estimator needs a critic, or cannot be used with such groups.
     """
-    if estimator.needs_values:
+    if "values" in estimator.needs:
         raise Refused("A measurement has no critic: no baseline 'value' and no returns 'gae'.")
-    if estimator.needs_token_kl:
+    if "token_kl" in estimator.needs:
         raise Refused(
             "A measurement has no KL in closed form. Take kl_estimator 'full_path' with kl_baseline 'none', or "
             "`tokenrl lab exact`, which enumerates the closed forms on small problems."
@@ -71,7 +71,9 @@ def contributions(
     row_numbers = torch.arange(len(samples.rewards))
     groups = row_numbers.reshape(-1, samples.group_size)  # [B, G]
     step_of = row_numbers // (samples.group_size * prompts_per_step)
-    norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None
+    norms = (
+        projections.logprobs.double().square().sum(-1) if "score_norms" in estimator.needs else None
+    )
 
     def slopes(rows: Tensor) -> Slopes:
         """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods."""

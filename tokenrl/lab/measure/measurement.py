@@ -121,7 +121,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
         samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
-        entropy = any(estimator.needs_entropy for estimator in estimators.values())
+        entropy = any(estimator.entropy_coef > 0 for estimator in estimators.values())
         projections = _projections(policy, samples, parameters, args, console, entropy=entropy)
         measurements = measure_estimators(
             samples,

@@ -119,7 +119,7 @@ def measure_estimators(
 
 def same_expectation(estimator: Estimator) -> bool:
     """Whether E g is that of plain RLOO: declared exact, and no term is added to the objective."""
-    added = estimator.needs_kl or estimator.needs_entropy or estimator.overlong_buffer > 0
+    added = estimator.beta or estimator.entropy_coef or estimator.overlong_buffer > 0
     return estimator.reward_bias_status == EXACT and not added
 
 

@@ -166,7 +166,7 @@ class Learner:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
         ref_head = None
-        if estimator.needs_token_kl:
+        if "token_kl" in estimator.needs:
             if rows.ref_states is None:
                 rows = replace(rows, ref_states=self.ref_scores(rows, states=True).states)
             ref_head = self.forward.ref_head
@@ -175,7 +175,7 @@ class Learner:
             rows,
             self.forward.way,
             distribution=self.sampling,
-            entropy=estimator.needs_entropy,
+            entropy=estimator.entropy_coef > 0,
             centres=estimator.score_centres if estimator.importance_centre else None,
             ref_head=ref_head,
         )
@@ -220,8 +220,8 @@ class Learner:
             parts=self.micro_batches(rows),
             logprobs=True,
             entropy=True,
-            score_norms=self.estimator.needs_score_norms,
-            hidden=self.estimator.needs_values,
+            score_norms="score_norms" in self.estimator.needs,
+            hidden="values" in self.estimator.needs,
         )
 
     def micro_batches(
@@ -289,7 +289,7 @@ class Learner:
         """
         used = self.estimator.beta
         args = self.args
-        if not self.estimator.needs_kl:
+        if not self.estimator.beta:
             return {}
         if args.target_kl is not None:
             beta = next_beta(used, metrics["kl"], target=args.target_kl, gain=args.kl_gain)
@@ -347,7 +347,7 @@ def make_learner(
     check_vocabulary(args.estimator, policy)
     policy.model.to(device)
     broadcast_weights(policy.model)
-    if args.estimator.needs_reference:
+    if args.estimator.beta:
         if teacher is not None and teacher.policy is None:
             policy.reference = frozen_copy(policy.model)
         policy.add_reference()
@@ -358,7 +358,7 @@ def make_learner(
         policy,
         accelerator,
         length=args.max_completion_length,
-        hidden=args.estimator.needs_values,
+        hidden="values" in args.estimator.needs,
         turns=turns,
     )
     if teacher is not None and teacher.policy is not None:
@@ -387,7 +387,7 @@ def make_learner(
         learner.average = MovingAverage(policy, args.teacher_decay)
     if args.replay:
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
-    if args.estimator.needs_values:
+    if "values" in args.estimator.needs:
         rate = args.value_learning_rate
         iterations = args.value_iterations
         hidden = shape_of(policy).hidden_size

@@ -282,7 +282,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     run.tell(step - 1)
     share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
     set_rates(learner.optimizer, share)
-    are_known = not args.estimator.refills and run.rewards.environments is None
+    are_known = args.estimator.zero_spread != "refill" and run.rewards.environments is None
     if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this

@@ -54,8 +54,8 @@ def sample(
     if not greedy:
         sampling = replace(
             sampling,
-            keep_score_norms=estimator.needs_score_norms,
-            keep_hidden=estimator.needs_values,
+            keep_score_norms="score_norms" in estimator.needs,
+            keep_hidden="values" in estimator.needs,
             keep_distribution=estimator.importance_centre,
             keep_top=estimator.importance_centre_top,
         )
@@ -89,7 +89,7 @@ def rows_of_step(
     """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed."""
     prompts = local(learner.accelerator, draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)
-    if learner.estimator.refills:
+    if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, draw_prompts)
     if learner.replay is not None:
         rows = learner.replay.join(learner, rows, sampling.step)
@@ -141,14 +141,14 @@ def with_estimates(
     if learner.teacher_prompts is not None:
         prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
         rows = replace(rows, teacher_prompts=prompts)
-    if estimator.needs_reference:
-        keeps = estimator.needs_token_kl and learner.forward.keeps_ref_states(rows.mask)
+    if estimator.beta:
+        keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
         scores = learner.ref_scores(rows, states=keeps)
         columns["ref_logprobs"] = scores.logprobs
         rows = replace(rows, ref_states=scores.states)
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach()
-    if estimator.needs_greedy:
+    if "greedy_rewards" in estimator.needs:
         greedy = greedy_rows(learner, rewards, sampling, rows)
         valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
         rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
@@ -166,7 +166,7 @@ def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     step has a single update, in which the ratio is 1 by definition.
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
-    if learner.estimator.needs_old_logprobs and several:
+    if "old_logprobs" in learner.estimator.needs and several:
         return learner.logprobs(rows)
     return None
 

@@ -24,7 +24,9 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
     prompts = args.prompts_per_step
     generations = args.num_generations
-    return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
+    return prompts * generations, prompts * (
+        generations + ("greedy_rewards" in args.estimator.needs)
+    )
 
 
 class RunSettings(NamedTuple):
@@ -114,7 +116,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
     estimator = args.estimator
     updates = args.num_iterations * args.num_minibatches
     _check_teacher(args)
-    if args.target_kl is not None and not estimator.needs_kl:
+    if args.target_kl is not None and not estimator.beta:
         raise Refused(
             "target_kl holds a KL, but the estimator has beta 0: give it one (--estimator.beta)."
         )
@@ -138,7 +140,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
         raise Refused(
             f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
         )
-    if args.sync_every > 1 and (estimator.needs_greedy or not engine.lags):
+    if args.sync_every > 1 and ("greedy_rewards" in estimator.needs or not engine.lags):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
@@ -153,7 +155,7 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
             "without importance_centre, as no distribution of the sampler is kept."
         )
-    if not estimator.needs_old_logprobs and updates > 1:
+    if "old_logprobs" not in estimator.needs and updates > 1:
         raise Refused(
             f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
             "right for the first only. Use ratio='token' (--estimator.ratio token), as grpo, dr_grpo and ppo_clip do."
@@ -173,19 +175,19 @@ def _check_teacher(args: TrainArguments) -> None:
             raise Refused(
                 f"{name} makes what a teacher reads, and there is none: name one by teacher, such as --teacher self."
             )
-    if args.teacher is not None and not estimator.needs_kl:
+    if args.teacher is not None and not estimator.beta:
         raise Refused(
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
             "it one (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
     if not is_unrewarded(args.reward):
         return
-    if args.teacher is None or not estimator.needs_kl:
+    if args.teacher is None or not estimator.beta:
         raise Refused(
             "With reward none all that there is to learn from is the KL to a teacher: name one by teacher (--teacher), "
             "and give the estimator a beta (--estimator.beta), such as 1, or a preset of distillation, such as opd."
         )
-    if estimator.skips_equal_groups or estimator.other_objective:
+    if estimator.zero_spread != "keep" or estimator.other_objective:
         axis = "objective" if estimator.other_objective else "zero_spread"
         raise Refused(
             f"With reward none all rewards are 0, and {axis} {getattr(estimator, axis)!r} needs rewards: take "
@@ -218,10 +220,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
     if args.warmup_steps >= args.max_steps:
         less = f"is not less than max_steps={args.max_steps}, so the learning rate stays below its peak"
         yield f"warmup_steps={args.warmup_steps} {less}."
-    critic = args.estimator.needs_values, "the estimator has no critic"
+    critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
         "replay_memory": (args.replay, "replay is 0"),
-        "max_refills": (args.estimator.refills, "zero_spread is not 'refill'"),
+        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
