@@ -30,7 +30,9 @@ T = TypeVar("T")
 
 KEY_BYTES = 32
 EARLIER_AXES = [("entropy_form", "per_step")]
-"""Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now."""
+"""Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now.
+
+Nor does their baseline 'rloo' beside another objective, which makes the advantages by itself."""
 
 RECORDED = (
     *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
@@ -102,7 +104,9 @@ def configured(
         values = {name: value for name, value in stored.items() if name not in left_out}
         axes = values.get("estimator")
         if of_a_run and isinstance(axes, Mapping):
-            values["estimator"] = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
+            axes = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
+            replaced = {} if axes.get("objective", "reward") == "reward" else {"baseline": "none"}
+            values["estimator"] = axes | replaced
         return arguments(kind, values, objects=False)
     except Refused as error:
         raise Refused(

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.core import PER_TOKEN, PRESETS
+from tokenrl.core import PRESETS
 from tokenrl.lab import (
     Moments,
     all_completions,
@@ -67,16 +67,21 @@ def measure_kl(
     kl = (chances * (logprobs - ref).sum(-1)).sum()
     (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
     measured = {}
-    for name, estimate in PER_TOKEN.items():
-        values = estimate(logprobs, ref).sum(-1)  # [M]
-        value = float((chances * values).sum().detach())
+    nothing = torch.zeros_like(logprobs)
+    weights = chances.detach()[:, None] * EVERY.mask
+    inputs = {"logprobs": logprobs, "mask": EVERY.mask, "ref_logprobs": ref}
+    for name in ("k1", "k2", "k3", "k2_sequence", "full_path"):
+        in_loss = Estimator("none", beta=1.0, kl_placement="loss", kl_estimator=name)
         # In the loss the estimate is differentiated at fixed completions; in the reward it is a number.
-        objectives = {"loss": chances.detach() * values, "reward": chances * values.detach()}
-        if name in ("k2_sequence", "full_path"):  # these two are meant for the loss only
-            del objectives["reward"]
+        objectives = {"loss": in_loss.loss(advantages=nothing, weights=weights, **inputs)}
+        if name not in ("k2_sequence", "full_path"):  # these two are for the loss only
+            in_reward = replace(in_loss, kl_placement="reward")
+            values = -in_reward.advantages(nothing, group_size=None, **inputs).policy  # [M]
+            objectives["reward"] = (chances * values).sum()
         for placement, objective in objectives.items():
-            (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
-            measured[name, placement] = value, float((slope - truth).norm() / truth.norm())
+            (slope,) = torch.autograd.grad(objective, logits, retain_graph=True)
+            error = float((slope - truth).norm() / truth.norm())
+            measured[name, placement] = float(objective.detach()), error
     return float(kl.detach()), measured
 
 

@@ -12,7 +12,7 @@ from refusals import refused
 import tokenrl.lab.exact.verdict as verdict_module
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES, CHOICES
+from tokenrl.core.choices import CHOICES
 from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
@@ -127,7 +127,7 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
 def test_every_preset_and_every_choice_is_a_point() -> None:
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
-    for axis, names in AXES.items():
+    for axis, names in CHOICES.items():
         assert {getattr(e, axis) for e in POINTS.values()} >= set(names)
 
 

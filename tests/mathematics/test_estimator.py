@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES, OBJECTIVES
+from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.refusals import check_horizon
 
@@ -113,6 +113,8 @@ def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts) -> None:
 
 def test_the_types_of_the_fields_name_the_choices_of_the_tables() -> None:
     hints = typing.get_type_hints(Estimator)
-    objectives, forms = (tuple(dict.fromkeys(names)) for names in zip(*OBJECTIVES, strict=True))
-    tables = {**AXES, "objective": objectives, "objective_form": forms}
-    assert {axis: typing.get_args(hints[axis]) for axis in tables} == tables
+    tables = dict(CHOICES)
+    tables["objective"], tables["objective_form"] = zip(*OBJECTIVES, strict=True)
+    tables["kl_placement"], tables["kl_estimator"] = zip(*KL_EFFECTS, strict=True)
+    for axis, names in tables.items():
+        assert {*typing.get_args(hints[axis])} == {*names}

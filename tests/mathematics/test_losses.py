@@ -12,8 +12,8 @@ from refusals import refused
 from torch.testing import assert_close
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES
-from tokenrl.core.divergences import LEAST_BETA, PER_TOKEN, next_beta
+from tokenrl.core.choices import CHOICES
+from tokenrl.core.divergences import LEAST_BETA, k3, next_beta
 from tokenrl.core.losses import token_entropy
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.statistics import generator_of, mean_and_error
@@ -56,7 +56,7 @@ def test_weights_by_hand(aggregation, divisors) -> None:
     assert_close(e.token_weights(MASK.bool(), max_length=10), wanted.float())
 
 
-@pytest.mark.parametrize("aggregation", AXES["aggregation"])
+@pytest.mark.parametrize("aggregation", CHOICES["aggregation"])
 def test_weights_of_abstaining_rows(aggregation) -> None:
     e = Estimator(aggregation=aggregation)
     for gone in range(4):
@@ -230,7 +230,7 @@ def test_the_loss_of_a_critic() -> None:
 def test_k3_keeps_its_digits_near_the_reference() -> None:
     """Its mean is that of `test_expectations.py`; exp(-l) - 1 + l would lose every digit here."""
     logprobs = tabular_problem(30).logprobs[0]
-    near = PER_TOKEN["k3"](logprobs, logprobs + 1e-9)
+    near = k3(logprobs, logprobs + 1e-9)
     assert_close(near, torch.full_like(logprobs, 5e-19), rtol=1e-6, atol=0)
 
 

@@ -59,7 +59,7 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
     graded = torch.randint(0, 3, (size,), generator=draw).double() - 1
     for rewards in (normals(draw, size), graded):
         if size < e.fewest_rows:
-            words = f"at least {e.fewest_rows} rows, and they have {size}"
+            words = f"group_size is {size}. Take {e.fewest_rows} or more"
             with refused(words):
                 advantages(e, rewards)
             continue

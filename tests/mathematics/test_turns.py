@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import tokenrl.lab.exact.turns as turns_module
 from tokenrl.core import Estimator
-from tokenrl.core.choices import AXES, CHOICES
+from tokenrl.core.choices import CHOICES
 from tokenrl.errors import Refused
 from tokenrl.lab import exact_moments, named_estimators, turn_problems
 from tokenrl.lab.exact.verdict import Claim
@@ -75,8 +75,8 @@ def allowed(baseline, scale, returns):
     return returns != "episode_normalized" or CHOICES["baseline"][baseline].any_units
 
 
-@pytest.mark.parametrize("returns", AXES["returns"])
-@pytest.mark.parametrize("baseline", AXES["baseline"])
+@pytest.mark.parametrize("returns", CHOICES["returns"])
+@pytest.mark.parametrize("baseline", CHOICES["baseline"])
 @pytest.mark.parametrize("scale", ["none", "group_std", "token_whiten", "episode_std"])
 def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
     """The same numbers as from the rewards, values and score norms [N, K] of turns, summed by loops."""
@@ -111,7 +111,9 @@ def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
     assert_close(result, Estimator(**axes).advantages(**step).policy)
 
 
-@pytest.mark.parametrize("baseline", [name for name in AXES["baseline"] if "episode" not in name])
+@pytest.mark.parametrize(
+    "baseline", [name for name in CHOICES["baseline"] if "episode" not in name]
+)
 def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline) -> None:
     step = a_step(2, [row.replace("1", "0").replace("2", "0") for row in LAYOUT])
     numbers = step.pop("turns")

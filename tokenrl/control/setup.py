@@ -20,15 +20,14 @@ from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import lay
 
 UNSUPPORTED = {
-    "beta": ("beta", "there is no reference policy"),
-    "needs_greedy": ("baseline 'remax'", "no second episode starts in the same state"),
-    "skips_equal_groups": ("zero_spread", "there are no prompts to leave out"),
-    "masks_truncated": ("truncations", "time limits are handled by the value that follows"),
-    "importance_centre": ("importance_centre", "the policy that samples is the one that learns"),
-    "separate_components": ("components", "an environment has a single reward"),
-    "overlong_buffer": ("overlong_buffer", "the environment itself rewards length"),
+    "beta": "there is no reference policy",
+    "zero_spread": "there are no prompts to leave out",
+    "truncations": "time limits are handled by the value that follows",
+    "importance_centre": "the policy that samples is the one that learns",
+    "components": "an environment has a single reward",
+    "overlong_buffer": "the environment itself rewards length",
 }
-"""Attributes of an estimator that have no meaning in an environment: the setting of each, and why."""
+"""Axes of an estimator that have no meaning in an environment, and why."""
 
 
 def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
@@ -65,9 +64,14 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
     """
     if isinstance(estimator.baseline, NamedFunction):
         estimator.baseline.load()
-    for attribute, (setting, reason) in UNSUPPORTED.items():
-        if getattr(estimator, attribute):
-            raise Refused(f"In control {setting} cannot be set: {reason}. Leave it at its default.")
+    for axis, reason in UNSUPPORTED.items():
+        if getattr(estimator, axis) != getattr(Estimator, axis):
+            raise Refused(f"In control {axis} cannot be set: {reason}. Leave it at its default.")
+    if "greedy_rewards" in estimator.needs:
+        raise Refused(
+            f"The baseline {estimator.baseline!r} has no meaning in control: no second episode starts in the same "
+            "state. Choose another, such as 'value' or 'running_mean'."
+        )
     if num_steps is None:
         return
     whole_episodes = "returns" in estimator.within_rows or estimator.baseline != "value"

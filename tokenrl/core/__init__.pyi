@@ -1,5 +1,4 @@
 from tokenrl.core.choices import CHOICES as CHOICES
-from tokenrl.core.divergences import PER_TOKEN as PER_TOKEN
 from tokenrl.core.estimator import Estimator as Estimator
 from tokenrl.core.memories import Memory as Memory, RunningMean as RunningMean
 from tokenrl.core.presets import PRESETS as PRESETS, Preset as Preset

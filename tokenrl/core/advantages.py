@@ -1,16 +1,15 @@
 """Composes the formulas of rewards, returns, baselines and scales into the advantages of a step.
 
 `A = (G - b) / (std + eps)`, where G is the return, b the baseline and std the scale. `choices` names the formula
-of each choice, and `computed` calls it with numbers.
+of each choice, and `Axes.computed` calls it with numbers.
 
 A step is a dictionary of columns: `rewards` [N, T], the `mask` of its actions [N, T], `valid` rows [N], the
-`group_size`, and the inputs that the estimator needs. An instant is a token, or a turn.
+`group_size`, and the other arguments of `Estimator.advantages`. An instant is a token, or a turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -19,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.core.axes import Axes
-from tokenrl.core.divergences import PER_TOKEN
 from tokenrl.core.effects import Choice
 from tokenrl.core.memories import failures_of_baseline
 from tokenrl.core.returns import Turns, reward_to_go, token_rewards
@@ -28,34 +26,23 @@ from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 
 Columns = dict[str, Any]
-INPUTS = ("values", "score_norms", "greedy_rewards", "baseline_value")
-"""What some choices need, as numbers [N, T] or [N]; the value of a baseline may be a single one."""
-
-
-def computed(axes: Axes, choice: Choice, columns: Columns) -> Tensor:
-    """Return what the formula of a choice computes; its parameters are named as columns, or as fields of the axes."""
-    module, _, name = str(choice.formula).partition(".")
-    formula = getattr(import_module(f"tokenrl.core.{module}"), name)
-    inputs = {}
-    for parameter in signature(formula).parameters:
-        is_column = parameter in columns
-        inputs[parameter] = columns[parameter] if is_column else getattr(axes, parameter)
-    result: Tensor = formula(**inputs)
-    return result
+ALWAYS = ("rewards", "mask", "valid", "group_size")
+"""The columns that every estimator uses."""
 
 
 def in_sets(choice: Choice, columns: Columns) -> Columns:
-    """Return the columns in the sets [S, n, ...] that a choice compares: groups, the whole step, or single rows."""
-    rows = len(columns["valid"])
-    sizes = {"step": rows, "group": columns["group_size"] or rows}
-    size = sizes.get(choice.compares or "", 1)
+    """Return the columns in the sets [S, n, ...] that a choice compares, groups or the whole step; else as they are."""
+    sizes = {"step": len(columns["valid"]), "group": columns["group_size"]}
+    if choice.compares not in sizes:
+        return columns
+    size = sizes[choice.compares]
     return {
-        name: x.reshape(-1, size, *x.shape[1:]) if isinstance(x, Tensor) and x.ndim else x
+        name: x.reshape(-1, size, *x.shape[1:]) if isinstance(x, Tensor) else x
         for name, x in columns.items()
     }
 
 
-def comparable(valid: Bool[Tensor, "S n"], fewest: int) -> Bool[Tensor, " N"]:
+def comparable(valid: Bool[Tensor, "*S n"], fewest: int) -> Bool[Tensor, " N"]:
     """Return the mask of the valid rows whose set has enough of them."""
     return (valid & (valid.sum(-1, keepdim=True) >= fewest)).flatten()
 
@@ -81,11 +68,13 @@ def rewards_in_time(
     if axes.kl_in_reward:
         # Before the baseline, so that the baseline also subtracts the mean KL of the rows it averages.
         actions = mask & valid[:, None]
-        logprobs = (
-            zero_outside(required(name, columns[name], "a KL in the reward").detach(), actions)
+        logprobs = {
+            name: zero_outside(
+                required(name, columns[name], "a KL in the reward").detach(), actions
+            )
             for name in ("logprobs", "ref_logprobs")
-        )
-        in_time = in_time - axes.beta * PER_TOKEN[axes.kl_estimator](*logprobs)
+        }
+        in_time = in_time - axes.beta * axes.computed(axes.chosen("kl").formula, logprobs)
     return in_time
 
 
@@ -106,7 +95,7 @@ def advantages_of(
     reached = clock.sums(clock.begins.long()) > 0
     in_turns = columns | {"rewards": clock.sums(columns["rewards"]), "mask": reached}
     for name, counted in {"values": clock.begins, "score_norms": mask}.items():
-        if name in columns:
+        if columns[name] is not None:
             in_turns[name] = clock.sums(zero_outside(columns[name], counted))
     policy, targets = advantages_by_time(axes, in_turns)
     if policy.ndim == 2:
@@ -124,29 +113,31 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     valid = columns["valid"]
     actions = columns["mask"] & valid[:, None]
     like: Any = {"dtype": rewards.dtype, "device": rewards.device}
-    inputs = {x: torch.as_tensor(columns[x], **like).detach() for x in INPUTS if x in columns}
-    columns = columns | inputs | {"actions": actions}
     returns = axes.chosen("returns")
-    targets = computed(axes, returns, columns)  # [N, T]
+    choice = axes.baseline_entry
+    needed = {"actions": actions} | {name: columns[name] for name in ALWAYS}
+    for name in filter(None, (returns.needs, choice.needs)):
+        purpose = f"the baseline {axes.baseline!r} with returns {axes.returns!r}"
+        value = required(name, columns[name], purpose)
+        column = torch.as_tensor(value, **like).detach()
+        needed[name] = column if column.ndim else column.expand(len(valid))
+    columns = needed
+    targets = axes.computed(returns.formula, columns)  # [N, T]
     totals = (targets if returns.to_go else reward_to_go(rewards, axes.gamma))[:, 0]
     credit = totals[:, None] if axes.shares_return else targets
     columns |= {"totals": totals, "returns": credit.expand_as(actions)}
-    choice = axes.baseline_entry
     sets = in_sets(choice, columns)
     usable = comparable(sets["valid"], axes.fewest_rows)
-    if callable(choice.formula):
-        baseline = from_function(choice.formula, columns)
-    elif choice.formula:
-        baseline = computed(axes, choice, sets).flatten(0, 1)
-    else:
-        baseline = columns.get(choice.needs, torch.zeros_like(totals))
-    baseline = baseline[:, None] if baseline.ndim == 1 else baseline  # [N, 1] or [N, T]
+    baseline = columns.get(choice.needs, torch.zeros_like(totals))
+    if choice.formula:
+        baseline = axes.computed(choice.formula, sets)
+    baseline = baseline.reshape(len(valid), -1)  # [N, 1] or [N, T]
     advantages = baseline if axes.other_objective else credit - baseline
     scale = axes.chosen("scale")
     if scale.formula:
         sets = in_sets(scale, columns | {"advantages": advantages})
         usable = usable & comparable(sets["valid"], scale.rows)
-        advantages = computed(axes, scale, sets).flatten(0, 1)
+        advantages = axes.computed(scale.formula, sets).reshape(len(valid), -1)
     # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
     # be far larger than the advantages of all other rows.
     if axes.shares_return and advantages.shape[1] == 1:
@@ -155,7 +146,14 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     return Advantages(zero_outside(advantages.expand_as(actions), counted), targets)
 
 
-def from_function(function: Callable[..., Any], columns: Columns) -> Float[Tensor, " N *T"]:
+def from_function(
+    baseline: Callable[..., Any],
+    rewards: Float[Tensor, "N T"],
+    totals: Float[Tensor, " N"],
+    actions: Bool[Tensor, "N T"],
+    valid: Bool[Tensor, " N"],
+    group_size: int | None,
+) -> Float[Tensor, " N *T"]:
     """Call a user's function for the baseline and check what it returns.
 
     If it takes an argument `rewards`, it also gets the reward of each position, or of each turn [N, K] where
@@ -166,29 +164,23 @@ def from_function(function: Callable[..., Any], columns: Columns) -> Float[Tenso
         Stopped: When it raises an error.
         Refused: When it returns anything but a tensor [N] or one of the shape of the mask.
     """
-    totals = columns["totals"]
-    mask = columns["actions"]
-    name = getattr(function, "__name__", type(function).__name__)
-    options = {
-        "group_size": columns["group_size"],
-        "mask": mask.clone(),
-        "valid": columns["valid"].clone(),
-    }
+    name = getattr(baseline, "__name__", type(baseline).__name__)
+    options = {"group_size": group_size, "mask": actions.clone(), "valid": valid.clone()}
     with failures_of_baseline(name):
-        loaded = function.load() if isinstance(function, NamedFunction) else function
+        loaded = baseline.load() if isinstance(baseline, NamedFunction) else baseline
         parameters = signature(loaded).parameters.values()
         if any(x.name == "rewards" or x.kind is x.VAR_KEYWORD for x in parameters):
-            options["rewards"] = columns["rewards"].clone()
-        baseline = function(totals.clone(), **options)
-    if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
-        result = type(baseline).__name__
-        if isinstance(baseline, Tensor):
-            result = f"shape {tuple(baseline.shape)}"
-        raise Refused(
-            f"The baseline {name!r} returned {result}; it must return a tensor of one number per row "
-            f"({len(mask)}), or one per token or turn, {tuple(mask.shape)}."
-        )
-    return baseline.detach().to(totals.dtype)
+            options["rewards"] = rewards.clone()
+        result = baseline(totals.clone(), **options)
+    if isinstance(result, Tensor) and result.shape in (totals.shape, actions.shape):
+        return result.detach().to(totals.dtype)
+    kind = type(result).__name__
+    if isinstance(result, Tensor):
+        kind = f"shape {tuple(result.shape)}"
+    raise Refused(
+        f"The baseline {name!r} returned {kind}; it must return a tensor of one number per row "
+        f"({len(totals)}), or one per token or turn, {tuple(actions.shape)}."
+    )
 
 
 def weighted_sum(parts: Sequence[Advantages], weights: Float[Tensor, " K"] | None) -> Advantages:

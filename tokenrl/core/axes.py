@@ -6,8 +6,10 @@ The names on each axis stand in the types of the fields; `choices` says what eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
@@ -292,19 +294,21 @@ class Axes(Settings):
         return 1.0 - self.epsilon, 1.0 + above
 
     @property
-    def importance_options(self) -> dict[str, Any]:
-        """The arguments of `losses.importance_weights` that the axes decide."""
-        return {
-            "importance": self.importance,
-            "clip": self.importance_clip,
-            "bounds": self.importance_range,
-            "masks": self.importance_bound == "mask",
-        }
-
-    @property
     def importance_range(self) -> tuple[float, float]:
         """The bounds of an importance weight, 0 and infinity where there is none."""
         return self.importance_floor or 0.0, self.importance_cap or math.inf
+
+    def computed(self, formula: str, columns: Mapping[str, Any]) -> Any:
+        """Return what a formula computes; its parameters are named as columns, or else as fields of the axes.
+
+        Args:
+            formula: Its name in a module beside this one, such as `baselines.rloo`.
+            columns: What the step has, by name.
+        """
+        module, _, name = formula.partition(".")
+        function = getattr(import_module(f"tokenrl.core.{module}"), name)
+        names = signature(function).parameters
+        return function(**{x: columns[x] if x in columns else getattr(self, x) for x in names})
 
     def memory(self) -> Memory:
         """Make the memory of a run; an estimator that needs none gets a running mean, which stays as it is.

@@ -347,26 +347,43 @@ EACH = "the gradient of each step's {}, with its prefix held fixed"
 LATER = "the effect of an action on the {} of later steps is missing"
 
 KL_EFFECTS: dict[tuple[str, str], Choice] = {
-    ("reward", "k1"): Choice(EXACT, "a log ratio in the reward gives the gradient of J - beta KL"),
+    ("reward", "k1"): Choice(
+        EXACT,
+        "a log ratio in the reward gives the gradient of J - beta KL",
+        formula="divergences.k1",
+    ),
     ("reward", "k2"): Choice(
-        BIASED, "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed"
+        BIASED,
+        "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed",
+        formula="divergences.k2",
     ),
     ("reward", "k3"): Choice(
         BIASED,
         "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
+        formula="divergences.k3",
     ),
     ("loss", "k1"): Choice(
         BIASED,
         "the gradient of the log ratio is not that of the KL: it has mean zero, so J is ascended without any KL",
+        formula="divergences.k1",
     ),
-    ("loss", "k2"): Choice(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}"),
+    ("loss", "k2"): Choice(
+        BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", formula="divergences.k2"
+    ),
     ("loss", "k3"): Choice(
         BIASED,
         f"k3 differentiated is not the KL(pi || ref): {EACH.format('FORWARD KL(ref || pi)')}",
+        formula="divergences.k3",
     ),
-    ("loss", "k2_sequence"): Choice(EXACT, "k2 of the whole sequence has the gradient of the KL"),
+    ("loss", "k2_sequence"): Choice(
+        EXACT,
+        "k2 of the whole sequence has the gradient of the KL",
+        formula="divergences.k2_sequence",
+    ),
     ("loss", "full_path"): Choice(
-        EXACT, "each action is credited with its own and later log ratios"
+        EXACT,
+        "each action is credited with its own and later log ratios",
+        formula="divergences.full_path",
     ),
     ("loss", "closed_form"): Choice(
         BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", needs="token_kl"
@@ -375,9 +392,10 @@ KL_EFFECTS: dict[tuple[str, str], Choice] = {
         EXACT,
         "the gradient of each step's KL, and each action is credited with the KL of later steps",
         needs="token_kl",
+        formula="divergences.closed_form_path",
     ),
 }
-"""The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
+"""A KL term by its place and its estimator; a pair that is missing is refused."""
 
 ENTROPY = Choice(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
 """The effect of an entropy bonus."""
@@ -432,7 +450,7 @@ REPLACED = {"baseline": "none", "scale": "none", "returns": "total", "components
 """The axes that another objective replaces, with the only choice that goes with it."""
 
 OF_YOUR_OWN = "a baseline of your own is exact if it contains nothing of the row's own actions"
-YOUR_OWN = Choice(UNKNOWN, OF_YOUR_OWN, any_units=True)
+YOUR_OWN = Choice(UNKNOWN, OF_YOUR_OWN, formula="advantages.from_function", any_units=True)
 
 
 def own_choice(baseline: Any) -> Choice:
@@ -445,7 +463,7 @@ def own_choice(baseline: Any) -> Choice:
     """
     own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
     is_memory = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
-    choice = MEMORY if is_memory else replace(YOUR_OWN, formula=baseline)
+    choice = MEMORY if is_memory else YOUR_OWN
     declaration = getattr(own, "bias", None)
     match declaration:
         case None:
@@ -456,10 +474,3 @@ def own_choice(baseline: Any) -> Choice:
         f"The bias of the baseline {baseline.__name__} is {declaration!r}; it must be a status and the "
         f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
     )
-
-
-AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.items()} | {
-    "kl_estimator": tuple(dict.fromkeys(estimate for _, estimate in KL_EFFECTS)),
-    "kl_placement": tuple(dict.fromkeys(placement for placement, _ in KL_EFFECTS)),
-}
-"""The names of each axis."""

@@ -11,7 +11,6 @@ Log-probabilities must be 0 where the position is not an action.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -87,36 +86,6 @@ def closed_form_path(
     values = token_kl.detach()
     later = reward_to_go(values) - values
     return token_kl + later * (logprobs - logprobs.detach())
-
-
-def kl_in_loss(
-    estimate: str,
-    logprobs: Float[Tensor, "N T"],
-    ref_logprobs: Float[Tensor, "N T"],
-    token_kl: Float[Tensor, "N T"] | None,
-) -> Float[Tensor, "N T"]:
-    """Return the KL term of each token by the name of its estimate.
-
-    Args:
-        estimate: One of kl_estimator.
-        logprobs: log pi of the sampled tokens, with a gradient.
-        ref_logprobs: log ref of the sampled tokens.
-        token_kl: `kl_of` at the prefix of each token, with a gradient. The closed forms need it; the sampled
-            estimates subtract it from the log ratio, as a baseline (vOPD, arXiv 2605.07865), if it is not None.
-    """
-    if token_kl is None:
-        return PER_TOKEN[estimate](logprobs, ref_logprobs)
-    if estimate == "closed_form":
-        return token_kl
-    if estimate == "closed_form_path":
-        return closed_form_path(logprobs, token_kl)
-    baseline = token_kl.detach() * (logprobs - logprobs.detach())
-    return PER_TOKEN[estimate](logprobs, ref_logprobs) - baseline
-
-
-PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    formula.__name__: formula for formula in (k1, k2, k3, k2_sequence, full_path)
-}
 
 
 def kl_of(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 EXACT = "exact"
 UP_TO_SCALE = "exact_up_to_scale"
@@ -51,8 +50,8 @@ class Choice(Effect):
     """One name on one axis: its effect, its formula, and every other fact about it that the code uses.
 
     Attributes:
-        formula: The function that computes it, as `baselines.rloo`, a name in a module beside this one; or the
-            user's own. Empty if there is nothing to compute: a baseline is then what it `needs`, if anything.
+        formula: The function that computes it, a name in a module beside this one, such as `baselines.rloo`.
+            Empty if there is nothing to compute: a baseline is then what it `needs`, if anything.
         compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
             steps of one row. None if it compares nothing.
         rows: The fewest rows that can be compared; an objective needs its order too.
@@ -72,7 +71,7 @@ class Choice(Effect):
         token_bounds: Whether a ratio has a bound for each token.
     """
 
-    formula: str | Callable[..., Any] = ""
+    formula: str = ""
     compares: Literal["group", "step", "row"] | None = None
     rows: int = 1
     needs: Need = ""

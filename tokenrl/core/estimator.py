@@ -160,7 +160,6 @@ class Estimator(Axes):
             ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core import advantages as steps
-        from tokenrl.core.losses import importance_weights
         from tokenrl.core.returns import token_rewards
         from tokenrl.core.rows import required, zero_outside
 
@@ -177,27 +176,24 @@ class Estimator(Axes):
         ):  # else they are of the policy's own rows
             actions = mask & valid[:, None]
             log_weights = zero_outside(logprobs - sampling_logprobs, actions)
-            weights = importance_weights(log_weights, actions, **self.importance_options)
+            rows = {"log_weights": log_weights, "live": actions}
+            weights = self.computed("losses.importance_weights", rows)
             score_norms = score_norms * weights**2
-        columns: dict[str, Any] = {"mask": mask, "valid": valid, "group_size": group_size}
-        inputs = {
+        columns: dict[str, Any] = {
+            "mask": mask,
+            "valid": valid,
+            "group_size": group_size,
             "values": values,
             "score_norms": score_norms,
             "greedy_rewards": greedy_rewards,
             "baseline_value": baseline_value,
+            "bootstrap": bootstrap,
+            "max_length": max_length,
+            "logprobs": logprobs,
+            "ref_logprobs": ref_logprobs,
         }
-        needs = self.needs | {self.baseline_entry.needs}
-        for name, value in inputs.items():
-            if name in needs:
-                columns[name] = required(name, value, f"the estimator with {self.baseline!r}")
         if self.components == "summed":
-            added = {
-                "bootstrap": bootstrap,
-                "max_length": max_length,
-                "logprobs": logprobs,
-                "ref_logprobs": ref_logprobs,
-            }
-            in_time = steps.rewards_in_time(self, rewards, columns | added)
+            in_time = steps.rewards_in_time(self, rewards, columns)
             return steps.advantages_of(self, columns | {"rewards": in_time}, turns)
         parts = []
         for column in required("components", components, "'separate'").unbind(1):
@@ -273,8 +269,6 @@ class Estimator(Axes):
             ValueError: When the shapes of logprobs, weights and mask differ.
             Refused: When the estimator needs an input that is missing.
         """
-        from tokenrl.core.divergences import kl_in_loss
-        from tokenrl.core.losses import importance_weights, policy_gain
         from tokenrl.core.rows import required, zero_outside
 
         if not logprobs.shape == weights.shape == mask.shape:
@@ -292,19 +286,31 @@ class Estimator(Axes):
         is_weighted = self.importance != "none"
         if self.ratio != "none" or (is_weighted and old_logprobs is not None):
             old = inside("old_logprobs", old_logprobs, f"the ratio {self.ratio!r}").detach()
-        gain = policy_gain(self, logprobs, old, advantages, live)
+        columns = {
+            "logprobs": logprobs,
+            "old_logprobs": old,
+            "advantages": advantages,
+            "live": live,
+        }
+        gain: Tensor = self.computed("losses.policy_gain", columns)
         if is_weighted:
             purpose = f"importance {self.importance!r}"
-            log_weights = old - inside("sampling_logprobs", sampling_logprobs, purpose)
-            gain = gain * importance_weights(log_weights, live, **self.importance_options)
+            columns["log_weights"] = old - inside("sampling_logprobs", sampling_logprobs, purpose)
+            gain = gain * self.computed("losses.importance_weights", columns)
         if self.importance_centre:
             gain = gain - advantages * inside("centres", centres, "importance_centre")
         if self.kl_in_loss:
-            reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
+            reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss")
+            columns["ref_logprobs"] = reference.detach()
+            if "token_kl" in self.needs:
+                columns["token_kl"] = inside("token_kl", token_kl, "a closed form")
+            formula = self.chosen("kl").formula
+            kl = self.computed(formula, columns) if formula else columns["token_kl"]
+            if self.kl_baseline != "none":
+                # In value 0; its gradient is a baseline of each token's log ratio (vOPD, arXiv 2605.07865).
+                kl = kl - columns["token_kl"].detach() * (logprobs - logprobs.detach())
             # After the importance weight, which corrects the policy's gain and does not apply to the KL.
-            is_closed = "token_kl" in self.needs
-            closed = inside("token_kl", token_kl, "a closed form") if is_closed else None
-            gain = gain - self.beta * kl_in_loss(self.kl_estimator, logprobs, reference, closed)
+            gain = gain - self.beta * kl
         if self.entropy_coef:
             gain = gain + self.entropy_coef * inside("entropy", entropy, "an entropy bonus")
         return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend

@@ -6,24 +6,25 @@ Log-probabilities must be 0 where the position is not an action.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.rows import required, zero_outside
 
-if TYPE_CHECKING:
-    from tokenrl.core.axes import Axes
-
 
 def policy_gain(
-    axes: Axes,
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     advantages: Float[Tensor, "N T"],
     live: Bool[Tensor, "N T"],
+    *,
+    ratio: str,
+    clip_range: tuple[float, float],
+    dual_clip: float | None,
+    trust_bound: float,
+    trust_sides: int,
+    trust_cap: float,
 ) -> Float[Tensor, "N T"]:
     """Return the gain of each token by the ratio.
 
@@ -38,34 +39,39 @@ def policy_gain(
         trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_trust`
 
     Args:
-        axes: The axes, with the ratio and its bounds.
         logprobs: log pi, with a gradient; 0 outside `live`, as all that follow.
         old_logprobs: log pi_old, of the policy that sampled.
         advantages: A, without a gradient.
         live: True where the token is an action and its weight is not 0.
+        ratio: One of the seven.
+        clip_range: The bounds of a clipped ratio.
+        dual_clip: The bound of the ratio where A < 0, for 'token' and 'sequence_mean'; None for none.
+        trust_bound: The bound of `beyond_trust`.
+        trust_sides: 1 or 2, as in `beyond_trust`.
+        trust_cap: The bound of the ratio 'trust'.
     """
     log_ratio = logprobs - old_logprobs
-    match axes.ratio:
+    match ratio:
         case "token":
-            return clipped(log_ratio.exp(), advantages, axes.clip_range, axes.dual_clip)
+            return clipped(log_ratio.exp(), advantages, clip_range, dual_clip)
         case "cispo":
-            return advantages * log_ratio.detach().exp().clamp(*axes.clip_range) * logprobs
+            return advantages * log_ratio.detach().exp().clamp(*clip_range) * logprobs
         case "trust":
-            weight = log_ratio.detach().exp().clamp(max=axes.trust_cap)
+            weight = log_ratio.detach().exp().clamp(max=trust_cap)
             dropped = beyond_trust(
-                logprobs, old_logprobs, advantages, bound=axes.trust_bound, sides=axes.trust_sides
+                logprobs, old_logprobs, advantages, bound=trust_bound, sides=trust_sides
             )
             return advantages * zero_outside(weight, ~dropped) * logprobs
         case "geometric_clip":
             # Each log ratio is clipped on the side of its advantage, as PPO clips it: a token beyond the clip
             # has no gradient, and the bound stays in the mean of the row.
-            low, high = log_ratio.new_tensor(axes.clip_range).log()
+            low, high = log_ratio.new_tensor(clip_range).log()
             above, below = log_ratio.clamp(max=high), log_ratio.clamp(min=low)
             log_ratio = torch.where(advantages > 0, above, below)
             return advantages * of_sequence(log_ratio, log_ratio, live)
         case "sequence_mean":
             of_row = of_sequence(log_ratio, logprobs, live)
-            return clipped(of_row, advantages, axes.clip_range, axes.dual_clip)
+            return clipped(of_row, advantages, clip_range, dual_clip)
         case "sequence_product":
             return advantages * of_sequence(log_ratio, logprobs)
         case _:
@@ -147,9 +153,9 @@ def importance_weights(
     live: Bool[Tensor, "N T"],
     *,
     importance: str,
-    clip: float | None,
-    bounds: tuple[float, float],
-    masks: bool,
+    importance_clip: float | None,
+    importance_range: tuple[float, float],
+    importance_bound: str,
 ) -> Float[Tensor, "N _"]:
     """Return the weight of each token, or one for each row [N, 1], within its bounds and without a gradient.
 
@@ -166,21 +172,22 @@ def importance_weights(
         log_weights: l, 0 outside `live`.
         live: True where the token is an action and its weight in the loss is not 0.
         importance: One of the four.
-        clip: c, for 'prefix'; t counts the actions of the row. None for no clip.
-        bounds: The smallest and the largest weight.
-        masks: Whether weights outside of the bounds are 0.
+        importance_clip: c, for 'prefix'; t counts the actions of the row. None for no clip.
+        importance_range: The smallest and the largest weight.
+        importance_bound: 'mask' if weights outside of the range are 0, 'truncate' if they are moved to its ends.
     """
     log_weights = log_weights.detach()
     if importance == "prefix":
         log_weights = log_weights.cumsum(-1)
-        if clip is not None:
-            width = clip * live.cumsum(-1).to(log_weights.dtype).sqrt()
+        if importance_clip is not None:
+            width = importance_clip * live.cumsum(-1).to(log_weights.dtype).sqrt()
             log_weights = log_weights.clamp(-width, width)
     elif importance != "token":
         log_weights = log_weights.sum(-1, keepdim=True)
         if importance == "geometric":
             log_weights = log_weights / live.sum(-1, keepdim=True).clamp(min=1)
-    return bounded(log_weights.exp(), bounds, masks=masks)
+    masks = importance_bound == "mask"
+    return bounded(log_weights.exp(), importance_range, masks=masks)
 
 
 def score_centres(

@@ -153,21 +153,24 @@ def check_objective(axes: Axes) -> None:
         )
 
 
-def check_groups(choice: object, rows: int, group_size: int | None, otherwise: str = ALONE) -> int:
+def check_groups(
+    choice: object, rows: int, group_size: int | None, fewest: int = 2, otherwise: str = ALONE
+) -> int:
     """Return the group size.
 
     Args:
         choice: The choice that compares the rows of a group.
         rows: Number of rows in the step.
         group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
-        otherwise: What to do without groups, for the message.
+        fewest: The fewest rows of a group that the choice compares.
+        otherwise: What to do with smaller groups, for the message.
 
     Raises:
-        Refused: Without groups, with groups of one, or when `rows` is no multiple of `group_size`.
+        Refused: Without groups, with groups that are too small, or when `rows` is no multiple of `group_size`.
     """
-    if group_size is None or group_size < 2:
+    if group_size is None or group_size < fewest:
         raise Refused(
-            f"{choice!r} compares the rows of a group, but group_size is {group_size}. Take two or more "
+            f"{choice!r} compares the rows of a group, but group_size is {group_size}. Take {fewest} or more "
             f"(num_generations; in control num_envs), or {otherwise}."
         )
     if rows % group_size:
@@ -186,33 +189,27 @@ def check_sizes(axes: Axes, rows: int, group_size: int | None) -> None:
     Raises:
         Refused: With the number of rows that is too small, and choices that need fewer.
     """
-    if axes.other_objective:
-        check_groups(axes.objective, rows, group_size, f"take objective 'reward' and {ALONE}")
     for axis in ("baseline", "scale"):
+        entry = axes.chosen(axis)
         choice = getattr(axes, axis)
-        compares = axes.chosen(axis).compares
-        if compares == "group":
-            check_groups(choice, rows, group_size)
-        if compares == "step" and rows < 2:
+        fewest = entry.rows
+        otherwise = ALONE
+        if axis == "baseline" and axes.other_objective:
+            choice = axes.objective
+            fewest = axes.fewest_rows
+            order = "a smaller objective_order, or " if axes.objective_order else ""
+            otherwise = f"take {order}objective 'reward' and {ALONE}"
+        if entry.compares == "group":
+            check_groups(choice, rows, group_size, fewest, otherwise)
+        if entry.compares == "step" and rows < fewest:
             raise Refused(
                 f"{choice!r} compares the rows of a step, but the step has {rows}. Collect more, or {ALONE}."
             )
     scale = axes.chosen("scale")
-    if scale.of_others and scale.of_prompt and group_size == 2:
-        raise Refused(
-            f"{axes.scale!r} is the spread of the other rows of a group, but group_size 2 leaves only one. Take "
-            "three or more (num_generations), or the scale 'none' or 'other_groups_std'."
-        )
     if scale.of_others and not scale.of_prompt and rows == group_size:
         raise Refused(
             f"{axes.scale!r} is the spread over other prompts, but the step has one. Take more prompts per step, "
             "or the scale 'none' or 'loo_std'."
-        )
-    if axes.other_objective and group_size is not None and group_size < axes.fewest_rows:
-        raise Refused(
-            f"objective {axes.objective!r} of order {axes.objective_order} in the form {axes.form!r} needs "
-            f"groups of at least {axes.fewest_rows} rows, and they have {group_size}. Give more completions per "
-            "prompt (num_generations; in control num_envs) or a smaller objective_order."
         )
 
 

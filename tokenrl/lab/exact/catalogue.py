@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tokenrl.core.choices import AXES, KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.settings import Settings
@@ -103,11 +103,10 @@ def _candidates() -> Iterator[tuple[str, str]]:
     """Yield names, each with its preset or with the changes from RLOO."""
     for name in PRESETS:
         yield name, name
-    for axis, choices in AXES.items():
-        if axis not in ("kl_placement", "kl_estimator"):  # these two are varied in pairs
-            for choice in choices:
-                needs = [NEEDS[name] for name in (axis, choice) if name in NEEDS]
-                yield f"{axis} {choice}", ",".join([*needs, f"{axis}={choice}"])
+    for axis, choices in CHOICES.items():
+        for choice in choices:
+            needs = [NEEDS[name] for name in (axis, choice) if name in NEEDS]
+            yield f"{axis} {choice}", ",".join([*needs, f"{axis}={choice}"])
     for placement, kl in KL_EFFECTS:
         changes = f"beta=0.2,kl_placement={placement},kl_estimator={kl}"
         yield f"KL in the {placement}, {kl}", changes
