@@ -3,18 +3,18 @@
 `A = (G - b) / (std + eps)`, where G is the return, b the baseline and std the scale. `choices` names the formula
 of each choice, and `Axes.computed` calls it with numbers.
 
-A step is a dictionary of columns: `rewards` [N, T], the `mask` of its actions [N, T], `valid` rows [N], the
-`group_size`, and the other arguments of `Estimator.advantages`. An instant is a token, or a turn.
+A step is a dictionary of columns, the arguments of `Estimator.advantages` by their names. An instant is a token,
+or a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.axes import Axes
@@ -42,18 +42,52 @@ def in_sets(choice: Choice, columns: Columns) -> Columns:
     }
 
 
-def comparable(valid: Bool[Tensor, "*S n"], fewest: int) -> Bool[Tensor, " N"]:
-    """Return the mask of the valid rows whose set has enough of them."""
-    return (valid & (valid.sum(-1, keepdim=True) >= fewest)).flatten()
+def comparable(choice: Choice, sets: Columns, fewest: int) -> Bool[Tensor, " N"]:
+    """Return the mask of the valid rows; where a choice compares rows, of those whose set has enough of them."""
+    valid: Tensor = sets["valid"]
+    if choice.compares in ("group", "step"):
+        valid = valid & (valid.sum(-1, keepdim=True) >= fewest)
+    return valid.flatten()
 
 
-def rewards_in_time(
-    axes: Axes, rewards: Float[Tensor, " N *T"], columns: Columns
-) -> Float[Tensor, "N T"]:
+def advantages_of(axes: Axes, columns: Columns) -> Advantages:
+    """Return the advantages of a step, by the sum of its rewards or by each reward function alone.
+
+    Raises:
+        Refused: When a column is missing that the estimator needs.
+    """
+    mask = columns["mask"]
+    valid = columns["valid"]
+    names = ("score_norms", "logprobs", "sampling_logprobs")
+    norms, logprobs, of_sampler = (columns[name] for name in names)
+    has_both = logprobs is not None and of_sampler is not None
+    if axes.importance != "none" and norms is not None and has_both:
+        # else they are of the policy's own rows
+        live = mask & valid[:, None]
+        log_weights = zero_outside(logprobs - of_sampler, live)
+        rows = {"log_weights": log_weights, "live": live}
+        weights = axes.computed("losses.importance_weights", rows)
+        columns = columns | {"score_norms": norms * weights**2}
+    if axes.components == "summed":
+        return advantages_in_turns(axes, columns | {"rewards": rewards_in_time(axes, columns)})
+    parts = []
+    for column in required("components", columns["components"], "'separate'").unbind(1):
+        present = valid & ~column.isnan()
+        in_time = token_rewards(column.nan_to_num(), mask, present)
+        of_column = columns | {"rewards": in_time, "valid": present}
+        parts.append(advantages_in_turns(axes, of_column))
+    weights = columns["component_weights"]
+    weights = torch.ones(len(parts)) if weights is None else weights
+    # A weight on the rewards would be divided away again by the scale, so it is on the advantages.
+    sums = (torch.stack(x, -1) for x in zip(*parts, strict=True))
+    return Advantages(*(x @ weights.to(x) for x in sums))
+
+
+def rewards_in_time(axes: Axes, columns: Columns) -> Float[Tensor, "N T"]:
     """Return the reward of each position, with the overlong penalty, the bootstrap value and the KL penalty."""
     mask = columns["mask"]
     valid = columns["valid"]
-    rewards = rewards.detach()
+    rewards = columns["rewards"].detach()
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     in_time = token_rewards(rewards, mask, valid)
     dtype = in_time.dtype
@@ -78,20 +112,18 @@ def rewards_in_time(
     return in_time
 
 
-def advantages_of(
-    axes: Axes, columns: Columns, turns: Int[Tensor, "N T"] | None = None
-) -> Advantages:
-    """Return the advantages from rewards that are complete.
+def advantages_in_turns(axes: Axes, columns: Columns) -> Advantages:
+    """Return the advantages from rewards [N, T] that are complete.
 
     With `turns` an instant is a turn. What is added to the rewards was computed for tokens; the rewards of each
     turn are summed. Returns, baseline and scale are those of rewards and mask [N, K], the mask True where a row
     reaches the turn. Every token of a turn gets the turn's advantage and target.
     """
     one_return = axes.shares_return and axes.gamma == 1 and not callable(axes.baseline)
-    if turns is None or one_return:
+    if columns["turns"] is None or one_return:
         return advantages_by_time(axes, columns)
     mask = columns["mask"]
-    clock = Turns.read(turns, mask)
+    clock = Turns.read(columns["turns"], mask)
     reached = clock.sums(clock.begins.long()) > 0
     in_turns = columns | {"rewards": clock.sums(columns["rewards"]), "mask": reached}
     for name, counted in {"values": clock.begins, "score_norms": mask}.items():
@@ -127,7 +159,7 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     credit = totals[:, None] if axes.shares_return else targets
     columns |= {"totals": totals, "returns": credit.expand_as(actions)}
     sets = in_sets(choice, columns)
-    usable = comparable(sets["valid"], axes.fewest_rows)
+    usable = comparable(choice, sets, axes.fewest_rows)
     baseline = columns.get(choice.needs, torch.zeros_like(totals))
     if choice.formula:
         baseline = axes.computed(choice.formula, sets)
@@ -136,7 +168,7 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     scale = axes.chosen("scale")
     if scale.formula:
         sets = in_sets(scale, columns | {"advantages": advantages})
-        usable = usable & comparable(sets["valid"], scale.rows)
+        usable = usable & comparable(scale, sets, scale.rows)
         advantages = axes.computed(scale.formula, sets).reshape(len(valid), -1)
     # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
     # be far larger than the advantages of all other rows.
@@ -181,13 +213,3 @@ def from_function(
         f"The baseline {name!r} returned {kind}; it must return a tensor of one number per row "
         f"({len(totals)}), or one per token or turn, {tuple(actions.shape)}."
     )
-
-
-def weighted_sum(parts: Sequence[Advantages], weights: Float[Tensor, " K"] | None) -> Advantages:
-    """Return the weighted sum of the advantages and of the targets of K reward functions.
-
-    A weight on the rewards would be divided away again by the scale, so it is on the advantages.
-    """
-    weights = torch.ones(len(parts)) if weights is None else weights
-    columns = (torch.stack(x, -1) for x in zip(*parts, strict=True))
-    return Advantages(*(x @ weights.to(x) for x in columns))

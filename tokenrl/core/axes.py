@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,11 +17,12 @@ from tokenrl.core.choices import (
     CHOICES,
     ENTROPY,
     KL_EFFECTS,
+    MEMORY,
     OBJECTIVES,
-    YOUR_OWN,
-    own_choice,
 )
-from tokenrl.core.effects import Choice, Need
+from tokenrl.core.effects import FROM_BEST_TO_WORST, UNKNOWN, Choice, Need
+from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction
 from tokenrl.settings import (
     OR_FUNCTION,
     Bounds,
@@ -59,6 +60,33 @@ if TYPE_CHECKING:
     BaselineOrFunction = Baseline | str | Callable[..., Tensor]
 else:
     BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
+
+
+OF_YOUR_OWN = "a baseline of your own is exact if it contains nothing of the row's own actions"
+YOUR_OWN = Choice(UNKNOWN, OF_YOUR_OWN, "advantages.from_function", any_units=True)
+
+
+def own_choice(baseline: Any) -> Choice:
+    """Return the entry of a user's function, or of a class of memories; it is imported if it was named.
+
+    It declares its bias by its attribute `bias`, a status with the reason.
+
+    Raises:
+        Refused: The attribute is anything else, or nothing can be imported by the name.
+    """
+    own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
+    is_memory = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
+    choice = MEMORY if is_memory else YOUR_OWN
+    declaration = getattr(own, "bias", None)
+    match declaration:
+        case None:
+            return choice
+        case (str(status), str(reason)) if status in FROM_BEST_TO_WORST:
+            return replace(choice, status=status, reason=reason)
+    raise Refused(
+        f"The bias of the baseline {baseline.__name__} is {declaration!r}; it must be a status and the "
+        f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
+    )
 
 
 @dataclass(frozen=True)

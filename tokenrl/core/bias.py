@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import CHOICES, REPLACED
+from tokenrl.core.choices import CHOICES
 from tokenrl.core.effects import (
     ASYMPTOTIC,
     BIASED,
@@ -35,6 +35,7 @@ from tokenrl.core.effects import (
     UP_TO_SCALE,
     Effect,
 )
+from tokenrl.core.refusals import REPLACED
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 EXACT = "exact"
@@ -28,7 +28,7 @@ class Effect:
 
     status: str
     reason: str
-    binary: str = ""
+    binary: str = field(default="", kw_only=True)
     """A better status that holds if every return is 0 or 1 and rows are compared in their groups only."""
 
 
@@ -54,7 +54,7 @@ class Choice(Effect):
             Empty if there is nothing to compute: a baseline is then what it `needs`, if anything.
         compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
             steps of one row. None if it compares nothing.
-        rows: The fewest rows that can be compared; an objective needs its order too.
+        rows: The fewest rows of a group or step that can be compared; an objective needs its order too.
         needs: The argument that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
         additive: Whether the baselines of several reward functions add up to that of their sum.
@@ -73,7 +73,7 @@ class Choice(Effect):
 
     formula: str = ""
     compares: Literal["group", "step", "row"] | None = None
-    rows: int = 1
+    rows: int = 2
     needs: Need = ""
     centred: bool = False
     additive: bool = True

@@ -128,7 +128,7 @@ class Estimator(Axes):
         Means and standard deviations over rows use the rows' total returns, also with the returns
         'reward_to_go'. Inputs that the chosen axes do not need are ignored.
 
-        With `turns`, one instant is a turn instead of a token, see `advantages.advantages_of`: gamma, lam,
+        With `turns`, one instant is a turn instead of a token, see `advantages.advantages_in_turns`: gamma, lam,
         `window`, the length of a row and 'token_whiten' then count turns. With returns 'total', gamma 1 and a
         named baseline the actions of a row share its return, and turns are ignored.
 
@@ -159,49 +159,30 @@ class Estimator(Axes):
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
             ValueError: When rewards and mask do not fit together.
         """
-        from tokenrl.core import advantages as steps
-        from tokenrl.core.returns import token_rewards
-        from tokenrl.core.rows import required, zero_outside
+        from tokenrl.core.advantages import advantages_of
 
         if rewards.shape not in (mask.shape[:1], mask.shape):
             raise ValueError(f"rewards {[*rewards.shape]} do not fit the mask {[*mask.shape]}")
         check_sizes(self, len(mask), group_size)
-        mask = mask.bool()
-        valid = mask.new_ones(len(mask)) if valid is None else valid.bool()
-        if (
-            score_norms is not None
-            and self.importance != "none"
-            and logprobs is not None
-            and sampling_logprobs is not None
-        ):  # else they are of the policy's own rows
-            actions = mask & valid[:, None]
-            log_weights = zero_outside(logprobs - sampling_logprobs, actions)
-            rows = {"log_weights": log_weights, "live": actions}
-            weights = self.computed("losses.importance_weights", rows)
-            score_norms = score_norms * weights**2
-        columns: dict[str, Any] = {
-            "mask": mask,
-            "valid": valid,
+        columns = {
+            "rewards": rewards,
+            "mask": mask.bool(),
+            "valid": mask.new_ones(len(mask)).bool() if valid is None else valid.bool(),
             "group_size": group_size,
-            "values": values,
-            "score_norms": score_norms,
-            "greedy_rewards": greedy_rewards,
-            "baseline_value": baseline_value,
-            "bootstrap": bootstrap,
-            "max_length": max_length,
             "logprobs": logprobs,
             "ref_logprobs": ref_logprobs,
+            "values": values,
+            "bootstrap": bootstrap,
+            "greedy_rewards": greedy_rewards,
+            "score_norms": score_norms,
+            "sampling_logprobs": sampling_logprobs,
+            "baseline_value": baseline_value,
+            "components": components,
+            "component_weights": component_weights,
+            "turns": turns,
+            "max_length": max_length,
         }
-        if self.components == "summed":
-            in_time = steps.rewards_in_time(self, rewards, columns)
-            return steps.advantages_of(self, columns | {"rewards": in_time}, turns)
-        parts = []
-        for column in required("components", components, "'separate'").unbind(1):
-            present = valid & ~column.isnan()
-            in_time = token_rewards(column.nan_to_num(), mask, present)
-            of_column = columns | {"rewards": in_time, "valid": present}
-            parts.append(steps.advantages_of(self, of_column, turns))
-        return steps.weighted_sum(parts, component_weights)
+        return advantages_of(self, columns)
 
     def token_weights(
         self,

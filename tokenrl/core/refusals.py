@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import KL_EFFECTS, OBJECTIVES, REPLACED
+from tokenrl.core.choices import KL_EFFECTS, OBJECTIVES
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ALONE = "choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'"
 """What to do where there are no other rows to compare with."""
+REPLACED = {"baseline": "none", "scale": "none", "returns": "total", "components": "summed"}
+"""The axes that another objective replaces, with the only choice that goes with it."""
 OF_STEP = {"values", "greedy_rewards", "baseline_value"}
 """What is known of the whole reward of a row, and not of each reward function."""
 LONGEST_WITHOUT_BASELINE = 500
