@@ -105,8 +105,9 @@ def configured(
         axes = values.get("estimator")
         if of_a_run and isinstance(axes, Mapping):
             axes = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
-            replaced = {} if axes.get("objective", "reward") == "reward" else {"baseline": "none"}
-            values["estimator"] = axes | replaced
+            if axes.get("objective", "reward") != "reward":
+                axes["baseline"] = "none"
+            values["estimator"] = axes
         return arguments(kind, values, objects=False)
     except Refused as error:
         raise Refused(

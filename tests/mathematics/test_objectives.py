@@ -55,7 +55,7 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
     if (form, order) == ("sloo_minus_one", 1):
         return
     draw = seeded(1)
-    e = Estimator("none", objective="max_at_k", objective_order=order, objective_form=form)
+    e = Estimator.preset("max_at_k", objective_order=order, objective_form=form)
     graded = torch.randint(0, 3, (size,), generator=draw).double() - 1
     for rewards in (normals(draw, size), graded):
         if size < e.fewest_rows:
@@ -76,7 +76,7 @@ def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
     draw = seeded(3)
     rewards = normals(draw, 1024)
     for order in (2, 8, 512, 1023):
-        e = Estimator("none", objective="max_at_k", objective_order=order)
+        e = Estimator.preset("max_at_k", objective_order=order)
         exact, rounded = advantages(e, rewards), advantages(e, rewards.float())
         # Over all rows, m s_i sums to k m times the mean maximum, and k rho_k(others) to the same.
         assert abs(exact.mean()) < 1e-9 * order * rewards.abs().max()
@@ -122,7 +122,7 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
 
 
 def test_negative_rewards_have_no_logarithm() -> None:
-    e, valid = Estimator(**SUCCESS), torch.tensor([True, True, False])
+    e, valid = Estimator.preset("maxrl"), torch.tensor([True, True, False])
     check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
     for rewards in (
         torch.tensor([1.0, -0.5, 0.0]),
@@ -158,34 +158,31 @@ def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> N
     )
 
 
-REFUSED = [
-    (BEST, "objective_order 4"),
-    ({"objective_order": 4}, "the objective is 'reward'"),
-    ({**SUCCESS, "objective_order": 4}, "follows from the number of completions"),
-    ({"objective_form": "sloo"}, "not a form of the objective 'reward'"),
-    ({"objective": "log_success"}, "by itself, without baseline 'rloo'. Set baseline 'none'"),
-    ({**SUCCESS, "scale": "batch_std"}, "Set scale 'none'"),
-    ({**SUCCESS, "returns": "reward_to_go"}, "Set returns 'total'"),
-    ({**SUCCESS, "beta": 0.1}, "kl_placement 'loss'"),
-    ({**SUCCESS, "overlong_buffer": 4}, "Leave overlong_buffer out"),
-    (
-        {**BEST, "objective_order": 1, "objective_form": "sloo_minus_one"},
-        "2 or more",
-    ),
-]
+REFUSED = {
+    "baseline=none,objective=max_at_k": "objective_order 4",
+    "objective_order=4": "the objective is 'reward'",
+    "maxrl,objective_order=4": "follows from the number of completions",
+    "objective_form=sloo": "not a form of the objective 'reward'",
+    "objective=log_success": "by itself, without baseline 'rloo'. Set baseline 'none'",
+    "maxrl,scale=batch_std": "Set scale 'none'",
+    "maxrl,returns=reward_to_go": "Set returns 'total'",
+    "maxrl,beta=0.1": "kl_placement 'loss'",
+    "maxrl,overlong_buffer=4": "Leave overlong_buffer out",
+    "pkpo,objective_order=1": "2 or more",
+}
 
 
-@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
-def test_what_does_not_go_with_an_objective_is_refused(fields: dict, words: str) -> None:
+@pytest.mark.parametrize(("name", "words"), REFUSED.items())
+def test_what_does_not_go_with_an_objective_is_refused(name: str, words: str) -> None:
     with refused(words):
-        Estimator(**fields)
+        Estimator.preset(name)
 
 
 @pytest.mark.parametrize("form", ["maxrl", "keep_failures", "leave_one_out"])
 def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
     """Of the group or of the other rows, without those that abstain; -1 or nothing if no row succeeds."""
     rewards, valid = torch.tensor([1.0, 0.0, 0.3, 9.0]).double(), torch.arange(4) < 3
-    e = Estimator(**SUCCESS, objective_form=form)
+    e = Estimator.preset("maxrl", objective_form=form)
     mean = (1.3 - rewards[:3]) / 2 if form == "leave_one_out" else 1.3 / 3
     wanted = torch.nn.functional.pad((rewards[:3] - mean) / mean, (0, 1))
     assert_close(advantages(e, rewards, valid), wanted)
@@ -197,10 +194,9 @@ def test_what_an_objective_advises_is_allowed() -> None:
     with refused(r"'log_success' compares .* take objective 'reward' and") as alone:
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
     assert "rloo" not in str(alone.value)
-    options = {**BEST, "objective_order": 2}
     for form in ("leave_one_out", "sloo_minus_one", "sloo"):
-        check_horizon(Estimator(**options, objective_form=form), 501)
-    bare = Estimator(**options, objective_form="no_baseline")
+        check_horizon(Estimator.preset("max_at_k", objective_form=form), 501)
+    bare = Estimator.preset("max_at_k", objective_form="no_baseline")
     check_horizon(bare, 500)
     with refused("Choose another objective_form, such as 'leave_one_out'"):
         check_horizon(bare, 501)

@@ -69,8 +69,8 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
             raise Refused(f"In control {axis} cannot be set: {reason}. Leave it at its default.")
     if "greedy_rewards" in estimator.needs:
         raise Refused(
-            f"The baseline {estimator.baseline!r} has no meaning in control: no second episode starts in the same "
-            "state. Choose another, such as 'value' or 'running_mean'."
+            "In control baseline 'remax' cannot be set: no second episode starts in the same state. Choose another, "
+            "such as 'value' or 'running_mean'."
         )
     if num_steps is None:
         return

@@ -30,24 +30,35 @@ ALWAYS = ("rewards", "mask", "valid", "group_size")
 """The columns that every estimator uses."""
 
 
-def in_sets(choice: Choice, columns: Columns) -> Columns:
-    """Return the columns in the sets [S, n, ...] that a choice compares, groups or the whole step; else as they are."""
-    sizes = {"step": len(columns["valid"]), "group": columns["group_size"]}
-    if choice.compares not in sizes:
-        return columns
-    size = sizes[choice.compares]
-    return {
-        name: x.reshape(-1, size, *x.shape[1:]) if isinstance(x, Tensor) else x
-        for name, x in columns.items()
-    }
+def in_sets(
+    axes: Axes, choice: Choice, fewest: int, columns: Columns
+) -> tuple[Float[Tensor, "N _"], Bool[Tensor, " N"]]:
+    """Compute a formula in the sets that its choice compares.
 
+    A set has the rows of a group, or of the step, and the columns are [S, n, ...]. Or it is one row, whose n
+    members are its steps with their returns. Without sets the columns stay as they are.
 
-def comparable(choice: Choice, sets: Columns, fewest: int) -> Bool[Tensor, " N"]:
-    """Return the mask of the valid rows; where a choice compares rows, of those whose set has enough of them."""
-    valid: Tensor = sets["valid"]
-    if choice.compares in ("group", "step"):
-        valid = valid & (valid.sum(-1, keepdim=True) >= fewest)
-    return valid.flatten()
+    Returns:
+        What the formula computes, [N, 1] or [N, T], and the mask [N] of the valid rows whose set has the fewest
+        valid rows, or more.
+    """
+    rows = len(columns["valid"])
+    usable = columns["valid"]
+    size = {"step": rows, "group": columns["group_size"]}.get(choice.compares)
+    if size is not None:
+        columns = {
+            name: x.reshape(-1, size, *x.shape[1:]) if isinstance(x, Tensor) else x
+            for name, x in columns.items()
+        }
+        valid = columns["valid"]
+        usable = (valid & (valid.sum(-1, keepdim=True) >= fewest)).flatten()
+    elif choice.compares == "row":
+        columns = columns | {
+            "totals": columns["returns"],
+            "valid": columns["actions"],
+            "advantages": columns["advantages"][..., None],
+        }
+    return axes.computed(choice.formula, columns).reshape(rows, -1), usable
 
 
 def advantages_of(axes: Axes, columns: Columns) -> Advantages:
@@ -157,19 +168,18 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     targets = axes.computed(returns.formula, columns)  # [N, T]
     totals = (targets if returns.to_go else reward_to_go(rewards, axes.gamma))[:, 0]
     credit = totals[:, None] if axes.shares_return else targets
-    columns |= {"totals": totals, "returns": credit.expand_as(actions)}
-    sets = in_sets(choice, columns)
-    usable = comparable(choice, sets, axes.fewest_rows)
+    columns |= {"totals": totals, "returns": credit.expand_as(actions), "advantages": credit}
+    usable = valid
     baseline = columns.get(choice.needs, torch.zeros_like(totals))
     if choice.formula:
-        baseline = axes.computed(choice.formula, sets)
+        baseline, usable = in_sets(axes, choice, axes.fewest_rows, columns)
     baseline = baseline.reshape(len(valid), -1)  # [N, 1] or [N, T]
     advantages = baseline if axes.other_objective else credit - baseline
     scale = axes.chosen("scale")
     if scale.formula:
-        sets = in_sets(scale, columns | {"advantages": advantages})
-        usable = usable & comparable(scale, sets, scale.rows)
-        advantages = axes.computed(scale.formula, sets).reshape(len(valid), -1)
+        columns["advantages"] = advantages
+        advantages, scaled = in_sets(axes, scale, scale.rows, columns)
+        usable = usable & scaled
     # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
     # be far larger than the advantages of all other rows.
     if axes.shares_return and advantages.shape[1] == 1:

@@ -61,9 +61,10 @@ def each_itself(n: int, like: Tensor) -> Bool[Tensor, "n n"]:
 
 
 def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
-    """Return the mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
+    """Return the mean over the valid members of the set, the row itself included: `(1/n) sum_j R_j`.
 
-    Because the row's own return is in it, the expected gradient is (n - 1)/n of the true one.
+    Because the row's own return is in it, the expected gradient is (n - 1)/n of the true one. Over the steps of one
+    row it depends on all actions of the row.
     """
     differences, first = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True).clamp(min=1)  # the mean of no valid rows is not used
@@ -207,13 +208,6 @@ def timestep_mean(
     return weighted_by_time(
         returns, actions, actions.to(returns.dtype), leave_one_out=leave_one_out
     )
-
-
-def episode_mean(
-    returns: Float[Tensor, "S n T"], actions: Bool[Tensor, "S n T"]
-) -> Float[Tensor, "S n T"]:
-    """Return the mean over the row's own steps, which depends on its own actions and hence is biased."""
-    return mean(returns, actions)
 
 
 def shrinkage(

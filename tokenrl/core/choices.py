@@ -16,13 +16,12 @@ from dataclasses import replace
 from tokenrl.core.effects import ASYMPTOTIC, BIASED, EXACT, PER_PROMPT, UP_TO_SCALE, Choice, Effect
 
 ON_POLICY = "on-policy every importance weight is 1"
-FIRST_UPDATE = (
-    "at the first update every ratio is 1, inside all bounds, and the gradient is REINFORCE's"
-)
+FIRST_UPDATE = "at the first update every ratio is 1, and the gradient is REINFORCE's"
 TOKEN_RATIO = Choice(EXACT, FIRST_UPDATE, token_bounds=True, needs="old_logprobs")
 ROW_WEIGHT = Choice(EXACT, ON_POLICY, whole_row=True, needs="sampling_logprobs")
-DISCOUNTED = "discounting from each action, without gamma^t, is the gradient of no objective"
-NO_OBJECTIVE = Effect(BIASED, DISCOUNTED)
+NO_OBJECTIVE = Effect(
+    BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
+)
 OF_OTHERS = "the baseline is made of the other completions of the prompt only"
 WEIGHTED_OTHERS = "the baseline and its weights are made of the other completions only"
 MEMORY = Choice(
@@ -106,7 +105,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "the mean over the row's own steps contains the results of its own actions; by itself, with the "
             "undiscounted reward to go, it ascends the return with the u-th of L rewards weighted by 1 - u/L, so "
             "the last does not count; if every step has the same reward that is half the gradient",
-            "baselines.episode_mean",
+            "baselines.mean",
             "row",
             any_units=True,
         ),
@@ -170,7 +169,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             BIASED,
             "each episode is divided by the spread of its own returns to go; the result is the gradient of no "
             "objective",
-            "scales.episode_std",
+            "scales.by_std",
             "row",
         ),
     },

@@ -53,7 +53,7 @@ class Choice(Effect):
         formula: The function that computes it, a name in a module beside this one, such as `baselines.rloo`.
             Empty if there is nothing to compute: a baseline is then what it `needs`, if anything.
         compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
-            steps of one row. None if it compares nothing.
+            steps of one row. Empty if it compares nothing.
         rows: The fewest rows of a group or step that can be compared; an objective needs its order too.
         needs: The argument that the choice requires; empty if none.
         centred: Whether the baseline equals the return in every group of equal returns.
@@ -72,7 +72,7 @@ class Choice(Effect):
     """
 
     formula: str = ""
-    compares: Literal["group", "step", "row"] | None = None
+    compares: Literal["", "group", "step", "row"] = ""
     rows: int = 2
     needs: Need = ""
     centred: bool = False

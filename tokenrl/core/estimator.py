@@ -303,13 +303,14 @@ class Estimator(Axes):
         advantages: Float[Tensor, " N *T"],
     ) -> Bool[Tensor, "N T"]:
         """Return True for the tokens that the ratio 'trust' drops, or whose ratio is outside its clip range."""
-        from tokenrl.core.losses import beyond_trust
-
         if self.ratio == "trust":
-            advantages = advantages if advantages.ndim == 2 else advantages[:, None]
-            return beyond_trust(
-                logprobs, old_logprobs, advantages, bound=self.trust_bound, sides=self.trust_sides
-            )
+            columns = {
+                "logprobs": logprobs,
+                "old_logprobs": old_logprobs,
+                "advantages": advantages if advantages.ndim == 2 else advantages[:, None],
+            }
+            dropped: Tensor = self.computed("losses.beyond_trust", columns)
+            return dropped
         low, high = self.clip_range
         ratio = (logprobs.detach() - old_logprobs.detach()).exp()
         return (ratio > high) | (ratio < low)

@@ -59,7 +59,7 @@ def policy_gain(
         case "trust":
             weight = log_ratio.detach().exp().clamp(max=trust_cap)
             dropped = beyond_trust(
-                logprobs, old_logprobs, advantages, bound=trust_bound, sides=trust_sides
+                logprobs, old_logprobs, advantages, trust_bound=trust_bound, trust_sides=trust_sides
             )
             return advantages * zero_outside(weight, ~dropped) * logprobs
         case "geometric_clip":
@@ -124,8 +124,8 @@ def beyond_trust(
     old_logprobs: Float[Tensor, "N T"],
     advantages: Float[Tensor, "N T"],
     *,
-    bound: float,
-    sides: int,
+    trust_bound: float,
+    trust_sides: int,
 ) -> Bool[Tensor, "N T"]:
     """Return True for the tokens that the ratio 'trust' drops.
 
@@ -135,7 +135,7 @@ def beyond_trust(
     |pi - mu| is.
     """
     moved = logprobs.detach().exp() - old_logprobs.detach().exp()
-    return (moved.abs() if sides == 2 else moved * advantages.sign()) > bound
+    return (moved.abs() if trust_sides == 2 else moved * advantages.sign()) > trust_bound
 
 
 def bounded(

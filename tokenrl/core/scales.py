@@ -31,7 +31,7 @@ def by_std(
     scale_ddof: int,
     scale_eps: float,
 ) -> Float[Tensor, "S n #T"]:
-    """Divide by the standard deviation of the returns of the set: of a group, or of the step."""
+    """Divide by the standard deviation of the returns of the set: of a group, of the step, or of a row's own steps."""
     return divide(advantages, std(totals, valid, scale_ddof)[..., None], scale_eps)
 
 
@@ -83,14 +83,3 @@ def token_whiten(
     inside = actions.reshape(1, -1)
     centre = mean(tokens, inside)[0, 0]
     return divide(advantages - centre, std(tokens, inside, scale_ddof)[0, 0], scale_eps)
-
-
-def episode_std(
-    advantages: Float[Tensor, "S n #T"],
-    returns: Float[Tensor, "S n T"],
-    actions: Bool[Tensor, "S n T"],
-    scale_ddof: int,
-    scale_eps: float,
-) -> Float[Tensor, "S n #T"]:
-    """Divide by the standard deviation of the row's own returns over its steps."""
-    return divide(advantages, std(returns, actions, scale_ddof)[..., :1], scale_eps)

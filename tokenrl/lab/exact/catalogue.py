@@ -114,7 +114,6 @@ def _candidates() -> Iterator[tuple[str, str]]:
         for order in (1, 2, 3) if objective == "max_at_k" else (None,):
             if (form, order) != ("sloo_minus_one", 1):
                 label = objective if order is None else f"max_at_{order}"
-                changes = f"objective={objective},objective_form={form},objective_order={order}"
-                changes += "" if objective == "reward" else ",baseline=none"
+                changes = f"baseline=none,objective={objective},objective_form={form},objective_order={order}"
                 yield f"{label}, {form}", changes
     yield from EXTRA.items()

@@ -201,9 +201,13 @@ def _try_out(args: TrainArguments) -> None:
     inputs: dict[str, Any] = dict.fromkeys(
         ("logprobs", "ref_logprobs", "values", "components"), zeros
     )
-    inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
-    inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1}
-    inputs["baseline_value"] = zeros[:, 0].double()
+    inputs |= {
+        "group_size": args.num_generations,
+        "max_length": args.max_completion_length,
+        "greedy_rewards": zeros[:, 0],
+        "score_norms": zeros + 1,
+        "baseline_value": zeros[:, 0],
+    }
     try:
         args.estimator.advantages(zeros[:, 0], zeros + 1, **inputs)
     except Stopped as error:
