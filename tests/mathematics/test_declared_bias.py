@@ -99,7 +99,6 @@ COMBINED = [
         "kept",
     ),
     ({**BEST_OF_2, **LOSS_KL}, "exact", EXACT),
-    ({**BEST_OF_2, "truncations": "mask"}, "biased", "have no gradient"),
     ({**BEST_OF_2, "zero_spread": "drop"}, "exact_per_prompt", "kept groups"),
     ({**BEST_OF_2, "zero_spread": "refill"}, "exact_up_to_scale", "cancels"),
     ({**BEST_OF_2, "objective_form": "sloo", "zero_spread": "drop"}, "biased", OF_THEIR_OWN),

@@ -191,9 +191,8 @@ def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
 
 def test_what_an_objective_advises_is_allowed() -> None:
     """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
-    with refused(r"'log_success' compares .* take objective 'reward' and") as alone:
+    with refused(r"'log_success' compares .* take objective 'reward' and"):
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
-    assert "rloo" not in str(alone.value)
     for form in ("leave_one_out", "sloo_minus_one", "sloo"):
         check_horizon(Estimator.preset("max_at_k", objective_form=form), 501)
     bare = Estimator.preset("max_at_k", objective_form="no_baseline")

@@ -155,18 +155,17 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     rewards = columns["rewards"]
     valid = columns["valid"]
     actions = columns["mask"] & valid[:, None]
-    like: Any = {"dtype": rewards.dtype, "device": rewards.device}
     returns = axes.chosen("returns")
     choice = axes.baseline_entry
     needed = {"actions": actions} | {name: columns[name] for name in ALWAYS}
     for name in filter(None, (returns.needs, choice.needs)):
-        purpose = f"the baseline {axes.baseline!r} with returns {axes.returns!r}"
-        value = required(name, columns[name], purpose)
-        column = torch.as_tensor(value, **like).detach()
+        value = required(name, columns[name], f"{axes.baseline!r} with returns {axes.returns!r}")
+        column = torch.as_tensor(value, dtype=rewards.dtype, device=rewards.device).detach()
         needed[name] = column if column.ndim else column.expand(len(valid))
     columns = needed
     targets = axes.computed(returns.formula, columns)  # [N, T]
-    totals = (targets if returns.to_go else reward_to_go(rewards, axes.gamma))[:, 0]
+    is_to_go = returns.formula == "returns.reward_to_go"
+    totals = (targets if is_to_go else reward_to_go(rewards, axes.gamma))[:, 0]
     credit = totals[:, None] if axes.shares_return else targets
     columns |= {"totals": totals, "returns": credit.expand_as(actions), "advantages": credit}
     usable = valid

@@ -230,7 +230,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT,
             "every action is credited with the whole return",
             "returns.reward_to_go",
-            to_go=True,
             discounted=Effect(
                 BIASED,
                 "rewards are discounted from the first step: ascends the discounted return E[sum_t gamma^t r_t]",
@@ -240,7 +239,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             EXACT,
             "earlier rewards do not depend on an action",
             "returns.reward_to_go",
-            to_go=True,
             discounted=NO_OBJECTIVE,
         ),
         "blame_window": Choice(

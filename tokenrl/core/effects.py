@@ -67,7 +67,6 @@ class Choice(Effect):
         of_others: Whether a divisor is made of other rows only, or an objective needs one row more than k.
         of_prompt: Whether a divisor is made of rows of the row's own prompt.
         subtracts_mean: Whether a scale or a return subtracts a mean too.
-        to_go: Whether the credit of the first action is the return of the whole row.
         token_bounds: Whether a ratio has a bound for each token.
     """
 
@@ -86,5 +85,4 @@ class Choice(Effect):
     of_others: bool = False
     of_prompt: bool = False
     subtracts_mean: bool = False
-    to_go: bool = False
     token_bounds: bool = False
