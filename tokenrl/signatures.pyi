@@ -19,7 +19,7 @@ from tokenrl.language.preferences.fit import RewardModelResult
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.sft import SftResult
 from tokenrl.language.tasks.sources import DataArguments
-from tokenrl.language.tasks.task import Task
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.run import RunResult
 
@@ -614,4 +614,4 @@ def load_task(
     reward_weights: float | Sequence[float] = ...,
     share_seed: bool = ...,
     split: str | os.PathLike[str] = ...,
-) -> Task: ...
+) -> PromptTask: ...

@@ -10,6 +10,7 @@ import pytest
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.language.policy.model import wrap
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 from tokenrl.runs.directory import acquire_lock
@@ -53,7 +54,8 @@ def made_up(tmp_path):
     ):
         if kind == "train":
             choices = TrainArguments(**TRAIN | dict(settings))
-            arguments = train_settings(choices, None, wrap(*TinyModel(tokens=("a",))(seed=0))).args
+            policy = wrap(*TinyModel(tokens=("a",))(seed=0))
+            arguments = train_settings(choices, PromptTask("vowels", [], []), policy).args
         else:
             settings = {"eval_every": 4, "value_learning_rate": 0.02} | CONTROL | dict(settings)
             arguments = ControlArguments(**settings)

@@ -60,7 +60,7 @@ FUNCTIONS: list[tuple[str, Any, str, str, tuple[Any, ...]]] = [
     ("sample", SampleArguments, "*", "list[list[str]]", ()),
     ("compare", CompareArguments, "*", "Comparison | Plan", BOTH),
     ("measure_gradients", MeasureArguments, "*", "Measured", ()),
-    ("load_task", DataArguments, TASK, "Task", ()),
+    ("load_task", DataArguments, TASK, "PromptTask", ()),
 ]
 RESULTS = {
     "tokenrl.control.run": ("ControlResult",),
@@ -68,7 +68,7 @@ RESULTS = {
     "tokenrl.lab.compare.plan": ("Plan",),
     "tokenrl.lab.measure.measurement": ("Measured",),
     "tokenrl.language.preferences.fit": ("RewardModelResult",),
-    "tokenrl.language.tasks.task": ("Task",),
+    "tokenrl.language.tasks.task": ("PromptTask",),
     "tokenrl.language.evaluation.evaluation": ("Evaluation",),
     "tokenrl.language.training.run": ("RunResult",),
     "tokenrl.language.supervised.sft": ("SftResult",),

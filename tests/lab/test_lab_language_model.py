@@ -13,6 +13,7 @@ from tokenrl.core.memories import RunningMean
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.settings import train_settings
@@ -73,7 +74,7 @@ def test_training_has_the_exact_mean_and_variance(
         cpu=True,
         estimator=estimator,
     )
-    args = train_settings(given, None, policy).args
+    args = train_settings(given, PromptTask("none", [], []), policy).args
     learner = make_learner(args, policy, make_accelerator(args.cpu))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)

@@ -13,6 +13,7 @@ import torch
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
+from tokenrl.language.tasks.task import PromptTask
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the log",
@@ -131,25 +132,14 @@ def make_policy(architecture: str = "llama", kind: str = "pad", **options) -> Po
     return wrap(make_model(architecture, **options), tokenizer, source=f"tiny {architecture}")
 
 
-@dataclasses.dataclass
-class Task:
-    """The least that training needs of a task."""
-
-    name: str
-    train_prompts: list
-    eval_prompts: list
-    reward: object
-    max_completion_length: int | None = 8
-
-
 def vowel_reward(completions, completion_ids, **_):
     """Deterministic and varied: a weighted count of the ids, so that groups differ within and among them."""
     return [sum(1.0 for i in ids if i % 3 == 0) - 0.3 * len(ids) for ids in completion_ids]
 
 
-def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
+def make_task(prompts=PROMPTS, reward=vowel_reward) -> PromptTask:
     rows = [{"prompt": prompt} for prompt in prompts]
-    return Task("tiny", rows, rows[:2], reward)
+    return PromptTask("tiny", rows, rows[:2], reward, 8)
 
 
 LETTERS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
@@ -162,7 +152,7 @@ def letters(context: int = 16):
     return TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=context)(0)
 
 
-def letter_task(reward, prompts=LETTERS, **fields) -> Task:
+def letter_task(reward, prompts=LETTERS, **fields) -> PromptTask:
     """A task of short prompts for that model; further fields replace or join those of a task."""
     task = make_task(prompts, reward)
     vars(task).update({"max_completion_length": 4, "demonstrations": []} | fields)

@@ -48,7 +48,7 @@ from tokenrl.language.supervised.arguments import SftArguments as SftArguments
 from tokenrl.language.supervised.base import warm_started_base as warm_started_base
 from tokenrl.language.supervised.fit import fit as fit
 from tokenrl.language.tasks.sources import read_splits as read_splits
-from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task
+from tokenrl.language.tasks.task import PromptTask as PromptTask
 from tokenrl.language.training.arguments import TrainArguments as TrainArguments
 
 if typing.TYPE_CHECKING:

@@ -103,14 +103,14 @@ def _has_names(value: Any) -> bool:
     return True
 
 
-def code_of(settings: Mapping[str, Any], task: Any) -> dict[str, Any]:
+def code_of(settings: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
     """Return hashes of the user's code, so that it can be compared: of objects by setting, of modules by name.
 
     Args:
         settings: the settings of a run.
-        task: its task, which has the rewards and the environment; or None.
+        objects: the rewards and the environment of its task, by these names, if they count.
     """
-    held = {name: getattr(task, name, None) for name in ("reward", "environment")}
+    held = {name: objects.get(name) for name in ("reward", "environment")}
     held |= {name: settings.get(name) for name in ("estimator", "teacher_context")}
     return {**plain(held, _with_hash), **module_hashes()}
 

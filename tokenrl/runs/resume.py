@@ -180,7 +180,7 @@ class Provenance:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
-        task: the task, if its own rewards or its environment count.
+        objects: the rewards and the environment of the task, by these names, if they count.
         trained_prompts: hashes of the prompts that the model is trained on, in this run or before.
         chosen: the fingerprints of what the user chose, whatever the seed, by which runs are compared.
         settings, code: the settings of the run and hashes of its code; known once the run begins.
@@ -191,7 +191,7 @@ class Provenance:
     fingerprints: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     device: str = "cpu"
-    task: Any = None
+    objects: Mapping[str, Any] = field(default_factory=dict)
     trained_prompts: frozenset[str] = frozenset()
     chosen: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

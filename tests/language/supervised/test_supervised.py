@@ -10,7 +10,6 @@ import torch
 from tiny_environments import Guess, Safe, chat_policy
 from tiny_models import (
     PROMPTS,
-    Task,
     make_model,
     make_policy,
     make_tokenizer,
@@ -304,9 +303,8 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
         return make_model(seed=seed), make_tokenizer()
 
     warm = SimpleNamespace(steps=4, batch_size=2, learning_rate=0.01)
-    task = SimpleNamespace(
-        name="toy", fingerprint="one", demonstrations=ROWS, warm_start=warm, build=build
-    )
+    task = PromptTask("toy", ROWS, ROWS, demonstrations=ROWS, warm_start=warm)
+    task.build, task.fingerprint = build, "one"
     folders = [warm_started_base(task, seed=seed, announce=output.append) for seed in (0, 0, 1)]
     task.fingerprint = "two"
     folders.append(warm_started_base(task))
@@ -321,8 +319,7 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
 
 
 def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
-    task = Task("toy", ROWS, ROWS, vowel_reward)
-    task.demonstrations = ROWS
+    task = PromptTask("toy", ROWS, ROWS, vowel_reward, 8, demonstrations=ROWS)
     run = tmp_path / "run"
     settings = {"task": task, "output_dir": run, "max_steps": 20, "batch_size": 2}
     settings["learning_rate"] = 0.01

@@ -139,7 +139,7 @@ def test_a_task_of_the_users_own_module_or_file(tmp_path):
     )
     assert load_task("my_task:task").max_completion_length == 3
     assert load_task("my_task:build").max_completion_length == 7
-    assert load_task("my_task:box.inner") is load_task("my_task:task")
+    assert load_task("my_task:box.inner") == load_task("my_task:task")
     assert load_task(f"{tmp_path}/my_task.py:task").name == "mine"
     other = load_task("my_task:task", reward=reward)
     assert other.reward is reward and load_task("my_task:task").reward is len

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from types import SimpleNamespace
+
 import pytest
 from refusals import refused
 
+from tokenrl import evaluate
+from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.supervised.base import make_tiny
+from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.language.tasks.task import PromptTask, as_task, find_task, load_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
+
+ROWS = [{"prompt": "a"}]
+PREFERRED = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 FILE = """
 import sys
@@ -38,22 +47,37 @@ def test_so_is_one_in_a_file(workplace, refusal, name, raises):
     assert not (workplace / "run").exists()
 
 
-def test_a_column_that_rows_of_a_task_lack_is_none_for_a_reward_whatever_rows_it_is_called_with():
-    seen = []
+class Notes:
+    """An environment in TRL's interface that asks for a column."""
 
-    def note_of(completions, note, **columns):
-        seen.extend(note)
-        return [0.0] * len(completions)
+    def reset(self, prompt, note):
+        return None
+
+    def get_reward(self):
+        return 0.0
+
+
+def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environments():
+    def note_of(completions, note):
+        return [0.0 if text is None else 1.0 for text in note]
 
     plain = [{"prompt": "a"}, {"prompt": "b"}]
-    for parts in (
-        ([*plain, {"prompt": "c", "note": "n"}], plain),
-        (plain, [{"prompt": "c", "note": "n"}]),
-    ):
-        _, rewards = find_task(TaskArguments(task=PromptTask("t", *parts, note_of)))
-        rewards(["a", "b"], ["x", "y"], [[0], [0]], {})
-        rewards(["c"], ["x"], [[0]], {"note": ["n"]})
-    assert seen == [None, None, "n"] * 2
+    noted = [*plain, {"prompt": "c", "note": "n"}]
+    for parts in ((noted, plain), (plain, noted)):
+        for task in (
+            PromptTask("t", *parts, note_of),
+            dict(zip(("train", "test"), parts, strict=True)),
+        ):
+            read, rewards = find_task(
+                TaskArguments(task=task, reward=(note_of,), environment=Notes)
+            )
+            rows = [*read.train_prompts, *read.eval_prompts]
+            assert [row["note"] for row in rows] == [row.get("note") for row in chain(*parts)]
+            assert rewards.environments.reset(rows[:1], [0])[0].failure == ""
+    pairs = [PREFERRED | {"margin": 1.0}, PREFERRED]
+    assert [pair.margin for pair in load_pairs({"train": pairs, "test": pairs})[0]] == [1.0, None]
+    with refused("has no demonstrations"):
+        demonstrations(as_task([PREFERRED | {"completion": None}], reward=len))
 
 
 @pytest.mark.parametrize("attribute", ["solved", "pass_threshold", "max_completion_length"])
@@ -67,7 +91,45 @@ def test_a_mark_of_a_task_is_a_number(attribute):
 def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build():
     task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
     task.build = print
-    policy = make_tiny(TrainArguments(model="tiny"), task)
-    for attribute, steps in (([{"prompt": "a"}], 200), (task.__init__, 200), ({"max_steps": 7}, 7)):
+    policy = make_tiny(TrainArguments(model="tiny"), as_task(task))
+    for attribute, steps in (
+        ([{"prompt": "a"}], 200), (task.__init__, 200), ({0: task}, 200), ({"max_steps": 7}, 7)
+    ):  # fmt: skip
         task.train = attribute
-        assert train_settings(TrainArguments(model="tiny"), task, policy).args.max_steps == steps
+        result = train_settings(TrainArguments(model="tiny"), as_task(task), policy)
+        assert result.args.max_steps == steps
+
+
+class Failing(PromptTask):
+    @property
+    def train(self):
+        raise OSError("no file")
+
+    @train.setter
+    def train(self, value):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (
+            SimpleNamespace(train=ROWS, test=ROWS),
+            "SimpleNamespace without name, train_prompts, eval_p",
+        ),
+        (
+            SimpleNamespace(name="a", eval_prompts=ROWS),
+            "is a SimpleNamespace without train_prompts: m",
+        ),
+        (PromptTask("a", 5, ROWS), "task 'a': train_prompts is 5; give a list of rows"),
+        (PromptTask("a", ROWS, iter(())), "task 'a', eval_prompts is empty: give at least one row"),
+        (PromptTask("a", ["b"], ROWS), r"train_prompts, row 0 is 'b' \(str\); a row is a dict"),
+        (PromptTask("a", [{"question": "b"}], ROWS), "train_prompts has no column 'prompt'"),
+        (Failing("a", ROWS, ROWS), "was read, and it raised OSError: no file"),
+        (lambda: 1 / 0, "task '<lambda>' was read, and it raised ZeroDivisionError"),
+    ],
+)
+def test_an_object_that_is_no_task_is_refused_in_a_sentence(task, words):
+    for use in (load_task, lambda task: evaluate(task=task, model="none")):
+        with refused(words):
+            use(task)

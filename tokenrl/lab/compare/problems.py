@@ -216,7 +216,7 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
             announce(f"warning: {label}: {warning}")
         resolved = train_settings(args, task, policy).args
-        reward_range = getattr(reward, "range", None)
+        reward_range = reward.range
         unit = "completions"
         per_step = resolved.prompts_per_step * resolved.num_generations
     every = args.eval_every
@@ -242,7 +242,7 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         every=per_step * every,
         margin=margin,
         reward_range=reward_range,
-        solved=getattr(task, "solved", None),
+        solved=task.solved,
     )
 
 

@@ -41,7 +41,7 @@ from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
 
 if TYPE_CHECKING:
-    from tokenrl.language.tasks.task import Task
+    from tokenrl.language.tasks.task import PromptTask
 
 MAX_ROWS = 1024
 """Completions per forward pass, if their logits are few."""
@@ -133,7 +133,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     return Measured(policy.source, task.name, _settings(args, samples), measurements)
 
 
-def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
+def _policy(args: MeasureArguments, task: PromptTask, console: Console) -> Policy:
     """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
     from tokenrl.language.policy.loading import device_for
     from tokenrl.language.policy.model import load_policy

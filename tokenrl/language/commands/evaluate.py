@@ -37,7 +37,7 @@ from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task, limit_of
+from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
 from tokenrl.runs.directory import STEP
 from tokenrl.runs.files import check_place, plain, write_json
@@ -204,25 +204,27 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     task = args.task
     recorded = str(config.get("task"))
     names = {"max_completion_length", "truncate_prompts"}
-    name = task
-    if not isinstance(task, str):
-        name = getattr(task, "name", getattr(task, "__name__", IN_MEMORY))
-    in_memory = name is IN_MEMORY and recorded.startswith(IN_MEMORY)
-    if not (task is None or in_memory or str(name) == recorded):
-        return names - {"max_completion_length"} if limit_of(task) else names
+    is_same = task is None or (isinstance(task, str) and task == recorded)
+    if not is_same:
+        own = own_task(task)
+        if not isinstance(task, str):
+            is_same = own.name == recorded if own else recorded.startswith(IN_MEMORY)
+        if not is_same:
+            has_limit = own is not None and own.max_completion_length
+            return names - {"max_completion_length"} if has_limit else names
     names |= {*field_types(TaskArguments)}
     if args.reward is not None and plain(args.reward) != config.get("reward"):
         names.remove("reward_weights")
     return names
 
 
-def opened(args: Any, model: str, task: Any, length: int = 256) -> tuple[Policy, int]:
+def opened(args: Any, model: str, task: PromptTask, length: int = 256) -> tuple[Policy, int]:
     """Load a model, ask it as the arguments say, and print how; return it with the limit of a completion.
 
     Args:
         args: the arguments, those of `tokenrl evaluate` or `tokenrl sample`.
         model: the model as it was named.
-        task: the task; None if there is none.
+        task: the task.
         length: the limit where neither the arguments nor the task have one.
 
     Raises:

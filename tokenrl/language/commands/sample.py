@@ -29,7 +29,7 @@ from tokenrl.language.rollout.rewarded import (
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import fault_of_prompt
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.runs.output import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -78,9 +78,8 @@ class Sampler:
         self.environments = getattr(self.rewards, "environments", None)
         if self.rewards is not None:
             self.rewards.state = state_of(args.model)
-        self.policy, self._length = opened(args, args.model, task, 64)
         self._generator = checked_generator(self.policy, self.environments)
-        rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
+        rows = [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then
             rows = [row for row in rows if isinstance(row["prompt"], str)]
         self._args = args

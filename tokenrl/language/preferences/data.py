@@ -27,7 +27,7 @@ from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_base, warm_started_base
-from tokenrl.language.supervised.defaults import completion_limit, own_model
+from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -93,7 +93,7 @@ def _from_task(
     args: RewardModelArguments, task: Any, rewards: Any, announce: Callable[[str], None]
 ) -> RewardData:
     model = args.policy
-    if model is None and own_model(task) is None:
+    if model is None and not task.base:
         model = args.model
     arguments = ModelArguments(model=model, base_seed=args.base_seed, **vars(args.form))
     policy = load_base(arguments, task, announce)
@@ -147,8 +147,9 @@ def make_backbone(
         )
     if args.hidden_size is not None:
         try:  # a task may have no tiny model, or one whose heads do not divide this width
-            task = replace(task, build=replace(task.build, hidden=args.hidden_size))
-            task.build(0)
+            base = replace(task.base, build=replace(task.base.build, hidden=args.hidden_size))
+            base.build(0)
+            task = replace(task, base=base)
         except (AttributeError, TypeError, ValueError) as error:
             raise Refused(
                 f"hidden_size={args.hidden_size} does not fit: {describe(error)}"

@@ -254,10 +254,10 @@ def train_reward_model(
             provenance_of(reward_model, dicts),
             {"training": training},
             header,
-            names=names | {"task": getattr(data.task, "name", None)},
+            names=names | {"task": data.task and data.task.name},
             title=title,
             pairs={"train": len(data.train), "held_out": len(data.held_out)},
-            **recorded(data.task),
+            **(recorded(data.task) if data.task else {}),
         )
         for warning in warnings:
             session.console.warn(warning)

@@ -162,7 +162,6 @@ class Rewards:
         self.environment_weight = weights[-1] if is_last else 0.0
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
-        self._columns = dict[str, Any]()
         owners = zip(self.names, map(keeper, self.functions), strict=True)
         self.keepers = {name: owner for name, owner in owners if owner is not None}
         declared = len(specs) == 1 and is_binary(self.functions[0]) and weights[0] > 0
@@ -230,8 +229,6 @@ class Rewards:
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check, before anything is sampled, that every function gets the arguments it asks for.
 
-        Rewards get None in those of the columns that all rows of a call lack.
-
         Args:
             columns: names of the columns of the data.
 
@@ -239,8 +236,7 @@ class Rewards:
             Refused: a function has a parameter without a default that is neither a column nor passed to every
                 reward.
         """
-        self._columns = dict.fromkeys(column for column in columns if column not in WITHHELD)
-        available = [*GIVEN, *self._columns]
+        available = [*GIVEN, *(column for column in columns if column not in WITHHELD)]
         if self.environments is not None:
             available += ["environments", "environment_rewards"]
         for name, function in zip(self.names, self.functions, strict=True):
@@ -291,8 +287,7 @@ class Rewards:
             count = len(completions)
             nothing = np.zeros((count, 0))
             return RewardResult(nothing, np.zeros(count), np.ones(count, dtype=bool), {}, {})
-        rows: dict[str, list[Any]] = {name: [None] * len(completions) for name in self._columns}
-        rows |= {key: list(values) for key, values in columns.items() if key not in WITHHELD}
+        rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
         rows["completion_ids"] = list(completion_ids)
         rows["prompts"] = []
         rows["completions"] = []

@@ -42,8 +42,8 @@ from tokenrl.language.policy.model import (
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import may_read
-from tokenrl.language.supervised.defaults import own_model
 from tokenrl.language.supervised.fit import fit
+from tokenrl.language.tasks.task import PromptTask, own_task
 from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
@@ -81,7 +81,7 @@ def load_base(
         policy = make_tiny(args, task)
     elif source is None and not weights:
         check_own_model(task)
-        policy = wrap(*task.build(args.base_seed), source=f"{task.name} base")
+        policy = wrap(*task.base.build(args.base_seed), source=f"{task.name} base")
     else:
         if source is None:
             source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
@@ -141,7 +141,7 @@ def with_own_weights(policy: Policy, source: Any) -> Policy:
     return replace(policy, model=copied(policy.model))
 
 
-def make_tiny(args: ModelArguments, task: Any) -> Policy:
+def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
     """Make a tiny model with random weights: that of a toy task before its warm start, or one for any rows.
 
     Args:
@@ -149,17 +149,14 @@ def make_tiny(args: ModelArguments, task: Any) -> Policy:
         task: the task; held-out rows and demonstrations count for the vocabulary too. Of their columns those
             count that a model, a reward, an environment or a teacher may read.
     """
-    build = own_model(task)
-    if build is None:
-        rows = [
-            *task.train_prompts,
-            *task.eval_prompts,
-            *(getattr(task, "demonstrations", None) or ()),
-        ]
+    if task.base:
+        build = task.base.build
+    else:
+        rows = [*task.train_prompts, *task.eval_prompts, *task.demonstrations]
         template = getattr(args, "teacher_template", None) or ""
-        environment = getattr(task, "environment", None)
+        environment = task.environment
         if environment is None and getattr(args, "teacher_context", None) is None:
-            reward = getattr(task, "reward", None) or ()
+            reward = task.reward or ()
             rewards = reward if isinstance(reward, list | tuple) else [reward]
             read = {*READ, getattr(args, "completion_column", "")}
             read |= {
@@ -222,7 +219,8 @@ def warm_started_base(
     It lies in $TOKENRL_CACHE, or else in tokenrl/ of the user's cache, under a name that changes with the task.
 
     Args:
-        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
+        task: a task as `load_task` takes it, with `build(seed)`, `demonstrations`, `warm_start` and
+            `fingerprint`.
         seed: seed of the initial weights and of the order of demonstrations.
         announce: prints a line for people, since making the model takes some seconds.
 
@@ -233,11 +231,13 @@ def warm_started_base(
         Refused: the task has no model of its own, or the seed has more than 32 bits.
         Stopped: the directory cannot be written.
     """
+    task = own_task(task)
     check_own_model(task)
     check_seed(seed)
+    base = task.base
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
-    ingredients = [task.fingerprint, seed, torch.__version__.split("+")[0], MADE_BY]
+    ingredients = [base.fingerprint, seed, torch.__version__.split("+")[0], MADE_BY]
     digest = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
     folder = cache / f"{task.name}-{digest[:16]}"
     if folder.exists():
@@ -248,9 +248,9 @@ def warm_started_base(
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with atomic_directory(folder) as new:
-                    policy = wrap(*task.build(seed), source=f"{task.name} base")
-                    if warm := task.warm_start:
-                        rows = task.demonstrations
+                    policy = wrap(*base.build(seed), source=f"{task.name} base")
+                    if warm := base.warm_start:
+                        rows = base.demonstrations
                         words = f"on {len(rows)} demonstrations ({warm.steps} steps)"
                         announce(f"Warm-starting a tiny model {words}.")
                         sizes = {"max_steps": warm.steps, "batch_size": warm.batch_size}
@@ -259,8 +259,8 @@ def warm_started_base(
     return folder
 
 
-def check_own_model(task: Any) -> None:
+def check_own_model(task: PromptTask) -> None:
     """Refuse a task without a model of its own, where no other model is named."""
-    if own_model(task) is None:
+    if not task.base:
         mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")

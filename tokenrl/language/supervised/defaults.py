@@ -8,7 +8,7 @@ own tokenizer writes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
@@ -24,6 +24,7 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.sources import as_prompt
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.settings import lay
 
 ANY = {
@@ -76,7 +77,7 @@ def parameter_count(policy: Policy) -> int:
     return sum(p.numel() for name, p in policy.model.named_parameters() if "lora_" not in name)
 
 
-def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]]:
+def demonstrations(task: PromptTask, column: str = "completion") -> list[dict[str, Any]]:
     """Return a task's demonstrations, or else those of its training rows that have a completion.
 
     Args:
@@ -89,10 +90,9 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     Raises:
         Refused: there are none.
     """
-    rows = list(getattr(task, "demonstrations", None) or [])
-    rows = rows or with_completions(task.train_prompts, column)
+    rows = list(task.demonstrations) or with_completions(task.train_prompts, column)
     if not rows:
-        columns = dict.fromkeys(name for row in task.train_prompts for name in row)
+        columns = next(iter(task.train_prompts), ())
         raise Refused(
             f"The task {task.name!r} has no demonstrations, and its rows have no column {column!r}: name one of "
             f"{', '.join(columns)} by completion_column (--completion-column).{nearest(column, columns)}"
@@ -101,11 +101,11 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
 
 
 def with_completions(rows: Iterable[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Return the rows that have this column, as `completion`, with the locations of the rows in the data."""
+    """Return the rows that have a value in this column, as `completion`, with the locations of the rows in the data."""
     return [
         Placed({**row, "completion": as_prompt(row[column])}, location)
         for location, row in with_places(rows)
-        if column in row
+        if row.get(column) is not None
     ]
 
 
@@ -116,7 +116,7 @@ def room(pairs: Sequence[Pair]) -> int:
 
 
 def completion_limit(
-    task: Any, model: Any, policy: Policy, otherwise: int = 256, truncate: bool = False
+    task: PromptTask, model: Any, policy: Policy, otherwise: int = 256, truncate: bool = False
 ) -> tuple[int, str]:
     """Return the most tokens of a completion of a task where it is left open, and where it comes from.
 
@@ -125,20 +125,17 @@ def completion_limit(
     leaves of the model's context, or half of the context where prompts may be truncated.
 
     Args:
-        task: the task; None if there is none.
+        task: the task.
         model: the model that the arguments name; None for the task's own.
         policy: the policy, which needs no weights.
         otherwise: the number for a task without a limit and without demonstrations.
         truncate: whether prompts that are too long are cut.
     """
-    limit = getattr(task, "max_completion_length", None)
-    toy = own_model(task) and not is_own(task, model, policy)
-    if limit and not (toy and getattr(task, "demonstrations", None)):
-        return limit, "the task's limit"
+    toy = task.base and not is_own(task, model, policy)
+    if task.max_completion_length and not (toy and task.demonstrations):
+        return task.max_completion_length, "the task's limit"
     limit = otherwise
     origin = "default"
-    if task is None:
-        return limit, origin
     with suppress(Refused):  # no demonstrations, or a column of that name that holds something else
         pairs = encode_demonstrations(policy, demonstrations(task))
         longest = max(len(completion) for _, completion in pairs)
@@ -198,16 +195,7 @@ def _keeps_characters(tokenizer: Any) -> bool:
     return all(tokenizer(characters, add_special_tokens=False).input_ids)
 
 
-def own_model(task: Any) -> Callable[[int], tuple[Any, Any]] | None:
-    """Return what makes a toy task's own model and tokenizer from a seed; None for any other task.
-
-    A task of the user may call something else `build`; it has no `fingerprint` beside it.
-    """
-    build = getattr(task, "build", None)
-    return build if callable(build) and hasattr(task, "fingerprint") else None
-
-
-def is_own(task: Any, model: Any, policy: Policy) -> bool:
+def is_own(task: PromptTask, model: Any, policy: Policy) -> bool:
     """Return whether the model is the task's own, or was made of it: then it has the same vocabulary.
 
     Args:
@@ -215,20 +203,20 @@ def is_own(task: Any, model: Any, policy: Policy) -> bool:
         model: the model that the arguments name; None for the task's own.
         policy: the policy.
     """
-    tokenizer = getattr(own_model(task), "tokenizer", None)
+    tokenizer = getattr(task.base and task.base.build, "tokenizer", None)
     if model is None or tokenizer is None:
         return model is None
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
 
 
 def layers_below(
-    choices: Any, task: Any, policy: Policy, recommended: Mapping[str, Any]
+    choices: Any, task: PromptTask, policy: Policy, recommended: Mapping[str, Any]
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the layers below what was given: the defaults, the learning rate by size, and the task's.
 
     Args:
         choices: the arguments of `tokenrl sft` or `tokenrl train`.
-        task: the task; None for the defaults alone.
+        task: the task.
         policy: the policy, which needs no weights.
         recommended: what the task recommends, for a toy task with its own model only.
     """
@@ -243,18 +231,17 @@ def layers_below(
         count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random
     )
     top = ("recommended by the task", recommended)
-    if own_model(task) and not is_own(task, choices.model, policy):
+    if task.base and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
 def sft_defaults(
-    choices: SftArguments, task: Any, policy: Policy
+    choices: SftArguments, task: PromptTask, policy: Policy
 ) -> tuple[SftArguments, dict[str, str]]:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults."""
     recommended = {}
-    warm: Any = getattr(task, "warm_start", None)
-    if hasattr(warm, "steps"):
+    if warm := task.warm_start:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
     layers = layers_below(choices, task, policy, recommended)

@@ -28,7 +28,7 @@ from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.sft import sft
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.tasks.task import PromptTask, Task
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.runs.signals import SIGNALS
 
 SETTINGS: dict[str, Any] = {
@@ -53,7 +53,7 @@ ENOUGH = 0.5
 
 def warm_start(
     args: Any,
-    task: Task,
+    task: PromptTask,
     rewards: Rewards,
     folder: Path,
     load: Callable[[], Policy],
@@ -94,11 +94,14 @@ def warm_start(
         raise Refused(
             "warm_start trains all weights, but the model has an adapter: merge it first."
         )
-    rows = demonstrations(task)
-    environment = getattr(task, "environment", None)
-    prompts = task.train_prompts
     ended = sft(
-        task=PromptTask(task.name, prompts, [], None, demonstrations=rows, environment=environment),
+        task=PromptTask(
+            task.name,
+            task.train_prompts,
+            (),
+            demonstrations=demonstrations(task),
+            environment=task.environment,
+        ),
         model=replace(with_own_weights(policy, args.model), reference=None),
         output_dir=str(folder),
         max_steps=args.warm_start_steps,
@@ -116,7 +119,7 @@ def warm_start(
     return facts_of(folder)
 
 
-def is_ready(args: Any, policy: Policy, task: Task, rewards: Rewards) -> bool:
+def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
     """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
     rewards.state = TrainerState(max_steps=args.max_steps)
     sampling = sampling_of(args)

@@ -14,14 +14,14 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import UNIQUE_KEYS
-from tokenrl.errors import Placed
+from tokenrl.errors import Placed, Refused, with_places
 
 SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
@@ -84,10 +84,31 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, 
     for file in files:
         for location, row in read(_text(file), file):
             rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
-    empty: dict[str, None] = {}
-    for row in rows:
-        empty |= dict.fromkeys(row)
-    return [Placed(empty | row, row.location) for row in rows]
+    return alike([rows])[0]
+
+
+def alike(parts: Iterable[Sequence[Any]], source: str = "task") -> list[list[Any]]:
+    """Return rows in several parts with the same columns, None where a row has no value.
+
+    Raises:
+        Refused: a row is no mapping; the message begins with the source.
+    """
+    columns: dict[str, None] = {}
+    parts = list(parts)
+    for location, row in with_places(chain.from_iterable(parts)):
+        if not isinstance(row, Mapping):
+            raise Refused(
+                f"{source}, {location} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
+                'write task=[{"prompt": text} for text in texts].'
+            )
+        if row.keys() != columns.keys():
+            columns |= dict.fromkeys(row)
+    return [[_with(columns, *row) for row in with_places(rows)] for rows in parts]
+
+
+def _with(columns: Mapping[str, None], location: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row with all columns, in their order."""
+    return row if [*row] == [*columns] else Placed({**columns, **row}, location)
 
 
 def _text(file: Path) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate, count
 from typing import Any, TypeVar
@@ -32,14 +32,6 @@ EQUAL = " (all rows are equal, so evaluations sample new completions of the same
 """How rows were held out of those to train on, in words."""
 
 
-def changed(task: Any, **attributes: Any) -> Any:
-    """Return a copy of a task with other attributes."""
-    task = copy.copy(task)
-    for name, value in attributes.items():
-        object.__setattr__(task, name, value)  # tasks may be frozen dataclasses
-    return task
-
-
 def smaller_evaluation(task: Any, eval_size: int | None) -> Any:
     """Return the task with at most `eval_size` of its held-out rows; None keeps all.
 
@@ -49,7 +41,7 @@ def smaller_evaluation(task: Any, eval_size: int | None) -> Any:
     """
     if eval_size is None:
         return task
-    return changed(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size))
+    return replace(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size))
 
 
 def chosen_rows(rows: Sequence[T], size: int) -> list[T]:
@@ -222,9 +214,9 @@ def division_of(
         task.train_prompts,
         task.eval_prompts,
         eval_size,
-        divided=getattr(task, "divided", ""),
+        divided=task.divided,
         models=models,
-        episodic=getattr(task, "environment", None) is not None,
+        episodic=task.environment is not None,
     )
 
 

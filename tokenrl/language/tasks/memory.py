@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from tokenrl.errors import Refused
+from tokenrl.language.tasks.files import alike
 from tokenrl.settings import shown
 
 FORMS = (
@@ -27,7 +28,7 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
         The rows of each split, by the name of the split. Data without splits is the split "train".
 
     Raises:
-        Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
+        Refused: the data is streamed or of another type, or a row is no mapping.
     """
     if not isinstance(data, Mapping):
         return {"train": _rows(data, "task")}
@@ -63,18 +64,8 @@ def _rows(data: Any, source: str) -> list[dict[str, Any]]:
             for row, value in zip(holders, column, strict=True):
                 row[name] = value
         return rows
-    for number, row in enumerate(data):
-        if not isinstance(row, Mapping):
-            raise Refused(
-                f"{source}, row {number} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
-                'write task=[{"prompt": text} for text in texts].'
-            )
-        if differences := row.keys() ^ data[0].keys():
-            raise Refused(
-                f"{source}: row {number} and row 0 do not have the same columns; only one has "
-                f"{', '.join(sorted(map(str, differences)))}. Give None where there is no value."
-            )
-    return [{name: without_arrays(value) for name, value in row.items()} for row in data]
+    (rows,) = alike([data], source)
+    return [{name: without_arrays(value) for name, value in row.items()} for row in rows]
 
 
 def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:

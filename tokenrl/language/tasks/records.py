@@ -55,13 +55,13 @@ def recorded(task: Any) -> dict[str, Any]:
     """Return what config.json says besides the name of a task.
 
     Args:
-        task: the task, or None. Data that was given from Python is described as `task_rows`; `chat_prompts`
+        task: the task. Data that was given from Python is described as `task_rows`; `chat_prompts`
             says that prompts are chat messages.
     """
     facts: dict[str, Any] = {}
-    if origin := getattr(task, "origin", None):
-        facts["task_rows"] = origin
-    if any(not isinstance(row["prompt"], str) for row in getattr(task, "train_prompts", ())):
+    if task.origin:
+        facts["task_rows"] = task.origin
+    if any(not isinstance(row["prompt"], str) for row in task.train_prompts):
         facts["chat_prompts"] = True
     return facts
 
@@ -86,4 +86,5 @@ def provenance_of(
     processes = getattr(where, "num_processes", 1)
     trained = policy.trained_prompts | trained_prompts(next(iter(rows.values())))
     kind = where.device.type
-    return Provenance(fingerprints, processes, kind, task, trained, fingerprints)
+    objects = {} if task is None else {"reward": task.reward, "environment": task.environment}
+    return Provenance(fingerprints, processes, kind, objects, trained, fingerprints)

@@ -321,10 +321,6 @@ def check_prompts(rows: Iterable[Row], source: str) -> None:
         Refused: a row has another prompt, or none; the message names the row and what was found there.
     """
     for location, row in with_places(rows):
-        if not isinstance(row, Mapping) or "prompt" not in row:
-            raise Refused(
-                f"{source}, {location}: expected a mapping with a 'prompt', found {row!r:.200}."
-            )
         if fault := fault_of_prompt(row["prompt"]):
             raise Refused(
                 f"{source}, {location}: {fault}. A prompt is text, or a list of chat messages "

@@ -1,20 +1,20 @@
-"""Finds or makes the task that a user names: prompts, a reward, and a limit for the completion length.
+"""Makes a complete task of whatever a user gives: prompts, a reward, and a limit for the completion length.
 
-A task is any object with the attributes of `Task`. `load_task` makes one from the name of a toy task, from
-`module:attribute`, from any source that `datasets` reads, or of data in memory. Streaming and multimodal data
-are left out.
+A user may give any object with attributes of `PromptTask`, the name of a toy task, `module:attribute`, any source
+that `datasets` reads, or data in memory. `as_task` makes a `PromptTask` of it, which has every attribute that the
+package reads. Streaming and multimodal data are left out.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, repeat
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenrl.errors import (
     USER_CODE_FAILED,
@@ -31,8 +31,8 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
-from tokenrl.language.tasks.files import format_of
-from tokenrl.language.tasks.held_out import changed, read_parts, separate, smaller_evaluation
+from tokenrl.language.tasks.files import alike, format_of
+from tokenrl.language.tasks.held_out import read_parts, separate, smaller_evaluation
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
 from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
@@ -40,39 +40,20 @@ from tokenrl.settings import arguments, shown
 from tokenrl.user_code import user_code
 
 
-class Task(Protocol):
-    """The attributes that training needs of a task.
-
-    Further attributes are optional: demonstrations, recommended settings, `pass_threshold` (the least reward
-    of a right completion), and `environment`. The last makes an episode of several turns of each row; then
-    the reward may be an empty list.
-
-    Attributes:
-        name: the task's name, for records and messages.
-        train_prompts: rows to train on. A row is a mapping with a "prompt", which is text or a list of chat
-            messages; its other columns are passed to the reward as keyword arguments.
-        eval_prompts: rows to evaluate on.
-        reward: a reward function or a list of them. A function may declare itself by the attributes
-            `binary = True` or `range = (low, high)`.
-        max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
-    """
-
-    name: str
-    train_prompts: Sequence[Row]
-    eval_prompts: Sequence[Row]
-    reward: Any  # a reward function or a list of them
-    max_completion_length: int | None
-
-
 @dataclass
 class PromptTask:
     """A task that is made of rows and a reward.
 
+    Any object with `name`, `train_prompts`, `eval_prompts` and `reward` is taken as a task too, and other
+    attributes of these names count.
+
     Attributes:
         name: the task's name, for records and messages.
-        train_prompts: rows to train on, as in `Task`.
+        train_prompts: rows to train on. A row is a mapping with a "prompt", which is text or a list of chat
+            messages; its other columns are passed to the reward as keyword arguments, None where it lacks one.
         eval_prompts: rows to evaluate on.
-        reward: a reward function or a list of them.
+        reward: a reward function or a list of them; it may be empty where an environment gives the rewards. A
+            function may declare itself by the attributes `binary = True` or `range = (low, high)`.
         max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
         solved: the mean reward from which the task counts as solved; None if there is no such mark.
         pass_threshold: the least reward of a right completion, for pass@k; None if only `reward` can say so,
@@ -82,23 +63,30 @@ class PromptTask:
         divided: how the rows to evaluate on were held out of the split to train on, in words; else empty.
         environment: a class or function that makes the environment of an episode, or a dict of them by the
             rows' column `environment`; None if a completion is a single turn.
+        train: settings that the task recommends for a training, by the names of `TrainArguments`.
+        warm_start: what it recommends for a supervised stage, with `steps`, `batch_size` and `learning_rate`.
+        base: the toy task that makes the task's own model, with `build`, `demonstrations`, `warm_start` and
+            `fingerprint`; None if there is no such model.
     """
 
     name: str
     train_prompts: Sequence[Row]
     eval_prompts: Sequence[Row]
-    reward: Any
+    reward: Any = None
     max_completion_length: int | None = None
     solved: float | None = None
     pass_threshold: float | None = None
-    demonstrations: Sequence[Any] = field(default_factory=list)
+    demonstrations: Sequence[Any] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
     divided: str = ""
     environment: Any = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+    warm_start: Any = None
+    base: Any = None
 
 
-REQUIRED = ("name", "train_prompts", "eval_prompts")
-"""The attributes that a task has whatever it is for."""
+ROWS = ("train_prompts", "eval_prompts")
+"""The attributes that a task has beside its name, whatever it is for."""
 TRAIN_EPISODES = 512
 EVAL_EPISODES = 64
 """Rows to train and to evaluate on of a task that is an environment alone. They are all the same, but each
@@ -106,14 +94,14 @@ episode is reset with a seed of its own."""
 
 
 @takes(DataArguments)
-def load_task(name: Any, *, reward: Any = None, chat: bool = False, **options: Any) -> Task:
+def load_task(name: Any, *, reward: Any = None, chat: bool = False, **options: Any) -> PromptTask:
     """Find a task by the name that a user gives, or make one of data.
 
     Args:
         name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task or an environment, or a
             callable without arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a
             hub dataset `owner/name` or `owner/name:config`. Or the data itself: a `datasets.Dataset`, a list
-            of rows, or a mapping of splits such as a `DatasetDict`; or an environment's class.
+            of rows, or a mapping of splits such as a `DatasetDict`; or a task, or an environment's class.
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
         chat: make prompts of a dataset that are text messages of the user.
@@ -125,68 +113,100 @@ def load_task(name: Any, *, reward: Any = None, chat: bool = False, **options: A
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
-    return _loaded(name, arguments(DataArguments, options), reward, chat)
+    return as_task(name, arguments(DataArguments, options), reward, chat=chat)
 
 
-def _loaded(
-    source: Any, data: DataArguments, reward: Any, chat: bool, *, whole: bool = False
-) -> Task:
-    """Return the task of a name, of an object or of data, checked, with the user's reward and environment."""
-    name = source
-    if not isinstance(source, str):
-        name = getattr(source, "__name__", type(source).__name__)
-    try:
-        with user_code():
-            task = _made(source, name, data.eval_size, chat)
-            if task is not None:
-                task = _checked(task, getattr(task, "name", name), whole=whole)
-                task = smaller_evaluation(task, data.eval_size)
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
+def as_task(
+    source: Any,
+    data: DataArguments | None = None,
+    reward: Any = None,
+    *,
+    chat: bool = False,
+    needs_reward: bool = True,
+    whole: bool = False,
+) -> PromptTask:
+    """Return whatever a user may give as a task, see `load_task`, as a task that is complete and checked.
+
+    Args:
+        source: a name, a task, an environment, or data.
+        data: how prompts are read, by default as `DataArguments` says; its environment replaces the task's own.
+        reward: a reward or a list of them that replaces the task's own.
+        chat: make prompts of data that are text messages of the user.
+        needs_reward: whether data needs a reward.
+        whole: whether the task may lack rows to evaluate on.
+    """
+    data = data or DataArguments()
+    task = own_task(source, data.eval_size, chat=chat, whole=whole)
     if task is None:
-        needs_reward = data.environment is None and not is_unrewarded(getattr(data, "reward", ()))
-        if reward is None and needs_reward and not whole:
+        if needs_reward and reward is None and data.environment is None:
             raise Refused(
-                f"task '{name}' is data, which has prompts but no reward: give one with --reward "
+                f"task '{_name_of(source)}' is data, which has prompts but no reward: give one with --reward "
                 "module:function (or a file.py, or the folder of a reward model), from Python reward=function."
             )
-        title = f"task '{source}'" if isinstance(source, str) else "task"
-        splits, evaluation = read_parts(source, title, data.split, data.eval_split)
-        name, origin = source, dict[str, Any]()
-        if not isinstance(source, str):
-            name, origin = records.described(splits)
-        subject = f"{title}, split '{data.split}'"
-        train_rows = with_prompts(splits[data.split], subject, data, chat=chat)
-        held_out = None
-        if evaluation is not None:
-            subject = f"{title}, split '{evaluation}'"
-            held_out = with_prompts(splits[evaluation], subject, data, chat=chat)
-        train_rows, eval_rows, words = separate(train_rows, held_out, data.eval_size)
-        task = PromptTask(name, train_rows, eval_rows, None, origin=origin, divided=words)
+        task = _of_data(source, data, chat=chat)
     if reward is not None:
         is_one = isinstance(reward, str) or not isinstance(reward, Sequence)
         functions = load_reward(reward) if is_one else list(map(load_reward, reward))
-        task = changed(task, reward=functions, pass_threshold=None)
-    if data.environment is None or data.environment is source:
-        return task  # type: ignore[no-any-return]
+        task = replace(task, reward=functions, pass_threshold=None)
     environment: Any = data.environment
+    if environment is None or environment is source:
+        return task
     if isinstance(environment, str):
         environment = import_attribute(environment, "environment")
-    return changed(task, environment=environment)  # type: ignore[no-any-return]
+    return replace(task, environment=environment)
 
 
-def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
-    """Return the task of a name, or the task that an object is or makes; None if it is data.
+def own_task(
+    source: Any, eval_size: int | None = None, *, chat: bool = False, whole: bool = True
+) -> PromptTask | None:
+    """Return the task of a name, or the task that an object is or makes, complete and checked; None of data.
 
     Args:
         source: a name; a task, an environment's class, or a function without arguments that makes one of the
             two; or data.
-        name: its name.
-        eval_size: rows to evaluate on of puzzles and environments; None for the usual number.
+        eval_size: the most rows to evaluate on; None for the usual number.
         chat: make the empty prompt of an environment a message of the user.
+        whole: whether the task may lack rows to evaluate on.
+
+    Raises:
+        Refused: there is no such task, it lacks what a task needs, or its code raises an error.
     """
+    name = _name_of(source)
+    try:
+        with user_code():
+            task = _made(source, name, eval_size, chat)
+            if task is None:
+                return None
+            return smaller_evaluation(_complete(task, name, whole=whole), eval_size)
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
+
+
+def _name_of(source: Any) -> str:
+    """Return what messages call a task or data that a user gives."""
+    return source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+
+
+def _of_data(source: Any, data: DataArguments, *, chat: bool) -> PromptTask:
+    """Return the task of data, without a reward; rows to evaluate on are a split, or held out."""
+    name, origin = source, dict[str, Any]()
+    title = f"task '{source}'" if isinstance(source, str) else "task"
+    splits, evaluation = read_parts(source, title, data.split, data.eval_split)
+    if not isinstance(source, str):
+        name, origin = records.described(splits)
+    parts = {}
+    for split in filter(None, (data.split, evaluation)):
+        parts[split] = with_prompts(splits[split], f"{title}, split '{split}'", data, chat=chat)
+    held_out = None if evaluation is None else parts[evaluation]
+    train, evaluated, words = separate(parts[data.split], held_out, data.eval_size)
+    train, evaluated = alike([train, evaluated])
+    return PromptTask(name, train, evaluated, origin=origin, divided=words)
+
+
+def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
+    """Return the object with the attributes of a task that `own_task` completes; None of data."""
     factory = source
     if isinstance(source, str):
         toy_tasks = importlib.import_module("toy_tasks")
@@ -206,7 +226,9 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
             )
         factory = import_attribute(source, "task")
     elif not callable(source):
-        return source if hasattr(source, "train_prompts") else None
+        is_table = hasattr(source, "__getitem__")  # of which an attribute may be a column
+        names = ROWS[:1] if is_table else (*ROWS, "train")
+        return source if any(hasattr(source, name) for name in names) else None
     task = factory
     if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
         task = task()
@@ -215,42 +237,44 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
     row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
     train_prompts = list(repeat(row, TRAIN_EPISODES))
     eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
-    return PromptTask(name, train_prompts, eval_prompts, [], environment=factory)
+    return PromptTask(name, train_prompts, eval_prompts, environment=factory)
 
 
-def limit_of(task: Any) -> int | None:
-    """Return the most tokens of a completion that a task itself has, an object or by its name; else None."""
-    return getattr(_made(task, "", None, False), "max_completion_length", None)
+def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
+    """Return an object with the attributes of a task as a task with all of them, if it has what is needed.
 
-
-def _checked(task: Any, name: str, *, whole: bool) -> Any:
-    """Return a task, of whatever origin, with its prompts as they are read, if it has what is needed.
-
-    Args:
-        task: the task.
-        name: its name.
-        whole: whether it may lack rows to evaluate on.
+    Prompts are as they are read from data. An attribute `train`, `warm_start` or `build` may mean something else.
     """
-    missing = [name for name in REQUIRED if not hasattr(task, name)]
+    values = {f.name: getattr(task, f.name) for f in fields(PromptTask) if hasattr(task, f.name)}
+    missing = [attribute for attribute in ("name", *ROWS) if attribute not in values]
     if missing:
         raise Refused(
             f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}: make a "
             "tokenrl.PromptTask, or give it those attributes."
         )
+    title = f"task '{values['name']}'"
     for attribute in ("solved", "pass_threshold", "max_completion_length"):
-        number = getattr(task, attribute, None)
+        number = values.get(attribute)
         if number is not None and not isinstance(number, Real):
-            raise Refused(f"task '{name}': {attribute} is {shown(number)}; give a number, or None.")
-    for attribute in (*REQUIRED[1:], "demonstrations"):
-        rows = getattr(task, attribute, None) or ()
-        if len(rows) == 0 and attribute in REQUIRED and not whole:
-            raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
-        sources.check_prompts(rows, f"task '{name}', {attribute}")
-        prompts = [sources.as_prompt(row["prompt"]) for row in rows]
-        if prompts != [row["prompt"] for row in rows]:
-            rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
-            task = changed(task, **{attribute: rows})
-    return task
+            raise Refused(f"{title}: {attribute} is {shown(number)}; give a number, or None.")
+    for attribute in (*ROWS, "demonstrations"):
+        rows = values.get(attribute)
+        if not isinstance(rows, Iterable | None):
+            raise Refused(f"{title}: {attribute} is {shown(rows)}; give a list of rows.")
+        subject = f"{title}, {attribute}"
+        (values[attribute],) = alike([list(() if rows is None else rows)], subject)
+        if values[attribute] or (attribute in ROWS and not whole):
+            values[attribute] = with_prompts(values[attribute], subject, DataArguments())
+    values |= zip(ROWS, alike([values[name] for name in ROWS]), strict=True)
+    if not isinstance(values.get("train"), Mapping) or not all(
+        isinstance(setting, str) for setting in values["train"]
+    ):
+        values.pop("train", None)
+    if not hasattr(values.get("warm_start"), "steps"):
+        values.pop("warm_start", None)
+    if callable(getattr(task, "build", None)) and hasattr(task, "fingerprint"):
+        values["base"] = task
+    return PromptTask(**values)
 
 
 def is_unrewarded(reward: Any) -> bool:
@@ -260,7 +284,7 @@ def is_unrewarded(reward: Any) -> bool:
 
 def find_task(
     args: TaskArguments, *, may_lack_rewards: bool = False, whole: bool = False
-) -> tuple[Task, Rewards]:
+) -> tuple[PromptTask, Rewards]:
     """The task of the arguments and its rewards.
 
     `args.task` is a name, data as `load_task` takes it, or the task itself; the rewards are those of
@@ -292,22 +316,22 @@ def find_task(
         )
     chat = bool(getattr(args, "chat", None))
     reward = list(map(load_reward, named)) or None
-    task = _loaded(source, args, reward, chat, whole=whole)
-    environments = None
-    if (factory := getattr(task, "environment", None)) is not None:
-        options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
-        environments = Environments(factory, timeout=args.reward_timeout, **options)
-    functions = getattr(task, "reward", None) or []
     is_optional = unrewarded or whole
+    task = as_task(source, args, reward, chat=chat, needs_reward=not is_optional, whole=whole)
+    environments = None
+    if task.environment is not None:
+        options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
+        environments = Environments(task.environment, timeout=args.reward_timeout, **options)
+    functions = task.reward or []
     if environments is None and not (functions or is_optional):
         raise Refused(
             f"The task {task.name!r} has no reward: name one by reward (--reward), such as module:function."
         )
     pass_threshold = getattr(args, "pass_threshold", None)
     if reward or args.reward_weights:
-        task = changed(task, solved=None)
+        task = replace(task, solved=None)
     elif pass_threshold is None:
-        pass_threshold = getattr(task, "pass_threshold", None)
+        pass_threshold = task.pass_threshold
     rewards = Rewards(
         functions,
         list(args.reward_weights or ()) or None,
@@ -320,10 +344,13 @@ def find_task(
         pass_threshold=pass_threshold,
         optional=is_optional,
     )
-    rewards.check_columns(name for row in [*task.train_prompts, *task.eval_prompts] for name in row)
-    for attribute in REQUIRED[1:]:
-        _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
-        rewards.check_rows(getattr(task, attribute))
+    rewards.check_columns(next(chain(task.train_prompts, task.eval_prompts), ()))
+    for attribute, rows in (
+        ("train_prompts", task.train_prompts),
+        ("eval_prompts", task.eval_prompts),
+    ):
+        _check_copies(rows, f"task '{task.name}', {attribute}")
+        rewards.check_rows(rows)
     return task, rewards
 
 

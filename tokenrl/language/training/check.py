@@ -148,7 +148,7 @@ def _show_step(run: TrainingRun, session: Session, record: Record) -> None:
 def _text_findings(run: TrainingRun) -> list[Finding]:
     """Return a finding if the tokenizer loses characters of prompts, answers or demonstrations."""
     task = run.task
-    parts = task.train_prompts, task.eval_prompts, getattr(task, "demonstrations", None) or ()
+    parts = task.train_prompts, task.eval_prompts, task.demonstrations
     rows = [row for part in parts for row in islice(part, MANY)]
     columns = ("prompt", *ALIKE[0])
     texts = [text for row in rows for name in columns for text in texts_in(row.get(name))]

@@ -23,7 +23,7 @@ from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, with_own_weights
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.tasks.task import Task
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.engines import engine_of
@@ -149,7 +149,7 @@ def _call_back(callback: Callback, metrics: dict[str, float], session: Session) 
 
 
 def _warm_start(
-    args: TrainArguments, task: Task, rewards: Rewards, session: Session
+    args: TrainArguments, task: PromptTask, rewards: Rewards, session: Session
 ) -> dict[str, Any]:
     """Make the warm start in the main process, unless it has been made; return its facts in each process."""
     if not args.warm_start:
@@ -171,7 +171,7 @@ def _warm_start(
 
 def _prepare(
     settings: RunSettings,
-    task: Task,
+    task: PromptTask,
     rewards: Rewards,
     session: Session,
 ) -> tuple[TrainingRun, Provenance]:
@@ -233,7 +233,7 @@ def _prepare(
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     """Show the rest of the header, and restore the state of the checkpoint from which a run continues."""
     parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
-    facts = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+    facts = {"solved": run.task.solved, **recorded(run.task)}
     if run.warm_started:
         facts["warm_started"] = run.warm_started
     if run.rewards.keepers:

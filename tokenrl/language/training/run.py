@@ -25,7 +25,7 @@ from tokenrl.language.supervised.defaults import check_prompts, with_origins
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
-from tokenrl.language.tasks.task import Task, find_task, is_unrewarded
+from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import Learner
@@ -98,7 +98,7 @@ class TrainingRun:
 
     settings: RunSettings
     decided: Mapping[str, Any]
-    task: Task
+    task: PromptTask
     rewards: Rewards
     learner: Learner
     stream: PromptStream
@@ -244,7 +244,7 @@ def end_by(end: Finished, session: Session) -> None:
 
 
 def first_facts(
-    args: TrainArguments, directory: str, task: Task, rewards: Rewards
+    args: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
@@ -302,7 +302,7 @@ def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) 
     }
 
 
-def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, Task, Rewards]:
+def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, PromptTask, Rewards]:
     """Return the settings, the task and the rewards; whatever contradicts itself is refused before the weights.
 
     Raises:

@@ -13,7 +13,7 @@ from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
-from tokenrl.language.tasks.task import is_unrewarded
+from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.language.training.engines import engine_of
 from tokenrl.runs.processes import overruled
@@ -45,12 +45,12 @@ class RunSettings(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSettings:
+def train_settings(choices: TrainArguments, task: PromptTask, policy: Policy) -> RunSettings:
     """Lay what was given over what the task recommends and over the defaults; refuse contradictions.
 
     Args:
         choices: what was given.
-        task: the task; None for the defaults alone.
+        task: the task.
         policy: the policy, which needs no weights.
 
     Raises:
@@ -63,10 +63,7 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
         raise Refused(
             "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
         )
-    recommended = getattr(task, "train", None)
-    if not isinstance(recommended, Mapping):  # a task of the user may call something else so
-        recommended = {}
-    layers = layers_below(choices, task, policy, recommended)
+    layers = layers_below(choices, task, policy, task.train)
     usual, _ = lay(*layers)
     if choices.max_completion_length is None:
         limit, origin = completion_limit(
@@ -83,7 +80,7 @@ def train_settings(choices: TrainArguments, task: Any, policy: Policy) -> RunSet
     length = args.max_completion_length
     if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
-    check(args, episodic=getattr(task, "environment", None) is not None)
+    check(args, episodic=task.environment is not None)
     usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
     return RunSettings(args, origins, usual_rate, tuple(without_effect(args)))
 

@@ -121,7 +121,7 @@ def _gain(run: TrainingRun, session: Session) -> Gain:
 def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     """Return what rows of metrics say (see `observe`), with what is known of the task and the model."""
     task = run.task
-    solved = getattr(task, "solved", None)
+    solved = task.solved
     observed = observe(rows, run.args)
     if asks_in_text(run):
         words = "the model has a chat template, so ask it in chat messages, with --chat."
@@ -137,7 +137,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         highest_rate=usual,
         faults=run.rewards.faults,
         pass_mark=math.inf if mark is None else mark,
-        can_warm_start=bool(getattr(task, "demonstrations", None)) and not is_ready,
+        can_warm_start=bool(task.demonstrations) and not is_ready,
     )
 
 
@@ -165,7 +165,7 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
 
 def _end_learning(run: TrainingRun, session: Session, steps: int) -> None:
     """End a run whose rewards are all equal and higher than before, and print why."""
-    solved = getattr(run.task, "solved", None)
+    solved = run.task.solved
     reward = session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
