@@ -180,10 +180,11 @@ class Provenance:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
-        objects: the rewards and the environment of the task, by these names, if they count.
         trained_prompts: hashes of the prompts that the model is trained on, in this run or before.
         chosen: the fingerprints of what the user chose, whatever the seed, by which runs are compared.
-        settings, code: the settings of the run and hashes of its code; known once the run begins.
+        settings: the settings of the run; known once it begins.
+        code: the rewards and the environment of the task, by these names, if they count; once the run begins,
+            hashes of them and of its other code.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
@@ -191,7 +192,6 @@ class Provenance:
     fingerprints: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     device: str = "cpu"
-    objects: Mapping[str, Any] = field(default_factory=dict)
     trained_prompts: frozenset[str] = frozenset()
     chosen: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

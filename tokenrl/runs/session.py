@@ -184,7 +184,7 @@ class Session:
         settings = {**self.settings, "kind": self.kind}
         self.provenance = provenance
         provenance.settings = settings
-        provenance.code = code_of(settings, provenance.objects)  # before a file of it can change
+        provenance.code = code_of(settings, provenance.code)  # before a file of it can change
         self._config = {"versions": versions(), **settings, **facts}
         self._config |= {"command": self.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}

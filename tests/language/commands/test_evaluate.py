@@ -77,6 +77,7 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys, sa
 
 
 ROWS = [{"question": word} for word in WORDS]
+MINE = PromptTask("mine", [{"prompt": "a"}], [{"prompt": "b"}], vowel_reward, 9)
 RECORDED = {
     "task": "vowels",
     "share_seed": False,
@@ -145,13 +146,13 @@ def test_what_is_given_counts_also_where_it_is_the_default_and_all_else_is_the_r
         ({}, {"task": "sort_digits"}, False, None),  # it has a limit of its own
         ({}, {"task": "other.jsonl"}, False, 7),
         ({}, {"task": load("vowels")}, True, 7),
-        ({}, {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)}, False, None),
+        ({}, {"task": MINE}, False, None),
         ({}, {"task": ROWS}, False, 7),
         (IN_MEMORY, {"task": ROWS}, True, 7),
         (IN_MEMORY, {"task": "vowels"}, False, None),
         (
             IN_MEMORY | {"task": "mine"},
-            {"task": PromptTask("mine", ROWS, ROWS, vowel_reward, 9)},
+            {"task": MINE},
             True,
             7,
         ),

@@ -303,8 +303,8 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
         return make_model(seed=seed), make_tokenizer()
 
     warm = SimpleNamespace(steps=4, batch_size=2, learning_rate=0.01)
-    task = PromptTask("toy", ROWS, ROWS, demonstrations=ROWS, warm_start=warm)
-    task.build, task.fingerprint = build, "one"
+    task = PromptTask("toy", ROWS, ROWS, demonstrations=ROWS)
+    task.build, task.warm_start, task.fingerprint = build, warm, "one"
     folders = [warm_started_base(task, seed=seed, announce=output.append) for seed in (0, 0, 1)]
     task.fingerprint = "two"
     folders.append(warm_started_base(task))

@@ -165,7 +165,7 @@ def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_p
     with refused("task is None"):
         start(tmp_path, task=None)
     assert not (tmp_path / "run" / "config.json").exists()
-    with refused(r"task 'Dataset' is data, which has prompts but no reward.*reward=function"):
+    with refused(r"The task 'in-memory:.*' has no reward.*reward=function"):
         start(tmp_path, task=dataset(), reward=())
     with refused("'answer'"):
         start(tmp_path, task=dataset().remove_columns("answer"))

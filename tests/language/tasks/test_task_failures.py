@@ -13,7 +13,7 @@ from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.supervised.base import make_tiny
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import PromptTask, as_task, find_task, load_task
+from tokenrl.language.tasks.task import PromptTask, find_task, load_task, own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 
@@ -77,7 +77,7 @@ def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environm
     pairs = [PREFERRED | {"margin": 1.0}, PREFERRED]
     assert [pair.margin for pair in load_pairs({"train": pairs, "test": pairs})[0]] == [1.0, None]
     with refused("has no demonstrations"):
-        demonstrations(as_task([PREFERRED | {"completion": None}], reward=len))
+        demonstrations(load_task([PREFERRED | {"completion": None}], reward=len))
 
 
 @pytest.mark.parametrize("attribute", ["solved", "pass_threshold", "max_completion_length"])
@@ -91,12 +91,12 @@ def test_a_mark_of_a_task_is_a_number(attribute):
 def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build():
     task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
     task.build = print
-    policy = make_tiny(TrainArguments(model="tiny"), as_task(task))
+    policy = make_tiny(TrainArguments(model="tiny"), own_task(task))
     for attribute, steps in (
         ([{"prompt": "a"}], 200), (task.__init__, 200), ({0: task}, 200), ({"max_steps": 7}, 7)
     ):  # fmt: skip
         task.train = attribute
-        result = train_settings(TrainArguments(model="tiny"), as_task(task), policy)
+        result = train_settings(TrainArguments(model="tiny"), own_task(task), policy)
         assert result.args.max_steps == steps
 
 

@@ -83,7 +83,7 @@ def test_json_gives_what_json_loads_gives(name, rows, indent):
             json.dump(rows, file, indent=indent)
         else:
             file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert repr(read_splits(name)["train"]) == repr(alike(rows))
+    assert repr(list(read_splits(name)["train"])) == repr(alike(rows))
 
 
 @EACH
@@ -293,7 +293,7 @@ def test_arrays_of_numpy_are_lists_whatever_holds_them():
         data.with_format("numpy"),
         data.with_transform(lambda batch: {k: [numpy.asarray(v) for v in batch[k]] for k in batch}),
     ):
-        assert ordered(memory_splits(source)["train"]) == ordered(rows)
+        assert ordered(list(memory_splits(source)["train"])) == ordered(rows)
     (row,) = memory_splits([by_hand])["train"]
     assert repr(row) == repr({"prompt": turns, "names": ["q"], "count": 3, "share": [7.1]})
     with refused(r"row 0: the prompt is array\(.*\(ndarray\)"):

@@ -20,7 +20,7 @@ from tokenrl.language.supervised.defaults import (
     surely_fits,
 )
 from tokenrl.language.supervised.fit import encode_demonstrations
-from tokenrl.language.tasks.task import PromptTask, as_task
+from tokenrl.language.tasks.task import PromptTask, own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.settings import train_settings
@@ -31,7 +31,7 @@ OTHER = "default for other models"
 
 @pytest.fixture(scope="module")
 def digits():
-    return as_task(toy_tasks.load("sort_digits", eval_size=8))
+    return own_task(toy_tasks.load("sort_digits", eval_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     ],
 )
 def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, limit, origin):
-    task = PromptTask("own", [{"prompt": "a"}, row], [{"prompt": "b"}], len)
+    task = own_task(PromptTask("own", [{"prompt": "a"}, row], [{"prompt": "b"}], len))
     policy = wrap(*TinyModel(tokens=("a", "b"))(seed=0))
     expected = (limit, origin)
     assert completion_limit(task, "x", policy, truncate=truncate) == expected
@@ -163,7 +163,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     late = ["threads", "mixed_precision", "training_attention", "tokens_per_pass"]
     assert None not in [config[name] for name in late]  # also what follows from the loaded model
     again = configured(TrainArguments, result.output_dir, "train")
-    assert {*train_settings(again, as_task(toy), make_policy()).origins.values()} == {"given"}
+    assert {*train_settings(again, own_task(toy), make_policy()).origins.values()} == {"given"}
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, said):

@@ -23,7 +23,7 @@ from tokenrl.language.rewards.library import ExactMatch
 from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import make_tiny, vocabulary_of
-from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.tasks.task import PromptTask, own_task
 from toy_tasks.models import EOS, UNKNOWN
 
 SMALL = "--max-steps 1 --prompts-per-step 2 --num-generations 2 --eval-size 2 --eval-generations 1 --cpu"
@@ -130,7 +130,7 @@ def test_a_tiny_model_takes_characters_of_columns_that_somebody_reads(reward, co
     row = {"answer": "a", "completion": "b", "note": "c", "organism": "xyz"}
     rows = [{"prompt": f"{n}>", **row} for n in range(4)]
     args = SftArguments(model="tiny", completion_column=column)
-    policy = make_tiny(args, PromptTask("t", rows[:3], rows[3:], reward))
+    policy = make_tiny(args, own_task(PromptTask("t", rows[:3], rows[3:], reward)))
     assert {*policy.tokenizer.get_vocab()} == {EOS, UNKNOWN, *characters}
     assert vocabulary_of(policy) == f", a vocabulary of {2 + len(characters)} tokens"
 

@@ -97,7 +97,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     args = _checked(args, console.note)
     task, rewards = find_task(args)
     check_single_turn(rewards, "lab measure")
-    prompts = list(task.train_prompts)[: args.num_prompts]
+    prompts = list(task.train_prompts[: args.num_prompts])
     if len(prompts) == 1:
         prompts *= args.num_prompts  # every group of such a task has this prompt
     if len(prompts) < args.num_prompts:

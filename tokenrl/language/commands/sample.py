@@ -58,12 +58,14 @@ class Sampler:
         config = {} if run is None else read_config(run)
         if args.chat is None and config.get("chat_prompts"):
             args = replace(args, chat=True)
-        task = None
+        task = PromptTask("", (), (), max_completion_length=64)
+        self._has_task = False
         self.rewards: Rewards | None = None
         try:
             filled = fill_form(as_in_runs(args, [args.model]))
             if filled.task is not None:
                 task, rewards = find_task(filled, may_lack_rewards=True)
+                self._has_task = True
                 args = filled
                 self.rewards = rewards if rewards.functions else None
         except Refused as error:
@@ -71,21 +73,21 @@ class Sampler:
                 raise
             words = f"tokenrl: completions are shown without rewards. {error}"
             print(harmless(words), file=sys.stderr)
-        if task is None:
+        if not self._has_task:
             args = fill_form(args)
             if args.reward:
                 self.rewards = Rewards(args.reward, args.reward_weights or None)
         self.environments = getattr(self.rewards, "environments", None)
         if self.rewards is not None:
             self.rewards.state = state_of(args.model)
+        self.policy, self._length = opened(args, args.model, task, 64)
         self._generator = checked_generator(self.policy, self.environments)
         rows = [*task.train_prompts, *task.eval_prompts]
         if args.chat is False:  # a chat of the task is not what is asked then
             rows = [row for row in rows if isinstance(row["prompt"], str)]
         self._args = args
         self.rows = {prompt_text(row["prompt"]): row for row in rows}
-        self._has_task = task is not None
-        if task is None:  # that of the run cannot be used, but its length can
+        if not self._has_task:  # that of the run cannot be used, but its length can
             self._length = (
                 args.max_completion_length or config.get("max_completion_length") or self._length
             )

@@ -91,7 +91,7 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
-        if form.system_prompt or form.variables:
+        if form.system_prompt or (form.chat_template_kwargs and form.variables):
             raise Refused(
                 f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) "
                 "to send text as a message of the user, or write the words into the prompts."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
@@ -32,8 +32,10 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.forward import choose_passes
 from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.supervised.fit import Descent, run_updates
-from tokenrl.language.tasks.held_out import division
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
@@ -239,11 +241,11 @@ def train_reward_model(
         training = PreferenceTraining(reward_model, data.train, args, passes)
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": data.train, "held_out": data.held_out}
-        dicts = {name: list(map(asdict, pairs)) for name, pairs in rows.items()}
+        parts = {name: Rows.of(with_places(map(asdict, pairs))) for name, pairs in rows.items()}
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
-        parts = dicts["train"], dicts["held_out"]
         models = {f"the model {reward_model.__name__}": reward_model}
-        line, warnings = division(*parts, size, noun="pairs", divided=data.divided, models=models)
+        pairs = PromptTask(data.name, parts["train"], parts["held_out"], divided=data.divided)
+        line, warnings = division_of(pairs, size, models, "pairs")
         title = f"Reward model, {data.name}, seed {args.seed}"
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory"}
         header = _header(args, line, reward_model)
@@ -251,7 +253,7 @@ def train_reward_model(
         session.open(
             args,
             SavedModel(reward_model, "reward model"),
-            provenance_of(reward_model, dicts),
+            provenance_of(reward_model, parts),
             {"training": training},
             header,
             names=names | {"task": data.task and data.task.name},

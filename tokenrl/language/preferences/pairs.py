@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import numpy as np
 from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import (
-    chosen_rows,
+    chosen,
     hold_out,
-    prompt_key,
     read_parts,
 )
+from tokenrl.language.tasks.rows import hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
 from tokenrl.runs.files import canonical
@@ -91,7 +92,8 @@ def load_pairs(
     if held_out_split is None:
         return divided(pairs, eval_size)
     held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
-    return pairs, chosen_rows(held_out, max(1, eval_size)), ""
+    numbers = chosen(len(held_out), max(1, eval_size))
+    return pairs, [held_out[i] for i in numbers], ""
 
 
 def read_pairs(
@@ -204,9 +206,10 @@ def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
             f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on "
             "others, give an eval_size of at least 1 and at least 2 pairs."
         )
-    prompts = [pair.key for pair in pairs]
     texts = [canonical([pair.key, pair.chosen, pair.rejected]) for pair in pairs]
-    return hold_out(pairs, prompts, texts, size)
+    prompts = hashes(pair.key for pair in pairs)
+    train, held_out, words = hold_out(prompts, partial(map, texts.__getitem__), size)
+    return [pairs[i] for i in train], [pairs[i] for i in held_out], words
 
 
 MIN_LENGTH_SHARE = 0.95

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +151,18 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
     if task.base:
         build = task.base.build
     else:
-        rows = [*task.train_prompts, *task.eval_prompts, *task.demonstrations]
+        parts = (task.train_prompts, task.eval_prompts, task.demonstrations)
+        read = {name for part in parts for name in part.columns}
         template = getattr(args, "teacher_template", None) or ""
         environment = task.environment
         if environment is None and getattr(args, "teacher_context", None) is None:
             reward = task.reward or ()
             rewards = reward if isinstance(reward, list | tuple) else [reward]
-            read = {*READ, getattr(args, "completion_column", "")}
-            read |= {
-                column
-                for column in {*chain(*rows)} - read
-                if f"{{{column}" in template or any(may_read(x, column) for x in rewards)
-            }
-            rows = [{name: row[name] for name in row if name in read} for row in rows]
+            usual = {*READ, getattr(args, "completion_column", "")}
+            for name in read - usual:
+                if f"{{{name}" not in template and not any(may_read(x, name) for x in rewards):
+                    read.remove(name)
+        rows: list[Any] = [row for part in parts for row in part.with_columns(read)]
         texts = (args.system_prompt or "", template, *(args.stop or ()))
         form = {"texts": texts, "chat": bool(args.chat)}
         calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)

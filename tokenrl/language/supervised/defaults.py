@@ -8,7 +8,7 @@ own tokenizer writes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Placed, Refused, nearest, with_places
+from tokenrl.errors import Refused, nearest, with_places
 from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import formed
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.settings import lay
@@ -77,7 +78,7 @@ def parameter_count(policy: Policy) -> int:
     return sum(p.numel() for name, p in policy.model.named_parameters() if "lora_" not in name)
 
 
-def demonstrations(task: PromptTask, column: str = "completion") -> list[dict[str, Any]]:
+def demonstrations(task: PromptTask, column: str = "completion") -> Rows:
     """Return a task's demonstrations, or else those of its training rows that have a completion.
 
     Args:
@@ -90,9 +91,9 @@ def demonstrations(task: PromptTask, column: str = "completion") -> list[dict[st
     Raises:
         Refused: there are none.
     """
-    rows = list(task.demonstrations) or with_completions(task.train_prompts, column)
+    rows: Rows = task.demonstrations or with_completions(task.train_prompts, column)
     if not rows:
-        columns = next(iter(task.train_prompts), ())
+        columns = task.train_prompts.columns
         raise Refused(
             f"The task {task.name!r} has no demonstrations, and its rows have no column {column!r}: name one of "
             f"{', '.join(columns)} by completion_column (--completion-column).{nearest(column, columns)}"
@@ -100,13 +101,11 @@ def demonstrations(task: PromptTask, column: str = "completion") -> list[dict[st
     return rows
 
 
-def with_completions(rows: Iterable[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Return the rows that have a value in this column, as `completion`, with the locations of the rows in the data."""
-    return [
-        Placed({**row, "completion": as_prompt(row[column])}, location)
-        for location, row in with_places(rows)
-        if row.get(column) is not None
-    ]
+def with_completions(rows: Rows, column: str) -> Rows:
+    """Return the rows that have a value in this column, as `completion`."""
+    values = rows.column(column)
+    rows = Rows({**rows.columns, "completion": [*map(as_prompt, values)]}, rows.locations)
+    return rows.take(number for number, value in enumerate(values) if value is not None)
 
 
 def room(pairs: Sequence[Pair]) -> int:
@@ -142,10 +141,11 @@ def completion_limit(
         limit = room(pairs)
         origin = f"the longest demonstration has {longest} with EOS"
     lengths = [0]
-    for row in () if policy.context is None else (*task.train_prompts, *task.eval_prompts):
-        with suppress(Refused):  # a run names the row
-            if not surely_fits(policy, row["prompt"], limit, row.get("tools")):
-                lengths.append(len(policy.encode(row["prompt"], row.get("tools"))))
+    for rows in () if policy.context is None else (task.train_prompts, task.eval_prompts):
+        for prompt, tools in zip(rows.column("prompt"), rows.column("tools"), strict=True):
+            with suppress(Refused):  # a run names the row
+                if not surely_fits(policy, prompt, limit, tools):
+                    lengths.append(len(policy.encode(prompt, tools)))
     if policy.context is not None and max(lengths) + limit > policy.context:
         limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
         origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
@@ -241,7 +241,7 @@ def sft_defaults(
 ) -> tuple[SftArguments, dict[str, str]]:
     """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults."""
     recommended = {}
-    if warm := task.warm_start:
+    if warm := task.base and task.base.warm_start:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
     layers = layers_below(choices, task, policy, recommended)

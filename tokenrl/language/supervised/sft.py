@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from tokenrl.errors import with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
@@ -36,12 +37,12 @@ from tokenrl.language.supervised.fit import (
     run_updates,
 )
 from tokenrl.language.tasks.held_out import (
+    chosen,
     counted,
     division_of,
-    prompt_keys,
-    smaller_evaluation,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
@@ -107,7 +108,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         name = choices.task if isinstance(choices.task, str) else str(task.name)
         first = {
             "task": division_of(task, choices.eval_size)[0],
-            "demonstrations": counted(prompt_keys(rows)),
+            "demonstrations": counted(rows.hashes),
             "seed": choices.seed,
             "run": session.directory,
         }
@@ -121,7 +122,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
         if environments is not None:
-            rows = as_in_episodes(rows, environments, session.console.warn)
+            opened = as_in_episodes(rows, environments, session.console.warn)
+            rows = Rows.of(with_places(opened))
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
@@ -180,9 +182,10 @@ def _evaluation(
     It computes the loss of those that have a completion, and with a reward what completions of the policy earn.
     """
     policy = forward.policy
-    prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
+    held_out = task.eval_prompts
+    prompts = held_out.take(chosen(len(held_out), args.eval_size or EVALUATED))
     environments = rewards.environments
-    rows = with_completions(prompts, args.completion_column)
+    rows: Sequence[Any] = with_completions(prompts, args.completion_column)
     if environments is not None:  # as those that are learnt from, of which a warning has been told
         rows = as_in_episodes(rows, environments, lambda words: None)
     pairs = encode_demonstrations(policy, rows, environments) if rows else []

@@ -14,14 +14,14 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import UNIQUE_KEYS
-from tokenrl.errors import Placed, Refused, with_places
+from tokenrl.language.tasks.rows import Rows
 
 SPACE = re.compile(r"[ \t\r\n]*")
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
@@ -54,7 +54,7 @@ def format_of(path: Path) -> str:
 
 def read_rows(
     splits: Mapping[str, Sequence[Path]], kind: str, separator: str = ","
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Rows]:
     """Read the files of each split.
 
     Of JSON, a list of objects or objects one after another (JSON Lines), each value is what `json.loads`
@@ -75,40 +75,15 @@ def read_rows(
             message names the line or the item.
     """
     read = partial(_csv_rows, separator=separator) if kind == "csv" else _json_rows
-    return {split: _rows_of(files, read) for split, files in splits.items()}
+    return {split: Rows.of(_rows_of(files, read)) for split, files in splits.items()}
 
 
-def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Return the rows of a split, which have the same columns."""
-    rows: list[Placed] = []
+def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a split, each after its location."""
     for file in files:
+        ending = f" of {file.name}" if len(files) > 1 else ""
         for location, row in read(_text(file), file):
-            rows.append(Placed(row, location if len(files) == 1 else f"{location} of {file.name}"))
-    return alike([rows])[0]
-
-
-def alike(parts: Iterable[Sequence[Any]], source: str = "task") -> list[list[Any]]:
-    """Return rows in several parts with the same columns, None where a row has no value.
-
-    Raises:
-        Refused: a row is no mapping; the message begins with the source.
-    """
-    columns: dict[str, None] = {}
-    parts = list(parts)
-    for location, row in with_places(chain.from_iterable(parts)):
-        if not isinstance(row, Mapping):
-            raise Refused(
-                f"{source}, {location} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
-                'write task=[{"prompt": text} for text in texts].'
-            )
-        if row.keys() != columns.keys():
-            columns |= dict.fromkeys(row)
-    return [[_with(columns, *row) for row in with_places(rows)] for rows in parts]
-
-
-def _with(columns: Mapping[str, None], location: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a row with all columns, in their order."""
-    return row if [*row] == [*columns] else Placed({**columns, **row}, location)
+            yield f"{location}{ending}", row
 
 
 def _text(file: Path) -> str:

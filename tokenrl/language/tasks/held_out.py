@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from hashlib import sha256
-from itertools import accumulate, count
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.sources import Row, read_splits
+from tokenrl.language.tasks.rows import Rows, digits, distinct, hashes, prompt_key
+from tokenrl.language.tasks.sources import read_splits
 from tokenrl.runs.files import canonical
 from tokenrl.runs.output import quantity
 
@@ -26,57 +24,44 @@ MOST_HELD_OUT = 2_000
 """Rows of a large data set that are held out of those to train on."""
 EQUAL_ROWS = 64
 """Rows to evaluate on where all rows are equal."""
+UNUSED_BITS = np.uint64(16)
+"""Of a hash of 64 bits the others are the number in [0, 1) that divides rows."""
 BY_PROMPT = " (whole prompts, by their hash)"
 BY_ROW = " (single rows, by their hash, as a few prompts have most rows; both parts have the same prompts)"
 EQUAL = " (all rows are equal, so evaluations sample new completions of the same prompt)"
 """How rows were held out of those to train on, in words."""
 
 
-def smaller_evaluation(task: Any, eval_size: int | None) -> Any:
-    """Return the task with at most `eval_size` of its held-out rows; None keeps all.
-
-    The training rows and the demonstrations stay the same, so a model that was warm-started on them has seen
-    no held-out prompt, whatever the size.
-
-    """
-    if eval_size is None:
-        return task
-    return replace(task, eval_prompts=chosen_rows(task.eval_prompts, eval_size))
-
-
-def chosen_rows(rows: Sequence[T], size: int) -> list[T]:
-    """Return at most so many of the rows, drawn by a fixed seed, in their order."""
-    order = np.random.default_rng(0).permutation(len(rows))[:size]
-    return [rows[i] for i in sorted(order.tolist())]
+def chosen(count: int, size: int | None) -> list[int]:
+    """Return the numbers of at most so many of N rows, drawn by a fixed seed, in their order; None returns all."""
+    return sorted(np.random.default_rng(0).permutation(count)[:size].tolist())
 
 
 def read_parts(
-    source: Any, name: str, split: str, chosen: str | None
-) -> tuple[dict[str, list[dict[str, Any]]], str | None]:
+    source: Any, name: str, split: str, eval_split: str | None
+) -> tuple[dict[str, Rows], str | None]:
     """Read all splits of data, and find the one to evaluate on: the chosen one, else one for validation or test.
 
     Args:
         source: a file, a folder or a hub data set by its name, or data in memory.
         name: what error messages call it.
         split: the split to train on.
-        chosen: the split to evaluate on; None if it was left open.
+        eval_split: the split to evaluate on; None if it was left open.
 
     Raises:
         Refused: the data cannot be read, or the split to train on, or the chosen one, does not exist.
     """
     splits = read_splits(source) if isinstance(source, str) else memory_splits(source)
-    for needed in (split, chosen or split):
+    for needed in (split, eval_split or split):
         if needed not in splits:
             raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
     usual = [name for name in EVAL_SPLITS if name in splits and name != split]
-    return splits, chosen or next(iter(usual), None)
+    return splits, eval_split or next(iter(usual), None)
 
 
 def separate(
-    train_rows: list[dict[str, Any]],
-    eval_rows: list[dict[str, Any]] | None,
-    eval_size: int | None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    train_rows: Rows, eval_rows: Rows | None, eval_size: int | None
+) -> tuple[Rows, Rows, str]:
     """Return the rows to train on, those to evaluate on, and in words how the two were divided.
 
     Splits stay as they are, but for the number of rows to evaluate on. Of one split, rows are held out as by
@@ -92,20 +77,23 @@ def separate(
     """
     size = eval_size or EVAL_SIZE
     if eval_rows is not None:
-        return train_rows, chosen_rows(eval_rows, size), ""
-    prompts = prompt_keys(train_rows)
-    texts = []
-    for prompt, row in zip(prompts, train_rows, strict=True):
-        beside = {name: value for name, value in row.items() if name != "prompt"}
-        texts.append(f"{prompt} {canonical(beside)}")
-    if len({*texts}) == 1:
-        return train_rows, train_rows[:1] * (eval_size or EQUAL_ROWS), EQUAL
-    return hold_out(train_rows, prompts, texts, size)
+        return train_rows, eval_rows.take(chosen(len(eval_rows), size)), ""
+    every = range(len(train_rows))
+
+    def texts(numbers: Iterable[int]) -> Iterator[str]:
+        for row in train_rows.take(numbers):
+            beside = {name: value for name, value in row.items() if name != "prompt"}
+            yield f"{prompt_key(row['prompt'])} {canonical(beside)}"
+
+    if len(distinct(train_rows.hashes)) == 1 and len(distinct(hashes(texts(every)))) == 1:
+        return train_rows, train_rows.take([0] * (eval_size or EQUAL_ROWS)), EQUAL
+    train, held_out, words = hold_out(train_rows.hashes, texts, size)
+    return train_rows.take(train), train_rows.take(held_out), words
 
 
 def hold_out(
-    rows: Sequence[T], prompts: Sequence[str], texts: Sequence[str], size: int
-) -> tuple[list[T], list[T], str]:
+    prompts: np.ndarray, texts: Callable[[Iterable[int]], Iterable[str]], size: int
+) -> tuple[list[int], list[int], str]:
     """Divide rows into those to train on and those held out, about a fifth, by a hash.
 
     A prompt is held out if its hash, a number in [0, 1), is below 1/5, or with more than 10,000 rows below
@@ -115,79 +103,88 @@ def hold_out(
     most rows, single rows are held out in the same way, and of equal rows some.
 
     Args:
-        rows: N rows, at least two.
-        prompts: the prompt of each row, as a text that equal prompts share.
-        texts: each row as a text that equal rows share; of equal rows the number tells them apart.
+        prompts: the hashes of the prompts of N rows, at least two.
+        texts: returns the rows of some numbers as texts that equal rows share; of equal rows the number tells
+            them apart.
         size: the most rows to evaluate on, of those held out.
 
     Returns:
-        Rows to train on, in their order; rows to evaluate on, in the order of the hashes of the rows; and in
-        words how they were divided. Each part has at least one row.
+        The numbers of rows to train on, in their order; those of rows to evaluate on, in the order of the hashes
+        of the rows; and in words how they were divided. Each part has at least one row.
     """
-    # The number of equal texts before it tells a text apart.
-    earlier = defaultdict[str, Iterator[int]](count)
-    numbered = [f"{text} {next(earlier[text])}" for text in texts]
-    for keys, words in ((prompts, BY_PROMPT), (texts, BY_ROW), (numbered, BY_ROW)):  # noqa: B007
-        if chosen := _held_out(keys):
-            break
-    parts: tuple[list[int], list[int]] = ([], [])
-    for number, key in enumerate(keys):
-        parts[key in chosen].append(number)
-    held_out = sorted(parts[1], key=lambda number: _hash(numbered[number]))
-    if len(held_out) > size:
-        words = f" of {len(held_out):,}{words}"
-    return [rows[i] for i in parts[0]], [rows[i] for i in held_out[:size]], words
+    every = np.arange(len(prompts))
+    held = _held_out(prompts)
+    words = BY_PROMPT
+    if not held.any():
+        held = _held_out(hashes(texts(every.tolist())))
+        words = BY_ROW
+    numbers = every[held]  # of equal rows all or none
+    order = hashes(_numbered(texts(numbers.tolist())))
+    if not held.any():
+        order = hashes(_numbered(texts(every.tolist())))
+        held = _held_out(order)
+        numbers = every[held]
+        order = order[held]
+    numbers = numbers[np.argsort(order >> UNUSED_BITS, kind="stable")]
+    if len(numbers) > size:
+        words = f" of {len(numbers):,}{words}"
+    return every[~held].tolist(), numbers[:size].tolist(), words
 
 
-def _held_out(keys: Sequence[str]) -> set[str]:
-    """Return the keys that are held out, of the keys of N rows; none if no number of them is within the bounds."""
-    rows_of = Counter(keys)
-    hashes = {key: _hash(key) for key in rows_of}
+def _numbered(texts: Iterable[str]) -> Iterator[str]:
+    """Yield each text with the number of equal texts before it, which tells them apart."""
+    earlier = Counter[str]()
+    for text in texts:
+        yield f"{text} {earlier[text]}"
+        earlier[text] += 1
+
+
+def _held_out(keys: np.ndarray) -> np.ndarray:
+    """Return which of N rows are held out, by the hashes of their keys; none if no number is within the bounds."""
+    different, first, rows_of = np.unique(keys, return_index=True, return_counts=True)
+    shares = different >> UNUSED_BITS
+    order = np.lexsort((first, shares))
     aim = max(1.0, min(len(keys) / 5, MOST_HELD_OUT))
     most = max(1.0, min(2 * aim, len(keys) / 2))
-    order = sorted(rows_of, key=hashes.__getitem__)
-    counts = enumerate(accumulate(rows_of[key] for key in order), 1)
-    allowed = [number for number, count in counts if aim / 2 <= count <= most]
-    below = sum(share < aim / len(keys) for share in hashes.values())
+    counts = np.cumsum(rows_of[order])
+    allowed = np.flatnonzero((aim / 2 <= counts) & (counts <= most)) + 1
+    below = np.count_nonzero(shares / 2**48 < aim / len(keys))
     nearest = min(allowed, key=lambda number: abs(number - below), default=0)
-    return {*order[:nearest]}
+    return np.isin(keys, different[order[:nearest]])
 
 
-def division(
-    train: Sequence[Row],
-    held_out: Sequence[Row],
+def division_of(
+    task: Any,
     eval_size: int | None,
-    *,
-    noun: str = "rows",
-    divided: str = "",
     models: Mapping[str, Any] | None = None,
-    episodic: bool = False,
+    noun: str = "rows",
 ) -> tuple[str, list[str]]:
-    """Describe both parts of the data: their rows, their prompts, and what is trained and evaluated on.
+    """Describe how the rows of a task are divided: rows and prompts of either part, and what models have seen.
 
     Args:
-        train: rows to train on, with a `prompt` each.
-        held_out: rows to evaluate on.
+        task: the task. Where it has an environment, which plays an episode of each row, equal rows are fair.
         eval_size: the number of rows to evaluate on that was given; None if it was left open.
-        noun: what the texts call rows.
-        divided: how the two were divided, in words, if they were one split.
         models: the models that take part, with their `trained_prompts`, by what the texts call them.
-        episodic: whether an environment plays an episode of each row, so that equal rows are fair.
+        noun: what the texts call rows.
 
     Returns:
         A line for the header. And warnings: that held-out rows have prompts that are trained on too, of which
         there are several, or that a model was trained on; or that other than `eval_size` rows are there.
     """
-    trained, evaluated = map(prompt_keys, (train, held_out))
+    held_out = task.eval_prompts
+    divided = task.divided
+    trained, evaluated = task.train_prompts.hashes, held_out.hashes
     line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
     count = len(held_out)
-    shares_prompts = episodic or divided.endswith(BY_ROW) or len({*trained}) == 1
-    parts = {"are trained on too": trained_prompts(train)}
+    own = distinct(trained)
+    shares_prompts = task.environment or divided.endswith(BY_ROW) or len(own) == 1
+    seen = np.searchsorted(own, evaluated) < np.searchsorted(own, evaluated, "right")
+    parts = {"are trained on too": frozenset(digits(evaluated[seen]))}
     for name, model in (models or {}).items():
         parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())
     warnings = []
-    for words, hashes in parts.items():
-        repeated = sum(digits in hashes for digits in map(_digits, evaluated))
+    for words, earlier in parts.items():
+        repeated = sum(map(earlier.__contains__, digits(evaluated)))
         if repeated and not shares_prompts:
             warnings.append(
                 f"{repeated:,} of the {count:,} held-out {noun} have prompts that {words}, so evaluations also "
@@ -206,48 +203,6 @@ def division(
     return line, warnings
 
 
-def division_of(
-    task: Any, eval_size: int | None, models: Mapping[str, Any] | None = None
-) -> tuple[str, list[str]]:
-    """Describe how the rows of a task are divided, as `division` does."""
-    return division(
-        task.train_prompts,
-        task.eval_prompts,
-        eval_size,
-        divided=task.divided,
-        models=models,
-        episodic=task.environment is not None,
-    )
-
-
-def counted(keys: Sequence[str], noun: str = "rows") -> str:
-    """Return how many rows there are, by the `prompt_keys` of each, and of how many prompts."""
-    return f"{len(keys):,} {noun} of {quantity(len(set(keys)), 'prompt')}"
-
-
-def prompt_keys(rows: Sequence[Row]) -> list[str]:
-    """Return the prompt of each row, text or chat messages, as a text that equal prompts share."""
-    return [prompt_key(row["prompt"]) for row in rows]
-
-
-def prompt_key(prompt: Any) -> str:
-    """Return a prompt as a text that equal prompts share; a single message of the user counts as its text."""
-    is_single = not isinstance(prompt, str) and len(prompt) == 1
-    if is_single and prompt[0] == {"role": "user", "content": prompt[0].get("content")}:
-        prompt = prompt[0]["content"]
-    return f"text {prompt}" if isinstance(prompt, str) else canonical(prompt)
-
-
-def trained_prompts(rows: Sequence[Row]) -> frozenset[str]:
-    """Return the hashes of the prompts of rows, as the file of a run holds them."""
-    return frozenset(map(_digits, prompt_keys(rows)))
-
-
-def _digits(key: str) -> str:
-    """Return 16 hexadecimal digits that are the hash of a prompt or of a row."""
-    return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _hash(key: str) -> float:
-    """Return the hash of a prompt or of a row as a number in [0, 1)."""
-    return int(_digits(key)[:12], 16) / 2**48
+def counted(prompts: np.ndarray, noun: str = "rows") -> str:
+    """Return how many rows there are, by the hashes of their prompts, and of how many prompts."""
+    return f"{len(prompts):,} {noun} of {quantity(len(distinct(prompts)), 'prompt')}"

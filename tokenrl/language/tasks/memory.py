@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
-from tokenrl.errors import Refused
-from tokenrl.language.tasks.files import alike
+from tokenrl.errors import Refused, with_places
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.settings import shown
 
 FORMS = (
@@ -17,7 +16,7 @@ FORMS = (
 )
 
 
-def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
+def memory_splits(data: Any) -> dict[str, Rows]:
     """Copy all splits of data that was given from Python.
 
     Args:
@@ -40,36 +39,33 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     return {str(name): _rows(rows, f"task, split '{name}'") for name, rows in data.items()}
 
 
-def _rows(data: Any, source: str) -> list[dict[str, Any]]:
-    if not isinstance(data, list | tuple):
-        import datasets
-        import pandas
+def _rows(data: Any, source: str) -> Rows:
+    if isinstance(data, list | tuple):
+        rows = Rows.of(with_places(data), source)
+        columns = {name: [*map(without_arrays, values)] for name, values in rows.columns.items()}
+        return Rows(columns, rows.locations)
+    import datasets
+    import pandas
 
-        schema = None
-        if isinstance(data, pandas.DataFrame):
-            rows = _of_frame(data, source)
-        elif not isinstance(data, datasets.Dataset):
-            description = f"{shown(data, 100)} ({type(data).__name__})"
-            raise Refused(f"{source} is {description}; it must be {FORMS}.")
-        elif data.format["type"] == "custom":
-            rows = list(
-                map(dict, data)
-            )  # with_transform changes rows where they are read one by one
-        else:
-            rows = data.to_list()
-            schema = data.features.arrow_schema
-        for name in dict.fromkeys(chain.from_iterable(rows)):
-            holders = [row for row in rows if name in row]
-            column = _before_arrow(schema, name, [row[name] for row in holders])
-            for row, value in zip(holders, column, strict=True):
-                row[name] = value
-        return rows
-    (rows,) = alike([data], source)
-    return [{name: without_arrays(value) for name, value in row.items()} for row in rows]
+    schema = None
+    if isinstance(data, pandas.DataFrame):
+        columns = _of_frame(data, source)
+    elif not isinstance(data, datasets.Dataset):
+        description = f"{shown(data, 100)} ({type(data).__name__})"
+        raise Refused(f"{source} is {description}; it must be {FORMS}.")
+    elif (
+        data.format["type"] == "custom"
+    ):  # with_transform changes rows where they are read one by one
+        columns = dict(Rows.of(with_places(data), source).columns)
+    else:
+        columns = data.to_dict()
+        schema = data.features.arrow_schema
+    written = {name: _before_arrow(schema, name, values) for name, values in columns.items()}
+    return Rows(written, [f"row {number}" for number in range(len(data))])
 
 
-def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:
-    """Return the rows of a pandas DataFrame, with fractions in the precision of their columns."""
+def _of_frame(frame: Any, source: str) -> dict[str, list[Any]]:
+    """Return the columns of a pandas DataFrame, with fractions in the precision of their columns."""
     import pyarrow
 
     if frame.index.names != [None]:
@@ -88,7 +84,7 @@ def _of_frame(frame: Any, source: str) -> list[dict[str, Any]]:
         raise Refused(
             f"{source} has two columns of one name: {[*frame.columns]}. Name each by itself."
         )
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return columns
 
 
 def without_arrays(value: Any) -> Any:

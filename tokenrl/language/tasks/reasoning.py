@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tokenrl.errors import Refused, describe, suggest
+from tokenrl.errors import Refused, describe, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.rewards.loading import parse_spec
 from tokenrl.language.tasks.held_out import separate
+from tokenrl.language.tasks.rows import Rows
 
 SEED_DISTANCE = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
@@ -49,9 +50,6 @@ class ReasoningScore:
         import reasoning_gym
 
         return reasoning_gym.create_dataset(self.generator, **dict(self.options))
-
-
-Rows = list[dict[str, Any]]
 
 
 def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, ReasoningScore]:
@@ -94,9 +92,10 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
             f"task '{spec}': {name} refuses these options ({describe(error)}). It takes {names}."
         ) from error
     score = ReasoningScore(name, tuple(sorted(options.items())))
-    trained = {row["prompt"] for row in train_rows}
-    fresh = {row["prompt"]: row for row in eval_rows if row["prompt"] not in trained}
-    held_out_rows = list(fresh.values()) or None
+    trained = set(train_rows.columns["prompt"])
+    prompts = enumerate(eval_rows.columns["prompt"])
+    fresh = {prompt: number for number, prompt in prompts if prompt not in trained}
+    held_out_rows = eval_rows.take(fresh.values()) if fresh else None
     return *separate(train_rows, held_out_rows, eval_size)[:2], score
 
 
@@ -104,7 +103,8 @@ def _rows(name: str, options: dict[str, Any]) -> Rows:
     import reasoning_gym
 
     entries = reasoning_gym.create_dataset(name, **options)
-    return [
+    rows = (
         {"prompt": entry["question"], "answer": entry["answer"], "entry": entry}
         for entry in entries
-    ]
+    )
+    return Rows.of(with_places(rows))

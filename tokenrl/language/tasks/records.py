@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
-from tokenrl.language.tasks.held_out import trained_prompts
-from tokenrl.language.tasks.sources import Row
+from tokenrl.language.tasks.rows import Rows, digits
 from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
 
@@ -17,10 +15,9 @@ IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Rows) -> list[str]:
     """Return a warning about values that are missing in some rows, if there are any."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    missing = {name: sum(row.get(name) is None for row in rows) for name in columns}
+    missing = {name: sum(value is None for value in rows.columns[name]) for name in rows.columns}
     partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
     if not partly:
         return []
@@ -30,7 +27,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
+def fingerprint(splits: Mapping[str, Rows]) -> str:
     """Return 12 hexadecimal digits that equal rows in equal splits share, whatever object held them."""
     digest = hashlib.sha256()
     for name, rows in splits.items():
@@ -40,13 +37,12 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
     return digest.hexdigest()[:12]
 
 
-def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]:
+def described(splits: Mapping[str, Rows]) -> tuple[str, dict[str, Any]]:
     """Return the name of data that was given from Python, and what is recorded of it."""
     digits = fingerprint(splits)
-    rows = chain.from_iterable(splits.values())
     return IN_MEMORY + digits, {
         "rows": {split: len(rows) for split, rows in splits.items()},
-        "columns": [*dict.fromkeys(chain.from_iterable(rows))],
+        "columns": [*dict.fromkeys(name for rows in splits.values() for name in rows.columns)],
         "fingerprint": digits,
     }
 
@@ -61,13 +57,13 @@ def recorded(task: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if task.origin:
         facts["task_rows"] = task.origin
-    if any(not isinstance(row["prompt"], str) for row in task.train_prompts):
+    if any(not isinstance(prompt, str) for prompt in task.train_prompts.columns["prompt"]):
         facts["chat_prompts"] = True
     return facts
 
 
 def provenance_of(
-    policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None, task: Any = None
+    policy: Any, rows: Mapping[str, Rows], accelerator: Any = None, task: Any = None
 ) -> Provenance:
     """Return the provenance of a run, before its first step; only a run of the same can continue it.
 
@@ -84,7 +80,7 @@ def provenance_of(
     }
     where = policy.model if accelerator is None else accelerator
     processes = getattr(where, "num_processes", 1)
-    trained = policy.trained_prompts | trained_prompts(next(iter(rows.values())))
+    trained = policy.trained_prompts.union(digits(next(iter(rows.values())).hashes))
     kind = where.device.type
-    objects = {} if task is None else {"reward": task.reward, "environment": task.environment}
-    return Provenance(fingerprints, processes, kind, objects, trained, fingerprints)
+    code = {} if task is None else {"reward": task.reward, "environment": task.environment}
+    return Provenance(fingerprints, processes, kind, trained, fingerprints, code=code)

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tokenrl.errors import Placed, Refused, describe, suggest, with_places
+from tokenrl.errors import Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
-
-Row = Mapping[str, Any]
 
 CACHE_HINT = (
     " The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
@@ -110,7 +109,7 @@ class TaskArguments(DataArguments):
             object.__setattr__(self, "task", self.environment)
 
 
-def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
+def read_splits(name: str) -> dict[str, Rows]:
     """Read all splits of a data file, a folder, or a hub dataset.
 
     Args:
@@ -151,7 +150,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     return splits
 
 
-def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+def _by_datasets(path: Path, name: str) -> dict[str, Rows]:
     """Read what `datasets` finds: a Parquet file, a folder or a hub dataset.
 
     Where these are JSON or CSV files without types that their author declared, it only names them.
@@ -188,16 +187,14 @@ def _by_datasets(path: Path, name: str) -> dict[str, list[dict[str, Any]]]:
         return read_rows(splits, builder.name, getattr(builder.config, "sep", ","))
 
 
-def with_prompts(
-    rows: Sequence[Row], source: str, data: DataArguments, *, chat: bool = False
-) -> list[dict[str, Any]]:
+def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = False) -> Rows:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
     Of conversations in a column `messages`, which stands in for a missing `prompt`, a last turn of the assistant
     is left out: it becomes the columns `answer` (text, for rewards) and `completion`, if the row has none.
 
     Args:
-        rows: the rows as they were read; every row has the same columns.
+        rows: the rows as they were read.
         source: what error messages call the rows.
         data: `prompt_column` holds the prompt, unless there is a `prompt_template`.
         chat: make each prompt that is text a message of the user.
@@ -210,31 +207,31 @@ def with_prompts(
             f'{source} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
         )
     column = data.prompt_column
-    if column == "prompt" and column not in rows[0] and "messages" in rows[0]:
+    if column == "prompt" and column not in rows.columns and "messages" in rows.columns:
         column = "messages"
     if data.prompt_template is not None:
         template = data.prompt_template
         subject = f"{source}, prompt_template {template!r}: the prompt of"
-        prompted = [
-            {**row, "prompt": filled(template, row, f"{subject} {location}")}
-            for location, row in with_places(rows)
-        ]
-    elif column not in rows[0]:
+        prompts: list[Any] = [filled(template, row, f"{subject} {row.location}") for row in rows]
+    elif column not in rows.columns:
         raise Refused(
-            f"{source} has no column '{column}'.{suggest(column, rows[0])} Name it by prompt_column, or give a "
-            "prompt_template (--prompt-template)."
+            f"{source} has no column '{column}'.{suggest(column, rows.columns)} Name it by prompt_column, or give "
+            "a prompt_template (--prompt-template)."
         )
     elif column == "messages":
-        prompted = _from_conversations(rows, source)
+        rows = Rows.of(_from_conversations(rows, source))
+        prompts = rows.columns["prompt"]
     else:
-        prompted = [{**row, "prompt": as_prompt(row[column])} for row in rows]
-    locations = [location for location, _ in with_places(rows)]
-    prompted = list(map(Placed, prompted, locations))
-    check_prompts(prompted, source)
-    for row in prompted:
-        if chat and isinstance(row["prompt"], str):
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    return prompted
+        prompts = list(map(as_prompt, rows.columns[column]))
+    for number, (location, prompt) in enumerate(zip(rows.locations, prompts, strict=True)):
+        if fault := fault_of_prompt(prompt):
+            raise Refused(
+                f"{source}, {location}: {fault}. A prompt is text, or a list of chat messages "
+                '{"role": ..., "content": text}.'
+            )
+        if chat and isinstance(prompt, str):
+            prompts[number] = [{"role": "user", "content": prompt}]
+    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
 
 
 class _Cells(dict[str, Any]):
@@ -287,9 +284,8 @@ def as_prompt(value: Any) -> Any:
     return messages
 
 
-def _from_conversations(rows: Sequence[Row], source: str) -> list[dict[str, Any]]:
-    """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
-    prompted = []
+def _from_conversations(rows: Rows, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row after its location; the prompt is the conversation before the assistant's last turn, if any."""
     with_answer: dict[bool, str] = {}
     for location, row in with_places(rows):
         turns = as_prompt(row["messages"])
@@ -305,27 +301,12 @@ def _from_conversations(rows: Sequence[Row], source: str) -> list[dict[str, Any]
             columns = {"answer": last["content"]}
             columns["completion"] = [last] if len(last) > 2 else last["content"]
         with_answer.setdefault(is_answered, location)
-        prompted.append({**columns, **row, "prompt": turns})
+        yield location, {**columns, **row, "prompt": turns}
     if len(with_answer) > 1:
         raise Refused(
             f"{source}: the messages of {with_answer[True]} end with a turn of the assistant, and those of "
             f"{with_answer[False]} do not: give every conversation an answer, or none."
         )
-    return prompted
-
-
-def check_prompts(rows: Iterable[Row], source: str) -> None:
-    """Check that every row's "prompt" is text (also empty text) or a list of chat messages.
-
-    Raises:
-        Refused: a row has another prompt, or none; the message names the row and what was found there.
-    """
-    for location, row in with_places(rows):
-        if fault := fault_of_prompt(row["prompt"]):
-            raise Refused(
-                f"{source}, {location}: {fault}. A prompt is text, or a list of chat messages "
-                '{"role": ..., "content": text}.'
-            )
 
 
 def fault_of_prompt(prompt: Any, name: str = "prompt") -> str:

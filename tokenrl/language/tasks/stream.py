@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.held_out import prompt_keys
-from tokenrl.language.tasks.sources import Row
+from tokenrl.language.tasks.rows import Row, Rows, distinct
 from tokenrl.runs.output import quantity
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -19,17 +18,17 @@ MIN_PROMPTS = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
 
 
-def few_prompts(rows: Sequence[Row]) -> list[str]:
+def few_prompts(rows: Rows) -> list[str]:
     """Return a warning if fewer than 13 distinct prompts, but several, are left to train on; else nothing.
 
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = len(set(prompt_keys(rows)))
-    if distinct == 1 or distinct >= MIN_PROMPTS:
+    count = len(distinct(rows.hashes))
+    if count == 1 or count >= MIN_PROMPTS:
         return []
     return [
-        f"only {quantity(distinct, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
+        f"only {quantity(count, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
         "the answers by heart, which says nothing about other prompts. Give more data."
     ]
 

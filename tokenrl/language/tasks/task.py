@@ -11,7 +11,6 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, repeat
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,11 @@ from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
-from tokenrl.language.tasks.files import alike, format_of
-from tokenrl.language.tasks.held_out import read_parts, separate, smaller_evaluation
+from tokenrl.language.tasks.files import format_of
+from tokenrl.language.tasks.held_out import chosen, read_parts, separate
 from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
-from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments, with_prompts
+from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.sources import DataArguments, TaskArguments, with_prompts
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, shown
 from tokenrl.user_code import user_code
@@ -64,24 +64,22 @@ class PromptTask:
         environment: a class or function that makes the environment of an episode, or a dict of them by the
             rows' column `environment`; None if a completion is a single turn.
         train: settings that the task recommends for a training, by the names of `TrainArguments`.
-        warm_start: what it recommends for a supervised stage, with `steps`, `batch_size` and `learning_rate`.
         base: the toy task that makes the task's own model, with `build`, `demonstrations`, `warm_start` and
             `fingerprint`; None if there is no such model.
     """
 
     name: str
-    train_prompts: Sequence[Row]
-    eval_prompts: Sequence[Row]
+    train_prompts: Any
+    eval_prompts: Any
     reward: Any = None
     max_completion_length: int | None = None
     solved: float | None = None
     pass_threshold: float | None = None
-    demonstrations: Sequence[Any] = ()
+    demonstrations: Any = field(default_factory=lambda: Rows({}, ()))
     origin: Mapping[str, Any] = field(default_factory=dict)
     divided: str = ""
     environment: Any = None
     train: Mapping[str, Any] = field(default_factory=dict)
-    warm_start: Any = None
     base: Any = None
 
 
@@ -118,7 +116,7 @@ def load_task(name: Any, *, reward: Any = None, chat: bool = False, **options: A
 
 def as_task(
     source: Any,
-    data: DataArguments | None = None,
+    data: DataArguments,
     reward: Any = None,
     *,
     chat: bool = False,
@@ -129,31 +127,36 @@ def as_task(
 
     Args:
         source: a name, a task, an environment, or data.
-        data: how prompts are read, by default as `DataArguments` says; its environment replaces the task's own.
+        data: how prompts are read; its environment replaces the task's own.
         reward: a reward or a list of them that replaces the task's own.
         chat: make prompts of data that are text messages of the user.
-        needs_reward: whether data needs a reward.
+        needs_reward: whether the task needs a reward, of functions or of an environment.
         whole: whether the task may lack rows to evaluate on.
     """
-    data = data or DataArguments()
     task = own_task(source, data.eval_size, chat=chat, whole=whole)
     if task is None:
-        if needs_reward and reward is None and data.environment is None:
-            raise Refused(
-                f"task '{_name_of(source)}' is data, which has prompts but no reward: give one with --reward "
-                "module:function (or a file.py, or the folder of a reward model), from Python reward=function."
-            )
         task = _of_data(source, data, chat=chat)
+    held_out = task.eval_prompts
+    held_out = held_out.take(chosen(len(held_out), data.eval_size))
+    columns = {**task.train_prompts.columns, **held_out.columns}
+    task.train_prompts = task.train_prompts.with_columns(columns)
+    task.eval_prompts = held_out.with_columns(columns)
     if reward is not None:
         is_one = isinstance(reward, str) or not isinstance(reward, Sequence)
         functions = load_reward(reward) if is_one else list(map(load_reward, reward))
-        task = replace(task, reward=functions, pass_threshold=None)
+        task.reward = functions
+        task.pass_threshold = None
     environment: Any = data.environment
-    if environment is None or environment is source:
-        return task
     if isinstance(environment, str):
         environment = import_attribute(environment, "environment")
-    return replace(task, environment=environment)
+    if environment is not None and data.environment is not source:
+        task.environment = environment
+    if needs_reward and not task.reward and task.environment is None:
+        raise Refused(
+            f"The task {task.name!r} has no reward: give one with --reward module:function (or a file.py, or the "
+            "folder of a reward model), from Python reward=function."
+        )
+    return task
 
 
 def own_task(
@@ -164,45 +167,41 @@ def own_task(
     Args:
         source: a name; a task, an environment's class, or a function without arguments that makes one of the
             two; or data.
-        eval_size: the most rows to evaluate on; None for the usual number.
+        eval_size: rows to evaluate on of puzzles and environments; None for the usual number.
         chat: make the empty prompt of an environment a message of the user.
         whole: whether the task may lack rows to evaluate on.
 
     Raises:
         Refused: there is no such task, it lacks what a task needs, or its code raises an error.
     """
-    name = _name_of(source)
+    name = source
+    if not isinstance(source, str):
+        name = getattr(source, "__name__", type(source).__name__)
     try:
         with user_code():
             task = _made(source, name, eval_size, chat)
             if task is None:
                 return None
-            return smaller_evaluation(_complete(task, name, whole=whole), eval_size)
+            return _complete(task, name, whole=whole)
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
         raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
 
 
-def _name_of(source: Any) -> str:
-    """Return what messages call a task or data that a user gives."""
-    return source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
-
-
 def _of_data(source: Any, data: DataArguments, *, chat: bool) -> PromptTask:
     """Return the task of data, without a reward; rows to evaluate on are a split, or held out."""
-    name, origin = source, dict[str, Any]()
+    task_name, origin = source, dict[str, Any]()
     title = f"task '{source}'" if isinstance(source, str) else "task"
     splits, evaluation = read_parts(source, title, data.split, data.eval_split)
     if not isinstance(source, str):
-        name, origin = records.described(splits)
-    parts = {}
-    for split in filter(None, (data.split, evaluation)):
-        parts[split] = with_prompts(splits[split], f"{title}, split '{split}'", data, chat=chat)
-    held_out = None if evaluation is None else parts[evaluation]
-    train, evaluated, words = separate(parts[data.split], held_out, data.eval_size)
-    train, evaluated = alike([train, evaluated])
-    return PromptTask(name, train, evaluated, origin=origin, divided=words)
+        task_name, origin = records.described(splits)
+    parts: dict[Any, Rows] = {
+        name: with_prompts(splits[name], f"{title}, split '{name}'", data, chat=chat)
+        for name in filter(None, (data.split, evaluation))
+    }
+    train, evaluated, words = separate(parts[data.split], parts.get(evaluation), data.eval_size)
+    return PromptTask(task_name, train, evaluated, origin=origin, divided=words)
 
 
 def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
@@ -235,15 +234,14 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
     if not hasattr(task, "reset") or hasattr(task, "train_prompts"):
         return task
     row = {"prompt": [{"role": "user", "content": ""}] if chat else ""}
-    train_prompts = list(repeat(row, TRAIN_EPISODES))
-    eval_prompts = list(repeat(row, eval_size or EVAL_EPISODES))
-    return PromptTask(name, train_prompts, eval_prompts, environment=factory)
+    count = eval_size or EVAL_EPISODES
+    return PromptTask(name, [row] * TRAIN_EPISODES, [row] * count, environment=factory)
 
 
 def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
     """Return an object with the attributes of a task as a task with all of them, if it has what is needed.
 
-    Prompts are as they are read from data. An attribute `train`, `warm_start` or `build` may mean something else.
+    Prompts are as they are read from data. An attribute `train` or `build` may mean something else.
     """
     values = {f.name: getattr(task, f.name) for f in fields(PromptTask) if hasattr(task, f.name)}
     missing = [attribute for attribute in ("name", *ROWS) if attribute not in values]
@@ -262,16 +260,13 @@ def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
         if not isinstance(rows, Iterable | None):
             raise Refused(f"{title}: {attribute} is {shown(rows)}; give a list of rows.")
         subject = f"{title}, {attribute}"
-        (values[attribute],) = alike([list(() if rows is None else rows)], subject)
-        if values[attribute] or (attribute in ROWS and not whole):
-            values[attribute] = with_prompts(values[attribute], subject, DataArguments())
-    values |= zip(ROWS, alike([values[name] for name in ROWS]), strict=True)
-    if not isinstance(values.get("train"), Mapping) or not all(
-        isinstance(setting, str) for setting in values["train"]
-    ):
-        values.pop("train", None)
-    if not hasattr(values.get("warm_start"), "steps"):
-        values.pop("warm_start", None)
+        table = Rows.of(with_places(() if rows is None else rows), subject)
+        if table or (attribute in ROWS and not whole):
+            table = with_prompts(table, subject, DataArguments())
+        values[attribute] = table
+    train = values.get("train")
+    if not (isinstance(train, Mapping) and {*map(type, train)} <= {str}):
+        values["train"] = {}
     if callable(getattr(task, "build", None)) and hasattr(task, "fingerprint"):
         values["base"] = task
     return PromptTask(**values)
@@ -315,25 +310,20 @@ def find_task(
             "dataset.to_parquet('data.parquet') and name data.parquet by task (--task)."
         )
     chat = bool(getattr(args, "chat", None))
-    reward = list(map(load_reward, named)) or None
+    reward = named or None
     is_optional = unrewarded or whole
     task = as_task(source, args, reward, chat=chat, needs_reward=not is_optional, whole=whole)
     environments = None
     if task.environment is not None:
         options = {name: getattr(args, name) for name in ("max_turns", "share_seed", "malformed")}
         environments = Environments(task.environment, timeout=args.reward_timeout, **options)
-    functions = task.reward or []
-    if environments is None and not (functions or is_optional):
-        raise Refused(
-            f"The task {task.name!r} has no reward: name one by reward (--reward), such as module:function."
-        )
     pass_threshold = getattr(args, "pass_threshold", None)
     if reward or args.reward_weights:
         task = replace(task, solved=None)
     elif pass_threshold is None:
         pass_threshold = task.pass_threshold
     rewards = Rewards(
-        functions,
+        task.reward or [],
         list(args.reward_weights or ()) or None,
         environments=environments,
         timeout=args.reward_timeout,
@@ -344,20 +334,17 @@ def find_task(
         pass_threshold=pass_threshold,
         optional=is_optional,
     )
-    rewards.check_columns(next(chain(task.train_prompts, task.eval_prompts), ()))
-    for attribute, rows in (
-        ("train_prompts", task.train_prompts),
-        ("eval_prompts", task.eval_prompts),
-    ):
-        _check_copies(rows, f"task '{task.name}', {attribute}")
-        rewards.check_rows(rows)
+    rewards.check_columns(task.train_prompts.columns)
+    for attribute in ROWS:
+        _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
+        rewards.check_rows(getattr(task, attribute))
     return task, rewards
 
 
-def _check_copies(rows: Sequence[Row], title: str) -> None:
+def _check_copies(rows: Rows, title: str) -> None:
     """Refuse rows with a value that cannot be copied, since each function that gets rows gets copies."""
-    for location, row in with_places(rows):
-        for name, value in row.items():
+    for name, values in rows.columns.items():
+        for location, value in zip(rows.locations, values, strict=True):
             try:
                 copied(value)
             except Exception as error:

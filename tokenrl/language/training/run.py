@@ -338,7 +338,7 @@ def warnings_of(run: TrainingRun) -> list[str]:
     models = {"the model": run.learner.policy, "the teacher": run.teacher and run.teacher.policy}
     warnings += remarks(rows)
     warnings += division_of(run.task, run.args.eval_size, models | judges)[1]
-    if environments and environments.has_tools and any(row.get("tools") for row in rows):
+    if environments and environments.has_tools and any(rows.column("tools")):
         warnings.append(
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."

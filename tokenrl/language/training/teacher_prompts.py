@@ -146,7 +146,7 @@ def teacher_prompts(args: TrainArguments, task: Any) -> TeacherPrompts | None:
     sources = {
         f"teacher_template {args.teacher_template!r}": args.teacher_template,
         f"teacher_context {getattr(function, '__name__', function)}": function,
-        f"the column {COLUMN}": COLUMN if any(COLUMN in row for row in rows) else None,
+        f"the column {COLUMN}": COLUMN if COLUMN in rows.columns else None,
     }
     names = [name for name, source in sources.items() if source is not None]
     if len(names) > 1:
