@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from types import ModuleType
 
 import datasets
@@ -137,6 +139,20 @@ def test_a_hash_of_the_prompt_alone_holds_it_out(order, count, size):
     assert [row["prompt"][0]["content"] for row in chat] == prompts(evaluation)
     demonstrated, _ = find_task(TaskArguments(task=rows), whole=True)  # as tokenrl sft reads it
     assert demonstrated.train_prompts == train
+
+
+@pytest.mark.parametrize(
+    ("count", "prompt", "answer", "digest"),
+    [
+        (997, lambda i: f"{i * i} =", lambda i: i, "8d9f10bf32d9"),
+        (500, lambda i: "ab"[i % 2], lambda i: i % 37, "4fbcee4ea7db"),  # by row
+        (30_000, str, lambda i: i % 5, "56bfb779a305"),
+    ],
+)
+def test_every_row_stays_on_its_side_in_every_version(count, prompt, answer, digest):
+    """The digests are of what was divided by the texts of prompts and rows themselves."""
+    parts = loaded([{"prompt": prompt(i), "answer": answer(i)} for i in range(count)])
+    assert sha256(json.dumps(parts).encode()).hexdigest()[:12] == digest
 
 
 def test_of_many_rows_two_thousand_are_held_out():

@@ -9,7 +9,6 @@ import pytest
 from refusals import refused
 
 from tokenrl import evaluate
-from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.supervised.base import make_tiny
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.sources import TaskArguments
@@ -18,7 +17,6 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import train_settings
 
 ROWS = [{"prompt": "a"}]
-PREFERRED = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 FILE = """
 import sys
@@ -74,10 +72,8 @@ def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environm
             rows = [*read.train_prompts, *read.eval_prompts]
             assert [row["note"] for row in rows] == [row.get("note") for row in chain(*parts)]
             assert rewards.environments.reset(rows[:1], [0])[0].failure == ""
-    pairs = [PREFERRED | {"margin": 1.0}, PREFERRED]
-    assert [pair.margin for pair in load_pairs({"train": pairs, "test": pairs})[0]] == [1.0, None]
     with refused("has no demonstrations"):
-        demonstrations(load_task([PREFERRED | {"completion": None}], reward=len))
+        demonstrations(load_task([{"prompt": "a", "completion": None}], reward=len))
 
 
 @pytest.mark.parametrize("attribute", ["solved", "pass_threshold", "max_completion_length"])
@@ -113,18 +109,10 @@ class Failing(PromptTask):
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (
-            SimpleNamespace(train=ROWS, test=ROWS),
-            "SimpleNamespace without name, train_prompts, eval_p",
-        ),
-        (
-            SimpleNamespace(name="a", eval_prompts=ROWS),
-            "is a SimpleNamespace without train_prompts: m",
-        ),
-        (PromptTask("a", 5, ROWS), "task 'a': train_prompts is 5; give a list of rows"),
+        (SimpleNamespace(train_prompts=ROWS), "is a SimpleNamespace without name, eval_prompts: m"),
+        (PromptTask("a", 5, ROWS), "it raised TypeError: 'int' object is not iterable"),
         (PromptTask("a", ROWS, iter(())), "task 'a', eval_prompts is empty: give at least one row"),
         (PromptTask("a", ["b"], ROWS), r"train_prompts, row 0 is 'b' \(str\); a row is a dict"),
-        (PromptTask("a", [{"question": "b"}], ROWS), "train_prompts has no column 'prompt'"),
         (Failing("a", ROWS, ROWS), "was read, and it raised OSError: no file"),
         (lambda: 1 / 0, "task '<lambda>' was read, and it raised ZeroDivisionError"),
     ],

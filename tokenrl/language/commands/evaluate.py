@@ -204,14 +204,13 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     task = args.task
     recorded = str(config.get("task"))
     names = {"max_completion_length", "truncate_prompts"}
-    is_same = task is None or (isinstance(task, str) and task == recorded)
-    if not is_same:
-        own = own_task(task)
-        if not isinstance(task, str):
-            is_same = own.name == recorded if own else recorded.startswith(IN_MEMORY)
-        if not is_same:
-            has_limit = own is not None and own.max_completion_length
-            return names - {"max_completion_length"} if has_limit else names
+    own = None if task is None else own_task(task)
+    name = own.name if own else IN_MEMORY
+    if isinstance(task, str | None):
+        name = task or recorded
+    if name != recorded and not (name == IN_MEMORY and recorded.startswith(IN_MEMORY)):
+        has_limit = own is not None and own.max_completion_length
+        return names - {"max_completion_length"} if has_limit else names
     names |= {*field_types(TaskArguments)}
     if args.reward is not None and plain(args.reward) != config.get("reward"):
         names.remove("reward_weights")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tokenrl.errors import Refused, with_places
+from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import fill_form, form_line
 from tokenrl.language.policy.saved import SavedModel
@@ -241,7 +241,7 @@ def train_reward_model(
         training = PreferenceTraining(reward_model, data.train, args, passes)
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": data.train, "held_out": data.held_out}
-        parts = {name: Rows.of(with_places(map(asdict, pairs))) for name, pairs in rows.items()}
+        parts = {name: Rows.of(map(asdict, pairs)) for name, pairs in rows.items()}
         size = None if args.eval_size == RewardModelArguments.eval_size else args.eval_size
         models = {f"the model {reward_model.__name__}": reward_model}
         pairs = PromptTask(data.name, parts["train"], parts["held_out"], divided=data.divided)

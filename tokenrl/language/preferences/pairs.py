@@ -92,7 +92,7 @@ def load_pairs(
     if held_out_split is None:
         return divided(pairs, eval_size)
     held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
-    numbers = chosen(len(held_out), max(1, eval_size))
+    numbers = chosen(held_out, max(1, eval_size))
     return pairs, [held_out[i] for i in numbers], ""
 
 

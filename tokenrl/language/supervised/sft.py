@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import with_places
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.evaluation.evaluation import evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line
@@ -122,8 +121,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
         if environments is not None:
-            opened = as_in_episodes(rows, environments, session.console.warn)
-            rows = Rows.of(with_places(opened))
+            rows = Rows.of(as_in_episodes(rows, environments, session.console.warn))
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
@@ -182,8 +180,8 @@ def _evaluation(
     It computes the loss of those that have a completion, and with a reward what completions of the policy earn.
     """
     policy = forward.policy
-    held_out = task.eval_prompts
-    prompts = held_out.take(chosen(len(held_out), args.eval_size or EVALUATED))
+    numbers = chosen(task.eval_prompts, args.eval_size or EVALUATED)
+    prompts = task.eval_prompts.take(numbers)
     environments = rewards.environments
     rows: Sequence[Any] = with_completions(prompts, args.completion_column)
     if environments is not None:  # as those that are learnt from, of which a warning has been told

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import UNIQUE_KEYS
+from tokenrl.errors import Placed
 from tokenrl.language.tasks.rows import Rows
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -78,12 +79,12 @@ def read_rows(
     return {split: Rows.of(_rows_of(files, read)) for split, files in splits.items()}
 
 
-def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a split, each after its location."""
+def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> Iterator[Placed]:
+    """Yield the rows of a split."""
     for file in files:
         ending = f" of {file.name}" if len(files) > 1 else ""
         for location, row in read(_text(file), file):
-            yield f"{location}{ending}", row
+            yield Placed(row, f"{location}{ending}")
 
 
 def _text(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,9 +32,9 @@ EQUAL = " (all rows are equal, so evaluations sample new completions of the same
 """How rows were held out of those to train on, in words."""
 
 
-def chosen(count: int, size: int | None) -> list[int]:
-    """Return the numbers of at most so many of N rows, drawn by a fixed seed, in their order; None returns all."""
-    return sorted(np.random.default_rng(0).permutation(count)[:size].tolist())
+def chosen(rows: Sequence[Any], size: int | None) -> list[int]:
+    """Return the numbers of at most so many of the rows, drawn by a fixed seed, in their order; None returns all."""
+    return sorted(np.random.default_rng(0).permutation(len(rows))[:size].tolist())
 
 
 def read_parts(
@@ -77,7 +77,7 @@ def separate(
     """
     size = eval_size or EVAL_SIZE
     if eval_rows is not None:
-        return train_rows, eval_rows.take(chosen(len(eval_rows), size)), ""
+        return train_rows, eval_rows.take(chosen(eval_rows, size)), ""
     every = range(len(train_rows))
 
     def texts(numbers: Iterable[int]) -> Iterator[str]:
@@ -93,7 +93,7 @@ def separate(
 
 def hold_out(
     prompts: np.ndarray, texts: Callable[[Iterable[int]], Iterable[str]], size: int
-) -> tuple[list[int], list[int], str]:
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Divide rows into those to train on and those held out, about a fifth, by a hash.
 
     A prompt is held out if its hash, a number in [0, 1), is below 1/5, or with more than 10,000 rows below
@@ -116,19 +116,18 @@ def hold_out(
     held = _held_out(prompts)
     words = BY_PROMPT
     if not held.any():
-        held = _held_out(hashes(texts(every.tolist())))
+        held = _held_out(hashes(texts(every)))
         words = BY_ROW
-    numbers = every[held]  # of equal rows all or none
-    order = hashes(_numbered(texts(numbers.tolist())))
+    numbers = every[held] if held.any() else every  # of equal rows all are held out or none
+    order = hashes(_numbered(texts(numbers)))
     if not held.any():
-        order = hashes(_numbered(texts(every.tolist())))
         held = _held_out(order)
         numbers = every[held]
         order = order[held]
     numbers = numbers[np.argsort(order >> UNUSED_BITS, kind="stable")]
     if len(numbers) > size:
         words = f" of {len(numbers):,}{words}"
-    return every[~held].tolist(), numbers[:size].tolist(), words
+    return every[~held], numbers[:size], words
 
 
 def _numbered(texts: Iterable[str]) -> Iterator[str]:

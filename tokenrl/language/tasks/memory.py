@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenrl.errors import Refused, with_places
+from tokenrl.errors import Refused
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.settings import shown
 
@@ -41,7 +41,7 @@ def memory_splits(data: Any) -> dict[str, Rows]:
 
 def _rows(data: Any, source: str) -> Rows:
     if isinstance(data, list | tuple):
-        rows = Rows.of(with_places(data), source)
+        rows = Rows.of(data, source)
         columns = {name: [*map(without_arrays, values)] for name, values in rows.columns.items()}
         return Rows(columns, rows.locations)
     import datasets
@@ -56,7 +56,7 @@ def _rows(data: Any, source: str) -> Rows:
     elif (
         data.format["type"] == "custom"
     ):  # with_transform changes rows where they are read one by one
-        columns = dict(Rows.of(with_places(data), source).columns)
+        columns = Rows.of(data, source).columns
     else:
         columns = data.to_dict()
         schema = data.features.arrow_schema

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tokenrl.errors import Refused, describe, suggest, with_places
+from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.rewards.loading import parse_spec
 from tokenrl.language.tasks.held_out import separate
@@ -107,4 +107,4 @@ def _rows(name: str, options: dict[str, Any]) -> Rows:
         {"prompt": entry["question"], "answer": entry["answer"], "entry": entry}
         for entry in entries
     )
-    return Rows.of(with_places(rows))
+    return Rows.of(rows)

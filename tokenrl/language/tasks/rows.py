@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Placed, Refused
+from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.runs.files import canonical
 
 Row = Mapping[str, Any]
@@ -33,15 +33,15 @@ class Rows(Sequence[Any]):
     locations: Sequence[str]
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[str, Any]], source: str = "task") -> Rows:
-        """Return rows, each of which stands after its location; in a column that it lacks it gets None.
+    def of(cls, rows: Iterable[Any], source: str = "task") -> Rows:
+        """Return rows with their locations; in a column that a row lacks it gets None.
 
         Raises:
             Refused: a row is no mapping; the message begins with the source.
         """
         columns: dict[str, list[Any]] = {}
         locations: list[str] = []
-        for location, row in rows:
+        for location, row in with_places(rows):
             if not isinstance(row, Mapping):
                 raise Refused(
                     f"{source}, {location} is {row!r:.100} ({type(row).__name__}); a row is a dict. Of texts "
@@ -61,7 +61,7 @@ class Rows(Sequence[Any]):
 
     def __eq__(self, other: object) -> bool:
         """Return whether both have equal rows."""
-        return isinstance(other, Sequence) and list(self) == list(other)
+        return list(self) == other
 
     def __getitem__(self, index: Any) -> Any:
         """Return a row, or the rows of a slice."""

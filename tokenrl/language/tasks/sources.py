@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tokenrl.errors import Refused, describe, suggest, with_places
+from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
@@ -284,8 +284,8 @@ def as_prompt(value: Any) -> Any:
     return messages
 
 
-def _from_conversations(rows: Rows, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row after its location; the prompt is the conversation before the assistant's last turn, if any."""
+def _from_conversations(rows: Rows, source: str) -> Iterator[Placed]:
+    """Yield rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
     with_answer: dict[bool, str] = {}
     for location, row in with_places(rows):
         turns = as_prompt(row["messages"])
@@ -301,7 +301,7 @@ def _from_conversations(rows: Rows, source: str) -> Iterator[tuple[str, dict[str
             columns = {"answer": last["content"]}
             columns["completion"] = [last] if len(last) > 2 else last["content"]
         with_answer.setdefault(is_answered, location)
-        yield location, {**columns, **row, "prompt": turns}
+        yield Placed({**columns, **row, "prompt": turns}, location)
     if len(with_answer) > 1:
         raise Refused(
             f"{source}: the messages of {with_answer[True]} end with a turn of the assistant, and those of "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -22,7 +22,6 @@ from tokenrl.errors import (
     describe,
     raised,
     suggest,
-    with_places,
 )
 from tokenrl.keywords import takes
 from tokenrl.language.rewards.calls import copied
@@ -38,7 +37,6 @@ from tokenrl.language.tasks.sources import DataArguments, TaskArguments, with_pr
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, shown
 from tokenrl.user_code import user_code
-
 
 @dataclass
 class PromptTask:
@@ -136,8 +134,7 @@ def as_task(
     task = own_task(source, data.eval_size, chat=chat, whole=whole)
     if task is None:
         task = _of_data(source, data, chat=chat)
-    held_out = task.eval_prompts
-    held_out = held_out.take(chosen(len(held_out), data.eval_size))
+    held_out = task.eval_prompts.take(chosen(task.eval_prompts, data.eval_size))
     columns = {**task.train_prompts.columns, **held_out.columns}
     task.train_prompts = task.train_prompts.with_columns(columns)
     task.eval_prompts = held_out.with_columns(columns)
@@ -225,9 +222,7 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
             )
         factory = import_attribute(source, "task")
     elif not callable(source):
-        is_table = hasattr(source, "__getitem__")  # of which an attribute may be a column
-        names = ROWS[:1] if is_table else (*ROWS, "train")
-        return source if any(hasattr(source, name) for name in names) else None
+        return source if hasattr(source, "train_prompts") else None
     task = factory
     if callable(task) and not (hasattr(task, "reset") or hasattr(task, "train_prompts")):
         task = task()
@@ -257,10 +252,8 @@ def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
             raise Refused(f"{title}: {attribute} is {shown(number)}; give a number, or None.")
     for attribute in (*ROWS, "demonstrations"):
         rows = values.get(attribute)
-        if not isinstance(rows, Iterable | None):
-            raise Refused(f"{title}: {attribute} is {shown(rows)}; give a list of rows.")
         subject = f"{title}, {attribute}"
-        table = Rows.of(with_places(() if rows is None else rows), subject)
+        table = Rows.of(() if rows is None else rows, subject)
         if table or (attribute in ROWS and not whole):
             table = with_prompts(table, subject, DataArguments())
         values[attribute] = table
@@ -335,9 +328,9 @@ def find_task(
         optional=is_optional,
     )
     rewards.check_columns(task.train_prompts.columns)
-    for attribute in ROWS:
-        _check_copies(getattr(task, attribute), f"task '{task.name}', {attribute}")
-        rewards.check_rows(getattr(task, attribute))
+    for rows in (task.train_prompts, task.eval_prompts):
+        _check_copies(rows, f"task '{task.name}'")
+        rewards.check_rows(rows)
     return task, rewards
 
 
