@@ -13,7 +13,7 @@ import torch
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
-from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.tasks.task import PromptTask, own_task
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the log",
@@ -191,6 +191,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     args = arguments(TrainArguments, values | options | {"estimator": estimator})
     task = make_task()
     task.train_prompts = rows or task.train_prompts
+    task = own_task(task)
     args = train_settings(args, task, policy).args
     policy, teacher = teacher_of(args, policy, task)
     return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)

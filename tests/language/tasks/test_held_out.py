@@ -142,16 +142,11 @@ def test_a_hash_of_the_prompt_alone_holds_it_out(order, count, size):
 
 
 @pytest.mark.parametrize(
-    ("count", "prompt", "answer", "digest"),
-    [
-        (997, lambda i: f"{i * i} =", lambda i: i, "8d9f10bf32d9"),
-        (500, lambda i: "ab"[i % 2], lambda i: i % 37, "4fbcee4ea7db"),  # by row
-        (30_000, str, lambda i: i % 5, "56bfb779a305"),
-    ],
+    ("prompts", "digest"), [(997, "f3d30409a3c9"), (60, "8e6f9869e994"), (2, "e8727151bed3")]
 )
-def test_every_row_stays_on_its_side_in_every_version(count, prompt, answer, digest):
+def test_every_row_stays_on_its_side_in_every_version(prompts, digest):
     """The digests are of what was divided by the texts of prompts and rows themselves."""
-    parts = loaded([{"prompt": prompt(i), "answer": answer(i)} for i in range(count)])
+    parts = loaded(numbered(str(i % prompts) for i in range(997)))
     assert sha256(json.dumps(parts).encode()).hexdigest()[:12] == digest
 
 

@@ -38,6 +38,7 @@ from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, shown
 from tokenrl.user_code import user_code
 
+
 @dataclass
 class PromptTask:
     """A task that is made of rows and a reward.
