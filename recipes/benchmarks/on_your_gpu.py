@@ -33,15 +33,16 @@ own numbers. On a CPU, the gaps of bfloat16 are .035 nats in the mean and .19 at
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import tyro
 from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
 from step_against_trl import (
     COLUMNS,
@@ -166,19 +167,18 @@ def verdict(here: Rows, there: Rows) -> list[str]:
     return [judged, *counts, f"{max(largest.values()):.1e}"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    seed = "of the trainings whose numbers are compared"
-    parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes and few steps, as a trial")
-    args = parser.parse_args()
+def main(seed: int = 0, tiny: bool = False) -> int:
+    """Print the tables.
+
+    Args:
+        seed: Seed of the trainings whose numbers are compared.
+        tiny: Tiny shapes and few steps, as a trial.
+    """
     ends, program = time.monotonic() + SECONDS, Path(__file__)
-    args.steps, args.rounds, args.tokenrl = 2 if args.tiny else 6, 1, {}
-    job = {"tiny": args.tiny, "seed": args.seed, "steps": args.steps}
+    args = Namespace(steps=2 if tiny else 6, rounds=1, tokenrl={})
+    job = {"tiny": tiny, "seed": seed, "steps": args.steps}
     about = run(TRAINER, {"part": "device"})
-    if about.get("kind", "cpu") == "cpu" and not args.tiny:
+    if about.get("kind", "cpu") == "cpu" and not tiny:
         print("torch has no GPU here. To try this program: --tiny.", file=sys.stderr)
         return 2
     print_heading(TRAININGS, f"{versions(about)}; task vowels in float32, beside the CPU")
@@ -187,11 +187,11 @@ def main() -> int:
         here, there = (run(program, training | {"cpu": cpu}) for cpu in (True, False))
         error = here.get("error") or there.get("error")
         print_row([name, error] if error else [name, *verdict(here["rows"], there["rows"])])
-    print_heading(GAPS, f"Gaps to float32, model {'tiny' if args.tiny else 'gpu-135m'}")
+    print_heading(GAPS, f"Gaps to float32, model {'tiny' if tiny else 'gpu-135m'}")
     for name, gaps in run(program, job | {"part": "gaps"}).items():
         print_row([name, gaps] if name == "error" else [name, *(f"{gap:.1e}" for gap in gaps)])
     print_heading(COLUMNS, f"Speed of GRPO, {args.steps} steps")
-    for name in ["tiny"] if args.tiny else GPU_WORK:
+    for name in ["tiny"] if tiny else GPU_WORK:
         for options in ({}, {"capture": "auto"}):
             if time.monotonic() > ends:
                 break
@@ -204,7 +204,7 @@ def main() -> int:
         if time.monotonic() > ends:
             break
         args.tokenrl = options
-        row = turns_row(2 if args.tiny else 12, 0, args, [] if options else SETTINGS[:1])
+        row = turns_row(2 if tiny else 12, 0, args, [] if options else SETTINGS[:1])
         print_row(["captured", *row[1:]] if options else row)
     return 0
 
@@ -213,4 +213,4 @@ if __name__ == "__main__":
     if "--measure" in sys.argv:  # in a process of its own
         print_measurement(measure)
     else:
-        sys.exit(main())
+        sys.exit(tyro.cli(main, description=__doc__))

@@ -14,6 +14,7 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ GRPO = Estimator.preset("grpo")
 PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
+PLACED = [*product(("k1", "k2", "k3"), ("loss", "reward"))]
+PLACED += [("k2_sequence", "loss"), ("full_path", "loss")]
+"""Estimates of the KL, and where they are placed; the last two are for the loss only."""
 ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "full_path": PINK, "k2_sequence": GREEN}
 STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
     "exact": (GREEN, "exact"),
@@ -70,18 +74,16 @@ def measure_kl(
     nothing = torch.zeros_like(logprobs)
     weights = chances.detach()[:, None] * EVERY.mask
     inputs = {"logprobs": logprobs, "mask": EVERY.mask, "ref_logprobs": ref}
-    for name in ("k1", "k2", "k3", "k2_sequence", "full_path"):
-        in_loss = Estimator("none", beta=1.0, kl_placement="loss", kl_estimator=name)
-        # In the loss the estimate is differentiated at fixed completions; in the reward it is a number.
-        objectives = {"loss": in_loss.loss(advantages=nothing, weights=weights, **inputs)}
-        if name not in ("k2_sequence", "full_path"):  # these two are for the loss only
-            in_reward = replace(in_loss, kl_placement="reward")
-            values = -in_reward.advantages(nothing, group_size=None, **inputs).policy  # [M]
-            objectives["reward"] = (chances * values).sum()
-        for placement, objective in objectives.items():
-            (slope,) = torch.autograd.grad(objective, logits, retain_graph=True)
-            error = float((slope - truth).norm() / truth.norm())
-            measured[name, placement] = float(objective.detach()), error
+    for name, placement in PLACED:
+        estimator = Estimator("none", beta=1.0, kl_placement=placement, kl_estimator=name)
+        if placement == "loss":  # it is differentiated at fixed completions
+            objective = estimator.loss(advantages=nothing, weights=weights, **inputs)
+        else:  # it is a number
+            advantages = estimator.advantages(nothing, group_size=None, **inputs)
+            objective = -(chances * advantages.policy).sum()
+        (slope,) = torch.autograd.grad(objective, logits, retain_graph=True)
+        error = float((slope - truth).norm() / truth.norm())
+        measured[name, placement] = float(objective.detach()), error
     return float(kl.detach()), measured
 
 

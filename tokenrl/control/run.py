@@ -75,13 +75,12 @@ class AgentRun:
     """The parts of a run, and its progress.
 
     Attributes:
-        args: the settings, complete but for those that the machine decides.
+        args: the settings, none of which is open but for the directory.
         spec: the facts about the environment.
         agent: the policy with everything that updates change.
         envs: environments for training.
         eval_envs: environments for evaluation.
         actions: random numbers of the actions.
-        decided: the settings that the machine decides, by name.
         threads: the number of threads of torch, and in words where it comes from.
         pieces: collects pieces of episodes; only with `num_steps`, from the first rollout on.
         env_steps: number of environment steps trained on so far.
@@ -95,7 +94,6 @@ class AgentRun:
     envs: Environments
     eval_envs: Environments
     actions: torch.Generator
-    decided: Mapping[str, Any]
     threads: str
     pieces: Pieces | None = None
     env_steps: int = 0

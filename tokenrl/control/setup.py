@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         SavedPolicy(policy, spec.env).read(args.load)
     size = sum(weights.numel() for weights in policy.parameters())
     threads, reason = choose_threads(size, args.threads)
+    args = replace(args, threads=threads)
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},
@@ -129,6 +131,5 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
-        decided={"threads": threads},
         threads=f"{threads} ({reason})",
     )

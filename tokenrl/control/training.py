@@ -81,7 +81,7 @@ def train_agent(
         contextlib.ExitStack() as stack,
     ):
         run = prepare(args, spec)
-        stack.enter_context(using_threads(run.decided["threads"]))
+        stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
         provenance = Provenance({"initial policy": saved.fingerprint()})
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs), own_process():
@@ -92,7 +92,6 @@ def train_agent(
                 provenance,
                 {"agent": run.agent, "run": run},
                 {"threads": run.threads},
-                decided=run.decided,
                 title=f"{spec.env}, {args.estimator.preset_name}, seed {args.seed}",
                 solved=spec.solved,
             )

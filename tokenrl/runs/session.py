@@ -68,8 +68,7 @@ class Session:
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
-        flags: warnings about the outcome.
-        ended, reason: why the run ends before its last step, see `BY_ITSELF`, and why in words.
+        flags, ended, reason: warnings about the outcome; why the run ends early (see `BY_ITSELF`), and in words.
         exit_code: the code of the outcome; 2 for a check that found a problem.
     """
 
@@ -136,8 +135,7 @@ class Session:
         with self._atexit:
             stopped = error if isinstance(error, Stopped) else error and explain(error)
             if not self._has_begun and stopped:
-                is_silent = isinstance(stopped, Lost) and not self.main
-                kind = Silent if is_silent else Refused
+                kind = Silent if isinstance(stopped, Lost) and not self.main else Refused
                 raise kind(f"Before the first step: {stopped}") from error
             if self._has_begun and isinstance(error, USER_CODE_FAILED):
                 failed = self._failed(stopped or error)
@@ -155,7 +153,6 @@ class Session:
         parts: dict[str, Resumable],
         header: Mapping[str, Any],
         *,
-        decided: Mapping[str, Any] | None = None,
         names: Mapping[str, str | None] | None = None,
         **facts: Any,
     ) -> None:
@@ -164,21 +161,19 @@ class Session:
         From here on a signal lets the step end and saves. The files of the directory stay as they are.
 
         Args:
-            args: the settings, a dataclass, complete but for the directory and what `decided` holds.
+            args: the settings, a dataclass, complete but for the directory.
             model: what is trained.
             provenance: what the run is made from, which is compared with the checkpoint's.
             parts: whatever else has a state that a checkpoint must hold, by name.
             header: the rest of the header.
-            decided: the settings that the machine decides, by name.
             names: by field, the text in config.json for an object given from Python.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
-            Refused: a state cannot be saved and read again, the checkpoint is of other settings, data or
-                models, or the processes of this run differ.
+            Refused: a state cannot be saved; the checkpoint, or another process, has other settings or data.
         """
         self.args = args
-        values = {**vars(args), **(decided or {}), "output_dir": self.directory}
+        values = {**vars(args), "output_dir": self.directory}
         config = self.output_dir / "config.json"
         self.settings, self.command = origin_of(self.kind, values, names or {}, config)
         settings = {**self.settings, "kind": self.kind}
@@ -312,13 +307,7 @@ class Session:
         self.console.step(self.step, self.args.max_steps, {**metrics, **times})
 
     def end(self, reason: str, words: str = "", exit_code: int = 0) -> None:
-        """End the run after this step.
-
-        Args:
-            reason: one of `BY_ITSELF`, or `check`.
-            words: why in words, such as those of `Finished`.
-            exit_code: the code of the outcome, unless a signal came.
-        """
+        """End the run after this step, for a reason of `BY_ITSELF` or `check`; a signal has its own exit code."""
         self.ended, self.reason = reason, words
         self.exit_code = self.stop.exit_code or exit_code
 
@@ -343,11 +332,10 @@ class Session:
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
-        code = self.stop.exit_code
         return {
             "output_dir": self.output_dir,
-            "exit_reason": SIGNALS.get(code, self.ended or "finished"),
-            "exit_code": code or self.exit_code,
+            "exit_reason": SIGNALS.get(self.stop.exit_code, self.ended or "finished"),
+            "exit_code": self.stop.exit_code or self.exit_code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,

@@ -150,9 +150,9 @@ def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if
 ):
     monkeypatch.setattr(forward, "LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # in float32
-    assert make_learner(make_policy(), "rloo").computing["training_attention"] == "eager"
+    assert make_learner(make_policy(), "rloo").args.training_attention == "eager"
     policy = make_policy()
     policy.model.set_attn_implementation = lambda name: 1 / 0
-    assert make_learner(policy, "rloo").computing["training_attention"] == "as_loaded"
+    assert make_learner(policy, "rloo").args.training_attention == "as_loaded"
     with refused("'eager' does not work with this model"):
         make_learner(policy, "rloo", training_attention="eager")

@@ -124,8 +124,7 @@ class Learner:
         optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
-        args: the settings of the run, in which those about computing may be open.
-        computing: the settings about computing, by name, as the machine decides them.
+        args: the settings of the run, none of which is open.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
@@ -142,7 +141,6 @@ class Learner:
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
-    computing: Mapping[str, Any]
     generator: Generator
     critic: Critic | None = None
     teacher_prompts: TeacherPrompts | None = None
@@ -378,8 +376,7 @@ def make_learner(
         optimizer=accelerator.prepare(make(policy.trainable_parameters(), **options)),
         accelerator=accelerator,
         estimator=args.estimator,
-        args=args,
-        computing=computing,
+        args=replace(args, **computing),
         generator=generator,
         teacher_prompts=None if teacher is None else teacher.prompts,
     )

@@ -108,7 +108,7 @@ def train(
         prepare = partial(settings_of, choices, accelerator.num_processes)
         settings, task, rewards = together(accelerator, prepare)
         run, provenance = _prepare(settings, task, rewards, session)
-        threads = using_threads(run.decided["threads"])
+        threads = using_threads(run.args.threads)
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
             for warning in warnings_of(run):
@@ -209,6 +209,7 @@ def _prepare(
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
     threads, reason = choose_threads(policy.size, args.threads)
+    args = replace(args, threads=threads, chat_time=policy.form.chat_time)
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
         turns = rewards.environments is not None
@@ -216,8 +217,7 @@ def _prepare(
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{engine_of(args).name} has random numbers of its own")
     run = TrainingRun(
-        settings=settings,
-        decided={"threads": threads, "chat_time": policy.form.chat_time, **learner.computing},
+        settings=settings._replace(args=learner.args),
         task=task,
         rewards=rewards,
         learner=learner,
@@ -246,7 +246,6 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         provenance,
         parts | {"run": run},
         run.facts(),
-        decided=run.decided,
         names={"task": run.task.name, "model": policy.source, "teacher": teacher},
         title=run.title,
         **facts,

@@ -79,7 +79,6 @@ class TrainingRun:
 
     Attributes:
         settings: the settings, and where they come from.
-        decided: the settings that the machine decides, by name.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
@@ -97,7 +96,6 @@ class TrainingRun:
     """
 
     settings: RunSettings
-    decided: Mapping[str, Any]
     task: PromptTask
     rewards: Rewards
     learner: Learner
@@ -117,7 +115,7 @@ class TrainingRun:
 
     @property
     def args(self) -> TrainArguments:
-        """The settings, complete but for those that the machine decides."""
+        """The settings, none of which is open but for the directory."""
         return self.settings.args
 
     @property
