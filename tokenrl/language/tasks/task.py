@@ -329,8 +329,9 @@ def find_task(
         optional=is_optional,
     )
     rewards.check_columns(task.train_prompts.columns)
-    for rows in (task.train_prompts, task.eval_prompts):
-        _check_copies(rows, f"task '{task.name}'")
+    for attribute in ROWS:
+        rows = getattr(task, attribute)
+        _check_copies(rows, f"task '{task.name}', {attribute}")
         rewards.check_rows(rows)
     return task, rewards
 
