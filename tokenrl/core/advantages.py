@@ -69,14 +69,14 @@ def advantages_of(axes: Axes, columns: Columns) -> Advantages:
     """
     mask = columns["mask"]
     valid = columns["valid"]
-    names = ("score_norms", "logprobs", "sampling_logprobs")
-    norms, logprobs, of_sampler = (columns[name] for name in names)
+    norms, logprobs, of_sampler = map(
+        columns.__getitem__, ("score_norms", "logprobs", "sampling_logprobs")
+    )
     has_both = logprobs is not None and of_sampler is not None
     if axes.importance != "none" and norms is not None and has_both:
         # else they are of the policy's own rows
         live = mask & valid[:, None]
-        log_weights = zero_outside(logprobs - of_sampler, live)
-        rows = {"log_weights": log_weights, "live": live}
+        rows = {"log_weights": zero_outside(logprobs - of_sampler, live), "live": live}
         weights = axes.computed("losses.importance_weights", rows)
         columns = columns | {"score_norms": norms * weights**2}
     if axes.components == "summed":
@@ -85,8 +85,7 @@ def advantages_of(axes: Axes, columns: Columns) -> Advantages:
     for column in required("components", columns["components"], "'separate'").unbind(1):
         present = valid & ~column.isnan()
         in_time = token_rewards(column.nan_to_num(), mask, present)
-        of_column = columns | {"rewards": in_time, "valid": present}
-        parts.append(advantages_in_turns(axes, of_column))
+        parts.append(advantages_in_turns(axes, columns | {"rewards": in_time, "valid": present}))
     weights = columns["component_weights"]
     weights = torch.ones(len(parts)) if weights is None else weights
     # A weight on the rewards would be divided away again by the scale, so it is on the advantages.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -87,6 +88,10 @@ def own_choice(baseline: Any) -> Choice:
         f"The bias of the baseline {baseline.__name__} is {declaration!r}; it must be a status and the "
         f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
     )
+
+
+cached_signature = cache(signature)
+"""The signature of a formula, which is read once and not in every step."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +340,7 @@ class Axes(Settings):
         """
         module, _, name = formula.partition(".")
         function = getattr(import_module(f"tokenrl.core.{module}"), name)
-        names = signature(function).parameters
+        names = cached_signature(function).parameters
         return function(**{x: columns[x] if x in columns else getattr(self, x) for x in names})
 
     def memory(self) -> Memory:

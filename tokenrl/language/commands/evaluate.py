@@ -204,13 +204,17 @@ def _names_for(args: Any, config: Mapping[str, Any]) -> set[str]:
     task = args.task
     recorded = str(config.get("task"))
     names = {"max_completion_length", "truncate_prompts"}
-    own = None if task is None else own_task(task)
-    name = own.name if own else IN_MEMORY
+    own = None
     if isinstance(task, str | None):
         name = task or recorded
+    else:
+        own = own_task(task)
+        name = own.name if own else IN_MEMORY
     if name != recorded and not (name == IN_MEMORY and recorded.startswith(IN_MEMORY)):
-        has_limit = own is not None and own.max_completion_length
-        return names - {"max_completion_length"} if has_limit else names
+        own = own or own_task(task)  # of another name, whose limit counts
+        if own and own.max_completion_length:
+            names.remove("max_completion_length")
+        return names
     names |= {*field_types(TaskArguments)}
     if args.reward is not None and plain(args.reward) != config.get("reward"):
         names.remove("reward_weights")

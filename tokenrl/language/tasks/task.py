@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,12 @@ def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
 
     Prompts are as they are read from data. An attribute `train` or `build` may mean something else.
     """
-    values = {f.name: getattr(task, f.name) for f in fields(PromptTask) if hasattr(task, f.name)}
+    # A property of the user's is read once.
+    values = {
+        f.name: value
+        for f in fields(PromptTask)
+        if (value := getattr(task, f.name, MISSING)) is not MISSING
+    }
     missing = [attribute for attribute in ("name", *ROWS) if attribute not in values]
     if missing:
         raise Refused(
