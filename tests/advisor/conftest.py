@@ -12,7 +12,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.settings import settle
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import append_rows
@@ -55,7 +55,7 @@ def made_up(tmp_path):
         if kind == "train":
             choices = TrainArguments(**TRAIN | dict(settings))
             policy = wrap(*TinyModel(tokens=("a",))(seed=0))
-            arguments = train_settings(choices, PromptTask("vowels", [], []), policy).args
+            arguments = settle(choices, PromptTask("vowels", [], []), policy).args
         else:
             settings = {"eval_every": 4, "value_learning_rate": 0.02} | CONTROL | dict(settings)
             arguments = ControlArguments(**settings)

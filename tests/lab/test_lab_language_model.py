@@ -16,7 +16,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.settings import settle
 from tokenrl.language.training.step import training_step
 from tokenrl.runs.processes import make_accelerator
 
@@ -74,7 +74,7 @@ def test_training_has_the_exact_mean_and_variance(
         cpu=True,
         estimator=estimator,
     )
-    args = train_settings(given, PromptTask("none", [], []), policy).args
+    args = settle(given, PromptTask("none", [], []), policy).args
     learner = make_learner(args, policy, make_accelerator(args.cpu))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)

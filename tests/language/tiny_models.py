@@ -173,7 +173,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     """A learner on one process, with plain arguments resolved; `rows` are those of the task."""
     from tokenrl.language.training.arguments import TrainArguments
     from tokenrl.language.training.learner import make_learner
-    from tokenrl.language.training.settings import train_settings
+    from tokenrl.language.training.settings import settle
     from tokenrl.language.training.teacher import teacher_of
     from tokenrl.runs.processes import make_accelerator
     from tokenrl.settings import arguments
@@ -192,7 +192,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     task = make_task()
     task.train_prompts = rows or task.train_prompts
     task = own_task(task)
-    args = train_settings(args, task, policy).args
+    args = settle(args, task, policy).args
     policy, teacher = teacher_of(args, policy, task)
     return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
 

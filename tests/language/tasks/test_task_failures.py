@@ -13,7 +13,7 @@ from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, load_task, own_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.settings import settle
 
 ROWS = [{"prompt": "a"}]
 
@@ -85,7 +85,7 @@ def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_buil
         ([{"prompt": "a"}], 200), (task.__init__, 200), ({0: task}, 200), ({"max_steps": 7}, 7)
     ):  # fmt: skip
         task.train = attribute
-        result = train_settings(TrainArguments(model="tiny"), own_task(task), policy)
+        result = settle(TrainArguments(model="tiny"), own_task(task), policy)
         assert result.args.max_steps == steps
 
 

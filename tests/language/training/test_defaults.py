@@ -23,7 +23,7 @@ from tokenrl.language.supervised.fit import encode_demonstrations
 from tokenrl.language.tasks.task import PromptTask, own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.settings import settle
 from toy_tasks.models import TinyModel, literal_tokenizer
 
 OTHER = "default for other models"
@@ -59,7 +59,7 @@ def test_the_rate_falls_with_size_through_the_known_points():
 
 def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     for args in (TrainArguments(), TrainArguments(model="x")):
-        result = train_settings(args, digits, own)
+        result = settle(args, digits, own)
         assert vars(result.args).items() >= {**digits.train, "max_completion_length": 8}.items()
         assert (
             result.origins["learning_rate"]
@@ -68,7 +68,7 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
         )
         assert result.origins["max_completion_length"] == "the task's limit"
     other = make_policy()
-    result = train_settings(TrainArguments(model="x", lora_r=2), digits, other)
+    result = settle(TrainArguments(model="x", lora_r=2), digits, other)
     expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
     assert vars(result.args).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
     assert result.args.learning_rate == default_rate(parameter_count(other), lora=True)
@@ -76,7 +76,7 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     assert result.origins["max_steps"] == OTHER
     # 20/3 of the 80 completions of an evaluation, in steps of 64
     long = TrainArguments(model="x", eval_generations=9)
-    assert train_settings(long, digits, other).args.eval_every == 9
+    assert settle(long, digits, other).args.eval_every == 9
 
 
 def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(digits):
@@ -115,7 +115,7 @@ def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, lim
     policy = wrap(*TinyModel(tokens=("a", "b"))(seed=0))
     expected = (limit, origin)
     assert completion_limit(task, "x", policy, truncate=truncate) == expected
-    filled = train_settings(TrainArguments(model="x", truncate_prompts=truncate), task, policy)
+    filled = settle(TrainArguments(model="x", truncate_prompts=truncate), task, policy)
     assert (
         filled.args.max_completion_length,
         filled.origins["max_completion_length"],
@@ -125,10 +125,10 @@ def test_the_length_of_any_data_fits_the_context_of_the_model(row, truncate, lim
 def test_own_tasks_and_given_values_win():
     own = make_task()
     own.train = {"max_steps": 7, "learning_rate": 0.5}
-    result = train_settings(TrainArguments(model="x", max_steps=3), own, make_policy())
+    result = settle(TrainArguments(model="x", max_steps=3), own, make_policy())
     assert (result.args.learning_rate, result.args.max_completion_length) == (0.5, 8)
     assert result.origins["max_steps"] == "given" and result.args.eval_every == 1
-    plain = train_settings(TrainArguments(model="x"), make_task(), make_policy())
+    plain = settle(TrainArguments(model="x"), make_task(), make_policy())
     assert (plain.args.max_steps, plain.args.prompts_per_step) == (200, 16)
 
 
@@ -163,7 +163,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     late = ["threads", "mixed_precision", "training_attention", "tokens_per_pass"]
     assert None not in [config[name] for name in late]  # also what follows from the loaded model
     again = configured(TrainArguments, result.output_dir, "train")
-    assert {*train_settings(again, own_task(toy), make_policy()).origins.values()} == {"given"}
+    assert {*settle(again, own_task(toy), make_policy()).origins.values()} == {"given"}
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, said):

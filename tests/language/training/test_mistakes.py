@@ -13,7 +13,7 @@ from tokenrl import train
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import check_shares
+from tokenrl.language.training.settings import settle
 from tokenrl.settings import arguments
 
 QUICK = {
@@ -75,9 +75,9 @@ def test_variables_of_accelerate_that_change_numbers_are_overruled(
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
 def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prompts, valid):
-    args = TrainArguments(prompts_per_step=prompts)
+    choices = TrainArguments(model="x", prompts_per_step=prompts)
     with refused(rf"cannot be shared equally by 3 processes.* Give {valid}\."):
-        check_shares(args, 3)
+        settle(choices, make_task(), make_policy(), processes=3)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")

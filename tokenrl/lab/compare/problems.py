@@ -20,7 +20,7 @@ from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import train_settings
+from tokenrl.language.training.settings import check_choices, settle
 from tokenrl.language.training.teacher import read_models
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
@@ -134,7 +134,8 @@ def _check_settings(run: PlannedRun) -> None:
     else:
         args = fill_form(arguments(TrainArguments, run.settings))
         task = find_task(args, may_lack_rewards=True)[0]
-        train_settings(args, task, read_models(args, task))
+        check_choices(args, task)
+        settle(args, task, read_models(args, task))
 
 
 def _problems_and_arms(
@@ -215,7 +216,8 @@ def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str]
         policy = read_models(args, task)
         for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
             announce(f"warning: {label}: {warning}")
-        resolved = train_settings(args, task, policy).args
+        check_choices(args, task)
+        resolved = settle(args, task, policy).args
         reward_range = reward.range
         unit = "completions"
         per_step = resolved.prompts_per_step * resolved.num_generations

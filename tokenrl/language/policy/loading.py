@@ -162,7 +162,8 @@ def quietly() -> Iterator[None]:
     """Hide the progress bars of transformers inside the block, and warnings between it and peft.
 
     A run has a progress bar of its own. Peft asks a model whether it recomputes activations under the name
-    that this had before transformers 5, and warns of tied embeddings, which `merged` takes care of.
+    that this had before transformers 5. It warns of tied embeddings, which `merged` takes care of, and of
+    adapters whose weights are not loaded.
     """
     from transformers.utils import logging
 
@@ -173,7 +174,7 @@ def quietly() -> Iterator[None]:
             warnings.filterwarnings(
                 "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
             )
-            warnings.filterwarnings("ignore", ".*tied", UserWarning)
+            warnings.filterwarnings("ignore", ".*tied|.*is a no-op", UserWarning)
             yield
     finally:
         if enabled:

@@ -280,6 +280,7 @@ def load_policy(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     merge_adapter: bool = True,
+    weights: bool = True,
 ) -> Policy:
     """Load a causal language model and its tokenizer from a local directory or a hub name.
 
@@ -290,6 +291,7 @@ def load_policy(
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the checkpoint's dtype.
         trust_remote_code: run Python code that is shipped with the model.
         merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
+        weights: False loads the shapes of the weights alone, which lie on the device `meta`.
 
     Raises:
         Refused: model or tokenizer cannot be loaded, or do not fit; an adapter belongs to another base.
@@ -305,6 +307,7 @@ def load_policy(
         if adapter := find_adapter_config_file(name):
             base, options["revision"] = base_named(name, trust_remote_code)
         whole: Any = AutoModelForCausalLM
+        options |= {} if weights else {"device_map": "meta"}
         model, keys = whole.from_pretrained(base, **options, output_loading_info=True)
         if missing := ", ".join(sorted(keys["missing_keys"])):  # transformers would draw them
             raise Refused(

@@ -11,7 +11,6 @@ import json
 import os
 import string
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,8 @@ from tokenrl.language.policy.arguments import (
     LoadingArguments,
     LoraArguments,
     ModelArguments,
-    PromptArguments,
-    saved_form,
 )
 from tokenrl.language.policy.copies import copied, uncompiled
-from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.model import (
     Policy,
     add_lora,
@@ -38,7 +34,7 @@ from tokenrl.language.policy.model import (
     load_policy,
     wrap,
 )
-from tokenrl.language.policy.saving import base_named, save_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import may_read
 from tokenrl.language.supervised.fit import fit
@@ -107,30 +103,8 @@ def policy_of(source: Any, args: LoadingArguments, *, weights: bool = True) -> P
         return source
     if isinstance(source, tuple | list):
         return wrap(*source, source=type(source[0]).__name__)
-    trust = {"trust_remote_code": args.trust_remote_code}
-    if weights:
-        return load_policy(source, dtype=args.dtype, **trust)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import find_adapter_config_file
-
-    name = find_model(source)
-    base: str = name
-    revision: Any = None
-    with loading("causal language model", name, **trust):
-        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        adapter = find_adapter_config_file(name)
-        if adapter:
-            base, revision = base_named(name, args.trust_remote_code)
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(base, revision=revision, **trust)
-            model = AutoModelForCausalLM.from_config(config, **trust)
-            if adapter and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with suppress(OSError):  # a model may have none
-            model.generation_config = GenerationConfig.from_pretrained(base, revision=revision)
-        policy = wrap(model, tokenizer, source=name)
-    policy.ask(PromptArguments(**saved_form(source)))
-    return policy
+    trust = args.trust_remote_code
+    return load_policy(source, dtype=args.dtype, trust_remote_code=trust, weights=weights)
 
 
 def with_own_weights(policy: Policy, source: Any) -> Policy:
@@ -169,7 +143,8 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
         if environment is not None or calls:
             rows.append({"prompt": WRITTEN})
         form["tools"] = calls or (environment and Environments(environment).has_tools)
-        room = max(1024, getattr(args, "max_completion_length", None) or 0)
+        limit = getattr(args, "max_completion_length", None) or task.max_completion_length
+        room = max(1024, limit or 0)
         build = partial(
             importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form
         )

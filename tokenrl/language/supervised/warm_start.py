@@ -9,7 +9,6 @@ after an update do not depend on the number of updates, and a longer warm start 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +55,7 @@ def warm_start(
     task: PromptTask,
     rewards: Rewards,
     folder: Path,
-    load: Callable[[], Policy],
+    policy: Policy,
 ) -> dict[str, Any]:
     """Fine-tune a policy on the task's demonstrations; a run that was killed in the folder continues.
 
@@ -67,7 +66,7 @@ def warm_start(
         task: the task, with demonstrations.
         rewards: the rewards, by which auto decides.
         folder: the run directory.
-        load: returns the policy, without an adapter.
+        policy: the policy, without an adapter; one that was loaded by name is trained itself.
 
     Returns:
         The facts of the warm start, see `facts_of`; with 0 updates if auto skips it, none if there is none.
@@ -87,7 +86,6 @@ def warm_start(
             recorded = dict(read_config(folder.parent).get("warm_started") or {})
             if recorded.get("updates") == 0:
                 return recorded
-    policy = load()
     if args.warm_start == "auto" and is_ready(args, policy, task, rewards):
         return {"updates": 0, "in_words": SKIPPED}
     if policy.has_adapter:

@@ -89,7 +89,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
                 findings.append(Finding("unread-tokens", "watch", record.unread))
     run.rewards.load_state_dict(before)
     # A remark on a value that was left to tokenrl would contradict tokenrl's own choice.
-    is_open = run.settings.origins.get("max_completion_length") != "given"
+    is_open = run.plan.origins.get("max_completion_length") != "given"
     for finding in judge(observed):
         if not (is_open and finding.flag == "truncation" and finding.weight == "watch"):
             findings.append(finding)

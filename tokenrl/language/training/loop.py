@@ -36,14 +36,13 @@ from tokenrl.language.training.run import (
     evaluates,
     first_facts,
     model_facts,
-    settings_of,
+    task_of,
     warnings_of,
 )
-from tokenrl.language.training.settings import RunSettings, sizes_of_steps
+from tokenrl.language.training.settings import settle, sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import load_models
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
-from tokenrl.runs.console import Console
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import all_reduce_max, gather_objects, local, make_accelerator
@@ -105,9 +104,9 @@ def train(
     check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     every = choices.logging_steps if choices.logging_steps > 1 else 10
     with Session("train", choices, every=every, accelerator=accelerator) as session:
-        prepare = partial(settings_of, choices, accelerator.num_processes)
-        settings, task, rewards = together(accelerator, prepare)
-        run, provenance = _prepare(settings, task, rewards, session)
+        find = partial(task_of, choices, accelerator.num_processes)
+        task, rewards = together(accelerator, find)
+        run, provenance = _prepare(choices, task, rewards, session)
         threads = using_threads(run.args.threads)
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -149,67 +148,68 @@ def _call_back(callback: Callback, metrics: dict[str, float], session: Session) 
 
 
 def _warm_start(
-    args: TrainArguments, task: PromptTask, rewards: Rewards, session: Session
+    args: TrainArguments, task: PromptTask, rewards: Rewards, policy: Policy, session: Session
 ) -> dict[str, Any]:
-    """Make the warm start in the main process, unless it has been made; return its facts in each process."""
+    """Make the warm start in the main process, unless it has been made; return its facts in each process.
+
+    The policy has its weights afterwards, and asks at its time where no other is set.
+    """
     if not args.warm_start:
         return {}
-
-    def load() -> Policy:
-        console = Console(quiet=args.quiet)
-        console.note("loading the model ...")
-        return load_models(args, task, console.note)[0]
+    folder = warm_start.folder_of(session.directory)
 
     def make() -> dict[str, Any]:
         if not session.main:
             return {}
-        folder = warm_start.folder_of(session.directory)
-        return warm_start.warm_start(args, task, rewards, folder, load)
+        return warm_start.warm_start(args, task, rewards, folder, policy)
 
-    return gather_objects([together(session.accelerator, make)])[0]
+    warmed: dict[str, Any] = gather_objects([together(session.accelerator, make)])[0]
+    if not warmed:
+        return {}
+    session.console.note(f"warm start: {warmed['in_words']}.")
+    if warmed.get("chat_time") and args.chat_time is None:
+        policy.ask(replace(policy.form, chat_time=warmed["chat_time"]))
+    # Where the folder is on another machine, the main process sends its weights.
+    if warmed["updates"] and folder.exists():
+        warm_start.start_from(policy, folder)
+    return warmed
 
 
 def _prepare(
-    settings: RunSettings,
+    choices: TrainArguments,
     task: PromptTask,
     rewards: Rewards,
     session: Session,
 ) -> tuple[TrainingRun, Provenance]:
-    """Load the policy; return the run, with optimiser and generator, and what it is made from."""
-    args = settings.args
+    """Load the policy and settle the settings; return the run with its learner, and what it is made from."""
     console = session.console
     accelerator = session.accelerator
-    warmed = _warm_start(args, task, rewards, session)
-    facts = first_facts(args, session.directory, task, rewards)
+    facts = first_facts(choices, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
-        policy, teacher = load_models(args, task, console.note)
-        if args.check:
-            policy = with_own_weights(policy, args.model)
-        if device_for(policy.size, args.cpu).type != accelerator.device.type:
+        policy, teacher = load_models(choices, task, console.note)
+        if choices.check:
+            policy = with_own_weights(policy, choices.model)
+        if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-        console.facts("", model_facts(settings, policy, teacher))
-    first = {}
-    if warmed:
-        console.note(f"warm start: {warmed['in_words']}.")
-        first["base model"] = fingerprint(policy.model)
-        if warmed.get("chat_time") and args.chat_time is None:
-            policy.ask(replace(policy.form, chat_time=warmed["chat_time"]))
-        folder = warm_start.folder_of(session.directory)
-        # Where the folder is on another machine, the main process sends its weights.
-        if warmed["updates"] and folder.exists():
-            warm_start.start_from(policy, folder)
+    processes = accelerator.num_processes
+    has_state = bool(rewards.keepers)
+    settled = partial(settle, choices, task, policy, has_state=has_state, processes=processes)
+    plan = together(accelerator, settled)
+    console.facts("", model_facts(plan, policy, teacher))
+    base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
+    warmed = _warm_start(plan.args, task, rewards, policy, session)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
-    adapt(args, policy)
+    adapt(choices, policy)
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
-    provenance.chosen = {**provenance.fingerprints, **first}
+    provenance.chosen = {**provenance.fingerprints, **(base if warmed else {})}
+    threads, reason = choose_threads(policy.size, choices.threads)
+    args = replace(plan.args, threads=threads, chat_time=policy.form.chat_time)
     same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
     check_processes(accelerator, same)
-    threads, reason = choose_threads(policy.size, args.threads)
-    args = replace(args, threads=threads, chat_time=policy.form.chat_time)
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
         turns = rewards.environments is not None
@@ -217,7 +217,7 @@ def _prepare(
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{engine_of(args).name} has random numbers of its own")
     run = TrainingRun(
-        settings=settings._replace(args=learner.args),
+        plan=plan._replace(args=learner.args),
         task=task,
         rewards=rewards,
         learner=learner,

@@ -29,13 +29,9 @@ from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import Learner
-from tokenrl.language.training.settings import (
-    RunSettings,
-    check_shares,
-    train_settings,
-)
-from tokenrl.language.training.teacher import Teacher, read_models, without_teacher
-from tokenrl.language.training.teacher_prompts import bias_of_context
+from tokenrl.language.training.settings import TrainPlan, check_choices
+from tokenrl.language.training.teacher import Teacher, without_teacher
+from tokenrl.language.training.teacher_prompts import bias_of_context, teacher_prompts
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
@@ -78,7 +74,7 @@ class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:
-        settings: the settings, and where they come from.
+        plan: the settings, and where they come from.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
@@ -95,7 +91,7 @@ class TrainingRun:
         failures: what failed in each episode of the latest evaluation; empty without an environment.
     """
 
-    settings: RunSettings
+    plan: TrainPlan
     task: PromptTask
     rewards: Rewards
     learner: Learner
@@ -116,7 +112,7 @@ class TrainingRun:
     @property
     def args(self) -> TrainArguments:
         """The settings, none of which is open but for the directory."""
-        return self.settings.args
+        return self.plan.args
 
     @property
     def title(self) -> str:
@@ -242,47 +238,47 @@ def end_by(end: Finished, session: Session) -> None:
 
 
 def first_facts(
-    args: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
+    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
-    if is_unrewarded(args.reward):
+    if is_unrewarded(choices.reward):
         kl = (
             "the KL"
-            if args.teacher_context is None
+            if choices.teacher_context is None
             else "no KL, as teacher_context is called in steps"
         )
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
-    estimator = args.estimator
-    status = bias_of_context(args) or estimator.bias_status
-    if args.sync_every > 1 and not bias_of_context(args):
+    estimator = choices.estimator
+    status = bias_of_context(choices) or estimator.bias_status
+    if choices.sync_every > 1 and not bias_of_context(choices):
         status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
-    if args.replay and not bias_of_context(args):
+    if choices.replay and not bias_of_context(choices):
         status = "biased, as rewards choose the replayed completions"
     stage = ""
-    if args.warm_start:
-        skipped = " unless the rule of auto skips it" if args.warm_start == "auto" else ""
-        stage = f"a warm start of {args.warm_start_steps} updates{skipped}, "
+    if choices.warm_start:
+        skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
+        stage = f"a warm start of {choices.warm_start_steps} updates{skipped}, "
     order = "an evaluation, training steps with evaluations in between"
-    if not evaluates(args, rewards):
+    if not evaluates(choices, rewards):
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
     return {
-        "task": division_of(task, args.eval_size)[0],
+        "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
         "order": f"{stage}{order}",
-        "seed": args.seed,
+        "seed": choices.seed,
         "run": directory,
     }
 
 
-def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
+def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
-    args = settings.args
-    line = partial(with_origins, settings.origins)
+    args = plan.args
+    line = partial(with_origins, plan.origins)
     sizes = {
         "max_steps": f"{args.max_steps} steps",
         "prompts_per_step": f"{args.prompts_per_step} prompts",
@@ -300,28 +296,31 @@ def model_facts(settings: RunSettings, policy: Policy, teacher: Teacher | None) 
     }
 
 
-def settings_of(choices: TrainArguments, processes: int) -> tuple[RunSettings, PromptTask, Rewards]:
-    """Return the settings, the task and the rewards; whatever contradicts itself is refused before the weights.
+def task_of(choices: TrainArguments, processes: int) -> tuple[PromptTask, Rewards]:
+    """Return the task and the rewards; whatever contradicts itself without a model is refused.
 
     Raises:
-        Refused: the model, the task or a setting cannot be used.
+        Refused: the task, a reward or a choice cannot be used.
     """
     task, rewards = find_task(choices, may_lack_rewards=True)
-    settings = train_settings(choices, task, read_models(choices, task))
-    check_shares(settings.args, processes)
+    check_choices(choices, task)
+    teacher_prompts(choices, task)
+    engine = engine_of(choices)
+    if processes > 1 and not engine.abilities.distributed:
+        problem = f"samples in a run of one process, and this run has {processes}"
+        raise Refused(f"{engine.name} {problem}: take transformers.")
     if rewards.keepers and processes > 1:
         raise Refused(
             "A reward with a state_dict would have another state in each process of this run: start one process, "
             "or take a reward without state_dict."
         )
-    if rewards.keepers and choices.eval_every is None:
-        settings = settings._replace(args=replace(settings.args, eval_every=0))
-        if choices.patience or choices.keep == "best":
-            raise Refused(
-                "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
-                "counts: give eval_every (--eval-every), or leave keep and patience out."
-            )
-    return settings, task, rewards
+    needs_evaluations = choices.patience or choices.keep == "best"
+    if rewards.keepers and choices.eval_every is None and needs_evaluations:
+        raise Refused(
+            "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
+            "counts: give eval_every (--eval-every), or leave keep and patience out."
+        )
+    return task, rewards
 
 
 def warnings_of(run: TrainingRun) -> list[str]:
@@ -341,4 +340,4 @@ def warnings_of(run: TrainingRun) -> list[str]:
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    return [*warnings, *run.settings.warnings]
+    return [*warnings, *run.plan.warnings]

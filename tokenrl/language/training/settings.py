@@ -29,7 +29,7 @@ def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     )
 
 
-class RunSettings(NamedTuple):
+class TrainPlan(NamedTuple):
     """The settings of a run, complete but for those that the machine decides.
 
     Attributes:
@@ -45,24 +45,26 @@ class RunSettings(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def train_settings(choices: TrainArguments, task: PromptTask, policy: Policy) -> RunSettings:
-    """Lay what was given over what the task recommends and over the defaults; refuse contradictions.
+def settle(
+    choices: TrainArguments,
+    task: PromptTask,
+    policy: Policy,
+    *,
+    has_state: bool = False,
+    processes: int = 1,
+) -> TrainPlan:
+    """Lay what was given over what the task recommends and over the defaults; refuse sizes that do not fit.
 
     Args:
-        choices: what was given.
+        choices: what was given, after `check_choices`.
         task: the task.
         policy: the policy, which needs no weights.
+        has_state: whether a reward has a state, so that no evaluation is made unless it is asked for.
+        processes: the number of processes of the run.
 
     Raises:
-        Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
-            no demonstrations for a warm start.
+        Refused: a size contradicts another, or the estimator refuses a step of this shape.
     """
-    if choices.warm_start:
-        demonstrations(task)
-    if choices.optimizer == "sgd" and choices.learning_rate is None:
-        raise Refused(
-            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
-        )
     layers = layers_below(choices, task, policy, task.train)
     usual, _ = lay(*layers)
     if choices.max_completion_length is None:
@@ -72,17 +74,13 @@ def train_settings(choices: TrainArguments, task: PromptTask, policy: Policy) ->
         layers.append((origin, {"max_completion_length": limit}))
     values, origins = lay(*layers, ("given", vars(choices)))
     if values["eval_every"] is None:
-        values["eval_every"] = _evaluation_interval(values, task)
+        values["eval_every"] = 0 if has_state else _evaluation_interval(values, task)
     if values["log_completions"] is None:
         values["log_completions"] = values["eval_every"]
     args = arguments(TrainArguments, values)
-    buffer = args.estimator.overlong_buffer
-    length = args.max_completion_length
-    if buffer >= length:
-        raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
-    check(args, episodic=task.environment is not None)
+    _check_sizes(args, processes)
     usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
-    return RunSettings(args, origins, usual_rate, tuple(without_effect(args)))
+    return TrainPlan(args, origins, usual_rate, tuple(without_effect(args)))
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -100,18 +98,26 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
-def check(args: TrainArguments, *, episodic: bool = False) -> None:
-    """Refuse settings that contradict each other; the bounds of each one stand beside its field.
+def check_choices(args: TrainArguments, task: PromptTask) -> None:
+    """Refuse choices that contradict each other whatever the model is; bounds stand beside each field.
 
     Args:
-        args: the settings.
-        episodic: whether an environment answers, which may reward each turn.
+        args: what was given, of which some is open.
+        task: the task; its environment may reward each turn.
 
     Raises:
-        Refused: two settings contradict each other, or the estimator refuses a step of this shape.
+        Refused: two choices contradict each other, there is no learning rate for the optimiser, or there are
+            no demonstrations for a warm start.
     """
     estimator = args.estimator
+    episodic = task.environment is not None
     updates = args.num_iterations * args.num_minibatches
+    if args.warm_start:
+        demonstrations(task)
+    if args.optimizer == "sgd" and args.learning_rate is None:
+        raise Refused(
+            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
+        )
     _check_teacher(args)
     if args.target_kl is not None and not estimator.beta:
         raise Refused(
@@ -125,13 +131,6 @@ def check(args: TrainArguments, *, episodic: bool = False) -> None:
             f"{within} would compare the tokens of one completion, which have the same return, as its reward "
             "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
         )
-    _try_out(args)
-    # Without rewards there is no return from which a baseline could be subtracted.
-    if not is_unrewarded(args.reward):
-        check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
-    if args.num_minibatches > args.prompts_per_step:
-        limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
-        raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
     engine = engine_of(args)
     if args.top_p < 1 and args.min_p and not engine.abilities.min_p_last:
         raise Refused(
@@ -192,8 +191,30 @@ def _check_teacher(args: TrainArguments) -> None:
         )
 
 
+def _check_sizes(args: TrainArguments, processes: int) -> None:
+    """Refuse a step that the estimator, the length of completions or the number of processes does not allow."""
+    buffer = args.estimator.overlong_buffer
+    length = args.max_completion_length
+    prompts = args.prompts_per_step
+    if buffer >= length:
+        raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
+    _try_out(args)
+    # Without rewards there is no return from which a baseline could be subtracted.
+    if not is_unrewarded(args.reward):
+        check_horizon(args.estimator, length, args.allow_no_baseline)
+    if args.num_minibatches > prompts:
+        limit = f"prompts_per_step={prompts}, as the completions of a prompt are not split"
+        raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
+    if prompts % processes:
+        down = prompts // processes * processes
+        up = (prompts // processes + 1) * processes
+        valid = f"{down} or {up}" if down else up
+        problem = f"prompts_per_step={prompts} cannot be shared equally by {processes} processes"
+        raise Refused(f"{problem}. Give {valid}.")
+
+
 def _try_out(args: TrainArguments) -> None:
-    """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
+    """Call the estimator on a step of zeros, so that it refuses wrong settings before the first step."""
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
     inputs: dict[str, Any] = dict.fromkeys(
         ("logprobs", "ref_logprobs", "values", "components"), zeros
@@ -236,18 +257,3 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         value = getattr(args, name)
         if value != getattr(TrainArguments, name) and not is_met:
             yield f"{name}={value} has no effect, because {reason}."
-
-
-def check_shares(args: TrainArguments, world: int) -> None:
-    """Refuse settings with which a number of processes cannot share a step equally."""
-    prompts = args.prompts_per_step
-    engine = engine_of(args)
-    if world > 1 and not engine.abilities.distributed:
-        problem = f"samples in a run of one process, and this run has {world}"
-        raise Refused(f"{engine.name} {problem}: take transformers.")
-    if prompts % world:
-        down = prompts // world * world
-        up = (prompts // world + 1) * world
-        valid = f"{down} or {up}" if down else up
-        problem = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
-        raise Refused(f"{problem}. Give {valid}.")

@@ -94,7 +94,6 @@ def is_named(args: TrainArguments) -> bool:
 def read_models(args: TrainArguments, task: Any) -> Policy:
     """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
     policy = load_base(args, task, weights=False)
-    teacher_prompts(args, task)  # which refuses what cannot be
     return with_teacher(policy, _named(args, weights=False)) if is_named(args) else policy
 
 
