@@ -16,7 +16,7 @@ import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from math import inf
 from numbers import Integral, Real
@@ -100,7 +100,9 @@ class Settings:
         """Convert values where nothing is lost, and refuse those that are not allowed, as `fitted` says."""
         kind: Any = type(self)
         for name, hint in field_types(kind).items():
-            object.__setattr__(self, name, checked(name, getattr(self, name), hint))
+            value = getattr(self, name)
+            check = checked_once if type(value) in SCALARS else checked
+            object.__setattr__(self, name, check(name, value, hint))
 
 
 def plain(value: Any) -> Any:
@@ -125,6 +127,11 @@ def checked(name: str, value: Any, hint: Any, objects: bool = True) -> Any:
         return fitted(value, hint, objects)
     except Unfit:
         raise _refusal(name, plain(value), allowed(hint), names_in(hint)) from None
+
+
+SCALARS = (bool, int, float, str, NoneType)
+checked_once = lru_cache(4096, typed=True)(checked)
+"""The same of a number or a text: settings are made anew in each step, and a value that is allowed stays so."""
 
 
 def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -71,13 +71,16 @@ class Setting(NamedTuple):
     read: Callable[[], Any]
     set: Callable[[Any], Any]
 
-    @property
-    def value(self) -> Any:
-        """The value; None if torch refuses to tell, as where both interfaces to precision were used."""
+
+def _values(settings: Iterable[Setting]) -> list[Any]:
+    """Return the values; None where torch refuses to tell, as where both interfaces to precision were used."""
+    values = list[Any]()
+    for setting in settings:
         try:
-            return self.read()
+            values.append(setting.read())
         except RuntimeError:
-            return None
+            values.append(None)
+    return values
 
 
 _guards = list[Any]()
@@ -97,7 +100,7 @@ def user_code() -> Iterator[None]:
         Ended: the code raised one of these errors.
     """
     settings = _settings()
-    before = [setting.value for setting in settings]
+    before = _values(settings)
     inference = _inference_mode()
     errors = sys.modules["numpy"].errstate() if "numpy" in sys.modules else contextlib.nullcontext()
     try:
@@ -110,7 +113,7 @@ def user_code() -> Iterator[None]:
         # contextlib raises the first error again if it is named as the cause
         raise Ended(describe(error)).with_traceback(error.__traceback__) from None
     finally:
-        if [setting.value for setting in settings] != before or _inference_mode() != inference:
+        if _values(settings) != before or _inference_mode() != inference:
             _restore(settings, before, inference)
 
 
@@ -124,14 +127,14 @@ def _restore(settings: list[Setting], before: list[Any], inference: bool) -> Non
         _guards.append(sys.modules["torch"].inference_mode(inference))
         _guards[-1].__enter__()
     for setting, value in zip(settings, before, strict=True):
-        if value is not None and setting.value != value:
+        if value is not None and _values([setting]) != [value]:
             with contextlib.suppress(RuntimeError):
                 setting.set(value)
-    for setting, value in zip(settings, before, strict=True):
-        if value is not None and setting.value != value:
+    for setting, value, left in zip(settings, before, _values(settings), strict=True):
+        if value is not None and left != value:
             raise Stopped(
                 f"Code of this run's rewards, environments, baseline, engine or callback has changed "
-                f"{setting.name} of torch from {value} to {setting.value}, and left it so that it cannot be set "
+                f"{setting.name} of torch from {value} to {left}, and left it so that it cannot be set "
                 "back. Let it change settings in a with statement."
             )
 
@@ -178,7 +181,7 @@ def _settings_of(torch: Any) -> list[Setting]:
                 read = partial(getattr, holder, attribute)
                 write = partial(setattr, holder, attribute)
             setting = Setting(name, read, write)
-            _ = setting.value  # an AttributeError where this release lacks it
+            _values([setting])  # an AttributeError where this release lacks it
             settings.append(setting)
     return settings
 
