@@ -133,11 +133,11 @@ def test_own_tasks_and_given_values_win():
 
 
 def test_the_supervised_run_has_defaults_of_its_own(digits, own):
-    result = sft_defaults(SftArguments(), digits, own)[0]
+    result = sft_defaults(SftArguments(), digits, own, {})[0]
     expected = {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
     assert vars(result).items() >= expected.items()
     policy = make_policy()
-    other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, policy)
+    other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, policy, {})
     assert other.batch_size == 16 and other.eval_every == 5
     size = f"{parameter_count(policy):,} parameters"
     expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": size}

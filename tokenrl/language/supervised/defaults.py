@@ -237,9 +237,19 @@ def layers_below(
 
 
 def sft_defaults(
-    choices: SftArguments, task: PromptTask, policy: Policy
+    choices: SftArguments, task: PromptTask, policy: Policy, decided: Mapping[str, Any]
 ) -> tuple[SftArguments, dict[str, str]]:
-    """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults."""
+    """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
+
+    Args:
+        choices: what was given.
+        task: the task.
+        policy: the policy, which needs no weights.
+        decided: settings that the run has decided, such as those about computing.
+
+    Returns:
+        The settings, and where the value of each comes from.
+    """
     recommended = {}
     if warm := task.base and task.base.warm_start:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
@@ -248,7 +258,7 @@ def sft_defaults(
     values, origins = lay(*layers, ("given", vars(choices)))
     if values["eval_every"] is None:
         values["eval_every"] = max(1, values["max_steps"] // 10)
-    return SftArguments(**values), origins
+    return SftArguments(**{**values, **decided}), origins
 
 
 def with_origins(origins: Mapping[str, str], between: str = ", ", **texts: str) -> str:

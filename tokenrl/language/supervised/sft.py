@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,6 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         policy = load_base(choices, task, session.console.note)
         adapt(choices, policy)
         policy.model.to(device_for(policy.size, choices.cpu))
-        args, origins = sft_defaults(choices, task, policy)
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
@@ -125,11 +124,12 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
-            length, _ = completion_limit(task, args.model, policy, otherwise=length)
+            length, _ = completion_limit(task, choices.model, policy, otherwise=length)
         turns = environments is not None
-        forward, computing = choose_forward(args, policy, length=length, turns=turns)
-        computing |= {"threads": threads, "output_dir": session.directory}
-        args = replace(args, **computing, chat_time=policy.form.chat_time)
+        forward, decided = choose_forward(choices, policy, length=length, turns=turns)
+        decided |= {"threads": threads, "output_dir": session.directory}
+        decided["chat_time"] = policy.form.chat_time
+        args, origins = sft_defaults(choices, task, policy, decided)
         training = SupervisedTraining(policy, pairs, args, forward)
         saved = SavedModel(policy)
         header = _header(args, origins, forward) | {"threads": f"{threads} ({reason})"}

@@ -328,6 +328,7 @@ def make_learner(
     teacher: Teacher | None = None,
     *,
     turns: bool = False,
+    **decided: Any,
 ) -> Learner:
     """Make the learner, with optimiser, reference, generator and critic.
 
@@ -337,6 +338,7 @@ def make_learner(
         accelerator: accelerate's handle of device, precision and processes.
         teacher: the teacher; None without one. The model of another policy is this policy's reference already.
         turns: whether episodes of several turns are sampled.
+        **decided: settings that the run has decided, which join those about computing.
 
     Raises:
         Refused: a model cannot be sampled and scored, or not in the way that the settings ask for.
@@ -376,7 +378,7 @@ def make_learner(
         optimizer=accelerator.prepare(make(policy.trainable_parameters(), **options)),
         accelerator=accelerator,
         estimator=args.estimator,
-        args=replace(args, **computing),
+        args=replace(args, **decided, **computing),
         generator=generator,
         teacher_prompts=None if teacher is None else teacher.prompts,
     )

@@ -207,17 +207,18 @@ def _prepare(
         provenance.fingerprints["teacher"] = teacher.fingerprint
     provenance.chosen = {**provenance.fingerprints, **(base if warmed else {})}
     threads, reason = choose_threads(policy.size, choices.threads)
-    args = replace(plan.args, threads=threads, chat_time=policy.form.chat_time)
-    same = {**vars(args), **provenance.fingerprints, "size of the model": policy.size}
-    check_processes(accelerator, same)
+    decided = {"threads": threads, "chat_time": policy.form.chat_time}
+    facts = {**provenance.fingerprints, "size of the model": policy.size}
+    check_processes(accelerator, {**vars(plan.args), **decided, **facts})
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
         turns = rewards.environments is not None
-        learner = make_learner(args, policy, accelerator, teacher, turns=turns)
+        learner = make_learner(plan.args, policy, accelerator, teacher, turns=turns, **decided)
+    args = learner.args
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{engine_of(args).name} has random numbers of its own")
     run = TrainingRun(
-        plan=plan._replace(args=learner.args),
+        plan=plan._replace(args=args),
         task=task,
         rewards=rewards,
         learner=learner,
