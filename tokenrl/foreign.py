@@ -85,9 +85,10 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
         A sentence, or an empty text: the name is our own, or not in the table, or the command has no use for it.
     """
     settings = set(settings)
-    axis = f"estimator.{name}"
     if name in settings:
         return ""
+    name = name.removeprefix("estimator.")
+    axis = f"estimator.{name}"
     if axis in settings:
         return f"It is an axis of the estimator: {_written({axis: value}, flags=flags)}."
     rows = [row for row in table() if name in row.names and row.needs <= settings]
@@ -103,6 +104,12 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
         if row.ours
     ]
     return f"Of its values {'; '.join(of_values)}." if of_values else ""
+
+
+def of_earlier(name: str, value: object) -> str:
+    """Return the sentence about a value that a setting had in earlier versions; else an empty text."""
+    remarks = (row.remark for row in table() if name in row.names and value in row.values)
+    return next(remarks, "")
 
 
 def _written(ours: Mapping[str, Any], *, flags: bool) -> str:
