@@ -63,9 +63,9 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
         commands = [name for name, settings in KNOWN.items() if row.needs <= settings]
         assert commands, row
         for name in row.names:
-            assert any(meaning(name, KNOWN[command]) for command in commands), (
-                f"{name} is never told"
-            )
+            value = next(iter(row.values), None)
+            told = [meaning(name, KNOWN[command], value) for command in commands]
+            assert any(told), f"{name} is never told"
     rows = [
         (name, value, row.needs)
         for row in table()
@@ -145,6 +145,12 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
         ),
         ("control", "per_device_train_batch_size", ""),
         ("train", "made_up", ""),
+        (
+            "train",
+            "estimator.trust_sides",
+            "Tokens are dropped where they moved in the direction of their advantage, which trust_sides 1 was; leave "
+            "trust_sides out.",
+        ),
     ],
 )
 def test_the_hint_is_that_of_the_command(command, name, sentence):
@@ -166,6 +172,22 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in sentence
     axis = "estimator=Estimator(beta=0.04)"
     assert sentence.endswith(f"no setting 'beta'. It is an axis of the estimator: {axis}.\n")
+
+
+EARLIER = {
+    "dppo": "dr_grpo,ratio=trust",
+    "otb_loo": "otb,leave_one_out=True",
+    "optimal_per_timestep": "otb,leave_one_out=True",
+    "optimal_form=per_timestep": "otb,leave_one_out=True",
+    "scale=other_groups_std": "loo_std",
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_choices_of_earlier_versions_are_refused_with_what_is_the_same_or_nearest(name):
+    assert Estimator.preset(EARLIER[name]).bias_status.startswith("exact")
+    with refused(rf"was given as '{name.split('=')[-1]}'\. (It is|Take) {EARLIER[name]}[.,]"):
+        Estimator.preset(name)
 
 
 @pytest.mark.parametrize(
