@@ -25,7 +25,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
-from tokenrl.foreign import check_names, of_earlier
+from tokenrl.foreign import check_names, meaning
 from tokenrl.names import NamedFunction
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ def checked(name: str, value: Any, hint: Any, objects: bool = True) -> Any:
 
 
 def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:
-    if sentence := of_earlier(name, value):
+    if sentence := meaning(name, (), value):
         return Refused(f"{name} was given as {shown(value)}. {sentence}")
     suggestion = nearest(str(value)[:99], names)
     start = f".{suggestion} It" if suggestion else "; it"
