@@ -105,9 +105,9 @@ def exact(args: LabArguments) -> int:
     estimators |= {name: Estimator.preset(name) for name in args.estimators if ":" in name}
     for name in args.estimators:
         if name not in estimators:
-            hint = meaning("preset", (), name) or nearest(name, estimators).strip()
+            hint = f" {meaning('preset', (), name)}".rstrip() or nearest(name, estimators)
             raise Refused(
-                f"The lab knows no estimator {name!r}. {hint} It knows: {'; '.join(estimators)}."
+                f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}."
             )
     if args.estimators:
         estimators = {name: e for name, e in estimators.items() if name in args.estimators}
