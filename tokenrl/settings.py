@@ -128,9 +128,7 @@ def checked(name: str, value: Any, hint: Any, objects: bool = True) -> Any:
 
 
 def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:
-    if sentence := meaning(name, (), value):
-        return Refused(f"{name} was given as {shown(value)}. {sentence}")
-    suggestion = nearest(str(value)[:99], names)
+    suggestion = f" {meaning(name, (), value)}".rstrip() or nearest(str(value)[:99], names)
     start = f".{suggestion} It" if suggestion else "; it"
     return Refused(f"{name} was given as {shown(value)}{start} must be {words}.")
 
