@@ -167,7 +167,7 @@ def call_rewards(
         parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
         texts = [part.faults[name] for part in parts if part.faults]
         faults[name] = next(iter(texts), str(fault))
-        values[name] = np.concatenate([part.values[name] for part in parts] or [[np.nan]])
+        values[name] = np.concatenate([part.values[name] for part in parts] or [np.full(1, np.nan)])
         extra[name] = {}
     columns: dict[str, list[Any]] = {}
     for own in extra.values():
