@@ -63,7 +63,8 @@ def test_every_name_of_ours_that_is_told_exists_and_no_row_is_hidden_by_another(
         commands = [name for name, settings in KNOWN.items() if row.needs <= settings]
         assert commands, row
         for name in row.names:
-            assert any(meaning(name, KNOWN[command]) for command in commands), (
+            value = "".join(row.values[:1])
+            assert any(meaning(name, KNOWN[command], value) for command in commands), (
                 f"{name} is never told"
             )
     rows = [
@@ -145,6 +146,12 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
         ),
         ("control", "per_device_train_batch_size", ""),
         ("train", "made_up", ""),
+        (
+            "train",
+            "estimator.trust_sides",
+            "Tokens are dropped where they moved in the direction of their advantage, which trust_sides 1 was; leave "
+            "trust_sides out.",
+        ),
     ],
 )
 def test_the_hint_is_that_of_the_command(command, name, sentence):
@@ -166,6 +173,22 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     assert "no setting 'num_train_epochs'. It is max_steps, which is epochs x rows" in sentence
     axis = "estimator=Estimator(beta=0.04)"
     assert sentence.endswith(f"no setting 'beta'. It is an axis of the estimator: {axis}.\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("dppo", "dr_grpo,ratio=trust"),
+        ("otb_loo", "otb,leave_one_out=True"),
+        ("optimal_per_timestep", "otb,leave_one_out=True"),
+        ("optimal_form=per_timestep", "otb,leave_one_out=True"),
+        ("scale=other_groups_std", "loo_std"),
+    ],
+)
+def test_choices_of_earlier_versions_are_refused_with_what_is_the_same_or_nearest(name, other):
+    assert Estimator.preset(other)
+    with refused(rf"'\. Take {other}, which "):
+        Estimator.preset(name)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tokenrl.settings import Settings, arguments, field_types
 T = TypeVar("T")
 
 KEY_BYTES = 32
-EARLIER_AXES = [("entropy_form", "per_step")]
+EARLIER_AXES = [("entropy_form", "per_step"), ("trust_sides", 1)]
 """Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now.
 
 Nor does their baseline 'rloo' beside another objective, which makes the advantages by itself."""

@@ -3,7 +3,7 @@
 The table foreign.txt has the names of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and
 scripts), the usual ones of OpenRLHF, verl and Stable-Baselines3, and those that tokenrl itself had. A keyword,
 a flag or a line of a configuration with such a name is refused with one sentence: our name, or what happens
-instead.
+instead. So is a preset or a choice that tokenrl had in earlier versions.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
 
     Args:
         name: The user's name of the setting, with underscores.
-        settings: The settings that the command has, from `settings_of`.
+        settings: The settings that the command has, from `settings_of`; none for a value that a setting of ours
+            had in earlier versions.
         value: The user's value.
         flags: Write our names as flags of the command line, else as keywords.
 
@@ -85,9 +86,10 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
         A sentence, or an empty text: the name is our own, or not in the table, or the command has no use for it.
     """
     settings = set(settings)
-    axis = f"estimator.{name}"
     if name in settings:
         return ""
+    name = name.removeprefix("estimator.")
+    axis = f"estimator.{name}"
     if axis in settings:
         return f"It is an axis of the estimator: {_written({axis: value}, flags=flags)}."
     rows = [row for row in table() if name in row.names and row.needs <= settings]

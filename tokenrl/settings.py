@@ -25,7 +25,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
-from tokenrl.foreign import check_names
+from tokenrl.foreign import check_names, meaning
 from tokenrl.names import NamedFunction
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ checked_once = lru_cache(4096, typed=True)(checked)
 
 
 def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:
-    suggestion = nearest(str(value)[:99], names)
+    suggestion = f" {meaning(name, (), value)}".rstrip() or nearest(str(value)[:99], names)
     start = f".{suggestion} It" if suggestion else "; it"
     return Refused(f"{name} was given as {shown(value)}{start} must be {words}.")
 

@@ -108,7 +108,7 @@ def test_the_update_of_the_textbook_agent_of_the_walk(row):
 EVERY = [
     Estimator(baseline="none"),
     Estimator(baseline="timestep_mean", returns="reward_to_go"),
-    Estimator(baseline="optimal", returns="reward_to_go", optimal_form="per_timestep"),
+    Estimator(baseline="optimal", returns="reward_to_go", optimal_form="cumulative"),
     Estimator(baseline="episode_mean", scale="episode_std", returns="reward_to_go", gamma=0.9),
     Estimator(baseline="value", returns="episode_normalized", gamma=0.9),
     Estimator.preset("a2c"),

@@ -26,20 +26,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
 )
 ENDS = tuple(range(1, 90, 9))  # ten ways to end: completions of every length
-ALIKE = {
-    "reinforce_baseline",
-    "reinforce_timestep_mean",
-    "loo_std",
-    "opo",
-    "opo_loo",
-    "shrinkage",
-    "optimal_per_timestep",
-    "otb_loo",
-    "grpo_no_std",
-    "grpo_batch_std",
-    "reinforce_pp_baseline",
-}
-"""Presets that differ from the others in their advantages alone; some tests of them all are slow."""
 PROMPTS = ["the cat", "a", "count to ten one two", "sat on the"]
 
 

@@ -55,7 +55,7 @@ ESTIMATORS = [
     {"baseline": "opo", "leave_one_out": False},
     {"baseline": "value", "returns": "reward_to_go"},
     {"baseline": "timestep_mean", "returns": "reward_to_go"},
-    {"baseline": "optimal", "optimal_form": "per_timestep", "returns": "reward_to_go"},
+    {"baseline": "optimal", "optimal_form": "cumulative", "returns": "reward_to_go"},
     {"baseline": "value", "returns": "gae", "lam": 1.0},
     {"returns": "gae"},
     {"gamma": 0.7},

@@ -32,7 +32,7 @@ KL = {"beta": 0.3}
 CHANGES = [
     *({"baseline": name} for name in CHOICES["baseline"]),
     *({"baseline": name, "leave_one_out": False} for name in ("opo", "optimal", "timestep_mean")),
-    {"baseline": "optimal", "optimal_form": "per_timestep"},
+    {"baseline": "optimal", "optimal_form": "cumulative"},
     {"baseline": "constant", "baseline_constant": 0.4},
     *({"scale": name} for name in CHOICES["scale"] if name != "none"),
     *({"aggregation": name} for name in CHOICES["aggregation"]),

@@ -117,8 +117,8 @@ class Axes(Settings):
     """The baseline 'quantile' is the least return that this share of the other rows do not exceed."""
     leave_one_out: bool = True
     """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
-    optimal_form: Literal["sequence", "per_timestep", "cumulative"] = "sequence"
-    """What 'optimal' weights by: the sum of |s_t|^2 of the row, the token's |s_t|^2, or the sum so far."""
+    optimal_form: Literal["sequence", "cumulative"] = "sequence"
+    """What 'optimal' weights by: the sum of |s_t|^2 over the row, or at each token the sum so far."""
     shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
     """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
     scale: Literal[
@@ -126,7 +126,6 @@ class Axes(Settings):
         "group_std",
         "batch_std",
         "loo_std",
-        "other_groups_std",
         "token_whiten",
         "episode_std",
     ] = "none"
@@ -150,9 +149,8 @@ class Axes(Settings):
     dual_clip: Annotated[float, Bounds(above=1, at_most=settings.LARGEST)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
     trust_bound: Annotated[float, Bounds(above=0, at_most=1)] = 0.15
-    """The ratio 'trust' drops tokens whose probability has moved by more than this since it was sampled."""
-    trust_sides: Literal[1, 2] = 1
-    """1 drops a token only if it moved in the direction of its advantage (DPPO), 2 drops it either way."""
+    """The ratio 'trust' drops tokens whose probability has moved by more than this since it was sampled, in the
+    direction of their advantage."""
     trust_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] = 20.0
     """Bound of the ratio by which 'trust' weights the tokens that it keeps."""
     importance: Literal["none", "token", "prefix", "sequence", "geometric"] = "none"

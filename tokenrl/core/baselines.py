@@ -190,15 +190,13 @@ def optimal(
       sum of the |s_t|^2 stands for |S|^2: it equals it in expectation, and in every row when tokens share no
       parameters. With importance weights w the rows of the gradient are w S, so that the constant is
       `E[w^2 |S|^2 R]/E[w^2 |S|^2]`.
-    - `per_timestep`: of one number at each timestep, with the weights |s_t|^2.
-    - `cumulative`: the same with the sums of |s_u|^2 up to t, the optimal token baseline (arXiv 2602.07078).
+    - `cumulative`: of one number at each timestep, with the sums of |s_u|^2 up to t as weights: the optimal
+      token baseline (arXiv 2602.07078).
     """
     weights = zero_outside(score_norms, actions)
     if optimal_form == "sequence":
         return weighted_by_row(totals, valid, weights.sum(-1), leave_one_out=leave_one_out)
-    if optimal_form == "cumulative":
-        weights = weights.cumsum(-1)
-    return weighted_by_time(returns, actions, weights, leave_one_out=leave_one_out)
+    return weighted_by_time(returns, actions, weights.cumsum(-1), leave_one_out=leave_one_out)
 
 
 def timestep_mean(

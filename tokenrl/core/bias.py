@@ -204,7 +204,7 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
         )
         combined.append(Effect(BIASED, reason))
     limits = {baseline_effect(axes).status, axes.chosen("aggregation").status}
-    if ASYMPTOTIC in limits and (per_prompt or axes.chosen("scale").of_prompt):
+    if ASYMPTOTIC in limits and (per_prompt or axes.chosen("scale").compares == "group"):
         reason = (
             "prompts stay weighted unequally, and the direction of each is right in the limit only"
         )

@@ -132,7 +132,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "scales.by_std",
             "group",
             binary=PER_PROMPT,
-            of_prompt=True,
         ),
         "batch_std": Choice(
             ASYMPTOTIC,
@@ -147,15 +146,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "scales.loo_std",
             "group",
             rows=3,
-            of_others=True,
-            of_prompt=True,
-        ),
-        "other_groups_std": Choice(
-            PER_PROMPT,
-            "the divisor is made of the other prompts: E[1/(std + eps)] of the prompt's gradient",
-            "scales.other_groups_std",
-            "group",
-            rows=1,
             of_others=True,
         ),
         "token_whiten": Choice(
@@ -218,9 +208,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
         "sequence": Choice(EXACT, "one per row, weighted by the scores of the other completions"),
-        "per_timestep": Choice(
-            EXACT, "one per timestep, weighted by the scores of other rows at it"
-        ),
         "cumulative": Choice(
             EXACT, "one per timestep, weighted by the scores of other rows up to it"
         ),

@@ -65,7 +65,6 @@ class Choice(Effect):
         any_units: Whether a baseline is in the units of the returns of actions, or made of no return.
         in_group: Whether a baseline is known to depend on the rewards of the row's group only.
         of_others: Whether a divisor is made of other rows only, or an objective needs one row more than k.
-        of_prompt: Whether a divisor is made of rows of the row's own prompt.
         subtracts_mean: Whether a scale or a return subtracts a mean too.
         token_bounds: Whether a ratio has a bound for each token.
     """
@@ -83,6 +82,5 @@ class Choice(Effect):
     any_units: bool = False
     in_group: bool = False
     of_others: bool = False
-    of_prompt: bool = False
     subtracts_mean: bool = False
     token_bounds: bool = False

@@ -23,7 +23,6 @@ def policy_gain(
     clip_range: tuple[float, float],
     dual_clip: float | None,
     trust_bound: float,
-    trust_sides: int,
     trust_cap: float,
 ) -> Float[Tensor, "N T"]:
     """Return the gain of each token by the ratio.
@@ -47,7 +46,6 @@ def policy_gain(
         clip_range: The bounds of a clipped ratio.
         dual_clip: The bound of the ratio where A < 0, for 'token' and 'sequence_mean'; None for none.
         trust_bound: The bound of `beyond_trust`.
-        trust_sides: 1 or 2, as in `beyond_trust`.
         trust_cap: The bound of the ratio 'trust'.
     """
     log_ratio = logprobs - old_logprobs
@@ -58,9 +56,7 @@ def policy_gain(
             return advantages * log_ratio.detach().exp().clamp(*clip_range) * logprobs
         case "trust":
             weight = log_ratio.detach().exp().clamp(max=trust_cap)
-            dropped = beyond_trust(
-                logprobs, old_logprobs, advantages, trust_bound=trust_bound, trust_sides=trust_sides
-            )
+            dropped = beyond_trust(logprobs, old_logprobs, advantages, trust_bound=trust_bound)
             return advantages * zero_outside(weight, ~dropped) * logprobs
         case "geometric_clip":
             # Each log ratio is clipped on the side of its advantage, as PPO clips it: a token beyond the clip
@@ -125,17 +121,15 @@ def beyond_trust(
     advantages: Float[Tensor, "N T"],
     *,
     trust_bound: float,
-    trust_sides: int,
 ) -> Bool[Tensor, "N T"]:
-    """Return True for the tokens that the ratio 'trust' drops.
+    """Return True for the tokens that the ratio 'trust' drops (DPPO, arXiv 2602.04879).
 
-    It compares pi, the probability of the token, with mu, that under the policy that sampled, as the trainer
-    computed it. With one side a token is dropped where pi - mu is beyond the bound in the direction of its
-    advantage: above for A > 0, below for A < 0 (DPPO, arXiv 2602.04879). With two sides it is dropped where
-    |pi - mu| is.
+    It compares pi, the probability of the token, with mu, its probability under the policy that sampled, as the
+    trainer computed it. A token is dropped where pi - mu is beyond the bound in the direction of its advantage:
+    above for A > 0, below for A < 0.
     """
     moved = logprobs.detach().exp() - old_logprobs.detach().exp()
-    return (moved.abs() if trust_sides == 2 else moved * advantages.sign()) > trust_bound
+    return moved * advantages.sign() > trust_bound
 
 
 def bounded(

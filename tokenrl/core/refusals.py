@@ -207,12 +207,6 @@ def check_sizes(axes: Axes, rows: int, group_size: int | None) -> None:
             raise Refused(
                 f"{choice!r} compares the rows of a step, but the step has {rows}. Collect more, or {ALONE}."
             )
-    scale = axes.chosen("scale")
-    if scale.of_others and not scale.of_prompt and rows == group_size:
-        raise Refused(
-            f"{axes.scale!r} is the spread over other prompts, but the step has one. Take more prompts per step, "
-            "or the scale 'none' or 'loo_std'."
-        )
 
 
 def check_horizon(axes: Axes, horizon: int | None, allow_no_baseline: bool = False) -> None:

@@ -48,27 +48,6 @@ def loo_std(
     return divide(advantages, std(compared, peers, scale_ddof)[..., :1], scale_eps)
 
 
-def other_groups_std(
-    advantages: Float[Tensor, "S n #T"],
-    totals: Float[Tensor, "S n"],
-    valid: Bool[Tensor, "S n"],
-    scale_ddof: int,
-    scale_eps: float,
-) -> Float[Tensor, "S n #T"]:
-    """Divide by the standard deviation of all returns of the OTHER sets, around their common mean.
-
-    The result is 0 where these have fewer than two valid rows.
-    """
-    sets, n = valid.shape
-    own_set = each_itself(sets, valid).repeat_interleave(n, 1)  # [S, S n]
-    peers = valid.reshape(1, -1) & ~own_set
-    compared = totals.reshape(1, -1).expand_as(peers)
-    several = peers.sum(-1) > 1
-    deviation = std(compared, peers, scale_ddof)[:, 0]
-    deviation = torch.where(several, deviation, torch.inf)
-    return divide(advantages, deviation[:, None, None], scale_eps)
-
-
 def token_whiten(
     advantages: Float[Tensor, "S n #T"],
     actions: Bool[Tensor, "S n T"],

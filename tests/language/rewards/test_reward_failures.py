@@ -140,8 +140,7 @@ def reward_model(error):
 @pytest.mark.parametrize("make", [plain, awaited, in_a_task, reward_model])
 def test_what_a_reward_raises_is_its_failure(make, error):
     named = rf"Reward function bad raised {type(error).__name__}: .* \(test_reward_failures.py, line \d+\)"
-    prompts = r"It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more\."
-    with stopped(rf"{named}.* {prompts}") as caught:
+    with stopped(rf"{named}\.$") as caught:
         call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
 
@@ -192,8 +191,7 @@ def test_a_function_that_fails_is_not_called_again():
         return [inverse(text) for text in completions]
 
     line = by_a_helper.__code__.co_firstlineno + 2
-    prompts = "It was called with 4 completions of the prompts 'p0', 'p1', 'p2' and 1 more"
-    with stopped(rf"by_a_helper raised Zero.*, line {line}\)\. {prompts}\.$"):
+    with stopped(rf"by_a_helper raised Zero.*, line {line}\)\.$"):
         call(by_a_helper)
     assert calls == [4]
 
@@ -202,7 +200,7 @@ def test_a_function_that_takes_a_chat_for_text_is_told_where_the_text_is():
     def stripped(completions):
         return [float(text.strip() == "a") for text in completions]
 
-    with stopped(r"'strip'.*; its text is completion\[0\]\[.content.\]\. It was"):
+    with stopped(r"'strip'.*; its text is completion\[0\]\[.content.\]\.$"):
         Rewards(stripped)([[{"role": "user", "content": "Say a."}]], ["a"], [[1]], {})
 
 

@@ -379,6 +379,7 @@ def test_a_row_for_which_a_function_fails_gets_no_reward_of_this_function_alone(
     rewards = Rewards([function, Length(max=9)], timeout=timeout, abstains_on_error=True)
     result = rewards(["p"] * 3, texts, [[1]] * 3, {})
     assert result.values.T.tolist() == [[1, pytest.approx(math.nan, nan_ok=True), 3], [0, 0, 0]]
-    assert result.valid.all() and "StopIteration" in rewards.faults[function.__name__]
+    row = "for the completion 'bad' of the prompt 'p'."
+    assert result.valid.all() and rewards.faults[function.__name__].endswith(row)
     with stopped("StopIteration"):
         Rewards(function, timeout=timeout)(["p"] * 3, texts, [[1]] * 3, {})

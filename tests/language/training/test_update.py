@@ -48,7 +48,6 @@ QUICK = (
     "remax",
     "optimal",
     "gspo",
-    "other_groups_std",
     "entropy",
     "kl in the loss",
 )

@@ -58,7 +58,6 @@ EXTRA = {
     "group_mean, group_std": "baseline=group_mean,scale=group_std",
     "none, group_std, ddof 0": "baseline=none,scale=group_std,scale_ddof=0",
     "loo_std, token_mean": "scale=loo_std,aggregation=token_mean",
-    "other_groups_std, token_mean": "scale=other_groups_std,aggregation=token_mean",
     "constant, sequence_mean": "baseline=constant,baseline_constant=0.5,aggregation=sequence_mean",
     "dual clip": "ratio=token,dual_clip=3.0",
     "importance token, cap 2": "importance=token,importance_cap=2.0",

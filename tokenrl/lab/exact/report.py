@@ -15,6 +15,7 @@ from typing import Any
 from tokenrl.core.effects import EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
+from tokenrl.foreign import meaning
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.discounting import objectives_on_control
 from tokenrl.lab.exact.enumeration import TOLERANCE, Moments
@@ -104,7 +105,7 @@ def exact(args: LabArguments) -> int:
     estimators |= {name: Estimator.preset(name) for name in args.estimators if ":" in name}
     for name in args.estimators:
         if name not in estimators:
-            hint = nearest(name, estimators)
+            hint = f" {meaning('preset', (), name)}".rstrip() or nearest(name, estimators)
             raise Refused(
                 f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}."
             )

@@ -147,11 +147,10 @@ def call_rewards(
         shared[name] = {**logs, **objects}
     attempts = _attempts(named, arguments, shared, announce)
 
-    def again(name: str, row: slice) -> float:
+    def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
         one = {name: named[name]}
-        part = call_rewards(one, own, state, locations[row], announce, others, abstains=True)
-        return float(part.values[name][0])
+        return call_rewards(one, own, state, locations[row], announce, others, abstains=True)
 
     values = {}
     faults: dict[str, str] = {}
@@ -161,13 +160,14 @@ def call_rewards(
         if error is None:
             values[name] = checked_rewards(name, output, described)
             continue
-        fault = _failure(name, error, rows["prompts"], rows["completions"])
+        fault = _failure(name, error, described)
         if not abstains:
             raise fault from error
-        faults[name] = str(fault)
         count = len(rows["prompts"])
-        numbers = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else [np.nan]
-        values[name] = np.array(numbers)
+        parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
+        texts = [part.faults[name] for part in parts if part.faults]
+        faults[name] = next(iter(texts), str(fault))
+        values[name] = np.concatenate([part.values[name] for part in parts] or [np.full(1, np.nan)])
         extra[name] = {}
     columns: dict[str, list[Any]] = {}
     for own in extra.values():
@@ -223,23 +223,16 @@ def row_in_words(
     return f"{words} ({locations[row]})" if locations else words
 
 
-def _failure(
-    name: str, error: BaseException, prompts: Sequence[Any], completions: Sequence[Any]
-) -> Stopped:
-    """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
+def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:
+    """Say what a reward function raised and at which of its lines; of a call with one completion also for which."""
     line = code_line(error, 1)  # frame 0 is the call in this file
-    problem = f"Reward function {name} raised {describe(error)}{line}."
+    completions = described.args[1]
+    row = f" for {described(0)}" if len(completions) == 1 else ""
+    problem = f"Reward function {name} raised {describe(error)}{line}{row}."
     is_chat = not all(isinstance(completion, str) for completion in completions)
     if is_chat and isinstance(error, AttributeError | TypeError):
         problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
-    # Which row it was is not known: the function is not called again to find out, as it may be paid for.
-    distinct = list(dict.fromkeys(map(shown, prompts)))
-    names = ", ".join(distinct[:3])
-    if len(distinct) > 3:
-        names += f" and {len(distinct) - 3:,} more"
-    return Stopped(
-        f"{problem} It was called with {len(prompts)} completions of the prompts {names}."
-    )
+    return Stopped(problem)
 
 
 def copied(value: Any) -> Any:
