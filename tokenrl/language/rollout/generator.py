@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import copied
-from tokenrl.language.rollout.decoder import Decoder
+from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
+from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import on_device
-from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
+from tokenrl.language.rollout.reading import Prefix, read
 from tokenrl.language.rollout.rollout import (
     NOT_YET,
     Rollout,
@@ -31,12 +32,12 @@ from tokenrl.language.rollout.rollout import (
 )
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
-from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.policy.stops import StopStrings
 
+GIB = 2**30
 LOOK_EVERY = {"cpu": 1}
 """Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
 waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
@@ -111,6 +112,23 @@ class Generator:
         """Return what samples one batch of episodes, whose turns begin with what was sampled before."""
         return self
 
+    def turn(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample a turn of some episodes of a batch, as `generate` does.
+
+        Args:
+            rows: their numbers in the batch.
+            prompt_ids: all tokens of each so far.
+            sampling: how they are sampled, with one completion each.
+            draws: uniforms as for `generate`.
+        """
+        return self.generate(prompt_ids, sampling, draws)
+
     def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now."""
 
@@ -137,23 +155,20 @@ class TransformersGenerator(Generator):
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
-        prefixes: what it keeps of the rows that it samples, and need not read again; None to keep nothing.
+        kept: what the rows of a batch of episodes have read, by their numbers; None to keep nothing.
         way: how the model is sampled. A run samples its own model in the way that it has tried at its start.
     """
 
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
-    prefixes: PrefixCache | None = None
+    kept: dict[int, Prefix] | None = None
     way: Way = USUAL
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
-        if not self.way.keeps_turns:
-            return self
-        return replace(self, prefixes=PrefixCache(self.cache * GIB))
+        return replace(self, kept={}) if self.way.keeps_turns else self
 
-    @torch.no_grad()
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
@@ -165,6 +180,29 @@ class TransformersGenerator(Generator):
         Raises:
             Stopped: the model's logits are not finite.
         """
+        return replace(self, kept=None)._sampled([], prompt_ids, sampling, draws)
+
+    def turn(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
+        if self.kept is None:
+            return self.generate(prompt_ids, sampling, draws)
+        return self._sampled(rows, prompt_ids, sampling, draws)
+
+    @torch.no_grad()
+    def _sampled(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample completions, some rows at a time."""
         size = sampling.group_size
         if draws is not None:
             draws = on_device(draws, self.policy.device)
@@ -179,7 +217,7 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                part = self._decode(prompt_ids[start:end], sampling, uniforms)
+                part = self._decode(rows[start:end], prompt_ids[start:end], sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
@@ -187,60 +225,141 @@ class TransformersGenerator(Generator):
         return cat(parts)
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+        self,
+        numbers: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
     ) -> Rollout:
         """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
         policy = self.policy
-        prefixes = self.prefixes
-        plain_cache = self.way.plain_cache
         device = policy.device
         length = sampling.max_completion_length
         prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
+        width = prompt_ids.shape[1]
         prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-        decoder = Decoder(policy, prompts, prompt_index, sampling, prefixes, plain_cache)
-        state: Decoder | FixedDecoder = decoder
-        if self.way.token_steps is not None:
-            state = self.way.token_steps.decoder(decoder, prompt_ids.shape[1] + length, draws)
-        ended = None
-        if prefixes is not None:
-            ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
+        batch, first = self._begun(numbers, prompts, sampling, draws, width + length)
         tokens = _Tokens(len(prompt_index), length, policy)
-        batch = torch.arange(len(prompt_index))  # rows that are still in the batch
-        rows = to_device(batch, device)
+        rows = to_device(torch.arange(len(prompt_index)), device)  # that are still in the batch
         look_every = LOOK_EVERY.get(device.type, WINDOW)
         for start in range(0, length, look_every):
             end = min(start + look_every, length)
-            uniforms = None if draws is None else draws[rows, start:end]
-            columns = state.sample(uniforms, end - start)
-            tokens.write(start, rows, columns)
+            batch.begin(None if draws is None else draws[rows, start:end])
+            if not start:
+                batch.write(first)
+            for _ in range(max(1, start), end):
+                batch.step()
+            tokens.write(start, rows, batch.columns, end - start)
+            alive = batch.alive[: len(rows)]
             if policy.stops is not None:
                 ids, mask = tokens.columns["ids"], tokens.columns["mask"]
                 at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
-                state.end(at_stops[rows])
-            if end == length and ended is None:
+                alive.logical_and_(~at_stops[rows])
+            if self.kept is not None:
+                counts = tokens.columns["mask"].sum(dim=1)[rows]
+                alive, places, counts = to_host([alive, rows, counts])
+                over = ~alive & (counts > start)
+                ended = {}
+                for row in over.nonzero().squeeze(1).tolist():
+                    place = int(places[row])
+                    ended[numbers[place]] = row, len(prompts[place]), int(counts[row]) - 1
+                self._keep(batch.cache, width, end - 1, ended)
+            if end == length:
                 break
-            unfinished = state.alive.cpu().nonzero().squeeze(1)
-            if ended is not None:
-                ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
-            if end == length or not len(unfinished):
+            unfinished = alive.cpu().nonzero().squeeze(1)
+            if not len(unfinished):
                 break
             # Copying the cache costs as much as keeping a few finished rows.
-            if len(unfinished) <= 0.75 * len(rows) and not plain_cache:
+            if len(unfinished) <= 0.75 * len(rows) and not self.way.plain_cache:
                 index = to_device(unfinished, device)
-                state.select(index)
+                batch = self._selected(batch, index, width + length)
                 rows = rows[index]
-                batch = batch[unfinished]
-        truncated = state.alive.new_zeros(len(prompt_index)).index_put((rows,), state.alive)
+        alive = batch.alive[: len(rows)]
         rollout = tokens.rollout(
             policy.pad_id,
             prompt_ids=prompt_ids[prompt_index],
             prompt_mask=prompt_mask[prompt_index],
             prompt_index=prompt_index,
-            truncated=truncated,
+            truncated=alive.new_zeros(len(prompt_index)).index_put((rows,), alive),
         )
-        if ended is not None:
-            ended.keep(rollout)
-        return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
+        return rollout.cut(width, int(rollout.mask.any(dim=0).sum()))
+
+    def _begun(
+        self,
+        numbers: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+        tokens: int,
+    ) -> tuple[Batch, dict[str, Tensor]]:
+        """Read prompts, and draw the first token of each row.
+
+        Returns:
+            The batch, and what was drawn, which is not written down yet.
+        """
+        index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+        distinct: dict[Any, Prefix | None] = dict.fromkeys(range(len(prompts)))
+        if self.kept is not None:
+            distinct = {}
+            for number, ids in zip(numbers, prompts, strict=True):
+                distinct.setdefault(tuple(ids), self.kept.pop(number, None))
+            places = {ids: place for place, ids in enumerate(distinct)}
+            index = torch.tensor([places[tuple(ids)] for ids in prompts])
+            prompts = list(distinct)
+        prefixes = list(distinct.values())
+        if self.way.plain_cache:
+            prompts = [prompts[i] for i in index.tolist()]
+            prefixes = [None] * len(prompts)
+            index = torch.arange(len(prompts))
+        reading = read(self.policy, sampling, prompts, prefixes)
+        rows = to_device(index, self.policy.device)
+        uniforms = None if draws is None else draws[:, 0]
+        first = drawn(sampling, reading.last.of(rows), uniforms)
+        batch = Batch.of(self.policy, sampling, reading, first, draws)
+        if not self.way.plain_cache:
+            is_whole = torch.equal(index, torch.arange(len(prompts)))
+            if self.way.token_steps is not None or not is_whole:
+                batch = self._selected(batch, rows, tokens)
+            batch.cache.make_room(sampling.max_completion_length)
+        return batch, first
+
+    def _selected(self, batch: Batch, index: Tensor, tokens: int) -> Batch:
+        """Return the rows `index` of a batch, in memory that keeps its address if the way and the cache allow it."""
+        steps = self.way.token_steps
+        bucket = None if steps is None else steps.take(batch, index, tokens)
+        if bucket is None:
+            batch.select(index)
+        return bucket or batch
+
+    def _keep(
+        self, cache: Cache, width: int, t: int, ended: dict[int, tuple[int, int, int]]
+    ) -> None:
+        """Copy what rows that have ended have read, if there is memory left.
+
+        A row that reaches its limit of tokens has no end, and its episode goes no further: it is not kept.
+
+        Args:
+            cache: the cache of their batch.
+            width: its columns of prompts.
+            t: its columns of completions.
+            ended: by the numbers of the rows, the row in the batch, the tokens of its prompt, and the tokens of
+                its completion but the last.
+        """
+        assert self.kept is not None
+        if not cache.has_rows:
+            return
+        if cache.recurrent:  # the state of a row that ended earlier has gone beyond the end
+            ended = {number: row for number, row in ended.items() if row[2] == t}
+        if not ended:
+            return
+        longest = max(prompt for _, prompt, _ in ended.values())
+        rows = [(cache, row, width + t) for row, _, _ in ended.values()]
+        copies = Cache.joined(rows, longest + t, 0)
+        before = {id(prefix.cache): prefix.cache.nbytes for prefix in self.kept.values()}
+        if copies.nbytes + sum(before.values()) > self.cache * GIB:
+            return
+        for row, (number, (_, prompt, count)) in enumerate(ended.items()):
+            self.kept[number] = Prefix(prompt + min(t, count), copies, row, longest - prompt)
 
 
 class LaggedGenerator(Generator):
@@ -304,10 +423,11 @@ class _Tokens:
         ids = torch.full((rows, length), policy.pad_id, device=policy.device)
         self.columns = {"ids": ids, "mask": torch.zeros_like(ids, dtype=torch.bool)}
 
-    def write(self, start: int, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Write what was sampled for some rows from position `start` on, as `Decoder.sample` returns it."""
-        end = start + columns["ids"].shape[1]
-        for name, x in columns.items():
+    def write(self, start: int, rows: Tensor, columns: Mapping[str, Tensor], count: int) -> None:
+        """Write the first `count` tokens of a window for some rows, from position `start` on."""
+        end = start + count
+        for name, whole in columns.items():
+            x = whole[: len(rows), :count]
             if name not in self.columns:
                 self.columns[name] = x.new_zeros(*self.columns["ids"].shape, *x.shape[2:])
             self.columns[name][rows, start:end] = x
