@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout import generator as module
+from tokenrl.language.rollout import decoding as module
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.episodes import play
@@ -484,7 +484,7 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
     counts = first.mask.sum(dim=1)
     assert reads.count == 3 + int((counts - 1).sum())
     assert len({*map(str, first.completion_ids.tolist())}) == 1
-    assert {*turns.kept} == {0, 1, 2, 5}
+    assert {*turns.kept.rows} == {0, 1, 2, 5}
     history = [3, 4, 5, *first.completion_ids[0][first.mask[0]].tolist()]
     histories = [[*history, 7], [*history, 7, 8, 9], [*history, 7], [3, 4, 6]]
     with Reads(turns) as reads:
@@ -495,8 +495,8 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
     assert torch.equal(second.completion_ids, plain.completion_ids)
     # What was continued is dropped, and only what has an end is kept.
     rows = zip([5, 0, 2, 7], second.truncated.tolist(), strict=True)
-    assert {*turns.kept} == {1} | {row for row, cut in rows if not cut}
-    prefix = turns.kept[1]  # of the first turn
+    assert {*turns.kept.rows} == {1} | {row for row, cut in rows if not cut}
+    prefix = turns.kept.rows[1]  # of the first turn
     assert prefix.length == 3 + counts[0] - 1 and prefix.cache.size == 4
     # Keys and values, layers, heads, size and float32.
     assert prefix.cache.nbytes == 4 * prefix.length * 2 * 2 * 2 * 8 * 4

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout import forward, generator, token_steps
+from tokenrl.language.rollout import decoding, forward, token_steps
 from tokenrl.language.rollout.agreement import check_token_steps, checked_generator
 from tokenrl.language.rollout.batch import Batch
 from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.reading import Kept
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
@@ -55,7 +56,7 @@ def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", steps=No
     if way == "turns":  # each row has a prompt of its own
         rows = [PROMPTS[i] for i in prompts for _ in range(SIZE)]
         one_each = replace(sampling, num_generations=1)
-        return replace(engine, kept={}).turn(range(len(rows)), rows, one_each, draws)
+        return replace(engine, kept=Kept(2**30)).turn(range(len(rows)), rows, one_each, draws)
     rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
     assert way != "fixed" or len(steps)
     return rollout
@@ -79,7 +80,7 @@ def assert_same(actual, expected, rows=slice(None)):
 @pytest.fixture(params=[1, 8])
 def look_every(request, monkeypatch):
     """The host looks after each token, or after eight, as with a device."""
-    monkeypatch.setitem(generator.LOOK_EVERY, "cpu", request.param)
+    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", request.param)
 
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "llama with LoRA", "mixtral", "deepseek_v3"]

@@ -201,17 +201,17 @@ def _continue_rows(policy: Policy) -> None:
     numbers = range(len(prompts))
     endless = replace(policy, eos_ids=(), stops=None)
     turns = TransformersGenerator(endless, way=Way(keeps_turns=True)).over_turns()
-    ids = turns.turn(numbers, prompts, Sampling(length), draws).completion_ids
+    ids = turns.generate(prompts, Sampling(length), draws).completion_ids
     ends = ids[:, length // 2].tolist()
-    ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)), kept={})
+    ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))
     first = ending.turn(numbers, prompts, Sampling(length), draws)
-    if not ending.kept:
+    if not (turns.kept and turns.kept.rows):
         raise WrongRollout("its cache drops tokens, as with a sliding window")
     histories = []
     for i, prompt in enumerate(prompts):
         answer = prompts[0][: 1 + i % 2]
         histories.append([*prompt, *first.completion_ids[i][first.mask[i]].tolist(), *answer])
-    second = replace(turns, kept=ending.kept).turn(numbers, histories, Sampling(2), draws)
+    second = turns.turn(numbers, histories, Sampling(2), draws)
     trial = Trial.of(policy, second)
     trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
 

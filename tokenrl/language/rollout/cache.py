@@ -69,11 +69,9 @@ class Cache:
                 layers[number] = Memory(memory, length)
 
     def keeps(self, columns: int) -> bool:
-        """Whether every layer is one of keys and values that keeps each of so many tokens."""
+        """Whether every layer keeps each of so many tokens, or a state of them, so that rows can be taken out."""
         layers: Any = getattr(self.held, "layers", [])
-        kinds = DynamicLayer, DynamicSlidingWindowLayer, Memory
-        of_tokens = all(type(layer) in kinds for layer in layers)
-        return bool(layers) and of_tokens and columns <= self.window
+        return bool(layers) and all(map(_has_rows, layers)) and columns <= self.window
 
     def fixed(self, rows: int, columns: int, column: Tensor) -> Cache:
         """Return a cache of the same kind with layers of zeros, which keep their size.
@@ -88,12 +86,6 @@ class Cache:
             memory = [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in _tokens(layer)]
             layers.append(Memory(memory, columns, column))
         return self._of_layers(layers)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether rows can be taken out of it, and put together again: not once a window has dropped tokens."""
-        layers: Any = getattr(self.held, "layers", [])
-        return bool(layers) and all(map(_has_rows, layers))
 
     @property
     def window(self) -> float:
@@ -261,12 +253,10 @@ def positions_of(mask: Tensor | None, count: int) -> dict[str, Tensor]:
 
 
 def _has_rows(layer: Any) -> bool:
-    """Whether a layer has dropped no token."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return bool(layer.cumulative_length < layer.sliding_window)
+    """Whether a layer has rows of tokens, or of states alone."""
     if _is_recurrent(layer):
         return not getattr(layer, "is_sliding", False)
-    return type(layer) in (DynamicLayer, Memory)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, Memory)
 
 
 def _tokens(layer: Any) -> list[Tensor]:

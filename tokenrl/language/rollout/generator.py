@@ -15,37 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import copied
-from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
-from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.decoding import decode
 from tokenrl.language.rollout.drawing import on_device
-from tokenrl.language.rollout.reading import Prefix, read
-from tokenrl.language.rollout.rollout import (
-    NOT_YET,
-    Rollout,
-    cat,
-    pad_left,
-    to_device,
-    to_host,
-    zeroed,
-)
+from tokenrl.language.rollout.reading import Kept
+from tokenrl.language.rollout.rollout import NOT_YET, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.policy.stops import StopStrings
 
 GIB = 2**30
-LOOK_EVERY = {"cpu": 1}
-"""Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
-waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
-
-NOT_FINITE = (
-    "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
-    "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
-)
 
 
 @dataclass(frozen=True)
@@ -162,12 +143,12 @@ class TransformersGenerator(Generator):
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
-    kept: dict[int, Prefix] | None = None
+    kept: Kept | None = None
     way: Way = USUAL
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
-        return replace(self, kept={}) if self.way.keeps_turns else self
+        return replace(self, kept=Kept(self.cache * GIB)) if self.way.keeps_turns else self
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -217,149 +198,13 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                part = self._decode(rows[start:end], prompt_ids[start:end], sampling, uniforms)
+                of_part = rows[start:end], prompt_ids[start:end]
+                part = decode(self.policy, self.way, self.kept, *of_part, sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
                 module.training = True
         return cat(parts)
-
-    def _decode(
-        self,
-        numbers: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        draws: Tensor | None,
-    ) -> Rollout:
-        """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
-        policy = self.policy
-        device = policy.device
-        length = sampling.max_completion_length
-        prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
-        width = prompt_ids.shape[1]
-        prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-        batch, first = self._begun(numbers, prompts, sampling, draws, width + length)
-        tokens = _Tokens(len(prompt_index), length, policy)
-        rows = to_device(torch.arange(len(prompt_index)), device)  # that are still in the batch
-        look_every = LOOK_EVERY.get(device.type, WINDOW)
-        for start in range(0, length, look_every):
-            end = min(start + look_every, length)
-            batch.begin(None if draws is None else draws[rows, start:end])
-            if not start:
-                batch.write(first)
-            for _ in range(max(1, start), end):
-                batch.step()
-            tokens.write(start, rows, batch.columns, end - start)
-            alive = batch.alive[: len(rows)]
-            if policy.stops is not None:
-                ids, mask = tokens.columns["ids"], tokens.columns["mask"]
-                at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
-                alive.logical_and_(~at_stops[rows])
-            if self.kept is not None:
-                counts = tokens.columns["mask"].sum(dim=1)[rows]
-                alive, places, counts = to_host([alive, rows, counts])
-                over = ~alive & (counts > start)
-                ended = {}
-                for row in over.nonzero().squeeze(1).tolist():
-                    place = int(places[row])
-                    ended[numbers[place]] = row, len(prompts[place]), int(counts[row]) - 1
-                self._keep(batch.cache, width, end - 1, ended)
-            if end == length:
-                break
-            unfinished = alive.cpu().nonzero().squeeze(1)
-            if not len(unfinished):
-                break
-            # Copying the cache costs as much as keeping a few finished rows.
-            if len(unfinished) <= 0.75 * len(rows) and not self.way.plain_cache:
-                index = to_device(unfinished, device)
-                batch = self._selected(batch, index, width + length)
-                rows = rows[index]
-        alive = batch.alive[: len(rows)]
-        rollout = tokens.rollout(
-            policy.pad_id,
-            prompt_ids=prompt_ids[prompt_index],
-            prompt_mask=prompt_mask[prompt_index],
-            prompt_index=prompt_index,
-            truncated=alive.new_zeros(len(prompt_index)).index_put((rows,), alive),
-        )
-        return rollout.cut(width, int(rollout.mask.any(dim=0).sum()))
-
-    def _begun(
-        self,
-        numbers: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        draws: Tensor | None,
-        tokens: int,
-    ) -> tuple[Batch, dict[str, Tensor]]:
-        """Read prompts, and draw the first token of each row.
-
-        Returns:
-            The batch, and what was drawn, which is not written down yet.
-        """
-        index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-        distinct: dict[Any, Prefix | None] = dict.fromkeys(range(len(prompts)))
-        if self.kept is not None:
-            distinct = {}
-            for number, ids in zip(numbers, prompts, strict=True):
-                distinct.setdefault(tuple(ids), self.kept.pop(number, None))
-            places = {ids: place for place, ids in enumerate(distinct)}
-            index = torch.tensor([places[tuple(ids)] for ids in prompts])
-            prompts = list(distinct)
-        prefixes = list(distinct.values())
-        if self.way.plain_cache:
-            prompts = [prompts[i] for i in index.tolist()]
-            prefixes = [None] * len(prompts)
-            index = torch.arange(len(prompts))
-        reading = read(self.policy, sampling, prompts, prefixes)
-        rows = to_device(index, self.policy.device)
-        uniforms = None if draws is None else draws[:, 0]
-        first = drawn(sampling, reading.last.of(rows), uniforms)
-        batch = Batch.of(self.policy, sampling, reading, first, draws)
-        if not self.way.plain_cache:
-            is_whole = torch.equal(index, torch.arange(len(prompts)))
-            if self.way.token_steps is not None or not is_whole:
-                batch = self._selected(batch, rows, tokens)
-            batch.cache.make_room(sampling.max_completion_length)
-        return batch, first
-
-    def _selected(self, batch: Batch, index: Tensor, tokens: int) -> Batch:
-        """Return the rows `index` of a batch, in memory that keeps its address if the way and the cache allow it."""
-        steps = self.way.token_steps
-        bucket = None if steps is None else steps.take(batch, index, tokens)
-        if bucket is None:
-            batch.select(index)
-        return bucket or batch
-
-    def _keep(
-        self, cache: Cache, width: int, t: int, ended: dict[int, tuple[int, int, int]]
-    ) -> None:
-        """Copy what rows that have ended have read, if there is memory left.
-
-        A row that reaches its limit of tokens has no end, and its episode goes no further: it is not kept.
-
-        Args:
-            cache: the cache of their batch.
-            width: its columns of prompts.
-            t: its columns of completions.
-            ended: by the numbers of the rows, the row in the batch, the tokens of its prompt, and the tokens of
-                its completion but the last.
-        """
-        assert self.kept is not None
-        if not cache.has_rows:
-            return
-        if cache.recurrent:  # the state of a row that ended earlier has gone beyond the end
-            ended = {number: row for number, row in ended.items() if row[2] == t}
-        if not ended:
-            return
-        longest = max(prompt for _, prompt, _ in ended.values())
-        rows = [(cache, row, width + t) for row, _, _ in ended.values()]
-        copies = Cache.joined(rows, longest + t, 0)
-        before = {id(prefix.cache): prefix.cache.nbytes for prefix in self.kept.values()}
-        if copies.nbytes + sum(before.values()) > self.cache * GIB:
-            return
-        for row, (number, (_, prompt, count)) in enumerate(ended.items()):
-            self.kept[number] = Prefix(prompt + min(t, count), copies, row, longest - prompt)
 
 
 class LaggedGenerator(Generator):
@@ -409,71 +254,3 @@ def _trained(policy: Policy) -> dict[str, Tensor]:
     """Return the weights that are trained, by name, without autograd."""
     named = policy.model.named_parameters()
     return {name: weight.detach() for name, weight in named if weight.requires_grad}
-
-
-class _Tokens:
-    """The tokens of N completions that were drawn so far, with their numbers.
-
-    Attributes:
-        columns: `ids`; `mask`, True on tokens up to the end of their completion, behind which rows may go on;
-            and columns of a `Rollout` by name. Each is [N, T, ...].
-    """
-
-    def __init__(self, rows: int, length: int, policy: Policy) -> None:
-        ids = torch.full((rows, length), policy.pad_id, device=policy.device)
-        self.columns = {"ids": ids, "mask": torch.zeros_like(ids, dtype=torch.bool)}
-
-    def write(self, start: int, rows: Tensor, columns: Mapping[str, Tensor], count: int) -> None:
-        """Write the first `count` tokens of a window for some rows, from position `start` on."""
-        end = start + count
-        for name, whole in columns.items():
-            x = whole[: len(rows), :count]
-            if name not in self.columns:
-                self.columns[name] = x.new_zeros(*self.columns["ids"].shape, *x.shape[2:])
-            self.columns[name][rows, start:end] = x
-
-    def rollout(self, pad_id: int, **columns: Any) -> Rollout:
-        """Return the rollout of the completions, on the host.
-
-        Args:
-            pad_id: the id behind the end of a completion.
-            **columns: the columns of their prompts, and whether each has no end.
-
-        Raises:
-            Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
-        """
-        mask = self.columns["mask"]
-        of_tokens: dict[str, Any] = {name: zeroed(x, mask) for name, x in self.columns.items()}
-        rollout = Rollout(
-            completion_ids=of_tokens.pop("ids").masked_fill(~mask, pad_id),
-            sampling_logprobs=of_tokens["logprobs"],
-            **of_tokens,
-            **columns,
-        ).on_host()
-        if not rollout.entropy.isfinite().all():
-            raise Stopped(NOT_FINITE)
-        return rollout
-
-
-def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
-    """Cut the mask behind stop strings that tokens from `start` to `end` complete.
-
-    Args:
-        stops: the stop strings.
-        ids: ids of N completions [N, T].
-        mask: True on their tokens so far, changed in place [N, T].
-        start: position of the first token that was not looked at before.
-        end: position of the last token.
-
-    Returns:
-        True for the rows that a stop string has ended [N].
-    """
-    host_ids, host_mask = to_host([ids, mask])
-    ended = torch.zeros(len(ids), dtype=torch.bool)
-    for position in range(start, end + 1):
-        rows = host_mask[:, position].nonzero().squeeze(1)
-        over = rows[stops.ended(host_ids, rows, position)]
-        ended[over] = True
-        host_mask[over, position + 1 :] = False
-    mask.copy_(host_mask)
-    return to_device(ended, ids.device)

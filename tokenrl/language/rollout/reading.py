@@ -38,6 +38,54 @@ class Prefix(NamedTuple):
     start: int
 
 
+class Kept:
+    """What the rows of a batch of episodes have read, by their numbers in that batch.
+
+    Attributes:
+        limit: the most bytes that the caches take together; what does not fit is read again.
+        rows: what each row has read.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.rows: dict[int, Prefix] = {}
+
+    def take(
+        self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> dict[tuple[int, ...], Prefix | None]:
+        """Return the distinct prompts of rows, each with what was read of it, which is kept no longer."""
+        distinct: dict[tuple[int, ...], Prefix | None] = {}
+        for number, ids in zip(numbers, prompts, strict=True):
+            distinct.setdefault(tuple(ids), self.rows.pop(number, None))
+        return distinct
+
+    def add(
+        self, cache: Cache, width: int, t: int, ended: Sequence[tuple[int, int, int, int]]
+    ) -> None:
+        """Copy what rows that have ended have read, if there is memory left.
+
+        A row that reaches its limit of tokens has no end, and its episode goes no further: it is not kept.
+
+        Args:
+            cache: the cache of their batch.
+            width: its columns of prompts.
+            t: its columns of completions.
+            ended: of each row, its row in the cache, its number, the tokens of its prompt, and the tokens of its
+                completion but the last.
+        """
+        if cache.recurrent:  # the state of a row that ended earlier has gone beyond the end
+            ended = [row for row in ended if row[3] == t]
+        if not ended or not cache.keeps(width + t + 1):
+            return
+        longest = max(prompt for _, _, prompt, _ in ended)
+        copies = Cache.joined([(cache, row, width + t) for row, *_ in ended], longest + t, 0)
+        before = {id(prefix.cache): prefix.cache.nbytes for prefix in self.rows.values()}
+        if copies.nbytes + sum(before.values()) > self.limit:
+            return
+        for row, (_, number, prompt, count) in enumerate(ended):
+            self.rows[number] = Prefix(prompt + min(t, count), copies, row, longest - prompt)
+
+
 class Last(NamedTuple):
     """What follows the last token of n rows.
 
@@ -123,9 +171,8 @@ def read(
         return parts[0]
     back = torch.tensor(order).argsort()
     cache = Cache.joined([rows[i] for i in back], longest, sampling.max_completion_length)
-    hidden = [part.last.hidden for part in parts if part.last.hidden is not None]
-    logits = torch.cat([part.last.logits for part in parts])
-    whole = Last(logits, torch.cat(hidden) if hidden else None)
+    logits, hidden = zip(*(part.last for part in parts), strict=True)
+    whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
     mask, position = _masked(policy, pad_left(prompts, policy.pad_id)[1])
     return Reading(cache, mask, position, whole.of(to_device(back, policy.device)))
 

@@ -60,7 +60,7 @@ class TokenSteps:
         is_greedy = batch.uniforms is None
         key = rows, columns, sampling, is_greedy, batch.policy.eos_ids, model, addresses
         if key not in self._buckets:
-            if not batch.cache.keeps(columns):
+            if batch.cache.recurrent or not batch.cache.keeps(columns):
                 return None
             bucket = batch.fixed(rows, columns)
             if bucket.nbytes > self._limit:
