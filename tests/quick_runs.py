@@ -121,7 +121,7 @@ def _code():
     """The functions that the check uses, of which a test may have put others in their place."""
     from tokenrl.language.rollout import agreement, cache
 
-    return agreement.TransformersGenerator.generate, agreement.score, cache.GrowingLayer.update
+    return agreement.TransformersGenerator.generate, agreement.score, cache.Memory.update
 
 
 def _state(model):

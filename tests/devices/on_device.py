@@ -20,7 +20,7 @@ import pretended
 
 import tokenrl
 from tokenrl.language.policy import loading
-from tokenrl.language.rollout import forward, token_steps
+from tokenrl.language.rollout import batch, forward
 from tokenrl.runs import markup
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
@@ -105,9 +105,9 @@ made: list[Any] = []
 
 
 def loading_into(load: Callable[..., None]) -> Callable[..., None]:
-    def recorded(step: Any, decoder: Any) -> None:
-        made.append(step)
-        load(step, decoder)
+    def recorded(bucket: Any, *rows: Any) -> None:
+        made.append(bucket)
+        load(bucket, *rows)
 
     return recorded
 
@@ -237,7 +237,7 @@ def main() -> None:
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
     pretended.begin(kind)
     forward.CAPTURING = (pretended.NAME,)  # without a graph
-    token_steps.TokenStep.load = loading_into(token_steps.TokenStep.load)
+    batch.Batch.take = loading_into(batch.Batch.take)
     for name in names:
         results[name]["device"] = attempted(name, Path(root, f"{name} device"), False)
         print(json.dumps({"name": name, **results[name]}), flush=True)

@@ -79,7 +79,7 @@ def test_a_step_waits_at_most_ten_times_and_once_for_eight_tokens(results, kind,
     if name == "check":
         pytest.skip("it has no step of its own")
     waits = results(kind, name)["device"]["waits"]
-    sampling = {line: n for line, n in waits.items() if "rollout/generator.py" in line}
+    sampling = {line: n for line, n in waits.items() if "rollout/decoding.py" in line}
     rest = {line: n for line, n in waits.items() if line not in sampling}
     # turns of episodes
     calls = 1 if RUNS[name].get("task") not in ("guess_number", "calculator") else 10

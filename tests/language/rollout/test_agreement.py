@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 import tokenrl
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import check_model
-from tokenrl.language.rollout.cache import GrowingLayer
+from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Way
@@ -178,11 +178,11 @@ def bare(layer, keys, values):
         vars(layer).pop(name, None)
 
 
-original_update = GrowingLayer.update
+original_update = Memory.update
 original_start = DynamicLayer.lazy_initialization
 LIBRARY = {
     "the layer's type": ("tokenrl.language.rollout.cache.DynamicLayer", type("Other", (), {})),
-    "a layer's update": ("tokenrl.language.rollout.cache.GrowingLayer.update", negative),
+    "a layer's update": ("tokenrl.language.rollout.cache.Memory.update", negative),
     "the choice of rows": ("transformers.cache_utils.Cache.reorder_cache", broken),
     "the rows of a layer": ("transformers.cache_utils.DynamicLayer.reorder_cache", broken),
     "attributes of a layer": ("transformers.cache_utils.DynamicLayer.lazy_initialization", bare),
@@ -208,7 +208,7 @@ def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the
 
 
 def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeypatch, said):
-    monkeypatch.setattr("tokenrl.language.rollout.cache.GrowingLayer.update", broken)
+    monkeypatch.setattr("tokenrl.language.rollout.cache.Memory.update", broken)
     result = tokenrl.train(
         model=make_policy(),
         task=make_task(),

@@ -20,12 +20,11 @@ from torch.testing import assert_close
 from tokenrl.language.policy.model import add_lora, wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout import generator as module
+from tokenrl.language.rollout import decoding as module
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.episodes import play
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.prefixes import PrefixCache
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 
@@ -473,46 +472,31 @@ def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatc
     assert not turns.way.keeps_turns
 
 
-def test_the_longest_prefix_is_continued_and_the_oldest_is_forgotten_first():
-    turns = talking("llama")
-    turns = turns.over_turns()
-    out = turns.policy.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True)
-    cache = Cache.of(out)
-    size = cache.rows([0], 0, 4).nbytes
-    assert size == 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, size, tokens, float32
-    prefixes = PrefixCache(4.5 * size)
-    for histories in ({0: ([5, 6], 2), 1: ([4], 1)}, {0: ([5, 6, 7, 8], 4)}, {1: ([5, 9], 2)}):
-        prefixes.add(histories, cache.rows([0] * 2, 0, 4))
-    assert prefixes.longest([5, 6, 1]) is prefixes.longest([4, 1]) is None  # the oldest of three
-    assert prefixes.longest([5, 6, 7, 8, 1]).length == 4
-    assert prefixes.longest([5, 6, 7, 8]) is None  # a token has to be read
-    assert prefixes.longest([5, 9, 9])[::2] == (2, 1)
-    prefixes.drop([5, 9, 9], 2)
-    assert prefixes.longest([5, 9, 9]) is None and len(prefixes) == 1
-    prefixes.add({0: ([1], 4)}, newest := cache.rows([0] * 2, 0, 4))
-    assert prefixes.longest([1, 2]) == (1, newest, 0, 4) and len(prefixes) == 2
-    assert not turns.prefixes and talking("llama").prefixes is None
-
-
 def test_rows_with_the_same_history_are_read_once_and_end_alike():
     """Twins of one history may be answered differently, and both continue it."""
     turns = talking("qwen3")
+    assert turns.kept is None
     turns = turns.over_turns()
     sampling = replace(SAMPLING, num_generations=1, max_completion_length=8)
     draws = torch.full((4, 8), 0.4)
     with Reads(turns) as reads:
-        first = turns.generate([[3, 4, 5]] * 4, sampling, draws)
+        first = turns.turn([0, 1, 2, 5], [[3, 4, 5]] * 4, sampling, draws)
     counts = first.mask.sum(dim=1)
     assert reads.count == 3 + int((counts - 1).sum())
-    assert len({*map(str, first.completion_ids.tolist())}) == 1 == len(turns.prefixes)
+    assert len({*map(str, first.completion_ids.tolist())}) == 1
+    assert {*turns.kept.rows} == {0, 1, 2, 5}
     history = [3, 4, 5, *first.completion_ids[0][first.mask[0]].tolist()]
     histories = [[*history, 7], [*history, 7, 8, 9], [*history, 7], [3, 4, 6]]
     with Reads(turns) as reads:
-        second = turns.generate(histories, Sampling(1), draws)
+        second = turns.turn([5, 0, 2, 7], histories, Sampling(1), draws)
     assert reads.count == 2 + 4 + 3  # two and four new tokens, and a new prompt
     plain = TransformersGenerator(turns.policy).generate(histories, Sampling(1), draws)
     assert_close(second.logprobs, plain.logprobs, rtol=0, atol=3e-5)
     assert torch.equal(second.completion_ids, plain.completion_ids)
     # What was continued is dropped, and only what has an end is kept.
-    rows = zip(histories, second.truncated.tolist(), strict=True)
-    assert len(turns.prefixes) == len({str(history) for history, cut in rows if not cut}) < 3
+    rows = zip([5, 0, 2, 7], second.truncated.tolist(), strict=True)
+    assert {*turns.kept.rows} == {1} | {row for row, cut in rows if not cut}
+    prefix = turns.kept.rows[1]  # of the first turn
+    assert prefix.length == 3 + counts[0] - 1 and prefix.cache.size == 4
+    # Keys and values, layers, heads, size and float32.
+    assert prefix.cache.nbytes == 4 * prefix.length * 2 * 2 * 2 * 8 * 4

@@ -11,7 +11,7 @@ from tiny_models import PROMPTS, completions, make_policy, make_tokenizer
 
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout.generator import LOOK_EVERY
+from tokenrl.language.rollout.decoding import LOOK_EVERY
 
 STOPS = [(" t",), ("at ", "\n "), ("ne t", "é"), ("\n\n", "at"), ("on the mat and",), ("😀", "o")]
 

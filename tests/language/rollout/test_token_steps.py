@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout import forward, generator, token_steps
+from tokenrl.language.rollout import decoding, forward, token_steps
 from tokenrl.language.rollout.agreement import check_token_steps, checked_generator
-from tokenrl.language.rollout.cache import FixedLayer
+from tokenrl.language.rollout.batch import Batch
+from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.prefixes import PrefixCache
+from tokenrl.language.rollout.reading import Kept
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
 from tokenrl.language.rollout.token_steps import TokenSteps
@@ -27,7 +28,7 @@ LENGTH, SIZE = 18, 3
 DRAWS = torch.rand(9, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_top=4)
 NUMBERS = ("logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
-WAYS = ("plain", "prefixes", "fixed")
+WAYS = ("plain", "turns", "fixed")
 
 
 def some_policy(family: str, **config):
@@ -49,11 +50,14 @@ def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", steps=No
     if way == "fixed":
         steps = TokenSteps()
     engine = TransformersGenerator(policy, way=Way(token_steps=steps))
-    if way == "prefixes":
-        engine = replace(engine, prefixes=PrefixCache(2**30))
     draws = torch.cat([DRAWS[SIZE * i : SIZE * (i + 1)] for i in prompts])
     draws = draws[:, : sampling.max_completion_length]
-    rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, None if greedy else draws)
+    draws = None if greedy else draws
+    if way == "turns":  # each row has a prompt of its own
+        rows = [PROMPTS[i] for i in prompts for _ in range(SIZE)]
+        one_each = replace(sampling, num_generations=1)
+        return replace(engine, kept=Kept(2**30)).turn(range(len(rows)), rows, one_each, draws)
+    rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
     assert way != "fixed" or len(steps)
     return rollout
 
@@ -76,7 +80,7 @@ def assert_same(actual, expected, rows=slice(None)):
 @pytest.fixture(params=[1, 8])
 def look_every(request, monkeypatch):
     """The host looks after each token, or after eight, as with a device."""
-    monkeypatch.setitem(generator.LOOK_EVERY, "cpu", request.param)
+    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", request.param)
 
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "llama with LoRA", "mixtral", "deepseek_v3"]
@@ -148,7 +152,7 @@ def test_memory_is_bounded():
 
 
 def sizes_of(steps):
-    return [step.nbytes for step in steps._steps.values()]
+    return [bucket.nbytes for bucket in steps._buckets.values()]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 4), (32, 32), (33, 64), (65, 96)])
@@ -168,19 +172,27 @@ def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
         assert "does not keep all tokens" in tried(some_policy(family))
     assert "only handed back" in tried(policy, Way(plain_cache=True))
 
+    update = Memory.update
+
     def late(layer, keys, values, *_, **__):
         """Writes the keys of the next token one column too far."""
+        if layer.column is None:
+            return update(layer, keys, values)
         for whole, x in zip(layer.whole, (keys, values), strict=True):
             whole.index_copy_(2, layer.column + 1, x)
         return layer.keys, layer.values
 
-    monkeypatch.setattr(FixedLayer, "update", late)
+    monkeypatch.setattr(Memory, "update", late)
     assert "off by" in tried(policy)
 
 
 def test_a_step_that_draws_with_other_numbers_is_noticed(monkeypatch):
-    compute = token_steps.drawn
-    monkeypatch.setattr(token_steps, "drawn", lambda *args: compute(*args[:3], args[3] * 0.9))
+    begin = Batch.begin
+
+    def other(batch, uniforms):
+        begin(batch, uniforms if batch.column is None else uniforms * 0.9)
+
+    monkeypatch.setattr(Batch, "begin", other)
     assert "other tokens" in tried(some_policy("llama"))
 
 
@@ -220,5 +232,5 @@ def test_rows_that_no_completion_uses_stay_within_the_table_of_positions(family,
     first = generated(policy, steps=steps)
     for _ in range(20):
         assert_same(generated(policy, steps=steps), first)
-    positions = [int(step.position.max()) for step in steps._steps.values()]
+    positions = [int(bucket.position.max()) for bucket in steps._buckets.values()]
     assert len(positions) > 1 and max(positions) < len(PROMPTS[0]) + LENGTH

@@ -197,21 +197,21 @@ def _continue_rows(policy: Policy) -> None:
     """
     prompts, draws = _prompts(policy)
     length = draws.shape[1]
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    numbers = range(len(prompts))
     endless = replace(policy, eos_ids=(), stops=None)
     turns = TransformersGenerator(endless, way=Way(keeps_turns=True)).over_turns()
-    ids = turns.generate(prompts, Sampling(length, 2), draws).completion_ids
+    ids = turns.generate(prompts, Sampling(length), draws).completion_ids
     ends = ids[:, length // 2].tolist()
     ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))
-    first = ending.generate(prompts, Sampling(length, 2), draws)
-    if not turns.prefixes:
+    first = ending.turn(numbers, prompts, Sampling(length), draws)
+    if not (turns.kept and turns.kept.rows):
         raise WrongRollout("its cache drops tokens, as with a sliding window")
     histories = []
-    for i, prompt in enumerate(first.prompt_index.tolist()):
+    for i, prompt in enumerate(prompts):
         answer = prompts[0][: 1 + i % 2]
-        histories.append(
-            [*prompts[prompt], *first.completion_ids[i][first.mask[i]].tolist(), *answer]
-        )
-    second = turns.generate(histories, Sampling(2), draws)
+        histories.append([*prompt, *first.completion_ids[i][first.mask[i]].tolist(), *answer])
+    second = turns.turn(numbers, histories, Sampling(2), draws)
     trial = Trial.of(policy, second)
     trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
 

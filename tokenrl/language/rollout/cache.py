@@ -6,11 +6,12 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import pad
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.rollout import to_device
@@ -65,14 +66,12 @@ class Cache:
             if type(layer) is DynamicLayer and layer.keys is not None:
                 length = layer.keys.shape[2]
                 memory = [_with_room(x, tokens) for x in _tokens(layer)]
-                layers[number] = GrowingLayer(memory, length)
+                layers[number] = Memory(memory, length)
 
     def keeps(self, columns: int) -> bool:
-        """Whether every layer is one of keys and values that keeps each of so many tokens."""
+        """Whether every layer keeps each of so many tokens, or a state of them, so that rows can be taken out."""
         layers: Any = getattr(self.held, "layers", [])
-        kinds = DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer
-        of_tokens = all(type(layer) in kinds for layer in layers)
-        return bool(layers) and of_tokens and columns <= self.window
+        return bool(layers) and all(map(_has_rows, layers)) and columns <= self.window
 
     def fixed(self, rows: int, columns: int, column: Tensor) -> Cache:
         """Return a cache of the same kind with layers of zeros, which keep their size.
@@ -85,14 +84,8 @@ class Cache:
         layers = []
         for layer in self.held.layers:
             memory = [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in _tokens(layer)]
-            layers.append(FixedLayer(memory, columns, column))
+            layers.append(Memory(memory, columns, column))
         return self._of_layers(layers)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether rows can be taken out of it, and put together again: not once a window has dropped tokens."""
-        layers: Any = getattr(self.held, "layers", [])
-        return bool(layers) and all(map(_has_rows, layers))
 
     @property
     def window(self) -> float:
@@ -123,19 +116,9 @@ class Cache:
         lengths = [x.shape[2] for layer in self.held.layers for x in _tokens(layer)]
         return max(lengths, default=0)
 
-    def rows(self, numbers: Sequence[int], start: int, end: int) -> Cache:
-        """Return a copy of some rows: of their states, and of the columns from `start` to `end`."""
-        index = to_device(torch.tensor(numbers), self._tensors[0].device)
-        layers = []
-        for layer in self.held.layers:
-            tokens = [x[:, :, start:end][index] for x in _tokens(layer)]
-            states = {name: x[index] for name, x in _states(layer).items()}
-            layers.append(_with(layer, tokens, states))
-        return self._of_layers(layers)
-
     @classmethod
     def joined(cls, rows: Sequence[tuple[Cache, int, int]], width: int, room: int) -> Cache:
-        """Put rows of caches one below the other, aligned on the right, by one copy for each layer.
+        """Put copies of rows of caches one below the other, aligned on the right, at once for each layer.
 
         Left of the tokens of a row are others, which a mask has to hide.
 
@@ -146,34 +129,24 @@ class Cache:
             room: tokens for which memory is set aside.
         """
         parts = {id(cache): cache for cache, _, _ in rows}
-        before: dict[int, tuple[int, int, int]] = {}
-        count = tokens_of_head = 0
-        for key, part in parts.items():
-            columns = part.columns
-            before[key] = count, tokens_of_head, columns
-            count += part.size
-            tokens_of_head += part.size * columns
-        table = []
-        for part, row, end in rows:
-            count, tokens_of_head, columns = before[id(part)]
-            table.append((count + row, tokens_of_head + row * columns, columns, end))
+        sizes = [0, *(part.size for part in parts.values())]
+        before = dict(zip(parts, accumulate(sizes), strict=False))
+        table = [(before[id(part)] + row, end) for part, row, end in rows]
         device = rows[0][0]._tensors[0].device
-        index, first, length, end = to_device(torch.tensor(table), device).T[:, :, None]
-        column = (end + torch.arange(-width, room, device=device)).clamp(min=0)
-        column = torch.minimum(column, length - 1)  # [n, width + room]
+        index, end = to_device(torch.tensor(table), device).T
+        most = max(part.columns for part in parts.values())
+        column = end[:, None] + torch.arange(-width, room, device=device)  # [n, width + room]
+        column = column.clamp(min=0, max=max(0, most - 1))[:, None]
         layers = []
         for of_parts in zip(*(part.held.layers for part in parts.values()), strict=True):
             tokens = []
             for xs in zip(*map(_tokens, of_parts), strict=True):
-                heads, _, size = xs[0].shape[1:]
-                head = torch.arange(heads, device=device)
-                start = first * heads + head * length  # [n, heads]
-                whole = torch.cat([x.reshape(-1, size) for x in xs])
-                tokens.append(embedding(start[:, :, None] + column[:, None], whole))
+                head = torch.arange(xs[0].shape[1], device=device)[:, None]
+                tokens.append(_stacked(xs, most)[index[:, None, None], head, column])
             states = {}
             for name in _states(of_parts[0]):
                 of_name = [_states(layer)[name] for layer in of_parts]
-                states[name] = torch.cat(of_name)[index[:, 0]]
+                states[name] = torch.cat(of_name)[index]
             layers.append(_with(of_parts[0], tokens, states, width))
         return rows[0][0]._of_layers(layers)
 
@@ -208,27 +181,29 @@ class Cache:
         return {self.name: self.held, **positions}
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of t tokens, in memory that has room for more; without autograd.
+class Memory(DynamicLayer):
+    """Keys and values of t tokens, in memory that has room for more or keeps its size; without autograd.
 
     It overrides all methods that a forward pass calls, so that it does not rely on attributes that a release
     may rename.
 
     Attributes:
         whole: the memory of keys and of values, each [n, heads, room, d].
-        length: t.
+        length: t; in memory that keeps its size, all of it counts as written, and needs a mask.
+        column: where the next token is written in memory that keeps its size, on the device [1]; else None.
     """
 
     whole: list[Tensor]
     length: int
 
-    def __init__(self, whole: list[Tensor], length: int) -> None:
+    def __init__(self, whole: list[Tensor], length: int, column: Tensor | None = None) -> None:
         """Take memory of keys and of values, of which the first `length` tokens are written."""
         self.is_initialized = True
         self.dtype = whole[0].dtype
         self.device = whole[0].device
         self.whole = whole
         self.length = length
+        self.column = column
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -245,9 +220,13 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
         start = self.length
-        self.length += key_states.shape[2]
-        self.whole[0][:, :, start : self.length] = key_states
-        self.whole[1][:, :, start : self.length] = value_states
+        if self.column is None:
+            self.length += key_states.shape[2]
+        for whole, x in zip(self.whole, (key_states, value_states), strict=True):
+            if self.column is None:
+                whole[:, :, start : self.length] = x
+            else:
+                whole.index_copy_(2, self.column, x)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -265,30 +244,19 @@ class GrowingLayer(DynamicLayer):
         self.whole = [_with_room(x, room) for x in rows]
 
 
-class FixedLayer(GrowingLayer):
-    """Keys and values in memory that keeps its size, written one token after the other where a counter says."""
-
-    def __init__(self, whole: list[Tensor], length: int, column: Tensor) -> None:
-        """Take memory [n, heads, length, d], and the column of the next token, on the device [1]."""
-        super().__init__(whole, length)
-        self.column = column
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of the next token, and return the whole memory, which needs a mask."""
-        self.whole[0].index_copy_(2, self.column, key_states)
-        self.whole[1].index_copy_(2, self.column, value_states)
-        return self.keys, self.values
+def positions_of(mask: Tensor | None, count: int) -> dict[str, Tensor]:
+    """Return a mask that is padded on the left, and the positions of its last tokens; nothing without a mask."""
+    if mask is None:
+        return {}
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": mask, "position_ids": positions[:, -count:]}
 
 
 def _has_rows(layer: Any) -> bool:
-    """Whether a layer has dropped no token."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return bool(layer.cumulative_length < layer.sliding_window)
+    """Whether a layer has rows of tokens, or of states alone."""
     if _is_recurrent(layer):
         return not getattr(layer, "is_sliding", False)
-    return type(layer) in (DynamicLayer, GrowingLayer, FixedLayer)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, Memory)
 
 
 def _tokens(layer: Any) -> list[Tensor]:
@@ -308,15 +276,19 @@ def _states(layer: Any) -> dict[tuple[str, Any], Tensor]:
     return states
 
 
+def _stacked(parts: Sequence[Tensor], columns: int) -> Tensor:
+    """Return keys or values of several parts, one below the other, each with so many columns."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([pad(x, (0, 0, 0, columns - x.shape[2])) for x in parts])
+
+
 def _with(
-    layer: Any,
-    tokens: list[Tensor],
-    states: dict[tuple[str, Any], Tensor],
-    length: int | None = None,
+    layer: Any, tokens: list[Tensor], states: dict[tuple[str, Any], Tensor], length: int
 ) -> Any:
     """Return a layer of the same kind that holds other tensors, the first `length` tokens of memory."""
-    if tokens and type(layer) in (DynamicLayer, GrowingLayer, FixedLayer):
-        return GrowingLayer(tokens, tokens[0].shape[2] if length is None else length)
+    if tokens and type(layer) in (DynamicLayer, Memory):
+        return Memory(tokens, length)
     changed = copy.copy(layer)
     if tokens:
         changed.keys, changed.values = (x[:, :, :length] for x in tokens)

@@ -287,7 +287,7 @@ def _sampled(
         draws = torch.stack(of_turn)
     active = [rows[i] for i in index]
     histories = [row.prompt + row.tokens for row in active]
-    rollout = generator.generate(histories, sampling, draws).on_host()
+    rollout = generator.turn(index, histories, sampling, draws).on_host()
     room = torch.tensor([row.room(policy, row.budget) for row in active])
     mask = rollout.mask & (torch.arange(rollout.mask.shape[1]) < room[:, None])
     cut = rollout.truncated | (rollout.mask.sum(dim=1) > room)

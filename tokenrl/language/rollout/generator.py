@@ -15,36 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Stopped
 from tokenrl.language.policy.copies import copied
-from tokenrl.language.rollout.decoder import Decoder
+from tokenrl.language.rollout.decoding import decode
 from tokenrl.language.rollout.drawing import on_device
-from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
-from tokenrl.language.rollout.rollout import (
-    NOT_YET,
-    Rollout,
-    cat,
-    pad_left,
-    to_device,
-    to_host,
-    zeroed,
-)
+from tokenrl.language.rollout.reading import Kept
+from tokenrl.language.rollout.rollout import NOT_YET, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
-from tokenrl.language.rollout.token_steps import WINDOW, FixedDecoder
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.policy.stops import StopStrings
 
-LOOK_EVERY = {"cpu": 1}
-"""Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
-waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
-
-NOT_FINITE = (
-    "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
-    "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
-)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -111,6 +93,23 @@ class Generator:
         """Return what samples one batch of episodes, whose turns begin with what was sampled before."""
         return self
 
+    def turn(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample a turn of some episodes of a batch, as `generate` does.
+
+        Args:
+            rows: their numbers in the batch.
+            prompt_ids: all tokens of each so far.
+            sampling: how they are sampled, with one completion each.
+            draws: uniforms as for `generate`.
+        """
+        return self.generate(prompt_ids, sampling, draws)
+
     def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now."""
 
@@ -137,23 +136,20 @@ class TransformersGenerator(Generator):
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
-        prefixes: what it keeps of the rows that it samples, and need not read again; None to keep nothing.
+        kept: what the rows of a batch of episodes have read, by their numbers; None to keep nothing.
         way: how the model is sampled. A run samples its own model in the way that it has tried at its start.
     """
 
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
-    prefixes: PrefixCache | None = None
+    kept: Kept | None = None
     way: Way = USUAL
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
-        if not self.way.keeps_turns:
-            return self
-        return replace(self, prefixes=PrefixCache(self.cache * GIB))
+        return replace(self, kept=Kept(self.cache * GIB)) if self.way.keeps_turns else self
 
-    @torch.no_grad()
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
@@ -165,6 +161,29 @@ class TransformersGenerator(Generator):
         Raises:
             Stopped: the model's logits are not finite.
         """
+        return replace(self, kept=None)._sampled([], prompt_ids, sampling, draws)
+
+    def turn(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
+        if self.kept is None:
+            return self.generate(prompt_ids, sampling, draws)
+        return self._sampled(rows, prompt_ids, sampling, draws)
+
+    @torch.no_grad()
+    def _sampled(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        draws: Tensor | None,
+    ) -> Rollout:
+        """Sample completions, some rows at a time."""
         size = sampling.group_size
         if draws is not None:
             draws = on_device(draws, self.policy.device)
@@ -179,68 +198,13 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                part = self._decode(prompt_ids[start:end], sampling, uniforms)
+                of_part = rows[start:end], prompt_ids[start:end]
+                part = decode(self.policy, self.way, self.kept, *of_part, sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
                 module.training = True
         return cat(parts)
-
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
-    ) -> Rollout:
-        """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
-        policy = self.policy
-        prefixes = self.prefixes
-        plain_cache = self.way.plain_cache
-        device = policy.device
-        length = sampling.max_completion_length
-        prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
-        prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-        decoder = Decoder(policy, prompts, prompt_index, sampling, prefixes, plain_cache)
-        state: Decoder | FixedDecoder = decoder
-        if self.way.token_steps is not None:
-            state = self.way.token_steps.decoder(decoder, prompt_ids.shape[1] + length, draws)
-        ended = None
-        if prefixes is not None:
-            ended = EndedRows([prompts[i] for i in prompt_index.tolist()], prefixes)
-        tokens = _Tokens(len(prompt_index), length, policy)
-        batch = torch.arange(len(prompt_index))  # rows that are still in the batch
-        rows = to_device(batch, device)
-        look_every = LOOK_EVERY.get(device.type, WINDOW)
-        for start in range(0, length, look_every):
-            end = min(start + look_every, length)
-            uniforms = None if draws is None else draws[rows, start:end]
-            columns = state.sample(uniforms, end - start)
-            tokens.write(start, rows, columns)
-            if policy.stops is not None:
-                ids, mask = tokens.columns["ids"], tokens.columns["mask"]
-                at_stops = _end_at_stops(policy.stops, ids, mask, start, end - 1)
-                state.end(at_stops[rows])
-            if end == length and ended is None:
-                break
-            unfinished = state.alive.cpu().nonzero().squeeze(1)
-            if ended is not None:
-                ended.take(state.cache, batch, unfinished, prompt_ids.shape[1] + end - 1, end - 1)
-            if end == length or not len(unfinished):
-                break
-            # Copying the cache costs as much as keeping a few finished rows.
-            if len(unfinished) <= 0.75 * len(rows) and not plain_cache:
-                index = to_device(unfinished, device)
-                state.select(index)
-                rows = rows[index]
-                batch = batch[unfinished]
-        truncated = state.alive.new_zeros(len(prompt_index)).index_put((rows,), state.alive)
-        rollout = tokens.rollout(
-            policy.pad_id,
-            prompt_ids=prompt_ids[prompt_index],
-            prompt_mask=prompt_mask[prompt_index],
-            prompt_index=prompt_index,
-            truncated=truncated,
-        )
-        if ended is not None:
-            ended.keep(rollout)
-        return rollout.cut(prompt_ids.shape[1], int(rollout.mask.any(dim=0).sum()))
 
 
 class LaggedGenerator(Generator):
@@ -290,70 +254,3 @@ def _trained(policy: Policy) -> dict[str, Tensor]:
     """Return the weights that are trained, by name, without autograd."""
     named = policy.model.named_parameters()
     return {name: weight.detach() for name, weight in named if weight.requires_grad}
-
-
-class _Tokens:
-    """The tokens of N completions that were drawn so far, with their numbers.
-
-    Attributes:
-        columns: `ids`; `mask`, True on tokens up to the end of their completion, behind which rows may go on;
-            and columns of a `Rollout` by name. Each is [N, T, ...].
-    """
-
-    def __init__(self, rows: int, length: int, policy: Policy) -> None:
-        ids = torch.full((rows, length), policy.pad_id, device=policy.device)
-        self.columns = {"ids": ids, "mask": torch.zeros_like(ids, dtype=torch.bool)}
-
-    def write(self, start: int, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Write what was sampled for some rows from position `start` on, as `Decoder.sample` returns it."""
-        end = start + columns["ids"].shape[1]
-        for name, x in columns.items():
-            if name not in self.columns:
-                self.columns[name] = x.new_zeros(*self.columns["ids"].shape, *x.shape[2:])
-            self.columns[name][rows, start:end] = x
-
-    def rollout(self, pad_id: int, **columns: Any) -> Rollout:
-        """Return the rollout of the completions, on the host.
-
-        Args:
-            pad_id: the id behind the end of a completion.
-            **columns: the columns of their prompts, and whether each has no end.
-
-        Raises:
-            Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
-        """
-        mask = self.columns["mask"]
-        of_tokens: dict[str, Any] = {name: zeroed(x, mask) for name, x in self.columns.items()}
-        rollout = Rollout(
-            completion_ids=of_tokens.pop("ids").masked_fill(~mask, pad_id),
-            sampling_logprobs=of_tokens["logprobs"],
-            **of_tokens,
-            **columns,
-        ).on_host()
-        if not rollout.entropy.isfinite().all():
-            raise Stopped(NOT_FINITE)
-        return rollout
-
-
-def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
-    """Cut the mask behind stop strings that tokens from `start` to `end` complete.
-
-    Args:
-        stops: the stop strings.
-        ids: ids of N completions [N, T].
-        mask: True on their tokens so far, changed in place [N, T].
-        start: position of the first token that was not looked at before.
-        end: position of the last token.
-
-    Returns:
-        True for the rows that a stop string has ended [N].
-    """
-    host_ids, host_mask = to_host([ids, mask])
-    ended = torch.zeros(len(ids), dtype=torch.bool)
-    for position in range(start, end + 1):
-        rows = host_mask[:, position].nonzero().squeeze(1)
-        over = rows[stops.ended(host_ids, rows, position)]
-        ended[over] = True
-        host_mask[over, position + 1 :] = False
-    mask.copy_(host_mask)
-    return to_device(ended, ids.device)

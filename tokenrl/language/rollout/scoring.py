@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenrl.core.divergences import kl_of
 from tokenrl.core.losses import entropy_of, score_norm_of
-from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_host, zeroed
@@ -269,7 +269,7 @@ def _forward(
     visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
     out = model(
         to_device(ids, device),
-        **_positions(to_device(visible, device), ids.shape[1]),
+        **positions_of(to_device(visible, device), ids.shape[1]),
         use_cache=False,
         output_hidden_states=hidden,
         logits_to_keep=last(width, device),
@@ -277,12 +277,6 @@ def _forward(
     logits = out.logits if inputs is None else inputs.pop()[:, -width:]
     states = out.hidden_states[-1][:, -width:] if hidden else None
     return logits, states
-
-
-def _positions(mask: Tensor, count: int) -> dict[str, Tensor]:
-    """Return a mask that is padded on the left, and the positions of its last tokens, counted from 0."""
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {"attention_mask": mask, "position_ids": positions[:, -count:]}
 
 
 def _forward_shared(
@@ -296,7 +290,7 @@ def _forward_shared(
     ids = to_device(rollout.prompt_ids[first_row], device)
     mask = to_device(rollout.prompt_mask[first_row], device)
     is_padded = not bool(rollout.prompt_mask.all())
-    positions = _positions(mask, ids.shape[1]) if is_padded else {}
+    positions = positions_of(mask, ids.shape[1]) if is_padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
     out = model(ids, **positions, **options, logits_to_keep=last(1, device))
     first = out.logits if inputs is None else inputs.pop()[:, -1:]
@@ -313,7 +307,7 @@ def _forward_shared(
         if is_padded:
             # Completions are padded on the right, where causal attention never looks: it needs no mask.
             visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-            positions = _positions(visible, tokens.shape[1])
+            positions = positions_of(visible, tokens.shape[1])
         out = model(tokens, **cache.arguments(positions), **options)
         logits.append(out.logits if inputs is None else inputs.pop())
         if hidden:

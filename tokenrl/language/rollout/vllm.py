@@ -24,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import RandomStreams
+from tokenrl.language.rollout.decoding import NOT_FINITE
 from tokenrl.language.rollout.forward import shape_of
-from tokenrl.language.rollout.generator import NOT_FINITE, Abilities, Generator
+from tokenrl.language.rollout.generator import Abilities, Generator
 from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings

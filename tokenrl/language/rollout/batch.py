@@ -1,0 +1,242 @@
+"""Samples the rows of a batch token by token, in memory that grows or in memory that keeps its address.
+
+A token-step feeds each row its last token and draws the next one. It reads and writes buffers only, and the
+device counts positions, so that the host is asked for nothing. In memory that keeps its address a GPU can
+therefore replay it as one graph (see `token_steps`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenrl.core.losses import entropy_of, score_norm_of
+from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.drawing import draw
+from tokenrl.language.rollout.reading import Last, Reading, forward
+from tokenrl.language.rollout.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+
+WINDOW = 8
+"""The most tokens that are sampled before the host looks at them."""
+
+
+@dataclass
+class Batch:
+    """R rows of which a token was drawn, and the token-step that works on them.
+
+    Memory that grows has as many rows as the batch. Memory that keeps its size may have more, which no
+    completion uses; their positions begin at 0.
+
+    Attributes:
+        policy: the policy.
+        sampling: how the rows are sampled.
+        cache: the cache of the tokens that were fed to the model: all but the last one that was drawn.
+        mask: True on these, and False on padding on their left [R, columns]; None without padding. In memory
+            that keeps its size, True on the columns that are read [R, 1, 1, L].
+        position: how many tokens of each row were fed [R].
+        alive: True for the rows that have not ended [R].
+        token: the last token that was drawn [R].
+        eos: the ids that end a row.
+        uniforms: random numbers of the tokens of a window [R, WINDOW]; None to take the most probable tokens.
+        slot: the next token in the window [1].
+        columns: what was drawn in the window: `ids`, `mask` with True on tokens up to the end of their row, and
+            columns of a `Rollout`, each [R, WINDOW, ...].
+        column: where the next token is written in memory that keeps its size [1]; None in memory that grows.
+        graph: the token-step as a CUDA graph; None to compute it.
+    """
+
+    policy: Policy
+    sampling: Sampling
+    cache: Cache
+    mask: Tensor | None
+    position: Tensor
+    alive: Tensor
+    token: Tensor
+    eos: Tensor
+    uniforms: Tensor | None
+    slot: Tensor
+    columns: dict[str, Tensor]
+    column: Tensor | None = None
+    graph: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        sampling: Sampling,
+        reading: Reading,
+        first: dict[str, Tensor],
+        draws: Tensor | None,
+    ) -> Batch:
+        """Return the batch of the prompts that were read, which `take` or `select` makes the rows of its groups.
+
+        Args:
+            policy: the policy.
+            sampling: how the rows are sampled.
+            reading: the prompts.
+            first: what was drawn after the prompts of n rows, see `drawn`.
+            draws: random numbers [n, T], of which only the type counts; None for greedy completions.
+        """
+        position = reading.position
+        alive = torch.ones_like(position, dtype=torch.bool)
+        like = {**first, "mask": first["ids"].bool()}
+        return cls(
+            policy=policy,
+            sampling=sampling,
+            cache=reading.cache,
+            mask=reading.mask,
+            position=position,
+            alive=alive,
+            token=torch.zeros_like(position),
+            eos=torch.tensor(policy.eos_ids, device=position.device),
+            uniforms=None if draws is None else draws.new_zeros(len(draws), WINDOW),
+            slot=position.new_zeros(1),
+            columns={n: x.new_zeros(len(x), WINDOW, *x.shape[1:]) for n, x in like.items()},
+        )
+
+    def fixed(self, rows: int, columns: int) -> Batch:
+        """Return memory that keeps its size, for batches like this one.
+
+        Args:
+            rows: R.
+            columns: L, the most tokens of a prompt and its completion.
+        """
+        column = self.slot.new_zeros(1)
+        return replace(
+            self,
+            cache=self.cache.fixed(rows, columns, column),
+            mask=self.alive.new_zeros(rows, 1, 1, columns),
+            position=self.position.new_zeros(rows),
+            alive=self.alive.new_zeros(rows),
+            token=self.token.new_zeros(rows),
+            uniforms=None if self.uniforms is None else _zeros(self.uniforms, rows),
+            slot=self.slot.new_zeros(1),
+            columns={name: _zeros(x, rows) for name, x in self.columns.items()},
+            column=column,
+            graph=None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keeps its size."""
+        assert self.mask is not None
+        return self.cache.nbytes + self.mask.nbytes + sum(x.nbytes for x in self.columns.values())
+
+    def select(self, index: Tensor) -> None:
+        """Make the rows `index` the batch, in memory that grows."""
+        self.cache.select(index)
+        self.position = self.position[index]
+        self.alive = self.alive[index]
+        self.token = self.token[index]
+        if self.mask is not None:
+            self.mask = self.mask[index]
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[: len(index)]
+        self.columns = {name: x[: len(index)] for name, x in self.columns.items()}
+
+    def take(self, source: Batch, index: Tensor) -> None:
+        """Make the rows `index` of a batch this one, in memory that keeps its size.
+
+        Args:
+            source: a batch in any memory, also in this one.
+            index: numbers of n of its rows.
+        """
+        assert self.mask is not None and self.column is not None
+        n = len(index)
+        width = source.cache.columns
+        for layer, other in zip(self.cache.held.layers, source.cache.held.layers, strict=True):
+            layer.keys[:n, :, :width] = other.keys[index]
+            layer.values[:n, :, :width] = other.values[index]
+        visible: Tensor | bool = True
+        if source.mask is not None:
+            visible = source.mask.view(-1, width)[index]
+        self.mask.fill_(False)
+        self.mask[:n, 0, 0, :width] = visible
+        self.column[:] = width if source.column is None else source.column
+        self.position[:n] = source.position[index]
+        self.position[n:] = 0
+        self.alive[:n] = source.alive[index]
+        self.token[:n] = source.token[index]
+
+    def begin(self, uniforms: Tensor | None) -> None:
+        """Begin a window of t tokens of n rows, with uniforms [n, t] or greedily without them."""
+        self.slot.zero_()
+        if self.uniforms is not None and uniforms is not None:
+            n, t = uniforms.shape
+            self.uniforms[:n, :t] = uniforms
+
+    def step(self) -> None:
+        """Feed each row its last token, and draw the next one."""
+        if self.graph is None:
+            self.compute()
+        else:
+            self.graph.replay()
+
+    def compute(self) -> None:
+        """Compute a token-step; the host is not asked for anything."""
+        positions = {}
+        if self.mask is not None:
+            if self.column is None:
+                self.mask = pad(self.mask, (0, 1), value=True)
+            else:
+                self.mask.index_fill_(3, self.column, True)
+            positions = {"attention_mask": self.mask, "position_ids": self.position[:, None]}
+        arguments = self.cache.arguments(positions)
+        model = self.policy.model
+        self.cache, last = forward(model, self.sampling, self.token[:, None], **arguments)
+        uniforms = None
+        if self.uniforms is not None:
+            uniforms = self.uniforms.index_select(1, self.slot).squeeze(1)
+        self.write(drawn(self.sampling, last, uniforms))
+        self.position.add_(1)
+        if self.column is not None:
+            self.column.add_(1)
+
+    def write(self, numbers: dict[str, Tensor]) -> None:
+        """Write down the tokens that were drawn for n rows, with their numbers, as `drawn` returns them."""
+        n = len(numbers["ids"])
+        for name, x in {**numbers, "mask": self.alive[:n]}.items():
+            self.columns[name][:n].index_copy_(1, self.slot, x[:, None])
+        self.token[:n] = numbers["ids"]
+        self.alive.logical_and_(~torch.isin(self.token, self.eos))
+        self.slot.add_(1)
+
+
+def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, Tensor]:
+    """Draw one token per row, and compute its columns of a `Rollout`; the host is not asked for anything.
+
+    Args:
+        sampling: the distribution, and which columns are kept.
+        last: what follows the last token of n rows.
+        uniforms: random numbers [n]; None to take the most probable token.
+
+    Returns:
+        The tokens, `ids` [n], and the columns [n, ...].
+    """
+    logp = sampling.log_probabilities(last.logits)
+    p = logp.exp()
+    token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
+    logprobs = logp.gather(1, token[:, None]).squeeze(1)
+    numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
+    if sampling.keep_score_norms:
+        numbers["score_norms"] = score_norm_of(logprobs, p)
+    if last.hidden is not None:
+        numbers["hidden"] = last.hidden
+    if sampling.keep_distribution:
+        numbers["sampling_distribution"] = logp
+    if sampling.keep_top is not None:
+        top = logp.topk(min(sampling.keep_top, logp.shape[1]))
+        numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
+    return numbers
+
+
+def _zeros(x: Tensor, rows: int) -> Tensor:
+    """Return zeros like the rows of a tensor, but so many."""
+    return x.new_zeros(rows, *x.shape[1:])

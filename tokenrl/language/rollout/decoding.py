@@ -1,0 +1,206 @@
+"""Samples completions of some prompts token by token, from their first tokens on until all rows have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenrl.errors import Stopped
+from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
+from tokenrl.language.rollout.reading import Kept, Prefix, read
+from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Way
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.policy.stops import StopStrings
+
+LOOK_EVERY = {"cpu": 1}
+"""Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
+waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
+
+NOT_FINITE = (
+    "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
+    "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
+)
+
+
+def decode(
+    policy: Policy,
+    way: Way,
+    kept: Kept | None,
+    numbers: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    draws: Tensor | None,
+) -> Rollout:
+    """Sample completions; the batch holds only unfinished rows and, for a while, a few finished ones.
+
+    Args:
+        policy: the policy.
+        way: how its model is sampled.
+        kept: what the rows of a batch of episodes have read, to which these rows add; None to keep nothing.
+        numbers: with `kept`, the number of each row in that batch. A prompt has one row then.
+        prompts: ids of B prompts.
+        sampling: how they are sampled.
+        draws: uniforms [B * G, T] on the device of the policy; None for greedy completions.
+    """
+    length = sampling.max_completion_length
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
+    width = prompt_ids.shape[1]
+    prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+    prefixes = None if kept is None else kept.take(numbers, prompts)
+    batch, first = _begun(policy, way, prefixes, prompts, prompt_index, sampling, draws)
+    shape = len(prompt_index), length
+    table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
+    rows = to_device(torch.arange(len(prompt_index)), policy.device)  # that are still in the batch
+    look_every = LOOK_EVERY.get(policy.device.type, WINDOW)
+    for start in range(0, length, look_every):
+        end = min(start + look_every, length)
+        batch.begin(None if draws is None else draws[rows, start:end])
+        if not start:
+            batch.write(first)
+        for _ in range(max(1, start), end):
+            batch.step()
+        for name, x in batch.columns.items():
+            table[name][rows, start:end] = x[: len(rows), : end - start]
+        alive = batch.alive[: len(rows)]
+        if policy.stops is not None:
+            at_stops = _end_at_stops(policy.stops, table["ids"], table["mask"], start, end - 1)
+            alive.logical_and_(~at_stops[rows])
+        if end == length and kept is None:
+            break
+        looked = [alive]
+        if kept is not None:
+            looked += [rows, table["mask"].sum(dim=1)[rows]]
+        looked = to_host(looked)
+        if kept is not None:
+            ended = []
+            of_rows = zip(*map(Tensor.tolist, looked), strict=True)
+            for row, (is_alive, place, count) in enumerate(of_rows):
+                if not is_alive and count > start:
+                    ended.append((row, numbers[place], len(prompts[place]), count - 1))
+            kept.add(batch.cache, width, end - 1, ended)
+        unfinished = looked[0].nonzero().squeeze(1)
+        if end == length or not len(unfinished):
+            break
+        # Copying the cache costs as much as keeping a few finished rows.
+        if len(unfinished) <= 0.75 * len(rows) and not way.plain_cache:
+            index = to_device(unfinished, policy.device)
+            batch = _selected(way, batch, index, width + length)
+            rows = rows[index]
+    rollout = _rollout(
+        table,
+        policy.pad_id,
+        prompt_ids=prompt_ids[prompt_index],
+        prompt_mask=prompt_mask[prompt_index],
+        prompt_index=prompt_index,
+        truncated=alive.new_zeros(len(prompt_index)).index_put((rows,), alive),
+    )
+    return rollout.cut(width, int(rollout.mask.any(dim=0).sum()))
+
+
+def _begun(
+    policy: Policy,
+    way: Way,
+    prefixes: Mapping[tuple[int, ...], Prefix | None] | None,
+    prompts: Sequence[Sequence[int]],
+    index: Tensor,
+    sampling: Sampling,
+    draws: Tensor | None,
+) -> tuple[Batch, dict[str, Tensor]]:
+    """Read prompts, and draw the first token of each row.
+
+    Args:
+        policy: the policy.
+        way: how its model is sampled.
+        prefixes: the distinct prompts, and what was read of each before; None for nothing of any.
+        prompts: ids of B prompts.
+        index: the prompt of each row [N].
+        sampling: how they are sampled.
+        draws: uniforms [N, T]; None for greedy completions.
+
+    Returns:
+        The batch, and what was drawn, which is not written down yet.
+    """
+    tokens = max(map(len, prompts)) + sampling.max_completion_length
+    if prefixes is not None:
+        places = {ids: place for place, ids in enumerate(prefixes)}
+        index = torch.tensor([places[tuple(prompts[i])] for i in index.tolist()])
+        prompts = list(prefixes)
+    elif way.plain_cache:
+        prompts = [prompts[i] for i in index.tolist()]
+        index = torch.arange(len(prompts))
+    before = [None] * len(prompts) if prefixes is None else list(prefixes.values())
+    reading = read(policy, sampling, prompts, before)
+    rows = to_device(index, policy.device)
+    uniforms = None if draws is None else draws[:, 0]
+    first = drawn(sampling, reading.last.of(rows), uniforms)
+    batch = Batch.of(policy, sampling, reading, first, draws)
+    if not way.plain_cache:
+        is_whole = torch.equal(index, torch.arange(len(prompts)))
+        if way.token_steps is not None or not is_whole:
+            batch = _selected(way, batch, rows, tokens)
+        batch.cache.make_room(sampling.max_completion_length)
+    return batch, first
+
+
+def _selected(way: Way, batch: Batch, index: Tensor, tokens: int) -> Batch:
+    """Return the rows `index` of a batch, in memory that keeps its address if the way and the cache allow it."""
+    bucket = None if way.token_steps is None else way.token_steps.take(batch, index, tokens)
+    if bucket is None:
+        batch.select(index)
+    return bucket or batch
+
+
+def _rollout(table: Mapping[str, Tensor], pad_id: int, **columns: Any) -> Rollout:
+    """Return the rollout of N completions, on the host.
+
+    Args:
+        table: `ids`, `mask`, True on tokens up to the end of their completion, behind which rows may go on, and
+            columns of a `Rollout` by name, each [N, T, ...].
+        pad_id: the id behind the end of a completion.
+        **columns: the columns of their prompts, and whether each has no end.
+
+    Raises:
+        Stopped: an entropy is not finite. A NaN in any logit of a row makes the entropy of the row NaN.
+    """
+    mask = table["mask"]
+    of_tokens: dict[str, Any] = {name: zeroed(x, mask) for name, x in table.items()}
+    rollout = Rollout(
+        completion_ids=of_tokens.pop("ids").masked_fill(~mask, pad_id),
+        sampling_logprobs=of_tokens["logprobs"],
+        **of_tokens,
+        **columns,
+    ).on_host()
+    if not rollout.entropy.isfinite().all():
+        raise Stopped(NOT_FINITE)
+    return rollout
+
+
+def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
+    """Cut the mask behind stop strings that tokens from `start` to `end` complete.
+
+    Args:
+        stops: the stop strings.
+        ids: ids of N completions [N, T].
+        mask: True on their tokens so far, changed in place [N, T].
+        start: position of the first token that was not looked at before.
+        end: position of the last token.
+
+    Returns:
+        True for the rows that a stop string has ended [N].
+    """
+    host_ids, host_mask = to_host([ids, mask])
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for position in range(start, end + 1):
+        rows = host_mask[:, position].nonzero().squeeze(1)
+        over = rows[stops.ended(host_ids, rows, position)]
+        ended[over] = True
+        host_mask[over, position + 1 :] = False
+    mask.copy_(host_mask)
+    return to_device(ended, ids.device)
