@@ -108,7 +108,7 @@ def play(
     answers = environments.finish([row.episode for row in over])
     for row, answer in zip(over, answers, strict=True):
         row.take(answer)
-    return _rollout(policy, rows, parts, sampling.group_size).of(prompts)
+    return _rollout(policy, rows, parts, sampling.group_size)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from tokenrl.language.rollout.decoder import Decoder
 from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.prefixes import GIB, EndedRows, PrefixCache
 from tokenrl.language.rollout.rollout import (
-    NOT_YET,
+    ABSENT,
     Rollout,
     cat,
     pad_left,
@@ -274,7 +274,7 @@ class LaggedGenerator(Generator):
             self.load_state_dict(_trained(self._present.policy))
         engine = self._lagged if sampling.step else self._present
         rollout = engine.generate(prompt_ids, sampling, draws)
-        return replace(rollout, logprobs=NOT_YET, entropy=NOT_YET, score_norms=None, hidden=None)
+        return replace(rollout, logprobs=ABSENT, entropy=ABSENT, score_norms=None, hidden=None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the copy that training changes, which a continuation samples from."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rollout.rewarded import (
+    Rewarded,
     completion_kl,
     prompt_text,
     prompts_of,
     texts_of,
 )
-from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
+from tokenrl.language.rollout.rollout import lengths, to_host
 from tokenrl.runs.processes import all_reduce_sum, gather_objects
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.training.learner import Learner
+    from tokenrl.language.training.rows import Experience
 
 
 def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
@@ -42,7 +44,7 @@ def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, flo
     return {name: mean(rows) for name, rows in values.items()}
 
 
-def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
+def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dict[str, float]:
     """Compute the metrics of the step's rows, under TRL's names.
 
     `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
@@ -57,7 +59,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         names: names of the F reward functions; without any, the metrics of rewards are left out.
         group_size: new completions per prompt.
     """
-    if rows.replayed is not None:
+    if rows.replayed.any():
         rows = rows.take((~rows.replayed).nonzero().flatten())
     rewards = rows.rewards
     valid = rows.valid
@@ -103,7 +105,13 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
     return {name: float(value) for name, value in metrics.items()}
 
 
-def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
+def completion_rows(
+    policy: Policy,
+    rows: Rewarded,
+    names: Sequence[str],
+    advantages: Tensor,
+    teacher_prompts: Sequence[list[int]] | None = None,
+) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
@@ -111,13 +119,12 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
     its own, the row holds that of the first token.
     """
-    advantages = rows.advantages
     if advantages.ndim == 2:
         advantages = advantages[:, 0]
     rewards = rows.rewards.tolist()
     columns: dict[str, Any] = {
         **_columns(rows.data),
-        "prompt": prompts_of(policy, rows),
+        "prompt": prompts_of(policy, rows, rows.data),
         "completion": texts_of(policy, rows),
         "reward": [
             x if rewarded and names else None
@@ -127,12 +134,10 @@ def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list
     for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
         columns[f"rewards/{name}"] = values
     columns |= _columns(rows.logs)
-    if rows.teacher_prompts is not None:
+    if teacher_prompts is not None:
         tokenizer = policy.tokenizer
-        columns["teacher_prompt"] = decoded(
-            tokenizer, rows.teacher_prompts, skip_special_tokens=False
-        )
-    if rows.replayed is not None:
+        columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
+    if rows.replayed.any():
         columns["replayed"] = rows.replayed.tolist()
     columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
     if rows.messages is not None:
@@ -147,25 +152,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-class Scored(NamedTuple):
-    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
-
-    mask: Tensor
-    """True on actions of this step, on the CPU [n, T]."""
-    sampling_logprobs: Tensor
-    """Those of the sampler, on the CPU."""
-    logprobs: Tensor
-    """Those of the policy that is trained, on its device."""
-
-    @classmethod
-    def of(cls, rows: Rollout, logprobs: Tensor) -> Scored:
-        """Return rows with their log-probabilities under the policy that is trained; replayed ones count nowhere."""
-        mask = rows.mask if rows.replayed is None else rows.mask & ~rows.replayed[:, None]
-        return cls(mask, rows.sampling_logprobs, logprobs.detach())
-
-
-def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
-    """Return the metrics of the rows of all processes; every process has to call this.
+def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return how far the sampler is from the policy, over the rows of all processes, each of which has to call this.
 
     A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
     the trainer's probability and mu the sampler's. With w the gradient would be
@@ -173,7 +161,9 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        parts: the micro-batches of this process.
+        rows: the rows of this process; replayed ones count nowhere.
+        parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
+            is trained [n, T], on its device.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
@@ -181,24 +171,28 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
         those of the rows that the first update learns from; none if there are no such rows.
     """
-    host = to_host(part.logprobs for part in parts)
+    host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
-    for part, logprobs in zip(parts, host, strict=True):
-        gaps = torch.where(part.mask, logprobs - part.sampling_logprobs, 0).double()  # log pi / mu
+    actions = rows.mask & ~rows.replayed[:, None]
+    for (index, _), logprobs in zip(parts, host, strict=True):
+        width = logprobs.shape[1]
+        mask = actions[index, :width]
+        gaps = logprobs - rows.sampling_logprobs[index, :width]  # log pi / mu
+        gaps = torch.where(mask, gaps, 0).double()
         sizes = gaps.abs()
-        numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), part.mask.sum(1))
+        numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1))
         local += torch.stack(numbers, dim=1).tolist()
-    rows = gather_objects(local)
-    if not rows:
+    everywhere = gather_objects(local)
+    if not everywhere:
         return {}
-    ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
+    ratios, sums, largest, tokens = torch.tensor(everywhere, dtype=torch.float64).T
     log_total = ratios.logsumexp(0)
     effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
     return {
         "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
         "sampling/logp_difference/max": float(largest.max()),
-        "sampling/effective_sample_size": effective / len(rows),
-        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(rows))).exp())),
+        "sampling/effective_sample_size": effective / len(everywhere),
+        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
     }
 
 
