@@ -27,9 +27,9 @@ from tokenrl.core.memories import RunningMean
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rewarded import averaged, completion_rows
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.learner import Critic
-from tokenrl.language.training.metrics import averaged, completion_rows
 from tokenrl.language.training.rows import collect_rows, refill, rows_of_step
 from tokenrl.language.training.step import training_step
 from tokenrl.runs.metrics import read_completions, read_metrics

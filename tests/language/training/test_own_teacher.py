@@ -35,7 +35,8 @@ from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.rows import collect_rows, experience
+from tokenrl.language.training.experience import experience
+from tokenrl.language.training.rows import collect_rows
 from tokenrl.runs.metrics import read_completions
 
 ROWS = [

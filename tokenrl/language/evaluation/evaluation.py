@@ -24,6 +24,7 @@ from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import (
     Rewarded,
     completion_kl,
+    in_rows,
     prompts_of,
     sample_and_reward,
     texts_of,
@@ -174,8 +175,7 @@ class Evaluator:
                 columns["messages"] = batch.messages
             if self.reference is not None and sampling.num_generations:
                 columns |= self._kl(self.reference, batch, sampling)
-            values = zip(*columns.values(), strict=True)
-            rows += [dict(zip(columns, row, strict=True)) for row in values]
+            rows += in_rows(columns)
         return rows
 
     def _kl(self, reference: Policy, batch: Rewarded, sampling: Sampling) -> dict[str, list[float]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import repeat
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.runs.processes import gather_objects
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -146,8 +148,8 @@ def reward_rows(
     texts: list[Any] = texts_of(policy, rollout)
     pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
     ids = [row[mask].tolist() for row, mask in pairs]
-    names = dict.fromkeys(chain(*data))
-    of_data = {name: [row.get(name) for row in data] for name in names if name != "prompt"}
+    of_data = _columns(data)
+    asked = of_data.pop("prompt")
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     options: dict[str, Any] = {"all_may_abstain": True, "locations": locations_of(data)}
@@ -155,7 +157,7 @@ def reward_rows(
         chats = zip(data, texts, rollout.messages, strict=True)
         texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
         of_data |= _episode_columns(rollout)
-    result = rewards([row["prompt"] for row in data], texts, ids, of_data, **options)
+    result = rewards(asked, texts, ids, of_data, **options)
     total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
     columns = rollout.columns()
     logged = result.logged
@@ -169,17 +171,13 @@ def reward_rows(
         rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask)
         columns["dense_rewards"] = in_turns + rest
         logged = logged | episode_metrics(rollout)
-    logs = [
-        dict(zip(result.extra, row, strict=True))
-        for row in zip(*result.extra.values(), strict=True)
-    ]
     columns |= {
         "data": data,
         "rewards": total,
         "by_function": values,
         "valid": valid,
         "replayed": torch.zeros_like(valid),
-        "logs": logs or [{}] * len(data),
+        "logs": in_rows(result.extra) or [{}] * len(data),
     }
     return Rewarded(**columns, logged=((logged, len(data)),))
 
@@ -244,6 +242,67 @@ def sample_and_reward(
             policy, generator, rows, sampling, stream, rewards.environments, tokens
         )
         yield reward_rows(policy, rewards, rollout, [row for _, row in rows])
+
+
+def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
+    values: dict[str, list[float]] = {}
+    for means, count in gather_objects(list(logged)):
+        for name, value in means.items():
+            values.setdefault(name, []).extend(repeat(value, count))
+    return {name: mean(rows) for name, rows in values.items()}
+
+
+def completion_rows(
+    policy: Policy,
+    rows: Rewarded,
+    names: Sequence[str],
+    advantages: Tensor,
+    teacher_prompts: Sequence[list[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return this process's completions with their rewards and advantages, as rows of a table.
+
+    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
+    itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
+    without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
+    its own, the row holds that of the first token.
+    """
+    if advantages.ndim == 2:
+        advantages = advantages[:, 0]
+    rewards = rows.rewards.tolist()
+    columns: dict[str, Any] = {
+        **_columns(rows.data),
+        "prompt": prompts_of(policy, rows, rows.data),
+        "completion": texts_of(policy, rows),
+        "reward": [
+            x if rewarded and names else None
+            for x, rewarded in zip(rewards, rows.valid, strict=True)
+        ],
+    }
+    for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
+        columns[f"rewards/{name}"] = values
+    columns |= _columns(rows.logs)
+    if teacher_prompts is not None:
+        tokenizer = policy.tokenizer
+        columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
+    if rows.replayed.any():
+        columns["replayed"] = rows.replayed.tolist()
+    columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
+    if rows.messages is not None:
+        columns |= {"ending": rows.endings, "messages": rows.messages}
+        columns["failure"] = [failure or None for failure in rows.failures]
+    return in_rows(columns)
+
+
+def in_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table whose columns have N entries each."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return a list for each name that a row has, with None for the rows that lack it."""
+    names = {name: None for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:

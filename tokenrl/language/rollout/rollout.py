@@ -134,6 +134,11 @@ class Rollout:
         """Return the columns that are tensors, by name."""
         return {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
 
+    def of_tokens(self) -> dict[str, Tensor]:
+        """Return the columns [N, T, ...] with numbers for each token of the completions, by name."""
+        others = (*OF_PROMPTS, *OF_ROWS)
+        return {name: x for name, x in self.tensors().items() if x.ndim > 1 and name not in others}
+
     def on_host(self: Table) -> Table:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
         small = {name: x for name, x in self.tensors().items() if x.ndim < 3}
@@ -153,13 +158,12 @@ class Rollout:
 
     def cut(self: Table, P: int, T: int) -> Table:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
-        columns: dict[str, Any] = self.tensors()
-        for name, x in columns.items():
-            if name in OF_PROMPTS:
-                columns[name] = pad(x, (max(1, P) - x.shape[1], 0))
-            elif x.ndim > 1 and name not in OF_ROWS:
-                columns[name] = pad_right(x, max(1, T))
-        return replace(self, **columns)
+        tokens: dict[str, Any] = {
+            name: pad_right(x, max(1, T)) for name, x in self.of_tokens().items()
+        }
+        missing = max(1, P) - self.prompt_ids.shape[1], 0
+        ids = pad(self.prompt_ids, missing)
+        return replace(self, prompt_ids=ids, prompt_mask=pad(self.prompt_mask, missing), **tokens)
 
     def behind(self: Table, prompts: Sequence[Sequence[int]], pad_id: int) -> Table:
         """Return the same completions behind other prompts, given by the ids of the N prompts."""

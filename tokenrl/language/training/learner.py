@@ -30,7 +30,7 @@ from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
 if TYPE_CHECKING:
-    from tokenrl.language.training.rows import Experience
+    from tokenrl.language.training.experience import Experience
 
 COUNTS = ("nonfinite", "skipped", "idle")  # from which a continuation goes on
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenrl.core.statistics import generator_of
 from tokenrl.language.rollout.rewarded import Rewarded
 from tokenrl.language.rollout.rollout import COLUMNS, cat
-from tokenrl.language.training.rows import Experience, data_keys
+from tokenrl.language.training.experience import Experience, data_keys
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy

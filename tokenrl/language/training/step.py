@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import generator_of
-from tokenrl.language.rollout.rewarded import unread_tokens
+from tokenrl.language.rollout.rewarded import averaged, completion_rows, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
-from tokenrl.language.training.metrics import (
-    averaged,
-    completion_rows,
+from tokenrl.language.training.experience import (
+    Experience,
+    experience,
+    gather,
     loss_statistics,
     mismatch_metrics,
     step_metrics,
@@ -31,8 +32,6 @@ from tokenrl.language.training.metrics import (
 )
 from tokenrl.language.training.rows import (
     DrawPrompts,
-    experience,
-    gather,
     learning_rows,
     loss_inputs,
     loss_terms,
@@ -44,7 +43,6 @@ from tokenrl.runs.processes import local, sum_gradients
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.learner import Learner
-    from tokenrl.language.training.rows import Experience
 
 
 class Record(NamedTuple):
