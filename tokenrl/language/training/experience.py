@@ -99,7 +99,9 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     # The generator's numbers may differ by rounding, and the ratio of the first update must be exactly 1.
     if "old_logprobs" in estimator.needs and several:
-        columns["old_logprobs"] = learner.logprobs(rows)
+        forward = learner.forward
+        scores = learner.scores(rows, forward.model, forward.way, learner.sampling)
+        columns["old_logprobs"] = scores.logprobs
     return Experience(**columns, teacher_prompts=prompts)
 
 

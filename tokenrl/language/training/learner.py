@@ -193,10 +193,6 @@ class Learner:
             reference=reference,
         )
 
-    def logprobs(self, rows: Rollout) -> Tensor:
-        """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
-        return self._scores(rows, self.forward.model, self.forward.way, self.sampling).logprobs
-
     def ref_scores(
         self, rows: Rollout, prompts: Sequence[list[int]] | None, *, states: bool
     ) -> Scores:
@@ -211,18 +207,17 @@ class Learner:
             rows = rows.behind(prompts, self.policy.pad_id)
         with self.forward.policy.reference_model() as reference:
             way = self.forward.reference_way
-            return self._scores(rows, reference, way, self.sampling.whole, states=states)
+            return self.scores(rows, reference, way, self.sampling.whole, states)
 
-    def _scores(
+    def scores(
         self,
         rows: Rollout,
         model: nn.Module,
         way: Way,
         distribution: Distribution,
-        *,
         states: bool = False,
     ) -> Scores:
-        """Score rows under a model, without a gradient."""
+        """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
         parts = self.micro_batches(rows, way)
         return score_in_parts(
             model, rows, way, parts=parts, distribution=distribution, states=states
