@@ -167,18 +167,25 @@ def papers_page() -> str:
     judged = {question: verdicts(question) for question in QUESTIONS}
     rows = []
     for line in re.findall(r"^\w+ \|.*$", text, re.MULTILINE):
-        name, claim, difference, *notes = map(str.strip, line.split("|"))
+        name, *texts = map(str.strip, line.split("|"))
+        if name in PRESETS:
+            estimator = Estimator.preset(name)
+            paper = PRESETS[name].paper
+            # The presets of distillation are compared on problems without a reward.
+            numbers = measured.get(name, "[of its own](../explain/distillation.md)")
+        else:
+            estimator = Estimator(**{name: True})
+            paper = texts.pop(0)
+            numbers = "[of its own](../explain/off_policy.md)"
+        claim, difference, *notes = texts
         said = [
             f"[{kind}](../../study/questions/{question}.md): {judged[question][name]}"
             for question, kind in QUESTIONS.items()
             if name in judged[question]
         ]
-        bias = Estimator.preset(name).bias_status
-        # The presets of distillation are compared on problems without a reward.
-        numbers = measured.get(name, "[of its own](../explain/distillation.md)").replace(
-            " | ", ", "
-        )
-        cells = (PRESETS[name].paper, claim, difference, bias, numbers, "; ".join(said + notes))
+        numbers = numbers.replace(" | ", ", ")
+        said = "; ".join(said + notes)
+        cells = (paper, claim, difference, estimator.bias_status, numbers, said)
         rows.append(
             (
                 f"`{name}`",
@@ -186,7 +193,7 @@ def papers_page() -> str:
             )
         )
     head = (
-        "preset",
+        "preset or axis",
         "paper",
         "claim",
         "what differs here",
@@ -195,7 +202,8 @@ def papers_page() -> str:
         "what this project's tables say",
     )
     about = (
-        "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
+        "The presets by paper; the command is `tokenrl train --estimator PRESET`. An axis that no preset sets comes "
+        "last: `tokenrl train --estimator.AXIS`. `expected gradient`, `cosine` and "
         "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see "
         "[estimators](../explain/estimators.md). Defaults of toolkits are on "
         "[a page of their own](../explain/defaults.md)."

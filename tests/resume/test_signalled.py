@@ -14,7 +14,7 @@ PLACES = {
     "evaluation before the first step": ("language/evaluation/evaluation.py:evaluate", 1),
     "step": ("language/training/loop.py:_one_step", 4),
     "generation": ("language/rollout/batch.py:drawn", 80),
-    "update": ("language/training/metrics.py:loss_statistics", 5),
+    "update": ("language/training/experience.py:loss_statistics", 5),
     "optimiser": ("language/training/learner.py:accepts", 4),
     "evaluation": ("language/evaluation/evaluation.py:evaluate", 3),
     "last evaluation": ("language/evaluation/evaluation.py:evaluate", 4),

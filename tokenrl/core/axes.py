@@ -165,8 +165,8 @@ class Axes(Settings):
     importance_floor: Annotated[float, Bounds(above=0, at_most=1)] | None = None
     """The smallest importance weight; None for no bound."""
     importance_centre: bool = False
-    """Subtract from each token's score its mean over the sampler's vocabulary at that prefix. Without weights
-    the gradient is then that of the sampler's own expected reward, up to a factor."""
+    """Subtract from each token's score its mean over the sampler's vocabulary at that prefix (arXiv 2609.20807).
+    Without weights the gradient is then that of the sampler's own expected reward, up to a factor."""
     importance_centre_top: Count | None = None
     """Know the sampler's probabilities of so many most probable tokens only, and take those of all others as
     proportional to the policy's (a bias, see `tokenrl lab exact`); None for all tokens."""

@@ -194,7 +194,8 @@ def score_centres(
     """Return `sum_v mu(v) w(v) log pi(v)`, whose gradient is the mean score of a token of the sampler.
 
     mu are the sampler's probabilities and w the weights of tokens, 1 without importance weights; both without
-    a gradient. `Estimator.loss` subtracts the advantage times this number (`importance_centre`).
+    a gradient. `Estimator.loss` subtracts the advantage times this number (`importance_centre`), as Marek &
+    Ryabinin 2026 do (Score centering stabilizes off-policy reinforcement learning, arXiv 2609.20807).
 
     Args:
         logprobs: log pi of every token of the vocabulary, under the policy being trained; a token of -inf adds

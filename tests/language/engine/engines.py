@@ -44,8 +44,8 @@ def started(policy: Policy, rows_at_once: int | None = None, *, cache: float = 0
     with contextlib.closing(start_engine(make, policy, Way(), rows_at_once)) as engine:
         vocabulary = policy.model.config.get_text_config().vocab_size
         rows = sampled(engine, [[token % vocabulary for token in ids] for ids in IDS])
-        scored = with_missing_fields(policy, rows, USUAL, distribution=UNCHANGED, logprobs=True)
-        engine.check(scored, Sampling(8, 4))
+        sampling = Sampling(8, 4)
+        engine.check(with_missing_fields(policy, rows, USUAL, sampling), sampling)
         yield engine.engine
 
 

@@ -282,7 +282,7 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
     policy, environments = guessing(), Environments(Guess)
     plain = played(policy, environments)
     rewards = Rewards([length], [2.0, 0.5], environments=environments)
-    rollout = reward_rows(policy, rewards, plain)
+    rollout = reward_rows(policy, rewards, plain, [{"prompt": prompt} for prompt in PROMPTS])
     expected = 0.5 * plain.turn_rewards
     ends = torch.zeros_like(plain.mask)
     for i, turns in enumerate(plain.turns):
@@ -290,7 +290,7 @@ def test_rewards_of_turns_are_at_the_last_token_of_their_turn_and_those_of_funct
         ends[i, [int(positions.max()) for positions in actions]] = True
         expected[i, int(actions[-1].max())] += 200.0 * (i + 1)
     assert not plain.turn_rewards[~ends].any()
-    assert_close(rollout.turn_rewards, expected)
+    assert_close(rollout.dense_rewards, expected)
     assert_close(rollout.rewards, expected.sum(dim=1))
     totals = [length(range(12)), plain.turn_rewards.sum(dim=1).tolist()]
     assert_close(rollout.by_function, torch.tensor(totals).double().T)
@@ -327,7 +327,8 @@ def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
     for is_begun, failure, ending in zip(begun, rollout.failures, rollout.endings, strict=True):
         words = "An observation of Odd: A prompt is empty, and the tokenizer has no BOS"
         assert failure.startswith(words) != is_begun and (ending == "error") != is_begun
-    scored = reward_rows(policy, Rewards([], environments=Environments(some)), rollout)
+    silent = Rewards([], environments=Environments(some))
+    scored = reward_rows(policy, silent, rollout, [{"prompt": ""}] * 6)
     assert scored.valid.tolist() == begun
     assert scored.logged[0][0]["episodes/error"] == pytest.approx(1 - sum(begun) / 6)
     assert {*played(policy, Environments(always), [""] * 2).endings} == {"error"}

@@ -1,7 +1,5 @@
 """Scoring some tokens at a time gives the values and gradients of all logits at once, which never exist."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_models import (
@@ -46,9 +44,9 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
         scored = score_in_parts(policy.reference, rollout, Way(**how), states=True)
-        rollout = replace(rollout, ref_states=scored.states)
         is_whole = "tokens_at_once" not in how
-        options["ref_head"] = torch.nn.Identity() if is_whole else head_of(policy.reference)
+        head = torch.nn.Identity() if is_whole else head_of(policy.reference)
+        options["reference"] = scored.states, head
     scores = score(policy.model, rollout, Way(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy

@@ -58,7 +58,7 @@ def sampled(spoil, *, kind=Spoilt, generations=GROUP, stops=(), **options):
     ids = [policy.encode(prompt) for prompt in PROMPTS]
     rollout = engine.generate(ids, sampling, uniforms("training", sampling, range(4)))
     if generations:
-        scored = with_missing_fields(policy, rollout, USUAL, distribution=sampling, logprobs=True)
+        scored = with_missing_fields(policy, rollout, USUAL, sampling)
         engine.check(scored, sampling)
     return rollout, seen[0]
 
@@ -177,7 +177,7 @@ CUT = "truncated must be True where 6 tokens have no end, and False elsewhere; i
 SUM = "sampling_distribution must be log-probabilities that add up to 1 and agree"
 WRONG = {
     "no rollout": (lambda r: None, "it is None, not a Rollout"),
-    "a column of later": (lambda r: dataclasses.replace(r, rewards=torch.zeros(12)), "rewards is"),
+    "a column of later": (lambda r: dataclasses.replace(r, turns=torch.zeros(12)), "turns is"),
     "rows exchanged": (changed("prompt_index", lambda x: x.flip(0)), "must be the prompts in order"),
     "prompts on the left": (padded_on_the_right, "prompt_mask must be .* padded on the left"),
     "a prompt cut": (changed("prompt_mask", lambda x: x.roll(1, 1)), "prompt_mask must be True on"),

@@ -27,10 +27,10 @@ from tokenrl.core.memories import RunningMean
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rewarded import averaged, completion_rows
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.learner import Critic
-from tokenrl.language.training.metrics import averaged, completion_rows
-from tokenrl.language.training.rows import collect_rows, refill, with_estimates
+from tokenrl.language.training.rows import collect_rows, refill, rows_of_step
 from tokenrl.language.training.step import training_step
 from tokenrl.runs.metrics import read_completions, read_metrics
 
@@ -131,8 +131,8 @@ def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options)
 
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     learner, rewards, prompts, sampling = start("remax", vowel_reward)
-    policy, rows = learner.policy, experienced(learner, rewards, prompts, sampling)
-    result = with_estimates(learner, rewards, sampling, rows).greedy_rewards
+    policy = learner.policy
+    result = rows_of_step(learner, rewards, sampling, Spare(prompts)).greedy_rewards
     ids = policy.encode_all([row["prompt"] for _, row in prompts], max_completion_length=6)
     rollout = completions(policy, ids, num_generations=0, max_completion_length=6)
     remaining = [
@@ -217,7 +217,7 @@ def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
     out = refill(learner, rewards, sampling, rows, Spare())
     means = averaged(out.logged)
     assert means == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
-    table = completion_rows(learner.policy, replace(out, advantages=out.rewards), rewards.names)
+    table = completion_rows(learner.policy, out, rewards.names, out.rewards)
     none = [None] * 4
     assert [row["early"] for row in table] == [*none, *range(4, 12), *none]
     assert [row["late"] for row in table] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]

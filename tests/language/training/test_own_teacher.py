@@ -35,7 +35,8 @@ from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.rows import collect_rows, with_estimates
+from tokenrl.language.training.experience import experience
+from tokenrl.language.training.rows import collect_rows
 from tokenrl.runs.metrics import read_completions
 
 ROWS = [
@@ -57,7 +58,7 @@ def scored_rows(learner, reward=vowel_reward, rows=ROWS):
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
     sampling = replace(learner.sampling, step=1)
     batch = collect_rows(learner, rewards, [*enumerate(rows)], sampling)
-    return with_estimates(learner, rewards, sampling, batch)
+    return experience(learner, batch, sampling)
 
 
 def by_hand(model, policy, read, rows):
@@ -165,8 +166,10 @@ def test_a_teacher_of_episodes_reads_in_place_of_prompt_and_first_observation():
     learner = make_learner(policy, IN_REWARD, ROWS, **options)
     rewards = Rewards([], environments=Environments(Guess, timeout=0.3, share_seed=False))
     batch = scored_rows(learner, rewards)
+    sampling = replace(learner.sampling, step=1)
+    played = collect_rows(learner, rewards, [*enumerate(ROWS)], sampling)
     assert any(turns > 1 for turns in (batch.turns.amax(dim=1) + 1).tolist())
-    openings = [opening for opening, _ in batch.openings]
+    openings = [opening for opening, _ in played.openings]
     assert len({*openings}) > 4
     read = [f"{text} is {ROWS[i // 3]['answer']}:" for i, text in enumerate(openings)]
     assert batch.teacher_prompts == [policy.encode(text) for text in read]

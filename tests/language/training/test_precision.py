@@ -17,15 +17,17 @@ from tiny_models import (
     make_policy,
     make_task,
     one_step,
+    vowel_reward,
     weights,
 )
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.model import add_lora
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.forward import Forward, half_copy
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.rows import sample
+from tokenrl.language.training.rows import collect_rows
 
 KL = Estimator.preset("grpo", beta=0.1)
 
@@ -66,9 +68,9 @@ def test_the_copy_follows_the_weights_after_each_update():
 
 def test_sampling_and_training_see_the_same_policy_and_its_reference():
     learner = make_learner(make_policy(), KL, mixed_precision="bf16")
-    rollout = sample(
-        learner, list(enumerate(make_task().train_prompts)), replace(learner.sampling, step=1), None
-    )
+    prompts = list(enumerate(make_task().train_prompts))
+    sampling = replace(learner.sampling, step=1)
+    rollout = collect_rows(learner, Rewards(vowel_reward), prompts, sampling)
     with torch.no_grad():
         same, exact = (
             score(model, rollout).logprobs[rollout.mask]

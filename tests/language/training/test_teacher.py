@@ -218,7 +218,7 @@ def test_without_rewards_those_of_an_environment_count_nowhere():
     prompts = [(n, {"prompt": prompt}) for n, prompt in enumerate(PROMPTS)]
     sampling = replace(learner.sampling, step=1)
     batch = collect_rows(learner, silent, prompts, sampling)
-    assert not batch.rewards.any() and not batch.turn_rewards.any() and batch.valid.all()
+    assert not batch.rewards.any() and not batch.dense_rewards.any() and batch.valid.all()
     counted = Rewards([], environments=environments)
     assert collect_rows(learner, counted, prompts, sampling).rewards.any()
     metrics = one_step(learner, reward=silent).metrics

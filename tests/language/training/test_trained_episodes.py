@@ -79,8 +79,8 @@ def loss_of_actions(policy, reference, rows, e):
         rows_of["entropy"].append(-(logp.exp() * logp).sum(-1))
         rows_of["token_kl"].append((logp.exp() * (logp - ref)).sum(-1))
         rows_of["turns"].append(rows.turns[i][actions])
-        rows_of["rewards"].append(rows.turn_rewards[i][actions].double())
-        assert not rows.turn_rewards[i][~mask].any()
+        rows_of["rewards"].append(rows.dense_rewards[i][actions].double())
+        assert not rows.dense_rewards[i][~mask].any()
     padded = {name: pad_sequence(x, batch_first=True) for name, x in rows_of.items()}
     mask = pad_sequence([torch.ones(len(x)) for x in rows_of["turns"]], batch_first=True).double()
     rewards, turns, scores = padded.pop("rewards"), padded.pop("turns"), padded["logprobs"].detach()

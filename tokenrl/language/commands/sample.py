@@ -132,7 +132,7 @@ class Sampler:
         texts = texts_of(policy, rollout)
         if self.environments is not None:
             columns = rollout.messages, rollout.endings, rollout.failures
-            texts = list(map(transcript, prompts_of(policy, rollout), *columns))
+            texts = list(map(transcript, prompts_of(policy, rollout, []), *columns))
         return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
 
     def asked(self, text: str) -> str:
@@ -161,7 +161,7 @@ class Sampler:
             return [None] * len(rollout.mask)
         try:
             self.rewards.check_columns(row)
-            rows = reward_rows(self.policy, self.rewards, rollout)
+            rows = reward_rows(self.policy, self.rewards, rollout, [row])
         except TokenrlError as error:
             if text in self.rows or not self._has_task:
                 raise
@@ -170,7 +170,7 @@ class Sampler:
                 "reward", f"no reward for this prompt, which is none of the task's. {reason}."
             )
             return [None] * len(rollout.mask)
-        return list(rows.rewards.masked_fill(~rows.valid, math.nan).tolist())
+        return [*rows.reward_list()]
 
     def _say(self, kind: str, words: str) -> None:
         """Print a warning on the standard error, once of each kind."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.core.returns import at_last_action
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.evaluation import over_prompts
 from tokenrl.language.policy.model import Policy
@@ -125,12 +124,7 @@ def best_of_n_metrics(
     for batch in sample_and_reward(
         policy, generator, prompts, choosing, sampling, stream="best_of_n"
     ):
-        played = batch
-        if batch.messages is not None:  # the rewards of the environment count for both
-            last = at_last_action(batch.mask.cpu())
-            of_environment = batch.by_function[:, -1:].nan_to_num()
-            played = replace(batch, turn_rewards=of_environment * last)
-        gold_batch = reward_rows(policy, gold, played)
+        gold_batch = reward_rows(policy, gold, batch, batch.data)
         is_rewarded = (batch.valid & gold_batch.valid).view(-1, size)
         proxies = batch.rewards.view(-1, size)
         golds = gold_batch.rewards.view(-1, size)

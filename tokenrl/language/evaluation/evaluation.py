@@ -21,8 +21,14 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model, checked_generator
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import completion_kl, prompts_of, sample_and_reward, texts_of
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rewarded import (
+    Rewarded,
+    completion_kl,
+    in_rows,
+    prompts_of,
+    sample_and_reward,
+    texts_of,
+)
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Way, score_in_parts, with_missing_fields
 from tokenrl.runs.console import message_text, with_errors
@@ -83,7 +89,7 @@ class Evaluator:
     accelerator: Any = None
     reference: Policy | None = None
     reference_way: Way = USUAL
-    reference_prompts: Callable[[Rollout], Sequence[list[int]]] | None = None
+    reference_prompts: Callable[[Rewarded], Sequence[list[int]]] | None = None
 
     def evaluate(
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
@@ -146,18 +152,16 @@ class Evaluator:
                 policy,
                 batch,
                 self.way,
-                distribution=sampling,
-                parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
-                logprobs=True,
-                entropy=True,
+                sampling,
+                torch.arange(len(batch)).split(SCORED_AT_ONCE),
             )
             if sampling.num_generations:
                 generator.check(batch, sampling)
             columns: dict[str, Any] = {
                 "place": batch.prompt_index.tolist(),
-                "prompt": prompts_of(policy, batch),
+                "prompt": prompts_of(policy, batch, batch.data),
                 "completion": texts_of(policy, batch),
-                "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
+                "reward": batch.reward_list(),
                 "rewards": batch.by_function.tolist(),
                 "entropy": batch.entropy.double().sum(dim=1).tolist(),
                 "length": batch.mask.sum(dim=1).tolist(),
@@ -171,11 +175,10 @@ class Evaluator:
                 columns["messages"] = batch.messages
             if self.reference is not None and sampling.num_generations:
                 columns |= self._kl(self.reference, batch, sampling)
-            values = zip(*columns.values(), strict=True)
-            rows += [dict(zip(columns, row, strict=True)) for row in values]
+            rows += in_rows(columns)
         return rows
 
-    def _kl(self, reference: Policy, batch: Rollout, sampling: Sampling) -> dict[str, list[float]]:
+    def _kl(self, reference: Policy, batch: Rewarded, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
         parts = torch.arange(len(batch)).split(SCORED_AT_ONCE)
         options: dict[str, Any] = {"parts": parts, "distribution": sampling.whole}

@@ -82,7 +82,7 @@ def make_preferences(
         policy, generator, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
         texts = policy.decode(batch.completion_ids, batch.mask)
-        golds = batch.rewards.masked_fill(~batch.valid, math.nan).tolist()
+        golds = batch.reward_list()
         for k in range(0, len(texts), 2):
             draw = draws[int(batch.prompt_index[k]), k // 2 % pairs]
             is_first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, draw)

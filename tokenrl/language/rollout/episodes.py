@@ -41,16 +41,6 @@ ENDINGS = [
 """Why an episode ended. `completed`: the environment ended it, or the policy called no tool."""
 CUT = ("max_tokens", "context_overflow")
 """The endings of episodes that were cut off by length."""
-SAMPLED = {
-    "sampling_logprobs",
-    "logprobs",
-    "entropy",
-    "score_norms",
-    "hidden",
-    "sampling_distribution",
-    "top_ids",
-}
-"""Columns of tokens that a generator may fill."""
 
 
 def play(
@@ -108,7 +98,7 @@ def play(
     answers = environments.finish([row.episode for row in over])
     for row, answer in zip(over, answers, strict=True):
         row.take(answer)
-    return _rollout(policy, rows, parts, sampling.group_size).of(prompts)
+    return _rollout(policy, rows, parts, sampling.group_size)
 
 
 @dataclass
@@ -315,15 +305,13 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
         ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         for position, value in row.rewards:
             turn_rewards[i, max(0, position)] += value
-    mask = torch.zeros(shape, dtype=torch.bool)
     turns = torch.zeros(shape, dtype=torch.int64)
-    columns: dict[str, Any] = {}
+    mask = torch.zeros(shape, dtype=torch.bool)
+    columns: dict[str, Any] = {"completion_ids": ids, "mask": mask}
     for part in parts:
-        mask[part.cells] = True
         turns[part.cells] = part.turn
-        filled = part.rollout.columns()
-        for name in filled.keys() & SAMPLED:
-            tokens = filled[name][part.inside]
+        for name, x in part.rollout.of_tokens().items():
+            tokens = x[part.inside]
             if name not in columns:
                 columns[name] = tokens.new_zeros(*shape, *tokens.shape[1:])
             columns[name][part.cells] = tokens
@@ -332,8 +320,6 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         prompt_index=torch.arange(len(rows)) // size,
-        completion_ids=ids,
-        mask=mask,
         truncated=torch.tensor([row.ending in CUT for row in rows]),
         turns=turns,
         turn_rewards=turn_rewards,

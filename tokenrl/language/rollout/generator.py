@@ -19,7 +19,7 @@ from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoding import decode
 from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.reading import Kept
-from tokenrl.language.rollout.rollout import NOT_YET, Rollout, cat
+from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
 
@@ -238,7 +238,7 @@ class LaggedGenerator(Generator):
             self.load_state_dict(_trained(self._present.policy))
         engine = self._lagged if sampling.step else self._present
         rollout = engine.generate(prompt_ids, sampling, draws)
-        return replace(rollout, logprobs=NOT_YET, entropy=NOT_YET, score_norms=None, hidden=None)
+        return replace(rollout, logprobs=ABSENT, entropy=ABSENT, score_norms=None, hidden=None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the copy that training changes, which a continuation samples from."""

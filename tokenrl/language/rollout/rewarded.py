@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import repeat
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.runs.processes import gather_objects
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -27,6 +29,40 @@ if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewarded(Rollout):
+    """A rollout with its rewards, and with what the reward functions read and logged.
+
+    Attributes:
+        data: the row of the data that each prompt comes from, N mappings.
+        rewards: total reward of each completion [N], in float64.
+        by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
+        valid: False where every function abstained, and where the greedy completion is needed and has no reward [N].
+        replayed: True on completions of earlier steps [N].
+        logs: what reward functions gave to `log_extra` for each row, N mappings.
+        dense_rewards: the same rewards in time [N, T]: those of an environment in their turns, those of functions
+            at the last action of the row. None without an environment.
+        greedy_rewards: reward of the greedy completion of each row's prompt [N]; None where no baseline reads it.
+        logged: not a column: for each call of the reward functions the means of their values for
+            `log_metric`, and the number of rows. Rows that were replaced since count too.
+    """
+
+    data: Sequence[Row]
+    rewards: Tensor
+    by_function: Tensor
+    valid: Tensor
+    replayed: Tensor
+    logs: Sequence[Row]
+    dense_rewards: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    logged: tuple[tuple[Mapping[str, float], int], ...] = ()
+
+    def reward_list(self) -> list[float]:
+        """Return the reward of each of the N rows, NaN where it is not valid."""
+        rewards: list[float] = self.rewards.masked_fill(~self.valid, math.nan).tolist()
+        return rewards
 
 
 def sample_rows(
@@ -49,11 +85,14 @@ def sample_rows(
         environments: the environments that the policy answers to; None for completions of one turn.
         prompt_ids: the token ids of the prompts, where they are known already; episodes have others.
     """
+    numbers = [number for number, _ in prompts]
     if environments is not None:
-        return play(policy, generator, environments, prompts, sampling, stream)
-    ids = prompt_ids or encoded(policy, [row for _, row in prompts], sampling)
-    draws = uniforms(stream, sampling, [number for number, _ in prompts])
-    return generator.generate(ids, sampling, draws).on_host().of(prompts)
+        rollout = play(policy, generator, environments, prompts, sampling, stream)
+    else:
+        ids = prompt_ids or encoded(policy, [row for _, row in prompts], sampling)
+        draws = uniforms(stream, sampling, numbers)
+        rollout = generator.generate(ids, sampling, draws).on_host()
+    return replace(rollout, prompt_index=torch.tensor(numbers)[rollout.prompt_index])
 
 
 def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
@@ -84,39 +123,43 @@ def unread_tokens(policy: Policy, rollout: Rollout) -> str:
     )
 
 
-def prompts_of(policy: Policy, rollout: Rollout) -> list[Any]:
-    """Return the prompt of each row; of an episode, what the policy read first, special tokens included."""
+def prompts_of(policy: Policy, rollout: Rollout, data: Sequence[Row]) -> list[Any]:
+    """Return the prompt of each row of the data; of an episode, what the policy read first, special tokens included."""
     if rollout.turns is None:
-        return [row["prompt"] for row in rollout.data]
+        return [row["prompt"] for row in data]
     rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
     return decoded(
         policy.tokenizer, [ids[mask].tolist() for ids, mask in rows], skip_special_tokens=False
     )
 
 
-def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout) -> Rollout:
+def reward_rows(
+    policy: Policy, rewards: Rewards, rollout: Rollout, prompts: Sequence[Row]
+) -> Rewarded:
     """Call the reward functions on the completions of a rollout, and return it with their rewards.
 
     Args:
         policy: decodes the completions.
         rewards: the reward functions.
-        rollout: N completions with the `data` of their prompts.
+        rollout: N completions, equally many of each prompt.
+        prompts: the row of the data of each prompt.
     """
-    data = rollout.data
+    data = [row for row in prompts for _ in range(len(rollout) // len(prompts))]
     texts: list[Any] = texts_of(policy, rollout)
     pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
     ids = [row[mask].tolist() for row, mask in pairs]
-    names = dict.fromkeys(chain(*data))
-    columns = {name: [row.get(name) for row in data] for name in names if name != "prompt"}
+    of_data = _columns(data)
+    asked = of_data.pop("prompt")
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     options: dict[str, Any] = {"all_may_abstain": True, "locations": locations_of(data)}
     if rollout.messages is not None:
         chats = zip(data, texts, rollout.messages, strict=True)
         texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
-        columns |= _episode_columns(rollout)
-    result = rewards([row["prompt"] for row in data], texts, ids, columns, **options)
+        of_data |= _episode_columns(rollout)
+    result = rewards(asked, texts, ids, of_data, **options)
     total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
+    columns = rollout.columns()
     logged = result.logged
     if rollout.messages is not None:
         failed = torch.tensor([bool(failure) for failure in rollout.failures])
@@ -126,20 +169,17 @@ def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout) -> Rollout:
         # Rewards of environments stand in their turns, those of functions at the end.
         in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
         rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask)
-        rollout = replace(rollout, turn_rewards=in_turns + rest)
+        columns["dense_rewards"] = in_turns + rest
         logged = logged | episode_metrics(rollout)
-    logs = [
-        dict(zip(result.extra, row, strict=True))
-        for row in zip(*result.extra.values(), strict=True)
-    ]
-    return replace(
-        rollout,
-        rewards=total,
-        by_function=values,
-        valid=valid,
-        logs=logs or [{}] * len(data),
-        logged=((logged, len(data)),),
-    )
+    columns |= {
+        "data": data,
+        "rewards": total,
+        "by_function": values,
+        "valid": valid,
+        "replayed": torch.zeros_like(valid),
+        "logs": in_rows(result.extra) or [{}] * len(data),
+    }
+    return Rewarded(**columns, logged=((logged, len(data)),))
 
 
 def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
@@ -169,7 +209,7 @@ def sample_and_reward(
     stream: str,
     accelerator: Any = None,
     batch_size: int = 256,
-) -> Iterator[Rollout]:
+) -> Iterator[Rewarded]:
     """Sample completions of prompts batch by batch and reward them, outside the training step.
 
     Args:
@@ -201,7 +241,68 @@ def sample_and_reward(
         rollout = sample_rows(
             policy, generator, rows, sampling, stream, rewards.environments, tokens
         )
-        yield reward_rows(policy, rewards, rollout)
+        yield reward_rows(policy, rewards, rollout, [row for _, row in rows])
+
+
+def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
+    values: dict[str, list[float]] = {}
+    for means, count in gather_objects(list(logged)):
+        for name, value in means.items():
+            values.setdefault(name, []).extend(repeat(value, count))
+    return {name: mean(rows) for name, rows in values.items()}
+
+
+def completion_rows(
+    policy: Policy,
+    rows: Rewarded,
+    names: Sequence[str],
+    advantages: Tensor,
+    teacher_prompts: Sequence[list[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return this process's completions with their rewards and advantages, as rows of a table.
+
+    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
+    itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
+    without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
+    its own, the row holds that of the first token.
+    """
+    if advantages.ndim == 2:
+        advantages = advantages[:, 0]
+    rewards = rows.rewards.tolist()
+    columns: dict[str, Any] = {
+        **_columns(rows.data),
+        "prompt": prompts_of(policy, rows, rows.data),
+        "completion": texts_of(policy, rows),
+        "reward": [
+            x if rewarded and names else None
+            for x, rewarded in zip(rewards, rows.valid, strict=True)
+        ],
+    }
+    for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
+        columns[f"rewards/{name}"] = values
+    columns |= _columns(rows.logs)
+    if teacher_prompts is not None:
+        tokenizer = policy.tokenizer
+        columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
+    if rows.replayed.any():
+        columns["replayed"] = rows.replayed.tolist()
+    columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
+    if rows.messages is not None:
+        columns |= {"ending": rows.endings, "messages": rows.messages}
+        columns["failure"] = [failure or None for failure in rows.failures]
+    return in_rows(columns)
+
+
+def in_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table whose columns have N entries each."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return a list for each name that a row has, with None for the rows that lack it."""
+    names = {name: None for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Holds the rows of a step in one table: each column has an entry for every completion.
+"""Holds completions in a table: each column has an entry for every completion.
+
+A step makes three tables, each of which is complete when it is made: a `Rollout` of what was sampled, a `Rewarded`
+with the rewards, and an `Experience` of what the update learns from. The two later ones are also a `Rollout`.
 
 The table lies on the CPU, but for columns with three dimensions, whatever device the model is on. A forward
 pass copies the rows that it needs to the device. What is read back from a device has to wait until the device
@@ -11,12 +14,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+
+Table = TypeVar("Table", bound="Rollout")
 
 
 class Column(NamedTuple):
@@ -51,17 +56,17 @@ COLUMNS = {
 OF_PROMPTS = [name for name, column in COLUMNS.items() if "P" in column.axes]
 OF_ROWS = ("by_function",)
 """Columns of two dimensions whose second is not the tokens of the completion."""
-NOT_YET: Any = None
-"""Stands in a column that is computed later."""
+ABSENT: Any = None
+"""Stands in a column that an engine does not report, or that rows of a single turn do not have."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A table of N completions. The G rows of a prompt are consecutive.
+    """A table of N completions, as a generator has sampled them. The G rows of a prompt are consecutive.
 
-    A generator fills the columns down to `truncated`, and may fill the next six. The others are None until
-    they are computed, and stay None where nothing needs them. T is the longest completion, P the longest
-    prompt. Off the mask the columns of tokens are 0.
+    An engine fills the columns down to `truncated`, and may fill the next six; the trainer scores what it needs
+    and the engine left out (`with_missing_fields`). The columns from `turns` on are None without an environment. T
+    is the longest completion, P the longest prompt. Off the mask the columns of tokens are 0.
 
     Attributes:
         prompt_ids: ids of each row's prompt, padded on the left [N, P].
@@ -74,6 +79,10 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
+        sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
+            was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
+        top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
+            that of these only [N, T, K]; None if it is of the whole vocabulary.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
@@ -81,41 +90,14 @@ class Rollout:
             [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the norm in the
             space of the model's weights.
         hidden: the last hidden state before each action [N, T, H]. A critic reads it.
-        sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
-            was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
-        top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
-            that of these only [N, T, K]; None if it is of the whole vocabulary.
-        turns: number of the turn of each action, from 0 [N, T]; this column and the next six are None
-            without an environment.
-        turn_rewards: rewards in time [N, T]: rewards of the environment at the last action of their turn,
-            rewards of functions at the last action of the row.
+        turns: number of the turn of each action, from 0 [N, T].
+        turn_rewards: rewards of the environment at the last action of their turn [N, T].
         messages: what the policy and the environment wrote, N lists of chat messages.
         endings: how each episode ended, N names of `ENDINGS`.
         failures: what failed in each episode, N texts, empty without a failure.
         environments: the environment of each episode, N objects.
         openings: what the policy read first of each episode: N pairs of a prompt, text or chat messages, and of
             tools, as `Policy.encode` takes them.
-        data: the row of the data that each prompt comes from, N mappings.
-        rewards: total reward of each completion [N], in float64.
-        by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
-        valid: False where every function abstained [N].
-        replayed: True on completions of earlier steps [N]; None without replay.
-        logs: what reward functions gave to `log_extra` for each row, N mappings.
-        logged: not a column: for each call of the reward functions the means of their values for
-            `log_metric`, and the number of rows. Rows that were replaced since count too.
-        teacher_prompts: ids of the prompt that the teacher reads in place of each row's, N lists of any lengths;
-            None where it reads the same.
-        ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
-        ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
-            Its logits [N, T, V], if no head can be taken apart.
-        values: the critic's value of the state before each action [N, T]; None without a critic.
-        greedy_rewards: reward of the greedy completion of each row's prompt [N].
-        keys: a number for each row that its prompt and the other columns of its data determine [N]; None
-            without a memory of prompts.
-        advantages: one for each row [N] or for each token [N, T].
-        old_logprobs: log-probabilities under the policy that sampled, as the trainer computes them [N, T];
-            None while that is the present policy.
-        weights: each token's weight in the loss of the whole update [N, T].
     """
 
     prompt_ids: Tensor
@@ -125,58 +107,45 @@ class Rollout:
     mask: Tensor
     sampling_logprobs: Tensor
     truncated: Tensor
-    logprobs: Tensor = NOT_YET
-    entropy: Tensor = NOT_YET
+    sampling_distribution: Tensor = ABSENT
+    top_ids: Tensor | None = None
+    logprobs: Tensor = ABSENT
+    entropy: Tensor = ABSENT
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
-    sampling_distribution: Tensor = NOT_YET
-    top_ids: Tensor | None = None
-    turns: Tensor = NOT_YET
-    turn_rewards: Tensor = NOT_YET
-    messages: Sequence[Sequence[Mapping[str, Any]]] = NOT_YET
-    endings: Sequence[str] = NOT_YET
-    failures: Sequence[str] = NOT_YET
-    environments: Sequence[Any] = NOT_YET
-    openings: Sequence[tuple[Any, Any]] = NOT_YET
-    data: Sequence[Mapping[str, Any]] = NOT_YET
-    rewards: Tensor = NOT_YET
-    by_function: Tensor = NOT_YET
-    valid: Tensor = NOT_YET
-    replayed: Tensor | None = None
-    logs: Sequence[Mapping[str, Any]] = NOT_YET
-    logged: tuple[tuple[Mapping[str, float], int], ...] = ()
-    teacher_prompts: Sequence[list[int]] = NOT_YET
-    ref_logprobs: Tensor | None = None
-    ref_states: Tensor | None = None
-    values: Tensor | None = None
-    greedy_rewards: Tensor | None = None
-    keys: Tensor = NOT_YET
-    advantages: Tensor = NOT_YET
-    old_logprobs: Tensor | None = None
-    weights: Tensor = NOT_YET
+    turns: Tensor = ABSENT
+    turn_rewards: Tensor = ABSENT
+    messages: Sequence[Sequence[Mapping[str, Any]]] = ABSENT
+    endings: Sequence[str] = ABSENT
+    failures: Sequence[str] = ABSENT
+    environments: Sequence[Any] = ABSENT
+    openings: Sequence[tuple[Any, Any]] = ABSENT
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.mask)
-
-    @property
-    def rewarded(self) -> Tensor:
-        """True on completions of this step that have a reward [N]."""
-        return self.valid if self.replayed is None else self.valid & ~self.replayed
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that are filled, by name."""
         columns = vars(self).items()
         return {name: x for name, x in columns if x is not None and name != "logged"}
 
-    def on_host(self) -> Rollout:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the columns that are tensors, by name."""
+        return {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
+
+    def of_tokens(self) -> dict[str, Tensor]:
+        """Return the columns [N, T, ...] with numbers for each token of the completions, by name."""
+        others = (*OF_PROMPTS, *OF_ROWS)
+        return {name: x for name, x in self.tensors().items() if x.ndim > 1 and name not in others}
+
+    def on_host(self: Table) -> Table:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        columns = self.columns().items()
-        small = {name: x for name, x in columns if isinstance(x, Tensor) and x.ndim < 3}
+        small = {name: x for name, x in self.tensors().items() if x.ndim < 3}
         host: dict[str, Any] = dict(zip(small, to_host(small.values()), strict=True))
         return replace(self, **host)
 
-    def take(self, index: Tensor) -> Rollout:
+    def take(self: Table, index: Tensor) -> Table:
         """Select the rows `index` [n], cut to their longest prompt and completion."""
         columns = self.columns()
         for name, x in columns.items():
@@ -187,27 +156,16 @@ class Rollout:
         rows = replace(self, **columns)
         return rows.cut(int(rows.prompt_mask.sum(dim=1).max()), int(lengths(rows.mask).max()))
 
-    def cut(self, P: int, T: int) -> Rollout:
+    def cut(self: Table, P: int, T: int) -> Table:
         """Cut or pad the columns to P tokens of the prompts and T of the completions, each at least 1."""
-        columns = self.columns()
-        for name, x in columns.items():
-            if name in OF_PROMPTS:
-                columns[name] = pad(x, (max(1, P) - x.shape[1], 0))
-            elif isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS:
-                columns[name] = pad_right(x, max(1, T))
-        return replace(self, **columns)
+        tokens: dict[str, Any] = {
+            name: pad_right(x, max(1, T)) for name, x in self.of_tokens().items()
+        }
+        missing = max(1, P) - self.prompt_ids.shape[1], 0
+        ids = pad(self.prompt_ids, missing)
+        return replace(self, prompt_ids=ids, prompt_mask=pad(self.prompt_mask, missing), **tokens)
 
-    def of(self, prompts: Sequence[tuple[int, Mapping[str, Any]]]) -> Rollout:
-        """Give each row the number and the data of its prompt.
-
-        Args:
-            prompts: number and row of the data of each of the B prompts that were given to the generator.
-        """
-        numbers = torch.tensor([number for number, _ in prompts])
-        data = [prompts[i][1] for i in self.prompt_index.tolist()]
-        return replace(self, prompt_index=numbers[self.prompt_index], data=data)
-
-    def behind(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Rollout:
+    def behind(self: Table, prompts: Sequence[Sequence[int]], pad_id: int) -> Table:
         """Return the same completions behind other prompts, given by the ids of the N prompts."""
         ids, mask = pad_left(prompts, pad_id)
         return replace(self, prompt_ids=ids, prompt_mask=mask)
@@ -223,8 +181,8 @@ class Rollout:
         return first_row, prompt
 
 
-def cat(parts: Sequence[Rollout]) -> Rollout:
-    """Put tables with the same columns one below the other."""
+def cat(parts: Sequence[Table]) -> Table:
+    """Put tables with the same columns one below the other; what is no column is that of the first."""
     P = max(part.prompt_ids.shape[1] for part in parts)
     T = max(part.mask.shape[1] for part in parts)
     tables = [part.cut(P, T).columns() for part in parts]
@@ -232,8 +190,7 @@ def cat(parts: Sequence[Rollout]) -> Rollout:
     for name, first in tables[0].items():
         column = [table[name] for table in tables]
         columns[name] = torch.cat(column) if isinstance(first, Tensor) else [*chain(*column)]
-    logged = tuple(chain(*(part.logged for part in parts)))
-    return replace(parts[0], logged=logged, **columns)
+    return replace(parts[0], **columns)
 
 
 def lengths(mask: Tensor) -> Tensor:

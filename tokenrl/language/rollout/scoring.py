@@ -20,10 +20,11 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_host, zeroed
+from tokenrl.language.rollout.rollout import Rollout, Table, pad_right, to_device, to_host, zeroed
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.rollout.token_steps import TokenSteps
 
 
@@ -88,7 +89,7 @@ def score(
     hidden: bool = False,
     states: bool = False,
     centres: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ref_head: nn.Module | None = None,
+    reference: tuple[Tensor, nn.Module] | None = None,
 ) -> Scores:
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
@@ -103,25 +104,27 @@ def score(
         states: also return what the head is given for each token, see `Scores`.
         centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
             in `top_ids` [N, T, K], whose result is returned too. Without `top_ids` all logits exist at once.
-        ref_head: makes the logits of the reference from `rollout.ref_states`. The KL to it is returned too, at
-            the same temperature over all tokens, whatever `distribution` keeps.
+        reference: what the head of the reference is given for each token (`states` of its scores), and this head,
+            which makes its logits. The KL to it is returned too, at the same temperature over all tokens, whatever
+            `distribution` keeps.
     """
     at_once = way.tokens_at_once
     needs_all = centres is not None and rollout.top_ids is None
     is_long = states or int(rollout.mask.sum()) > (at_once or 0)
     if at_once is not None and is_long and not needs_all:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        scores = _score_in_chunks(model, rollout, way, chunks, hidden, ref_head, centres)
+        scores = _score_in_chunks(model, rollout, way, chunks, hidden, reference, centres)
         return scores if states else scores._replace(states=None)
     logits, last_hidden = _forward(model, rollout, way, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
     columns = {"logprobs": logprobs}
-    if entropy or score_norms or ref_head is not None:
+    if entropy or score_norms or reference is not None:
         p = logp.exp()
-        if ref_head is not None:
-            log_q = distribution.whole.log_probabilities(ref_head(rollout.ref_states))
+        if reference is not None:
+            ref_states, ref_head = reference
+            log_q = distribution.whole.log_probabilities(ref_head(ref_states))
             columns["token_kl"] = kl_of(logp, p, log_q)
         if entropy:
             columns["entropy"] = entropy_of(logp, p)
@@ -141,15 +144,15 @@ def _score_in_chunks(
     way: Way,
     chunks: Chunks,
     hidden: bool,
-    ref_head: nn.Module | None,
+    reference: tuple[Tensor, nn.Module] | None,
     centres: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Scores:
     """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
-    if ref_head is not None:
-        assert rollout.ref_states is not None
-        chunks = chunks._replace(reference=(rollout.ref_states[actions], ref_head))
+    if reference is not None:
+        ref_states, ref_head = reference
+        chunks = chunks._replace(reference=(ref_states[actions], ref_head))
     head = head_of(model)
     assert head is not None  # as `check_model` returned a number of tokens at once
     with without_head(head) as inputs:
@@ -171,7 +174,7 @@ def _score_in_chunks(
         score_norms=norms if chunks.norms else None,
         hidden=last_hidden,
         centres=of_centres[0] if of_centres else None,
-        token_kl=None if ref_head is None else divergence,
+        token_kl=None if reference is None else divergence,
         states=before.detach(),
     )
 
@@ -214,14 +217,12 @@ def score_in_parts(
 
 def with_missing_fields(
     policy: Policy,
-    rollout: Rollout,
+    rollout: Table,
     way: Way,
-    *,
-    distribution: Distribution,
+    sampling: Sampling,
     parts: Iterable[Tensor] = (),
-    **needed: bool,
-) -> Rollout:
-    """Compute the fields that are needed and that the generator did not return.
+) -> Table:
+    """Compute what the generator did not return: log-probabilities, entropies, and what the sampling keeps.
 
     This takes one more forward pass, or none if nothing is missing.
 
@@ -229,10 +230,15 @@ def with_missing_fields(
         policy: the policy that the rollout was sampled from, with the weights it had then.
         rollout: N completions.
         way: how its model is scored.
-        distribution: the distribution of tokens that was sampled from.
+        sampling: how it was sampled, and whether `score_norms` and `hidden` states are kept.
         parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
-        **needed: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
+    needed = {
+        "logprobs": True,
+        "entropy": True,
+        "score_norms": sampling.keep_score_norms,
+        "hidden": sampling.keep_hidden,
+    }
     names = [name for name in needed if needed[name] and getattr(rollout, name) is None]
     if not names:
         return rollout
@@ -241,7 +247,7 @@ def with_missing_fields(
         policy.model,
         rollout,
         way,
-        distribution=distribution,
+        distribution=sampling,
         parts=parts,
         **options,
     )

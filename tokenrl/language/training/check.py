@@ -18,7 +18,7 @@ from tokenrl.language.policy.characters import MANY, texts_in, unknown_character
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.metrics import examples
+from tokenrl.language.training.experience import examples
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, LaggedGenerator
-from tokenrl.language.rollout.rollout import Rollout, lengths, to_device
+from tokenrl.language.rollout.rollout import Rollout, Table, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
 from tokenrl.language.rollout.scoring import Scores, Way, score, score_in_parts, with_missing_fields
 from tokenrl.language.training.arguments import TrainArguments
@@ -28,6 +28,9 @@ from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_way
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
+
+if TYPE_CHECKING:
+    from tokenrl.language.training.experience import Experience
 
 COUNTS = ("nonfinite", "skipped", "idle")  # from which a continuation goes on
 
@@ -155,19 +158,31 @@ class Learner:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
 
+    def keeping(self, sampling: Sampling) -> Sampling:
+        """Return a sampling that also keeps what the estimator reads of the sampled tokens."""
+        estimator = self.estimator
+        return replace(
+            sampling,
+            keep_score_norms="score_norms" in estimator.needs,
+            keep_hidden="values" in estimator.needs,
+            keep_distribution=estimator.importance_centre,
+            keep_top=estimator.importance_centre_top,
+        )
+
     @property
     def group_size(self) -> int:
         """The completions of a prompt in a step, new and replayed ones."""
         return self.args.num_generations + self.args.replay
 
-    def score(self, rows: Rollout) -> Scores:
+    def score(self, rows: Experience) -> Scores:
         """Score rows under the policy and the distribution of sampling, with a gradient and all that the loss needs."""
         estimator = self.estimator
-        ref_head = None
+        reference = None
         if "token_kl" in estimator.needs:
-            if rows.ref_states is None:
-                rows = replace(rows, ref_states=self.ref_scores(rows, states=True).states)
-            ref_head = self.forward.ref_head
+            states: Any = rows.ref_states
+            if states is None:
+                states = self.ref_scores(rows, rows.teacher_prompts, states=True).states
+            reference = states, self.forward.ref_head
         return score(
             self.forward.model,
             rows,
@@ -175,52 +190,45 @@ class Learner:
             distribution=self.sampling,
             entropy=estimator.entropy_coef > 0,
             centres=estimator.score_centres if estimator.importance_centre else None,
-            ref_head=ref_head,
+            reference=reference,
         )
 
-    def logprobs(self, rows: Rollout) -> Tensor:
-        """Return the log-probabilities [n, T] of rows under the present policy, without a gradient."""
-        return self._scores(rows, self.forward.model, self.forward.way, self.sampling).logprobs
-
-    def ref_scores(self, rows: Rollout, *, states: bool) -> Scores:
+    def ref_scores(
+        self, rows: Rollout, prompts: Sequence[list[int]] | None, *, states: bool
+    ) -> Scores:
         """Score rows under the reference, without a gradient, at the same temperature over all tokens.
 
-        A teacher scores them behind the prompts that it reads; `states` asks for what its head is given too.
+        Args:
+            rows: n rows.
+            prompts: ids of the prompts that a teacher reads in place of theirs; None where it reads the same.
+            states: whether what the head is given is returned too.
         """
-        if rows.teacher_prompts is not None:
-            rows = rows.behind(rows.teacher_prompts, self.policy.pad_id)
+        if prompts is not None:
+            rows = rows.behind(prompts, self.policy.pad_id)
         with self.forward.policy.reference_model() as reference:
             way = self.forward.reference_way
-            return self._scores(rows, reference, way, self.sampling.whole, states=states)
+            return self.scores(rows, reference, way, self.sampling.whole, states)
 
-    def _scores(
+    def scores(
         self,
         rows: Rollout,
         model: nn.Module,
         way: Way,
         distribution: Distribution,
-        *,
         states: bool = False,
     ) -> Scores:
-        """Score rows under a model, without a gradient."""
+        """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
         parts = self.micro_batches(rows, way)
         return score_in_parts(
             model, rows, way, parts=parts, distribution=distribution, states=states
         )
 
-    def with_missing_fields(self, rows: Rollout) -> Rollout:
+    def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
-        return with_missing_fields(
-            self.forward.policy,
-            rows,
-            self.forward.way,
-            distribution=self.sampling,
-            parts=self.micro_batches(rows),
-            logprobs=True,
-            entropy=True,
-            score_norms="score_norms" in self.estimator.needs,
-            hidden="values" in self.estimator.needs,
-        )
+        forward = self.forward
+        sampling = self.keeping(self.sampling)
+        parts = self.micro_batches(rows)
+        return with_missing_fields(forward.policy, rows, forward.way, sampling, parts)
 
     def micro_batches(
         self, rows: Rollout, way: Way | None = None, computed: Any = ...

@@ -27,8 +27,8 @@ from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.metrics import examples
 from tokenrl.language.training.run import (
     RunResult,
     TrainingRun,

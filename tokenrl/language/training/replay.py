@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.statistics import generator_of
-from tokenrl.language.rollout.rollout import COLUMNS, Rollout, cat
-from tokenrl.language.training.rows import data_keys
+from tokenrl.language.rollout.rewarded import Rewarded
+from tokenrl.language.rollout.rollout import COLUMNS, cat
+from tokenrl.language.training.experience import Experience, data_keys
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.training.learner import Learner
 
-KEPT = ("rewards", "by_function", "valid")
-"""The columns of a row that are kept, beside those that the generator filled."""
+KEPT = (*COLUMNS, "rewards", "by_function", "valid")
+"""The columns of a row that are kept: those that the generator filled, and rewards."""
 
 
 @dataclass
@@ -40,9 +41,9 @@ class Replay:
     count: int
     capacity: int
     seed: int
-    best: dict[int, Rollout] = field(default_factory=dict)
+    best: dict[int, Rewarded] = field(default_factory=dict)
 
-    def join(self, learner: Learner, rows: Rollout, step: int) -> Rollout:
+    def join(self, learner: Learner, rows: Rewarded, step: int) -> Rewarded:
         """Return the rows with replayed ones behind the new ones of each prompt, in random order.
 
         Where too few are kept yet, a new row takes the place of a replayed one and abstains, so that groups have
@@ -54,7 +55,7 @@ class Replay:
             step: number of the step.
         """
         new = learner.args.num_generations
-        pool = replace(_kept(rows), valid=torch.zeros_like(rows.valid))
+        pool = _kept(rows.columns() | {"valid": torch.zeros_like(rows.valid)})
         heads = range(0, len(rows), new)
         index = list[int]()
         for head, key in zip(heads, data_keys(rows.data[::new]).tolist(), strict=True):
@@ -72,16 +73,14 @@ class Replay:
                 pool.take(torch.tensor(index)),
                 prompt_index=rows.prompt_index[prompts],
                 data=[rows.data[i] for i in prompts],
-                logs=[{}] * len(prompts),
-                replayed=torch.ones_like(prompts).bool(),
             )
         )
-        joined = cat([replace(rows, replayed=torch.zeros_like(rows.valid)), old])
+        joined = cat([rows, old])
         groups = torch.arange(len(joined)).split([len(rows), len(prompts)])
         order = torch.cat([x.view(len(heads), -1) for x in groups], dim=1)
         return joined.take(order.flatten())
 
-    def keep(self, policy: Policy, rows: Rollout) -> None:
+    def keep(self, policy: Policy, rows: Experience) -> None:
         """Keep the new rows of a step that are among the best of their prompt, each text once.
 
         Args:
@@ -92,7 +91,7 @@ class Replay:
             index = (rows.rewarded & (rows.keys == key)).nonzero().flatten()
             if not len(index):
                 continue
-            table = _kept(rows).take(index)
+            table = _kept(rows.columns()).take(index)
             if key in self.best:
                 table = cat([self.best[key], table])
             texts = policy.decode(table.completion_ids, table.mask)
@@ -101,11 +100,11 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the completions that are kept, as tensors."""
-        return {"best": {key: table.columns() for key, table in self.best.items()}}
+        return {"best": {key: table.tensors() for key, table in self.best.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self.best = {key: Rollout(**columns) for key, columns in state["best"].items()}
+        self.best = {key: _kept(columns) for key, columns in state["best"].items()}
 
 
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
@@ -122,7 +121,9 @@ def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     return list({texts[i]: i for i in order}.values())
 
 
-def _kept(rows: Rollout) -> Rollout:
-    """Return the rows with the columns that are kept alone."""
-    names = [name for name in (*COLUMNS, *KEPT) if getattr(rows, name) is not None]
-    return Rollout(**{name: getattr(rows, name) for name in names})
+def _kept(columns: Mapping[str, Any]) -> Rewarded:
+    """Return rows with the columns that are kept alone, as replayed ones whose data and logs are empty."""
+    kept = {name: columns[name] for name in KEPT if name in columns}
+    empty: list[Any] = [{}] * len(kept["valid"])
+    replayed = torch.ones_like(kept["valid"])
+    return Rewarded(**kept, data=empty, logs=empty, replayed=replayed)

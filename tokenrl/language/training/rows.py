@@ -1,6 +1,6 @@
-"""Makes the rows of a training step, and divides them: over processes, updates and micro-batches.
+"""Makes the rewarded rows of a training step, and what the loss takes of them in updates and micro-batches.
 
-One process samples its completions, rewards them and adds what the estimator compares them with. `refill`
+One process samples its completions and rewards them. `refill`
 replaces groups whose rewards are all equal by groups of new prompts. Advantages and weights are computed from
 the whole step, identically on every process, and then sliced; the completions of a prompt stay on one process.
 Processes may make different numbers of passes, of different widths, because their gradients are summed only
@@ -9,8 +9,7 @@ after the last pass of an update.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +19,14 @@ from torch import Tensor
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
-from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rollout.rewarded import failures_of, reward_rows, sample_rows
-from tokenrl.language.rollout.rollout import (
-    NOT_YET,
-    OF_PROMPTS,
-    Rollout,
-    cat,
-    to_device,
-    to_host,
-)
+from tokenrl.language.rollout.rewarded import Rewarded, reward_rows, sample_rows
+from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
-from tokenrl.runs.files import canonical
+from tokenrl.language.training.experience import Experience
 from tokenrl.runs.processes import gather_rows, local
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
-    from tokenrl.language.rewards.environments import Environments
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
@@ -45,60 +35,56 @@ Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompt
 DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 
-def sample(
-    learner: Learner, prompts: Prompts, sampling: Sampling, environments: Environments | None
-) -> Rollout:
-    """Sample completions with the run's generator, and compute the columns that the estimator needs."""
-    estimator = learner.estimator
-    greedy = not sampling.num_generations
-    if not greedy:
-        sampling = replace(
-            sampling,
-            keep_score_norms="score_norms" in estimator.needs,
-            keep_hidden="values" in estimator.needs,
-            keep_distribution=estimator.importance_centre,
-            keep_top=estimator.importance_centre_top,
-        )
-    rollout = sample_rows(
-        learner.policy, learner.generator, prompts, sampling, "training", environments
-    )
-    if greedy:  # greedy completions are only rewarded, never learnt from
-        return rollout
-    if estimator.importance_centre and rollout.sampling_distribution is None:
-        raise Refused(
-            "importance_centre needs the sampler's probability of every token, and this generator returns "
-            "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
-            "top_ids if it is that of the most probable tokens only."
-        )
-    rollout = learner.with_missing_fields(rollout)
-    learner.generator.check(rollout, sampling)
-    return rollout
-
-
 def collect_rows(
     learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling
-) -> Rollout:
-    """Sample completions of a step and reward them."""
-    rows = sample(learner, prompts, sampling, rewards.environments)
-    return reward_rows(learner.policy, rewards, rows)
+) -> Rewarded:
+    """Sample completions of a step with the columns that the estimator reads, and reward them.
+
+    Greedy completions are only rewarded, never learnt from.
+    """
+    policy = learner.policy
+    greedy = not sampling.num_generations
+    if not greedy:
+        sampling = learner.keeping(sampling)
+    rollout = sample_rows(
+        policy, learner.generator, prompts, sampling, "training", rewards.environments
+    )
+    if not greedy:
+        rollout = learner.with_missing_fields(rollout)
+        learner.generator.check(rollout, sampling)
+    return reward_rows(policy, rewards, rollout, [row for _, row in prompts])
 
 
 def rows_of_step(
     learner: Learner, rewards: Rewards, sampling: Sampling, draw_prompts: DrawPrompts
-) -> Rollout:
-    """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed."""
+) -> Rewarded:
+    """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed.
+
+    They have the reward of the greedy completion, if the baseline reads it (ReMax, arXiv 2310.10505).
+    """
     prompts = local(learner.accelerator, draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, draw_prompts)
     if learner.replay is not None:
         rows = learner.replay.join(learner, rows, sampling.step)
+    if "greedy_rewards" in learner.estimator.needs:
+        size = learner.group_size
+        prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
+        greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
+        greedy = greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
+        valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
+        rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
     return rows
 
 
 def refill(
-    learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout, draw_prompts: DrawPrompts
-) -> Rollout:
+    learner: Learner,
+    rewards: Rewards,
+    sampling: Sampling,
+    rows: Rewarded,
+    draw_prompts: DrawPrompts,
+) -> Rewarded:
     """Replace groups whose rewards are all equal by groups of new prompts, in up to `max_refills` rounds.
 
     This is the dynamic sampling of DAPO (arXiv 2503.14476): with a group baseline, such groups have no
@@ -114,6 +100,7 @@ def refill(
     accelerator = learner.accelerator
     size = sampling.group_size
     refilled = 0
+    logged = rows.logged
     for _ in range(learner.args.max_refills):
         dead = zero_spread(rows.rewards, size, rows.valid)
         counts = gather_rows(accelerator, {"dead": dead.sum()[None]})["dead"].tolist()
@@ -128,93 +115,13 @@ def refill(
             order = torch.arange(len(rows))
             order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
             rows = cat([rows, new]).take(order)
+            logged += new.logged
     count = ({"refilled": float(refilled)}, 1)  # the same number on every process
-    return replace(rows, logged=(*rows.logged, count))
-
-
-def with_estimates(
-    learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout
-) -> Rollout:
-    """Return the rows with what the estimator needs: teacher's prompts, reference, values, greedy rewards, keys."""
-    estimator = learner.estimator
-    columns = dict[str, Any]()
-    if learner.teacher_prompts is not None:
-        prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
-        rows = replace(rows, teacher_prompts=prompts)
-    if estimator.beta:
-        keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
-        scores = learner.ref_scores(rows, states=keeps)
-        columns["ref_logprobs"] = scores.logprobs
-        rows = replace(rows, ref_states=scores.states)
-    if learner.critic is not None:
-        columns["values"] = learner.critic.values(rows.hidden).detach()
-    if "greedy_rewards" in estimator.needs:
-        greedy = greedy_rows(learner, rewards, sampling, rows)
-        valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
-        rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
-    columns = {name: column.to(rows.logprobs) for name, column in columns.items()}
-    if estimator.needs_memory or learner.replay is not None:
-        columns["keys"] = data_keys(rows.data)
-    return replace(rows, **columns)
-
-
-def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
-    """Return the log-probabilities [n, T] under the policy that sampled, as the scoring pass computes them.
-
-    They are not taken from the rollout, because the generator's numbers may differ by rounding, and the ratio
-    of the first update must be exactly 1. None if no update needs them: the estimator has no ratio, or the
-    step has a single update, in which the ratio is 1 by definition.
-    """
-    several = learner.args.num_iterations * learner.args.num_minibatches > 1
-    if "old_logprobs" in learner.estimator.needs and several:
-        return learner.logprobs(rows)
-    return None
-
-
-def greedy_rows(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
-    """Return the greedy completion of each row's prompt with its reward, for ReMax (arXiv 2310.10505)."""
-    size = sampling.group_size
-    prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-    greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
-    return greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
-
-
-def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
-    digests = [hashlib.sha256(canonical(row).encode()).digest() for row in data]
-    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
-
-
-def gather(accelerator: Any, rows: Rollout) -> Rollout:
-    """Gather the rows of all processes, in the order of the prompts, with the log-probabilities in one precision.
-
-    An engine may have another one, and so may a process that sampled no token at all. Hidden states and what is
-    no tensor stay with their process.
-
-    Raises:
-        Stopped: no row of the step has a reward.
-    """
-    failed = failures_of(rows.failures or ())
-    rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
-    if accelerator.num_processes > 1:
-        columns = {}
-        for name, column in rows.columns().items():
-            if isinstance(column, Tensor) and column.ndim < 3:
-                columns[name] = column
-        gathered = gather_rows(accelerator, columns, OF_PROMPTS)
-        host = dict(zip(gathered, to_host(gathered.values()), strict=True))
-        whole = {name: column.to(columns[name].dtype) for name, column in host.items()}
-        missing = dict.fromkeys(rows.columns(), NOT_YET)
-        rows = replace(rows, **missing | whole)
-    if not rows.valid.any():
-        raise Stopped(
-            f"Reward functions abstained from every completion of this step. {failed}".strip()
-        )
-    return rows
+    return replace(rows, logged=(*logged, count))
 
 
 def loss_terms(
-    estimator: Estimator, rows: Rollout, sampling: Sampling, memory: Memory, rewards: Rewards
+    estimator: Estimator, rows: Experience, sampling: Sampling, memory: Memory, rewards: Rewards
 ) -> LossTerms:
     """Return the advantages and what counts of all N rows, in loss and divisor.
 
@@ -236,8 +143,8 @@ def loss_terms(
         "sampling_logprobs",
     )
     inputs = {name: getattr(rows, name) for name in names}
-    if rows.turn_rewards is not None:
-        inputs["turn_rewards"] = unrounded(rows.turn_rewards, dtype)
+    if rows.dense_rewards is not None:
+        inputs["turn_rewards"] = unrounded(rows.dense_rewards, dtype)
     terms = estimator.loss_terms(
         unrounded(rows.rewards, dtype),
         group_size=sampling.group_size,
@@ -274,16 +181,25 @@ def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     return learning
 
 
-def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
-    """Return the arguments of `Estimator.loss` for the rows of a micro-batch with their present scores.
-
-    They are on the device of the scores.
+def loss_inputs(
+    rows: Experience, scores: Scores, advantages: Tensor, weights: Tensor
+) -> dict[str, Any]:
+    """Return the arguments of `Estimator.loss` for the n rows of a micro-batch; they are on the device of the scores.
 
     If the present policy is also the one that sampled, the denominator of the ratio is the same number
     without its gradient: the ratio is 1, and its gradient is that of the log-probabilities.
+
+    Args:
+        rows: the rows.
+        scores: their present scores.
+        advantages: one for each row [n] or for each token, of any width [n, ...].
+        weights: each token's weight in the loss of the whole update, of any width [n, ...].
     """
-    names = ("advantages", "weights", "mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
+    width = rows.mask.shape[1]
+    names = ("mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
     columns = {name: getattr(rows, name) for name in names}
+    columns["advantages"] = advantages if advantages.ndim == 1 else pad_right(advantages, width)
+    columns["weights"] = pad_right(weights, width)
     device = scores.logprobs.device
     inputs = {name: None if x is None else to_device(x, device) for name, x in columns.items()}
     if rows.old_logprobs is None:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import generator_of
-from tokenrl.language.rollout.rewarded import unread_tokens
+from tokenrl.language.rollout.rewarded import averaged, completion_rows, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
-from tokenrl.language.training.metrics import (
-    Scored,
-    averaged,
-    completion_rows,
+from tokenrl.language.training.experience import (
+    Experience,
+    experience,
+    gather,
     loss_statistics,
     mismatch_metrics,
     step_metrics,
@@ -32,20 +32,16 @@ from tokenrl.language.training.metrics import (
 )
 from tokenrl.language.training.rows import (
     DrawPrompts,
-    gather,
     learning_rows,
     loss_inputs,
     loss_terms,
-    old_logprobs,
     rows_of_step,
     update_weights,
-    with_estimates,
 )
 from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
-    from tokenrl.language.rollout.rollout import Rollout
     from tokenrl.language.training.learner import Learner
 
 
@@ -90,34 +86,33 @@ def training_step(
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
 
-    rows = rows_of_step(learner, rewards, sampling, draw_prompts)  # n rows, G for each prompt
+    rewarded = rows_of_step(learner, rewards, sampling, draw_prompts)  # n rows, G for each prompt
     sampling = replace(sampling, num_generations=learner.group_size)
     collected = time.perf_counter()
 
-    rows = with_estimates(learner, rewards, sampling, rows)
-    whole = gather(accelerator, rows)  # all N rows, on every process
+    failures = rewarded.failures or ()
+    rows = experience(learner, rewarded, sampling)
+    whole = gather(accelerator, rows, failures)  # all N rows, on every process
     terms = loss_terms(estimator, whole, sampling, memory, rewards)
-    old = old_logprobs(learner, rows)  # None where a step has a single update
-    rows = replace(rows, advantages=local(accelerator, terms.advantages), old_logprobs=old)
+    advantages = local(accelerator, terms.advantages)
 
     updates: list[dict[str, float]] = []
-    scored: list[Scored] = []
+    scored: list[tuple[Tensor, Tensor]] = []
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = update_weights(learner, terms, chosen)  # [N, T]
+        weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
         learning = learning_rows(learner, terms, chosen)  # [N]
-        rows = replace(rows, weights=local(accelerator, weights))
         sums: list[Tensor] = []
         learner.optimizer.zero_grad()
         for index in learner.micro_batches(rows, computed=local(accelerator, learning)):
             part = rows.take(index)
             scores = learner.score(part)
-            inputs = loss_inputs(part, scores)
+            inputs = loss_inputs(part, scores, advantages[index], weights[index])
             loss = estimator.loss(**inputs)
             accelerator.backward(loss)
             learner.forward.accumulate_gradients()
             sums.append(loss_statistics(learner, loss, inputs))
             if not updates:  # the sampler is compared with the policy before its first update
-                scored.append(Scored.of(part, scores.logprobs))
+                scored.append((index, scores.logprobs.detach()))
         sum_gradients(accelerator, parameters)
         norm = accelerator.clip_grad_norm_(parameters, learner.largest_norm)
         norm, *sums = to_host([norm, *sums])
@@ -129,18 +124,17 @@ def training_step(
         learner.average.update()
     learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
-    metrics = averaged(rows.logged)
+    metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(scored)
+    metrics |= mismatch_metrics(rows, scored)
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    rows = replace(rows, ref_states=None)  # which may be large, and the record keeps the rows
-    table = partial(completion_rows, learner.policy, rows, rewards.names)
-    unread = unread_tokens(learner.policy, rows)
-    return Record(metrics, table, timings, rows.failures or (), unread)
+    of_rows = rewards.names, advantages, rows.teacher_prompts
+    table = partial(completion_rows, learner.policy, rewarded, *of_rows)
+    return Record(metrics, table, timings, failures, unread_tokens(learner.policy, rewarded))
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
@@ -163,7 +157,7 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
 
 
 def update_baselines(
-    learner: Learner, memory: Memory, rows: Rollout, whole: Rollout, returns: Tensor
+    learner: Learner, memory: Memory, rows: Experience, whole: Experience, returns: Tensor
 ) -> dict[str, float]:
     """Update the memory, the replay and the critic with this step's rows, after the policy's update used them.
 

@@ -7,7 +7,6 @@ Completions are scored behind it, token by token as they were sampled.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,7 @@ from tokenrl.errors import Placed, Refused, Stopped, raised, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import Prompt
 from tokenrl.language.rewards.calls import accepted_arguments, call_once
-from tokenrl.language.rollout.rewarded import texts_of
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rewarded import Rewarded, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
@@ -80,7 +78,7 @@ class TeacherPrompts:
         sampling = replace(sampling, truncate_prompts=False)
         check_prompts(policy, read, sampling, remedy=SHORTER)
 
-    def of(self, policy: Policy, rows: Rollout, sampling: Sampling) -> list[list[int]]:
+    def of(self, policy: Policy, rows: Rewarded, sampling: Sampling) -> list[list[int]]:
         """Return the ids of what the teacher reads before each of N completions, which have their rewards.
 
         Args:
@@ -106,11 +104,11 @@ class TeacherPrompts:
         return encode(policy, data, whole, [self.name] * len(data), remedy=SHORTER)
 
     def _called(
-        self, policy: Policy, rows: Rollout, size: int, prompts: Sequence[Prompt]
+        self, policy: Policy, rows: Rewarded, size: int, prompts: Sequence[Prompt]
     ) -> list[Prompt]:
         """Return what the user's function gives in place of each row's prompt."""
         texts = texts_of(policy, rows)
-        rewards = rows.rewards.masked_fill(~rows.valid, math.nan).tolist()
+        rewards = rows.reward_list()
         contents = []
         with user_code():
             for i, prompt in enumerate(prompts):

@@ -1,4 +1,7 @@
-"""Computes the metrics of a training step, and the table of its completions.
+"""Holds what the policy learns from in a step, and computes the metrics of the step from it.
+
+One process adds to its rewarded rows what the estimator compares them with. The rows of all processes are gathered
+then, because advantages, weights and metrics are of the whole step.
 
 The metrics of sampling say how far the sampler's log-probabilities are from the trainer's, at the first update
 of a step. A generator with weights or arithmetic of its own (another engine, another precision) samples from
@@ -7,42 +10,136 @@ a policy that is not quite the one that is trained, and so does one that leaves 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
-from tokenrl.language.policy.stops import decoded
-from tokenrl.language.rollout.rewarded import (
-    completion_kl,
-    prompt_text,
-    prompts_of,
-    texts_of,
-)
-from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
-from tokenrl.runs.processes import all_reduce_sum, gather_objects
+from tokenrl.errors import Stopped
+from tokenrl.language.rollout.rewarded import Rewarded, completion_kl, failures_of, prompt_text
+from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, Rollout, lengths, to_host
+from tokenrl.runs.files import canonical
+from tokenrl.runs.processes import all_reduce_sum, gather_objects, gather_rows
 
 if TYPE_CHECKING:
-    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
 
-def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
-    values: dict[str, list[float]] = {}
-    for means, count in gather_objects(list(logged)):
-        for name, value in means.items():
-            values.setdefault(name, []).extend(repeat(value, count))
-    return {name: mean(rows) for name, rows in values.items()}
+@dataclass(frozen=True, kw_only=True)
+class Experience(Rollout):
+    """What the policy learns from: rewarded rows without their texts, as the estimator compares them.
+
+    The rows of the whole step, which every process holds, have no columns with three dimensions and no
+    `teacher_prompts`; these stay with the process that sampled the rows.
+
+    Attributes:
+        rewards, by_function, valid, replayed, dense_rewards, greedy_rewards: those of `Rewarded`.
+        ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
+            Its logits [N, T, V], if no head can be taken apart. None where they are computed again in each pass.
+        values: the critic's value of the state before each action [N, T]; None without a critic.
+        keys: a number for each row that its prompt and the other columns of its data determine [N]; None
+            without a memory of prompts.
+        old_logprobs: log-probabilities under the policy that sampled, as the scoring pass computes them [N, T].
+            None without a ratio, and where a step has a single update, in which the ratio is 1 by definition.
+        teacher_prompts: ids of the prompt that the teacher reads in place of each row's, N lists of any lengths;
+            None where it reads the same.
+    """
+
+    rewards: Tensor
+    by_function: Tensor
+    valid: Tensor
+    replayed: Tensor
+    dense_rewards: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    ref_states: Tensor | None = None
+    values: Tensor | None = None
+    keys: Tensor = ABSENT
+    old_logprobs: Tensor | None = None
+    teacher_prompts: Sequence[list[int]] | None = None
+
+    @property
+    def rewarded(self) -> Tensor:
+        """True on completions of this step that have a reward [N]."""
+        return self.valid & ~self.replayed
 
 
-def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
+def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experience:
+    """Return what is learnt from rewarded rows: their tensors, and what the estimator compares them with.
+
+    Args:
+        learner: holds the reference, the teacher and the critic.
+        rows: this process's n rows.
+        sampling: how they were sampled.
+    """
+    estimator = learner.estimator
+    numbers = dict[str, Tensor]()
+    columns: dict[str, Any] = rows.tensors()
+    prompts = None
+    if learner.teacher_prompts is not None:
+        prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
+    if estimator.beta:
+        keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
+        scores = learner.ref_scores(rows, prompts, states=keeps)
+        numbers["ref_logprobs"] = scores.logprobs
+        columns["ref_states"] = scores.states
+    if learner.critic is not None:
+        numbers["values"] = learner.critic.values(rows.hidden).detach()
+    if estimator.needs_memory or learner.replay is not None:
+        columns["keys"] = data_keys(rows.data)
+    columns |= {name: x.to(rows.logprobs) for name, x in numbers.items()}
+    several = learner.args.num_iterations * learner.args.num_minibatches > 1
+    # The generator's numbers may differ by rounding, and the ratio of the first update must be exactly 1.
+    if "old_logprobs" in estimator.needs and several:
+        forward = learner.forward
+        scores = learner.scores(rows, forward.model, forward.way, learner.sampling)
+        columns["old_logprobs"] = scores.logprobs
+    return Experience(**columns, teacher_prompts=prompts)
+
+
+def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
+    digests = [hashlib.sha256(canonical(row).encode()).digest() for row in data]
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
+
+
+def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Experience:
+    """Gather the rows of all processes, in the order of the prompts, with the log-probabilities in one precision.
+
+    An engine may have another one, and so may a process that sampled no token at all.
+
+    Args:
+        accelerator: accelerate's handle of device and processes.
+        rows: this process's n rows.
+        failures: what failed in their episodes; empty without an environment.
+
+    Raises:
+        Stopped: no row of the step has a reward.
+    """
+    rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
+    if accelerator.num_processes > 1:
+        own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
+        gathered = gather_rows(accelerator, own, OF_PROMPTS)
+        host = zip(gathered, to_host(gathered.values()), strict=True)
+        columns: dict[str, Any] = {name: x.to(own[name].dtype) for name, x in host}
+        rows = Experience(**columns)
+    if not rows.valid.any():
+        failed = failures_of(failures)
+        raise Stopped(
+            f"Reward functions abstained from every completion of this step. {failed}".strip()
+        )
+    return rows
+
+
+def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dict[str, float]:
     """Compute the metrics of the step's rows, under TRL's names.
 
     `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
@@ -57,7 +154,7 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
         names: names of the F reward functions; without any, the metrics of rewards are left out.
         group_size: new completions per prompt.
     """
-    if rows.replayed is not None:
+    if rows.replayed.any():
         rows = rows.take((~rows.replayed).nonzero().flatten())
     rewards = rows.rewards
     valid = rows.valid
@@ -103,69 +200,8 @@ def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[s
     return {name: float(value) for name, value in metrics.items()}
 
 
-def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return this process's completions with their rewards and advantages, as rows of a table.
-
-    A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
-    itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
-    without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
-    its own, the row holds that of the first token.
-    """
-    advantages = rows.advantages
-    if advantages.ndim == 2:
-        advantages = advantages[:, 0]
-    rewards = rows.rewards.tolist()
-    columns: dict[str, Any] = {
-        **_columns(rows.data),
-        "prompt": prompts_of(policy, rows),
-        "completion": texts_of(policy, rows),
-        "reward": [
-            x if rewarded and names else None
-            for x, rewarded in zip(rewards, rows.valid, strict=True)
-        ],
-    }
-    for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
-        columns[f"rewards/{name}"] = values
-    columns |= _columns(rows.logs)
-    if rows.teacher_prompts is not None:
-        tokenizer = policy.tokenizer
-        columns["teacher_prompt"] = decoded(
-            tokenizer, rows.teacher_prompts, skip_special_tokens=False
-        )
-    if rows.replayed is not None:
-        columns["replayed"] = rows.replayed.tolist()
-    columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
-    if rows.messages is not None:
-        columns |= {"ending": rows.endings, "messages": rows.messages}
-        columns["failure"] = [failure or None for failure in rows.failures]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return a list for each name that a row has, with None for the rows that lack it."""
-    names = {name: None for row in rows for name in row}
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-class Scored(NamedTuple):
-    """The n rows of a micro-batch, with log-probabilities under both policies [n, T]."""
-
-    mask: Tensor
-    """True on actions of this step, on the CPU [n, T]."""
-    sampling_logprobs: Tensor
-    """Those of the sampler, on the CPU."""
-    logprobs: Tensor
-    """Those of the policy that is trained, on its device."""
-
-    @classmethod
-    def of(cls, rows: Rollout, logprobs: Tensor) -> Scored:
-        """Return rows with their log-probabilities under the policy that is trained; replayed ones count nowhere."""
-        mask = rows.mask if rows.replayed is None else rows.mask & ~rows.replayed[:, None]
-        return cls(mask, rows.sampling_logprobs, logprobs.detach())
-
-
-def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
-    """Return the metrics of the rows of all processes; every process has to call this.
+def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return how far the sampler is from the policy, over the rows of all processes, each of which has to call this.
 
     A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
     the trainer's probability and mu the sampler's. With w the gradient would be
@@ -173,7 +209,9 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        parts: the micro-batches of this process.
+        rows: the rows of this process; replayed ones count nowhere.
+        parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
+            is trained [n, T], on its device.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
@@ -181,24 +219,28 @@ def mismatch_metrics(parts: Sequence[Scored]) -> dict[str, float]:
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
         those of the rows that the first update learns from; none if there are no such rows.
     """
-    host = to_host(part.logprobs for part in parts)
+    host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
-    for part, logprobs in zip(parts, host, strict=True):
-        gaps = torch.where(part.mask, logprobs - part.sampling_logprobs, 0).double()  # log pi / mu
+    actions = rows.mask & ~rows.replayed[:, None]
+    for (index, _), logprobs in zip(parts, host, strict=True):
+        width = logprobs.shape[1]
+        mask = actions[index, :width]
+        gaps = logprobs - rows.sampling_logprobs[index, :width]  # log pi / mu
+        gaps = torch.where(mask, gaps, 0).double()
         sizes = gaps.abs()
-        numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), part.mask.sum(1))
+        numbers = (gaps.sum(1), sizes.sum(1), sizes.amax(1), mask.sum(1))
         local += torch.stack(numbers, dim=1).tolist()
-    rows = gather_objects(local)
-    if not rows:
+    everywhere = gather_objects(local)
+    if not everywhere:
         return {}
-    ratios, sums, largest, tokens = torch.tensor(rows, dtype=torch.float64).T
+    ratios, sums, largest, tokens = torch.tensor(everywhere, dtype=torch.float64).T
     log_total = ratios.logsumexp(0)
     effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
     return {
         "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
         "sampling/logp_difference/max": float(largest.max()),
-        "sampling/effective_sample_size": effective / len(rows),
-        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(rows))).exp())),
+        "sampling/effective_sample_size": effective / len(everywhere),
+        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
     }
 
 
