@@ -389,15 +389,6 @@ def test_a_failure_during_the_run_is_exit_code_1(model, capsys):
     assert "Traceback" not in errors
 
 
-def test_no_baseline_for_long_completions_needs_a_flag(refusal):
-    long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
-    for extra, words in (
-        ([], "subtracts no baseline"),
-        (["--allow-no-baseline"], "leaves no room"),
-    ):
-        assert words in refusal(*long, *extra, "--quiet")
-
-
 def test_the_bare_command(capsys):
     for argv, code, words in (([], 2, "train"), (["--help"], 0, "train"), (["--version"], 0, ".")):
         assert main(argv) == code

@@ -37,18 +37,6 @@ def test_a_plan_can_be_run(path, monkeypatch):
     assert path.read_text().startswith("# Question ")
 
 
-def test_positives_and_negatives_are_weighted():
-    recipe, ones = runpy.run_path(str(STUDY / "own.py")), torch.ones(4, dtype=torch.bool)
-    totals = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    advantages = {
-        name: (totals - recipe[name](totals, group_size=4, mask=ones[:, None], valid=ones)).tolist()
-        for name in ("positives_quarter", "negatives_none")
-    }
-    third = -1 / 3
-    assert advantages["positives_quarter"] == pytest.approx([0.25, third, third, third])
-    assert advantages["negatives_none"] == [1, 0, 0, 0]
-
-
 def direction(arm, rewards, mask, size):
     """What the score of each token is multiplied by, as a vector of length 1."""
     estimator = Estimator.preset(arm)
@@ -87,16 +75,6 @@ def test_verdicts_and_pairs_of_the_second_edition(monkeypatch):
     pairs = recipe["pairs_needed"](spread)
     halves = [stats.t.ppf(1 - 0.05 / 12, n - 1) * spread.std() / n**0.5 for n in (pairs - 1, pairs)]
     assert halves[0] > 0.25 >= halves[1]
-
-
-def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():
-    recipe = runpy.run_path(str(STUDY / "own.py"))
-    like, unlike = (
-        {row["prompt"] for row in recipe[name]().train_prompts} for name in ("like", "unlike")
-    )
-    assert len(like) == len(unlike) == 1024 and not like & unlike
-    rewards = [recipe[name]().reward(["21>"] * 2, ["12", "21"]) for name in ("shifted", "lowered")]
-    assert rewards == [[2, 1], [0.5, -0.5]]
 
 
 @pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])

