@@ -24,7 +24,7 @@ from tokenrl.language.rollout.rollout import Rollout, pad_right, to_device, to_h
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rollout.token_steps import TokenSteps
+    from tokenrl.language.rollout.batch import TokenSteps
 
 
 @dataclass(frozen=True)
