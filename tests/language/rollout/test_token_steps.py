@@ -13,15 +13,14 @@ from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout import decoding, forward, token_steps
+from tokenrl.language.rollout import batch, decoding, forward
 from tokenrl.language.rollout.agreement import check_token_steps, checked_generator
-from tokenrl.language.rollout.batch import Batch
+from tokenrl.language.rollout.batch import Batch, TokenSteps
 from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.reading import Kept
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Way
-from tokenrl.language.rollout.token_steps import TokenSteps
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 LENGTH, SIZE = 18, 3
@@ -129,7 +128,7 @@ def test_a_bucket_serves_all_batches_of_its_size_and_reads_new_weights():
         for p in policy.model.parameters():
             p.mul_(1.5)  # in place, as an optimiser does
     assert_same(generated(policy, (1, 2), steps=steps), generated(policy, (1, 2)))
-    largest = token_steps._rounded(2 * SIZE)
+    largest = batch._rounded(2 * SIZE)
     assert buckets <= len(steps) <= 4 and largest == 8
     vector_to_parameters(vector, policy.model.parameters())  # at other addresses
     assert_same(generated(policy, (0, 1), steps=steps), generated(policy, (0, 1)))
@@ -157,7 +156,7 @@ def sizes_of(steps):
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 4), (32, 32), (33, 64), (65, 96)])
 def test_rows_of_a_bucket(rows, size):
-    assert token_steps._rounded(rows) == size
+    assert batch._rounded(rows) == size
 
 
 def tried(policy, way=USUAL, **options):

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.rollout.agreement import check_token_steps
+from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.scoring import Way, score
-from tokenrl.language.rollout.token_steps import TokenSteps
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import UNCHANGED, Way, score
-from tokenrl.language.rollout.token_steps import TokenSteps
 from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}

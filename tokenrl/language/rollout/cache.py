@@ -6,12 +6,11 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.rollout import to_device
@@ -116,6 +115,16 @@ class Cache:
         lengths = [x.shape[2] for layer in self.held.layers for x in _tokens(layer)]
         return max(lengths, default=0)
 
+    def rows(self, numbers: Sequence[int], start: int, end: int) -> Cache:
+        """Return a copy of some rows: of their states, and of the columns from `start` to `end`."""
+        index = to_device(torch.tensor(numbers), self._tensors[0].device)
+        layers = []
+        for layer in self.held.layers:
+            tokens = [x[:, :, start:end].index_select(0, index) for x in _tokens(layer)]
+            states = {name: x[index] for name, x in _states(layer).items()}
+            layers.append(_with(layer, tokens, states, end - start))
+        return self._of_layers(layers)
+
     @classmethod
     def joined(cls, rows: Sequence[tuple[Cache, int, int]], width: int, room: int) -> Cache:
         """Put copies of rows of caches one below the other, aligned on the right, at once for each layer.
@@ -129,24 +138,33 @@ class Cache:
             room: tokens for which memory is set aside.
         """
         parts = {id(cache): cache for cache, _, _ in rows}
-        sizes = [0, *(part.size for part in parts.values())]
-        before = dict(zip(parts, accumulate(sizes), strict=False))
-        table = [(before[id(part)] + row, end) for part, row, end in rows]
+        before: dict[int, tuple[int, int, int]] = {}
+        count = tokens_of_head = 0
+        for key, part in parts.items():
+            columns = part.columns
+            before[key] = count, tokens_of_head, columns
+            count += part.size
+            tokens_of_head += part.size * columns
+        table = []
+        for part, row, end in rows:
+            count, tokens_of_head, columns = before[id(part)]
+            table.append((count + row, tokens_of_head + row * columns, columns, end))
         device = rows[0][0]._tensors[0].device
-        index, end = to_device(torch.tensor(table), device).T
-        most = max(part.columns for part in parts.values())
-        column = end[:, None] + torch.arange(-width, room, device=device)  # [n, width + room]
-        column = column.clamp(min=0, max=max(0, most - 1))[:, None]
+        index, first, length, end = to_device(torch.tensor(table), device).T[:, :, None]
+        column = (end + torch.arange(-width, room, device=device)).clamp(min=0)
+        column = torch.minimum(column, length - 1)[:, None]  # [n, 1, width + room]
         layers = []
         for of_parts in zip(*(part.held.layers for part in parts.values()), strict=True):
             tokens = []
             for xs in zip(*map(_tokens, of_parts), strict=True):
-                head = torch.arange(xs[0].shape[1], device=device)[:, None]
-                tokens.append(_stacked(xs, most)[index[:, None, None], head, column])
+                heads, _, size = xs[0].shape[1:]
+                start = first * heads + torch.arange(heads, device=device) * length  # [n, heads]
+                whole = torch.cat([x.reshape(-1, size) for x in xs])
+                tokens.append(embedding(start[:, :, None] + column, whole))
             states = {}
             for name in _states(of_parts[0]):
                 of_name = [_states(layer)[name] for layer in of_parts]
-                states[name] = torch.cat(of_name)[index]
+                states[name] = torch.cat(of_name)[index[:, 0]]
             layers.append(_with(of_parts[0], tokens, states, width))
         return rows[0][0]._of_layers(layers)
 
@@ -240,7 +258,7 @@ class Memory(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows `beam_idx` the new batch."""
         room = self.whole[0].shape[2] - self.length
-        rows = [self.keys[beam_idx], self.values[beam_idx]]
+        rows = [x.index_select(0, beam_idx) for x in (self.keys, self.values)]
         self.whole = [_with_room(x, room) for x in rows]
 
 
@@ -274,13 +292,6 @@ def _states(layer: Any) -> dict[tuple[str, Any], Tensor]:
             if isinstance(x, Tensor) and x.ndim > 1 and name not in ("keys", "values"):
                 states[name, key] = x
     return states
-
-
-def _stacked(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """Return keys or values of several parts, one below the other, each with so many columns."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([pad(x, (0, 0, 0, columns - x.shape[2])) for x in parts])
 
 
 def _with(

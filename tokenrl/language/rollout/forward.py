@@ -24,10 +24,10 @@ from tokenrl.language.policy.copies import sharing_copy
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import check_model, check_token_steps
+from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
 from tokenrl.language.rollout.scoring import USUAL, Way
-from tokenrl.language.rollout.token_steps import TokenSteps
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most

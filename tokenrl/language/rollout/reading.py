@@ -78,9 +78,9 @@ class Kept:
         if not ended or not cache.keeps(width + t + 1):
             return
         longest = max(prompt for _, _, prompt, _ in ended)
-        copies = Cache.joined([(cache, row, width + t) for row, *_ in ended], longest + t, 0)
-        before = {id(prefix.cache): prefix.cache.nbytes for prefix in self.rows.values()}
-        if copies.nbytes + sum(before.values()) > self.limit:
+        copies = cache.rows([row for row, *_ in ended], width - longest, width + t)
+        caches = {id(prefix.cache): prefix.cache for prefix in self.rows.values()}
+        if copies.nbytes + sum(cache.nbytes for cache in caches.values()) > self.limit:
             return
         for row, (_, number, prompt, count) in enumerate(ended):
             self.rows[number] = Prefix(prompt + min(t, count), copies, row, longest - prompt)
@@ -170,7 +170,7 @@ def read(
     if len(parts) == 1:
         return parts[0]
     back = torch.tensor(order).argsort()
-    cache = Cache.joined([rows[i] for i in back], longest, sampling.max_completion_length)
+    cache = Cache.joined([rows[i] for i in back.tolist()], longest, sampling.max_completion_length)
     logits, hidden = zip(*(part.last for part in parts), strict=True)
     whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
     mask, position = _masked(policy, pad_left(prompts, policy.pad_id)[1])

@@ -24,8 +24,8 @@ from tokenrl.language.rollout.rollout import Rollout, Table, pad_right, to_devic
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rollout.batch import TokenSteps
     from tokenrl.language.rollout.sampling import Sampling
-    from tokenrl.language.rollout.token_steps import TokenSteps
 
 
 @dataclass(frozen=True)
