@@ -1,10 +1,9 @@
 """Makes the rewarded rows of a training step, and what the loss takes of them in updates and micro-batches.
 
-One process samples its completions and rewards them. `refill`
-replaces groups whose rewards are all equal by groups of new prompts. Advantages and weights are computed from
-the whole step, identically on every process, and then sliced; the completions of a prompt stay on one process.
-Processes may make different numbers of passes, of different widths, because their gradients are summed only
-after the last pass of an update.
+One process samples its completions and rewards them. `refill` replaces groups whose rewards are all equal by
+groups of new prompts. Advantages and weights are computed from the whole step, identically on every process, and
+then sliced; the completions of a prompt stay on one process. Processes may make different numbers of passes, of
+different widths, because their gradients are summed only after the last pass of an update.
 """
 
 from __future__ import annotations
