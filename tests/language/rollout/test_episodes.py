@@ -327,8 +327,9 @@ def test_an_empty_observation_without_a_bos_ends_its_episode_alone():
     for is_begun, failure, ending in zip(begun, rollout.failures, rollout.endings, strict=True):
         words = "An observation of Odd: A prompt is empty, and the tokenizer has no BOS"
         assert failure.startswith(words) != is_begun and (ending == "error") != is_begun
-    silent = Rewards([], environments=Environments(some))
-    scored = reward_rows(policy, silent, rollout, [{"prompt": ""}] * 6)
+    scored = reward_rows(
+        policy, Rewards([], environments=Environments(some)), rollout, [{"prompt": ""}] * 6
+    )
     assert scored.valid.tolist() == begun
     assert scored.logged[0][0]["episodes/error"] == pytest.approx(1 - sum(begun) / 6)
     assert {*played(policy, Environments(always), [""] * 2).endings} == {"error"}

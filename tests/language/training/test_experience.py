@@ -29,6 +29,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import averaged, completion_rows
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.training.experience import experience
 from tokenrl.language.training.learner import Critic
 from tokenrl.language.training.rows import collect_rows, refill, rows_of_step
 from tokenrl.language.training.step import training_step
@@ -141,6 +142,31 @@ def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     greedy = vowel_reward(None, remaining)
     assert result.tolist() == pytest.approx([reward for reward in greedy for _ in range(4)])
     assert greedy != greedy[::-1]
+
+
+OF_ALL = (
+    "prompt_ids prompt_mask prompt_index completion_ids mask sampling_logprobs truncated logprobs entropy "
+    "rewards by_function valid replayed"
+)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "more"),
+    [
+        ("rloo", ""),
+        ("reinforce_running_mean", "keys"),
+        ("remax", "greedy_rewards"),
+        (Estimator.preset("ppo", beta=0.1), "hidden values ref_logprobs old_logprobs"),
+    ],
+)
+def test_what_is_learnt_from_is_complete_when_it_is_made(estimator, more):
+    """A column is missing only where the estimator has no use for it, and texts stay with what was rewarded."""
+    updates = 2 if "old_logprobs" in more else 1
+    learner, rewards, prompts, sampling = start(estimator, vowel_reward, num_iterations=updates)
+    rewarded = rows_of_step(learner, rewards, sampling, Spare(prompts))
+    rows = experience(learner, rewarded, sampling)
+    assert rows.columns().keys() == {*OF_ALL.split(), *more.split()}
+    assert rewarded.columns().keys() - rows.columns().keys() == {"data", "logs"}
 
 
 def test_the_values_are_read_before_they_are_taught():

@@ -166,8 +166,8 @@ def test_a_teacher_of_episodes_reads_in_place_of_prompt_and_first_observation():
     learner = make_learner(policy, IN_REWARD, ROWS, **options)
     rewards = Rewards([], environments=Environments(Guess, timeout=0.3, share_seed=False))
     batch = scored_rows(learner, rewards)
-    sampling = replace(learner.sampling, step=1)
-    played = collect_rows(learner, rewards, [*enumerate(ROWS)], sampling)
+    numbered = [*enumerate(ROWS)]
+    played = collect_rows(learner, rewards, numbered, replace(learner.sampling, step=1))
     assert any(turns > 1 for turns in (batch.turns.amax(dim=1) + 1).tolist())
     openings = [opening for opening, _ in played.openings]
     assert len({*openings}) > 4

@@ -60,7 +60,7 @@ def test_replayed_rows_count_with_the_weights_of_the_policy_that_drew_them(impor
     one_step(learner, step=2)
     update = gradient(learner.policy.model)
     first, rows = steps
-    old = first.rewards[~first.replayed & first.valid].tolist()
+    old = first.rewards[first.valid].tolist()
     assert rows.replayed.view(-1, 5).tolist() == [[False] * 3 + [True] * 2] * 4
     drawn = rows.completion_ids[rows.replayed].view(4, 2, -1)
     assert (drawn[:, 0] != drawn[:, 1]).any(dim=1).all()

@@ -183,11 +183,11 @@ def disturb(monkeypatch, where):
         )
 
     def sampled(*args):
-        rows = sample(*args)
+        rows = sample_rows(*args)
         return replace(rows, **{name: other(getattr(rows, name), rows.mask) for name in COLUMNS})
 
-    sample = collect.sample
-    monkeypatch.setattr(collect, "sample", sampled)
+    sample_rows = collect.sample_rows
+    monkeypatch.setattr(collect, "sample_rows", sampled)
     for name in ("score_in_parts", "score"):
         monkeypatch.setattr(learner, name, scored(getattr(learner, name)))
     return changed

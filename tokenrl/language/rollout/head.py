@@ -101,7 +101,7 @@ class Chunks(NamedTuple):
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
         reference: what the head of the reference is given for each token [M, H], and that head, for the KL
-            (`Rollout.ref_states`); None if no KL is needed.
+            (`states` of its `Scores`); None if no KL is needed.
         listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K];
             None if none are.
     """

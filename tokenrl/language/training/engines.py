@@ -264,18 +264,11 @@ def checked(
 
     Raises:
         WrongRollout: it is not what was asked for.
-        Refused: it has no distribution of tokens, which the sampling keeps.
     """
     if not isinstance(answer, Rollout):
         raise WrongRollout(f"it is {shown(answer)}, not a Rollout")
     ids, present = pad_left(prompt_ids, policy.pad_id)
     index = torch.arange(len(ids)).repeat_interleave(sampling.group_size)
-    if sampling.keep_distribution and answer.sampling_distribution is None:
-        raise Refused(
-            "importance_centre needs the sampler's probability of every token, and this generator returns "
-            "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, with "
-            "top_ids if it is that of the most probable tokens only."
-        )
     vocabulary: int = shape_of(policy).vocab_size
     listed = vocabulary if answer.top_ids is None else sampling.keep_top or vocabulary
     sizes = {"N": len(index), "P": ids.shape[1], "K": min(listed, vocabulary)}

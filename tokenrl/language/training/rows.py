@@ -1,10 +1,9 @@
 """Makes the rewarded rows of a training step, and what the loss takes of them in updates and micro-batches.
 
-One process samples its completions and rewards them. `refill`
-replaces groups whose rewards are all equal by groups of new prompts. Advantages and weights are computed from
-the whole step, identically on every process, and then sliced; the completions of a prompt stay on one process.
-Processes may make different numbers of passes, of different widths, because their gradients are summed only
-after the last pass of an update.
+One process samples its completions and rewards them. `refill` replaces groups whose rewards are all equal by
+groups of new prompts. Advantages and weights are computed from the whole step, identically on every process, and
+then sliced; the completions of a prompt stay on one process. Processes may make different numbers of passes, of
+different widths, because their gradients are summed only after the last pass of an update.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
+from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
@@ -50,6 +50,12 @@ def collect_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
     if not greedy:
+        if sampling.keep_distribution and rollout.sampling_distribution is None:
+            raise Refused(
+                "importance_centre needs the sampler's probability of every token, and this generator returns "
+                "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, "
+                "with top_ids if it is that of the most probable tokens only."
+            )
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
     return reward_rows(policy, rewards, rollout, [row for _, row in prompts])
