@@ -167,25 +167,18 @@ def papers_page() -> str:
     judged = {question: verdicts(question) for question in QUESTIONS}
     rows = []
     for line in re.findall(r"^\w+ \|.*$", text, re.MULTILINE):
-        name, *texts = map(str.strip, line.split("|"))
-        if name in PRESETS:
-            estimator = Estimator.preset(name)
-            paper = PRESETS[name].paper
-            # The presets of distillation are compared on problems without a reward.
-            numbers = measured.get(name, "[of its own](../explain/distillation.md)")
-        else:
-            estimator = Estimator(**{name: True})
-            paper = texts.pop(0)
-            numbers = "[of its own](../explain/off_policy.md)"
-        claim, difference, *notes = texts
+        name, claim, difference, *notes = map(str.strip, line.split("|"))
         said = [
             f"[{kind}](../../study/questions/{question}.md): {judged[question][name]}"
             for question, kind in QUESTIONS.items()
             if name in judged[question]
         ]
-        numbers = numbers.replace(" | ", ", ")
-        said = "; ".join(said + notes)
-        cells = (paper, claim, difference, estimator.bias_status, numbers, said)
+        bias = Estimator.preset(name).bias_status
+        # The presets of distillation are compared on problems without a reward.
+        numbers = measured.get(name, "[of its own](../explain/distillation.md)").replace(
+            " | ", ", "
+        )
+        cells = (PRESETS[name].paper, claim, difference, bias, numbers, "; ".join(said + notes))
         rows.append(
             (
                 f"`{name}`",
@@ -193,7 +186,7 @@ def papers_page() -> str:
             )
         )
     head = (
-        "preset or axis",
+        "preset",
         "paper",
         "claim",
         "what differs here",
@@ -202,11 +195,16 @@ def papers_page() -> str:
         "what this project's tables say",
     )
     about = (
-        "The presets by paper; the command is `tokenrl train --estimator PRESET`. An axis that no preset sets comes "
-        "last: `tokenrl train --estimator.AXIS`. `expected gradient`, `cosine` and "
+        "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
         "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see "
         "[estimators](../explain/estimators.md). Defaults of toolkits are on "
-        "[a page of their own](../explain/defaults.md)."
+        "[a page of their own](../explain/defaults.md).\n\n"
+        "No preset sets the axis `importance_centre` (`--estimator.importance-centre True`). It is the score centring "
+        "of Marek & Ryabinin 2026, Score centering stabilizes off-policy reinforcement learning, "
+        "[arXiv 2609.20807](https://arxiv.org/abs/2609.20807). A bias between the engines of sampling and of training "
+        "accumulates over the steps, and a term in the loss cancels it, alone or with importance weights. "
+        "[The proof](../explain/off_policy.md) shows that without weights the gradient is that of the sampler's own "
+        "expected reward, up to a factor."
     )
     tables = (
         "The last column counts verdicts of [the study](../../study/README.md), on tiny models and toy tasks. They "
