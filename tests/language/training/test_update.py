@@ -270,10 +270,10 @@ def spied(monkeypatch, name):
     "bound", [{"epsilon": 1e-4}, {"ratio": "trust", "trust_bound": 1e-5}], ids=str
 )
 def test_the_ratio_starts_at_one_and_then_moves(monkeypatch, bound):
-    old, updates = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "update_metrics")
+    rows, updates = spied(monkeypatch, "experience"), spied(monkeypatch, "update_metrics")
     estimator = Estimator.preset("dr_grpo", **bound)
     first, _, _ = stepped(estimator)
-    assert old == [None] and updates[0]["clip_ratio"] == 0
+    assert rows[0].old_logprobs is None and updates[0]["clip_ratio"] == 0
     updates.clear()
     stepped(estimator, num_iterations=3, learning_rate=0.003)
     clipped = [metrics["clip_ratio"] for metrics in updates]
@@ -282,11 +282,11 @@ def test_the_ratio_starts_at_one_and_then_moves(monkeypatch, bound):
 
 
 def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
-    old, rows = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "gather")
+    rows = spied(monkeypatch, "experience")
     stepped(ESTIMATORS["grpo"], num_iterations=2, micro_batch_size=5, temperature=0.7)
-    assert len(old) == 1  # once a step, before its updates
-    mask = rows[0].mask
-    torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
+    assert len(rows) == 1  # once a step, before its updates
+    old, mask = rows[0].old_logprobs, rows[0].mask
+    torch.testing.assert_close(old[mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
 
 
 def test_reward_functions_apart_are_weighted_after_their_scale():
