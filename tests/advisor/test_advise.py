@@ -10,7 +10,7 @@ import pytest
 from command_line import completes
 
 from tokenrl.advisor.advice import command_line
-from tokenrl.advisor.environment import choose_way
+from tokenrl.advisor.environment import choose_approach
 from tokenrl.cli import COMMANDS
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
@@ -53,7 +53,7 @@ def advised(capsys, *argv) -> tuple[str, dict]:
     ],
 )
 def test_the_approach_follows_from_horizon_speed_and_actions(spec, baseline, approach):
-    assert choose_way(spec, baseline) == approach
+    assert choose_approach(spec, baseline) == approach
 
 
 def test_an_environment_is_measured_and_the_files_can_be_run(capsys, refusal):

@@ -184,9 +184,9 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
 
 
 def scored(learner, **how):
-    """The same learner, which scores in another way: see the fields of `Way`."""
-    way = dataclasses.replace(learner.forward.way, **how)
-    learner.forward = dataclasses.replace(learner.forward, way=way)
+    """The same learner, which scores in another regime: see the fields of `Regime`."""
+    regime = dataclasses.replace(learner.forward.regime, **how)
+    learner.forward = dataclasses.replace(learner.forward, regime=regime)
     return learner
 
 

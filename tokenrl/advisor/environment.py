@@ -20,7 +20,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.findings import Means, observe
 from tokenrl.runs.rules import judge, rounded
 
-WAYS = {
+APPROACHES = {
     "episodes": "the mean of the other episodes at the same step needs no critic",
     "critic_episodes": "a critic, as you asked, on whole episodes (a2c): its errors are no bias",
     "critic": "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step",
@@ -67,11 +67,11 @@ def advise_environment(args: AdviseArguments) -> Advice:
             there is no baseline although episodes may be longer than 500 steps.
     """
     spec = describe(args.env, args.max_episode_steps)
-    way = choose_way(spec, args.baseline)
-    reason = WAYS[way]
+    approach = choose_approach(spec, args.baseline)
+    reason = APPROACHES[approach]
     names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
     control = ControlArguments(
-        **agents("advised")[way] | {name: getattr(args, name) for name in names}
+        **agents("advised")[approach] | {name: getattr(args, name) for name in names}
     )
     if args.baseline not in (None, "value"):
         control = replace(control, estimator=replace(control.estimator, baseline=args.baseline))
@@ -99,8 +99,8 @@ def advise_environment(args: AdviseArguments) -> Advice:
     return Advice(spec.env, "control", line, measured, judge(observed), control, reasons)
 
 
-def choose_way(spec: Spec, baseline: str | None) -> str:
-    """Choose a key of `WAYS`: whole episodes with or without a critic, or pieces of episodes with one.
+def choose_approach(spec: Spec, baseline: str | None) -> str:
+    """Choose a key of `APPROACHES`: whole episodes with or without a critic, or pieces of episodes with one.
 
     A baseline that was given decides about the critic; the environment decides whether episodes stay whole.
     Beyond 500 steps pieces learn faster also where steps are cheap: on CartPole with 1000 steps, in the same

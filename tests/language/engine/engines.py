@@ -14,7 +14,7 @@ from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Way, score, with_missing_fields
+from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Regime, score, with_missing_fields
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.engines import start_engine
 
@@ -41,7 +41,7 @@ def wide_policy(
 def started(policy: Policy, rows_at_once: int | None = None, *, cache: float = 0.05):
     """An engine whose first completions agree with the trainer."""
     make = partial(VllmGenerator.start, cache=cache)
-    with contextlib.closing(start_engine(make, policy, Way(), rows_at_once)) as engine:
+    with contextlib.closing(start_engine(make, policy, Regime(), rows_at_once)) as engine:
         vocabulary = policy.model.config.get_text_config().vocab_size
         rows = sampled(engine, [[token % vocabulary for token in ids] for ids in IDS])
         sampling = Sampling(8, 4)

@@ -86,17 +86,17 @@ def test_a_policy_that_is_such_a_copy_already_is_refused():
         make_learner(policy, Estimator())
 
 
-@pytest.mark.parametrize("way", ["plain", "method", "in place", "wrapped"])
-def test_a_copy_follows_its_own_weights_alone(way, request):
+@pytest.mark.parametrize("regime", ["plain", "method", "in place", "wrapped"])
+def test_a_copy_follows_its_own_weights_alone(regime, request):
     """What torch or Python copies rightly is not refused; a wrapped model counts as the one inside."""
-    if way == "in place":
+    if regime == "in place":
         request.getfixturevalue("compiler")
     model = make_model()
-    if way == "method":
+    if regime == "method":
         model.forward = MethodType(type(model).forward, model)
-    if way == "in place":
+    if regime == "in place":
         model.compile(backend="eager")
-    given = torch.compile(model, backend="eager") if way == "wrapped" else model
+    given = torch.compile(model, backend="eager") if regime == "wrapped" else model
     policy = wrap(given, make_tokenizer())
     assert policy.model is model
     twin = copied(model)

@@ -20,12 +20,12 @@ from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import Regime
 
 
-def usual(way: Way) -> bool:
+def usual(regime: Regime) -> bool:
     """Whether nothing is done in a plainer way."""
-    return way.share_prompt and way.tokens_at_once and not way.remarks
+    return regime.share_prompt and regime.tokens_at_once and not regime.remarks
 
 
 def changed(policy, change):
@@ -114,16 +114,16 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
-    way = check_model(policy)
-    assert not way.share_prompt
-    assert "shared prompt gives a gradient that is off" in way.remarks["prompts"]
+    regime = check_model(policy)
+    assert not regime.share_prompt
+    assert "shared prompt gives a gradient that is off" in regime.remarks["prompts"]
 
 
 def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
     policy = changed(make_policy("gpt2"), overwritten)
     assert usual(check_model(policy, gradient=False))
-    way = check_model(policy)
-    assert not way.share_prompt and "modified by an" in way.remarks["prompts"]
+    regime = check_model(policy)
+    assert not regime.share_prompt and "modified by an" in regime.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
@@ -155,9 +155,11 @@ def test_with_an_adapter(family):
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
     policy = make_policy()
     enable_gradient_checkpointing(policy)
-    way = check_model(policy)
+    regime = check_model(policy)
     assert (
-        not way.share_prompt and not way.remarks and any(m.training for m in policy.model.modules())
+        not regime.share_prompt
+        and not regime.remarks
+        and any(m.training for m in policy.model.modules())
     )
 
 
@@ -199,10 +201,10 @@ def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the
     prompts, draws = [[5, 6, 7], [8]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     before = TransformersGenerator(policy).generate(prompts, Sampling(12, 3), draws)
     monkeypatch.setattr(*LIBRARY[release], raising=False)
-    way = check_model(policy)
+    regime = check_model(policy)
     plain = release not in ("the layer's type", "attributes of a layer")
-    assert way.plain_cache == plain == ("cache" in way.remarks)
-    after = TransformersGenerator(policy, way=way).generate(prompts, Sampling(12, 3), draws)
+    assert regime.plain_cache == plain == ("cache" in regime.remarks)
+    after = TransformersGenerator(policy, regime=regime).generate(prompts, Sampling(12, 3), draws)
     assert torch.equal(before.completion_ids, after.completion_ids)
     assert torch.allclose(before.logprobs, after.logprobs, atol=1e-5)
 
@@ -237,10 +239,10 @@ def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
         with refused("another process"):
             check_model(policy, accelerator=processes)
     else:
-        way = check_model(policy, accelerator=processes)
-        assert way.share_prompt == (worst != "prompts")
-        assert way.plain_cache == (worst == "cache")
-        assert {*way.remarks} == {worst} - {"nothing"}
+        regime = check_model(policy, accelerator=processes)
+        assert regime.share_prompt == (worst != "prompts")
+        assert regime.plain_cache == (worst == "cache")
+        assert {*regime.remarks} == {worst} - {"nothing"}
     assert sent == [[0, 0, 0, 0]]
     with refused("off by"):  # a process that refuses tells the others first
         check_model(changed(make_policy(), without("attention_mask")), accelerator=processes)

@@ -386,7 +386,7 @@ class Reads:
 
 def plainly(turns):
     """The same generator, of which each turn reads its whole history."""
-    return replace(turns, way=replace(turns.way, keeps_turns=False))
+    return replace(turns, regime=replace(turns.regime, keeps_turns=False))
 
 
 def assert_same(actual, expected):
@@ -404,7 +404,7 @@ FAMILIES = ["llama", "gpt2", "qwen3", "qwen3_5", "mistral", *sorted(LONG)]
 @pytest.mark.parametrize("family", quickly(FAMILIES, LONG))
 def test_episodes_are_those_of_reading_everything_again(family):
     turns = talking(family)
-    assert turns.way.keeps_turns
+    assert turns.regime.keeps_turns
     with Reads(turns) as fewer:
         rollout = talked(turns)
     with Reads(turns) as all_of_it:
@@ -449,14 +449,16 @@ def test_with_little_memory_the_episodes_are_the_same_and_more_is_read():
 def test_a_model_that_cannot_continue_its_cache_reads_everything_again():
     turns = talking("mamba")
     # it forgets its state where several tokens follow
-    assert "from turn to turn gives log-probabilities that are off by" in turns.way.remarks["turns"]
-    assert not turns.way.keeps_turns
+    assert (
+        "from turn to turn gives log-probabilities that are off by" in turns.regime.remarks["turns"]
+    )
+    assert not turns.regime.keeps_turns
     with Reads(turns) as reads:
         rollout = talked(turns)
     with Reads(turns) as plain:
         assert_same(talked(plainly(turns)), rollout)
     assert reads.count == plain.count
-    short = talking("mistral", sliding_window=3).way
+    short = talking("mistral", sliding_window=3).regime
     assert "its cache drops tokens, as with a sliding window" in short.remarks["turns"]
 
 
@@ -471,7 +473,7 @@ def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatc
 
     monkeypatch.setattr(Cache, "joined", shifted)
     turns = talking("llama")
-    assert not turns.way.keeps_turns
+    assert not turns.regime.keeps_turns
 
 
 def test_rows_with_the_same_history_are_read_once_and_end_alike():

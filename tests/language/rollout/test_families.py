@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way, score
+from tokenrl.language.rollout.scoring import Regime, score
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 REFUSED = {"recurrent_gemma"}
@@ -57,12 +57,14 @@ def slope(logprobs, model):
 def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone(family, length):
     policy = family_policy(family)
     before = torch.get_rng_state()
-    way = check_model(policy, hidden=True)
+    regime = check_model(policy, hidden=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
-    assert way.share_prompt == (family not in NOT_SHARED) == ("prompts" not in way.remarks)
-    assert NOT_SHARED.get(family, "") in way.remarks.get("prompts", "")
-    assert (way.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in way.remarks)
+    assert regime.share_prompt == (family not in NOT_SHARED) == ("prompts" not in regime.remarks)
+    assert NOT_SHARED.get(family, "") in regime.remarks.get("prompts", "")
+    assert (
+        (regime.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in regime.remarks)
+    )
 
     rollout = sampled(policy, length)
     # rows leave the batch one by one
@@ -70,8 +72,8 @@ def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone
     expected = alone(policy.model, rollout)
     assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
-    for share in {False, way.share_prompt}:
-        found = torch.where(rollout.mask, score(policy.model, rollout, Way(share)).logprobs, 0)
+    for share in {False, regime.share_prompt}:
+        found = torch.where(rollout.mask, score(policy.model, rollout, Regime(share)).logprobs, 0)
         assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 

@@ -20,7 +20,7 @@ from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Way, score, score_in_parts
+from tokenrl.language.rollout.scoring import Regime, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -43,11 +43,11 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if rollout.top_ids is not None:
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
-        scored = score_in_parts(policy.reference, rollout, Way(**how), states=True)
+        scored = score_in_parts(policy.reference, rollout, Regime(**how), states=True)
         is_whole = "tokens_at_once" not in how
         head = torch.nn.Identity() if is_whole else head_of(policy.reference)
         options["reference"] = scored.states, head
-    scores = score(policy.model, rollout, Way(**how), **options)
+    scores = score(policy.model, rollout, Regime(**how), **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy
     columns = [scores.logprobs, scores.entropy, scores.score_norms]
@@ -100,8 +100,8 @@ def test_a_frozen_head_gets_no_gradient():
 def test_an_adapted_head_is_left_to_the_forward_pass():
     policy = make_policy()
     add_lora(policy, r=2, target_modules=["lm_head"])
-    way = check_model(policy)
-    assert way.tokens_at_once is None and "no linear layer" in way.remarks["logits"]
+    regime = check_model(policy)
+    assert regime.tokens_at_once is None and "no linear layer" in regime.remarks["logits"]
 
 
 class _Largest(TorchDispatchMode):
@@ -125,7 +125,7 @@ def test_logits_of_all_tokens_never_exist(trained):
     vocabulary, tokens = 20_000, int(rollout.mask.sum())
     # gradients of weights are as large as these
     size = policy.model.get_input_embeddings().weight.numel()
-    at_once, how = 8, Way(tokens_at_once=8)
+    at_once, how = 8, Regime(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:
         if trained:

@@ -18,7 +18,7 @@ from tiny_models import (
 from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.scoring import Way, score
+from tokenrl.language.rollout.scoring import Regime, score
 
 
 def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, **how):
@@ -30,7 +30,7 @@ def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, **how):
 def objective(policy, rollout, share_prompt=True):
     """A weighted sum of logprobs and entropies over the mask, and its gradient."""
     policy.model.zero_grad()
-    scores = score(policy.model, rollout, Way(share_prompt), entropy=True)
+    scores = score(policy.model, rollout, Regime(share_prompt), entropy=True)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy
     value = torch.where(rollout.mask, total, 0).sum()
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_distribution_that_was_sampled_fro
     policy, how = make_policy("gpt2", dtype="float64"), how | {"temperature": 0.5}
     rollout = rollout_of(policy, prompts=PROMPTS[:1], generations=8, **how)
     scores = score(
-        policy.model, rollout, Way(tokens_at_once=at_once), distribution=Distribution(**how)
+        policy.model, rollout, Regime(tokens_at_once=at_once), distribution=Distribution(**how)
     )
     prompt = policy.encode(PROMPTS[0])
     total = torch.zeros(())
@@ -84,7 +84,7 @@ def test_a_token_that_was_chosen_keeps_its_probability_where_the_distribution_le
         scores = score(
             policy.model,
             rollout,
-            Way(tokens_at_once=at_once),
+            Regime(tokens_at_once=at_once),
             distribution=Distribution(top_k=1),
         )
         logprobs = scores.logprobs[rollout.mask]

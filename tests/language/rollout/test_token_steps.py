@@ -20,14 +20,14 @@ from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.reading import Kept
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL, Way
+from tokenrl.language.rollout.scoring import USUAL, Regime
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 LENGTH, SIZE = 18, 3
 DRAWS = torch.rand(9, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_top=4)
 NUMBERS = ("logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
-WAYS = ("plain", "turns", "fixed")
+REGIMES = ("plain", "turns", "fixed")
 
 
 def some_policy(family: str, **config):
@@ -44,20 +44,22 @@ def some_policy(family: str, **config):
     return replace(policy, eos_ids=tuple(range(0, 64, 16)), tokenizer=make_tokenizer())
 
 
-def generated(policy, prompts=(0, 1, 2), sampling=KEPT, *, way="plain", steps=None, greedy=False):
+def generated(
+    policy, prompts=(0, 1, 2), sampling=KEPT, *, regime="plain", steps=None, greedy=False
+):
     """Completions of the prompts of these numbers, each with its own draws."""
-    if way == "fixed":
+    if regime == "fixed":
         steps = TokenSteps()
-    engine = TransformersGenerator(policy, way=Way(token_steps=steps))
+    engine = TransformersGenerator(policy, regime=Regime(token_steps=steps))
     draws = torch.cat([DRAWS[SIZE * i : SIZE * (i + 1)] for i in prompts])
     draws = draws[:, : sampling.max_completion_length]
     draws = None if greedy else draws
-    if way == "turns":  # each row has a prompt of its own
+    if regime == "turns":  # each row has a prompt of its own
         rows = [PROMPTS[i] for i in prompts for _ in range(SIZE)]
         one_each = replace(sampling, num_generations=1)
         return replace(engine, kept=Kept(2**30)).turn(range(len(rows)), rows, one_each, draws)
     rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
-    assert way != "fixed" or len(steps)
+    assert regime != "fixed" or len(steps)
     return rollout
 
 
@@ -90,21 +92,21 @@ def test_fixed_memory_samples_the_tokens_of_the_plain_way(family, look_every):
     policy = some_policy(family)
     expected = generated(policy)
     assert len(set(expected.mask.sum(dim=1).tolist())) > 3  # rows leave, and buckets change
-    assert_same(generated(policy, way="fixed"), expected)
+    assert_same(generated(policy, regime="fixed"), expected)
     assert_same(
-        generated(policy, way="fixed", greedy=True, sampling=replace(KEPT, num_generations=0)),
+        generated(policy, regime="fixed", greedy=True, sampling=replace(KEPT, num_generations=0)),
         generated(policy, greedy=True, sampling=replace(KEPT, num_generations=0)),
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_company_order_or_padding_changes_a_row(way, look_every):
+@pytest.mark.parametrize("regime", REGIMES)
+def test_no_company_order_or_padding_changes_a_row(regime, look_every):
     policy = some_policy("llama")
     expected = generated(policy)
     for order in ((2, 0, 1), (1,), (2, 1)):
         rows = torch.cat([torch.arange(SIZE * i, SIZE * (i + 1)) for i in order])
-        assert_same(generated(policy, order, way=way), expected, rows)
-    shorter = generated(policy, sampling=replace(KEPT, max_completion_length=5), way=way)
+        assert_same(generated(policy, order, regime=regime), expected, rows)
+    shorter = generated(policy, sampling=replace(KEPT, max_completion_length=5), regime=regime)
     assert torch.equal(shorter.completion_ids, expected.completion_ids[:, :5])
 
 
@@ -115,7 +117,7 @@ def test_the_distribution_and_stop_strings_are_those_of_the_plain_way(distributi
     sampling = replace(KEPT, **distribution)
     expected = generated(policy, sampling=sampling)
     assert not torch.equal(expected.mask, generated(replace(policy, stops=None)).mask)
-    assert_same(generated(policy, sampling=sampling, way="fixed"), expected)
+    assert_same(generated(policy, sampling=sampling, regime="fixed"), expected)
 
 
 def test_a_bucket_serves_all_batches_of_its_size_and_reads_new_weights():
@@ -159,8 +161,8 @@ def test_rows_of_a_bucket(rows, size):
     assert batch._rounded(rows) == size
 
 
-def tried(policy, way=USUAL, **options):
-    return check_token_steps(policy, way, TokenSteps(), **options)
+def tried(policy, regime=USUAL, **options):
+    return check_token_steps(policy, regime, TokenSteps(), **options)
 
 
 def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
@@ -169,7 +171,7 @@ def test_a_model_for_which_it_is_wrong_goes_the_plain_way(monkeypatch):
     assert "too many values" in tried(some_policy("bloom"))  # a mask of its own kind
     for family in ("mistral", "qwen3_5", "mamba"):
         assert "does not keep all tokens" in tried(some_policy(family))
-    assert "only handed back" in tried(policy, Way(plain_cache=True))
+    assert "only handed back" in tried(policy, Regime(plain_cache=True))
 
     update = Memory.update
 
@@ -199,9 +201,9 @@ def test_episodes_keep_what_was_read_in_fixed_memory_too(look_every):
     policy = replace(make_policy(max_position_embeddings=256), eos_ids=ENDS)
     turns, steps = checked_generator(policy, Guess), TokenSteps()
     expected = played(policy, generator=turns)
-    fixed = replace(turns, way=replace(turns.way, token_steps=steps))
+    fixed = replace(turns, regime=replace(turns.regime, token_steps=steps))
     rollout = played(policy, generator=fixed)
-    assert turns.way.keeps_turns and len(steps) and rollout.turns.max() == 2
+    assert turns.regime.keeps_turns and len(steps) and rollout.turns.max() == 2
     assert torch.equal(rollout.completion_ids, expected.completion_ids)
     assert_close(rollout.logprobs, expected.logprobs, atol=3e-5, rtol=0)
 

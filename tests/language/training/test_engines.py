@@ -20,7 +20,7 @@ from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.rollout.generator import Abilities, TransformersGenerator
 from tokenrl.language.rollout.rollout import COLUMNS
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import USUAL, Way, with_missing_fields
+from tokenrl.language.rollout.scoring import USUAL, Regime, with_missing_fields
 from tokenrl.language.training.engines import start_engine
 from tokenrl.language.training.settings import check_shares
 
@@ -51,7 +51,7 @@ def sampled(spoil, *, kind=Spoilt, generations=GROUP, stops=(), **options):
     engine = start_engine(
         lambda policy, _: kind(policy, lambda r: seen.append(spoil(r)) or seen[0]),
         policy,
-        Way(),
+        Regime(),
         None,
     )
     sampling = Sampling(LENGTH, generations, step=1, **options)

@@ -12,7 +12,7 @@ from tokenrl.language.rollout.agreement import check_token_steps
 from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.scoring import Way, score
+from tokenrl.language.rollout.scoring import Regime, score
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +42,8 @@ def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
     policy = on("cuda")
     expected = sampled(policy)
     steps = TokenSteps()
-    assert check_token_steps(policy, Way(), steps) == ""
-    captured = TransformersGenerator(policy, way=Way(token_steps=steps))
+    assert check_token_steps(policy, Regime(), steps) == ""
+    captured = TransformersGenerator(policy, regime=Regime(token_steps=steps))
     for _ in range(2):  # captured, and replayed
         rollout = sampled(policy, captured)
         assert torch.equal(rollout.completion_ids, expected.completion_ids)
@@ -63,24 +63,24 @@ def total(scores, rollout):
     return scores.logprobs[rollout.mask.to(scores.logprobs.device)].sum()
 
 
-@pytest.mark.parametrize("way", ["plain", "chunks", "eager", "half"])
-def test_the_gradient_is_that_of_a_processor(way):
+@pytest.mark.parametrize("regime", ["plain", "chunks", "eager", "half"])
+def test_the_gradient_is_that_of_a_processor(regime):
     here, there = on("cpu"), on("cuda")
     total(score(here.model, sampled(here)), sampled(here)).backward()
-    model, way = there.model, Way()
-    if way == "chunks":
-        way = Way(tokens_at_once=5)
-    if way == "eager":
+    model, regime = there.model, Regime()
+    if regime == "chunks":
+        regime = Regime(tokens_at_once=5)
+    if regime == "eager":
         model = with_attention(model, "eager")
-    if way == "half":
+    if regime == "half":
         copied, copies = half_copy(there)
         model = copied.model
         half = Forward(policy=copied, model=model, copies=copies)
-    total(score(model, sampled(there), way), sampled(there)).backward()
-    if way == "half":
+    total(score(model, sampled(there), regime), sampled(there)).backward()
+    if regime == "half":
         half.accumulate_gradients()
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (
-        0.05 if way == "half" else 1e-3
+        0.05 if regime == "half" else 1e-3
     )
 
 

@@ -89,8 +89,8 @@ def test_completions_are_scored_behind_what_the_teacher_reads(source, lora, shar
     learner = make_learner(student_of(lora), IN_REWARD, rows, **options)
     policy = learner.policy
     start = options["teacher"].model if source == "named" else copy.deepcopy(policy.model)
-    way = replace(learner.forward.reference_way, share_prompt=share)
-    learner.forward = replace(learner.forward, reference_way=way)
+    regime = replace(learner.forward.reference_regime, share_prompt=share)
+    learner.forward = replace(learner.forward, reference_regime=regime)
     one_step(learner, prompts=rows)  # the policy moves, and the teacher does not
     batch = scored_rows(learner, rows=rows)
     if source == "function":

@@ -38,7 +38,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout import forward
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling, uniforms
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import Regime
 from tokenrl.language.training import learner as learners
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.rows import collect_rows
@@ -98,7 +98,7 @@ def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lor
     whole_of, cut = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
     learner = make_learner(student_of(lora), estimator, teacher=teacher, **cut)
     policy = learner.policy
-    assert learner.forward.reference_way.tokens_at_once  # a head of its own
+    assert learner.forward.reference_regime.tokens_at_once  # a head of its own
     if chunked:
         scored(learner, tokens_at_once=5)
     alone = copy.deepcopy(policy.model)
@@ -138,10 +138,10 @@ def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lor
 @pytest.mark.parametrize("estimator", [PENALTY, CLOSED], ids=["reward", "closed"])
 def test_a_teacher_is_scored_in_its_own_way(monkeypatch, estimator):
     """One whose prompts must not be shared is computed anew for each row, though the policy shares them."""
-    alone = Way(share_prompt=False)
-    monkeypatch.setattr(learners, "teacher_way", lambda *_: alone)
+    alone = Regime(share_prompt=False)
+    monkeypatch.setattr(learners, "teacher_regime", lambda *_: alone)
     learner = make_learner(student_of(), estimator, teacher=other_model(dtype="float64"))
-    assert learner.forward.way.share_prompt
+    assert learner.forward.regime.share_prompt
     keeps_cache = []
     reference = learner.policy.reference
     reference.register_forward_pre_hook(
@@ -163,8 +163,8 @@ def test_a_closed_form_scores_the_teacher_once_a_step_unless_its_states_are_too_
         several = {"num_iterations": 2, "micro_batch_size": 6}
         estimator = replace(CLOSED, ratio="token")
         learner = make_learner(student_of(), estimator, teacher=teacher, **several)
-        way = Way(share_prompt=False, tokens_at_once=at_once)
-        learner.forward = replace(learner.forward, reference_way=way)
+        regime = Regime(share_prompt=False, tokens_at_once=at_once)
+        learner.forward = replace(learner.forward, reference_regime=regime)
         scored = Counter()
         learner.policy.reference.register_forward_pre_hook(
             lambda _, inputs, rows=scored: rows.update(all=len(inputs[0]))

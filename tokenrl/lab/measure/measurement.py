@@ -180,7 +180,7 @@ def _projections(
                 max_length=samples.mask.shape[1],
                 distribution=args,
                 entropy=entropy,
-                way=samples.way,
+                regime=samples.regime,
                 after=partial(progress.advance, bar),
             )
             parts.append(part)

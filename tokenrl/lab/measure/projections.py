@@ -21,7 +21,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout, to_host
-from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Way, score
+from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Regime, score
 
 
 class Projections(NamedTuple):
@@ -112,7 +112,7 @@ def project(
     max_length: int,
     distribution: Distribution = UNCHANGED,
     entropy: bool = False,
-    way: Way = USUAL,
+    regime: Regime = USUAL,
     after: Callable[[], None] = lambda: None,
 ) -> Projections:
     """Project the score of every token of a rollout on `count` probes.
@@ -129,7 +129,7 @@ def project(
         max_length: T of the result, at least that of the rollout.
         distribution: Distribution of tokens that was sampled from.
         entropy: Whether to project the derivatives of the entropies too.
-        way: How the policy is scored; its logits are never computed in chunks here.
+        regime: How the policy is scored; its logits are never computed in chunks here.
         after: Called after each pass of eight probes.
 
     Returns:
@@ -137,7 +137,7 @@ def project(
     """
     parameters = dict(parameters)
     index, row_of = _distinct(rollout)
-    whole = Way(way.share_prompt)
+    whole = Regime(regime.share_prompt)
     distinct = rollout.take(index)
 
     def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL, Way, score_in_parts
+from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Samples:
         logprobs: Log-probabilities under the policy, as the trainer computes them [N, T].
         ref_logprobs: Log-probabilities under the reference, or under the policy if it has none [N, T].
         entropy: Entropy of the policy at each token, in nats [N, T].
-        way: How the policy is scored.
+        regime: How the policy is scored.
     """
 
     parts: tuple[Rollout, ...]
@@ -49,7 +49,7 @@ class Samples:
     logprobs: Tensor  # [N, T]
     ref_logprobs: Tensor  # [N, T]
     entropy: Tensor  # [N, T]
-    way: Way = USUAL
+    regime: Regime = USUAL
 
 
 def collect(
@@ -73,8 +73,8 @@ def collect(
         Refused: When a greedy completion has no reward.
     """
     group_size = sampling.num_generations
-    way = check_model(policy)
-    generator = TransformersGenerator(policy, way=way)
+    regime = check_model(policy)
+    generator = TransformersGenerator(policy, regime=regime)
     sample = partial(sample_and_reward, policy, generator, rows, rewards, stream="measurement")
     sampled = sample(sampling, batch_size=rows_at_once)
     greedily_sampled = sample(
@@ -94,15 +94,17 @@ def collect(
             "greedy_rewards": greedy.rewards.repeat_interleave(group_size),
         }
         parts.append(rollout)
-        columns.append(shared | _scores(policy, rollout, sampling, way))
+        columns.append(shared | _scores(policy, rollout, sampling, regime))
     whole = {name: torch.cat([part[name].cpu() for part in columns]) for name in columns[0]}
     whole = {name: x.double() if x.is_floating_point() else x for name, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=group_size, way=way, **whole)
+    return Samples(parts=tuple(parts), group_size=group_size, regime=regime, **whole)
 
 
-def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, way: Way) -> dict[str, Tensor]:
+def _scores(
+    policy: Policy, rollout: Rollout, sampling: Sampling, regime: Regime
+) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    score = partial(score_in_parts, rollout=rollout, way=way)
+    score = partial(score_in_parts, rollout=rollout, regime=regime)
     scored: Any = score(policy.model, distribution=sampling, entropy=True)
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:

@@ -30,7 +30,7 @@ from tokenrl.language.rollout.rewarded import (
     texts_of,
 )
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import USUAL, Way, score_in_parts, with_missing_fields
+from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.runs.console import message_text, with_errors
 from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
@@ -73,22 +73,22 @@ class Evaluator:
     Attributes:
         policy: the policy.
         generator: samples the completions.
-        way: how the policy is scored, for what a generator of another engine does not return.
+        regime: how the policy is scored, for what a generator of another engine does not return.
         accelerator: accelerate's handle, in a run of several processes; None for a single process.
         reference: the policy to which the KL of the sampled completions is estimated; both policies at the
             temperature of sampling, and this one over all tokens. Where it ends before a completion does, no
             later token counts. None for no KL.
-        reference_way: how the reference is scored.
+        reference_regime: how the reference is scored.
         reference_prompts: returns the ids of the prompts that the reference reads in place of those of a batch;
             None for the same.
     """
 
     policy: Policy
     generator: Generator
-    way: Way = USUAL
+    regime: Regime = USUAL
     accelerator: Any = None
     reference: Policy | None = None
-    reference_way: Way = USUAL
+    reference_regime: Regime = USUAL
     reference_prompts: Callable[[Rewarded], Sequence[list[int]]] | None = None
 
     def evaluate(
@@ -151,7 +151,7 @@ class Evaluator:
             batch = with_missing_fields(
                 policy,
                 batch,
-                self.way,
+                self.regime,
                 sampling,
                 torch.arange(len(batch)).split(SCORED_AT_ONCE),
             )
@@ -185,7 +185,7 @@ class Evaluator:
         whole = batch
         if self.reference_prompts is not None:
             whole = batch.behind(self.reference_prompts(batch), reference.pad_id)
-        scores = score_in_parts(reference.model, whole, self.reference_way, **options)
+        scores = score_in_parts(reference.model, whole, self.reference_regime, **options)
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
         over = torch.isin(batch.completion_ids, ends) & batch.mask
@@ -229,9 +229,9 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    way = USUAL if reference is None else check_model(reference, gradient=False)
+    regime = USUAL if reference is None else check_model(reference, gradient=False)
     generator = generator or checked_generator(policy, rewards.environments)
-    evaluator = Evaluator(policy, generator, reference=reference, reference_way=way)
+    evaluator = Evaluator(policy, generator, reference=reference, reference_regime=regime)
     return evaluator.evaluate(prompts, rewards, sampling, k)
 
 

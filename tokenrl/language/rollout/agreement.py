@@ -25,7 +25,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import UNCHANGED, Way, score
+from tokenrl.language.rollout.scoring import UNCHANGED, Regime, score
 from tokenrl.runs.processes import all_reduce_max
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
@@ -51,8 +51,8 @@ def check_model(
     gradient: bool = True,
     turns: bool = False,
     accelerator: Any = None,
-) -> Way:
-    """Return the fastest way of sampling and scoring that is right for a policy, which stays as it is.
+) -> Regime:
+    """Return the fastest regime of sampling and scoring that is right for a policy, which stays as it is.
 
     A model whose logits are not finite is not tried: the run itself reports that.
 
@@ -65,7 +65,7 @@ def check_model(
         accelerator: accelerate's handle of the processes, which then score alike; None for one process.
 
     Raises:
-        Refused: sampling is wrong for this model, or both ways of scoring are.
+        Refused: sampling is wrong for this model, or scoring is wrong in every regime.
     """
     with torch.random.fork_rng(devices=[]):
         faults = _faults(policy, model or policy.model, hidden, gradient)
@@ -87,7 +87,7 @@ def check_model(
     if turns and (fault := HANDED_BACK if cache else _failure(_continue_rows, policy)):
         remarks["turns"] = f"each reads its whole history again ({fault})"
     head = head_of(policy.model)
-    return Way(
+    return Regime(
         share_prompt=not prompts and not _recomputes(policy),
         tokens_at_once=None if logits or head is None else tokens_at_once(head.out_features),
         plain_cache=bool(cache),
@@ -97,22 +97,24 @@ def check_model(
 
 
 def checked_generator(policy: Policy, environments: Any = None) -> TransformersGenerator:
-    """Return what samples a policy that is not trained here, in the way that `check_model` returns.
+    """Return what samples a policy that is not trained here, in the regime that `check_model` returns.
 
     Args:
         policy: the policy, on the device where it will run.
         environments: what episodes are played in; None for completions of one turn.
     """
     turns = environments is not None
-    return TransformersGenerator(policy, way=check_model(policy, gradient=False, turns=turns))
+    return TransformersGenerator(policy, regime=check_model(policy, gradient=False, turns=turns))
 
 
-def check_token_steps(policy: Policy, way: Way, steps: TokenSteps, *, hidden: bool = False) -> str:
+def check_token_steps(
+    policy: Policy, regime: Regime, steps: TokenSteps, *, hidden: bool = False
+) -> str:
     """Try whether tokens may be sampled in memory that keeps its address.
 
     Args:
         policy: the policy.
-        way: how it is sampled without this memory.
+        regime: how it is sampled without this memory.
         steps: the memory.
         hidden: whether the hidden states are needed too, as by a critic.
 
@@ -121,8 +123,8 @@ def check_token_steps(policy: Policy, way: Way, steps: TokenSteps, *, hidden: bo
     """
 
     def compare() -> None:
-        plain = _sampled(policy, way, hidden)
-        rollout = _sampled(policy, replace(way, token_steps=steps), hidden)
+        plain = _sampled(policy, regime, hidden)
+        rollout = _sampled(policy, replace(regime, token_steps=steps), hidden)
         if not len(steps):
             raise WrongRollout("its cache does not keep all tokens")
         trial = Trial.of(policy, rollout, hidden=hidden)
@@ -130,7 +132,7 @@ def check_token_steps(policy: Policy, way: Way, steps: TokenSteps, *, hidden: bo
         if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
             raise WrongRollout("sampling in fixed memory draws other tokens")
 
-    return HANDED_BACK if way.plain_cache else _failure(compare)
+    return HANDED_BACK if regime.plain_cache else _failure(compare)
 
 
 def _recomputes(policy: Policy) -> bool:
@@ -155,7 +157,7 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     trials: list[Trial] = []
 
     def sample(plain_cache: bool) -> None:
-        rollout = _sampled(policy, Way(plain_cache=plain_cache), hidden)
+        rollout = _sampled(policy, Regime(plain_cache=plain_cache), hidden)
         slope = gradient and bool(policy.trainable_parameters())
         trials[:] = [Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
         trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
@@ -170,22 +172,22 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
         )
     compare = trials[0].score
     can_share = not _recomputes(policy)
-    unshared = _failure(compare, model, Way()) if can_share else ""
+    unshared = _failure(compare, model, Regime()) if can_share else ""
     if unshared or not can_share:
         can_share = False
-        wrong = _failure(compare, model, Way(share_prompt=False))
+        wrong = _failure(compare, model, Regime(share_prompt=False))
         if wrong:
             return [wrong, unshared, "", cache]
     whole = "the head is no linear layer"
     if head_of(model) is not None:
-        whole = _failure(compare, model, Way(can_share, PIECE))
+        whole = _failure(compare, model, Regime(can_share, PIECE))
     return ["", unshared, whole, cache]
 
 
-def _sampled(policy: Policy, way: Way, hidden: bool) -> Rollout:
+def _sampled(policy: Policy, regime: Regime, hidden: bool) -> Rollout:
     """Sample two completions of a longer and of a shorter prompt, which do not end early."""
     prompts, draws = _prompts(policy)
-    endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None), way=way)
+    endless = TransformersGenerator(replace(policy, eos_ids=(), stops=None), regime=regime)
     return endless.generate(prompts, Sampling(draws.shape[1], 2, keep_hidden=hidden), draws)
 
 
@@ -200,7 +202,7 @@ def _continue_rows(policy: Policy) -> None:
     prompts = [prompt for prompt in prompts for _ in range(2)]
     numbers = range(len(prompts))
     endless = replace(policy, eos_ids=(), stops=None)
-    turns = TransformersGenerator(endless, way=Way(keeps_turns=True)).over_turns()
+    turns = TransformersGenerator(endless, regime=Regime(keeps_turns=True)).over_turns()
     ids = turns.generate(prompts, Sampling(length), draws).completion_ids
     ends = ids[:, length // 2].tolist()
     ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))
@@ -317,13 +319,13 @@ class Trial:
         """Whether some weights are in half precision or quantised."""
         return self.tolerances[0] > TOLERANCES[torch.float32][0]
 
-    def score(self, model: nn.Module, way: Way) -> None:
+    def score(self, model: nn.Module, regime: Regime) -> None:
         """Score what was sampled, and compare values and gradient with those of each row alone."""
-        name = "scoring with a shared prompt" if way.share_prompt else "scoring"
-        if way.tokens_at_once is not None:
+        name = "scoring with a shared prompt" if regime.share_prompt else "scoring"
+        if regime.tokens_at_once is not None:
             name = "scoring some tokens at a time"
         with torch.set_grad_enabled(self.gradient is not None):
-            scores = score(model, self.rollout, way, hidden=self.hidden is not None)
+            scores = score(model, self.rollout, regime, hidden=self.hidden is not None)
         self.compare(name, scores.logprobs, scores.hidden)
         if self.gradient is None:
             return

@@ -13,7 +13,7 @@ from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
 from tokenrl.language.rollout.reading import Kept, Prefix, read
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import Regime
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -31,7 +31,7 @@ NOT_FINITE = (
 
 def decode(
     policy: Policy,
-    way: Way,
+    regime: Regime,
     kept: Kept | None,
     numbers: Sequence[int],
     prompts: Sequence[Sequence[int]],
@@ -42,7 +42,7 @@ def decode(
 
     Args:
         policy: the policy.
-        way: how its model is sampled.
+        regime: how its model is sampled.
         kept: what the rows of a batch of episodes have read, to which these rows add; None to keep nothing.
         numbers: with `kept`, the number of each row in that batch. A prompt has one row then.
         prompts: ids of B prompts.
@@ -54,7 +54,7 @@ def decode(
     width = prompt_ids.shape[1]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
     prefixes = None if kept is None else kept.take(numbers, prompts)
-    batch, first = _begun(policy, way, prefixes, prompts, prompt_index, sampling, draws)
+    batch, first = _begun(policy, regime, prefixes, prompts, prompt_index, sampling, draws)
     shape = len(prompt_index), length
     table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
     rows = to_device(torch.arange(len(prompt_index)), policy.device)  # that are still in the batch
@@ -89,9 +89,9 @@ def decode(
         if end == length or not len(unfinished):
             break
         # Copying the cache costs as much as keeping a few finished rows.
-        if len(unfinished) <= 0.75 * len(rows) and not way.plain_cache:
+        if len(unfinished) <= 0.75 * len(rows) and not regime.plain_cache:
             index = to_device(unfinished, policy.device)
-            batch = _selected(way, batch, index, width + length)
+            batch = _selected(regime, batch, index, width + length)
             rows = rows[index]
     rollout = _rollout(
         table,
@@ -106,7 +106,7 @@ def decode(
 
 def _begun(
     policy: Policy,
-    way: Way,
+    regime: Regime,
     prefixes: Mapping[tuple[int, ...], Prefix | None] | None,
     prompts: Sequence[Sequence[int]],
     index: Tensor,
@@ -117,7 +117,7 @@ def _begun(
 
     Args:
         policy: the policy.
-        way: how its model is sampled.
+        regime: how its model is sampled.
         prefixes: the distinct prompts, and what was read of each before; None for nothing of any.
         prompts: ids of B prompts.
         index: the prompt of each row [N].
@@ -132,7 +132,7 @@ def _begun(
         places = {ids: place for place, ids in enumerate(prefixes)}
         index = torch.tensor([places[tuple(prompts[i])] for i in index.tolist()])
         prompts = list(prefixes)
-    elif way.plain_cache:
+    elif regime.plain_cache:
         prompts = [prompts[i] for i in index.tolist()]
         index = torch.arange(len(prompts))
     before = [None] * len(prompts) if prefixes is None else list(prefixes.values())
@@ -141,17 +141,17 @@ def _begun(
     uniforms = None if draws is None else draws[:, 0]
     first = drawn(sampling, reading.last.of(rows), uniforms)
     batch = Batch.of(policy, sampling, reading, first, draws)
-    if not way.plain_cache:
+    if not regime.plain_cache:
         is_whole = torch.equal(index, torch.arange(len(prompts)))
-        if way.token_steps is not None or not is_whole:
-            batch = _selected(way, batch, rows, tokens)
+        if regime.token_steps is not None or not is_whole:
+            batch = _selected(regime, batch, rows, tokens)
         batch.cache.make_room(sampling.max_completion_length)
     return batch, first
 
 
-def _selected(way: Way, batch: Batch, index: Tensor, tokens: int) -> Batch:
+def _selected(regime: Regime, batch: Batch, index: Tensor, tokens: int) -> Batch:
     """Return the rows `index` of a batch, in memory that keeps its address if the way and the cache allow it."""
-    bucket = None if way.token_steps is None else way.token_steps.take(batch, index, tokens)
+    bucket = None if regime.token_steps is None else regime.token_steps.take(batch, index, tokens)
     if bucket is None:
         batch.select(index)
     return bucket or batch

@@ -16,7 +16,7 @@ from tokenrl.language.rollout.agreement import Trial, WrongRollout
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Way, score_in_parts
+from tokenrl.language.rollout.scoring import Regime, score_in_parts
 
 COMPARED = 32
 """Completions of an engine that the trainer scores for a check alone, at most."""
@@ -39,7 +39,7 @@ and the share of the tokens that may be even less probable."""
 
 
 def check_samples(
-    rows: Rollout, sampling: Sampling, policy: Policy, way: Way, limit: float
+    rows: Rollout, sampling: Sampling, policy: Policy, regime: Regime, limit: float
 ) -> None:
     """Compare sampled completions with the trainer.
 
@@ -47,7 +47,7 @@ def check_samples(
         rows: N completions with the trainer's `logprobs`.
         sampling: how they were sampled.
         policy: the policy that was to be sampled.
-        way: how it is scored.
+        regime: how it is scored.
         limit: nats per token by which a row, or all rows together, may differ at temperature 1.
 
     Raises:
@@ -74,7 +74,7 @@ def check_samples(
         return
     few = rows.take(torch.arange(min(COMPARED, len(rows))))
     options: dict[str, Any] = {"distribution": sampling, "centres": total_variation}
-    shares: Any = score_in_parts(policy.model, few, way, **options).centres
+    shares: Any = score_in_parts(policy.model, few, regime, **options).centres
     share = float(shares.cpu()[few.mask].double().mean())
     if share > ELSEWHERE:
         raise WrongRollout(
@@ -96,7 +96,7 @@ def check_trial(rows: Rollout, sampling: Sampling, policy: Policy) -> None:
         trial.compare("the engine, against the trainer's model,", few.sampling_logprobs)
 
 
-def check_greedy(rows: Rollout, policy: Policy, way: Way) -> None:
+def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
     """Compare greedy completions of an engine with the trainer, which has the same weights then.
 
     Raises:
@@ -104,7 +104,7 @@ def check_greedy(rows: Rollout, policy: Policy, way: Way) -> None:
     """
     rows = rows.take(torch.arange(min(COMPARED, len(rows))))
     most_probable = Distribution(top_k=1)
-    scores = score_in_parts(policy.model, rows, way, distribution=most_probable)
+    scores = score_in_parts(policy.model, rows, regime, distribution=most_probable)
     # Of the most probable token and the chosen one, the latter has log-probability -log(1 + exp(gap)).
     gaps = torch.expm1(-scores.logprobs[rows.mask]).log()
     share = float((gaps > LESS_PROBABLE).double().mean())

@@ -27,7 +27,7 @@ from tokenrl.language.rollout.agreement import check_model, check_token_steps
 from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
-from tokenrl.language.rollout.scoring import USUAL, Way
+from tokenrl.language.rollout.scoring import USUAL, Regime
 
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
@@ -62,18 +62,18 @@ class Forward(Passes):
     Attributes:
         policy: the policy that is sampled and scored, in bfloat16 a copy of the one that is trained; `model`
             shares its weights.
-        way: how completions are sampled and scored.
-        reference_way: how completions are scored under the reference; a teacher may have a way of its own.
+        regime: how completions are sampled and scored.
+        reference_regime: how completions are scored under the reference; a teacher may have its own.
     """
 
     policy: Policy
-    way: Way = USUAL
-    reference_way: Way = USUAL
+    regime: Regime = USUAL
+    reference_regime: Regime = USUAL
 
     @property
     def ref_head(self) -> nn.Module:
         """What makes the logits of the reference from its states: its head, or nothing where these are logits."""
-        if self.reference_way.tokens_at_once is None:
+        if self.reference_regime.tokens_at_once is None:
             return nn.Identity()
         return head_of(self.policy.reference or self.policy.model) or nn.Identity()
 
@@ -160,7 +160,7 @@ def choose_forward(
         policy = replace(policy, model=model)
         suffix = " in sampling too"
     # Before any rounding, because bfloat16 can leave little of a gradient.
-    way = check_model(policy, model, hidden=hidden, turns=turns, accelerator=accelerator)
+    regime = check_model(policy, model, hidden=hidden, turns=turns, accelerator=accelerator)
     copies: Copies = ()
     if precision == "bf16":
         policy, copies = half_copy(policy)
@@ -168,15 +168,15 @@ def choose_forward(
         if attention == "eager":
             model = with_attention(model, "eager")
     if getattr(args, "capture", "no") == "auto":
-        way = _captured(policy, way, hidden)
+        regime = _captured(policy, regime, hidden)
     kind = attention.replace("_", " ")
     words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, {line}"
     settings = {"mixed_precision": precision, "training_attention": attention} | sizes
     forward = Forward(
         policy=policy,
         model=model,
-        way=way,
-        reference_way=way,
+        regime=regime,
+        reference_regime=regime,
         copies=copies,
         words=words,
         **sizes,
@@ -222,15 +222,15 @@ def _attention(
     return "eager" if device.type == "cpu" and suits else "as_loaded"
 
 
-def _captured(policy: Policy, way: Way, hidden: bool) -> Way:
+def _captured(policy: Policy, regime: Regime, hidden: bool) -> Regime:
     """Let small models on a GPU sample by captured token-steps; a remark says whether they do."""
     fault = "not below 1 B parameters on a CUDA device"
     steps = TokenSteps()
     if policy.device.type in CAPTURING and policy.size < LAUNCHED:
-        fault = check_token_steps(policy, way, steps, hidden=hidden)
+        fault = check_token_steps(policy, regime, steps, hidden=hidden)
     words = f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
-    remarks = {**way.remarks, "token-steps": words}
-    return replace(way, token_steps=None if fault else steps, remarks=remarks)
+    remarks = {**regime.remarks, "token-steps": words}
+    return replace(regime, token_steps=None if fault else steps, remarks=remarks)
 
 
 def _sizes(args: Any, model: Any) -> tuple[dict[str, int], str]:

@@ -21,7 +21,7 @@ from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.reading import Kept
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import USUAL, Way
+from tokenrl.language.rollout.scoring import USUAL, Regime
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -137,18 +137,18 @@ class TransformersGenerator(Generator):
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
         kept: what the rows of a batch of episodes have read, by their numbers; None to keep nothing.
-        way: how the model is sampled. A run samples its own model in the way that it has tried at its start.
+        regime: how the model is sampled. A run has tried it on its own model at its start.
     """
 
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
     kept: Kept | None = None
-    way: Way = USUAL
+    regime: Regime = USUAL
 
     def over_turns(self) -> TransformersGenerator:
-        """Return the generator of one batch of episodes, which reads no history twice if its way allows it."""
-        return replace(self, kept=Kept(self.cache * GIB)) if self.way.keeps_turns else self
+        """Return the generator of a batch of episodes; with `keeps_turns` it reads no history twice."""
+        return replace(self, kept=Kept(self.cache * GIB)) if self.regime.keeps_turns else self
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -199,7 +199,7 @@ class TransformersGenerator(Generator):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
                 of_part = rows[start:end], prompt_ids[start:end]
-                part = decode(self.policy, self.way, self.kept, *of_part, sampling, uniforms)
+                part = decode(self.policy, self.regime, self.kept, *of_part, sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:

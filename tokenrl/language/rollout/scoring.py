@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a model is sampled and scored: in the usual way, or in another one; `check_model` returns the right one.
+class Regime:
+    """How a model is sampled and scored; `check_model` returns the fastest regime that is right for a model.
 
     Attributes:
         share_prompt: in scoring, compute each distinct prompt once; False if no key/value cache may be kept.
@@ -50,7 +50,7 @@ class Way:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-USUAL = Way()
+USUAL = Regime()
 UNCHANGED = Distribution()
 """The distribution that the logits themselves are of."""
 
@@ -81,7 +81,7 @@ class Scores(NamedTuple):
 def score(
     model: nn.Module,
     rollout: Rollout,
-    way: Way = USUAL,
+    regime: Regime = USUAL,
     *,
     distribution: Distribution = UNCHANGED,
     entropy: bool = False,
@@ -96,7 +96,7 @@ def score(
     Args:
         model: a causal language model.
         rollout: N completions on the CPU; see `Rollout` for shapes. They are copied to the model's device.
-        way: how the model is scored.
+        regime: how the model is scored.
         distribution: the distribution of tokens that was sampled from.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
@@ -108,14 +108,14 @@ def score(
             which makes its logits. The KL to it is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
     """
-    at_once = way.tokens_at_once
+    at_once = regime.tokens_at_once
     needs_all = centres is not None and rollout.top_ids is None
     is_long = states or int(rollout.mask.sum()) > (at_once or 0)
     if at_once is not None and is_long and not needs_all:
         chunks = Chunks(at_once, distribution, entropy, score_norms)
-        scores = _score_in_chunks(model, rollout, way, chunks, hidden, reference, centres)
+        scores = _score_in_chunks(model, rollout, regime, chunks, hidden, reference, centres)
         return scores if states else scores._replace(states=None)
-    logits, last_hidden = _forward(model, rollout, way, hidden)
+    logits, last_hidden = _forward(model, rollout, regime, hidden)
     ids = to_device(rollout.completion_ids, logits.device)
     logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
     logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
@@ -141,7 +141,7 @@ def score(
 def _score_in_chunks(
     model: nn.Module,
     rollout: Rollout,
-    way: Way,
+    regime: Regime,
     chunks: Chunks,
     hidden: bool,
     reference: tuple[Tensor, nn.Module] | None,
@@ -156,7 +156,7 @@ def _score_in_chunks(
     head = head_of(model)
     assert head is not None  # as `check_model` returned a number of tokens at once
     with without_head(head) as inputs:
-        before, last_hidden = _forward(model, rollout, way, hidden, inputs)
+        before, last_hidden = _forward(model, rollout, regime, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)
     if centres is not None:
         assert rollout.top_ids is not None
@@ -183,7 +183,7 @@ def _score_in_chunks(
 def score_in_parts(
     model: nn.Module,
     rollout: Rollout,
-    way: Way,
+    regime: Regime,
     *,
     parts: Iterable[Tensor] = (),
     **options: Any,
@@ -196,13 +196,13 @@ def score_in_parts(
     Args:
         model: a causal language model.
         rollout: N completions.
-        way: how the model is scored.
+        regime: how the model is scored.
         parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
         **options: further options of `score`.
     """
     n, width = rollout.mask.shape
     index = [*parts] or [torch.arange(n)]
-    scores = [score(model, rollout.take(rows), way, **options) for rows in index]
+    scores = [score(model, rollout.take(rows), regime, **options) for rows in index]
     order = torch.cat(index).argsort()
     columns = dict[str, Tensor]()
     for name, column in zip(Scores._fields, zip(*scores, strict=True), strict=True):
@@ -218,7 +218,7 @@ def score_in_parts(
 def with_missing_fields(
     policy: Policy,
     rollout: Table,
-    way: Way,
+    regime: Regime,
     sampling: Sampling,
     parts: Iterable[Tensor] = (),
 ) -> Table:
@@ -229,7 +229,7 @@ def with_missing_fields(
     Args:
         policy: the policy that the rollout was sampled from, with the weights it had then.
         rollout: N completions.
-        way: how its model is scored.
+        regime: how its model is scored.
         sampling: how it was sampled, and whether `score_norms` and `hidden` states are kept.
         parts: numbers of the rows of each pass, which change time and memory only; all rows in one by default.
     """
@@ -246,7 +246,7 @@ def with_missing_fields(
     scores = score_in_parts(
         policy.model,
         rollout,
-        way,
+        regime,
         distribution=sampling,
         parts=parts,
         **options,
@@ -258,7 +258,7 @@ def with_missing_fields(
 def _forward(
     model: nn.Module,
     rollout: Rollout,
-    way: Way,
+    regime: Regime,
     hidden: bool,
     inputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +267,7 @@ def _forward(
     Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
     `inputs`.
     """
-    if way.share_prompt:
+    if regime.share_prompt:
         return _forward_shared(model, rollout, hidden, inputs)
     width = rollout.mask.shape[1]
     device = next(model.parameters()).device

@@ -334,7 +334,7 @@ class SupervisedTraining(Descent):
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
         part = demonstration_batch(self._policy, [self._pairs[i] for i in rows])
-        logprobs = score(self._forward.model, part, self._forward.way).logprobs
+        logprobs = score(self._forward.model, part, self._forward.regime).logprobs
         mask = to_device(part.mask, logprobs.device)
         self.tokens += int(part.mask.sum())
         tokens = sum(len(self._pairs[i][1]) for i in batch)
@@ -346,7 +346,7 @@ class SupervisedTraining(Descent):
         total = 0.0
         for first in range(0, len(pairs), size):
             part = demonstration_batch(self._policy, pairs[first : first + size])
-            logprobs = score_in_parts(self._forward.model, part, self._forward.way).logprobs
+            logprobs = score_in_parts(self._forward.model, part, self._forward.regime).logprobs
             total -= logprobs[part.mask].double().sum().item()
         return total / sum(len(completion) for _, completion in pairs)
 

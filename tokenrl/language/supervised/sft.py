@@ -162,7 +162,7 @@ def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) ->
         "learning rate": f"{rate}, {args.lr_scheduler_type}",
         "computing": forward.words,
         **form_line(forward.policy.form, args.model),
-        **forward.way.remarks,
+        **forward.regime.remarks,
     }
 
 
@@ -192,7 +192,7 @@ def _evaluation(
     for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:
         warn(warning)
     sampling = Sampling(length, seed=args.seed)
-    generator = TransformersGenerator(policy, way=forward.way)
+    generator = TransformersGenerator(policy, regime=forward.regime)
 
     def evaluate() -> dict[str, float]:
         forward.copy_weights()

@@ -48,7 +48,7 @@ from tokenrl.language.rollout.generator import (
 )
 from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scores, Way
+from tokenrl.language.rollout.scoring import Regime, Scores
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.names import NamedFunction
@@ -124,14 +124,14 @@ def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
 
 
 def start_engine(
-    make: MakeGenerator, policy: Policy, way: Way, rows_at_once: int | None, every: int = 1
+    make: MakeGenerator, policy: Policy, regime: Regime, rows_at_once: int | None, every: int = 1
 ) -> Generator:
     """Start a generator; unless it is the default one, or an older copy, all that it returns is checked.
 
     Args:
         make: makes the generator from the policy and `rows_at_once`.
         policy: the policy that is sampled.
-        way: how the policy is sampled and scored.
+        regime: how the policy is sampled and scored.
         rows_at_once: the most completions that are sampled at once; None for all.
         every: with more than 1, the default generator samples training from an older copy, see `LaggedGenerator`.
 
@@ -142,8 +142,8 @@ def start_engine(
         engine = make(policy, rows_at_once)
         abilities = _abilities_of(engine)
     if type(engine) is not TransformersGenerator or engine.policy is not policy:
-        return CheckedEngine(engine, policy, way, abilities)
-    engine = replace(engine, way=way)
+        return CheckedEngine(engine, policy, regime, abilities)
+    engine = replace(engine, regime=regime)
     return LaggedGenerator(engine, every) if every > 1 else engine
 
 
@@ -168,7 +168,7 @@ class CheckedEngine(Generator):
     Attributes:
         engine: samples the completions.
         policy: the policy that is sampled, with the weights of the trainer.
-        way: how the policy is scored.
+        regime: how the policy is scored.
         abilities: what the engine can do. Once it samples ahead of updates, it need not agree with the trainer.
         greedy_compared: whether greedy completions of the present weights were compared with the trainer.
         samples_compared: whether sampled completions were compared with the trainer.
@@ -177,7 +177,7 @@ class CheckedEngine(Generator):
 
     engine: Generator
     policy: Policy
-    way: Way
+    regime: Regime
     abilities: Abilities  # type: ignore[misc]
     greedy_compared: bool = False
     samples_compared: bool = False
@@ -197,7 +197,7 @@ class CheckedEngine(Generator):
         with self._told(UNUSABLE):
             rollout = checked(answer, prompt_ids, sampling, self.policy)
             if draws is None and not self.greedy_compared:
-                check_greedy(rollout, self.policy, self.way)
+                check_greedy(rollout, self.policy, self.regime)
                 self.greedy_compared = True
         return rollout
 
@@ -217,7 +217,7 @@ class CheckedEngine(Generator):
             with self._told(UNUSABLE):
                 if agrees and not self.samples_compared:
                     check_trial(rows, sampling, self.policy)
-                check_samples(rows, sampling, self.policy, self.way, limit)
+                check_samples(rows, sampling, self.policy, self.regime, limit)
         except Stopped as error:  # its weights may be older now
             if agrees or not self.samples_compared:
                 raise

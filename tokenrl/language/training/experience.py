@@ -100,7 +100,7 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     # The generator's numbers may differ by rounding, and the ratio of the first update must be exactly 1.
     if "old_logprobs" in estimator.needs and several:
         forward = learner.forward
-        scores = learner.scores(rows, forward.model, forward.way, learner.sampling)
+        scores = learner.scores(rows, forward.model, forward.regime, learner.sampling)
         columns["old_logprobs"] = scores.logprobs
     return Experience(**columns, teacher_prompts=prompts)
 

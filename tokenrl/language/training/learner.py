@@ -21,11 +21,17 @@ from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, LaggedGenerator
 from tokenrl.language.rollout.rollout import Rollout, Table, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling, sampling_of
-from tokenrl.language.rollout.scoring import Scores, Way, score, score_in_parts, with_missing_fields
+from tokenrl.language.rollout.scoring import (
+    Regime,
+    Scores,
+    score,
+    score_in_parts,
+    with_missing_fields,
+)
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
-from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_way
+from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
@@ -186,7 +192,7 @@ class Learner:
         return score(
             self.forward.model,
             rows,
-            self.forward.way,
+            self.forward.regime,
             distribution=self.sampling,
             entropy=estimator.entropy_coef > 0,
             centres=estimator.score_centres if estimator.importance_centre else None,
@@ -206,21 +212,21 @@ class Learner:
         if prompts is not None:
             rows = rows.behind(prompts, self.policy.pad_id)
         with self.forward.policy.reference_model() as reference:
-            way = self.forward.reference_way
-            return self.scores(rows, reference, way, self.sampling.whole, states)
+            regime = self.forward.reference_regime
+            return self.scores(rows, reference, regime, self.sampling.whole, states)
 
     def scores(
         self,
         rows: Rollout,
         model: nn.Module,
-        way: Way,
+        regime: Regime,
         distribution: Distribution,
         states: bool = False,
     ) -> Scores:
         """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
-        parts = self.micro_batches(rows, way)
+        parts = self.micro_batches(rows, regime)
         return score_in_parts(
-            model, rows, way, parts=parts, distribution=distribution, states=states
+            model, rows, regime, parts=parts, distribution=distribution, states=states
         )
 
     def with_missing_fields(self, rows: Table) -> Table:
@@ -228,21 +234,21 @@ class Learner:
         forward = self.forward
         sampling = self.keeping(self.sampling)
         parts = self.micro_batches(rows)
-        return with_missing_fields(forward.policy, rows, forward.way, sampling, parts)
+        return with_missing_fields(forward.policy, rows, forward.regime, sampling, parts)
 
     def micro_batches(
-        self, rows: Rollout, way: Way | None = None, computed: Any = ...
+        self, rows: Rollout, regime: Regime | None = None, computed: Any = ...
     ) -> Iterator[Tensor]:
         """Yield the numbers of the rows of each pass, as `Passes.divide` divides them.
 
         Args:
             rows: this process's n rows. A group that is divided has its prompt computed in each pass.
-            way: how they are scored; None for as the policy is.
+            regime: how they are scored; None for as the policy is.
             computed: True for the rows that are computed [n]; all by default.
         """
-        way = way or self.forward.way
+        regime = regime or self.forward.regime
         numbers = torch.arange(len(rows))
-        groups = rows.distinct_prompts()[1] if way.share_prompt else numbers
+        groups = rows.distinct_prompts()[1] if regime.share_prompt else numbers
         shapes = torch.stack([lengths(rows.mask), rows.prompt_mask.sum(dim=1), groups])
         for part in self.forward.divide(shapes[:, computed].tolist(), self.args.micro_batch_size):
             yield numbers[computed][part]
@@ -349,7 +355,7 @@ def make_learner(
         **decided: settings that the run has decided, which join those about computing.
 
     Raises:
-        Refused: a model cannot be sampled and scored, or not in the way that the settings ask for.
+        Refused: a model cannot be sampled and scored, or not in the regime that the settings ask for.
     """
     device = accelerator.device
     check_vocabulary(args.estimator, policy)
@@ -370,10 +376,12 @@ def make_learner(
         turns=turns,
     )
     if teacher is not None and teacher.policy is not None:
-        way = teacher_way(teacher.policy, forward.policy.reference, accelerator)
-        forward = replace(forward, reference_way=way)
+        regime = teacher_regime(teacher.policy, forward.policy.reference, accelerator)
+        forward = replace(forward, reference_regime=regime)
+    make_generator = engine_of(args).make
+    at_once = args.sampling_batch_size
     generator = start_engine(
-        engine_of(args).make, forward.policy, forward.way, args.sampling_batch_size, args.sync_every
+        make_generator, forward.policy, forward.regime, at_once, args.sync_every
     )
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     make: Any = torch.optim.SGD

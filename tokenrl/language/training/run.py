@@ -145,10 +145,10 @@ class TrainingRun:
         return Evaluator(
             policy,
             learner.generator,
-            learner.forward.way,
+            learner.forward.regime,
             learner.accelerator,
             reference,
-            learner.forward.reference_way,
+            learner.forward.reference_regime,
             None if prompts is None else partial(prompts.of, policy, sampling=learner.sampling),
         )
 
@@ -218,7 +218,7 @@ class TrainingRun:
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
-        return {**facts, **self.learner.forward.way.remarks}
+        return {**facts, **self.learner.forward.regime.remarks}
 
 
 def evaluates(args: TrainArguments, rewards: Rewards) -> bool:

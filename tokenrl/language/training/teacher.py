@@ -25,7 +25,7 @@ from tokenrl.language.policy.saving import fingerprint
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
-from tokenrl.language.rollout.scoring import Way
+from tokenrl.language.rollout.scoring import Regime
 from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
 from tokenrl.language.training.arguments import OWN, TrainArguments
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
@@ -252,7 +252,7 @@ def fit_rows(model: Any, rows: int, name: str) -> None:
     model.config.get_text_config().vocab_size = rows
 
 
-def teacher_way(teacher: Policy, model: Any, accelerator: Any) -> Way:
+def teacher_regime(teacher: Policy, model: Any, accelerator: Any) -> Regime:
     """Return how completions are scored under a teacher, which may be of another architecture than the policy.
 
     Args:
