@@ -211,8 +211,8 @@ class Learner:
         """
         if prompts is not None:
             rows = rows.behind(prompts, self.policy.pad_id)
+        regime = self.forward.reference_regime
         with self.forward.policy.reference_model() as reference:
-            regime = self.forward.reference_regime
             return self.scores(rows, reference, regime, self.sampling.whole, states)
 
     def scores(
@@ -224,17 +224,14 @@ class Learner:
         states: bool = False,
     ) -> Scores:
         """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
-        parts = self.micro_batches(rows, regime)
-        return score_in_parts(
-            model, rows, regime, parts=parts, distribution=distribution, states=states
-        )
+        options: dict[str, Any] = {"parts": self.micro_batches(rows, regime), "states": states}
+        return score_in_parts(model, rows, regime, distribution=distribution, **options)
 
     def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
-        forward = self.forward
+        model, regime = self.forward.policy, self.forward.regime
         sampling = self.keeping(self.sampling)
-        parts = self.micro_batches(rows)
-        return with_missing_fields(forward.policy, rows, forward.regime, sampling, parts)
+        return with_missing_fields(model, rows, regime, sampling, self.micro_batches(rows))
 
     def micro_batches(
         self, rows: Rollout, regime: Regime | None = None, computed: Any = ...
@@ -300,13 +297,11 @@ class Learner:
             `kl_coef`, the weight that this step used; nothing without a KL.
         """
         used = self.estimator.beta
-        args = self.args
-        if not self.estimator.beta:
-            return {}
-        if args.target_kl is not None:
-            beta = next_beta(used, metrics["kl"], target=args.target_kl, gain=args.kl_gain)
+        target, gain = self.args.target_kl, self.args.kl_gain
+        if used and target is not None:
+            beta = next_beta(used, metrics["kl"], target=target, gain=gain)
             self.estimator = replace(self.estimator, beta=beta)
-        return {"kl_coef": used}
+        return {"kl_coef": used} if used else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -325,13 +320,9 @@ class Learner:
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
         lags = isinstance(self.generator, LaggedGenerator)
-        parts = {
-            "optimizer": self.optimizer,
-            "critic": self.critic,
-            "sampler": self.generator if lags else None,
-            "teacher": self.average,
-            "replay": self.replay,
-        }
+        parts = {"optimizer": self.optimizer, "critic": self.critic}
+        parts |= {"sampler": self.generator if lags else None}
+        parts |= {"teacher": self.average, "replay": self.replay}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -403,8 +394,6 @@ def make_learner(
     if args.replay:
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if "values" in args.estimator.needs:
-        rate = args.value_learning_rate
-        iterations = args.value_iterations
-        hidden = shape_of(policy).hidden_size
-        learner.critic = Critic(hidden, device, learning_rate=rate, iterations=iterations)
+        options = {"learning_rate": args.value_learning_rate, "iterations": args.value_iterations}
+        learner.critic = Critic(shape_of(policy).hidden_size, device, **options)
     return learner
