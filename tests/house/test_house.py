@@ -21,30 +21,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_230,
-    "core": 19_730,
+    "top": 13_340,
+    "core": 19_440,
     "runs": 27_260,
     "control": 13_860,
     "advisor": 2_700,
     "language": 100,
-    "language/policy": 11_820,
-    "language/rewards": 14_640,
+    "language/policy": 11_830,
+    "language/rewards": 14_620,
     "language/tasks": 10_310,
-    "language/rollout": 28_690,
-    "language/training": 23_240,
-    "language/supervised": 8_070,
-    "language/commands": 4_650,
-    "language/preferences": 7_050,
-    "language/evaluation": 4_270,
+    "language/rollout": 28_330,
+    "language/training": 22_860,
+    "language/supervised": 7_860,
+    "language/commands": 4_640,
+    "language/preferences": 7_030,
+    "language/evaluation": 4_170,
     "lab": 100,
-    "lab/exact": 14_920,
+    "lab/exact": 14_930,
     "lab/measure": 5_730,
-    "lab/compare": 16_040,
+    "lab/compare": 16_050,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_140, 188, 92_590, 253_510, 67_660, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_930, 188, 91_650, 253_510, 67_660, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -67,27 +67,6 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
     verify(good)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("sub/state.json", None, "sub/state.json"),
-        ("manifest.json", None, "manifest.json"),
-        ("manifest.json", b"[]", "manifest.json"),
-        ("manifest.json", b"[" * 100_000, "manifest.json"),
-        ("manifest.json", b'{"weights.bin": 5}', "manifest.json"),
-        ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "a.*"),
-    ],
-)
-def test_damage_is_refused_by_name(tmp_path, name, content, words):
-    path = save(tmp_path / "checkpoints", 2, write, keep=2)
-    (path / name).unlink()
-    if content is not None:
-        (path / name).write_bytes(content)
-    for read in (verify, model_directory):
-        with refused(f"step_000002 cannot be used: its file {words} is miss"):
-            read(path)
-
-
 @pytest.mark.parametrize("file", ["weights.bin", "sub/state.json", "trainer_state.pt"])
 def test_any_changed_byte_of_a_checkpoint_is_detected_and_named(tmp_path, file):
     path = save(tmp_path, 3, write, keep=1, **STATE)
