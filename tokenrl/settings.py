@@ -101,7 +101,7 @@ class Settings:
         kind: Any = type(self)
         for name, hint in field_types(kind).items():
             value = getattr(self, name)
-            check = checked_once if type(value) in SCALARS else checked
+            check = checked_once if type(value) in NUMBERS else checked
             object.__setattr__(self, name, check(name, value, hint))
 
 
@@ -129,9 +129,9 @@ def checked(name: str, value: Any, hint: Any, objects: bool = True) -> Any:
         raise _refusal(name, plain(value), allowed(hint), names_in(hint)) from None
 
 
-SCALARS = (bool, int, float, str, NoneType)
+NUMBERS = (bool, int, float, NoneType)
 checked_once = lru_cache(4096, typed=True)(checked)
-"""The same of a number or a text: settings are made anew in each step, and a value that is allowed stays so."""
+"""The same of a number: settings are made anew in each step. Of a text not, as it may name what a file holds now."""
 
 
 def _refusal(name: str, value: object, words: str, names: Iterable[str] = ()) -> Refused:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import count
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -21,8 +20,9 @@ from tokenrl.language.rollout.generator import Abilities, TransformersGenerator
 from tokenrl.language.rollout.rollout import COLUMNS
 from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import USUAL, Regime, with_missing_fields
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.settings import check_shares
+from tokenrl.language.training.run import task_of
 
 LENGTH, GROUP = 6, 3
 
@@ -308,7 +308,7 @@ def test_a_run_with_an_inexact_engine_says_so_and_needs_one_process(tmp_path, sa
     assert "by Limited, with random numbers of its own: the run is not bit-exact" in printed
     assert "Limited has random numbers of its own" in printed
     with refused("Limited samples in a run of one process, and this run has 3"):
-        check_shares(SimpleNamespace(generator=Limited, prompts_per_step=3), 3)
+        task_of(TrainArguments(task=letter_task(ends), generator=Limited), 3)
 
 
 def ends(completions, **_):

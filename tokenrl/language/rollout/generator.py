@@ -161,7 +161,7 @@ class TransformersGenerator(Generator):
         Raises:
             Stopped: the model's logits are not finite.
         """
-        return replace(self, kept=None)._sampled([], prompt_ids, sampling, draws)
+        return self._sampled(None, [], prompt_ids, sampling, draws)
 
     def turn(
         self,
@@ -173,11 +173,12 @@ class TransformersGenerator(Generator):
         """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
         if self.kept is None:
             return self.generate(prompt_ids, sampling, draws)
-        return self._sampled(rows, prompt_ids, sampling, draws)
+        return self._sampled(self.kept, rows, prompt_ids, sampling, draws)
 
     @torch.no_grad()
     def _sampled(
         self,
+        kept: Kept | None,
         rows: Sequence[int],
         prompt_ids: Sequence[Sequence[int]],
         sampling: Sampling,
@@ -199,7 +200,7 @@ class TransformersGenerator(Generator):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
                 of_part = rows[start:end], prompt_ids[start:end]
-                part = decode(self.policy, self.regime, self.kept, *of_part, sampling, uniforms)
+                part = decode(self.policy, self.regime, kept, *of_part, sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:
