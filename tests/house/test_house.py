@@ -28,7 +28,7 @@ LIMITS = {
     "advisor": 2_700,
     "language": 100,
     "language/policy": 11_830,
-    "language/rewards": 14_620,
+    "language/rewards": 14_630,
     "language/tasks": 10_310,
     "language/rollout": 28_330,
     "language/training": 22_860,
@@ -44,7 +44,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_940, 188, 91_650, 253_510, 67_660, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_950, 188, 91_650, 253_510, 67_660, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -240,7 +240,7 @@ def copied(value: Any) -> Any:
     if type(value) in PLAIN:
         return value
     if type(value) is list:
-        return [*map(copied, value)]
+        return [item if type(item) in PLAIN else copied(item) for item in value]
     if type(value) is dict:
         return {key: copied(item) for key, item in value.items()}
     return copy.deepcopy(value)
