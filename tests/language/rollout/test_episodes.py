@@ -479,7 +479,7 @@ def test_wrong_numbers_of_a_kept_cache_are_seen_before_the_first_turn(monkeypatc
 def test_rows_with_the_same_history_are_read_once_and_end_alike():
     """Twins of one history may be answered differently, and both continue it."""
     turns = talking("qwen3")
-    assert turns.kept is None
+    assert turns.histories is None
     turns = turns.over_turns()
     sampling = replace(SAMPLING, num_generations=1, max_completion_length=8)
     draws = torch.full((4, 8), 0.4)
@@ -488,7 +488,7 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
     counts = first.mask.sum(dim=1)
     assert reads.count == 3 + int((counts - 1).sum())
     assert len({*map(str, first.completion_ids.tolist())}) == 1
-    assert {*turns.kept.rows} == {0, 1, 2, 5}
+    assert {*turns.histories.rows} == {0, 1, 2, 5}
     history = [3, 4, 5, *first.completion_ids[0][first.mask[0]].tolist()]
     histories = [[*history, 7], [*history, 7, 8, 9], [*history, 7], [3, 4, 6]]
     with Reads(turns) as reads:
@@ -499,8 +499,8 @@ def test_rows_with_the_same_history_are_read_once_and_end_alike():
     assert torch.equal(second.completion_ids, plain.completion_ids)
     # What was continued is dropped, and only what has an end is kept.
     rows = zip([5, 0, 2, 7], second.truncated.tolist(), strict=True)
-    assert {*turns.kept.rows} == {1} | {row for row, cut in rows if not cut}
-    prefix = turns.kept.rows[1]  # of the first turn
+    assert {*turns.histories.rows} == {1} | {row for row, cut in rows if not cut}
+    prefix = turns.histories.rows[1]  # of the first turn
     assert prefix.length == 3 + counts[0] - 1 and prefix.cache.size == 4
     # Keys and values, layers, heads, size and float32.
     assert prefix.cache.nbytes == 4 * prefix.length * 2 * 2 * 2 * 8 * 4

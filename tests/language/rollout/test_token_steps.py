@@ -18,7 +18,7 @@ from tokenrl.language.rollout.agreement import check_token_steps, checked_genera
 from tokenrl.language.rollout.batch import Batch, TokenSteps
 from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.reading import Kept
+from tokenrl.language.rollout.reading import Histories
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Regime
 
@@ -57,7 +57,9 @@ def generated(
     if regime == "turns":  # each row has a prompt of its own
         rows = [PROMPTS[i] for i in prompts for _ in range(SIZE)]
         one_each = replace(sampling, num_generations=1)
-        return replace(engine, kept=Kept(2**30)).turn(range(len(rows)), rows, one_each, draws)
+        return replace(engine, histories=Histories(2**30)).turn(
+            range(len(rows)), rows, one_each, draws
+        )
     rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
     assert regime != "fixed" or len(steps)
     return rollout

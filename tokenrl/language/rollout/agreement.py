@@ -207,7 +207,7 @@ def _continue_rows(policy: Policy) -> None:
     ends = ids[:, length // 2].tolist()
     ending = replace(turns, policy=replace(endless, eos_ids=tuple(ends)))
     first = ending.turn(numbers, prompts, Sampling(length), draws)
-    if not (turns.kept and turns.kept.rows):
+    if not (turns.histories and turns.histories.rows):
         raise WrongRollout("its cache drops tokens, as with a sliding window")
     histories = []
     for i, prompt in enumerate(prompts):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
-from tokenrl.language.rollout.reading import Kept, Prefix, read
+from tokenrl.language.rollout.reading import Histories, Prefix, read
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime
@@ -32,7 +32,7 @@ NOT_FINITE = (
 def decode(
     policy: Policy,
     regime: Regime,
-    kept: Kept | None,
+    histories: Histories | None,
     numbers: Sequence[int],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -43,8 +43,8 @@ def decode(
     Args:
         policy: the policy.
         regime: how its model is sampled.
-        kept: what the rows of a batch of episodes have read, to which these rows add; None to keep nothing.
-        numbers: with `kept`, the number of each row in that batch. A prompt has one row then.
+        histories: what the rows of a batch of episodes have read, to which these rows add; None to keep nothing.
+        numbers: with `histories`, the number of each row in that batch. A prompt has one row then.
         prompts: ids of B prompts.
         sampling: how they are sampled.
         draws: uniforms [B * G, T] on the device of the policy; None for greedy completions.
@@ -53,7 +53,7 @@ def decode(
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     width = prompt_ids.shape[1]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
-    prefixes = None if kept is None else kept.take(numbers, prompts)
+    prefixes = None if histories is None else histories.take(numbers, prompts)
     batch, first = _begun(policy, regime, prefixes, prompts, prompt_index, sampling, draws)
     shape = len(prompt_index), length
     table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
@@ -72,19 +72,19 @@ def decode(
         if policy.stops is not None:
             at_stops = _end_at_stops(policy.stops, table["ids"], table["mask"], start, end - 1)
             alive.logical_and_(~at_stops[rows])
-        if end == length and kept is None:
+        if end == length and histories is None:
             break
         looked = [alive]
-        if kept is not None:
+        if histories is not None:
             looked += [rows, table["mask"].sum(dim=1)[rows]]
         looked = to_host(looked)
-        if kept is not None:
+        if histories is not None:
             ended = []
             of_rows = zip(*map(Tensor.tolist, looked), strict=True)
             for row, (is_alive, place, count) in enumerate(of_rows):
                 if not is_alive and count > start:
                     ended.append((row, numbers[place], len(prompts[place]), count - 1))
-            kept.add(batch.cache, width, end - 1, ended)
+            histories.add(batch.cache, width, end - 1, ended)
         unfinished = looked[0].nonzero().squeeze(1)
         if end == length or not len(unfinished):
             break
@@ -150,7 +150,7 @@ def _begun(
 
 
 def _selected(regime: Regime, batch: Batch, index: Tensor, tokens: int) -> Batch:
-    """Return the rows `index` of a batch, in memory that keeps its address if the way and the cache allow it."""
+    """Return the rows `index` of a batch, in memory that keeps its address if the regime and the cache allow it."""
     bucket = None if regime.token_steps is None else regime.token_steps.take(batch, index, tokens)
     if bucket is None:
         batch.select(index)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoding import decode
 from tokenrl.language.rollout.drawing import on_device
-from tokenrl.language.rollout.reading import Kept
+from tokenrl.language.rollout.reading import Histories
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Regime
@@ -136,19 +136,23 @@ class TransformersGenerator(Generator):
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
         cache: GiB of the keys and values that episodes keep from turn to turn; what does not fit is read again.
-        kept: what the rows of a batch of episodes have read, by their numbers; None to keep nothing.
+        histories: what the rows of a batch of episodes have read, by their numbers; None to keep nothing.
         regime: how the model is sampled. A run has tried it on its own model at its start.
     """
 
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
-    kept: Kept | None = None
+    histories: Histories | None = None
     regime: Regime = USUAL
 
     def over_turns(self) -> TransformersGenerator:
         """Return the generator of a batch of episodes; with `keeps_turns` it reads no history twice."""
-        return replace(self, kept=Kept(self.cache * GIB)) if self.regime.keeps_turns else self
+        return (
+            replace(self, histories=Histories(self.cache * GIB))
+            if self.regime.keeps_turns
+            else self
+        )
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -171,14 +175,14 @@ class TransformersGenerator(Generator):
         draws: Tensor | None,
     ) -> Rollout:
         """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
-        if self.kept is None:
+        if self.histories is None:
             return self.generate(prompt_ids, sampling, draws)
-        return self._sampled(self.kept, rows, prompt_ids, sampling, draws)
+        return self._sampled(self.histories, rows, prompt_ids, sampling, draws)
 
     @torch.no_grad()
     def _sampled(
         self,
-        kept: Kept | None,
+        histories: Histories | None,
         rows: Sequence[int],
         prompt_ids: Sequence[Sequence[int]],
         sampling: Sampling,
@@ -200,7 +204,7 @@ class TransformersGenerator(Generator):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
                 of_part = rows[start:end], prompt_ids[start:end]
-                part = decode(self.policy, self.regime, kept, *of_part, sampling, uniforms)
+                part = decode(self.policy, self.regime, histories, *of_part, sampling, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:

@@ -38,7 +38,7 @@ class Prefix(NamedTuple):
     start: int
 
 
-class Kept:
+class Histories:
     """What the rows of a batch of episodes have read, by their numbers in that batch.
 
     Attributes:
