@@ -124,12 +124,12 @@ def test_intervals_hold_the_choice_of_a_rate(monkeypatch):
     """Without a choice the critical value is Student's; with it, the one of another program's simulation."""
     monkeypatch.syspath_prepend(STUDY)
     choice = runpy.run_path(str(STUDY / "choice.py"))
-    by_base = runpy.run_path(str(STUDY / "second_edition.py"))["by_base"]
-    arms = np.array([*by_base("12_reverse_text").values()])
+    by_unit = runpy.run_path(str(STUDY / "second_edition.py"))["by_unit"]
+    arms = np.array([*by_unit("12_reverse_text").values()])
     for rates, critical in ((1, [4.032] * 5), (3, [4.641, 5.132, 6.029, 6.365, 7.960])):
         scores = arms[:, :, :rates]
         errors = stats.sem(choice["differences"](scores), axis=1)
-        assert choice["half_widths"](scores, 6) / errors == pytest.approx(critical, rel=0.05)
+        assert choice["half_widths"](scores) / errors == pytest.approx(critical, rel=0.05)
 
 
 def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):

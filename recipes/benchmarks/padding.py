@@ -75,6 +75,8 @@ for kind in ("train", "sft"):
                 divided, rest = measured(kind, size, ends)
                 ratios.append(whole / divided)
             ratios.sort()
-            ratio = f"{ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            numbers = f"{padding:.2f} | {rest:.2f} | {whole:.3f} | {divided:.3f} | {ratio}"
-            print(f"| {kind} | {size} M | {spread} | {numbers} |", flush=True)
+            print(
+                f"| {kind} | {size} M | {spread} | {padding:.2f} | {rest:.2f} | {whole:.3f} | {divided:.3f} "
+                f"| {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |",
+                flush=True,
+            )

@@ -56,12 +56,13 @@ def redrawn(scores: np.ndarray, normals: np.ndarray, share: float = 1) -> np.nda
     return gaps[..., None] + noise
 
 
-def half_widths(arms: Collection[np.ndarray], units: int, draws: int = DRAWS) -> np.ndarray:
-    """Return half the width of each later arm's interval if there were so many units, with the measured spread.
+def half_widths(arms: Collection[np.ndarray], times: int = 1, draws: int = DRAWS) -> np.ndarray:
+    """Return half the width of each later arm's interval if there were so many times the units, equally spread.
 
     It is the |t| that chance exceeds in a comparison's part of 5 %, times the standard error.
     """
     gaps = differences(arms)
+    units = times * gaps.shape[1]
     normals = np.random.default_rng(0).standard_normal((gaps.shape[1], draws, units))
     critical = []
     for share in SHARES:
@@ -82,7 +83,7 @@ def judged_at_best_rates(arms: Mapping[str, np.ndarray]) -> tuple[Any, dict[str,
     """
     gaps = pd.DataFrame(differences(arms.values()), [*arms][1:]).T
     student = half_width(gaps.std(), *gaps.shape)
-    spread = gaps.mean() + (gaps - gaps.mean()) * half_widths(arms.values(), len(gaps)) / student
+    spread = gaps.mean() + (gaps - gaps.mean()) * half_widths(arms.values()) / student
     against = judged_differences(dict(spread))
     mean = at_best_rates_of_others(next(iter(arms.values()))).mean()
     return against, {arm: verdict_cell(against, arm, f"reference, {mean:.3f}") for arm in arms}

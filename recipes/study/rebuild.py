@@ -1,7 +1,7 @@
 """Makes the tables and figures of the study again from the raw tables; or everything, from nothing.
 
     python recipes/study/rebuild.py                   tables of the pages and figures, in seconds
-    python recipes/study/rebuild.py --from-nothing    makes the runs of 1 to 8, 10 and 12, then the same
+    python recipes/study/rebuild.py --from-nothing    makes the runs of 1 to 8, 10, 12 and 13, then the same
     python recipes/study/rebuild.py --parts 1_sort_digits    the runs of one part, then the same
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
@@ -54,6 +54,7 @@ SECTIONS = {
     "10_unclipped": ("10_sort_digits", "10_reverse_text", "10_sgd"),
     "11_learned": ("11_learned",),
     "12_bases": ("12_sort_digits", "12_reverse_text", "12_countdown"),
+    "13_molecules": ("13_molecules",),
 }
 """The parts of each page of `questions/`, which has the figure of its name. The function of its name draws a panel
 and makes the cells of the table for each part. Questions 2 and 5 have one panel for several parts, and are named

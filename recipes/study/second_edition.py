@@ -148,28 +148,31 @@ def draw_gold(axes: Axes, curves: pd.DataFrame) -> None:
     )
 
 
-def by_base(part: str) -> dict[str, np.ndarray]:
-    """Return for each arm its area by rate and base, the mean of its runs, [1, rates, bases]."""
+def by_unit(part: str) -> dict[str, np.ndarray]:
+    """Return for each arm its area by rate and unit (a base, or a task), the mean of its runs, [1, rates, units]."""
     runs = read(part).runs
-    runs = runs.assign(base=runs["problem"].str.split(", ").str[1])
+    runs = runs.assign(unit=runs["problem"].str.rpartition(", ")[0])
     arms = {}
     for arm, of_arm in runs.groupby("arm", sort=False):
-        arms[arm] = of_arm.pivot_table("area", "learning_rate", "base").to_numpy()[None]
+        arms[arm] = of_arm.pivot_table("area", "learning_rate", "unit").to_numpy()[None]
     return arms
 
 
 def bases(axes: Axes, part: str) -> pd.DataFrame:
-    """Question 12: differences to rloo with bases as the unit, and at which ends of the grid rates are best."""
-    arms = by_base(part)
+    """Questions 12 and 13: differences to rloo by base or task, and at which ends of the grid rates are best."""
+    arms = by_unit(part)
     against, verdicts = judged_at_best_rates(arms)
     forest(axes, against, copies=COPIES.get(part, {}))
-    describe(axes, f"{part[3:]}: six base models as the unit", AGAINST_RLOO)
-    twice = dict(zip(against, half_widths(arms.values(), 12), strict=True))
+    describe(axes, f"{part[3:]}: mean over all units", AGAINST_RLOO)
+    twice = dict(zip(against, half_widths(arms.values(), times=2), strict=True))
     rows = {}
     for arm, scores in arms.items():
         wider = f"± {twice[arm]:.3f}" if "undecided" in verdicts[arm] else ""
         best = scores[0].argmax(0)
         ends = f"{(best == 0).sum()} + {(best == len(scores[0]) - 1).sum()}"
         rows[f"{arm}, {part[3:]}"] = [verdicts[arm] + mark_of(part, arm), wider, ends]
-    heads = ["area against rloo, by base", "with 12 bases", "best rate least + greatest"]
+    heads = ["area against rloo, by unit", "with twice as many", "best rate least + greatest"]
     return by_name("arm, task", rows, *heads)
+
+
+molecules = bases

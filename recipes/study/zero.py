@@ -77,9 +77,14 @@ def noise(task: str, model: str, **settings: object) -> dict[str, object]:
     below, at_0, above = (arm.variance.value for arm in (lower, none, upper))
     constant = (below - above) / (2 * (below + above - 2 * at_0))
     ratio = rloo.variance_ratio
-    cells = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "constant": constant}
-    cells |= {"ratio_1_2": rloo.variance.value / below}
-    return {"reward": measured.settings["reward"], **cells}
+    return {
+        "reward": measured.settings["reward"],
+        "ratio": ratio.value,
+        "low": ratio.low,
+        "high": ratio.high,
+        "constant": constant,
+        "ratio_1_2": rloo.variance.value / below,
+    }
 
 
 def collect() -> pd.DataFrame:
@@ -94,10 +99,16 @@ def collect() -> pd.DataFrame:
         estimator = run.config["estimator"]
         arm = {"none": "0", "constant": f"{estimator['baseline_constant']:g}"}
         steps = pd.DataFrame(run.metrics).set_index("step")[1:]
-        cells |= {"plan": path.parts[2], "arm": arm.get(estimator["baseline"], "rloo")}
-        cells |= {"area": steps["eval_reward"].mean(), "reward": run.evaluations[-1]["reward"]}
-        cells |= {"clipped": steps["grad_clipped"].mean(), "seconds": run.summary["wall_seconds"]}
-        rows.append(cells | {"equal": steps["frac_reward_zero_std"].mean()})
+        cells |= {
+            "plan": path.parts[2],
+            "arm": arm.get(estimator["baseline"], "rloo"),
+            "area": steps["eval_reward"].mean(),
+            "reward": run.evaluations[-1]["reward"],
+            "clipped": steps["grad_clipped"].mean(),
+            "seconds": run.summary["wall_seconds"],
+            "equal": steps["frac_reward_zero_std"].mean(),
+        }
+        rows.append(cells)
     return pd.DataFrame(rows)
 
 
@@ -131,12 +142,12 @@ def analyse(table: np.ndarray) -> pd.Series:
     verdict = ["undecided", "better", "worse"][side(mean - half, mean + half)]
     if abs(mean) + half <= MARGIN:
         verdict = "equivalent"
-    cells = {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
-    more = np.maximum(squares[:2] - squares[2], 0) / (seeds, bases)
-    cells |= {"var_base": more[0], "var_seed": more[1], "var_rest": squares[2]}
+    of_bases, of_seeds = np.maximum(squares[:2] - squares[2], 0) / (seeds, bases)
     quantiles = stats.f.ppf([0.975, 0.025], freedom[0], freedom[2])
-    ends = (squares[0] / squares[2] / quantiles - 1) / seeds
-    return pd.Series(cells | {"ratio_low": ends[0], "ratio_high": ends[1]})
+    ratio_low, ratio_high = (squares[0] / squares[2] / quantiles - 1) / seeds
+    cells = {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+    cells |= {"var_base": of_bases, "var_seed": of_seeds, "var_rest": squares[2]}
+    return pd.Series(cells | {"ratio_low": ratio_low, "ratio_high": ratio_high})
 
 
 def judge(code: str, code_pretrained: str) -> None:
