@@ -161,6 +161,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     from tokenrl.language.training.learner import make_learner
     from tokenrl.language.training.settings import settle
     from tokenrl.language.training.teacher import teacher_of
+    from tokenrl.language.training.teacher_prompts import teacher_prompts
     from tokenrl.runs.processes import make_accelerator
     from tokenrl.settings import arguments
 
@@ -179,7 +180,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     task.train_prompts = rows or task.train_prompts
     task = own_task(task)
     args = settle(args, task, policy).args
-    policy, teacher = teacher_of(args, policy, task)
+    policy, teacher = teacher_of(args, args, policy, teacher_prompts(args, task))
     return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
 
 

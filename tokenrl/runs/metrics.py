@@ -183,11 +183,12 @@ class TrackerArguments(Settings, group="trackers"):
 class Trackers:
     """The trackers of one run; each of them is left out from its first error on."""
 
-    def __init__(self, args: TrackerArguments, warn: Callable[[str], None]) -> None:
+    def __init__(self, args: TrackerArguments, every: int, warn: Callable[[str], None]) -> None:
         """Look the trackers up; none is started yet.
 
         Args:
-            args: the settings; a `logging_steps` among them is the number of steps between two records.
+            args: which trackers there are, and what they call the run.
+            every: steps between two records.
             warn: prints a warning.
 
         Raises:
@@ -196,7 +197,7 @@ class Trackers:
         self._args = args
         self._warn = warn
         self._names = _installed(args.report_to)
-        self._every = getattr(args, "logging_steps", 1)
+        self._every = every
         self._started: dict[str, Any] = {}
 
     def start(self, config: Mapping[str, Any], output_dir: Path) -> None:

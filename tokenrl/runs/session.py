@@ -29,12 +29,13 @@ from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
 from tokenrl.runs.metrics import (
     LOGS,
+    TrackerArguments,
     Trackers,
     append_rows,
     of_evaluation,
@@ -97,7 +98,8 @@ class Session:
         self._owner = os.getpid()
         self.console = Console(quiet=quiet, every=every)
         self.stop = GracefulStop(quiet=quiet)
-        self._trackers = Trackers(args, self.console.warn)
+        recorded = getattr(args, "logging_steps", 1)
+        self._trackers = Trackers(args.part(TrackerArguments), recorded, self.console.warn)
         self._lock, self._skipped, *numbers = together(
             accelerator, lambda: claim(kind, args, main=self.main)
         )
@@ -183,7 +185,8 @@ class Session:
         self._config = {"versions": versions(), **settings, **facts}
         self._config |= {"command": self.command, "code": signatures(plain(settings))}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, args, model, held)
+        saving = args.part(SavingArguments)
+        self.saver = Saver(self._checkpoint.parent, saving, model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)

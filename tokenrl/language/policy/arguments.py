@@ -73,7 +73,7 @@ class PromptArguments(Settings, group="prompts and ends"):
     @property
     def form(self) -> PromptArguments:
         """The part of a command's arguments that says how prompts reach the model."""
-        return PromptArguments(**{name: getattr(self, name) for name in FORM})
+        return self.part(PromptArguments)
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.language.rollout.distribution import Distribution, distribution_of
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.settings import Bounds, Count, Natural
 
 if TYPE_CHECKING:
@@ -146,9 +146,3 @@ def key_of(stream: str, sampling: Sampling) -> np.ndarray:
         raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
     step = sampling.step if stream == "training" else 0
     return np.array([STREAMS[stream] + sampling.seed, step], dtype=np.uint64)
-
-
-def sampling_of(args: Any) -> Sampling:
-    """Return how a run samples; callers set the step."""
-    sizes = args.max_completion_length, args.num_generations, args.seed
-    return Sampling(*sizes, truncate_prompts=args.truncate_prompts, **distribution_of(args))

@@ -22,7 +22,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import sampling_of
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.supervised.sft import sft
@@ -120,7 +120,7 @@ def warm_start(
 def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
     """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
     rewards.state = TrainerState(max_steps=args.max_steps)
-    sampling = sampling_of(args)
+    sampling = args.part(Sampling)
     sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
     count = min(PROMPTS, len(task.train_prompts))
     rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]

@@ -106,6 +106,11 @@ class OptimiserArguments(PassArguments, group="optimiser"):
     value_iterations: Natural = 4
     """Updates of the critic per step."""
 
+    @property
+    def updates(self) -> int:
+        """The updates from each rollout."""
+        return self.num_iterations * self.num_minibatches
+
 
 @dataclass(frozen=True)
 class KlArguments(Settings, group="KL control"):

@@ -50,7 +50,6 @@ from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_devi
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, Scores
 from tokenrl.language.rollout.vllm import VllmGenerator
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.names import NamedFunction
 from tokenrl.settings import shown
 from tokenrl.user_code import user_code
@@ -81,21 +80,25 @@ class Engine(NamedTuple):
     lags: bool
 
 
-def engine_of(args: TrainArguments) -> Engine:
-    """Return the engine that the settings of a run name.
+def engine_of(named: Any, cache: float) -> Engine:
+    """Return the engine of a run.
+
+    Args:
+        named: its name, or a user's function that makes it.
+        cache: GiB for keys and values, if it is one of this package.
 
     Raises:
         Refused: it cannot be imported, or has other abilities than `Abilities`.
     """
-    engine: Any = args.generator
-    name = str(getattr(engine, "__name__", engine))
-    if isinstance(engine, NamedFunction):
-        engine = engine.load()
-    elif isinstance(engine, str):
-        engine = ENGINES[engine]
+    name = str(getattr(named, "__name__", named))
+    engine = named
+    if isinstance(named, NamedFunction):
+        engine = named.load()
+    elif isinstance(named, str):
+        engine = ENGINES[named]
     make = engine.start if engine is VllmGenerator else engine
     if engine in ENGINES.values():
-        make = partial(make, cache=args.generator_cache)
+        make = partial(make, cache=cache)
     announces = getattr(engine, "announce", Generator.announce) is not Generator.announce
     lags = announces or engine is TransformersGenerator
     return Engine(name, make, _abilities_of(engine), lags)

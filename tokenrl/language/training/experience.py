@@ -96,9 +96,8 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     if estimator.needs_memory or learner.replay is not None:
         columns["keys"] = data_keys(rows.data)
     columns |= {name: x.to(rows.logprobs) for name, x in numbers.items()}
-    several = learner.args.num_iterations * learner.args.num_minibatches > 1
     # The generator's numbers may differ by rounding, and the ratio of the first update must be exactly 1.
-    if "old_logprobs" in estimator.needs and several:
+    if "old_logprobs" in estimator.needs and learner.args.updates > 1:
         forward = learner.forward
         scores = learner.scores(rows, forward.model, forward.regime, learner.sampling)
         columns["old_logprobs"] = scores.logprobs

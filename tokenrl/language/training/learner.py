@@ -20,7 +20,7 @@ from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator, LaggedGenerator
 from tokenrl.language.rollout.rollout import Rollout, Table, lengths, to_device
-from tokenrl.language.rollout.sampling import Sampling, sampling_of
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import (
     Regime,
     Scores,
@@ -134,6 +134,7 @@ class Learner:
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run, none of which is open.
+        engine: the engine of the run, as messages call it.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
@@ -150,6 +151,7 @@ class Learner:
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
+    engine: str
     generator: Generator
     critic: Critic | None = None
     teacher_prompts: TeacherPrompts | None = None
@@ -162,7 +164,7 @@ class Learner:
     @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        return sampling_of(self.args)
+        return self.args.part(Sampling)
 
     def keeping(self, sampling: Sampling) -> Sampling:
         """Return a sampling that also keeps what the estimator reads of the sampled tokens."""
@@ -369,11 +371,9 @@ def make_learner(
     if teacher is not None and teacher.policy is not None:
         regime = teacher_regime(teacher.policy, forward.policy.reference, accelerator)
         forward = replace(forward, reference_regime=regime)
-    make_generator = engine_of(args).make
+    engine = engine_of(args.generator, args.generator_cache)
     at_once = args.sampling_batch_size
-    generator = start_engine(
-        make_generator, forward.policy, forward.regime, at_once, args.sync_every
-    )
+    generator = start_engine(engine.make, forward.policy, forward.regime, at_once, args.sync_every)
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     make: Any = torch.optim.SGD
     if args.optimizer == "adamw":
@@ -386,6 +386,7 @@ def make_learner(
         accelerator=accelerator,
         estimator=args.estimator,
         args=replace(args, **decided, **computing),
+        engine=engine.name,
         generator=generator,
         teacher_prompts=None if teacher is None else teacher.prompts,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenrl.errors import Finished, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.language.policy.arguments import fill_form, form_line
+from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saved import SavedModel
@@ -20,28 +20,30 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
-from tokenrl.language.supervised.base import adapt, with_own_weights
+from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import PromptTask
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import (
     RunResult,
     TrainingRun,
     end_by,
+    warnings_of,
+)
+from tokenrl.language.training.settings import (
     evaluates,
     first_facts,
     model_facts,
+    settle,
+    sizes_of_steps,
     task_of,
-    warnings_of,
 )
-from tokenrl.language.training.settings import settle, sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.teacher import load_models
+from tokenrl.language.training.teacher import teacher_of
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
@@ -104,9 +106,7 @@ def train(
     check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
     every = choices.logging_steps if choices.logging_steps > 1 else 10
     with Session("train", choices, every=every, accelerator=accelerator) as session:
-        find = partial(task_of, choices, accelerator.num_processes)
-        task, rewards = together(accelerator, find)
-        run, provenance = _prepare(choices, task, rewards, session)
+        run, provenance = _prepare(choices, session)
         threads = using_threads(run.args.threads)
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -175,25 +175,23 @@ def _warm_start(
     return warmed
 
 
-def _prepare(
-    choices: TrainArguments,
-    task: PromptTask,
-    rewards: Rewards,
-    session: Session,
-) -> tuple[TrainingRun, Provenance]:
-    """Load the policy and settle the settings; return the run with its learner, and what it is made from."""
+def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Provenance]:
+    """Load task and policy and settle the settings; return the run with its learner, and what it is made from."""
     console = session.console
     accelerator = session.accelerator
+    processes = accelerator.num_processes
+    task, rewards, prompts = together(accelerator, lambda: task_of(choices, processes))
     facts = first_facts(choices, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
-        policy, teacher = load_models(choices, task, console.note)
+        policy = load_base(choices, task, console.note)
+        kl, loading = choices.part(KlArguments), choices.part(LoadingArguments)
+        policy, teacher = teacher_of(kl, loading, policy, prompts)
         if choices.check:
             policy = with_own_weights(policy, choices.model)
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-    processes = accelerator.num_processes
     has_state = bool(rewards.keepers)
     settled = partial(settle, choices, task, policy, has_state=has_state, processes=processes)
     plan = together(accelerator, settled)
@@ -216,7 +214,7 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, turns=turns, **decided)
     args = learner.args
     if not learner.generator.abilities.exact:
-        provenance.caveats.append(f"{engine_of(args).name} has random numbers of its own")
+        provenance.caveats.append(f"{learner.engine} has random numbers of its own")
     run = TrainingRun(
         plan=plan._replace(args=args),
         task=task,

@@ -11,33 +11,25 @@ from typing import Any
 
 import torch
 
-from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.memories import Memory
-from tokenrl.errors import Finished, Refused
+from tokenrl.errors import Finished
 from tokenrl.language.evaluation.evaluation import Evaluator
-from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.supervised.base import vocabulary_of
-from tokenrl.language.supervised.defaults import check_prompts, with_origins
+from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
-from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
+from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.learner import Learner
-from tokenrl.language.training.settings import TrainPlan, check_choices
+from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
-from tokenrl.language.training.teacher_prompts import bias_of_context, teacher_prompts
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
-
-SHOWN = ("baseline", "scale", "aggregation", "ratio", "beta")
-"""The axes that the header of a run shows, whatever they are."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,16 +206,11 @@ class TrainingRun:
         }
         if not self.learner.generator.abilities.exact:
             facts["sampling"] = (
-                f"by {engine_of(self.args).name}, with random numbers of its own: the run is not bit-exact"
+                f"by {self.learner.engine}, with random numbers of its own: the run is not bit-exact"
             )
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
         return {**facts, **self.learner.forward.regime.remarks}
-
-
-def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
-    """Return whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
-    return not rewards.keepers or bool(args.eval_every)
 
 
 def end_by(end: Finished, session: Session) -> None:
@@ -235,92 +222,6 @@ def end_by(end: Finished, session: Session) -> None:
     if session.accelerator.num_processes > 1:
         raise end
     session.end("finished", str(end))
-
-
-def first_facts(
-    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
-) -> dict[str, Any]:
-    """Return the lines of the header that are known before the model is loaded."""
-    names = ", ".join(rewards.names)
-    if is_unrewarded(choices.reward):
-        kl = (
-            "the KL"
-            if choices.teacher_context is None
-            else "no KL, as teacher_context is called in steps"
-        )
-        names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
-    estimator = choices.estimator
-    status = bias_of_context(choices) or estimator.bias_status
-    if choices.sync_every > 1 and not bias_of_context(choices):
-        status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
-    if choices.replay and not bias_of_context(choices):
-        status = "biased, as rewards choose the replayed completions"
-    stage = ""
-    if choices.warm_start:
-        skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
-        stage = f"a warm start of {choices.warm_start_steps} updates{skipped}, "
-    order = "an evaluation, training steps with evaluations in between"
-    if not evaluates(choices, rewards):
-        order = (
-            "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
-        )
-    return {
-        "task": division_of(task, choices.eval_size)[0],
-        "reward": names,
-        "estimator": estimator_line(estimator, SHOWN, status),
-        **objective_line(estimator),
-        "order": f"{stage}{order}",
-        "seed": choices.seed,
-        "run": directory,
-    }
-
-
-def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
-    """Return the lines of the header that are known once the model is loaded."""
-    args = plan.args
-    line = partial(with_origins, plan.origins)
-    sizes = {
-        "max_steps": f"{args.max_steps} steps",
-        "prompts_per_step": f"{args.prompts_per_step} prompts",
-        "num_generations": f"{args.num_generations} completions",
-    }
-    schedule = args.lr_scheduler_type
-    rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
-    return {
-        "model": f"{policy.source} ({policy.size:,} parameters{vocabulary_of(policy)}, {args.dtype})",
-        **({} if teacher is None else {"teacher": teacher.line}),
-        "training": line(" x ", **sizes),
-        "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
-        "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-        **form_line(policy.form, args.model),
-    }
-
-
-def task_of(choices: TrainArguments, processes: int) -> tuple[PromptTask, Rewards]:
-    """Return the task and the rewards; whatever contradicts itself without a model is refused.
-
-    Raises:
-        Refused: the task, a reward or a choice cannot be used.
-    """
-    task, rewards = find_task(choices, may_lack_rewards=True)
-    check_choices(choices, task)
-    teacher_prompts(choices, task)
-    engine = engine_of(choices)
-    if processes > 1 and not engine.abilities.distributed:
-        problem = f"samples in a run of one process, and this run has {processes}"
-        raise Refused(f"{engine.name} {problem}: take transformers.")
-    if rewards.keepers and processes > 1:
-        raise Refused(
-            "A reward with a state_dict would have another state in each process of this run: start one process, "
-            "or take a reward without state_dict."
-        )
-    needs_evaluations = choices.patience or choices.keep == "best"
-    if rewards.keepers and choices.eval_every is None and needs_evaluations:
-        raise Refused(
-            "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
-            "counts: give eval_every (--eval-every), or leave keep and patience out."
-        )
-    return task, rewards
 
 
 def warnings_of(run: TrainingRun) -> list[str]:
@@ -340,4 +241,4 @@ def warnings_of(run: TrainingRun) -> list[str]:
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    return [*warnings, *run.plan.warnings]
+    return [*warnings, *without_effect(run.args)]

@@ -1,21 +1,34 @@
-"""Makes the settings of a training run: lays the layers over each other, and refuses contradictions."""
+"""Makes the settings of a training run, and tells them: lays layers over each other, and refuses contradictions."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.refusals import check_horizon
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.supervised.defaults import completion_limit, demonstrations, layers_below
-from tokenrl.language.tasks.task import PromptTask, is_unrewarded
-from tokenrl.language.training.arguments import OWN, TrainArguments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.supervised.base import vocabulary_of
+from tokenrl.language.supervised.defaults import (
+    completion_limit,
+    demonstrations,
+    layers_below,
+    with_origins,
+)
+from tokenrl.language.tasks.held_out import division_of
+from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
+from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
 from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.teacher import Teacher
+from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import arguments, lay
 
@@ -36,13 +49,11 @@ class TrainPlan(NamedTuple):
         args: the settings.
         origins: where the value of each comes from, in words.
         usual_rate: the learning rate of a run that leaves it open; None if unknown, as without AdamW.
-        warnings: a sentence for each setting that was changed but has no effect.
     """
 
     args: TrainArguments
     origins: dict[str, str]
     usual_rate: float | None
-    warnings: tuple[str, ...]
 
 
 def settle(
@@ -80,7 +91,7 @@ def settle(
     args = arguments(TrainArguments, values)
     _check_sizes(args, processes)
     usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
-    return TrainPlan(args, origins, usual_rate, tuple(without_effect(args)))
+    return TrainPlan(args, origins, usual_rate)
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -94,16 +105,50 @@ def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
     return max(every, math.ceil(20 * evaluated / 3 / completions))
 
 
+SHOWN = ("baseline", "scale", "aggregation", "ratio", "beta")
+"""The axes that the header of a run shows, whatever they are."""
 OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
-def check_choices(args: TrainArguments, task: PromptTask) -> None:
+def task_of(
+    choices: TrainArguments, processes: int
+) -> tuple[PromptTask, Rewards, TeacherPrompts | None]:
+    """Return the task, the rewards and how the teacher's prompts are made.
+
+    Raises:
+        Refused: one of them cannot be used, or choices contradict each other whatever the model is.
+    """
+    task, rewards = find_task(choices, may_lack_rewards=True)
+    check_choices(choices, task, processes)
+    prompts = teacher_prompts(choices.part(KlArguments), task)
+    if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
+        raise Refused(
+            "The teacher is the policy itself and reads the same prompts, so that with reward none there is "
+            "nothing to learn: give it more to read by teacher_template (--teacher-template), teacher_context, "
+            "or a column teacher_prompt of the data."
+        )
+    if rewards.keepers and processes > 1:
+        raise Refused(
+            "A reward with a state_dict would have another state in each process of this run: start one process, "
+            "or take a reward without state_dict."
+        )
+    needs_evaluations = choices.patience or choices.keep == "best"
+    if rewards.keepers and choices.eval_every is None and needs_evaluations:
+        raise Refused(
+            "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
+            "counts: give eval_every (--eval-every), or leave keep and patience out."
+        )
+    return task, rewards, prompts
+
+
+def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
     """Refuse choices that contradict each other whatever the model is; bounds stand beside each field.
 
     Args:
         args: what was given, of which some is open.
         task: the task; its environment may reward each turn.
+        processes: the number of processes of the run.
 
     Raises:
         Refused: two choices contradict each other, there is no learning rate for the optimiser, or there are
@@ -111,7 +156,6 @@ def check_choices(args: TrainArguments, task: PromptTask) -> None:
     """
     estimator = args.estimator
     episodic = task.environment is not None
-    updates = args.num_iterations * args.num_minibatches
     if args.warm_start:
         demonstrations(task)
     if args.optimizer == "sgd" and args.learning_rate is None:
@@ -131,7 +175,10 @@ def check_choices(args: TrainArguments, task: PromptTask) -> None:
             f"{within} would compare the tokens of one completion, which have the same return, as its reward "
             "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
         )
-    engine = engine_of(args)
+    engine = engine_of(args.generator, args.generator_cache)
+    if processes > 1 and not engine.abilities.distributed:
+        problem = f"samples in a run of one process, and this run has {processes}"
+        raise Refused(f"{engine.name} {problem}: take transformers.")
     if args.top_p < 1 and args.min_p and not engine.abilities.min_p_last:
         raise Refused(
             f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
@@ -151,9 +198,9 @@ def check_choices(args: TrainArguments, task: PromptTask) -> None:
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
             "without importance_centre, as no distribution of the sampler is kept."
         )
-    if "old_logprobs" not in estimator.needs and updates > 1:
+    if "old_logprobs" not in estimator.needs and args.updates > 1:
         raise Refused(
-            f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
+            f"num_iterations x num_minibatches makes {args.updates} updates of a rollout, but ratio='none' is "
             "right for the first only. Use ratio='token' (--estimator.ratio token), as grpo, dr_grpo and ppo_clip do."
         )
 
@@ -257,3 +304,87 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         value = getattr(args, name)
         if value != getattr(TrainArguments, name) and not is_met:
             yield f"{name}={value} has no effect, because {reason}."
+
+
+def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
+    """Return whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
+    return not rewards.keepers or bool(args.eval_every)
+
+
+def bias_of_context(args: TrainArguments) -> str:
+    """Say why a teacher_context makes the gradient biased, whatever the estimator declares; empty if it does not.
+
+    A KL in the reward is one to a teacher that has read the other rows, so a baseline or a scale that is made of
+    their rewards depends on the row's own completion.
+    """
+    if args.teacher_context is None:
+        return ""
+    if args.allow_own_feedback:
+        return "biased, as the teacher may read the row itself, and its KL is none between two policies"
+    estimator = args.estimator
+    for axis in ("baseline", "scale"):
+        if estimator.kl_in_reward and estimator.chosen(axis).compares:
+            return (
+                f"biased, as the {axis} compares KLs to teachers that have read each other's rows"
+            )
+    return ""
+
+
+def first_facts(
+    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
+) -> dict[str, Any]:
+    """Return the lines of the header that are known before the model is loaded."""
+    names = ", ".join(rewards.names)
+    if is_unrewarded(choices.reward):
+        kl = (
+            "the KL"
+            if choices.teacher_context is None
+            else "no KL, as teacher_context is called in steps"
+        )
+        names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
+    estimator = choices.estimator
+    status = estimator.bias_status
+    if choices.sync_every > 1:
+        status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
+    if choices.replay:
+        status = "biased, as rewards choose the replayed completions"
+    status = bias_of_context(choices) or status
+    stage = ""
+    if choices.warm_start:
+        skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
+        stage = f"a warm start of {choices.warm_start_steps} updates{skipped}, "
+    order = "an evaluation, training steps with evaluations in between"
+    if not evaluates(choices, rewards):
+        order = (
+            "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
+        )
+    return {
+        "task": division_of(task, choices.eval_size)[0],
+        "reward": names,
+        "estimator": estimator_line(estimator, SHOWN, status),
+        **objective_line(estimator),
+        "order": f"{stage}{order}",
+        "seed": choices.seed,
+        "run": directory,
+    }
+
+
+def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
+    """Return the lines of the header that are known once the model is loaded."""
+    args = plan.args
+    line = partial(with_origins, plan.origins)
+    sizes = {
+        "max_steps": f"{args.max_steps} steps",
+        "prompts_per_step": f"{args.prompts_per_step} prompts",
+        "num_generations": f"{args.num_generations} completions",
+    }
+    schedule = args.lr_scheduler_type
+    rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
+    return {
+        "model": f"{policy.source} ({policy.size:,} parameters{vocabulary_of(policy)}, {args.dtype})",
+        **({} if teacher is None else {"teacher": teacher.line}),
+        "training": line(" x ", **sizes),
+        "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
+        "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
+        **form_line(policy.form, args.model),
+    }

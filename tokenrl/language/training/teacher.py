@@ -10,7 +10,7 @@ as the policy has (see `fit_rows`), so that both distributions are over the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.arguments import LoadingArguments
 from tokenrl.language.policy.loading import context_of
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import fingerprint
@@ -27,8 +28,8 @@ from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.scoring import Regime
 from tokenrl.language.supervised.base import load_base, policy_of, with_own_weights
-from tokenrl.language.training.arguments import OWN, TrainArguments
-from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
+from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
+from tokenrl.language.training.teacher_prompts import TeacherPrompts
 
 
 class Teacher(NamedTuple):
@@ -86,7 +87,7 @@ class MovingAverage:
             of_teacher[name].copy_(average)
 
 
-def is_named(args: TrainArguments) -> bool:
+def is_named(args: KlArguments) -> bool:
     """Return whether the teacher is another model than the policy itself."""
     return args.teacher is not None and args.teacher != OWN
 
@@ -94,18 +95,20 @@ def is_named(args: TrainArguments) -> bool:
 def read_models(args: TrainArguments, task: Any) -> Policy:
     """Return the policy of a run, within the bounds of its teacher, before any weights are loaded."""
     policy = load_base(args, task, weights=False)
-    return with_teacher(policy, _named(args, weights=False)) if is_named(args) else policy
+    return with_teacher(policy, _named(args, args, weights=False)) if is_named(args) else policy
 
 
-def load_models(
-    args: TrainArguments, task: Any, announce: Callable[[str], None]
+def teacher_of(
+    args: KlArguments, loading: LoadingArguments, policy: Policy, prompts: TeacherPrompts | None
 ) -> tuple[Policy, Teacher | None]:
-    """Load the policy of a run, and the teacher if there is one; see `teacher_of`."""
-    return teacher_of(args, load_base(args, task, announce), task)
+    """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any.
 
-
-def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy, Teacher | None]:
-    """Return a policy that has another model as its reference if that is its teacher, and the teacher, if any."""
+    Args:
+        args: which model is the teacher.
+        loading: how it is loaded.
+        policy: the policy, before it has an adapter.
+        prompts: how the teacher's prompts are made; None if it reads those of the policy.
+    """
     if args.teacher is None:
         return policy, None
     which = "its weights before training"
@@ -113,8 +116,8 @@ def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy,
         which = f"an average of its weights (decay {args.teacher_decay:g})"
     teacher = Teacher(OWN, None, f"the policy itself, with {which}")
     if is_named(args):
-        teacher = load_teacher(args, policy)
-    if prompts := teacher_prompts(args, task):
+        teacher = load_teacher(args, loading, policy)
+    if prompts is not None:
         line = f"{teacher.line}; it reads {prompts.name} in place of the prompt"
         teacher = teacher._replace(prompts=prompts, line=line)
     if teacher.policy is not None:
@@ -123,27 +126,28 @@ def teacher_of(args: TrainArguments, policy: Policy, task: Any) -> tuple[Policy,
     return replace(policy, reference=None), teacher
 
 
-def _named(args: TrainArguments, *, weights: bool = True) -> Policy:
+def _named(args: KlArguments, loading: LoadingArguments, *, weights: bool = True) -> Policy:
     """Return the teacher that the arguments name."""
     try:
-        return policy_of(args.teacher, args, weights=weights)
+        return policy_of(args.teacher, loading, weights=weights)
     except Refused as error:
         raise Refused(f"The teacher cannot be used. {error}") from error
 
 
-def load_teacher(args: TrainArguments, policy: Policy) -> Teacher:
+def load_teacher(args: KlArguments, loading: LoadingArguments, policy: Policy) -> Teacher:
     """Load the teacher that the arguments name, and compare it with the policy.
 
     A model from Python is copied, because the run moves and rounds the teacher's weights.
 
     Args:
-        args: the arguments of the run, which name a teacher.
+        args: which model is the teacher.
+        loading: how it is loaded.
         policy: the policy, before it has an adapter.
 
     Raises:
         Refused: the teacher cannot be loaded, is the model that is trained, or has another vocabulary.
     """
-    teacher = _named(args)
+    teacher = _named(args, loading)
     name = teacher.source
     if teacher.model is policy.model:
         raise Refused(

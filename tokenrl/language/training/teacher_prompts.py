@@ -19,8 +19,8 @@ from tokenrl.language.rollout.rewarded import Rewarded, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
-from tokenrl.language.tasks.task import is_unrewarded
-from tokenrl.language.training.arguments import OWN, TrainArguments
+from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.training.arguments import KlArguments
 from tokenrl.names import NamedFunction
 from tokenrl.user_code import user_code
 
@@ -43,7 +43,7 @@ class TeacherPrompts:
         name: the template, the column or the function in words.
         template: makes a text from the columns of a row; None for a function or the column.
         function: the user's function; None for a template or the column.
-        keywords: the keywords that it may take.
+        keywords: the keywords that it takes.
     """
 
     name: str
@@ -130,12 +130,11 @@ class TeacherPrompts:
         return contents
 
 
-def teacher_prompts(args: TrainArguments, task: Any) -> TeacherPrompts | None:
+def teacher_prompts(args: KlArguments, task: PromptTask) -> TeacherPrompts | None:
     """Return how the teacher's prompts are made; None if it reads those of the policy.
 
     Raises:
-        Refused: several ways are given, the first prompt cannot be made, a function takes what it must not see, or
-            there is nothing to learn, as the policy itself reads the same prompts.
+        Refused: several ways are given, the first prompt cannot be made, or a function takes what it must not see.
     """
     if args.teacher is None:
         return None
@@ -150,57 +149,36 @@ def teacher_prompts(args: TrainArguments, task: Any) -> TeacherPrompts | None:
     if len(names) > 1:
         raise Refused(f"The teacher reads one prompt: leave out all but one of {', '.join(names)}.")
     if not names:
-        if args.teacher == OWN and is_unrewarded(args.reward):
-            raise Refused(
-                "The teacher is the policy itself and reads the same prompts, so that with reward none there is "
-                "nothing to learn: give it more to read by teacher_template (--teacher-template), teacher_context, "
-                "or a column teacher_prompt of the data."
-            )
         return None
     if function is not None:
         function = NamedFunction(function).load() if isinstance(function, str) else function
-        return TeacherPrompts(names[0], None, function, keywords_of(function, args))
+        keywords = keywords_of(function, args.allow_own_feedback)
+        return TeacherPrompts(names[0], None, function, keywords)
     prompts = TeacherPrompts(names[0], args.teacher_template)
     prompts.of_row(rows[0], rows[0]["prompt"])
     return prompts
 
 
-def keywords_of(function: Callable[..., Any], args: TrainArguments) -> list[str]:
-    """Return the keywords that a user's function may take; with **kwargs those about other rows.
+def keywords_of(function: Callable[..., Any], of_own: bool) -> list[str]:
+    """Return the keywords that a user's function takes; with **kwargs those about other rows.
+
+    Args:
+        function: the function.
+        of_own: whether it may take those about the row itself.
 
     Raises:
-        Refused: a parameter is none of them, or it is about the row itself and that is not allowed.
+        Refused: a parameter is none of them.
     """
     of_itself = [name for name in OF_ITSELF if name in inspect.signature(function).parameters]
-    if of_itself and not args.allow_own_feedback:
+    if of_itself and not of_own:
         raise Refused(
             f"The teacher_context takes {' and '.join(of_itself)} of the row itself. The sampled and the closed form "
             "of distillation then compute different things, and neither is the gradient of a KL between two policies, "
             "as what such a teacher says of the first token depends on the last. Leave them out, or give "
             "allow_own_feedback (--allow-own-feedback) all the same."
         )
-    names = [*OF_OTHERS, *of_itself]
-    accepted_arguments(function, "The teacher_context", dict.fromkeys(names))
-    return names
-
-
-def bias_of_context(args: TrainArguments) -> str:
-    """Say why a teacher_context makes the gradient biased, whatever the estimator declares; empty if it does not.
-
-    A KL in the reward is one to a teacher that has read the other rows, so a baseline or a scale that is made of
-    their rewards depends on the row's own completion.
-    """
-    if args.teacher_context is None:
-        return ""
-    if args.allow_own_feedback:
-        return "biased, as the teacher may read the row itself, and its KL is none between two policies"
-    estimator = args.estimator
-    for axis in ("baseline", "scale"):
-        if estimator.kl_in_reward and estimator.chosen(axis).compares:
-            return (
-                f"biased, as the {axis} compares KLs to teachers that have read each other's rows"
-            )
-    return ""
+    available = dict.fromkeys([*OF_OTHERS, *of_itself])
+    return accepted_arguments(function, "The teacher_context", available)
 
 
 def in_place(prompt: Prompt, content: Any, source: str) -> Prompt:
