@@ -197,9 +197,9 @@ class Saver:
         except Refused:
             raise
         except Exception as error:
-            fault = f"The state in {path} does not fit this run ({describe(error)})."
             raise Refused(
-                f"{fault} Continue with the model and the tokenrl that saved it."
+                f"The state in {path} does not fit this run ({describe(error)}). Continue with the model and the "
+                "tokenrl that saved it."
             ) from error
         self._model.read(path)
         self._saved = step_of(path)
@@ -292,12 +292,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         return _load(folder)
-    except (
-        Exception
-    ) as error:  # a damaged archive and a pickle with code raise many kinds of errors
-        fault = f"{folder} holds no state from which a run can continue ({describe(error)})."
+    except Exception as error:  # a damaged archive and a pickle with code have errors of many kinds
         raise Refused(
-            f"{fault} Give another checkpoint, or start from its weights with --model."
+            f"{folder} holds no state from which a run can continue ({describe(error)}). Give another checkpoint, "
+            "or start from its weights with --model."
         ) from error
 
 

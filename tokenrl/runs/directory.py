@@ -71,10 +71,9 @@ class RunDirectory:
         except (OSError, ValueError) as error:  # ValueError: a null byte, or bytes that are no text
             if new and isinstance(error, FileExistsError):
                 raise
-            message = (
+            raise Refused(
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
-            )
-            raise Refused(message) from error
+            ) from error
         self._clean()
 
     def _clean(self) -> None:
@@ -139,8 +138,10 @@ def _refuse_content(run: Path, may_hold_run: bool) -> None:
     """
     folders = [run / name for name in (*_FOLDERS, "warm_start", "tensorboard")]
     for link in filter(Path.is_symlink, folders):
-        reason = f"{link} is a link, and a run writes and removes files in its own directory only"
-        raise Refused(f"{reason}. Put a folder there, or give another output directory.")
+        raise Refused(
+            f"{link} is a link, and a run writes and removes files in its own directory only. Put a folder there, or "
+            "give another output directory."
+        )
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name not in (".lock", "warm_start", *_PARTIAL)]
     is_run = "timings.jsonl" in names
@@ -152,8 +153,10 @@ def _refuse_content(run: Path, may_hold_run: bool) -> None:
             f"The output directory {run} holds no run, but {listing}. Give a new or empty one."
         )
     if names and not may_hold_run:
-        mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
-        raise Refused(f"The output directory {run} already holds a run; {mend}.")
+        raise Refused(
+            f"The output directory {run} already holds a run; give another directory, continue it (--resume auto), "
+            "or replace it (--overwrite)."
+        )
 
 
 def remove_debris(folder: Path) -> None:

@@ -100,11 +100,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def not_written(path: Path, error: Exception) -> Stopped:
     """Return the error for a file or folder that could not be written, with what helps."""
-    mend = (
-        "Free space there, change the permissions, or write to another place, and leave a run's directory where "
-        "it is until the run has ended."
+    return Stopped(
+        f"{path} could not be written ({describe(error)}). Free space there, change the permissions, or write to "
+        "another place, and leave a run's directory where it is until the run has ended."
     )
-    return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -215,7 +214,6 @@ def sync(path: Path) -> None:
 
 MANIFEST = "manifest.json"
 _CARD = "README.md"  # people edit the card of a model before they share it
-_MEND = f"Use another copy or an earlier checkpoint; unverified it loads from a copy without {MANIFEST}."
 
 
 @contextmanager
@@ -294,8 +292,10 @@ def verify(folder: Path) -> None:
         with suppress(OSError, ValueError):  # a null byte in a name
             if _entry(folder / name) == entry:
                 continue
-        fault = f"its file {name} is missing, altered or cut short"
-        raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
+        raise Refused(
+            f"The folder {folder} cannot be used: its file {name} is missing, altered or cut short. Use another "
+            f"copy or an earlier checkpoint; unverified it loads from a copy without {MANIFEST}."
+        )
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:

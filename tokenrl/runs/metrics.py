@@ -77,8 +77,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except Exception as error:  # a damaged line raises many kinds of errors
             if number == len(lines):  # it has no newline: a crash cut it short
                 continue
-            fault = f"Line {number} of {path} is damaged ({describe(error)})"
-            raise Refused(f"{fault}; remove it to read the others.") from error
+            raise Refused(
+                f"Line {number} of {path} is damaged ({describe(error)}); remove it to read the others."
+            ) from error
     return rows
 
 
@@ -97,11 +98,10 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
         table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
-    except (
-        Exception
-    ) as error:  # a reward's values may be nested without end, or have methods that fail
-        fault = f"The completions cannot be written as a table ({describe(error)})"
-        raise Stopped(f"{fault}: give log_extra numbers and text.") from error
+    except Exception as error:  # values may be nested without end, or have methods that fail
+        raise Stopped(
+            f"The completions cannot be written as a table ({describe(error)}): give log_extra numbers and text."
+        ) from error
     path = folder / f"step_{step:06d}.parquet"
     with writing(path):
         folder.mkdir(exist_ok=True)
@@ -243,8 +243,10 @@ class Trackers:
         try:
             yield
         except (Exception, SystemExit) as error:  # a tracker must never end a run
-            message = f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more."
-            self._warn(f"{message} The run goes on, and its own files have everything.")
+            self._warn(
+                f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes on, and "
+                "its own files have everything."
+            )
             with suppress(Exception, SystemExit):
                 self._started.pop(name).finish()  # keep what it has already got
 
@@ -265,8 +267,10 @@ def _installed(names: tuple[str, ...]) -> list[str]:
         check_choice("report_to", name, (*sorted(LOGGER_TYPE_TO_CLASS), "all", "none"))
         if name not in (*installed, "all"):
             package = name.replace("_", "-")
-            fault = f"report_to was given as {name!r}, but that tracker is not installed"
-            raise Refused(f"{fault}: pip install {package}, or leave report_to out.")
+            raise Refused(
+                f"report_to was given as {name!r}, but that tracker is not installed: pip install {package}, or "
+                "leave report_to out."
+            )
     return installed if "all" in names else list(dict.fromkeys(names))
 
 

@@ -97,8 +97,9 @@ def checked_output() -> Iterator[None]:
         drop_output()
         if isinstance(error, BrokenPipeError) or error.filename is not None:
             raise
-        advice = "Send it to a place with space, and run again."
-        raise Stopped(f"The output could not be written ({error}). {advice}") from error
+        raise Stopped(
+            f"The output could not be written ({error}). Send it to a place with space, and run again."
+        ) from error
 
 
 def drop_output() -> None:

@@ -97,11 +97,10 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     if resume != "auto":
         target = Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
         if target.parent != folder.resolve():
-            allowed = (
-                f"it must be auto or a checkpoint of the run in output_dir, as {folder}/step_000100"
+            raise Refused(
+                f"resume was given as {resume!r}; it must be auto or a checkpoint of the run in output_dir, as "
+                f"{folder}/step_000100. A new run takes weights with --model."
             )
-            fault = f"resume was given as {resume!r}; {allowed}."
-            raise Refused(f"{fault} A new run takes weights with --model.")
         verify(Path(resume))
         return Path(resume), []
     faults: list[str] = []
@@ -113,8 +112,10 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
             faults.append(str(fault))
     if faults or (run / "model").exists():
         reason = " ".join(faults) or "It holds a model, but no checkpoint."
-        mend = "To start it again, which replaces what it holds, give --overwrite and no --resume."
-        raise Refused(f"The run in {run} cannot be continued. {reason} {mend}")
+        raise Refused(
+            f"The run in {run} cannot be continued. {reason} To start it again, which replaces what it holds, give "
+            "--overwrite and no --resume."
+        )
     return None, []
 
 
@@ -241,11 +242,11 @@ class Provenance:
             else:
                 refused.append(text)
         if refused:
-            mend = (
-                "Continue it with its own settings (--config RUN), data, code and number of processes, or start "
-                "a new run from the checkpoint's weights with --model."
+            raise Refused(
+                f"The run was started otherwise: {'; '.join(refused)}. Continue it with its own settings "
+                "(--config RUN), data, code and number of processes, or start a new run from the checkpoint's "
+                "weights with --model."
             )
-            raise Refused(f"The run was started otherwise: {'; '.join(refused)}. {mend}")
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
@@ -273,9 +274,10 @@ def check_processes(accelerator: Any, values: Mapping[str, Any]) -> None:
     everywhere = gather_objects([texts])
     differing = [name for name in texts if len({each.get(name) for each in everywhere}) > 1]
     if differing:
-        mend = "Start all of them with the same command, on the same data."
-        fault = f"The processes of this run differ in {', '.join(differing)}. {mend}"
-        raise (Refused if is_main(accelerator) else Silent)(fault)
+        raise (Refused if is_main(accelerator) else Silent)(
+            f"The processes of this run differ in {', '.join(differing)}. Start all of them with the same command, "
+            "on the same data."
+        )
 
 
 def _comparable(value: object) -> object:

@@ -59,9 +59,9 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
     for part in layers:
         names = _last(list(named)) if part == "last" else [name for name in named if part in name]
         if not names:
-            hint = f"Give part of one, such as of {', '.join(list(named)[:4])}, or 'last'."
             raise Refused(
-                f"No trainable parameter of {policy.source!r} has {part!r} in its name. {hint}"
+                f"No trainable parameter of {policy.source!r} has {part!r} in its name. Give part of one, such as of "
+                f"{', '.join(list(named)[:4])}, or 'last'."
             )
         chosen.update({name: named[name] for name in names})
     return chosen

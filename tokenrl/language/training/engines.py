@@ -311,8 +311,9 @@ def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:
     to_column = torch.can_cast(x.dtype, column.dtype)
     is_alike = to_column and torch.can_cast(column.dtype, x.dtype)
     if list(x.shape) != shape or not is_alike:
-        words = f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}"
-        raise WrongRollout(f"{words}, not those of {column} with {sizes}")
+        raise WrongRollout(
+            f"{name} has the shape {list(x.shape)} and numbers of type {x.dtype}, not those of {column} with {sizes}"
+        )
     return x.detach().to(torch.promote_types(x.dtype, column.dtype))
 
 

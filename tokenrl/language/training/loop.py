@@ -98,8 +98,9 @@ def train(
         >>> result.eval_after["reward_greedy"]
     """
     if callback is not None and not callable(callback):
-        rule = "it must be a function of a step and its metrics"
-        raise Refused(f"callback was given as {callback!r}; {rule}.")
+        raise Refused(
+            f"callback was given as {callback!r}; it must be a function of a step and its metrics."
+        )
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)

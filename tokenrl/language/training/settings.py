@@ -177,8 +177,9 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
         )
     engine = engine_of(args.generator, args.generator_cache)
     if processes > 1 and not engine.abilities.distributed:
-        problem = f"samples in a run of one process, and this run has {processes}"
-        raise Refused(f"{engine.name} {problem}: take transformers.")
+        raise Refused(
+            f"{engine.name} samples in a run of one process, and this run has {processes}: take transformers."
+        )
     if args.top_p < 1 and args.min_p and not engine.abilities.min_p_last:
         raise Refused(
             f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
@@ -250,14 +251,17 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
     if not is_unrewarded(args.reward):
         check_horizon(args.estimator, length, args.allow_no_baseline)
     if args.num_minibatches > prompts:
-        limit = f"prompts_per_step={prompts}, as the completions of a prompt are not split"
-        raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
+        raise Refused(
+            f"num_minibatches={args.num_minibatches} is more than prompts_per_step={prompts}, as the completions of "
+            "a prompt are not split."
+        )
     if prompts % processes:
         down = prompts // processes * processes
         up = (prompts // processes + 1) * processes
         valid = f"{down} or {up}" if down else up
-        problem = f"prompts_per_step={prompts} cannot be shared equally by {processes} processes"
-        raise Refused(f"{problem}. Give {valid}.")
+        raise Refused(
+            f"prompts_per_step={prompts} cannot be shared equally by {processes} processes. Give {valid}."
+        )
 
 
 def _try_out(args: TrainArguments) -> None:
@@ -287,8 +291,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         have = "have" if len(loud) > 1 else "has"
         yield f"{', '.join(loud)} {have} no effect: a run computes as its recorded settings say."
     if args.warmup_steps >= args.max_steps:
-        less = f"is not less than max_steps={args.max_steps}, so the learning rate stays below its peak"
-        yield f"warmup_steps={args.warmup_steps} {less}."
+        yield (
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning rate "
+            "stays below its peak."
+        )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
         "replay_memory": (args.replay, "replay is 0"),
