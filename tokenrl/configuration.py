@@ -34,10 +34,20 @@ EARLIER_AXES = [("entropy_form", "per_step"), ("trust_sides", 1)]
 
 Nor does their baseline 'rloo' beside another objective, which makes the advantages by itself."""
 
-RECORDED = (
-    *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
-    *("chat_prompts", "task_rows", "warm_started", "code", "hashes"),
-)
+RECORDED = {
+    "kind",
+    "versions",
+    "title",
+    "solved",
+    "horizon",
+    "pairs",
+    "command",
+    "chat_prompts",
+    "task_rows",
+    "warm_started",
+    "code",
+    "hashes",
+}
 """Names in the config.json of a run that are no settings."""
 _CODE = ("task", "reward", "environment", "env", "generator", "teacher_context")
 """Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
@@ -95,7 +105,7 @@ def configured(
         if of_a_run or not anew:
             left_out |= {"resume", "overwrite"}
         if of_a_run and anew:
-            left_out.add("output_dir")
+            left_out |= {"output_dir"}
         if of_a_run:
             left_out |= {"trust_run", "trust_remote_code", "quiet"}
             # settings of an earlier version

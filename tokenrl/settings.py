@@ -14,13 +14,12 @@ import contextlib
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from itertools import chain
 from math import inf
 from numbers import Integral, Real
-from operator import ge, gt, le, lt
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -35,27 +34,22 @@ T = TypeVar("T")
 class Bounds:
     """Bounds of a number, given as metadata of its type. Without any bound a number must still be finite."""
 
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    at_least: float = -inf
+    above: float = -inf
+    at_most: float = inf
+    below: float = inf
 
-    def limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
-        """Return (words, comparison, limit) for each bound; the comparison must hold."""
-        limits: list[Any] = [
-            ("of at least", ge, self.at_least),
-            ("above", gt, self.above),
-            ("at most", le, self.at_most),
-            ("below", lt, self.below),
-        ]
-        return [limit for limit in limits if limit[2] is not None]
+    def limits(self) -> dict[str, float]:
+        """Return the bounds that there are, by the words before them in a message."""
+        limits = zip(("of at least", "above", "at most", "below"), vars(self).values(), strict=True)
+        return {words: limit for words, limit in limits if abs(limit) < inf}
 
     def hold(self, value: float) -> bool:
         """Return whether a finite number lies within the bounds."""
-        return all(compare(value, limit) for _, compare, limit in self.limits())
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
-        return " and ".join(f"{words} {limit:,.12g}" for words, _, limit in self.limits())
+        return " and ".join(f"{words} {limit:,.12g}" for words, limit in self.limits().items())
 
 
 LARGEST = 1e30

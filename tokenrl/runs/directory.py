@@ -20,8 +20,16 @@ from tokenrl.runs.files import appending, recover, remove
 TRAINED_PROMPTS = "trained_prompts.txt"
 """A hash of each prompt that the model of a run was trained on, there and before, one in a line."""
 _FILES = (
-    *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl"),
-    *("warm_start", "model", "tensorboard", TRAINED_PROMPTS, "config.json"),
+    "learning_curve.png",
+    "report.html",
+    "summary.json",
+    "timings.jsonl",
+    "metrics.jsonl",
+    "warm_start",
+    "model",
+    "tensorboard",
+    TRAINED_PROMPTS,
+    "config.json",
 )
 """What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""
 _PARTIAL = tuple(f".{name}.partial" for name in _FILES)

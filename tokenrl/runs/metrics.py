@@ -161,8 +161,13 @@ def peak_memory() -> dict[str, float]:
     return peaks
 
 
-_NAME_OF_RUN = {"clearml": "task_name", "mlflow": "run_name", "swanlab": "experiment_name"}
-_NAME_OF_RUN |= {"trackio": "name", "wandb": "name"}
+_NAME_OF_RUN = {
+    "clearml": "task_name",
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+    "trackio": "name",
+    "wandb": "name",
+}
 """The keyword by which a tracker takes the name of a run; the others have none."""
 
 

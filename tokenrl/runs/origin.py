@@ -22,8 +22,8 @@ from packaging.version import Version
 from tokenrl.names import source_file
 from tokenrl.runs.files import plain
 
-_PACKAGES: tuple[str, ...] = ("tokenizers",)
-_PACKAGES += (
+_PACKAGES = (
+    "tokenizers",
     "torch",
     "transformers",
     "accelerate",
@@ -39,8 +39,8 @@ TESTED = {
     "accelerate": "1.15",
     "datasets": "5.2",
     "peft": "0.21",
+    "gymnasium": "1.4",
 }
-TESTED |= {"gymnasium": "1.4"}
 """The newest release of each library with which the tests passed, without the number of its last mending."""
 _BROUGHT = {"datasets": "transformers", "peft": "transformers"}
 """Libraries that a run with a model may import later, after its header."""

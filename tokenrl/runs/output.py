@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 UNREAD = 141
 """Exit code of a command whose output nobody reads any more: 128 plus SIGPIPE, as of other programs."""
-_LIBRARIES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-_LIBRARIES |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
 _HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -19,7 +19,8 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
-from tokenrl.runs.console import ending, evaluations
+from tokenrl.runs.console import ending, evaluations as before_and_after
+from tokenrl.runs.findings import evaluations
 from tokenrl.runs.metric_table import finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
@@ -96,7 +97,7 @@ class Outcome(Tabled):
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table: evaluations before and after training."""
-        return [(type(self).__name__, "before", "after"), *evaluations(self.summary())]
+        return [(type(self).__name__, "before", "after"), *before_and_after(self.summary())]
 
     def _ending(self) -> list[str]:
         """Return the lines below the table: how the run ended, which weights it kept, and its directory."""
@@ -217,11 +218,5 @@ def _rows_of(log: Path) -> list[dict[str, Any]]:
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
-    steps = []
-    values = []
-    for row in rows:
-        value = finite(row.get(name))
-        if value is not None:
-            steps.append(int(row["step"]))
-            values.append(value)
-    return steps, values
+    means = evaluations(rows, name)
+    return [mean.step for mean in means], [mean.value for mean in means]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,11 @@ from typing import Any
 import tokenrl.runs.markup as markup
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
-from tokenrl.runs.findings import evaluations
+from tokenrl.runs.findings import Rows, evaluations
 from tokenrl.runs.metric_table import all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
 from tokenrl.runs.reader import RecordedRun, read_run
-
-Rows = Sequence[Mapping[str, Any]]
 
 _FROM_PYTHON = (
     "Started from Python, with functions or objects that have no name: run that program again."

@@ -31,12 +31,22 @@ T = TypeVar("T")
 
 _SAVING = {"output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints"}
 _SHOWING = {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name"}
-FREE = _SAVING | _SHOWING | {"max_steps", "resume", "overwrite", "video", "check"}
-FREE |= {"stop_after_zero_spread", "stop_after_nonfinite", "trust_run"}
+_ENDING = {"max_steps", "stop_after_zero_spread", "stop_after_nonfinite"}
+FREE = _SAVING | _SHOWING | _ENDING | {"resume", "overwrite", "video", "check", "trust_run"}
 """Settings that may change when a run continues."""
-ROUNDING = {"micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "tokens_per_pass"}
-ROUNDING |= {"pass_overhead"}
-ROUNDING |= {"training_attention", "threads", "cpu", "generator", "generator_cache", "capture"}
+ROUNDING = {
+    "micro_batch_size",
+    "sampling_batch_size",
+    "gradient_checkpointing",
+    "tokens_per_pass",
+    "pass_overhead",
+    "training_attention",
+    "threads",
+    "cpu",
+    "generator",
+    "generator_cache",
+    "capture",
+}
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}
 """What may differ between the processes of a run; all get the weights of the main one's base model."""

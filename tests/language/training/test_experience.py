@@ -144,6 +144,32 @@ def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     assert greedy != greedy[::-1]
 
 
+def test_completions_whose_prompt_has_no_greedy_reward_keep_theirs_and_are_left_out():
+    """A teacher_context reads the rewards of the other rows, whatever the greedy completion of the prompt got."""
+    read = []
+
+    def context(prompt, rewards):
+        read.append(rewards)
+        return prompt
+
+    def vowels(prompts, completion_ids, **_):
+        return [
+            None if len(prompts) == 4 and prompt == "a" else reward
+            for prompt, reward in zip(prompts, vowel_reward(None, completion_ids), strict=True)
+        ]
+
+    shared = {"teacher": "self", "teacher_context": context}
+    learner, rewards, prompts, sampling = start("remax,beta=0.1", vowels, **shared)
+    rows = rows_of_step(learner, rewards, sampling, Spare(prompts))
+    learnt = experience(learner, rows, sampling)
+    of_prompt = [row["prompt"] == "a" for row in rows.data]
+    assert rows.valid.all() and learnt.valid.tolist() == [not x for x in of_prompt]
+    assert rows.greedy_rewards.isnan().tolist() == of_prompt
+    assert learnt.greedy_rewards[of_prompt.index(True)] == 0 and learnt.greedy_rewards.any()
+    siblings = [[*range(i - i % 4, i - i % 4 + 4)] for i in range(16)]
+    assert read == [[float(rows.rewards[j]) for j in js if j != i] for i, js in enumerate(siblings)]
+
+
 OF_ALL = (
     "prompt_ids prompt_mask prompt_index completion_ids mask sampling_logprobs truncated logprobs entropy "
     "rewards by_function valid replayed"

@@ -140,7 +140,7 @@ def fill_form(args: T, model: Any = None) -> T:
     values = vars(args)
     form = saved_form(values["model"] if model is None else model)
     left_open = {name: value for name, value in form.items() if values[name] is None}
-    return replace(args, **left_open)  # type: ignore[type-var]
+    return replace(args, **left_open) if left_open else args  # type: ignore[type-var]
 
 
 def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:

@@ -39,12 +39,13 @@ class Rewarded(Rollout):
         data: the row of the data that each prompt comes from, N mappings.
         rewards: total reward of each completion [N], in float64.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
-        valid: False where every function abstained, and where the greedy completion is needed and has no reward [N].
+        valid: False where every function abstained [N].
         replayed: True on completions of earlier steps [N].
         logs: what reward functions gave to `log_extra` for each row, N mappings.
         dense_rewards: the same rewards in time [N, T]: those of an environment in their turns, those of functions
             at the last action of the row. None without an environment.
-        greedy_rewards: reward of the greedy completion of each row's prompt [N]; None where no baseline reads it.
+        greedy_rewards: reward of the greedy completion of each row's prompt, NaN without one [N]; None where no
+            baseline reads it.
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
     """

@@ -40,7 +40,9 @@ class Experience(Rollout):
     `teacher_prompts`; these stay with the process that sampled the rows.
 
     Attributes:
-        rewards, by_function, valid, replayed, dense_rewards, greedy_rewards: those of `Rewarded`.
+        rewards, by_function, replayed, dense_rewards, greedy_rewards: those of `Rewarded`; a greedy completion
+            without a reward has 0.
+        valid: False where every function abstained, from the completion or from the greedy one that is needed [N].
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
         ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
             Its logits [N, T, V], if no head can be taken apart. None where they are computed again in each pass.
@@ -81,7 +83,6 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
         sampling: how they were sampled.
     """
     estimator = learner.estimator
-    numbers = dict[str, Tensor]()
     columns: dict[str, Any] = rows.tensors()
     prompts = None
     if learner.teacher_prompts is not None:
@@ -89,13 +90,15 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     if estimator.beta:
         keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
         scores = learner.ref_scores(rows, prompts, states=keeps)
-        numbers["ref_logprobs"] = scores.logprobs
+        columns["ref_logprobs"] = scores.logprobs.to(rows.logprobs)
         columns["ref_states"] = scores.states
+    if rows.greedy_rewards is not None:  # without the reward of the greedy completion there is no baseline
+        columns["valid"] = rows.valid & ~rows.greedy_rewards.isnan()
+        columns["greedy_rewards"] = rows.greedy_rewards.nan_to_num()
     if learner.critic is not None:
-        numbers["values"] = learner.critic.values(rows.hidden).detach()
+        columns["values"] = learner.critic.values(rows.hidden).detach().to(rows.logprobs)
     if estimator.needs_memory or learner.replay is not None:
         columns["keys"] = data_keys(rows.data)
-    columns |= {name: x.to(rows.logprobs) for name, x in numbers.items()}
     # The generator's numbers may differ by rounding, and the ratio of the first update must be exactly 1.
     if "old_logprobs" in estimator.needs and learner.args.updates > 1:
         forward = learner.forward
@@ -163,14 +166,13 @@ def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dic
     # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
     size = group_size if group_size > 1 else len(rewards)
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
-    rewarded = rewards[valid].double()
-    means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
+    rewarded = rewards[valid]
+    means = rewards.masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
     metrics = dict[str, Tensor]()
     errors = dict[str, Tensor]()
     if names:
         errors["reward"] = mean_and_error(means[~means.isnan()])[1]
-        metrics["reward"] = rewarded.mean()
-        metrics["reward_std"] = rewarded.std(correction=min(1, len(rewarded) - 1))
+        metrics["reward"], metrics["reward_std"] = _mean_and_spread(rewarded)
         metrics["frac_reward_zero_std"] = (differences == 0).all(dim=1).double().mean()
     # Equal prompts with equal completions are one of both; the mask tells completions of padding apart.
     texts = torch.cat([rows.prompt_ids, rows.completion_ids.masked_fill(~mask, -1)], dim=1)
@@ -190,13 +192,18 @@ def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dic
     if len(rewarded) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
-        values = rows.by_function[:, column].double()
+        values = rows.by_function[:, column]
         metrics[f"rewards/{name}/abstained"] = values.isnan().double().mean()
         values = values[~values.isnan()]
         if len(values):
-            metrics[f"rewards/{name}/mean"] = values.mean()
-            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
+            mean, spread = _mean_and_spread(values)
+            metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": spread}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of values, which is 0 of a single one."""
+    return values.mean(), values.std(correction=min(1, len(values) - 1))
 
 
 def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:

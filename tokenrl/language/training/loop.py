@@ -213,16 +213,15 @@ def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Pr
     with using_threads(threads):
         turns = rewards.environments is not None
         learner = make_learner(plan.args, policy, accelerator, teacher, turns=turns, **decided)
-    args = learner.args
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
     run = TrainingRun(
-        plan=plan._replace(args=args),
+        plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=PromptStream(task.train_prompts, args.seed),
-        memory=args.estimator.memory(),
+        stream=PromptStream(task.train_prompts, choices.seed),
+        memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
         warm_started=warmed,
@@ -258,13 +257,9 @@ def _steps(run: TrainingRun, session: Session) -> Iterator[int]:
     Raises:
         Refused: a prompt is too long for the model's context.
     """
-    learner = run.learner
     run.check_prompts()
-    learner.sync()  # with the weights of the checkpoint, if there is one
+    run.learner.sync()  # with the weights of the checkpoint, if there is one
     if not session.continues:
-        if evaluates(run.args, run.rewards):
-            held_out = len(run.task.eval_prompts)
-            session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
         _evaluated(run, session)
         judge_start(run, session)
     return session.steps()
@@ -303,7 +298,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
         "num_samples": least + args.num_generations * int(metrics.get("refilled", 0)),
     }
-    run.totals.update(done)
+    seconds = {name: x for name, x in record.timings.items() if "seconds" in name}
+    run.totals.update(done | seconds)
     metrics |= {
         "epoch": run.stream.epoch,
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
@@ -311,7 +307,6 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "idle_steps": learner.idle,
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
-    run.totals.update({name: x for name, x in record.timings.items() if "seconds" in name})
     return record
 
 
@@ -327,6 +322,9 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     if not evaluates(run.args, run.rewards):
         return {}
     count, learner = run.args.eval_generations, run.learner
+    if not session.step:
+        held_out = len(run.task.eval_prompts)
+        session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
     run.tell(session.step)
     began = time.perf_counter()
     try:

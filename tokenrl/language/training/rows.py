@@ -8,6 +8,7 @@ different widths, because their gradients are summed only after the last pass of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,8 @@ def rows_of_step(
 ) -> Rewarded:
     """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed.
 
-    They have the reward of the greedy completion, if the baseline reads it (ReMax, arXiv 2310.10505).
+    They have the reward of the greedy completion, if the baseline reads it (ReMax, arXiv 2310.10505); NaN where
+    every function abstained from it.
     """
     prompts = local(learner.accelerator, draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)
@@ -78,9 +80,8 @@ def rows_of_step(
         size = learner.group_size
         prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
         greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
-        greedy = greedy.take(torch.arange(len(prompts)).repeat_interleave(size))
-        valid = rows.valid & greedy.valid  # without a greedy reward there is no baseline
-        rows = replace(rows, greedy_rewards=greedy.rewards, valid=valid)
+        of_prompts = greedy.rewards.masked_fill(~greedy.valid, math.nan)
+        rows = replace(rows, greedy_rewards=of_prompts.repeat_interleave(size))
     return rows
 
 

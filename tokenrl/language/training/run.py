@@ -66,7 +66,7 @@ class TrainingRun:
     """The parts of a run, and how far it has come.
 
     Attributes:
-        plan: the settings, and where they come from.
+        plan: the settings before the machine decided some, and where they come from.
         task: prompts to train on and to evaluate on.
         rewards: the reward functions.
         learner: the policy, its optimiser and the settings.
@@ -104,7 +104,7 @@ class TrainingRun:
     @property
     def args(self) -> TrainArguments:
         """The settings, none of which is open but for the directory."""
-        return self.plan.args
+        return self.learner.args
 
     @property
     def title(self) -> str:
