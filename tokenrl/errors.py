@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,23 @@ def explain(error: BaseException) -> TokenrlError | None:
             f"of them again to continue the run. PyTorch said: {describe(error)}"
         )
     return None
+
+
+@contextmanager
+def refusing(fault: str, remedy: str, kind: type[TokenrlError] = Refused) -> Iterator[None]:
+    """Raise an error of the block as `Refused`, with its fault and its remedy; an error in plain words stays.
+
+    Args:
+        fault: what failed.
+        remedy: what to do, in whole sentences.
+        kind: what is raised.
+    """
+    try:
+        yield
+    except TokenrlError:
+        raise
+    except Exception as error:  # libraries, files and user code raise errors of all kinds
+        raise kind(f"{fault} ({describe(error)}). {remedy}") from error
 
 
 def is_stream(path: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.configuration import TrustArguments
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, describe, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised, refusing
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import STEP, remove_debris
 from tokenrl.runs.files import atomic_directory, remove, trial_directory, verify
@@ -190,17 +190,13 @@ class Saver:
             Refused: the state does not fit this run.
         """
         state = read_state(path)
-        try:
-            with user_code():
-                for name, part in self._parts.items():
-                    part.load_state_dict(state[name])
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused(
-                f"The state in {path} does not fit this run ({describe(error)}). Continue with the model and the "
-                "tokenrl that saved it."
-            ) from error
+        fault = f"The state in {path} does not fit this run"
+        with (
+            refusing(fault, "Continue with the model and the tokenrl that saved it."),
+            user_code(),
+        ):
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
         self._model.read(path)
         self._saved = step_of(path)
 
@@ -290,13 +286,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         Refused: the file is missing or damaged, or it holds code, which is not run.
     """
-    try:
+    with refusing(
+        f"{folder} holds no state from which a run can continue",
+        "Give another checkpoint, or start from its weights with --model.",
+    ):
         return _load(folder)
-    except Exception as error:  # a damaged archive and a pickle with code have errors of many kinds
-        raise Refused(
-            f"{folder} holds no state from which a run can continue ({describe(error)}). Give another checkpoint, "
-            "or start from its weights with --model."
-        ) from error
 
 
 def _load(folder: Path, mmap: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, refusing
 from tokenrl.runs.files import appending, recover, remove
 
 TRAINED_PROMPTS = "trained_prompts.txt"
@@ -218,7 +218,7 @@ def remove_run_files(run: Path, keep: Collection[str] = ()) -> None:
     Raises:
         Refused: a file cannot be removed.
     """
-    try:
+    with refusing(f"The run in {run} cannot be replaced", "Give another directory."):
         for name, written in _FOLDERS.items():
             for path in list((run / name).glob("*")):
                 if re.fullmatch(written, path.name):
@@ -228,7 +228,3 @@ def remove_run_files(run: Path, keep: Collection[str] = ()) -> None:
         for name in (*_PARTIAL, *_FILES):
             if name not in keep:
                 remove(run / name)
-    except OSError as error:
-        raise Refused(
-            f"The run in {run} cannot be replaced ({error}); give another directory."
-        ) from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, describe, read_file
+from tokenrl.errors import Refused, Stopped, describe, read_file, refusing
 from tokenrl.runs.files import appending, flat, plain, replacing, writing
 from tokenrl.settings import Settings, check_choice
 
@@ -58,12 +58,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         Refused: the file cannot be read, or a line before the last is damaged.
     """
-    try:
+    with refusing(f"The metrics {path} cannot be read", "Give the directory of a run."):
         lines = read_file(Path(path)).split(b"\n")
-    except OSError as error:
-        raise Refused(
-            f"The metrics {path} cannot be read ({error}); give the directory of a run."
-        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -96,12 +92,10 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     import pyarrow.parquet as parquet
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    try:
+    fault = "The completions cannot be written as a table"
+    # values may be nested without end, or have methods that fail
+    with refusing(fault, "Give log_extra numbers and text.", Stopped):
         table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
-    except Exception as error:  # values may be nested without end, or have methods that fail
-        raise Stopped(
-            f"The completions cannot be written as a table ({describe(error)}): give log_extra numbers and text."
-        ) from error
     path = folder / f"step_{step:06d}.parquet"
     with writing(path):
         folder.mkdir(exist_ok=True)
@@ -116,16 +110,10 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     Raises:
         Refused: the file cannot be read, or it is no parquet file.
     """
-    import pyarrow
     import pyarrow.parquet as parquet
 
-    try:
-        table = parquet.read_table(path, page_checksum_verification=True)
-        return list(table.to_pylist())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise Refused(
-            f"{path} is damaged ({error}). Remove it, and the rest can be shown."
-        ) from error
+    with refusing(f"{path} is damaged", "Remove it, and the rest can be shown."):
+        return list(parquet.read_table(path, page_checksum_verification=True).to_pylist())
 
 
 def _column(values: list[Any]) -> Any:

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, refusing
 from tokenrl.language.policy.arguments import TINY, run_of
 from tokenrl.runs.files import model_directory
 
@@ -35,7 +35,7 @@ def find_model(name_or_path: str | Path) -> str:
         Refused: neither a directory nor a model of the hub has this name, or the directory is a damaged
             checkpoint, holds no language model, or one of its files is cut short or no JSON.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     folder = Path(model_directory(name_or_path))
     if name_or_path == TINY and not folder.is_dir():
@@ -46,17 +46,13 @@ def find_model(name_or_path: str | Path) -> str:
         _check_hub(str(name_or_path))
         return str(name_or_path)
     for file in sorted(folder.iterdir()):  # transformers goes on without a generation_config.json
-        try:
+        fault = f"The file {file.name} of the model in {folder} is damaged"
+        with refusing(fault, "Copy or save the model once more."):
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):  # its header must cover the whole file
                     pass
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise Refused(
-                f"The file {file.name} of the model in {folder} is damaged ({error}). Copy or save the model "
-                "once more."
-            ) from error
     if fault := _fault_of(folder, name_or_path):
         raise Refused(
             f"{name_or_path} {fault}. A model is a local directory written by save_pretrained, or a hub name."
@@ -73,18 +69,14 @@ def _check_hub(name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError
 
-    try:
-        if not any(
-            try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")
-        ):
+    fault = (
+        f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
+    )
+    files = "config.json", "adapter_config.json"
+    # transformers says how to ask for access to a gated model
+    with refusing(fault, "Give one that is there."), suppress(GatedRepoError):
+        if not any(try_to_load_from_cache(name, file) for file in files):
             HfApi().model_info(name, timeout=10)
-    except GatedRepoError:
-        return  # transformers says how to ask for access
-    except Exception as error:  # of names that cannot be, unknown models, or the network
-        raise Refused(
-            f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub "
-            f"({describe(error)})."
-        ) from error
 
 
 def _fault_of(folder: Path, name_or_path: str | Path) -> str:
@@ -140,21 +132,12 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
     Raises:
         Refused: something in the block raised an error; the message quotes it.
     """
-    try:
-        with quietly():
-            if not trust_remote_code:
-                refuse_attention_of_hub(source)
-            yield
-    except Refused:
-        raise
-    except Exception as error:  # files of a model have errors of all kinds
-        hint = (
-            "" if trust_remote_code else " Code shipped with a model runs with trust_remote_code."
-        )
-        raise Refused(
-            f"No {kind} could be loaded from {source!r} ({describe(error)}). Give a local directory written by "
-            f"save_pretrained, or a hub name.{hint}"
-        ) from error
+    hint = "" if trust_remote_code else " Code shipped with a model runs with trust_remote_code."
+    remedy = f"Give a local directory written by save_pretrained, or a hub name.{hint}"
+    with refusing(f"No {kind} could be loaded from {source!r}", remedy), quietly():
+        if not trust_remote_code:
+            refuse_attention_of_hub(source)
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, refusing
 from tokenrl.language.policy.arguments import PromptArguments, saved_form, trained_prompts
 from tokenrl.language.policy.copies import frozen_copy, uncompiled
 from tokenrl.language.policy.loading import (
@@ -331,10 +331,8 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     model: Any = policy.model
     enable = getattr(model, "activation_checkpointing_enable", None)  # not in early transformers 5
     enable = enable or model.gradient_checkpointing_enable
-    try:
+    with refusing("gradient_checkpointing fails", "Leave it off."):
         enable({"use_reentrant": False})
-    except ValueError as error:
-        raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
     model.enable_input_require_grads()  # under LoRA the embedding is frozen, and no block would get one
     # Transformers checkpoints only in training mode, in which routers add noise and Falcon reads its rates.
     clear_rates(model.config.get_text_config())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, refusing
 from tokenrl.language.policy.loading import quietly
 from tokenrl.language.policy.saving import (
     AUTO_CLASSES,
@@ -111,7 +111,12 @@ class SavedModel:
         auto = getattr(transformers, AUTO_CLASSES[self.kind])
         has_own_code = "transformers_modules" in str(type(bare))
         options = {"trust_remote_code": has_own_code}
-        try:
+        with refusing(
+            "The model of this run cannot be saved and loaded",
+            "With its tokenizer it must be what transformers makes of its configuration: set "
+            "config.tie_word_embeddings to whether the head shares the embedding's weights, and undo other changes "
+            "of layers.",
+        ):
             hollow = _hollow(model)
             hollow.config.save_pretrained(folder)
             self.policy.tokenizer.save_pretrained(folder)
@@ -127,12 +132,6 @@ class SavedModel:
                 if wrong:
                     names = ", ".join(wrong)[:200]
                     raise ValueError(f"loaded again, its weights differ: {names}")
-        except Exception as error:  # libraries raise errors of all kinds
-            raise Refused(
-                f"The model of this run cannot be saved and loaded ({describe(error)}). With its tokenizer it "
-                "must be what transformers makes of its configuration: set config.tie_word_embeddings to whether "
-                "the head shares the embedding's weights, and undo other changes of layers."
-            ) from error
 
 
 def _hollow(model: Any) -> Any:

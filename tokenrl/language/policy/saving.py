@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, refusing
 from tokenrl.language.policy.arguments import run_of
 from tokenrl.language.policy.loading import quietly, refuse_attention_of_hub
 from tokenrl.runs.files import write_json, write_text
@@ -167,15 +167,11 @@ def read_weights(model: Any, folder: Path) -> None:
     Raises:
         Refused: the weights cannot be read, or are those of another model.
     """
-    try:
+    with refusing(
+        f"The weights in {folder} are not those of this run's model",
+        "Resume with the model and the settings that the run was started with, or start a new run from these weights.",
+    ):
         (_read_adapter if has_adapter(model) else _read_whole)(model, folder)
-    except Refused:
-        raise
-    except Exception as error:  # absent, damaged and unsuitable files raise errors of many kinds
-        raise Refused(
-            f"The weights in {folder} are not those of this run's model ({describe(error)}). Resume with the "
-            "model and the settings that the run was started with, or start a new run from these weights."
-        ) from error
 
 
 def _read_whole(model: Any, folder: Path) -> None:
