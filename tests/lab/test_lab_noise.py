@@ -64,17 +64,26 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
     ones, old = torch.ones(len(chosen)).bool(), problem.logprobs[prompt, chosen]
     greedy = problem.totals[prompt, problem.greedy[prompt]].expand(len(chosen))
     rewards = problem.totals[prompt, chosen]
-    rows = (
-        problem.mask[chosen].bool(),
-        rewards,
-        ones,
-        ~ones,
-        greedy,
-        old,
-        old,
-        torch.zeros_like(old),
+    unread = (
+        "prompt_ids",
+        "prompt_mask",
+        "prompt_index",
+        "completion_ids",
+        "by_function",
+        "replayed",
     )
-    return Samples((), group_size, *rows)
+    return Samples(
+        **dict.fromkeys((*unread, "sampling_logprobs", "parts"), torch.zeros(0)),
+        group_size=group_size,
+        mask=problem.mask[chosen].bool(),
+        rewards=rewards,
+        valid=ones,
+        truncated=~ones,
+        greedy_rewards=greedy,
+        logprobs=old,
+        ref_logprobs=old,
+        entropy=torch.zeros_like(old),
+    )
 
 
 def test_what_is_not_told_apart_from_zero_is_not_told() -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenrl.errors import Refused
@@ -16,39 +15,26 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import sample_and_reward
-from tokenrl.language.rollout.rollout import Rollout, pad_right
+from tokenrl.language.rollout.rollout import Rollout, cat, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts
+from tokenrl.language.training.experience import Experience
 
 
-@dataclass(frozen=True)
-class Samples:
+@dataclass(frozen=True, kw_only=True)
+class Samples(Experience):
     """B groups of G rows, prompt-major, on the CPU in float64; T is the most tokens allowed.
 
+    The log-probabilities under the reference are those of the policy if it has none.
+
     Attributes:
-        parts: The rollouts in order, each of some prompts.
+        parts: The same rows in order as they were sampled, each part of some prompts.
         group_size: Completions per prompt, G.
-        mask: True where the token is an action [N, T].
-        rewards: Reward of each row [N]; 0 where all reward functions abstain.
-        valid: False where all reward functions abstain [N].
-        truncated: True where a completion was cut off by the maximum length [N].
-        greedy_rewards: Reward of the greedy completion of each row's prompt [N].
-        logprobs: Log-probabilities under the policy, as the trainer computes them [N, T].
-        ref_logprobs: Log-probabilities under the reference, or under the policy if it has none [N, T].
-        entropy: Entropy of the policy at each token, in nats [N, T].
         regime: How the policy is scored.
     """
 
-    parts: tuple[Rollout, ...]
+    parts: Sequence[Rollout]
     group_size: int
-    mask: Tensor  # [N, T]
-    rewards: Tensor  # [N]
-    valid: Tensor  # [N]
-    truncated: Tensor  # [N]
-    greedy_rewards: Tensor  # [N]
-    logprobs: Tensor  # [N, T]
-    ref_logprobs: Tensor  # [N, T]
-    entropy: Tensor  # [N, T]
     regime: Regime = USUAL
 
 
@@ -81,29 +67,26 @@ def collect(
         replace(sampling, num_generations=0), batch_size=max(1, rows_at_once // group_size)
     )
     parts = []
-    columns = []
     for rollout, greedy in zip(sampled, greedily_sampled, strict=True):
         if not greedy.valid.all():
             raise Refused(
                 "Every reward function abstained on a greedy completion; give other prompts."
             )
-        shared = {
-            "rewards": rollout.rewards,
-            "valid": rollout.valid,
-            "truncated": rollout.truncated,
-            "greedy_rewards": greedy.rewards.repeat_interleave(group_size),
-        }
-        parts.append(rollout)
-        columns.append(shared | _scores(policy, rollout, sampling, regime))
-    whole = {name: torch.cat([part[name].cpu() for part in columns]) for name in columns[0]}
-    whole = {name: x.double() if x.is_floating_point() else x for name, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=group_size, regime=regime, **whole)
+        columns = rollout.tensors() | _scores(policy, rollout, sampling, regime)
+        of_prompts = greedy.rewards.repeat_interleave(group_size)
+        parts.append(Experience(**columns, greedy_rewards=of_prompts))
+    rows = cat(parts)
+    rows = rows.cut(rows.prompt_ids.shape[1], sampling.max_completion_length).on_host()
+    whole: Any = {
+        name: x.double() if x.is_floating_point() else x for name, x in rows.tensors().items()
+    }
+    return Samples(**whole, parts=parts, group_size=group_size, regime=regime)
 
 
 def _scores(
     policy: Policy, rollout: Rollout, sampling: Sampling, regime: Regime
 ) -> dict[str, Tensor]:
-    """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
+    """Return log-probabilities under policy and reference, and entropies, of a rollout [n, T], 0 off the mask."""
     score = partial(score_in_parts, rollout=rollout, regime=regime)
     scored: Any = score(policy.model, distribution=sampling, entropy=True)
     reference = scored.logprobs
@@ -111,6 +94,4 @@ def _scores(
         with policy.reference_model() as model:
             reference = score(model, distribution=sampling.whole).logprobs
     scores = {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
-    columns = {name: torch.where(rollout.mask, x, 0) for name, x in scores.items()}
-    columns["mask"] = rollout.mask
-    return {name: pad_right(x, sampling.max_completion_length) for name, x in columns.items()}
+    return {name: zeroed(x, rollout.mask) for name, x in scores.items()}

@@ -194,9 +194,8 @@ class CheckedEngine(Generator):
         Raises:
             Stopped: the engine failed, or returned something else than it was asked for.
         """
-        copied = [list(ids) for ids in prompt_ids]  # an engine may change what it is given
-        with self._told("generate failed"):
-            answer = self.engine.generate(copied, sampling, draws)
+        with self._told("generate failed"):  # an engine may change what it is given
+            answer = self.engine.generate([*map(list, prompt_ids)], sampling, draws)
         with self._told(UNUSABLE):
             rollout = checked(answer, prompt_ids, sampling, self.policy)
             if draws is None and not self.greedy_compared:
@@ -213,9 +212,9 @@ class CheckedEngine(Generator):
         """
         model: Any = self.policy.model
         agrees = self.abilities.agrees
-        limit = COARSE if self.samples_compared else FARTHEST
-        if agrees:
-            limit = ROUNDING if model.dtype.itemsize >= 4 else COARSE
+        is_exact = agrees and model.dtype.itemsize >= 4
+        limit = COARSE if agrees or self.samples_compared else FARTHEST
+        limit = ROUNDING if is_exact else limit
         try:
             with self._told(UNUSABLE):
                 if agrees and not self.samples_compared:
