@@ -56,8 +56,6 @@ class PromptArguments(Settings, group="prompts and ends"):
                     f"'{{\"enable_thinking\": false}}' ({error})."
                 ) from error
             object.__setattr__(self, "chat_template_kwargs", text)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         super().__post_init__()
         try:
             datetime.fromisoformat(self.chat_time or "2000-01-01")
@@ -66,9 +64,8 @@ class PromptArguments(Settings, group="prompts and ends"):
                 f"chat_time was given as {self.chat_time!r}; write a time as 2026-01-31T12:00, or a day as "
                 "2026-01-31."
             ) from error
-        for text in self.stop or ():
-            if not isinstance(text, str) or not text:
-                raise Refused(f"stop holds {text!r}: give texts of one character or more.")
+        if "" in (self.stop or ()):
+            raise Refused("stop holds '': give texts of one character or more.")
 
     @property
     def form(self) -> PromptArguments:
