@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.runs.metric_table import metric_of
+from tokenrl.runs.metric_table import Row, metric_of
 from tokenrl.settings import Natural, Settings
 
 DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")
@@ -123,7 +123,7 @@ class Best:
         self.evaluations = dict(state["evaluations"])
 
 
-def kept_weights(summary: Mapping[str, Any]) -> str:
+def kept_weights(summary: Row) -> str:
     """Return in words which weights a run kept, from summary.json; empty if they are the last ones."""
     best = summary.get("best")
     if not best or summary["exit_reason"] == "failed":

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "trainer_state.pt"
+State = dict[str, Any]
+"""What a part returns to be saved: dicts and lists of plain values, tensors and arrays."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class SavingArguments(SelectionArguments, TrustArguments, group="checkpoints"):
 class Resumable(Protocol):
     """A part of a training whose state must be saved to continue the run."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: dicts and lists of plain values, tensors and arrays."""
+    def state_dict(self) -> State:
+        """Return the state."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned; arrays come back as tensors."""
 
 
@@ -280,7 +282,7 @@ def _not_plain(owner: str, error: BaseException) -> str:
     )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> State:
     """Read what `write_state` wrote; tensors are on the CPU, and arrays have become tensors.
 
     Raises:
@@ -293,7 +295,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         return _load(folder)
 
 
-def _load(folder: Path, mmap: bool = False) -> dict[str, Any]:
+def _load(folder: Path, mmap: bool = False) -> State:
     import torch
 
     file = folder / _STATE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.metric_table import is_rounding, metric_of
+from tokenrl.runs.metric_table import Row, Rows, is_rounding, metric_of
 from tokenrl.runs.origin import untested_versions
 from tokenrl.runs.output import drop_output, harmless, quantity, rich_console, rich_table, visible
 
@@ -55,12 +55,12 @@ class Console:
         # the first step, which is slower, and its end
         self._timed_from: tuple[int, float] | None = None
 
-    def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
+    def start(self, title: str, facts: Row, *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
         self.facts(title, {**facts, **untested_versions()})
         self.print(note, style="italic dim")
 
-    def facts(self, title: str, facts: Mapping[str, Any]) -> None:
+    def facts(self, title: str, facts: Row) -> None:
         """Print a table of facts by name, if there are any."""
         table = rich_table(title, header=False)
         table.add_column(style="dim", no_wrap=True)
@@ -71,7 +71,7 @@ class Console:
             self.print(table)
 
     def completions_table(
-        self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[str] = ("reward", "advantage")
+        self, rows: Rows, numbers: Sequence[str] = ("reward", "advantage")
     ) -> None:
         """Print prompt, completion and some numbers of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
@@ -100,7 +100,7 @@ class Console:
             self.warnings.append(message)
         self.print(f"warning: {message}", style="yellow")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Row) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
         table = rich_table("Evaluation (± standard error)", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
@@ -112,7 +112,7 @@ class Console:
         if weights := kept_weights(summary):
             self.print(weights)
 
-    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+    def step(self, step: int, total: int, metrics: Row) -> None:
         """Print a line about a step: the first two, every `every` steps, an evaluation, and after a silence.
 
         Args:
@@ -196,7 +196,7 @@ def conclude(
         )
 
 
-def message_text(message: Mapping[str, Any]) -> str:
+def message_text(message: Row) -> str:
     """Return the text of a chat message, and the calls of tools in it as JSON."""
     parts = filter(None, (message["content"], *(message.get("tool_calls") or ())))
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
@@ -226,7 +226,7 @@ def measured(value: Any, error: Any = None) -> str:
     return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
 
 
-def with_errors(metrics: Mapping[str, Any] | None) -> dict[str, str]:
+def with_errors(metrics: Row | None) -> dict[str, str]:
     """Return each metric as text by its name, with the standard error that the metrics hold beside it.
 
     The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first, without
@@ -241,7 +241,7 @@ def with_errors(metrics: Mapping[str, Any] | None) -> dict[str, str]:
     }
 
 
-def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+def distinct(metrics: Row | None) -> dict[str, Any]:
     """Return metrics without the metrics of a single reward function, which repeat the reward itself."""
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]
@@ -252,7 +252,7 @@ def distinct(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     return metrics
 
 
-def evaluations(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def evaluations(summary: Row) -> list[tuple[str, str, str]]:
     """Return for each metric its name and its values before and after training, from summary.json."""
     before = with_errors(summary.get("eval_before"))
     after = with_errors(summary.get("eval_after"))
@@ -268,7 +268,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
-def ending(summary: Mapping[str, Any]) -> str:
+def ending(summary: Row) -> str:
     """Return one line on how a run ended (reason with flags, steps, time, rate), from summary.json."""
     reason = str(summary.get("exit_reason", "unfinished"))
     for flag in summary.get("flags") or ():
@@ -285,7 +285,7 @@ def ending(summary: Mapping[str, Any]) -> str:
 
 
 def next_commands(
-    kind: str, directory: str, seed: int, summary: Mapping[str, Any], repeatable: bool
+    kind: str, directory: str, seed: int, summary: Row, repeatable: bool
 ) -> list[str]:
     """Return the one or two commands that most people want after a run.
 
@@ -310,7 +310,7 @@ def next_commands(
     return [command, f"{repeat} --seed {seed + 1}"] if repeatable else [command]
 
 
-def _rates(metrics: Mapping[str, Any]) -> list[str]:
+def _rates(metrics: Row) -> list[str]:
     """Return the rates that were measured, as text: tokens or environment steps per second."""
     return [
         f"{metrics[name]:,.0f} {metric_of(name).unit}"

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from tokenrl.runs.metric_table import finite
+from tokenrl.runs.metric_table import Row, Rows, finite
 
-Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
 
 LOST_SHARE = 0.5
@@ -315,13 +314,13 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(numbers) if numbers else math.nan
 
 
-def _number(row: Mapping[str, Any], metric: str) -> float:
+def _number(row: Row, metric: str) -> float:
     """Return a metric of a row; nan if it is missing or not finite."""
     value = finite(row.get(metric))
     return math.nan if value is None else value
 
 
-def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
+def share_equal(row: Row, needs_groups: bool) -> float:
     """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal.
 
     It is nan if the step has no such number.

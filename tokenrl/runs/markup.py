@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenrl.runs.console import message_text, number
 from tokenrl.runs.files import plain, write_text
+from tokenrl.runs.metric_table import Rows
 from tokenrl.runs.output import harmless
 from tokenrl.runs.plots import Chart, Forest, svg
 
@@ -131,7 +132,7 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
     return {"kind": "drawings", "charts": drawn} if drawn else {}
 
 
-def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
+def completions(rows: Rows) -> Block:
     """Show completions with what is known of each: some of three steps, and by a click all of them.
 
     The steps are the first, a middle and the last one; of each, a few prompts have one completion.

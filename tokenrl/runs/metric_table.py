@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+"""What a run records by names: the metrics of a step, a completion, its summary."""
+Rows = Sequence[Row]
 
 
 class Metric(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,14 @@ from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe, read_file, refusing
 from tokenrl.runs.files import appending, flat, plain, replacing, writing
+from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.settings import Settings, check_choice
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
 """The files of a run to which each step appends a line."""
 
 
-def append_rows(
-    run: Path, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None
-) -> None:
+def append_rows(run: Path, step: int, metrics: Row, timings: Row | None = None) -> None:
     """Append a line to metrics.jsonl and to timings.jsonl: `step`, then the other keys in alphabetical order.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
@@ -79,7 +78,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_completions(folder: Path, step: int, rows: Rows) -> Path:
     """Write sample rows (prompt, completion, rewards, advantage, ...) to a file such as step_000100.parquet.
 
     A column of text, of numbers or of booleans keeps its type. Any other (chat messages, lists, a mixture)
@@ -214,7 +213,7 @@ class Trackers:
                 tracker.start()
                 tracker.store_init_configuration(flat(config))
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Row) -> None:
         """Send the finite numbers of a step, if it is due or has been evaluated."""
         if step % self._every and not any(name.startswith("eval_") for name in metrics):
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from html import escape
@@ -21,7 +20,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations as before_and_after
 from tokenrl.runs.findings import evaluations
-from tokenrl.runs.metric_table import finite
+from tokenrl.runs.metric_table import Rows, finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
@@ -216,7 +215,7 @@ def _rows_of(log: Path) -> list[dict[str, Any]]:
     return read_metrics(log) if log.exists() else []
 
 
-def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
     means = evaluations(rows, name)
     return [mean.step for mean in means], [mean.value for mean in means]

@@ -12,8 +12,8 @@ from typing import Any
 import tokenrl.runs.markup as markup
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
-from tokenrl.runs.findings import Rows, evaluations
-from tokenrl.runs.metric_table import all_metrics, metric_of
+from tokenrl.runs.findings import evaluations
+from tokenrl.runs.metric_table import Rows, all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve
 from tokenrl.runs.reader import RecordedRun, read_run

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe
-from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
+from tokenrl.runs.checkpoint import State, checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
     TRAINED_PROMPTS,
     RunDirectory,
@@ -210,7 +210,7 @@ class Provenance:
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a continuation is compared with, by the part of the run that it belongs to."""
         self.code = {**module_hashes(), **self.code}
         packages = {name: version for name, version in versions().items() if name != "platform"}
@@ -227,7 +227,7 @@ class Provenance:
         if self.trained_prompts:
             write_text(run / TRAINED_PROMPTS, "\n".join([*sorted(self.trained_prompts), ""]))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Compare with what made the checkpoint.
 
         Raises:

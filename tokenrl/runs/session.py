@@ -29,10 +29,19 @@ from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
+from tokenrl.runs.checkpoint import (
+    Model,
+    Resumable,
+    Saver,
+    SavingArguments,
+    State,
+    copy_of,
+    step_of,
+)
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import atomic_directory, plain, write_json
+from tokenrl.runs.metric_table import Row
 from tokenrl.runs.metrics import (
     LOGS,
     TrackerArguments,
@@ -153,7 +162,7 @@ class Session:
         model: Model,
         provenance: Provenance,
         parts: dict[str, Resumable],
-        header: Mapping[str, Any],
+        header: Row,
         *,
         names: Mapping[str, str | None] | None = None,
         **facts: Any,
@@ -299,7 +308,7 @@ class Session:
         """Seconds that the run has taken, without those between its end and its continuation."""
         return self._wall_seconds or time.monotonic() - self._began
 
-    def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+    def record(self, metrics: Row, timings: Row | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
         if self._writes:
@@ -320,14 +329,14 @@ class Session:
             self._warned[topic] = message
             self.console.warn(message)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a continuation must know."""
         state = {name: getattr(self, name) for name in (*_STATE, "ended", "wall_seconds")}
         if self.step >= self.args.max_steps or self.ended in ("callback", "finished"):
             state["ended"] = None  # it may go on
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         for name in (*_STATE, "ended"):
             setattr(self, name, state[name])

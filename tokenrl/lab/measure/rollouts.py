@@ -33,6 +33,8 @@ class Samples(Experience):
         regime: How the policy is scored.
     """
 
+    greedy_rewards: Tensor
+    ref_logprobs: Tensor
     parts: Sequence[Rollout]
     group_size: int
     regime: Regime = USUAL
@@ -72,13 +74,13 @@ def collect(
             raise Refused(
                 "Every reward function abstained on a greedy completion; give other prompts."
             )
-        columns = rollout.tensors() | _scores(policy, rollout, sampling, regime)
+        columns: Any = rollout.tensors() | _scores(policy, rollout, sampling, regime)
         of_prompts = greedy.rewards.repeat_interleave(group_size)
         parts.append(Experience(**columns, greedy_rewards=of_prompts))
-    rows = cat(parts)
-    rows = rows.cut(rows.prompt_ids.shape[1], sampling.max_completion_length).on_host()
+    joined = cat(parts)
+    joined = joined.cut(joined.prompt_ids.shape[1], sampling.max_completion_length).on_host()
     whole: Any = {
-        name: x.double() if x.is_floating_point() else x for name, x in rows.tensors().items()
+        name: x.double() if x.is_floating_point() else x for name, x in joined.tensors().items()
     }
     return Samples(**whole, parts=parts, group_size=group_size, regime=regime)
 

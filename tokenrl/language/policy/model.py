@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tokenrl.language.policy.loading import (
 )
 from tokenrl.language.policy.prompts import (
     CUT,
+    Message,
     Prompt,
     checked_form,
     following_ids,
@@ -130,7 +131,7 @@ class Policy:
 
     def reply_ids(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         ended: bool,
         chat: bool,

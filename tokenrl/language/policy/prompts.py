@@ -20,6 +20,7 @@ from tokenrl.language.policy.arguments import WRITTEN, PromptArguments
 from tokenrl.language.policy.stops import decoded
 from tokenrl.settings import shown
 
+Message = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
 OURS = (
@@ -221,7 +222,7 @@ def _object(arguments: Any) -> Any:
 
 
 def completion_text(
-    policy: Any, prompt: Prompt, message: Mapping[str, Any], tools: Any = ()
+    policy: Any, prompt: Prompt, message: Message, tools: Any = ()
 ) -> tuple[str, str]:
     """Return what a policy writes after a prompt, for the turn to be this message of the assistant.
 
@@ -282,7 +283,7 @@ def _turn_end(policy: Any, prompt: Sequence[Any], text: str, tools: Any) -> str:
 
 def reply_ids(
     policy: Any,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Message],
     tools: Any = (),
     before: Sequence[int] = (),
 ) -> list[int]:

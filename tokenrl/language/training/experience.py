@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rewarded import Rewarded, completion_kl, failures_of, prompt_text
+from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
 from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, Rollout, lengths, to_host
 from tokenrl.runs.files import canonical
 from tokenrl.runs.processes import all_reduce_sum, gather_objects, gather_rows
@@ -109,7 +109,7 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     return Experience(**columns, teacher_prompts=prompts)
 
 
-def data_keys(data: Sequence[Mapping[str, Any]]) -> Tensor:
+def data_keys(data: Sequence[Row]) -> Tensor:
     """Return a number of 63 bits for each row of the data, from a hash of all its columns [n]."""
     digests = [hashlib.sha256(canonical(row).encode()).digest() for row in data]
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])

@@ -33,6 +33,7 @@ from tokenrl.language.training.engines import check_vocabulary, engine_of, start
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
+from tokenrl.runs.checkpoint import State
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
 if TYPE_CHECKING:
@@ -113,11 +114,11 @@ class Critic:
             return 0.0
         return float(all_reduce_sum(accelerator, losses[0]))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the weights of the head and the state of its optimiser."""
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -305,13 +306,13 @@ class Learner:
             self.estimator = replace(self.estimator, beta=beta)
         return {"kl_coef": used} if used else {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
         counts = {name: getattr(self, name) for name in COUNTS}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {"kl_coef": self.estimator.beta} | counts | parts
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned; the policy has its weights already."""
         self.estimator = replace(self.estimator, beta=state["kl_coef"])
         for name in COUNTS:

@@ -18,6 +18,7 @@ from tokenrl.core.statistics import generator_of
 from tokenrl.language.rollout.rewarded import Rewarded
 from tokenrl.language.rollout.rollout import COLUMNS, cat
 from tokenrl.language.training.experience import Experience, data_keys
+from tokenrl.runs.checkpoint import State
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -98,11 +99,11 @@ class Replay:
             best = best_rows(table.rewards, texts)[: self.capacity]
             self.best[key] = table.take(torch.tensor(best))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the completions that are kept, as tensors."""
         return {"best": {key: table.tensors() for key, table in self.best.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.best = {key: _kept(columns) for key, columns in state["best"].items()}
 

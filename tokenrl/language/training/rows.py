@@ -9,7 +9,7 @@ different widths, because their gradients are summed only after the last pass of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.rewarded import Rewarded, reward_rows, sample_rows
+from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.experience import Experience
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
-Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompts, row of the task)
+Prompts = list[tuple[int, Row]]  # (number in the stream of prompts, row of the task)
 DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 

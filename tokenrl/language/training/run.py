@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -27,6 +27,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
+from tokenrl.runs.checkpoint import State
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
@@ -157,12 +158,12 @@ class TrainingRun:
         """Tell the reward functions how many steps have been made."""
         self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
         totals = dict(self.totals)
         return {"totals": totals, "means": self.means, "failures": list(self.failures)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.totals = Counter(state["totals"])
         self.means = state["means"]

@@ -7,7 +7,7 @@ Completions are scored behind it, token by token as they were sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenrl.errors import Placed, Refused, Stopped, raised, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import Prompt
 from tokenrl.language.rewards.calls import accepted_arguments, call_once
-from tokenrl.language.rollout.rewarded import Rewarded, texts_of
+from tokenrl.language.rollout.rewarded import Rewarded, Row, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
@@ -31,8 +31,6 @@ SHORTER = "the teacher less to read, as its prompts are never cut"
 OF_OTHERS = ("prompt", "row", "completions", "rewards")
 OF_ITSELF = ("completion", "reward")
 """The keywords of a user's function: about the prompt and the other rows of its group, and about the row itself."""
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
