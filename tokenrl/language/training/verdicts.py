@@ -18,11 +18,11 @@ from tokenrl.runs.findings import (
     Finding,
     Gain,
     Observed,
-    Rows,
     evaluations,
     observe,
     share_equal,
 )
+from tokenrl.runs.metric_table import Rows
 from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
