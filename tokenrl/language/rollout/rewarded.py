@@ -19,7 +19,7 @@ from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
 from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rollout import Rollout, lengths
+from tokenrl.language.rollout.rollout import ABSENT, Rollout, lengths
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.runs.processes import gather_objects
 
@@ -36,12 +36,12 @@ class Rewarded(Rollout):
     """A rollout with its rewards, and with what the reward functions read and logged.
 
     Attributes:
-        data: the row of the data that each prompt comes from, N mappings.
+        data: the row of the data that each prompt comes from, N mappings; None in an `Experience`.
         rewards: total reward of each completion [N], in float64.
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
         valid: False where every function abstained [N].
         replayed: True on completions of earlier steps [N].
-        logs: what reward functions gave to `log_extra` for each row, N mappings.
+        logs: what reward functions gave to `log_extra` for each row, N mappings; None in an `Experience`.
         dense_rewards: the same rewards in time [N, T]: those of an environment in their turns, those of functions
             at the last action of the row. None without an environment.
         greedy_rewards: reward of the greedy completion of each row's prompt, NaN without one [N]; None where no
@@ -50,12 +50,12 @@ class Rewarded(Rollout):
             `log_metric`, and the number of rows. Rows that were replaced since count too.
     """
 
-    data: Sequence[Row]
+    data: Sequence[Row] = ABSENT
     rewards: Tensor
     by_function: Tensor
     valid: Tensor
     replayed: Tensor
-    logs: Sequence[Row]
+    logs: Sequence[Row] = ABSENT
     dense_rewards: Tensor | None = None
     greedy_rewards: Tensor | None = None
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()

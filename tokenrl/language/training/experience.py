@@ -23,7 +23,7 @@ from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
-from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, Rollout, lengths, to_host
+from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, lengths, to_host
 from tokenrl.runs.files import canonical
 from tokenrl.runs.processes import all_reduce_sum, gather_objects, gather_rows
 
@@ -33,16 +33,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experience(Rollout):
-    """What the policy learns from: rewarded rows without their texts, as the estimator compares them.
+class Experience(Rewarded):
+    """What the policy learns from: the numbers of rewarded rows, and what the estimator compares them with.
 
     The rows of the whole step, which every process holds, have no columns with three dimensions and no
     `teacher_prompts`; these stay with the process that sampled the rows.
 
     Attributes:
-        rewards, by_function, replayed, dense_rewards, greedy_rewards: those of `Rewarded`; a greedy completion
-            without a reward has 0.
         valid: False where every function abstained, from the completion or from the greedy one that is needed [N].
+        greedy_rewards: those of `Rewarded`, with 0 in place of NaN.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
         ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
             Its logits [N, T, V], if no head can be taken apart. None where they are computed again in each pass.
@@ -55,12 +54,6 @@ class Experience(Rollout):
             None where it reads the same.
     """
 
-    rewards: Tensor
-    by_function: Tensor
-    valid: Tensor
-    replayed: Tensor
-    dense_rewards: Tensor | None = None
-    greedy_rewards: Tensor | None = None
     ref_logprobs: Tensor | None = None
     ref_states: Tensor | None = None
     values: Tensor | None = None

@@ -74,6 +74,7 @@ class Replay:
                 pool.take(torch.tensor(index)),
                 prompt_index=rows.prompt_index[prompts],
                 data=[rows.data[i] for i in prompts],
+                logs=[{}] * len(prompts),
             )
         )
         joined = cat([rows, old])
@@ -123,8 +124,6 @@ def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
 
 
 def _kept(columns: Mapping[str, Any]) -> Rewarded:
-    """Return rows with the columns that are kept alone, as replayed ones whose data and logs are empty."""
+    """Return rows with the columns that are kept alone, as replayed ones."""
     kept = {name: columns[name] for name in KEPT if name in columns}
-    empty: list[Any] = [{}] * len(kept["valid"])
-    replayed = torch.ones_like(kept["valid"])
-    return Rewarded(**kept, data=empty, logs=empty, replayed=replayed)
+    return Rewarded(**kept, replayed=torch.ones_like(kept["valid"]))

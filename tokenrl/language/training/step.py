@@ -182,8 +182,7 @@ def update_baselines(
         states = (whole.mask & whole.rewarded[:, None]).to(returns.dtype)
         weights = states / states.sum().clamp(min=1)
         width = rows.mask.shape[1]
-        targets = local(accelerator, returns)[:, :width]
-        weights = local(accelerator, weights)[:, :width]
+        targets, weights = (local(accelerator, x)[:, :width] for x in (returns, weights))
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, accelerator
         )
