@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Stopped
@@ -152,12 +153,11 @@ def rich_console(
             return super().render_str(harmless(text), **options)
 
     # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
-    options: dict[str, Any] = {"file": file, "quiet": quiet}
-    options |= {"markup": False, "emoji": False, "highlight": False}
-    console = Plain(**options)
+    plain = partial(Plain, file=file, quiet=quiet, markup=False, emoji=False, highlight=False)
+    console = plain()
     # rich would make an output of every line, and ipykernel passes for a terminal
     if console.is_jupyter:
-        console = Plain(**options, force_jupyter=False, force_terminal=False)
+        console = plain(force_jupyter=False, force_terminal=False)
     if not console.is_terminal:
         console.width = width
     return console

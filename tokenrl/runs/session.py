@@ -191,8 +191,8 @@ class Session:
         self.provenance = provenance
         provenance.settings = settings
         provenance.code = code_of(settings, provenance.code)  # before a file of it can change
-        self._config = {"versions": versions(), **settings, **facts}
-        self._config |= {"command": self.command, "code": signatures(plain(settings))}
+        signed = {"command": self.command, "code": signatures(plain(settings))}
+        self._config = {"versions": versions(), **settings, **facts, **signed}
         held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
         saving = args.part(SavingArguments)
         self.saver = Saver(self._checkpoint.parent, saving, model, held)
@@ -406,7 +406,7 @@ class Session:
         if not self.main:
             return Stopped(str(error))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        summary = Outcome(**self.outcome() | failed).summary()
-        summary |= {"flags": self.flags, "warnings": self.console.warnings}
+        told = {"flags": self.flags, "warnings": self.console.warnings}
+        summary = Outcome(**self.outcome() | failed).summary() | told
         words = write_failure(self.output_dir, summary, errors)
         return Stopped(f"At step {self.step}: {words}")

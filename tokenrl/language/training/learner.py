@@ -323,9 +323,13 @@ class Learner:
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
         lags = isinstance(self.generator, LaggedGenerator)
-        parts = {"optimizer": self.optimizer, "critic": self.critic}
-        parts |= {"sampler": self.generator if lags else None}
-        parts |= {"teacher": self.average, "replay": self.replay}
+        parts = {
+            "optimizer": self.optimizer,
+            "critic": self.critic,
+            "sampler": self.generator if lags else None,
+            "teacher": self.average,
+            "replay": self.replay,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
 

@@ -24,7 +24,7 @@ from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.experience import Experience
-from tokenrl.runs.processes import gather_rows, local
+from tokenrl.runs.processes import gather_objects, local
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -110,7 +110,7 @@ def refill(
     logged = rows.logged
     for _ in range(learner.args.max_refills):
         dead = zero_spread(rows.rewards, size, rows.valid)
-        counts = gather_rows(accelerator, {"dead": dead.sum()[None]})["dead"].tolist()
+        counts = gather_objects([int(dead.sum())])
         if not sum(counts):
             break
         refilled += sum(counts)

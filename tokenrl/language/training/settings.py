@@ -267,18 +267,22 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
 def _try_out(args: TrainArguments) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before the first step."""
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
-    inputs: dict[str, Any] = dict.fromkeys(
-        ("logprobs", "ref_logprobs", "values", "components"), zeros
-    )
-    inputs |= {
-        "group_size": args.num_generations,
-        "max_length": args.max_completion_length,
-        "greedy_rewards": zeros[:, 0],
-        "score_norms": zeros + 1,
-        "baseline_value": zeros[:, 0],
-    }
+    rewards = zeros[:, 0]
+    ones = zeros + 1
     try:
-        args.estimator.advantages(zeros[:, 0], zeros + 1, **inputs)
+        args.estimator.advantages(
+            rewards,
+            ones,
+            group_size=args.num_generations,
+            max_length=args.max_completion_length,
+            logprobs=zeros,
+            ref_logprobs=zeros,
+            values=zeros,
+            components=zeros,
+            greedy_rewards=rewards,
+            score_norms=ones,
+            baseline_value=rewards,
+        )
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
