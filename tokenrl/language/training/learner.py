@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,7 @@ class Critic:
     """
 
     def __init__(
-        self, hidden_size: int, device: torch.device, *, learning_rate: float, iterations: int
+        self, hidden_size: int, device: torch.device, learning_rate: float, iterations: int
     ) -> None:
         """Make a critic whose values are all 0.
 
@@ -87,7 +87,7 @@ class Critic:
         weights: Tensor,
         accelerator: Any,
     ) -> float:
-        """Fit the values to the returns.
+        """Fit the values to the returns; return the loss before it, summed over all processes.
 
         Args:
             estimator: defines the loss.
@@ -95,24 +95,19 @@ class Critic:
             returns: return from each state on, the target of its value [n, T].
             weights: weight of each state in the loss of the step [n, T]; over all processes they sum to 1.
             accelerator: sums gradients over processes.
-
-        Returns:
-            The loss before the update, summed over all processes.
         """
         old = self.values(hidden).detach()
         returns, weights = (to_device(x.float(), old.device) for x in (returns, weights))
-        losses = list[Tensor]()
-        for _ in range(self.iterations):
+        first = old.new_zeros(())
+        for i in range(self.iterations):
             self.optimizer.zero_grad()
             values = self.values(hidden)
             loss = estimator.critic_loss(values, returns, weights, old_values=old)
             loss.backward()
             sum_gradients(accelerator, self.head.parameters())
-            losses.append(loss.detach())
+            first = first if i else loss.detach()
             self.optimizer.step()
-        if not losses:
-            return 0.0
-        return float(all_reduce_sum(accelerator, losses[0]))
+        return float(all_reduce_sum(accelerator, first))
 
     def state_dict(self) -> State:
         """Return the weights of the head and the state of its optimiser."""
@@ -216,7 +211,7 @@ class Learner:
             rows = rows.behind(prompts, self.policy.pad_id)
         regime = self.forward.reference_regime
         with self.forward.policy.reference_model() as reference:
-            return self.scores(rows, reference, regime, self.sampling.whole, states)
+            return self.scores(rows, reference, regime, self.sampling.whole, states=states)
 
     def scores(
         self,
@@ -224,11 +219,11 @@ class Learner:
         model: nn.Module,
         regime: Regime,
         distribution: Distribution,
-        states: bool = False,
+        **more: bool,
     ) -> Scores:
         """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
-        options: dict[str, Any] = {"parts": self.micro_batches(rows, regime), "states": states}
-        return score_in_parts(model, rows, regime, distribution=distribution, **options)
+        parts = self.micro_batches(rows, regime)
+        return score_in_parts(model, rows, regime, parts=parts, distribution=distribution, **more)
 
     def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
@@ -379,15 +374,15 @@ def make_learner(
     engine = engine_of(args.generator, args.generator_cache)
     at_once = args.sampling_batch_size
     generator = start_engine(engine.make, forward.policy, forward.regime, at_once, args.sync_every)
-    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     make: Any = torch.optim.SGD
     if args.optimizer == "adamw":
-        make = torch.optim.AdamW
-        options["fused"] = policy.device.type in ("cpu", "cuda") or None
+        make = partial(torch.optim.AdamW, fused=policy.device.type in ("cpu", "cuda") or None)
+    weights = policy.trainable_parameters()
+    optimizer = make(weights, lr=args.learning_rate, weight_decay=args.weight_decay)
     learner = Learner(
         policy=policy,
         forward=forward,
-        optimizer=accelerator.prepare(make(policy.trainable_parameters(), **options)),
+        optimizer=accelerator.prepare(optimizer),
         accelerator=accelerator,
         estimator=args.estimator,
         args=replace(args, **decided, **computing),
@@ -400,6 +395,6 @@ def make_learner(
     if args.replay:
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if "values" in args.estimator.needs:
-        options = {"learning_rate": args.value_learning_rate, "iterations": args.value_iterations}
-        learner.critic = Critic(shape_of(policy).hidden_size, device, **options)
+        settings = args.value_learning_rate, args.value_iterations
+        learner.critic = Critic(shape_of(policy).hidden_size, device, *settings)
     return learner
