@@ -206,7 +206,7 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
             f"num_prompts={prompts} with prompts_per_step={step}: give a multiple of {step}, at least "
             f"{4 * step}."
         )
-    args = arguments(MeasureArguments, vars(fill_form(args)))
+    args = fill_form(args)
     for line in form_line(args.form, args.model).values():
         announce(f"Asked: {line}.")
     return args

@@ -38,11 +38,11 @@ def find_model(name_or_path: str | Path) -> str:
     from safetensors import safe_open
 
     folder = Path(model_directory(name_or_path))
-    if name_or_path == TINY and not folder.is_dir():
-        raise Refused(
-            "tiny is a new model, to be trained: name the directory of the run that trained it."
-        )
     if not folder.is_dir():
+        if name_or_path == TINY:
+            raise Refused(
+                "tiny is a new model, to be trained: name the directory of the run that trained it."
+            )
         _check_hub(str(name_or_path))
         return str(name_or_path)
     for file in sorted(folder.iterdir()):  # transformers goes on without a generation_config.json
@@ -89,8 +89,8 @@ def _fault_of(folder: Path, name_or_path: str | Path) -> str:
     files = {file.name for file in folder.iterdir()}
     run = run_of(name_or_path)
     kind = None if run is None else read_config(run).get("kind")  # a model's config.json has none
-    if run is not None and kind is not None and run == folder.resolve():
-        latest = max((run / "checkpoints").glob("step_*"), default="none yet")
+    if kind is not None and run == folder.resolve():
+        latest = max((folder / "checkpoints").glob("step_*"), default="none yet")
         return f"is a run that has saved no model. Its latest checkpoint: {latest}"
     if not files & {"config.json", "adapter_config.json"}:
         return "holds no saved model: it has no config.json"

@@ -104,7 +104,7 @@ def train(
     args = arguments_of_call(TrainArguments, args, options)
     choices = fill_form(resume_settings(args, "train"))
     accelerator = make_accelerator(choices.cpu)
-    check_processes(accelerator, {**vars(choices), "resume": bool(choices.resume)})
+    check_processes(accelerator, vars(choices))
     every = choices.logging_steps if choices.logging_steps > 1 else 10
     with Session("train", choices, every=every, accelerator=accelerator) as session:
         run, provenance = _prepare(choices, session)
@@ -381,8 +381,10 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     warmed = run.warm_started
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
-    facts |= {"warm start": warmed["in_words"]} if warmed else {}
-    facts |= {} if run.teacher is None else {"teacher": run.teacher.name}
+    if warmed:
+        facts["warm start"] = warmed["in_words"]
+    if run.teacher is not None:
+        facts["teacher"] = run.teacher.name
     facts |= form_line(ended.policy.form)
     for moment, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         rewards = [name for name in numbers if name.startswith("reward")]

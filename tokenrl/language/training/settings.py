@@ -226,7 +226,7 @@ def _check_teacher(args: TrainArguments) -> None:
         )
     if not is_unrewarded(args.reward):
         return
-    if args.teacher is None or not estimator.beta:
+    if args.teacher is None:
         raise Refused(
             "With reward none all that there is to learn from is the KL to a teacher: name one by teacher (--teacher), "
             "and give the estimator a beta (--estimator.beta), such as 1, or a preset of distillation, such as opd."
@@ -289,11 +289,11 @@ def _try_out(args: TrainArguments) -> None:
 
 def without_effect(args: TrainArguments) -> Iterator[str]:
     """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
-    if loud := [
-        f"{name}={os.environ[name]}" for name in overruled() if os.environ[name].lower() not in OFF
-    ]:
-        have = "have" if len(loud) > 1 else "has"
-        yield f"{', '.join(loud)} {have} no effect: a run computes as its recorded settings say."
+    for name in overruled():
+        if os.environ[name].lower() not in OFF:
+            yield (
+                f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
+            )
     if args.warmup_steps >= args.max_steps:
         yield (
             f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning rate "
