@@ -120,12 +120,8 @@ def numbered(kind: str, number: int) -> Path:
 
 def newest(kind: str) -> int:
     """Return the largest number of a run of this command that was given no directory; 0 if there is none."""
-    numbers = [0]
-    for path in Path("runs").glob(f"{kind}-*"):
-        number = path.name.removeprefix(f"{kind}-")
-        if number.isdecimal():
-            numbers.append(int(number))
-    return max(numbers)
+    names = [path.name.removeprefix(f"{kind}-") for path in Path("runs").glob(f"{kind}-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def new_directory(kind: str) -> RunDirectory:

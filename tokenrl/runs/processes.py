@@ -94,16 +94,14 @@ def gather_rows(
         column = column.to(accelerator.device)
         is_left = name in left_padded
         sent[name] = accelerator.pad_across_processes(column, dim=1, pad_first=is_left)
-    gathered: dict[str, Tensor] = accelerator.gather(sent)
-    return gathered
+    return dict(accelerator.gather(sent))
 
 
 def gather_objects(objects: list[Any]) -> list[Any]:
     """Return the objects of all processes, which pickle can write, in the order of the processes."""
     from accelerate.utils import gather_object
 
-    everywhere: list[Any] = gather_object(objects)
-    return everywhere
+    return list(gather_object(objects))
 
 
 def all_reduce_max(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
