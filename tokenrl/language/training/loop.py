@@ -158,13 +158,9 @@ def _warm_start(
     if not args.warm_start:
         return {}
     folder = warm_start.folder_of(session.directory)
-
-    def make() -> dict[str, Any]:
-        if not session.main:
-            return {}
-        return warm_start.warm_start(args, task, rewards, folder, policy)
-
-    warmed: dict[str, Any] = gather_objects([together(session.accelerator, make)])[0]
+    make = partial(warm_start.warm_start, args, task, rewards, folder, policy)
+    made = together(session.accelerator, make if session.main else dict)
+    warmed: dict[str, Any] = gather_objects([made])[0]
     if not warmed:
         return {}
     session.console.note(f"warm start: {warmed['in_words']}.")
@@ -361,9 +357,9 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     if session.main and every and (session.step == 1 or session.due(every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
-    if session.main and (failed := failures_of(record.failures)):
+    if failed := failures_of(record.failures):
         session.warn_once("environment-fails", f"step {session.step}: {failed}")
-    if session.main and record.unread:
+    if record.unread:
         session.warn_once("unread-tokens", f"step {session.step}: {record.unread}")
     rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
     session.record(metrics, record.timings | rate)
