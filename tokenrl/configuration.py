@@ -237,9 +237,10 @@ def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     values |= {name: settings.get(name) for name in _CODE}
     named = dict[str, str]()
     for name, value in values.items():
-        no_code = re.compile(_NO_CODE.get(name, ""), re.DOTALL)
+        no_code = _NO_CODE.get(name, "")
         for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and ":" in text and not no_code.fullmatch(text):
+            is_named = isinstance(text, str) and ":" in text
+            if is_named and not re.fullmatch(no_code, text, re.DOTALL):
                 named[text] = name
     return named
 

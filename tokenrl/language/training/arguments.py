@@ -255,3 +255,8 @@ class TrainArguments(
     below 10 M parameters, which its GPU does not make faster (--no-cpu: its GPU for those too)."""
     quiet: bool = False
     """Print nothing but errors."""
+
+    @property
+    def completions(self) -> int:
+        """The completions of a step, greedy ones left out."""
+        return self.prompts_per_step * self.num_generations

@@ -20,7 +20,6 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.run import RunResult, TrainingRun
-from tokenrl.language.training.settings import sizes_of_steps
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, observe_run
 from tokenrl.runs.console import conclude
@@ -82,7 +81,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
                 whole=whole,
                 groups=_groups(args),
                 is_misasked=asks_in_text(run) or equal == 1,
-                others_differ=args.teacher is not None or sizes_of_steps(args)[0] < ENOUGH,
+                others_differ=args.teacher is not None or args.completions < ENOUGH,
                 skipped=float(not math.isfinite(metrics["grad_norm"])),
             )
             if record.unread:
@@ -100,8 +99,8 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
 def _groups(args: TrainArguments) -> str:
     """Return in words which completions of a step are compared, and how many there are."""
     size = args.num_generations
-    count = sizes_of_steps(args)[0]
-    groups = f"{quantity(count // size, 'group')} of {size} completions ({count:,} in all)"
+    count = args.completions
+    groups = f"{quantity(args.prompts_per_step, 'group')} of {size} completions ({count:,} in all)"
     return groups if size > 1 else f"{count:,} completions"
 
 
@@ -118,7 +117,7 @@ def _lines(run: TrainingRun, record: Record) -> dict[str, str]:
     lines["completions"] = f"{metrics['completions/mean_length']:.1f} tokens on average; {cut}"
     sampling = record.timings["collect"]
     evaluated = len(run.task.eval_prompts) * (1 + args.eval_generations)
-    run.eval_seconds = sampling * evaluated / sizes_of_steps(args)[1]
+    run.eval_seconds = sampling * evaluated / run.sampled
     time = run.forecast_duration(sampling + record.timings["update"])
     lines["time"] = f"{time}, at the pace of this step"
     return lines | {MEMORY[n]: decimal(int(x * 1024**3)) for n, x in peak_memory().items()}

@@ -39,7 +39,6 @@ from tokenrl.language.training.settings import (
     first_facts,
     model_facts,
     settle,
-    sizes_of_steps,
     task_of,
 )
 from tokenrl.language.training.step import Record, training_step
@@ -287,12 +286,11 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         run.rewards.load_state_dict(before[1])
         raise
     metrics = record.metrics
-    plain, least = sizes_of_steps(args)
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),
-        "completion_tokens": metrics["completions/mean_length"] * plain,
+        "completion_tokens": metrics["completions/mean_length"] * args.completions,
         # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
-        "num_samples": least + args.num_generations * int(metrics.get("refilled", 0)),
+        "num_samples": run.sampled + args.num_generations * int(metrics.get("refilled", 0)),
     }
     seconds = {name: x for name, x in record.timings.items() if "seconds" in name}
     run.totals.update(done | seconds)

@@ -113,6 +113,12 @@ class TrainingRun:
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
 
     @property
+    def sampled(self) -> int:
+        """The completions of a step, with greedy ones if the estimator needs them."""
+        greedy = "greedy_rewards" in self.args.estimator.needs
+        return self.args.completions + self.args.prompts_per_step * greedy
+
+    @property
     def unrewarded(self) -> bool:
         """Whether training steps have no rewards, so that the KL to the teacher is all."""
         return is_unrewarded(self.args.reward)

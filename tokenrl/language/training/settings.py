@@ -33,15 +33,6 @@ from tokenrl.runs.processes import overruled
 from tokenrl.settings import arguments, lay
 
 
-def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
-    """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
-    prompts = args.prompts_per_step
-    generations = args.num_generations
-    return prompts * generations, prompts * (
-        generations + ("greedy_rewards" in args.estimator.needs)
-    )
-
-
 class TrainPlan(NamedTuple):
     """The settings of a run, complete but for those that the machine decides.
 
@@ -266,7 +257,7 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
 
 def _try_out(args: TrainArguments) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before the first step."""
-    zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
+    zeros = torch.zeros(args.completions, 1)
     rewards = zeros[:, 0]
     ones = zeros + 1
     try:
