@@ -50,7 +50,7 @@ class Console:
         self.every = every
         self.rich = rich_console(quiet=quiet, file=file)
         self.warnings = list[str]()  # so far, printed or not
-        self._evaluation = ""
+        self._evaluation = list[str]()
         self._printed_at = time.monotonic()
         # the first step, which is slower, and its end
         self._timed_from: tuple[int, float] | None = None
@@ -122,16 +122,12 @@ class Console:
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        parts = []
-        name = next((name for name in ("reward", "kl") if name in metrics), "loss")
-        if name in metrics:
-            parts.append(f"{name} {number(metrics[name])}")
+        names = [name for name in ("reward", "kl", "loss") if name in metrics]
+        parts = [f"{name} {number(metrics[name])}" for name in names[:1]]
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
-            self._evaluation = f"eval {number(evaluated)}"
-        if self._evaluation:
-            parts.append(self._evaluation)
-        parts += _rates(metrics)
+            self._evaluation = [f"eval {number(evaluated)}"]
+        parts += [*self._evaluation, *_rates(metrics)]
         now = time.monotonic()
         if self._timed_from is None:
             self._timed_from = step, now
@@ -270,13 +266,9 @@ def duration(seconds: float) -> str:
 
 def ending(summary: Row) -> str:
     """Return one line on how a run ended (reason with flags, steps, time, rate), from summary.json."""
-    reason = str(summary.get("exit_reason", "unfinished"))
-    for flag in summary.get("flags") or ():
-        if flag in FAILURES:
-            reason = f"{reason} ({flag})"
-    if summary.get("reason"):
-        reason = f"{reason} ({summary['reason']})"
-    parts = [visible(reason)]
+    flags = [flag for flag in summary.get("flags") or () if flag in FAILURES]
+    remarks = [f" ({words})" for words in (*flags, summary.get("reason")) if words]
+    parts = [visible("".join([str(summary.get("exit_reason", "unfinished")), *remarks]))]
     if summary.get("steps") is not None:
         parts.append(f"{summary['steps']} steps")
     if summary.get("wall_seconds") is not None:

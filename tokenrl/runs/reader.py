@@ -155,9 +155,12 @@ class RecordedRun:
         """
         rows = []
         for row in self.metrics:
-            names = [name for name in row if name.startswith("eval_")]
-            if names:
-                metrics = {name.removeprefix("eval_"): row[name] for name in names}
+            metrics = {
+                name.removeprefix("eval_"): value
+                for name, value in row.items()
+                if name.startswith("eval_")
+            }
+            if metrics:
                 rows.append({"step": row["step"], **metrics})
         last = self.summary.get("eval_after")
         steps = self.summary.get("steps")
@@ -187,8 +190,7 @@ class RecordedRun:
             table = read_completions(file)
             if most is not None:
                 table = table[:: max(1, math.ceil(len(table) / most))]
-            for row in table:
-                rows.append({"step": step_of(file), **row})
+            rows += [{"step": step_of(file), **row} for row in table]
         return rows
 
 

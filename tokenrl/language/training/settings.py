@@ -39,12 +39,12 @@ class TrainPlan(NamedTuple):
     Attributes:
         args: the settings.
         origins: where the value of each comes from, in words.
-        usual_rate: the learning rate of a run that leaves it open; None if unknown, as without AdamW.
+        usual_rate: the learning rate of a run that leaves it open; nan if unknown, as without AdamW.
     """
 
     args: TrainArguments
     origins: dict[str, str]
-    usual_rate: float | None
+    usual_rate: float
 
 
 def settle(
@@ -68,7 +68,7 @@ def settle(
         Refused: a size contradicts another, or the estimator refuses a step of this shape.
     """
     layers = layers_below(choices, task, policy, task.train)
-    usual, _ = lay(*layers)
+    usual_rate = lay(*layers)[0]["learning_rate"]
     if choices.max_completion_length is None:
         limit, origin = completion_limit(
             task, choices.model, policy, truncate=choices.truncate_prompts
@@ -81,8 +81,7 @@ def settle(
         values["log_completions"] = values["eval_every"]
     args = arguments(TrainArguments, values)
     _check_sizes(args, processes)
-    usual_rate = usual["learning_rate"] if args.optimizer == "adamw" else None
-    return TrainPlan(args, origins, usual_rate)
+    return TrainPlan(args, origins, usual_rate if args.optimizer == "adamw" else math.nan)
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:

@@ -128,7 +128,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         observed = replace(observed, uncut=words)
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
     mark = run.rewards.pass_threshold if solved is None else solved
-    usual = run.plan.usual_rate or math.nan
+    usual = run.plan.usual_rate
     last = evaluations(rows[-1:], "eval_reward") or evaluations(rows[-1:], "eval_reward_greedy")
     return replace(
         observed,
