@@ -316,8 +316,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _number(row: Row, metric: str) -> float:
     """Return a metric of a row; nan if it is missing or not finite."""
-    value = finite(row.get(metric))
-    return math.nan if value is None else value
+    return finite(row.get(metric))
 
 
 def share_equal(row: Row, needs_groups: bool) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,10 +73,9 @@ def is_rounding(error: float, value: float) -> bool:
     return error <= 1e-14 * max(1.0, abs(value))
 
 
-def finite(value: Any) -> float | None:
-    """Return a value of a file as a number; None if it is none, or not finite."""
-    try:
+def finite(value: Any) -> float:
+    """Return a value of a file as a number; nan if it is none, or not finite."""
+    number = math.nan
+    with suppress(TypeError, ValueError, OverflowError):
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) else math.nan

@@ -137,7 +137,7 @@ class RecordedRun:
         marks = {"solved": self.config.get("solved"), "gold reward on these labels": ceiling}
         for name, value in marks.items():
             number = finite(value)
-            if number is not None:
+            if not math.isnan(number):
                 return name, number
         return None
 
