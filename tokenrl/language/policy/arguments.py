@@ -147,20 +147,16 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
         form: how the model is asked.
         model: the model as it was named, to say where the form comes from if its run was asked so.
     """
-    parts = []
-    if form.chat:
-        parts.append("each text as a message of the user")
-    if form.system_prompt:
-        parts.append(f"system prompt {form.system_prompt!r}")
-    if form.variables:
-        parts.append(f"chat template with {form.chat_template_kwargs}")
-    if form.chat_time:
-        parts.append(f"chat template at {form.chat_time}")
-    if form.stop:
-        parts.append(f"completions end at {' or '.join(map(repr, form.stop))}")
-    if not parts:
+    parts = {
+        "each text as a message of the user": form.chat,
+        f"system prompt {form.system_prompt!r}": form.system_prompt,
+        f"chat template with {form.chat_template_kwargs}": form.variables,
+        f"chat template at {form.chat_time}": form.chat_time,
+        f"completions end at {' or '.join(map(repr, form.stop or ()))}": form.stop,
+    }
+    words = "; ".join(part for part, is_set in parts.items() if is_set)
+    if not words:
         return {}
-    words = "; ".join(parts)
     is_inherited = saved_form(model) == _set_fields(form)
     return {"asked": f"{words} (as the run of {model})" if is_inherited else words}
 
