@@ -22,7 +22,7 @@ from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import USUAL, Regime, with_missing_fields
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import start_engine
-from tokenrl.language.training.run import task_of
+from tokenrl.language.training.settings import task_of
 
 LENGTH, GROUP = 6, 3
 
