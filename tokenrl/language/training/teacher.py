@@ -162,9 +162,8 @@ def load_teacher(args: KlArguments, loading: LoadingArguments, policy: Policy) -
     if (size := rows_of(model)) != rows:
         fit_rows(model, rows, name)
         line += f"; its head has {size:,} rows, and the policy's {rows:,}"
-    context = teacher.context
-    if context is not None and policy.context is not None and context < policy.context:
-        line += f"; its context of {context:,} tokens bounds prompts with their completions"
+    if 0 < (teacher.context or 0) < (policy.context or 0):
+        line += f"; its context of {teacher.context:,} tokens bounds prompts with their completions"
     if ends := sorted({*teacher.ends} - {*policy.ends}):
         names = teacher.tokenizer.convert_ids_to_tokens(ends)
         line += f"; completions end where it ends too, at {', '.join(names)}"
@@ -182,8 +181,7 @@ def with_teacher(policy: Policy, teacher: Policy) -> Policy:
     Completions end at the ends of both. The teacher has learnt nothing of what would follow its own, and the
     policy learns to end as the teacher does.
     """
-    contexts = [policy.context, teacher.context]
-    least = min((context for context in contexts if context is not None), default=None)
+    least = min(filter(None, (policy.context, teacher.context)), default=None)
     ends = tuple(sorted({*policy.eos_ids, *teacher.ends}))
     return replace(policy, reference=teacher.model, context=least, eos_ids=ends)
 
