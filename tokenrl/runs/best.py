@@ -99,9 +99,9 @@ class Best:
         later = [step for step in self.evaluations if best is None or step > best[0]]
         return 0 < self._args.patience <= len(later)
 
-    def until(self, step: int | None) -> int | None:
+    def until(self, last: float = math.inf) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
-        best = self._best(math.inf if step is None else step)
+        best = self._best(last)
         return best[0] if best and self._args.keep == "best" else None
 
     def summary(self) -> dict[str, Any]:

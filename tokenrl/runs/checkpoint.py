@@ -139,7 +139,7 @@ class Saver:
         minutes = (time.monotonic() - self._saved_at) / 60
         is_step = args.save_every > 0 and step > 0 and step % args.save_every == 0
         is_time = 0 < args.save_minutes <= minutes
-        return is_step or is_time or self.best.until(None) == step
+        return is_step or is_time or self.best.until() == step
 
     def save(self, step: int, logs: Iterable[Path]) -> None:
         """Save the state after a step, unless it is saved already.
@@ -208,7 +208,7 @@ class Saver:
         Raises:
             Refused: the checkpoint that holds them is damaged.
         """
-        best = self.best.until(None)
+        best = self.best.until()
         if best in (None, step):
             return
         path = self._folder / f"step_{best:06d}"
