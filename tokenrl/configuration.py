@@ -22,7 +22,7 @@ from secrets import token_bytes
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
-from tokenrl.errors import Refused, read_file
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.names import source_file
 from tokenrl.settings import Settings, arguments, field_types
 
@@ -144,17 +144,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         Refused: The file cannot be read, or it is not a mapping of names to values.
     """
-    file = Path(path)
-    try:
-        file = file / "config.json" if file.is_dir() else file
+    file = Path(path, "config.json") if os.path.isdir(path) else Path(path)
+    remedy = "Correct or remove it, or give the settings in JSON or YAML."
+    with refusing(f"The file {file!s:.300} cannot be read", remedy):
         text = read_file(file).decode()
         is_yaml = file.suffix in (".yaml", ".yml")
         config = _from_yaml(text) if is_yaml else UNIQUE_KEYS.decode(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(
-            f"The file {file!s:.300} cannot be read ({error!s:.300}). Correct or remove it, or give the "
-            "settings in JSON or YAML."
-        ) from error
     if not isinstance(config, dict):
         raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
     return config
@@ -214,10 +209,7 @@ def _from_yaml(text: str) -> Any:
     loader.yaml_implicit_resolvers = {
         None: [(f"tag:yaml.org,2002:{kind}", re.compile(f"({x})$")) for kind, x in PLAIN.items()]
     }
-    try:
-        config = yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    config = yaml.load(text, loader)
     if isinstance(config, dict):
         return {str(name): value for name, value in config.items()}
     return config
