@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tokenrl.configuration import UNIQUE_KEYS, read_config
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, refusing
 from tokenrl.runs.directory import TRAINED_PROMPTS
 from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments
 
@@ -47,23 +47,16 @@ class PromptArguments(Settings, group="prompts and ends"):
         """Check the values, and hold the variables of the template as JSON."""
         if self.chat_template_kwargs is not None:
             value: Any = self.chat_template_kwargs
-            try:
+            fault = f"chat_template_kwargs was given as {value!r}"
+            remedy = """It must be an object in JSON, such as '{"enable_thinking": false}'."""
+            with refusing(fault, remedy):
                 content = UNIQUE_KEYS.decode(value) if isinstance(value, str) else value
                 text = json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
-            except (TypeError, ValueError) as error:
-                raise Refused(
-                    f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
-                    f"'{{\"enable_thinking\": false}}' ({error})."
-                ) from error
             object.__setattr__(self, "chat_template_kwargs", text)
         super().__post_init__()
-        try:
+        fault = f"chat_time was given as {self.chat_time!r}"
+        with refusing(fault, "Write a time as 2026-01-31T12:00, or a day as 2026-01-31."):
             datetime.fromisoformat(self.chat_time or "2000-01-01")
-        except ValueError as error:
-            raise Refused(
-                f"chat_time was given as {self.chat_time!r}; write a time as 2026-01-31T12:00, or a day as "
-                "2026-01-31."
-            ) from error
         if "" in (self.stop or ()):
             raise Refused("stop holds '': give texts of one character or more.")
 
