@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenrl.errors import Refused
+from tokenrl.runs.files import State
 from tokenrl.runs.metric_table import Row, metric_of
 from tokenrl.settings import Natural, Settings
 
@@ -113,11 +114,11 @@ class Best:
         count = len(self.evaluations)
         return {"step": step, "metric": self.metric, "value": value, "evaluations": count}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a continuation must know."""
         return {"metric": self.metric, "evaluations": self.evaluations}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.metric = state["metric"]
         self.evaluations = dict(state["evaluations"])

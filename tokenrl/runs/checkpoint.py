@@ -21,7 +21,7 @@ from tokenrl.configuration import TrustArguments
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised, refusing
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import STEP, remove_debris
-from tokenrl.runs.files import atomic_directory, remove, trial_directory, verify
+from tokenrl.runs.files import State, atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
 from tokenrl.user_code import user_code
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "trainer_state.pt"
-State = dict[str, Any]
-"""What a part returns to be saved: dicts and lists of plain values, tensors and arrays."""
 
 
 @dataclass(frozen=True)

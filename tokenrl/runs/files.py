@@ -32,6 +32,8 @@ from tokenrl.errors import (
 )
 from tokenrl.user_code import own_process
 
+State = dict[str, Any]
+"""What a part of a run saves: dicts and lists of plain values, tensors and arrays."""
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FORMLESS = " whose contents cannot be compared"
 PLAIN_JSON = json.JSONEncoder(sort_keys=True, allow_nan=False)

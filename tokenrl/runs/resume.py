@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe
-from tokenrl.runs.checkpoint import State, checkpoints, copy_of, step_of, tables
+from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
     TRAINED_PROMPTS,
     RunDirectory,
@@ -20,7 +20,7 @@ from tokenrl.runs.directory import (
     newest,
     numbered,
 )
-from tokenrl.runs.files import flat, plain, remove, verify, write_json, write_text, writing
+from tokenrl.runs.files import State, flat, plain, remove, verify, write_json, write_text, writing
 from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import module_hashes, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects

@@ -29,18 +29,10 @@ from typing import Any
 
 from tokenrl.configuration import signatures
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import (
-    Model,
-    Resumable,
-    Saver,
-    SavingArguments,
-    State,
-    copy_of,
-    step_of,
-)
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
-from tokenrl.runs.files import atomic_directory, plain, write_json
+from tokenrl.runs.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.metric_table import Row
 from tokenrl.runs.metrics import (
     LOGS,
@@ -82,6 +74,7 @@ class Session:
         exit_code: the code of the outcome; 2 for a check that found a problem.
     """
 
+    exit_code = 0
     saver: Saver
     settings: dict[str, Any]
     command: str
@@ -109,26 +102,22 @@ class Session:
         self.stop = GracefulStop(quiet=quiet)
         recorded = getattr(args, "logging_steps", 1)
         self._trackers = Trackers(args.part(TrackerArguments), recorded, self.console.warn)
-        self._lock, self._skipped, *numbers = together(
-            accelerator, lambda: claim(kind, args, main=self.main)
-        )
+        claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
+        self._lock, self._skipped, *numbers = claimed
         number, step = all_reduce_max(accelerator, numbers)
         self.directory = str(directory_path(args.output_dir or numbered(kind, number)))
         self.output_dir = Path(self.directory).absolute()
         self.continues = step > 0
         self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
-        self._has_begun = False  # from the first call of `steps` on
-        self._writes = False  # whether steps are left that this process records
+        self._has_begun = self._writes = False  # whether `steps` was called; and steps are recorded
         self._atexit = contextlib.ExitStack()
-        self.exit_code = 0
         self.ended: str | None = None
         self.reason = ""
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
         self._warned: dict[str, str] = {}  # warnings by their topic
-        self.eval_before = dict[str, float]()
-        self.evaluation = dict[str, float]()
+        self.eval_before, self.evaluation = dict[str, float](), dict[str, float]()
         self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
         self._wall_seconds = 0.0  # those of a run that had ended already
@@ -193,9 +182,8 @@ class Session:
         provenance.code = code_of(settings, provenance.code)  # before a file of it can change
         signed = {"command": self.command, "code": signatures(plain(settings))}
         self._config = {"versions": versions(), **settings, **facts, **signed}
-        held: dict[str, Resumable] = {"maker": provenance, "session": self, **parts}
-        saving = args.part(SavingArguments)
-        self.saver = Saver(self._checkpoint.parent, saving, model, held)
+        held: Any = {"maker": provenance, "session": self, **parts}
+        self.saver = Saver(self._checkpoint.parent, args.part(SavingArguments), model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)

@@ -33,7 +33,7 @@ from tokenrl.language.training.engines import check_vocabulary, engine_of, start
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
-from tokenrl.runs.checkpoint import State
+from tokenrl.runs.files import State
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 
 if TYPE_CHECKING:
