@@ -1,4 +1,4 @@
-"""Makes the settings of a training run, and tells them: lays layers over each other, and refuses contradictions."""
+"""Makes the settings of a training run from layers, refuses contradictions, and writes the lines of the header."""
 
 from __future__ import annotations
 
