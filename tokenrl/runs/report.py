@@ -106,9 +106,7 @@ def _evaluations(run: RecordedRun) -> markup.Section:
 
 def _learning(heading: str, charts: Iterable[Chart]) -> markup.Section:
     drawn = markup.drawings(list(charts))
-    if not drawn:
-        return markup.Section(heading, [])
-    return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn])
+    return markup.Section(heading, [markup.paragraph(_CURVES, "soft"), drawn] if drawn else [])
 
 
 def _charts(run: RecordedRun) -> Iterator[Chart]:
