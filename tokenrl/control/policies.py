@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, refusing
 from tokenrl.runs.files import model_directory, write_json
 
 LOG_STD_RANGE = (-20.0, 2.0)
@@ -285,14 +285,11 @@ def read_policy(folder: str | Path) -> Policy:
         Refused: the folder holds no policy, or it is damaged.
     """
     model = Path(model_directory(folder))
-    try:
+    # JSON, shapes and weights each have errors of their own
+    with refusing(f"No policy could be read from {model}", "Give the directory of a control run."):
         shape: dict[str, Any] = json.loads((model / "policy.json").read_text("utf-8"))["shape"]
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(model / "policy.safetensors"))
-    except Exception as error:  # JSON, shapes and weights each have errors of their own
-        raise Refused(
-            f"No policy could be read from {model} ({describe(error)}). Give the directory of a control run."
-        ) from error
     return policy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, refusing
 from tokenrl.lab.compare.intervals import (
     LEAST_PAIRS,
     Estimate,
@@ -155,12 +155,9 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
 def _as_frame(table: Any) -> pd.DataFrame:
     """Make a data frame of a CSV file, or of rows."""
     if isinstance(table, str | os.PathLike):
-        try:  # "None" may be the name of an arm
+        with refusing(f"The table {table} cannot be read", "Give a CSV file."):
+            # "None" may be the name of an arm
             return pd.read_csv(table, dtype=str, keep_default_na=False)
-        except (OSError, ValueError) as error:
-            raise Refused(
-                f"The table {table} cannot be read ({error}); give a CSV file."
-            ) from error
     if isinstance(table, pd.DataFrame):
         return table
     columns = dict(enumerate(("arm", "seed", "score", "problem")))

@@ -17,7 +17,7 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Interrupted, Refused, describe
+from tokenrl.errors import Interrupted, Refused, refusing
 from tokenrl.lab.compare.plan import PlannedRun
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
@@ -242,17 +242,13 @@ def _ray_executor() -> tuple[RunCommand, int]:
     machines tokenrl must be installed on each. The current directory, the comparison's directory and the
     cache of models must be on a file system that all share, under the same paths.
     """
-    try:
+    remedy = "Install it with pip install ray, set RAY_ADDRESS, or leave executor at local."
+    with refusing("executor ray needs Ray, which cannot be started or reached", remedy):
         ray: Any = importlib.import_module("ray")
         cluster: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             cluster = {"address": "local", "include_dashboard": False}
         ray.init(log_to_driver=False, ignore_reinit_error=True, **cluster)
-    except Exception as error:  # such as ImportError, ConnectionError and RuntimeError
-        raise Refused(
-            f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
-            "with pip install ray, set RAY_ADDRESS, or leave executor at local."
-        ) from error
     task = ray.remote(num_cpus=1, max_retries=0)(_run_in_task)
 
     def call(words: Sequence[str], log: str, is_over: Callable[[], bool]) -> int:

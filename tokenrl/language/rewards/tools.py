@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tokenrl.errors import Refused, describe, written
+from tokenrl.errors import Refused, describe, refusing, written
 
 Message = dict[str, Any]
 
@@ -66,12 +66,9 @@ def response_template(tokenizer: Any, tools: Sequence[Any]) -> Any:
     """
     template = getattr(tokenizer, "response_template", None)
     if template is not None:
-        try:
+        # it checks the template, with its regular expressions
+        with refusing("The tokenizer's response_template cannot be used", "Correct it there."):
             tokenizer.get_response_parser(prefix="")
-        except Exception as error:  # it checks the template, with its regular expressions
-            raise Refused(
-                f"The tokenizer's response_template cannot be used ({describe(error)}): correct it there."
-            ) from error
         return template
     if "<tool_call>" not in str(tokenizer.get_chat_template(tools=list(tools))):
         raise Refused(
@@ -85,15 +82,14 @@ def check_tool(tool: Any) -> None:
     """Refuse a method of an environment that no schema for the chat template can be made of."""
     from transformers.utils import get_json_schema
 
-    try:
+    is_step = tool.__name__ == "step"
+    seed = ", or give reset a parameter seed, as gymnasium has it" if is_step else ""
+    with refusing(
+        f"{tool.__qualname__} cannot be a tool",
+        "Give it type hints and a docstring with a line for each argument below `Args:`, or a name with _ in front"
+        f"{seed}.",
+    ):
         get_json_schema(tool)
-    except Exception as error:
-        problem = f"{tool.__qualname__} cannot be a tool ({describe(error)})"
-        hint = "give it type hints and a docstring with a line for each argument below `Args:`"
-        hint += ", or a name with _ in front"
-        if tool.__name__ == "step":
-            hint += ", or give reset a parameter seed, as gymnasium has it"
-        raise Refused(f"{problem}: {hint}.") from error
 
 
 def reply(name: str, output: Any, error: object = None) -> Message:

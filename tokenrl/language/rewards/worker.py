@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, refusing
 from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import OWN_MODULES, import_source
@@ -135,14 +135,11 @@ class RewardWorker:
     ) -> CallResults:
         if self._process is None:
             self._start()
-        try:
-            with contextlib.suppress(*GONE):  # `_answer` says how the process ended
-                self._pipe.send((dict(rows), state, locations))
-        except Exception as error:
-            raise Stopped(
-                f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
-                f"({describe(error)}): keep plain values in the columns, or leave reward_timeout out."
-            ) from error
+        fault = f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process"
+        remedy = "Keep plain values in the columns, or leave reward_timeout out."
+        # `_answer` says how the process ended
+        with refusing(fault, remedy, Stopped), contextlib.suppress(*GONE):
+            self._pipe.send((dict(rows), state, locations))
         answer: CallResults = self._answer("The reward functions", self.timeout, Stopped)
         return answer
 
@@ -202,13 +199,11 @@ class RewardWorker:
 
 
 def _pickled(name: str, source: Any) -> bytes:
-    try:
+    fault = (
+        f"Reward function {name} cannot run under reward_timeout, as it cannot be sent to a process"
+    )
+    with refusing(fault, "Write it in a file, and name it as in rewards.py:function."):
         return bytes(ForkingPickler.dumps(source))
-    except Exception as error:
-        raise Refused(
-            f"Reward function {name} cannot run under reward_timeout, as it cannot be sent to a process "
-            f"({describe(error)}): write it in a file, and name it as in rewards.py:function."
-        ) from error
 
 
 def _end(process: Any, pipe: Connection) -> None:
