@@ -179,7 +179,8 @@ def test_a_closed_form_scores_the_teacher_once_a_step_unless_its_states_are_too_
 def test_a_head_with_other_padding_rows_is_compared_over_the_rows_of_the_policy(size):
     """Of a larger head the first rows count; those that a smaller one lacks have its mean logit."""
     teacher = other_model(size, dtype="float64")
-    loaded = load_teacher(TrainArguments(teacher=teacher), make_policy())
+    args = TrainArguments(teacher=teacher)
+    loaded = load_teacher(args, args, make_policy())
     ids = torch.tensor([[5, 17, 60]])
     with torch.no_grad():
         logits = teacher.model(ids).logits
