@@ -98,10 +98,11 @@ class Settings:
             check = checked_once if type(value) in NUMBERS else checked
             object.__setattr__(self, name, check(name, value, hint))
 
-    def part(self, kind: type[T]) -> T:
-        """Return the settings that another class has too, as its object; those that are open have its defaults."""
-        values = {name: getattr(self, name, None) for name in field_types(kind)}  # type: ignore[arg-type]
-        return kind(**{name: value for name, value in values.items() if value is not None})
+
+def part_of(args: Settings, kind: type[T]) -> T:
+    """Return the settings that another class has too, as its object; those that are open have its defaults."""
+    values = {name: getattr(args, name, None) for name in field_types(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def plain(value: Any) -> Any:

@@ -55,12 +55,12 @@ class Console:
         # the first step, which is slower, and its end
         self._timed_from: tuple[int, float] | None = None
 
-    def start(self, title: str, facts: Row, *, note: str = _LOSS_NOTE) -> None:
+    def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
         self.facts(title, {**facts, **untested_versions()})
         self.print(note, style="italic dim")
 
-    def facts(self, title: str, facts: Row) -> None:
+    def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Print a table of facts by name, if there are any."""
         table = rich_table(title, header=False)
         table.add_column(style="dim", no_wrap=True)
@@ -192,7 +192,7 @@ def conclude(
         )
 
 
-def message_text(message: Row) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a chat message, and the calls of tools in it as JSON."""
     parts = filter(None, (message["content"], *(message.get("tool_calls") or ())))
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)

@@ -50,6 +50,7 @@ from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
 _STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds")
@@ -101,7 +102,7 @@ class Session:
         self.console = Console(quiet=quiet, every=every)
         self.stop = GracefulStop(quiet=quiet)
         recorded = getattr(args, "logging_steps", 1)
-        self._trackers = Trackers(args.part(TrackerArguments), recorded, self.console.warn)
+        self._trackers = Trackers(part_of(args, TrackerArguments), recorded, self.console.warn)
         claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
         self._lock, self._skipped, *numbers = claimed
         number, step = all_reduce_max(accelerator, numbers)
@@ -151,7 +152,7 @@ class Session:
         model: Model,
         provenance: Provenance,
         parts: dict[str, Resumable],
-        header: Row,
+        header: Mapping[str, Any],
         *,
         names: Mapping[str, str | None] | None = None,
         **facts: Any,
@@ -183,7 +184,7 @@ class Session:
         signed = {"command": self.command, "code": signatures(plain(settings))}
         self._config = {"versions": versions(), **settings, **facts, **signed}
         held: Any = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, args.part(SavingArguments), model, held)
+        self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
@@ -396,5 +397,4 @@ class Session:
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         told = {"flags": self.flags, "warnings": self.console.warnings}
         summary = Outcome(**self.outcome() | failed).summary() | told
-        words = write_failure(self.output_dir, summary, errors)
-        return Stopped(f"At step {self.step}: {words}")
+        return Stopped(f"At step {self.step}: {write_failure(self.output_dir, summary, errors)}")

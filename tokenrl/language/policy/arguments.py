@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tokenrl.configuration import UNIQUE_KEYS, read_config
 from tokenrl.errors import Refused, refusing
 from tokenrl.runs.directory import TRAINED_PROMPTS
-from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments
+from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments, part_of
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class PromptArguments(Settings, group="prompts and ends"):
     @property
     def form(self) -> PromptArguments:
         """The part of a command's arguments that says how prompts reach the model."""
-        return self.part(PromptArguments)
+        return part_of(self, PromptArguments)
 
     @property
     def variables(self) -> dict[str, Any]:

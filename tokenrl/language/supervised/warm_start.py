@@ -29,6 +29,7 @@ from tokenrl.language.supervised.sft import sft
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.runs.signals import SIGNALS
+from tokenrl.settings import part_of
 
 SETTINGS: dict[str, Any] = {
     **{"batch_size": 16, "lr_scheduler_type": "constant", "warmup_steps": 10},
@@ -120,7 +121,7 @@ def warm_start(
 def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
     """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
     rewards.state = TrainerState(max_steps=args.max_steps)
-    sampling = args.part(Sampling)
+    sampling = part_of(args, Sampling)
     sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
     count = min(PROMPTS, len(task.train_prompts))
     rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]

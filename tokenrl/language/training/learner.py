@@ -35,6 +35,7 @@ from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_re
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
 from tokenrl.runs.files import State
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
+from tokenrl.settings import part_of
 
 if TYPE_CHECKING:
     from tokenrl.language.training.experience import Experience
@@ -160,7 +161,7 @@ class Learner:
     @cached_property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        return self.args.part(Sampling)
+        return part_of(self.args, Sampling)
 
     def keeping(self, sampling: Sampling) -> Sampling:
         """Return a sampling that also keeps what the estimator reads of the sampled tokens."""
@@ -288,8 +289,7 @@ class Learner:
     def adapt_beta(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Set the weight of the KL for the next step from the KL measured in this step (see `next_beta`).
 
-        Without a `target_kl` the weight stays as it is. Every process measures the same KL, so all processes
-        arrive at the same weight.
+        Without a `target_kl` the weight stays as it is. All processes measure the same KL.
 
         Returns:
             `kl_coef`, the weight that this step used; nothing without a KL.

@@ -56,6 +56,7 @@ from tokenrl.runs.resume import (
 from tokenrl.runs.schedules import set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import part_of
 from tokenrl.user_code import own_process, user_code
 
 Callback = Callable[[int, dict[str, float]], object]
@@ -182,7 +183,7 @@ def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Pr
     with accelerator.main_process_first():
         console.note("loading the model ...")
         policy = load_base(choices, task, console.note)
-        kl, loading = choices.part(KlArguments), choices.part(LoadingArguments)
+        kl, loading = part_of(choices, KlArguments), part_of(choices, LoadingArguments)
         policy, teacher = teacher_of(kl, loading, policy, prompts)
         if choices.check:
             policy = with_own_weights(policy, choices.model)

@@ -30,7 +30,7 @@ from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
-from tokenrl.settings import arguments, lay
+from tokenrl.settings import arguments, lay, part_of
 
 
 class TrainPlan(NamedTuple):
@@ -111,7 +111,7 @@ def task_of(
     """
     task, rewards = find_task(choices, may_lack_rewards=True)
     check_choices(choices, task, processes)
-    prompts = teacher_prompts(choices.part(KlArguments), task)
+    prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
         raise Refused(
             "The teacher is the policy itself and reads the same prompts, so that with reward none there is "
