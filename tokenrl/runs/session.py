@@ -67,7 +67,7 @@ class Session:
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
-        settings, command, provenance: how it was started, see `origin_of`, and what it is made from.
+        command, provenance: how it was started, see `origin_of`, and what it is made from, its settings too.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
@@ -77,7 +77,6 @@ class Session:
 
     exit_code = 0
     saver: Saver
-    settings: dict[str, Any]
     command: str
     provenance: Provenance
 
@@ -174,10 +173,9 @@ class Session:
             Refused: a state cannot be saved; the checkpoint, or another process, has other settings or data.
         """
         self.args = args
-        values = {**vars(args), "output_dir": self.directory}
+        values = {**vars(args), "output_dir": self.directory, "kind": self.kind}
         config = self.output_dir / "config.json"
-        self.settings, self.command = origin_of(self.kind, values, names or {}, config)
-        settings = {**self.settings, "kind": self.kind}
+        settings, self.command = origin_of(self.kind, values, names or {}, config)
         self.provenance = provenance
         provenance.settings = settings
         provenance.code = code_of(settings, provenance.code)  # before a file of it can change

@@ -220,7 +220,7 @@ def _finish(
     )
     facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
     facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
-    title = f"{session.settings['task']}, supervised, seed {args.seed}"
+    title = f"{session.provenance.settings['task']}, supervised, seed {args.seed}"
     card = Card(title, facts, repetition(session.command), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
