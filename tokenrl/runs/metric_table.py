@@ -51,11 +51,8 @@ class Metric(NamedTuple):
 def all_metrics() -> tuple[Metric, ...]:
     """Return the rows of the table, in its order."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    rows = []
-    for line in re.findall(r"^[a-z].* \| .*$", text, flags=re.MULTILINE):
-        cells = line.replace("| - ", "|  ").split("|")
-        rows.append(Metric(*map(str.strip, cells)))
-    return tuple(rows)
+    lines = re.findall(r"^[a-z].* \| .*$", text.replace("| - ", "|  "), flags=re.MULTILINE)
+    return tuple(Metric(*map(str.strip, line.split("|"))) for line in lines)
 
 
 def metric_of(name: str) -> Metric:

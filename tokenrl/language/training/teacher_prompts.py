@@ -69,10 +69,13 @@ class TeacherPrompts:
         """
         if self.function is not None:
             return
-        read = []
-        for location, row in with_places(rows):
-            prompt = self.of_row(row, row["prompt"], location)
-            read.append(Placed({**row, "prompt": prompt}, f"{location}, for the teacher"))
+        read = [
+            Placed(
+                {**row, "prompt": self.of_row(row, row["prompt"], location)},
+                f"{location}, for the teacher",
+            )
+            for location, row in with_places(rows)
+        ]
         sampling = replace(sampling, truncate_prompts=False)
         check_prompts(policy, read, sampling, remedy=SHORTER)
 
