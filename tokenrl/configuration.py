@@ -145,8 +145,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         Refused: The file cannot be read, or it is not a mapping of names to values.
     """
     file = Path(path, "config.json") if os.path.isdir(path) else Path(path)
-    remedy = "Correct or remove it, or give the settings in JSON or YAML."
-    with refusing(f"The file {file!s:.300} cannot be read", remedy):
+    with refusing(
+        f"The file {file!s:.300} cannot be read",
+        "Correct or remove it, or give the settings in JSON or YAML.",
+    ):
         text = read_file(file).decode()
         is_yaml = file.suffix in (".yaml", ".yml")
         config = _from_yaml(text) if is_yaml else UNIQUE_KEYS.decode(text)
@@ -225,14 +227,13 @@ def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts in settings that name code, each with the name of its setting."""
     estimator = settings.get("estimator", {})
     axes = getattr(estimator, "__dict__", estimator)
-    values = {f"estimator.{axis}": value for axis, value in axes.items()}
-    values |= {name: settings.get(name) for name in _CODE}
+    of_axes = {f"estimator.{axis}": value for axis, value in axes.items()}
+    values = of_axes | {name: settings.get(name) for name in _CODE}
     named = dict[str, str]()
     for name, value in values.items():
         no_code = _NO_CODE.get(name, "")
         for text in value if isinstance(value, list | tuple) else [value]:
-            is_named = isinstance(text, str) and ":" in text
-            if is_named and not re.fullmatch(no_code, text, re.DOTALL):
+            if isinstance(text, str) and ":" in text and not re.fullmatch(no_code, text, re.DOTALL):
                 named[text] = name
     return named
 
@@ -312,11 +313,12 @@ def check_code(
     recorded = stored.get("code")
     if not isinstance(recorded, dict):
         recorded = {}
-    faults = []
-    for text, name in code_in(settings).items():
-        fault = _fault(text, run, recorded)
-        if fault and not {name, name.partition(".")[0]} & {*typed}:
-            faults.append(f"{name} {text!r:.200} {fault}")
+    faults = [
+        f"{name} {text!r:.200} {fault}"
+        for text, name in code_in(settings).items()
+        if {name, name.partition(".")[0]}.isdisjoint(typed)
+        and (fault := _fault(text, run, recorded))
+    ]
     if faults:
         raise Refused(
             f"The configuration of the run in {run} names code that is not executed: {'; '.join(faults)}. "

@@ -165,8 +165,7 @@ def describe(error: BaseException) -> str:
     while (cause := root.__cause__) is not None and id(cause) not in followed:
         root = cause
         followed.add(id(root))
-    parts = dict.fromkeys(map(_line, (error, root)))
-    return " caused by ".join(parts)
+    return " caused by ".join(dict.fromkeys(map(_line, (error, root))))
 
 
 def _line(error: BaseException) -> str:

@@ -101,8 +101,8 @@ class Settings:
 
 def part_of(args: Settings, kind: type[T]) -> T:
     """Return the settings that another class has too, as its object; those that are open have its defaults."""
-    values = {name: getattr(args, name, None) for name in field_types(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if value is not None})
+    names = field_types(kind)  # type: ignore[arg-type]
+    return kind(**{name: x for name in names if (x := getattr(args, name, None)) is not None})
 
 
 def plain(value: Any) -> Any:
@@ -267,10 +267,8 @@ def _entries(value: Any, item: Any) -> list[Any]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if not (mentions(item, int) or mentions(item, float)):
         return values
-    entries = list[Any]()
-    for entry in values:
-        entries += entry.split(",") if isinstance(entry, str) else [entry]
-    return entries
+    parts = (entry.split(",") if isinstance(entry, str) else [entry] for entry in values)
+    return [*chain.from_iterable(parts)]
 
 
 def _fits(value: Any, hint: Any) -> bool:
