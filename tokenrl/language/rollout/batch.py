@@ -25,6 +25,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import draw
 from tokenrl.language.rollout.reading import Last, Reading, forward
+from tokenrl.language.rollout.rollout import listed
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -239,11 +240,10 @@ def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, 
         numbers["score_norms"] = score_norm_of(logprobs, p)
     if last.hidden is not None:
         numbers["hidden"] = last.hidden
-    if sampling.keep_distribution:
-        numbers["sampling_distribution"] = logp
-    if sampling.keep_top is not None:
-        top = logp.topk(min(sampling.keep_top, logp.shape[1]))
-        numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
+    if sampling.keep_tokens:
+        most = logp.topk(min(sampling.keep_tokens, logp.shape[1])).indices
+        ids = most.sort(dim=1).values  # in the order of the vocabulary
+        numbers["sampling_distribution"] = listed(ids, logp.gather(1, ids))
     return numbers
 
 

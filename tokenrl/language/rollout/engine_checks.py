@@ -56,7 +56,7 @@ def check_samples(
     """
 
     def total_variation(logp: Tensor, of_sampler: Tensor) -> Tensor:
-        return (logp.exp() - of_sampler.exp()).abs().sum(dim=-1) / 2
+        return (logp.exp() - of_sampler.exp()).abs().sum(dim=1) / 2
 
     limit /= min(1.0, sampling.temperature)  # the temperature divides what rounding changes
     gaps = (rows.sampling_logprobs - rows.logprobs).abs().double() * rows.mask  # [N, T]

@@ -159,8 +159,7 @@ class TransformersGenerator(Generator):
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
 
-        Only `score_norms`, `hidden`, `sampling_distribution` and `top_ids` are None unless `sampling` asks for
-        them.
+        Only `score_norms`, `hidden` and `sampling_distribution` are None unless `sampling` asks for them.
 
         Raises:
             Stopped: the model's logits are not finite.

@@ -28,8 +28,8 @@ class Column(NamedTuple):
     """Declares the tensors of a column of a `Rollout`.
 
     Attributes:
-        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, and K tokens whose
-            probabilities are listed. Along P the rows are padded on the left, along T on the right.
+        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, K tokens whose
+            probabilities are listed, and 2. Along P the rows are padded on the left, along T on the right.
         dtype: the type of its numbers; an engine may return a wider or a narrower one of the same kind.
         low: the least number at an action; None where any may stand.
         high: the largest number at an action; ids of tokens also end with the vocabulary.
@@ -49,10 +49,9 @@ COLUMNS = {
     "mask": Column("NT", torch.bool),
     "sampling_logprobs": Column("NT", torch.float32, -1000, 0),  # less is never sampled
     "truncated": Column("N", torch.bool),
-    "sampling_distribution": Column("NTK", torch.float32, -math.inf, 0),
-    "top_ids": Column("NTK", torch.int64, 0),
+    "sampling_distribution": Column("NTK2", torch.float32),
 }
-"""The columns of a `Rollout` that an engine fills, all or all but the last two."""
+"""The columns of a `Rollout` that an engine fills, all or all but the last."""
 OF_PROMPTS = [name for name, column in COLUMNS.items() if "P" in column.axes]
 OF_ROWS = ("by_function",)
 """Columns of two dimensions whose second is not the tokens of the completion."""
@@ -64,7 +63,7 @@ ABSENT: Any = None
 class Rollout:
     """A table of N completions, as a generator has sampled them. The G rows of a prompt are consecutive.
 
-    An engine fills the columns down to `truncated`, and may fill the next six; the trainer scores what it needs
+    An engine fills the columns down to `truncated`, and may fill the next five; the trainer scores what it needs
     and the engine left out (`with_missing_fields`). The columns from `turns` on are None without an environment. T
     is the longest completion, P the longest prompt. Off the mask the columns of tokens are 0.
 
@@ -79,10 +78,9 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
-            was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
-        top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
-            that of these only [N, T, K]; None if it is of the whole vocabulary.
+        sampling_distribution: the K most probable tokens of the distribution that was sampled from, or its whole
+            vocabulary: the id and the log-probability of each, -inf if it is never drawn [N, T, K, 2]. `listed`
+            makes this column, and `tokens_of` reads it. For centred scores.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
@@ -108,7 +106,6 @@ class Rollout:
     sampling_logprobs: Tensor
     truncated: Tensor
     sampling_distribution: Tensor = ABSENT
-    top_ids: Tensor | None = None
     logprobs: Tensor = ABSENT
     entropy: Tensor = ABSENT
     score_norms: Tensor | None = None
@@ -218,9 +215,23 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def zeroed(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the numbers of tokens [N, T] or [N, T, ...] with 0 off the mask [N, T]."""
+    """Return the numbers of tokens [N, T, ...] with 0 off the mask [N, T]."""
     off = to_device(~mask, x.device)
-    return x.masked_fill(off[..., None] if x.ndim > 2 else off, 0)
+    return x.masked_fill(off.view(*off.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def listed(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return the column `sampling_distribution` of tokens [..., K] with these log-probabilities [..., K].
+
+    Float32 holds each id exactly, up to 16 million tokens.
+    """
+    return torch.stack([ids.to(logprobs.dtype), logprobs], dim=-1)
+
+
+def tokens_of(distribution: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids and the log-probabilities of a column `sampling_distribution`, each [..., K]."""
+    ids, logprobs = distribution.unbind(-1)
+    return ids.long(), logprobs
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

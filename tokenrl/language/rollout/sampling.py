@@ -54,8 +54,8 @@ class Sampling(Distribution):
         keep_score_norms: also return the squared norms of the scores, which the optimal baselines read. What
             a generator cannot return is left to a scoring pass.
         keep_hidden: also return the last hidden states, which a critic reads.
-        keep_distribution: also return the log-probabilities of the whole vocabulary, for centred scores.
-        keep_top: return those of so many most probable tokens instead, with their ids; None for all.
+        keep_tokens: also return the log-probabilities of so many most probable tokens, of all if there are no
+            more, for centred scores.
 
     Raises:
         Refused: a number is out of range.
@@ -68,8 +68,7 @@ class Sampling(Distribution):
     truncate_prompts: bool = False
     keep_score_norms: bool = False
     keep_hidden: bool = False
-    keep_distribution: bool = False
-    keep_top: Count | None = None
+    keep_tokens: Natural = 0
 
     @property
     def group_size(self) -> int:

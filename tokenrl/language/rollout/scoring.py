@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.divergences import kl_of
-from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, Table, pad_right, to_device, to_host, zeroed
+from tokenrl.language.rollout.rollout import (
+    Rollout,
+    Table,
+    pad_right,
+    to_device,
+    to_host,
+    tokens_of,
+    zeroed,
+)
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -58,8 +64,8 @@ UNCHANGED = Distribution()
 class Scores(NamedTuple):
     """Scores of N completions under a model; all but the log-probabilities are None unless asked for.
 
-    The fields have the meaning of the same names in a `Rollout`. Entries off the mask belong to padding and
-    have no meaning.
+    The fields have the meaning of the same names in a `Rollout`. Numbers of a token are 0 off the mask; hidden states
+    belong to nothing there.
     """
 
     logprobs: Tensor
@@ -102,81 +108,40 @@ def score(
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
         states: also return what the head is given for each token, see `Scores`.
-        centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
-            in `top_ids` [N, T, K], whose result is returned too. Without `top_ids` all logits exist at once.
+        centres: a function of the log-probabilities of the policy and of the sampler, of the K tokens that
+            `sampling_distribution` lists for each of M actions [M, K], whose result [M] is returned too.
         reference: what the head of the reference is given for each token (`states` of its scores), and this head,
             which makes its logits. The KL to it is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
     """
-    at_once = regime.tokens_at_once
-    needs_all = centres is not None and rollout.top_ids is None
-    is_long = states or int(rollout.mask.sum()) > (at_once or 0)
-    if at_once is not None and is_long and not needs_all:
-        chunks = Chunks(at_once, distribution, entropy, score_norms)
-        scores = _score_in_chunks(model, rollout, regime, chunks, hidden, reference, centres)
-        return scores if states else scores._replace(states=None)
-    logits, last_hidden = _forward(model, rollout, regime, hidden)
-    ids = to_device(rollout.completion_ids, logits.device)
-    logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
-    logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
-    columns = {"logprobs": logprobs}
-    if entropy or score_norms or reference is not None:
-        p = logp.exp()
-        if reference is not None:
-            ref_states, ref_head = reference
-            log_q = distribution.whole.log_probabilities(ref_head(ref_states))
-            columns["token_kl"] = kl_of(logp, p, log_q)
-        if entropy:
-            columns["entropy"] = entropy_of(logp, p)
-        if score_norms:
-            columns["score_norms"] = score_norm_of(logprobs, p)
-    if centres is not None:
-        listed = logp
-        if rollout.top_ids is not None:
-            listed = logp.gather(2, rollout.top_ids.to(logp.device))
-        columns["centres"] = centres(listed, rollout.sampling_distribution.to(logp.device))
-    return Scores(hidden=last_hidden, states=logits if states else None, **columns)
-
-
-def _score_in_chunks(
-    model: nn.Module,
-    rollout: Rollout,
-    regime: Regime,
-    chunks: Chunks,
-    hidden: bool,
-    reference: tuple[Tensor, nn.Module] | None,
-    centres: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Scores:
-    """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
-    if reference is not None:
-        ref_states, ref_head = reference
-        chunks = chunks._replace(reference=(ref_states[actions], ref_head))
-    head = head_of(model)
-    assert head is not None  # as `check_model` returned a number of tokens at once
+    count = len(actions[0])
+    at_once = regime.tokens_at_once
+    head = None
+    if at_once is not None and (states or count > at_once):
+        head = head_of(model)
     with without_head(head) as inputs:
         before, last_hidden = _forward(model, rollout, regime, hidden, inputs)
-    ids = to_device(rollout.completion_ids, device)
+    ids = to_device(rollout.completion_ids, device)[actions]  # [M]
+    listed = ids[:, None][:, :0]
     if centres is not None:
-        assert rollout.top_ids is not None
-        chunks = chunks._replace(listed=rollout.top_ids.to(device)[actions])
-    *numbers, listed = score_tokens(before[actions], head, ids[actions], chunks)
+        sampler = rollout.sampling_distribution.to(device)[actions]
+        listed, of_sampler = tokens_of(sampler)  # [M, K]
+    if reference is not None:
+        ref_states, ref_head = reference
+        reference = ref_states[actions], ref_head
+    chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference, listed)
+    *numbers, of_policy = score_tokens(before[actions], head, ids, chunks)
+    asked = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
+    asked["token_kl"] = reference is not None
+    of_each = {name: x for name, x in zip(asked, numbers, strict=True) if asked[name]}
     if centres is not None:
-        of_sampler = rollout.sampling_distribution.to(device)[actions]
-        numbers.append(centres(listed, of_sampler))
-    logprobs, entropy, norms, divergence, *of_centres = (
-        x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
-    )
-    return Scores(
-        logprobs=logprobs,
-        entropy=entropy if chunks.entropy else None,
-        score_norms=norms if chunks.norms else None,
-        hidden=last_hidden,
-        centres=of_centres[0] if of_centres else None,
-        token_kl=None if reference is None else divergence,
-        states=before.detach(),
-    )
+        of_each["centres"] = centres(of_policy, of_sampler)
+    columns: dict[str, Any] = {
+        name: x.new_zeros(rollout.mask.shape).index_put(actions, x) for name, x in of_each.items()
+    }
+    return Scores(hidden=last_hidden, states=before.detach() if states else None, **columns)
 
 
 @torch.no_grad()

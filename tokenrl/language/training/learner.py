@@ -29,7 +29,7 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
+from tokenrl.language.training.engines import engine_of, kept_tokens, start_engine
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -171,8 +171,7 @@ class Learner:
             sampling,
             keep_score_norms="score_norms" in estimator.needs,
             keep_hidden="values" in estimator.needs,
-            keep_distribution=estimator.importance_centre,
-            keep_top=estimator.importance_centre_top,
+            keep_tokens=kept_tokens(estimator, self.policy),
         )
 
     @property
@@ -349,7 +348,7 @@ def make_learner(
         Refused: a model cannot be sampled and scored, or not in the regime that the settings ask for.
     """
     device = accelerator.device
-    check_vocabulary(args.estimator, policy)
+    kept_tokens(args.estimator, policy)  # refused before anything is computed
     policy.model.to(device)
     broadcast_weights(policy.model)
     if args.estimator.beta:
