@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
+from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
@@ -88,6 +90,36 @@ def own_choice(baseline: Any) -> Choice:
         f"The bias of the baseline {baseline.__name__} is {declaration!r}; it must be a status and the "
         f"reason, two texts. A status is one of: {', '.join(FROM_BEST_TO_WORST)}."
     )
+
+
+NEEDS = attrgetter("needs")
+OTHER_CHOICES = attrgetter(*[axis for axis in CHOICES if axis != "baseline"])
+
+
+@cache
+def entries_of(
+    names: tuple[str, ...],
+    objective: tuple[str, str] | None,
+    kl: tuple[str, str] | None,
+    has_entropy: bool,
+) -> Mapping[str, Choice]:
+    """Return the entries of choices by their axes, see `Axes.entries`; they are looked up once and not in every step.
+
+    Args:
+        names: The choices on the axes of `CHOICES`, in their order; the baseline of a user has no name.
+        objective: Another objective, and its form.
+        kl: The place of a KL, and its estimator.
+        has_entropy: Whether there is an entropy bonus.
+    """
+    pairs = zip(CHOICES.items(), names, strict=True)
+    entries = {axis: choices.get(name, YOUR_OWN) for (axis, choices), name in pairs}
+    if objective is not None:
+        entries["baseline"] = OBJECTIVES[objective]
+    if has_entropy:
+        entries["entropy"] = ENTROPY
+    if kl is not None:
+        entries["kl"] = KL_EFFECTS[kl]
+    return MappingProxyType(entries)
 
 
 cached_signature = cache(signature)
@@ -221,21 +253,15 @@ class Axes(Settings):
     """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
     @property
-    def entries(self) -> dict[str, Choice]:
+    def entries(self) -> Mapping[str, Choice]:
         """The entry of each choice that is in force, by its axis; a user's baseline has `YOUR_OWN`.
 
         Another objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
         """
-        entries = {
-            axis: names.get(str(getattr(self, axis)), YOUR_OWN) for axis, names in CHOICES.items()
-        }
-        if self.other_objective:
-            entries["baseline"] = OBJECTIVES[self.objective, self.form]
-        if self.entropy_coef:
-            entries["entropy"] = ENTROPY
-        if self.beta:
-            entries["kl"] = KL_EFFECTS[self.kl_placement, self.kl_estimator]
-        return entries
+        baseline = "" if callable(self.baseline) else self.baseline
+        objective = (self.objective, self.form) if self.other_objective else None
+        kl = (self.kl_placement, self.kl_estimator) if self.beta else None
+        return entries_of((baseline, *OTHER_CHOICES(self)), objective, kl, self.entropy_coef > 0)
 
     def chosen(self, axis: str) -> Choice:
         """Return the entry of the choice on an axis."""
@@ -249,7 +275,7 @@ class Axes(Settings):
     @property
     def needs(self) -> set[Need]:
         """The arguments of `Estimator.advantages` and `Estimator.loss` that the choices need."""
-        return {choice.needs for choice in self.entries.values()}
+        return set(map(NEEDS, self.entries.values()))
 
     @property
     def needs_memory(self) -> bool:

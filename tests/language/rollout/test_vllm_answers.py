@@ -45,7 +45,9 @@ class Answering:
             assert request["prompt_token_ids"] == prompt.tolist()
             mask = self.rollout.mask[row]
             chosen = self.rollout.completion_ids[row][mask]
-            logp = self.rollout.sampling_distribution[row][mask][..., 1]  # in the order of the vocabulary
+            logp = self.rollout.sampling_distribution[row][mask][
+                ..., 1
+            ]  # in the order of the vocabulary
             reason = "length" if self.rollout.truncated[row] else "stop"
             completion = SimpleNamespace(
                 token_ids=chosen.tolist(),

@@ -122,7 +122,7 @@ class Batch:
         column = self.slot.new_zeros(1)
         return replace(
             self,
-            cache=self.cache.fixed(rows, columns, column),
+            cache=self.cache.zeros(rows, columns, column=column),
             mask=self.alive.new_zeros(rows, 1, 1, columns),
             position=self.position.new_zeros(rows),
             alive=self.alive.new_zeros(rows),
@@ -162,9 +162,9 @@ class Batch:
         assert self.mask is not None and self.column is not None
         n = len(index)
         width = source.cache.columns
-        for layer, other in zip(self.cache.held.layers, source.cache.held.layers, strict=True):
-            layer.keys[:n, :, :width] = other.keys[index]
-            layer.values[:n, :, :width] = other.values[index]
+        numbers = torch.arange(n, device=index.device)
+        columns = torch.arange(width, device=index.device)
+        self.cache.put(numbers, source.cache, index, columns)
         visible: Tensor | bool = True
         if source.mask is not None:
             visible = source.mask.view(-1, width)[index]

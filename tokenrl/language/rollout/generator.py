@@ -164,8 +164,9 @@ class TransformersGenerator(Generator):
         Raises:
             Stopped: the model's logits are not finite.
         """
-        return self._sampled(None, [], prompt_ids, sampling, draws)
+        return self.turn([], prompt_ids, sampling, draws)
 
+    @torch.no_grad()
     def turn(
         self,
         rows: Sequence[int],
@@ -173,21 +174,11 @@ class TransformersGenerator(Generator):
         sampling: Sampling,
         draws: Tensor | None,
     ) -> Rollout:
-        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
-        if self.histories is None:
-            return self.generate(prompt_ids, sampling, draws)
-        return self._sampled(self.histories, rows, prompt_ids, sampling, draws)
+        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one.
 
-    @torch.no_grad()
-    def _sampled(
-        self,
-        histories: Histories | None,
-        rows: Sequence[int],
-        prompt_ids: Sequence[Sequence[int]],
-        sampling: Sampling,
-        draws: Tensor | None,
-    ) -> Rollout:
-        """Sample completions, some rows at a time."""
+        Rows without numbers are of no episode, and nothing of them is kept.
+        """
+        histories = self.histories if rows else None
         size = sampling.group_size
         if draws is not None:
             draws = on_device(draws, self.policy.device)

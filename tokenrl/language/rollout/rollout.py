@@ -138,8 +138,7 @@ class Rollout:
 
     def on_host(self: Table) -> Table:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        small = {name: x for name, x in self.tensors().items() if x.ndim < 3}
-        host: dict[str, Any] = dict(zip(small, to_host(small.values()), strict=True))
+        host: dict[str, Any] = small_on_host(self.tensors())
         return replace(self, **host)
 
     def take(self: Table, index: Tensor) -> Table:
@@ -207,6 +206,12 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     # A copy of each, because memory has to begin at a multiple of the size of the numbers in it.
     parts = iter(flat.split(sizes))
     return [x if x.is_cpu else next(parts).clone().view(x.dtype).view(x.shape) for x in tensors]
+
+
+def small_on_host(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns that have fewer than three dimensions on the CPU, by name, in one transfer."""
+    small = {name: x for name, x in columns.items() if x.ndim < 3}
+    return dict(zip(small, to_host(small.values()), strict=True))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -22,8 +22,8 @@ from tokenrl.language.rollout.rollout import (
     Rollout,
     Table,
     pad_right,
+    small_on_host,
     to_device,
-    to_host,
     tokens_of,
     zeroed,
 )
@@ -122,7 +122,7 @@ def score(
     if at_once is not None and (states or count > at_once):
         head = head_of(model)
     with without_head(head) as inputs:
-        before, last_hidden = _forward(model, rollout, regime, hidden, inputs)
+        before, *last_hidden = _forward(model, rollout, regime, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)[actions]  # [M]
     listed = ids[:, None][:, :0]
     if centres is not None:
@@ -141,7 +141,11 @@ def score(
     columns: dict[str, Any] = {
         name: x.new_zeros(rollout.mask.shape).index_put(actions, x) for name, x in of_each.items()
     }
-    return Scores(hidden=last_hidden, states=before.detach() if states else None, **columns)
+    if hidden:
+        columns["hidden"] = last_hidden[0]
+    if states:
+        columns["states"] = before.detach()
+    return Scores(**columns)
 
 
 @torch.no_grad()
@@ -170,14 +174,11 @@ def score_in_parts(
     scores = [score(model, rollout.take(rows), regime, **options) for rows in index]
     order = torch.cat(index).argsort()
     columns = dict[str, Tensor]()
-    for name, column in zip(Scores._fields, zip(*scores, strict=True), strict=True):
+    for name, *column in zip(Scores._fields, *scores, strict=True):
         if column[0] is not None:
             whole = torch.cat([pad_right(x, width) for x in column])
             columns[name] = whole[to_device(order, whole.device)]
-    small = [name for name, x in columns.items() if x.ndim < 3]
-    host = to_host([columns[name] for name in small])
-    columns.update(zip(small, host, strict=True))
-    return Scores(**columns)
+    return Scores(**columns | small_on_host(columns))
 
 
 def with_missing_fields(
@@ -225,63 +226,61 @@ def _forward(
     rollout: Rollout,
     regime: Regime,
     hidden: bool,
-    inputs: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    inputs: list[Tensor] | None,
+) -> list[Tensor]:
     """Return logits [N, T, V] and, if they are needed, hidden states [N, T, H].
 
     Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
     `inputs`.
     """
-    if regime.share_prompt:
-        return _forward_shared(model, rollout, hidden, inputs)
-    width = rollout.mask.shape[1]
+
+    def read(ids: Tensor, count: int, **options: Any) -> tuple[Any, list[Tensor]]:
+        """Feed tokens to the model; return what it returns, and logits and states of the last `count` tokens."""
+        out = model(ids, **options, output_hidden_states=hidden)
+        columns = [out.logits if inputs is None else inputs.pop()]
+        if hidden:
+            columns.append(out.hidden_states[-1])
+        return out, [x[:, -count:] for x in columns]
+
     device = next(model.parameters()).device
+    width = rollout.mask.shape[1]
+    if regime.share_prompt:
+        return _forward_shared(read, rollout, device, width)
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
     visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
-    out = model(
-        to_device(ids, device),
-        **positions_of(to_device(visible, device), ids.shape[1]),
-        use_cache=False,
-        output_hidden_states=hidden,
-        logits_to_keep=last(width, device),
-    )
-    logits = out.logits if inputs is None else inputs.pop()[:, -width:]
-    states = out.hidden_states[-1][:, -width:] if hidden else None
-    return logits, states
+    positions = positions_of(to_device(visible, device), ids.shape[1])
+    options = {"use_cache": False, "logits_to_keep": last(width, device)}
+    return read(to_device(ids, device), width, **positions, **options)[1]
 
 
 def _forward_shared(
-    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
+    read: Callable[..., tuple[Any, list[Tensor]]],
+    rollout: Rollout,
+    device: torch.device,
+    width: int,
+) -> list[Tensor]:
     """Return the same as `_forward`, with each distinct prompt computed once."""
-    device = next(model.parameters()).device
-    width = rollout.mask.shape[1]
     first_row, prompt = rollout.distinct_prompts()
     index = to_device(prompt, device)
     ids = to_device(rollout.prompt_ids[first_row], device)
     mask = to_device(rollout.prompt_mask[first_row], device)
     is_padded = not bool(rollout.prompt_mask.all())
     positions = positions_of(mask, ids.shape[1]) if is_padded else {}
-    options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(ids, **positions, **options, logits_to_keep=last(1, device))
-    first = out.logits if inputs is None else inputs.pop()[:, -1:]
-    logits = [first[index]]  # [N, 1, V]
-    states = [out.hidden_states[-1][:, -1:][index]] if hidden else []  # [N, 1, H]
-    if width > 1:
-        cache = Cache.of(out)
-        cache.select(index)
-        tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
-        if cache.recurrent:
-            cache.keep_states()
-            if width == 2:  # a single token takes the kernels of sampling, which have no gradient
-                tokens = torch.cat([tokens, tokens], dim=1)
-        if is_padded:
-            # Completions are padded on the right, where causal attention never looks: it needs no mask.
-            visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-            positions = positions_of(visible, tokens.shape[1])
-        out = model(tokens, **cache.arguments(positions), **options)
-        logits.append(out.logits if inputs is None else inputs.pop())
-        if hidden:
-            states.append(out.hidden_states[-1])
-    whole = torch.cat(logits, dim=1)[:, :width]
-    return whole, torch.cat(states, dim=1)[:, :width] if hidden else None
+    out, first = read(ids, 1, **positions, use_cache=True, logits_to_keep=last(1, device))
+    first = [x[index] for x in first]  # [N, 1, ...]
+    if width == 1:
+        return first
+    cache = Cache.of(out)
+    cache.select(index)
+    tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
+    if cache.recurrent:
+        cache.keep_states()
+        if width == 2:  # a single token takes the kernels of sampling, which have no gradient
+            tokens = torch.cat([tokens, tokens], dim=1)
+    if is_padded:
+        # Completions are padded on the right, where causal attention never looks: it needs no mask.
+        visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        positions = positions_of(visible, tokens.shape[1])
+    _, later = read(tokens, tokens.shape[1], **cache.arguments(positions), use_cache=True)
+    pairs = zip(first, later, strict=True)
+    return [torch.cat(pair, dim=1)[:, :width] for pair in pairs]
