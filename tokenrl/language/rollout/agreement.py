@@ -171,17 +171,14 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
             "put on a model, such as a compiled forward, goes on with the first model's weights in copies of it."
         )
     compare = trials[0].score
-    can_share = not _recomputes(policy)
-    unshared = _failure(compare, model, Regime()) if can_share else ""
-    if unshared or not can_share:
-        can_share = False
-        wrong = _failure(compare, model, Regime(share_prompt=False))
-        if wrong:
-            return [wrong, unshared, "", cache]
-    whole = "the head is no linear layer"
-    if head_of(model) is not None:
+    recomputes = _recomputes(policy)
+    unshared = "" if recomputes else _failure(compare, model, Regime())
+    can_share = not (recomputes or unshared)
+    wrong = "" if can_share else _failure(compare, model, Regime(share_prompt=False))
+    whole = "" if wrong else "the head is no linear layer"
+    if whole and head_of(model) is not None:
         whole = _failure(compare, model, Regime(can_share, PIECE))
-    return ["", unshared, whole, cache]
+    return [wrong, unshared, whole, cache]
 
 
 def _sampled(policy: Policy, regime: Regime, hidden: bool) -> Rollout:
@@ -340,10 +337,8 @@ class Trial:
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
-        logprobs = logprobs.detach().to(self.logprobs.device)
-        off_mask = ~self.rollout.mask.to(self.logprobs.device)  # of rows that have ended early
-        difference = (logprobs - self.logprobs).abs().masked_fill(off_mask, 0)
-        errors = {"log-probabilities": difference / self.spread}
+        gaps = (logprobs.detach().to(self.logprobs) - self.logprobs).abs()  # both are 0 off the mask
+        errors = {"log-probabilities": gaps / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()

@@ -79,11 +79,12 @@ def decode(
             looked += [rows, table["mask"].sum(dim=1)[rows]]
         looked = to_host(looked)
         if histories is not None:
-            ended = []
             of_rows = zip(*map(Tensor.tolist, looked), strict=True)
-            for row, (is_alive, place, count) in enumerate(of_rows):
-                if not is_alive and count > start:
-                    ended.append((row, numbers[place], len(prompts[place]), count - 1))
+            ended = [
+                (row, numbers[place], len(prompts[place]), count - 1)
+                for row, (is_alive, place, count) in enumerate(of_rows)
+                if not is_alive and count > start
+            ]
             histories.add(batch.cache, width, end - 1, ended)
         unfinished = looked[0].nonzero().squeeze(1)
         if end == length or not len(unfinished):

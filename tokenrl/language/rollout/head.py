@@ -191,21 +191,15 @@ class _Scores(torch.autograd.Function):
         for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):
             back.append(torch.zeros_like(x, dtype=total.dtype) if is_needed else None)
         for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
-            slope = logits.sub_(total[tokens, None])
-            if chunks.entropy or chunks.reference is not None:
-                p = slope.exp()
-                slope.clamp_(min=-1e4)
-                of_kl = None
-                if chunks.reference is not None:
-                    log_ratio = slope - chunks.ref_logprobs(tokens)
-                    of_kl = (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
-                slope.add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
-                slope.sub_(by_any[tokens, None])
-                if of_kl is not None:
-                    slope.add_(of_kl)
-                slope.mul_(p)
-            else:
-                slope.exp_().mul_(-by_any[tokens, None])
+            logp = logits.sub_(total[tokens, None])
+            factor = -by_any[tokens, None]
+            if chunks.entropy:
+                bounded = logp.clamp(min=-1e4)
+                factor = factor - (bounded + entropy[tokens, None]) * by_entropy[tokens, None]
+            if chunks.reference is not None:
+                log_ratio = logp.clamp(min=-1e4) - chunks.ref_logprobs(tokens)
+                factor = factor + (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
+            slope = logp.exp_().mul_(factor)
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
             slope.scatter_add_(1, chunks.listed[tokens], by_listed[tokens])
             slope.div_(chunks.distribution.temperature)

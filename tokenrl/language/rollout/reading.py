@@ -163,21 +163,20 @@ def read(
         # Layers with a window drop tokens now, and caches of several groups do not fit together.
         return _read(policy, sampling, prompts, [None] * len(prompts))
     parts = []
-    order: list[int] = []
-    rows: list[tuple[Cache, int, int]] = []
+    rows: dict[int, tuple[Cache, int, int]] = {}
     for group in groups.values():
         part = _read(policy, sampling, [prompts[i] for i in group], [prefixes[i] for i in group])
         parts.append(part)
-        order += group
-        rows += [(part.cache, row, part.cache.columns) for row in range(len(group))]
+        rows |= {i: (part.cache, row, part.cache.columns) for row, i in enumerate(group)}
     if len(parts) == 1:
         return parts[0]
-    back = torch.tensor(order).argsort()
-    cache = Cache.joined([rows[i] for i in back.tolist()], longest, sampling.max_completion_length)
+    numbers = range(len(prompts))
+    cache = Cache.joined([rows[i] for i in numbers], longest, sampling.max_completion_length)
     logits, hidden = zip(*(part.last for part in parts), strict=True)
     whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
     mask, position = _masked(policy, pad_left(prompts, policy.pad_id)[1])
-    return Reading(cache, mask, position, whole.of(to_device(back, policy.device)))
+    order = to_device(torch.tensor([*rows]).argsort(), policy.device)
+    return Reading(cache, mask, position, whole.of(order))
 
 
 def _read(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenrl.errors import locations_of
 from tokenrl.language.rollout.distribution import Distribution, distribution_of
 from tokenrl.settings import Bounds, Count, Natural
 
@@ -80,7 +81,7 @@ def encode(
     policy: Policy,
     data: Sequence[Any],
     sampling: Sampling,
-    locations: Sequence[str] = (),
+    locations: Sequence[str] | None = None,
     **options: str,
 ) -> list[list[int]]:
     """Token ids of the prompts of rows, each short enough for a completion to follow it.
@@ -89,7 +90,7 @@ def encode(
         policy: the policy.
         data: the rows, with a `prompt` (text or chat messages) and perhaps `tools`.
         sampling: how they are completed.
-        locations: where each prompt stands in the data, for the message of a refusal; empty if unknown.
+        locations: where each prompt stands, for the message of a refusal; None for where the data says.
         **options: the `remedy` of `encode_all`.
 
     Raises:
@@ -100,7 +101,7 @@ def encode(
         [row["prompt"] for row in data],
         max_completion_length=sampling.max_completion_length,
         truncate=sampling.truncate_prompts,
-        locations=locations,
+        locations=locations_of(data) if locations is None else locations,
         tools=[row.get("tools") for row in data],
         **options,
     )
