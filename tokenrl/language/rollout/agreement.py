@@ -278,9 +278,7 @@ class Trial:
     ) -> Trial:
         """Compute each row without padding, mask and cache."""
         width = rollout.mask.shape[1]
-        logprobs = []
-        states = []
-        spreads = []
+        rows = []
         with torch.set_grad_enabled(gradient):
             for i in range(len(rollout)):
                 row = rollout.take(torch.tensor([i]))
@@ -289,21 +287,13 @@ class Trial:
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
                 logp = distribution.log_probabilities(out.logits[:, before])
-                chosen = logp.gather(2, ids[:, -length:, None]).squeeze(2)
-                logprobs.append(pad_right(chosen, width))
-                spreads.append(logp.detach().std())
-                if hidden:
-                    states.append(out.hidden_states[-1][:, before].detach())
-            alone = torch.cat(logprobs)
+                chosen = pad_right(logp.gather(2, ids[:, -length:, None]).squeeze(2), width)
+                states = out.hidden_states[-1][:, before].detach() if hidden else chosen
+                rows.append((chosen, states, logp.detach().std()[None]))
+            alone, states, spread = map(torch.cat, zip(*rows, strict=True))
             slope = _gradient(policy, alone) if gradient else None
-        return cls(
-            policy=policy,
-            rollout=rollout,
-            logprobs=alone.detach(),
-            hidden=torch.cat(states) if hidden else None,
-            gradient=slope,
-            spread=torch.stack(spreads).mean(),
-        )
+        of_rows = alone.detach(), states if hidden else None
+        return cls(policy, rollout, *of_rows, slope, spread.mean())
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -337,7 +327,9 @@ class Trial:
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
-        gaps = (logprobs.detach().to(self.logprobs) - self.logprobs).abs()  # both are 0 off the mask
+        gaps = (
+            logprobs.detach().to(self.logprobs) - self.logprobs
+        ).abs()  # both are 0 off the mask
         errors = {"log-probabilities": gaps / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()

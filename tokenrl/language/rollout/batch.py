@@ -58,7 +58,7 @@ class Batch:
         uniforms: random numbers of the tokens of a window [R, WINDOW]; None to take the most probable tokens.
         slot: the next token in the window [1].
         columns: what was drawn in the window: `ids`, `mask` with True on tokens up to the end of their row, and
-            columns of a `Rollout`, each [R, WINDOW, ...].
+            columns of a `Rollout`, each [R, WINDOW, ...]. Where rows have left, these and the uniforms have more.
         column: where the next token is written in memory that keeps its size [1]; None in memory that grows.
         graph: the token-step as a CUDA graph; None to compute it.
     """
@@ -148,9 +148,6 @@ class Batch:
         self.token = self.token[index]
         if self.mask is not None:
             self.mask = self.mask[index]
-        if self.uniforms is not None:
-            self.uniforms = self.uniforms[: len(index)]
-        self.columns = {name: x[: len(index)] for name, x in self.columns.items()}
 
     def take(self, source: Batch, index: Tensor) -> None:
         """Make the rows `index` of a batch this one, in memory that keeps its size.
@@ -204,7 +201,7 @@ class Batch:
         self.cache, last = forward(model, self.sampling, self.token[:, None], **arguments)
         uniforms = None
         if self.uniforms is not None:
-            uniforms = self.uniforms.index_select(1, self.slot).squeeze(1)
+            uniforms = self.uniforms[: len(self.token)].index_select(1, self.slot).squeeze(1)
         self.write(drawn(self.sampling, last, uniforms))
         self.position.add_(1)
         if self.column is not None:

@@ -197,11 +197,8 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
         True for the rows that a stop string has ended [N].
     """
     host_ids, host_mask = to_host([ids, mask])
+    lengths = host_mask.sum(dim=1)
     ended = torch.zeros(len(ids), dtype=torch.bool)
-    for position in range(start, end + 1):
-        rows = host_mask[:, position].nonzero().squeeze(1)
-        over = rows[stops.ended(host_ids, rows, position)]
-        ended[over] = True
-        host_mask[over, position + 1 :] = False
-    mask.copy_(host_mask)
+    stops.end(host_ids[:, : end + 1], lengths, ended, start)
+    mask.copy_(host_mask & (torch.arange(ids.shape[1]) < lengths[:, None]))
     return to_device(ended, ids.device)

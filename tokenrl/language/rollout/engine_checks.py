@@ -73,9 +73,10 @@ def check_samples(
     if rows.sampling_distribution is None:
         return
     few = rows.take(torch.arange(min(COMPARED, len(rows))))
-    options: dict[str, Any] = {"distribution": sampling, "centres": total_variation}
-    shares: Any = score_in_parts(policy.model, few, regime, **options).centres
-    share = float(shares.cpu()[few.mask].double().mean())
+    scores: Any = score_in_parts(
+        policy.model, few, regime, distribution=sampling, centres=total_variation
+    )
+    share = float(scores.centres[few.mask].double().mean())
     if share > ELSEWHERE:
         raise WrongRollout(
             f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is "

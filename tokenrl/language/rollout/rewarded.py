@@ -152,7 +152,9 @@ def reward_rows(
         texts = [text if isinstance(prompt, str) else [*chat] for prompt, text, chat in chats]
         failed = torch.tensor([bool(failure) for failure in rollout.failures])
         totals = rollout.turn_rewards.sum(dim=1).tolist()
-        of_environments = [None if off else x for x, off in zip(totals, rollout.failures, strict=True)]
+        of_environments = [
+            None if off else x for x, off in zip(totals, rollout.failures, strict=True)
+        ]
         of_data |= {"environments": [*rollout.environments], "environment_rewards": of_environments}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
