@@ -88,12 +88,9 @@ def play(
         answers = environments.step([row.episode for row in waiting], messages)
         for row, answer in zip(waiting, answers, strict=True):
             row.take(answer)
-            if row.ending:
-                continue
-            if turn + 1 == environments.max_turns:
-                row.ending = "max_turns"
-            else:
-                row.ending = row.read(policy, answer)
+            if not row.ending:
+                is_last = turn + 1 == environments.max_turns
+                row.ending = "max_turns" if is_last else row.read(policy, answer)
     over = [row for row in rows if not row.episode.failure]
     answers = environments.finish([row.episode for row in over])
     for row, answer in zip(over, answers, strict=True):

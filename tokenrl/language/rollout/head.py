@@ -213,9 +213,7 @@ class _Scores(torch.autograd.Function):
                     back[1].addmm_(slope.T, states[tokens])
                 else:
                     back[1] += slope.T @ states[tokens]
-        pairs = zip(back, inputs, strict=True)
-        slopes = [None if x is None else x.to(y.dtype) for x, y in pairs]
-        return (*slopes, None, None)
+        return (*back, None, None)  # autograd gives each the precision of its input
 
 
 def _scores(logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> tuple[Tensor, ...]:
