@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
+from itertools import repeat
 from operator import attrgetter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
@@ -92,36 +92,8 @@ def own_choice(baseline: Any) -> Choice:
     )
 
 
+CHOSEN = attrgetter(*CHOICES)
 NEEDS = attrgetter("needs")
-OTHER_CHOICES = attrgetter(*[axis for axis in CHOICES if axis != "baseline"])
-
-
-@cache
-def entries_of(
-    names: tuple[str, ...],
-    objective: tuple[str, str] | None,
-    kl: tuple[str, str] | None,
-    has_entropy: bool,
-) -> Mapping[str, Choice]:
-    """Return the entries of choices by their axes, see `Axes.entries`; they are looked up once and not in every step.
-
-    Args:
-        names: The choices on the axes of `CHOICES`, in their order; the baseline of a user has no name.
-        objective: Another objective, and its form.
-        kl: The place of a KL, and its estimator.
-        has_entropy: Whether there is an entropy bonus.
-    """
-    pairs = zip(CHOICES.items(), names, strict=True)
-    entries = {axis: choices.get(name, YOUR_OWN) for (axis, choices), name in pairs}
-    if objective is not None:
-        entries["baseline"] = OBJECTIVES[objective]
-    if has_entropy:
-        entries["entropy"] = ENTROPY
-    if kl is not None:
-        entries["kl"] = KL_EFFECTS[kl]
-    return MappingProxyType(entries)
-
-
 cached_signature = cache(signature)
 """The signature of a formula, which is read once and not in every step."""
 
@@ -253,15 +225,20 @@ class Axes(Settings):
     """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
     @property
-    def entries(self) -> Mapping[str, Choice]:
+    def entries(self) -> dict[str, Choice]:
         """The entry of each choice that is in force, by its axis; a user's baseline has `YOUR_OWN`.
 
         Another objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
         """
-        baseline = "" if callable(self.baseline) else self.baseline
-        objective = (self.objective, self.form) if self.other_objective else None
-        kl = (self.kl_placement, self.kl_estimator) if self.beta else None
-        return entries_of((baseline, *OTHER_CHOICES(self)), objective, kl, self.entropy_coef > 0)
+        choices = map(dict.get, CHOICES.values(), map(str, CHOSEN(self)), repeat(YOUR_OWN))
+        entries = dict(zip(CHOICES, choices, strict=True))
+        if self.objective != "reward":
+            entries["baseline"] = OBJECTIVES[self.objective, self.form]
+        if self.entropy_coef:
+            entries["entropy"] = ENTROPY
+        if self.beta:
+            entries["kl"] = KL_EFFECTS[self.kl_placement, self.kl_estimator]
+        return entries
 
     def chosen(self, axis: str) -> Choice:
         """Return the entry of the choice on an axis."""

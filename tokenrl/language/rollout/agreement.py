@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.batch import TokenSteps
-from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout, pad_right
@@ -271,7 +270,6 @@ class Trial:
         cls,
         policy: Policy,
         rollout: Rollout,
-        distribution: Distribution = UNCHANGED,
         *,
         hidden: bool = False,
         gradient: bool = False,
@@ -286,7 +284,7 @@ class Trial:
                 before = slice(-length - 1, -1)  # the positions that predict the completion
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
-                logp = distribution.log_probabilities(out.logits[:, before])
+                logp = UNCHANGED.log_probabilities(out.logits[:, before])
                 chosen = pad_right(logp.gather(2, ids[:, -length:, None]).squeeze(2), width)
                 states = out.hidden_states[-1][:, before].detach() if hidden else chosen
                 rows.append((chosen, states, logp.detach().std()[None]))

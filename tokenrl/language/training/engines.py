@@ -34,10 +34,10 @@ from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.engine_checks import (
     COARSE,
     FARTHEST,
+    FIRST,
     ROUNDING,
     check_greedy,
     check_samples,
-    check_trial,
 )
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
@@ -225,11 +225,11 @@ class CheckedEngine(Generator):
         agrees = self.abilities.agrees
         limit = COARSE if self.samples_compared else FARTHEST
         if agrees:
-            limit = ROUNDING if model.dtype.itemsize >= 4 else COARSE
+            limit = FIRST if sampling.is_whole and not self.samples_compared else ROUNDING
+            if model.dtype.itemsize < 4:
+                limit = COARSE
         try:
             with self._told(UNUSABLE):
-                if agrees and not self.samples_compared:
-                    check_trial(rows, sampling, self.policy)
                 check_samples(rows, sampling, self.policy, self.regime, limit)
         except Stopped as error:  # its weights may be older now
             if agrees or not self.samples_compared:
