@@ -181,12 +181,8 @@ TOKENS = "sampling_distribution must be of different tokens, from 0 to 95"
 
 def tokens(change):
     """Change the ids of the tokens that are listed."""
-
-    def changed_ids(x):
-        ids, logp = tokens_of(x)
-        return listed(change(ids), logp)
-
-    return changed("sampling_distribution", changed_ids)
+    name = "sampling_distribution"
+    return changed(name, lambda x: listed(change(tokens_of(x)[0]), x[..., 1]))
 
 
 WRONG = {

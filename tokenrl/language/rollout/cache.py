@@ -183,7 +183,7 @@ class Cache:
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
         layers: Any = getattr(self.held, "layers", [])
-        has_keys = not layers or any(getattr(layer, "keys", None) is not None for layer in layers)
+        has_keys = not layers or any(map(_tokens, layers))
         if self.name == "cache_params" or not has_keys:
             return {self.name: self.held}
         return {self.name: self.held, **positions}
@@ -235,7 +235,8 @@ class Memory(DynamicLayer):
                 whole[:, :, start : self.length] = x
             else:
                 whole.index_copy_(2, self.column, x)
-        return self.keys, self.values
+        keys, values = self.whole
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         """Return t."""

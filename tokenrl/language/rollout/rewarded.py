@@ -225,8 +225,9 @@ def sample_and_reward(
     # All of them on every process, so that every process refuses a prompt that is too long.
     ids = None if rewards.environments else encode(policy, prompts, sampling)
     size = max(1, batch_size // sampling.group_size)
-    for start in range(rank, len(prompts), world * size):
-        numbers = range(start, min(start + world * size, len(prompts)), world)
+    own = range(rank, len(prompts), world)
+    for start in range(0, len(own), size):
+        numbers = own[start : start + size]
         rows = [(i, prompts[i]) for i in numbers]
         tokens = None if ids is None else [ids[i] for i in numbers]
         rollout = sample_rows(
