@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.drawing import draw
-from tokenrl.language.rollout.reading import Last, Reading, forward
+from tokenrl.language.rollout.reading import Last, forward
 from tokenrl.language.rollout.rollout import listed
 from tokenrl.language.rollout.sampling import Sampling
 
@@ -82,7 +82,9 @@ class Batch:
         cls,
         policy: Policy,
         sampling: Sampling,
-        reading: Reading,
+        cache: Cache,
+        mask: Tensor | None,
+        position: Tensor,
         first: dict[str, Tensor],
         draws: Tensor | None,
     ) -> Batch:
@@ -91,18 +93,19 @@ class Batch:
         Args:
             policy: the policy.
             sampling: how the rows are sampled.
-            reading: the prompts.
+            cache: the cache of the B prompts.
+            mask: True on their tokens, and False on the padding on their left [B, P]; None without padding.
+            position: how many tokens each has [B].
             first: what was drawn after the prompts of n rows, see `drawn`.
             draws: random numbers [n, T], of which only the type counts; None for greedy completions.
         """
-        position = reading.position
         alive = torch.ones_like(position, dtype=torch.bool)
         like = {**first, "mask": first["ids"].bool()}
         return cls(
             policy=policy,
             sampling=sampling,
-            cache=reading.cache,
-            mask=reading.mask,
+            cache=cache,
+            mask=mask,
             position=position,
             alive=alive,
             token=torch.zeros_like(position),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
-from tokenrl.language.rollout.reading import Histories, Prefix, read
+from tokenrl.language.rollout.reading import Histories, Prefix, padding, read
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime
@@ -137,11 +137,12 @@ def _begun(
         prompts = [prompts[i] for i in index.tolist()]
         index = torch.arange(len(prompts))
     before = [None] * len(prompts) if prefixes is None else list(prefixes.values())
-    reading = read(policy, sampling, prompts, before)
+    cache, last = read(policy, sampling, prompts, before)
     rows = to_device(index, policy.device)
     uniforms = None if draws is None else draws[:, 0]
-    first = drawn(sampling, reading.last.of(rows), uniforms)
-    batch = Batch.of(policy, sampling, reading, first, draws)
+    first = drawn(sampling, last.of(rows), uniforms)
+    mask, position = padding(policy, pad_left(prompts, policy.pad_id)[1])
+    batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
     if not regime.plain_cache:
         is_whole = torch.equal(index, torch.arange(len(prompts)))
         if regime.token_steps is not None or not is_whole:

@@ -105,22 +105,6 @@ class Last(NamedTuple):
         return Last(self.logits[index], None if self.hidden is None else self.hidden[index])
 
 
-class Reading(NamedTuple):
-    """Prompts that were read.
-
-    Attributes:
-        cache: the cache of their tokens, with padding on their left.
-        mask: True on the tokens, and False on the padding [B, P]; None without padding.
-        position: how many tokens each has [B].
-        last: what follows each.
-    """
-
-    cache: Cache
-    mask: Tensor | None
-    position: Tensor
-    last: Last
-
-
 def forward(
     model: nn.Module, sampling: Sampling, ids: Tensor, **arguments: Any
 ) -> tuple[Cache, Last]:
@@ -136,8 +120,8 @@ def read(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
-) -> Reading:
-    """Read what is new in B prompts.
+) -> tuple[Cache, Last]:
+    """Read what is new in B prompts; return the cache of all their tokens, and what follows each prompt.
 
     One forward pass reads those that have about as many new tokens, up to a factor of two; with recurrent
     states, which cannot leave padding out between tokens, exactly as many.
@@ -167,16 +151,15 @@ def read(
     for group in groups.values():
         part = _read(policy, sampling, [prompts[i] for i in group], [prefixes[i] for i in group])
         parts.append(part)
-        rows |= {i: (part.cache, row, part.cache.columns) for row, i in enumerate(group)}
+        cache, _ = part
+        rows |= {i: (cache, row, cache.columns) for row, i in enumerate(group)}
     if len(parts) == 1:
         return parts[0]
-    numbers = range(len(prompts))
-    cache = Cache.joined([rows[i] for i in numbers], longest, sampling.max_completion_length)
-    logits, hidden = zip(*(part.last for part in parts), strict=True)
+    in_order = [rows[i] for i in range(len(prompts))]
+    cache = Cache.joined(in_order, longest, sampling.max_completion_length)
+    logits, hidden = zip(*(following for _, following in parts), strict=True)
     whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
-    mask, position = _masked(policy, pad_left(prompts, policy.pad_id)[1])
-    order = to_device(torch.tensor([*rows]).argsort(), policy.device)
-    return Reading(cache, mask, position, whole.of(order))
+    return cache, whole.of(to_device(torch.tensor([*rows]).argsort(), policy.device))
 
 
 def _read(
@@ -184,13 +167,13 @@ def _read(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
-) -> Reading:
+) -> tuple[Cache, Last]:
     """Read what is new in some prompts, in one forward pass.
 
     All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
     """
     ids, mask_on_host = pad_left(prompts, policy.pad_id)
-    mask, position = _masked(policy, mask_on_host)
+    mask, _ = padding(policy, mask_on_host)
     rows = list(zip(prompts, prefixes, strict=True))
     new = max(len(prompt) - (prefix.length if prefix else 0) for prompt, prefix in rows)
     width = ids.shape[1]
@@ -203,14 +186,12 @@ def _read(
             before.append((prefix.cache, prefix.row, end))
         cache = Cache.joined(before, width - new, new + sampling.max_completion_length)
         arguments = cache.arguments(arguments)
-    device = policy.device
-    unread = to_device(ids[:, width - new :], device)
-    keep = last(1, device)
-    output = forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)
-    return Reading(output[0], mask, position, output[1])
+    unread = to_device(ids[:, width - new :], policy.device)
+    keep = last(1, policy.device)
+    return forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)
 
 
-def _masked(policy: Policy, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+def padding(policy: Policy, mask: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return a mask of prompts [B, P] on the device, if any is padded, and how many tokens each has [B]."""
     # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
     padded = None if mask.all() else to_device(mask, policy.device)
