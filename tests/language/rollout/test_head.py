@@ -18,8 +18,8 @@ from tokenrl.core import Estimator
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
+from tokenrl.language.rollout.sampling import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.scoring import Regime, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)

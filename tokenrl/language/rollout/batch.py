@@ -23,10 +23,9 @@ from torch.nn.functional import pad
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.drawing import draw
 from tokenrl.language.rollout.reading import Last, forward
 from tokenrl.language.rollout.rollout import listed
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, draw
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoding import decode
-from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.reading import Histories
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, on_device
 from tokenrl.language.rollout.scoring import USUAL, Regime
 
 if TYPE_CHECKING:
