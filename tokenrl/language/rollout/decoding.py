@@ -74,10 +74,7 @@ def decode(
             alive.logical_and_(~at_stops[rows])
         if end == length and histories is None:
             break
-        looked = [alive]
-        if histories is not None:
-            looked += [rows, table["mask"].sum(dim=1)[rows]]
-        looked = to_host(looked)
+        looked = to_host([alive, rows, table["mask"].sum(dim=1)[rows]])
         if histories is not None:
             of_rows = zip(*map(Tensor.tolist, looked), strict=True)
             ended = [
