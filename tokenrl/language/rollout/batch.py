@@ -48,8 +48,8 @@ class Batch:
         policy: the policy.
         sampling: how the rows are sampled.
         cache: the cache of the tokens that were fed to the model: all but the last one that was drawn.
-        mask: True on these, and False on padding on their left [R, columns]; None without padding. In memory
-            that keeps its size, True on the columns that are read [R, 1, 1, L].
+        mask: True on these, and False on padding on their left [R, columns]; None without padding, and where the
+            model takes none. In memory that keeps its size, True on the columns that are read [R, 1, 1, L].
         position: how many tokens of each row were fed [R].
         alive: True for the rows that have not ended [R].
         token: the last token that was drawn [R].
@@ -104,7 +104,7 @@ class Batch:
             policy=policy,
             sampling=sampling,
             cache=cache,
-            mask=mask,
+            mask=mask if cache.takes_positions else None,
             position=position,
             alive=alive,
             token=torch.zeros_like(position),
@@ -198,9 +198,9 @@ class Batch:
             else:
                 self.mask.index_fill_(3, self.column, True)
             positions = {"attention_mask": self.mask, "position_ids": self.position[:, None]}
-        arguments = self.cache.arguments(positions)
-        model = self.policy.model
-        self.cache, last = forward(model, self.sampling, self.token[:, None], **arguments)
+        options = {self.cache.name: self.cache.held, **positions}
+        tokens = self.token[:, None]
+        self.cache, last = forward(self.policy.model, self.sampling, tokens, **options)
         uniforms = None
         if self.uniforms is not None:
             uniforms = self.uniforms[: len(self.token)].index_select(1, self.slot).squeeze(1)

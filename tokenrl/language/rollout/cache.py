@@ -177,16 +177,15 @@ class Cache:
         for layer in filter(_is_recurrent, self.held.layers):
             layer.update_recurrent_state = _unwritten
 
-    def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the next forward pass: this cache, with the mask and the positions.
-
-        A model of recurrent states alone takes neither, because its states already leave the padding out.
-        """
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model takes a mask and positions. States alone have left the padding out already."""
         layers: Any = getattr(self.held, "layers", [])
-        has_keys = not layers or any(map(_tokens, layers))
-        if self.name == "cache_params" or not has_keys:
-            return {self.name: self.held}
-        return {self.name: self.held, **positions}
+        return self.name != "cache_params" and (not layers or any(map(_tokens, layers)))
+
+    def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the next forward pass: this cache, the mask and the positions if it takes them."""
+        return {self.name: self.held, **(positions if self.takes_positions else {})}
 
 
 class Memory(DynamicLayer):

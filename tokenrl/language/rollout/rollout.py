@@ -179,6 +179,8 @@ class Rollout:
 
 def cat(parts: Sequence[Table]) -> Table:
     """Put tables with the same columns one below the other; what is no column is that of the first."""
+    if len(parts) == 1:
+        return parts[0]
     P = max(part.prompt_ids.shape[1] for part in parts)
     T = max(part.mask.shape[1] for part in parts)
     tables = [part.cut(P, T).columns() for part in parts]
@@ -197,7 +199,7 @@ def lengths(mask: Tensor) -> Tensor:
 
 def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copy tensors of any shapes and types to the CPU, in one transfer; those that are there stay there."""
-    tensors = [x.detach() for x in tensors]
+    tensors = [*map(Tensor.detach, tensors)]
     away = [x for x in tensors if not x.is_cpu]
     if not away:
         return tensors

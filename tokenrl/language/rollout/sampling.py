@@ -187,28 +187,24 @@ def draw(p: Tensor, uniforms: Tensor) -> Tensor:
         p = (p * 2**UNIT).long()
     vocabulary = p.shape[1]
     if vocabulary <= BLOCK:
-        cdf = _cdf(p, uniforms)
+        cdf = p.to(uniforms.dtype).cumsum(dim=1)
         return _invert(cdf, _threshold(cdf[:, -1], uniforms))
     whole = vocabulary // BLOCK * BLOCK
     sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
     if whole < vocabulary:
         sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    cdf = _cdf(sums, uniforms)
+    cdf = sums.to(uniforms.dtype).cumsum(dim=1)
     threshold = _threshold(cdf[:, -1], uniforms)
     block = _invert(cdf, threshold)
     inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
     values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
     chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
     rest = threshold - (cdf.gather(1, block[:, None]).squeeze(1) - chosen)
-    cdf = _cdf(values, uniforms)
+    cdf = values.to(uniforms.dtype).cumsum(dim=1)
     if not exact:  # what is left of the uniform within its block is again uniform
         share = (rest / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
         rest = _threshold(cdf[:, -1], share)
     return block * BLOCK + _invert(cdf, rest)
-
-
-def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
-    return p.to(uniforms.dtype).cumsum(dim=1)
 
 
 def _threshold(total: Tensor, uniforms: Tensor) -> Tensor:

@@ -164,15 +164,15 @@ class Learner:
         """How the run samples; callers set the step."""
         return sampling_of(self.args)
 
-    def keeping(self, sampling: Sampling) -> Sampling:
-        """Return a sampling that also keeps what the estimator reads of the sampled tokens."""
-        estimator = self.estimator
-        return replace(
-            sampling,
-            keep_score_norms="score_norms" in estimator.needs,
-            keep_hidden="values" in estimator.needs,
-            keep_tokens=kept_tokens(estimator, self.policy),
-        )
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """The fields of a sampling that say what the estimator reads of the sampled tokens."""
+        needs = self.estimator.needs
+        return {
+            "keep_score_norms": "score_norms" in needs,
+            "keep_hidden": "values" in needs,
+            "keep_tokens": kept_tokens(self.estimator, self.policy),
+        }
 
     @property
     def group_size(self) -> int:
@@ -229,7 +229,7 @@ class Learner:
     def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
         model, regime = self.forward.policy, self.forward.regime
-        sampling = self.keeping(self.sampling)
+        sampling = replace(self.sampling, **self.kept)
         return with_missing_fields(model, rows, regime, sampling, self.micro_batches(rows))
 
     def micro_batches(

@@ -45,7 +45,7 @@ def collect_rows(
     policy = learner.policy
     greedy = not sampling.num_generations
     if not greedy:
-        sampling = learner.keeping(sampling)
+        sampling = replace(sampling, **learner.kept)
     rollout = sample_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
