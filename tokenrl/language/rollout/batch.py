@@ -183,14 +183,10 @@ class Batch:
             self.uniforms[:n, :t] = uniforms
 
     def step(self) -> None:
-        """Feed each row its last token, and draw the next one."""
-        if self.graph is None:
-            self.compute()
-        else:
+        """Feed each row its last token, and draw the next one; the host is not asked for anything."""
+        if self.graph is not None:
             self.graph.replay()
-
-    def compute(self) -> None:
-        """Compute a token-step; the host is not asked for anything."""
+            return
         positions = {}
         if self.mask is not None:
             if self.column is None:
@@ -296,7 +292,7 @@ class TokenSteps:
             if bucket.nbytes + sum(x.nbytes for x in self._buckets.values()) > self._limit:
                 self._buckets.clear()
             if bucket.token.is_cuda:
-                bucket.graph = _captured(bucket.compute)
+                bucket.graph = _captured(bucket.step)
             self._buckets[key] = bucket
         bucket = self._buckets[key]
         bucket.take(batch, index)

@@ -50,6 +50,7 @@ def decode(
         draws: uniforms [B * G, T] on the device of the policy; None for greedy completions.
     """
     length = sampling.max_completion_length
+    device = policy.device
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     width = prompt_ids.shape[1]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
@@ -57,8 +58,8 @@ def decode(
     batch, first = _begun(policy, regime, prefixes, prompts, prompt_index, sampling, draws)
     shape = len(prompt_index), length
     table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
-    rows = to_device(torch.arange(len(prompt_index)), policy.device)  # that are still in the batch
-    look_every = LOOK_EVERY.get(policy.device.type, WINDOW)
+    rows = to_device(torch.arange(len(prompt_index)), device)  # that are still in the batch
+    look_every = LOOK_EVERY.get(device.type, WINDOW)
     for start in range(0, length, look_every):
         end = min(start + look_every, length)
         batch.begin(None if draws is None else draws[rows, start:end])
@@ -88,7 +89,7 @@ def decode(
             break
         # Copying the cache costs as much as keeping a few finished rows.
         if len(unfinished) <= 0.75 * len(rows) and not regime.plain_cache:
-            index = to_device(unfinished, policy.device)
+            index = to_device(unfinished, device)
             batch = _selected(regime, batch, index, width + length)
             rows = rows[index]
     rollout = _rollout(
@@ -138,7 +139,7 @@ def _begun(
     rows = to_device(index, policy.device)
     uniforms = None if draws is None else draws[:, 0]
     first = drawn(sampling, last.of(rows), uniforms)
-    mask, position = padding(policy, pad_left(prompts, policy.pad_id)[1])
+    mask, position = padding(policy, prompts)
     batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
     if not regime.plain_cache:
         is_whole = torch.equal(index, torch.arange(len(prompts)))

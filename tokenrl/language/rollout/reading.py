@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import pad_left, to_device
+from tokenrl.language.rollout.rollout import mask_left, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -142,8 +142,10 @@ def read(
             if not prefix.cache.recurrent:
                 size = size.bit_length()
         groups.setdefault(size, []).append(number)
+    if len(groups) == 1:
+        return _read(policy, sampling, prompts, prefixes)
     longest = max(map(len, prompts))
-    if len(groups) > 1 and longest >= window:
+    if longest >= window:
         # Layers with a window drop tokens now, and caches of several groups do not fit together.
         return _read(policy, sampling, prompts, [None] * len(prompts))
     parts = []
@@ -153,8 +155,6 @@ def read(
         parts.append(part)
         cache, _ = part
         rows |= {i: (cache, row, cache.columns) for row, i in enumerate(group)}
-    if len(parts) == 1:
-        return parts[0]
     in_order = [rows[i] for i in range(len(prompts))]
     cache = Cache.joined(in_order, longest, sampling.max_completion_length)
     logits, hidden = zip(*(following for _, following in parts), strict=True)
@@ -172,8 +172,8 @@ def _read(
 
     All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
     """
-    ids, mask_on_host = pad_left(prompts, policy.pad_id)
-    mask, _ = padding(policy, mask_on_host)
+    ids, _ = pad_left(prompts, policy.pad_id)
+    mask, _ = padding(policy, prompts)
     rows = list(zip(prompts, prefixes, strict=True))
     new = max(len(prompt) - (prefix.length if prefix else 0) for prompt, prefix in rows)
     width = ids.shape[1]
@@ -191,8 +191,9 @@ def _read(
     return forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)
 
 
-def padding(policy: Policy, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+def padding(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor | None, Tensor]:
     """Return a mask of prompts [B, P] on the device, if any is padded, and how many tokens each has [B]."""
+    mask = mask_left(prompts)
     # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
     padded = None if mask.all() else to_device(mask, policy.device)
     return padded, to_device(mask.sum(dim=1), policy.device)

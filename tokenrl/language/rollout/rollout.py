@@ -244,9 +244,15 @@ def tokens_of(distribution: Tensor) -> tuple[Tensor, Tensor]:
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     options: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(ids, padding_value=pad_id, **options), pad_sequence(masks, **options)
+    return pad_sequence(ids, padding_value=pad_id, **options), mask_left(rows)
+
+
+def mask_left(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the mask of B lists of ids that are padded on the left [B, P], True on the ids."""
+    counts = torch.tensor([*map(len, rows)])
+    width = int(counts.max())
+    return torch.arange(width) >= width - counts[:, None]
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:

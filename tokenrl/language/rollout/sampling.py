@@ -132,18 +132,14 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
     """
     if not sampling.num_generations:
         return None
-    bits = np.random.Philox(key=key_of(stream, sampling))
-    generator = np.random.Generator(bits)
-    state = bits.state
-    shape = len(prompts), sampling.num_generations, sampling.max_completion_length
-    table = np.empty(shape)
-    for b, prompt in enumerate(prompts):
+    key = key_of(stream, sampling)
+    rows = []
+    for prompt in prompts:
         for g in range(sampling.num_generations):
             # A counter for each completion, which depends on neither G nor T.
-            state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
-            bits.state = state
-            generator.random(out=table[b, g])
-    return torch.from_numpy(table.reshape(-1, sampling.max_completion_length))
+            bits = np.random.Philox(key=key, counter=np.array([0, g, prompt, 0], dtype=np.uint64))
+            rows.append(np.random.Generator(bits).random(sampling.max_completion_length))
+    return torch.from_numpy(np.stack(rows))
 
 
 def key_of(stream: str, sampling: Sampling) -> np.ndarray:

@@ -180,13 +180,13 @@ class VllmGenerator(Generator):
             "include_stop_str_in_output": True,
             "detokenize": stops is not None,
         }
-        if draws is None:
-            return [SamplingParams(temperature=0, **common) for _ in range(rows)]
-        # As many seeds as there are uniform numbers of 64 bits.
-        seeds = (draws[:, 0].double() * 2**53).long().tolist()
-        return [
-            SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds
-        ]
+        temperature = 0.0
+        seeds = [None] * rows
+        if draws is not None:
+            temperature = sampling.temperature
+            # As many seeds as there are uniform numbers of 64 bits.
+            seeds = (draws[:, 0].double() * 2**53).long().tolist()
+        return [SamplingParams(temperature=temperature, seed=seed, **common) for seed in seeds]
 
     def sync(self, policy: Policy) -> None:
         """Hand the weights of the policy over to the engine, and drop what it computed with others.
