@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WINDOW = 8
 """The most tokens that are sampled before the host looks at them."""
 LEAST_COLUMNS = 64
+OF_ROWS = ("position", "alive", "token")
+"""What a batch holds of each row beside its cache and its mask."""
 LIMIT = 4 * 2**30
 """Bytes that all buckets may take. A batch that alone needs more is sampled without them."""
 
@@ -122,18 +124,17 @@ class Batch:
             columns: L, the most tokens of a prompt and its completion.
         """
         column = self.slot.new_zeros(1)
+        of_rows: dict[str, Any] = {name: _zeros(getattr(self, name), rows) for name in OF_ROWS}
         return replace(
             self,
             cache=self.cache.zeros(rows, columns, column=column),
             mask=self.alive.new_zeros(rows, 1, 1, columns),
-            position=self.position.new_zeros(rows),
-            alive=self.alive.new_zeros(rows),
-            token=self.token.new_zeros(rows),
             uniforms=None if self.uniforms is None else _zeros(self.uniforms, rows),
             slot=self.slot.new_zeros(1),
             columns={name: _zeros(x, rows) for name, x in self.columns.items()},
             column=column,
             graph=None,
+            **of_rows,
         )
 
     @property
@@ -145,9 +146,8 @@ class Batch:
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the batch, in memory that grows."""
         self.cache.select(index)
-        self.position = self.position[index]
-        self.alive = self.alive[index]
-        self.token = self.token[index]
+        for name in OF_ROWS:
+            setattr(self, name, getattr(self, name)[index])
         if self.mask is not None:
             self.mask = self.mask[index]
 
@@ -170,10 +170,9 @@ class Batch:
         self.mask.fill_(False)
         self.mask[:n, 0, 0, :width] = visible
         self.column[:] = width if source.column is None else source.column
-        self.position[:n] = source.position[index]
+        for name in OF_ROWS:
+            getattr(self, name)[:n] = getattr(source, name)[index]
         self.position[n:] = 0
-        self.alive[:n] = source.alive[index]
-        self.token[:n] = source.token[index]
 
     def begin(self, uniforms: Tensor | None) -> None:
         """Begin a window of t tokens of n rows, with uniforms [n, t] or greedily without them."""

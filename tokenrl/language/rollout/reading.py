@@ -170,22 +170,19 @@ def _read(
 ) -> tuple[Cache, Last]:
     """Read what is new in some prompts, in one forward pass.
 
-    All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
+    Of all prompts the first tokens were read before, or of none. All rows read as many tokens as the row with most
+    new ones, their last ones, so that no row has a gap.
     """
     ids, _ = pad_left(prompts, policy.pad_id)
     mask, _ = padding(policy, prompts)
-    rows = list(zip(prompts, prefixes, strict=True))
-    new = max(len(prompt) - (prefix.length if prefix else 0) for prompt, prefix in rows)
-    width = ids.shape[1]
-    arguments = positions_of(mask, new)
-    if new < width:
-        before = []
-        for prompt, prefix in rows:
-            assert prefix is not None
-            end = prefix.start + max(0, len(prompt) - new)
-            before.append((prefix.cache, prefix.row, end))
+    width = new = ids.shape[1]
+    arguments = positions_of(mask, width)
+    rows = [(len(ids), prefix) for ids, prefix in zip(prompts, prefixes, strict=True) if prefix]
+    if rows:
+        new = max(count - prefix.length for count, prefix in rows)
+        before = [(x.cache, x.row, x.start + max(0, count - new)) for count, x in rows]
         cache = Cache.joined(before, width - new, new + sampling.max_completion_length)
-        arguments = cache.arguments(arguments)
+        arguments = cache.arguments(positions_of(mask, new))
     unread = to_device(ids[:, width - new :], policy.device)
     keep = last(1, policy.device)
     return forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)

@@ -129,7 +129,7 @@ class Rollout:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the columns that are tensors, by name."""
-        return {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def of_tokens(self) -> dict[str, Tensor]:
         """Return the columns [N, T, ...] with numbers for each token of the completions, by name."""
