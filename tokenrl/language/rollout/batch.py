@@ -232,7 +232,7 @@ def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, 
     numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
     if sampling.keep_score_norms:
         numbers["score_norms"] = score_norm_of(logprobs, p)
-    if last.hidden is not None:
+    if sampling.keep_hidden:
         numbers["hidden"] = last.hidden
     if sampling.keep_tokens:
         most = logp.topk(min(sampling.keep_tokens, logp.shape[1])).indices

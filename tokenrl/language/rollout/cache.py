@@ -49,6 +49,12 @@ class Cache:
             "The model returns no cache of the tokens that it was fed, so none can follow them."
         )
 
+    @property
+    def layers(self) -> list[Any]:
+        """What holds the tokens, or the states, of each layer of the model; nothing in a cache of another kind."""
+        layers: list[Any] = getattr(self.held, "layers", [])
+        return layers
+
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the new batch; a row may be chosen several times, or never."""
         # `batch_select_indices` would leave recurrent states as they are, or is missing where they are kept.
@@ -59,7 +65,7 @@ class Cache:
 
         Layers of other kinds, such as those of a sliding window or of recurrent states, stay as they are.
         """
-        layers: Any = getattr(self.held, "layers", [])
+        layers = self.layers
         for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.keys is not None:
                 length = layer.keys.shape[2]
@@ -68,7 +74,7 @@ class Cache:
 
     def keeps(self, columns: int) -> bool:
         """Whether every layer keeps each of so many tokens, or a state of them, so that rows can be taken out."""
-        layers: Any = getattr(self.held, "layers", [])
+        layers = self.layers
         return bool(layers) and all(map(_has_rows, layers)) and columns <= self.window
 
     def zeros(self, rows: int, columns: int, room: int = 0, column: Tensor | None = None) -> Cache:
@@ -82,7 +88,7 @@ class Cache:
         """
         held = copy.copy(self.held)
         held.layers = []
-        for layer in self.held.layers:
+        for layer in self.layers:
             size = columns + room
             tokens = [x.new_zeros(rows, x.shape[1], size, x.shape[3]) for x in _tokens(layer)]
             if column is not None or (tokens and type(layer) in (DynamicLayer, Memory)):
@@ -108,7 +114,7 @@ class Cache:
             columns: the columns of the source that are written [width], or those of each row [n, width].
         """
         width = columns.shape[-1]
-        for layer, other in zip(self.held.layers, source.held.layers, strict=True):
+        for layer, other in zip(self.layers, source.layers, strict=True):
             for x, y in zip(_tokens(layer), _tokens(other), strict=True):
                 heads = torch.arange(x.shape[1], device=x.device)[:, None]
                 x[rows, :, :width] = y[index[:, None, None], heads, columns[..., None, :]]
@@ -118,13 +124,13 @@ class Cache:
     @property
     def window(self) -> float:
         """The fewest tokens after which a layer drops some; infinity if none does."""
-        windows = [getattr(layer, "sliding_window", math.inf) for layer in self.held.layers]
+        windows = [getattr(layer, "sliding_window", math.inf) for layer in self.layers]
         return min(windows)
 
     @property
     def _tensors(self) -> list[Tensor]:
         """The keys, values and states of all layers."""
-        return [x for layer in self.held.layers for x in (*_tokens(layer), *_states(layer))]
+        return [x for layer in self.layers for x in (*_tokens(layer), *_states(layer))]
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +145,7 @@ class Cache:
     @property
     def columns(self) -> int:
         """Number of tokens of a row with its padding, or 0 if there are states only."""
-        lengths = [x.shape[2] for layer in self.held.layers for x in _tokens(layer)]
+        lengths = [x.shape[2] for layer in self.layers for x in _tokens(layer)]
         return max(lengths, default=0)
 
     @classmethod
@@ -167,20 +173,20 @@ class Cache:
     @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
-        return any(_is_recurrent(layer) for layer in self.held.layers)
+        return any(_is_recurrent(layer) for layer in self.layers)
 
     def keep_states(self) -> None:
         """Let the next forward pass read the recurrent states and leave them as they are.
 
         Backward needs their values, so nothing may be written over them.
         """
-        for layer in filter(_is_recurrent, self.held.layers):
+        for layer in filter(_is_recurrent, self.layers):
             layer.update_recurrent_state = _unwritten
 
     @property
     def takes_positions(self) -> bool:
         """Whether the model takes a mask and positions. States alone have left the padding out already."""
-        layers: Any = getattr(self.held, "layers", [])
+        layers = self.layers
         return self.name != "cache_params" and (not layers or any(map(_tokens, layers)))
 
     def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:

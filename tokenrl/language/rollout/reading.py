@@ -94,15 +94,15 @@ class Last(NamedTuple):
 
     Attributes:
         logits: the logits of the next token [n, V].
-        hidden: the last hidden states [n, H]; None if they are not needed.
+        hidden: the last hidden states [n, H], or [n, 0] if they are not needed.
     """
 
     logits: Tensor
-    hidden: Tensor | None
+    hidden: Tensor
 
     def of(self, index: Tensor) -> Last:
         """Return what follows the rows `index`."""
-        return Last(self.logits[index], None if self.hidden is None else self.hidden[index])
+        return Last(self.logits[index], self.hidden[index])
 
 
 def forward(
@@ -111,8 +111,8 @@ def forward(
     """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
     keep = sampling.keep_hidden
     out = model(ids, **arguments, use_cache=True, output_hidden_states=keep)
-    hidden = out.hidden_states[-1][:, -1] if keep else None
-    return Cache.of(out), Last(out.logits[:, -1], hidden)
+    logits = out.logits[:, -1]
+    return Cache.of(out), Last(logits, out.hidden_states[-1][:, -1] if keep else logits[:, :0])
 
 
 def read(
@@ -157,9 +157,10 @@ def read(
         rows |= {i: (cache, row, cache.columns) for row, i in enumerate(group)}
     in_order = [rows[i] for i in range(len(prompts))]
     cache = Cache.joined(in_order, longest, sampling.max_completion_length)
-    logits, hidden = zip(*(following for _, following in parts), strict=True)
-    whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
-    return cache, whole.of(to_device(torch.tensor([*rows]).argsort(), policy.device))
+    columns = zip(*(following for _, following in parts), strict=True)
+    return cache, Last(*map(torch.cat, columns)).of(
+        to_device(torch.tensor([*rows]).argsort(), policy.device)
+    )
 
 
 def _read(
