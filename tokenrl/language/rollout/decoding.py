@@ -142,9 +142,7 @@ def _begun(
     mask, position = padding(policy, prompts)
     batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
     if not regime.plain_cache:
-        is_whole = torch.equal(index, torch.arange(len(prompts)))
-        if regime.token_steps is not None or not is_whole:
-            batch = _selected(regime, batch, rows, tokens)
+        batch = _selected(regime, batch, rows, tokens)
         batch.cache.make_room(sampling.max_completion_length)
     return batch, first
 

@@ -78,10 +78,7 @@ class Histories:
         if not ended or not cache.keeps(width + t + 1):
             return
         longest = max(prompt for _, _, prompt, _ in ended)
-        index = to_device(torch.tensor([row for row, *_ in ended]), cache.device)
-        columns = torch.arange(width - longest, width + t, device=cache.device)
-        copies = cache.zeros(len(ended), longest + t)
-        copies.put(torch.arange(len(ended), device=cache.device), cache, index, columns)
+        copies = Cache.joined([(cache, row, width + t) for row, *_ in ended], longest + t, 0)
         caches = {id(prefix.cache): prefix.cache for prefix in self.rows.values()}
         if copies.nbytes + sum(cache.nbytes for cache in caches.values()) > self.limit:
             return
