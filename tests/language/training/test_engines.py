@@ -213,7 +213,7 @@ WRONG_WHOLE = {
 }
 WRONG_LISTED = {
     "one token": (tokens(lambda x: x[..., :1].expand(x.shape)), TOKENS),
-    "tokens of no vocabulary": (tokens(lambda x: x + 91), TOKENS),
+    "no such token": (tokens(lambda x: x + 91), TOKENS),
     "other tokens": (tokens(lambda x: x.roll(1, 2)), SUM),
     "too probable": (
         changed("sampling_distribution", lambda x: x + torch.tensor([0, 1.5])),

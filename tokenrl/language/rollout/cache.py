@@ -133,11 +133,6 @@ class Cache:
         return [x for layer in self.layers for x in (*_tokens(layer), *_states(layer))]
 
     @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self._tensors[0].device
-
-    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(x.nbytes for x in self._tensors)
@@ -161,12 +156,13 @@ class Cache:
             room: further tokens for which memory is set aside.
         """
         whole = rows[0][0].zeros(len(rows), width, room)
+        device = whole._tensors[0].device
         caches: dict[int, tuple[Cache, list[tuple[int, int, int]]]] = {}
         for place, (cache, row, end) in enumerate(rows):
             caches.setdefault(id(cache), (cache, []))[1].append((place, row, end))
         for cache, table in caches.values():
-            places, index, ends = to_device(torch.tensor(table), whole.device).T
-            columns = ends[:, None] + torch.arange(-width, 0, device=whole.device)
+            places, index, ends = to_device(torch.tensor(table), device).T
+            columns = ends[:, None] + torch.arange(-width, 0, device=device)
             whole.put(places, cache, index, columns.clamp(min=0))
         return whole
 
