@@ -132,22 +132,17 @@ class Chunks(NamedTuple):
         """Yield the place of each chunk and its logits twice, which may be written over.
 
         The second are in the precision of the products; the same tensor as the first if that is float32 or
-        better. The next chunk overwrites their memory: to map as much anew takes longer than to fill it.
+        better. The next chunk overwrites their memory.
         """
         size = max(1, min(self.at_once, len(states)))
-        narrow = weight.new_empty(size, len(weight))
-        wide = narrow
-        if _wide(weight) != weight.dtype:
-            wide = torch.empty_like(narrow, dtype=_wide(weight))
+        memory = weight.new_empty(size, len(weight))
         for start in range(0, max(1, len(states)), size):
             tokens = slice(start, min(start + size, len(states)))
-            product = narrow[: tokens.stop - start]
-            logits = wide[: tokens.stop - start]
+            product = memory[: tokens.stop - start]
             torch.mm(states[tokens], weight.T, out=product)
             if bias is not None:
                 product.add_(bias)
-            if wide is not narrow:
-                logits.copy_(product)
+            logits = product.to(_wide(weight))
             if self.distribution.temperature != 1:
                 logits.div_(self.distribution.temperature)
             yield tokens, self.distribution.truncated(logits, ids[tokens]), product
