@@ -22,7 +22,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
-from tokenrl.language.rollout.rollout import Rollout, pad_right
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import UNCHANGED, Regime, score
 from tokenrl.runs.processes import all_reduce_max
@@ -126,8 +126,7 @@ def check_token_steps(
         rollout = _sampled(policy, replace(regime, token_steps=steps), hidden)
         if not len(steps):
             raise WrongRollout("its cache does not keep all tokens")
-        trial = Trial.of(policy, rollout, hidden=hidden)
-        trial.compare("sampling in fixed memory", rollout.sampling_logprobs, rollout.hidden)
+        trial = Trial.of(policy, rollout, "sampling in fixed memory")
         if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
             raise WrongRollout("sampling in fixed memory draws other tokens")
 
@@ -158,8 +157,7 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     def sample(plain_cache: bool) -> None:
         rollout = _sampled(policy, Regime(plain_cache=plain_cache), hidden)
         slope = gradient and bool(policy.trainable_parameters())
-        trials[:] = [Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
-        trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
+        trials.append(Trial.of(policy, rollout, "sampling", gradient=slope))
 
     cache = _failure(sample, False)
     if cache and _failure(sample, True):
@@ -210,8 +208,7 @@ def _continue_rows(policy: Policy) -> None:
         answer = prompts[0][: 1 + i % 2]
         histories.append([*prompt, *first.completion_ids[i][first.mask[i]].tolist(), *answer])
     second = turns.turn(numbers, histories, Sampling(2), draws)
-    trial = Trial.of(policy, second)
-    trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
+    Trial.of(policy, second, "a cache that is kept from turn to turn")
 
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], Tensor]:
@@ -247,7 +244,7 @@ def _failure(compute: Callable[..., None], *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """Two completions of a longer and of a shorter prompt, and what each row alone gives for them.
+    """Two completions of a longer and of a shorter prompt, all of T tokens, and what each row alone gives for them.
 
     Attributes:
         policy: the policy.
@@ -270,12 +267,12 @@ class Trial:
         cls,
         policy: Policy,
         rollout: Rollout,
+        name: str,
         *,
-        hidden: bool = False,
         gradient: bool = False,
     ) -> Trial:
-        """Compute each row without padding, mask and cache."""
-        width = rollout.mask.shape[1]
+        """Compute each row without padding, mask and cache, and compare what was sampled with it, in the way `name`."""
+        hidden = rollout.hidden is not None
         rows = []
         with torch.set_grad_enabled(gradient):
             for i in range(len(rollout)):
@@ -285,13 +282,15 @@ class Trial:
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
                 logp = UNCHANGED.log_probabilities(out.logits[:, before])
-                chosen = pad_right(logp.gather(2, ids[:, -length:, None]).squeeze(2), width)
+                chosen = logp.gather(2, ids[:, -length:, None]).squeeze(2)
                 states = out.hidden_states[-1][:, before].detach() if hidden else chosen
                 rows.append((chosen, states, logp.detach().std()[None]))
             alone, states, spread = map(torch.cat, zip(*rows, strict=True))
             slope = _gradient(policy, alone) if gradient else None
         of_rows = alone.detach(), states if hidden else None
-        return cls(policy, rollout, *of_rows, slope, spread.mean())
+        trial = cls(policy, rollout, *of_rows, slope, spread.mean())
+        trial.compare(name, rollout.sampling_logprobs, rollout.hidden)
+        return trial
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -325,10 +324,8 @@ class Trial:
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
-        gaps = (
-            logprobs.detach().to(self.logprobs) - self.logprobs
-        ).abs()  # both are 0 off the mask
-        errors = {"log-probabilities": gaps / self.spread}
+        gaps = logprobs.detach().to(self.logprobs) - self.logprobs
+        errors = {"log-probabilities": gaps.abs() / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()
