@@ -7,6 +7,7 @@ time in tokens, and chooses the division that costs the fewest tokens in all. No
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,18 +83,23 @@ class Passes:
             order = sorted(range(n), key=columns.__getitem__, reverse=True)
             best: dict[int, Any] = {0: (0, [])}  # least cost and passes of the first rows
             for end in [*range(step, n, step), n][:n]:
-                options: list[Any] = []
+                least: Any = (math.inf, [])
+                members = set[int]()  # the groups of the rows from start to end
+                width = 0
+                joined = end
                 for start in reversed(best):
-                    part = order[start:end]
-                    count = len(part)
-                    distinct = {*map(groups.__getitem__, part)}
-                    width = max(map(prompts.__getitem__, part))
-                    tokens = len(distinct) * width + count * columns[part[0]]
-                    if options and (tokens > self.tokens_per_pass or count > most):
+                    for i in order[start:joined]:
+                        members.add(groups[i])
+                        width = max(width, prompts[i])
+                    joined = start
+                    count = end - start
+                    tokens = len(members) * width + count * columns[order[start]]
+                    if least[1] and (tokens > self.tokens_per_pass or count > most):
                         break
                     cost, parts = best[start]
                     cost += tokens + self.pass_overhead
-                    options.append((cost, [*parts, sorted(part)]))
-                best[end] = min(options)
+                    if cost <= least[0]:
+                        least = min(least, (cost, [*parts, sorted(order[start:end])]))
+                best[end] = least
             plans.append(best[n])
         return min(plans)[1]
