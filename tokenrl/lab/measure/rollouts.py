@@ -110,7 +110,6 @@ def _scores(
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
             reference = score(model, distribution=sampling.whole).logprobs
-    scores = {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
-    columns = {name: torch.where(rollout.mask, x, 0) for name, x in scores.items()}
+    columns = {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
     columns["mask"] = rollout.mask
     return {name: pad_right(x, sampling.max_completion_length) for name, x in columns.items()}

@@ -78,9 +78,9 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        sampling_distribution: the K most probable tokens of the distribution that was sampled from, or its whole
-            vocabulary: the id and the log-probability of each, -inf if it is never drawn [N, T, K, 2]. `listed`
-            makes this column, and `tokens_of` reads it. For centred scores.
+        sampling_distribution: the K most probable tokens of the distribution that was sampled from, or the whole
+            vocabulary, in any order [N, T, K, 2]. Each has two numbers: its id, and its log-probability, which is
+            -inf where it is never drawn. For centred scores.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
