@@ -206,7 +206,7 @@ def _line() -> str:
     """The nearest line of the package, and that of the library where it calls one that waits."""
     stack = traceback.extract_stack()
     frames = [f for f in stack if "/torch/" not in f.filename and f.filename != __file__]
-    frames = [f for f in frames if f.name not in ("to_host", "on_host")]
+    frames = [f for f in frames if f.name not in ("to_host", "small_on_host", "on_host")]
     last = frames[-1]
     ours = next((f for f in reversed(frames) if "/tokenrl/" in f.filename), last)
     path = ours.filename.split("/tokenrl/")[-1]

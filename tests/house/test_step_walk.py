@@ -18,7 +18,7 @@ from tokenrl.language.training.arguments import TrainArguments
 
 PACKAGE = str(Path(tokenrl.__file__).parent)
 SIZES = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8}
-MADE, HOLDING, FILES, CALLS = 3, 14, 42, 900
+MADE, HOLDING, FILES, CALLS = 3, 14, 37, 700
 """Records of settings that a run makes, files in which a function holds one before the first step, and the files
 and calls of a step of 16 completions. Python 3.11 counts comprehensions as calls."""
 

@@ -59,7 +59,7 @@ def completion_mask(
         The mask, boolean.
     """
     ends = torch.tensor(list(eos_ids), dtype=completion_ids.dtype, device=completion_ids.device)
-    ended = (completion_ids[..., None] == ends).any(-1)
+    ended = torch.isin(completion_ids, ends)
     mask = ended.cumsum(-1) - ended.long() == 0  # no EOS strictly before
     if lengths is not None:
         positions = torch.arange(completion_ids.shape[-1], device=completion_ids.device)

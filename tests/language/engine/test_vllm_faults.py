@@ -23,7 +23,7 @@ pytestmark = pytest.mark.vllm
         (
             "mixtral",
             {"num_local_experts": 4},
-            "against the trainer's|new weights",
+            "from the trainer's|new weights",
         ),  # a reload spoils experts
         ("smollm3", {}, "vLLM cannot sample from 'smollm3', a SmolLM3ForCausalLM"),
     ],

@@ -18,8 +18,8 @@ from tokenrl.core import Estimator
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.drawing import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.head import head_of
+from tokenrl.language.rollout.sampling import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.scoring import Regime, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
@@ -40,7 +40,7 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     """The gradient of a weighted sum of all scores that have one, and all scores of the actions."""
     policy.model.zero_grad()
     options = {"distribution": distribution, "entropy": True, "score_norms": True}
-    if rollout.top_ids is not None:
+    if rollout.sampling_distribution is not None:
         options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
         scored = score_in_parts(policy.reference, rollout, Regime(**how), states=True)
@@ -71,8 +71,8 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
 )
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share, length):
     policy = make_policy(architecture, dtype=dtype)
-    rollout = rollout_of(policy, length, keep_distribution=True, keep_top=4)
-    assert rollout.top_ids.shape == (*rollout.mask.shape, 4)
+    rollout = rollout_of(policy, length, keep_tokens=4)
+    assert rollout.sampling_distribution.shape == (*rollout.mask.shape, 4, 2)
     policy.reference = make_policy(architecture, dtype=dtype, seed=1).model
     # bfloat16 rounds other logits below the bound in either way of computing them
     how = {

@@ -18,12 +18,11 @@ class Flat:
     """Log-probabilities of a completion: at each position the sampled token, then the most probable ones."""
 
     def __init__(self, chosen: torch.Tensor, logp: torch.Tensor, listed: int) -> None:
-        count = logp.shape[1] if listed == -1 else listed
-        top = logp.topk(count)
+        top = logp.topk(listed)
         ids = torch.cat([chosen[:, None], top.indices], dim=1)
         self.token_ids = ids.flatten().tolist()
         self.logprobs = logp.gather(1, ids).flatten().tolist()
-        self.start_indices = list(range(0, ids.numel(), count + 1))
+        self.start_indices = list(range(0, ids.numel(), listed + 1))
 
     def __len__(self) -> int:
         return len(self.start_indices)
@@ -45,7 +44,9 @@ class Answering:
             assert request["prompt_token_ids"] == prompt.tolist()
             mask = self.rollout.mask[row]
             chosen = self.rollout.completion_ids[row][mask]
-            logp = self.rollout.sampling_distribution[row][mask]
+            logp = self.rollout.sampling_distribution[row][mask][
+                ..., 1
+            ]  # in the order of the vocabulary
             reason = "length" if self.rollout.truncated[row] else "stop"
             completion = SimpleNamespace(
                 token_ids=chosen.tolist(),
@@ -60,30 +61,26 @@ class Answering:
     ("keep", "listed"),
     [
         ({}, 0),
-        ({"keep_distribution": True}, -1),
-        ({"keep_distribution": True, "keep_top": 3}, 3),
-        ({"keep_distribution": True, "keep_top": 500}, 96),
+        ({"keep_tokens": 3}, 3),
+        ({"keep_tokens": 500}, 96),
     ],
 )
 def test_the_tokens_that_are_asked_for_are_those_that_are_read(monkeypatch, keep, listed):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     policy = make_policy(initializer_range=0.1)
     ids = [policy.encode(prompt) for prompt in PROMPTS[:2]]
-    sampling = Sampling(6, 3, step=1, top_k=5, keep_distribution=True)
+    sampling = Sampling(6, 3, step=1, top_k=5, keep_tokens=96)
     draws = uniforms("training", sampling, range(2))
     engine = Answering(TransformersGenerator(policy).generate(ids, sampling, draws))
     sampling = Sampling(6, 3, step=1, top_k=5, **keep)
     expected = TransformersGenerator(policy).generate(ids, sampling, draws)
     rollout = VllmGenerator(policy, engine).generate(ids, sampling, draws)
     assert {parameters.logprobs for parameters in engine.asked} == {listed}
-    names = ("completion_ids", "mask", "truncated", "sampling_logprobs", "sampling_distribution")
-    for name in names:
-        column = getattr(expected, name)
-        if column is None:
-            assert getattr(rollout, name) is None
-        else:
-            torch.testing.assert_close(getattr(rollout, name), column)
-    if "keep_top" in keep:
-        drawn = rollout.sampling_distribution > -torch.inf  # of the others any order will do
-        assert torch.equal(rollout.top_ids[drawn], expected.top_ids[drawn])
-        assert rollout.top_ids.shape == expected.top_ids.shape
+    for name in ("completion_ids", "mask", "truncated", "sampling_logprobs"):
+        torch.testing.assert_close(getattr(rollout, name), getattr(expected, name))
+    if not keep:
+        assert rollout.sampling_distribution is expected.sampling_distribution is None
+        return
+    columns = rollout.sampling_distribution, expected.sampling_distribution
+    ordered = [x.gather(2, x[..., :1].argsort(2).expand(x.shape)) for x in columns]  # by ids
+    torch.testing.assert_close(*ordered)

@@ -283,7 +283,7 @@ def test_a_server_of_another_base_is_refused(fake, tmp_path):
     with torch.no_grad():
         for p in fake.policy.model.parameters():
             p.mul_(1.5)
-    with stopped("against the trainer's model"):
+    with stopped("differ from the trainer's by"):
         trained(tmp_path / "run")
 
 

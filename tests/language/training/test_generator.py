@@ -70,7 +70,7 @@ class Different(Engine):
             weight.data += 0.02 * torch.randn_like(weight)
 
     def generate(self, prompt_ids, sampling, draws):
-        sampling = dataclasses.replace(sampling, top_k=5, keep_distribution=True)
+        sampling = dataclasses.replace(sampling, top_k=5, keep_tokens=sampling.keep_tokens or 96)
         rollout = super().generate(prompt_ids, sampling, draws)
         noise = self.noise * torch.randn_like(rollout.sampling_logprobs) * rollout.mask
         reported = rollout.sampling_logprobs + noise
@@ -121,7 +121,7 @@ def test_the_centres_are_those_of_the_samplers_top_tokens(top):
     capped = Estimator(importance="token", importance_cap=1.5, importance_centre=True)
     slope, _, learner = stepped(dataclasses.replace(capped, importance_centre_top=top), **options)
     rollout = learner.generator.rollout
-    assert rollout.sampling_distribution.shape[2] == min(top, 96) == rollout.top_ids.shape[2]
+    assert rollout.sampling_distribution.shape[2:] == (min(top, 96), 2)
     assert (apart(slope, stepped(capped, **options)[0]) < 1e-6) == (top >= 5)
 
 
@@ -136,7 +136,7 @@ def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch
         def generate(self, *args):
             return dataclasses.replace(super().generate(*args), sampling_distribution=None)
 
-    with refused("every token, and this generator returns none"):
+    with refused("most probable tokens, and this generator returns none"):
         stepped(Estimator(importance_centre=True), engine=Silent)
     monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 10)
     for top in (None, 11):

@@ -158,8 +158,7 @@ def project(
     out = []
     for column in zip(*tangents, strict=True):
         (derivatives,) = to_host([torch.cat(column)])
-        inside = torch.where(distinct.mask, derivatives, 0)
-        whole = inside.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
+        whole = derivatives.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
         out.append(torch.nn.functional.pad(whole, (0, 0, 0, max_length - whole.shape[1])))
     return Projections(out[0], out[1] if entropy else None)
 

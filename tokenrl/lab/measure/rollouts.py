@@ -15,7 +15,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import sample_and_reward
-from tokenrl.language.rollout.rollout import Rollout, cat, zeroed
+from tokenrl.language.rollout.rollout import Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts
 from tokenrl.language.training.experience import Experience
@@ -95,5 +95,4 @@ def _scores(
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
             reference = score(model, distribution=sampling.whole).logprobs
-    scores = {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
-    return {name: zeroed(x, rollout.mask) for name, x in scores.items()}
+    return {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}

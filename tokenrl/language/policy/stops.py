@@ -116,16 +116,17 @@ class StopStrings:
         (text,) = decoded(self._tokenizer, [ids])
         return self.cut(text) != text
 
-    def end(self, ids: Tensor, lengths: Tensor, finished: Tensor) -> None:
+    def end(self, ids: Tensor, lengths: Tensor, finished: Tensor, start: int = 0) -> None:
         """End completions at their first stop string, which an engine may have noticed later.
 
         Args:
             ids: ids of N completions, on the CPU [N, T].
             lengths: their numbers of tokens, changed in place [N].
             finished: True for those that have ended, changed in place [N].
+            start: position of the first token that was not looked at before.
         """
         alive = torch.arange(len(ids))
-        for t in range(ids.shape[1]):
+        for t in range(start, ids.shape[1]):
             alive = alive[lengths[alive] > t]
             ended = alive[self.ended(ids, alive, t)]
             lengths[ended] = t + 1

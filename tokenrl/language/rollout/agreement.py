@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.batch import TokenSteps
-from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
-from tokenrl.language.rollout.rollout import Rollout, pad_right
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import UNCHANGED, Regime, score
 from tokenrl.runs.processes import all_reduce_max
@@ -127,8 +126,7 @@ def check_token_steps(
         rollout = _sampled(policy, replace(regime, token_steps=steps), hidden)
         if not len(steps):
             raise WrongRollout("its cache does not keep all tokens")
-        trial = Trial.of(policy, rollout, hidden=hidden)
-        trial.compare("sampling in fixed memory", rollout.sampling_logprobs, rollout.hidden)
+        trial = Trial.of(policy, rollout, "sampling in fixed memory")
         if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
             raise WrongRollout("sampling in fixed memory draws other tokens")
 
@@ -159,8 +157,7 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
     def sample(plain_cache: bool) -> None:
         rollout = _sampled(policy, Regime(plain_cache=plain_cache), hidden)
         slope = gradient and bool(policy.trainable_parameters())
-        trials[:] = [Trial.of(policy, rollout, hidden=hidden, gradient=slope)]
-        trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
+        trials.append(Trial.of(policy, rollout, "sampling", gradient=slope))
 
     cache = _failure(sample, False)
     if cache and _failure(sample, True):
@@ -171,17 +168,14 @@ def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> l
             "put on a model, such as a compiled forward, goes on with the first model's weights in copies of it."
         )
     compare = trials[0].score
-    can_share = not _recomputes(policy)
-    unshared = _failure(compare, model, Regime()) if can_share else ""
-    if unshared or not can_share:
-        can_share = False
-        wrong = _failure(compare, model, Regime(share_prompt=False))
-        if wrong:
-            return [wrong, unshared, "", cache]
-    whole = "the head is no linear layer"
-    if head_of(model) is not None:
+    recomputes = _recomputes(policy)
+    unshared = "" if recomputes else _failure(compare, model, Regime())
+    can_share = not (recomputes or unshared)
+    wrong = "" if can_share else _failure(compare, model, Regime(share_prompt=False))
+    whole = "" if wrong else "the head is no linear layer"
+    if whole and head_of(model) is not None:
         whole = _failure(compare, model, Regime(can_share, PIECE))
-    return ["", unshared, whole, cache]
+    return [wrong, unshared, whole, cache]
 
 
 def _sampled(policy: Policy, regime: Regime, hidden: bool) -> Rollout:
@@ -214,8 +208,7 @@ def _continue_rows(policy: Policy) -> None:
         answer = prompts[0][: 1 + i % 2]
         histories.append([*prompt, *first.completion_ids[i][first.mask[i]].tolist(), *answer])
     second = turns.turn(numbers, histories, Sampling(2), draws)
-    trial = Trial.of(policy, second)
-    trial.compare("a cache that is kept from turn to turn", second.sampling_logprobs)
+    Trial.of(policy, second, "a cache that is kept from turn to turn")
 
 
 def _prompts(policy: Policy) -> tuple[list[list[int]], Tensor]:
@@ -251,7 +244,7 @@ def _failure(compute: Callable[..., None], *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """Two completions of a longer and of a shorter prompt, and what each row alone gives for them.
+    """Two completions of a longer and of a shorter prompt, all of T tokens, and what each row alone gives for them.
 
     Attributes:
         policy: the policy.
@@ -274,16 +267,13 @@ class Trial:
         cls,
         policy: Policy,
         rollout: Rollout,
-        distribution: Distribution = UNCHANGED,
+        name: str,
         *,
-        hidden: bool = False,
         gradient: bool = False,
     ) -> Trial:
-        """Compute each row without padding, mask and cache."""
-        width = rollout.mask.shape[1]
-        logprobs = []
-        states = []
-        spreads = []
+        """Compute each row without padding, mask and cache, and compare what was sampled with it, in the way `name`."""
+        hidden = rollout.hidden is not None
+        rows = []
         with torch.set_grad_enabled(gradient):
             for i in range(len(rollout)):
                 row = rollout.take(torch.tensor([i]))
@@ -291,22 +281,16 @@ class Trial:
                 before = slice(-length - 1, -1)  # the positions that predict the completion
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1).to(policy.device)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
-                logp = distribution.log_probabilities(out.logits[:, before])
+                logp = UNCHANGED.log_probabilities(out.logits[:, before])
                 chosen = logp.gather(2, ids[:, -length:, None]).squeeze(2)
-                logprobs.append(pad_right(chosen, width))
-                spreads.append(logp.detach().std())
-                if hidden:
-                    states.append(out.hidden_states[-1][:, before].detach())
-            alone = torch.cat(logprobs)
+                states = out.hidden_states[-1][:, before].detach() if hidden else chosen
+                rows.append((chosen, states, logp.detach().std()[None]))
+            alone, states, spread = map(torch.cat, zip(*rows, strict=True))
             slope = _gradient(policy, alone) if gradient else None
-        return cls(
-            policy=policy,
-            rollout=rollout,
-            logprobs=alone.detach(),
-            hidden=torch.cat(states) if hidden else None,
-            gradient=slope,
-            spread=torch.stack(spreads).mean(),
-        )
+        of_rows = alone.detach(), states if hidden else None
+        trial = cls(policy, rollout, *of_rows, slope, spread.mean())
+        trial.compare(name, rollout.sampling_logprobs, rollout.hidden)
+        return trial
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -340,10 +324,8 @@ class Trial:
     def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None = None) -> None:
         """Raise `WrongRollout` if log-probabilities or hidden states are too far from those of each row alone."""
         limit = self.tolerances[0]
-        logprobs = logprobs.detach().to(self.logprobs.device)
-        off_mask = ~self.rollout.mask.to(self.logprobs.device)  # of rows that have ended early
-        difference = (logprobs - self.logprobs).abs().masked_fill(off_mask, 0)
-        errors = {"log-probabilities": difference / self.spread}
+        gaps = logprobs.detach().to(self.logprobs) - self.logprobs
+        errors = {"log-probabilities": gaps.abs() / self.spread}
         if self.hidden is not None and hidden is not None:
             off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
             errors["hidden states"] = off / self.hidden.float().std()

@@ -23,9 +23,9 @@ from torch.nn.functional import pad
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.drawing import draw
-from tokenrl.language.rollout.reading import Last, Reading, forward
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.reading import Last, forward
+from tokenrl.language.rollout.rollout import listed
+from tokenrl.language.rollout.sampling import Sampling, draw
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WINDOW = 8
 """The most tokens that are sampled before the host looks at them."""
 LEAST_COLUMNS = 64
+OF_ROWS = ("position", "alive", "token")
+"""What a batch holds of each row beside its cache and its mask."""
 LIMIT = 4 * 2**30
 """Bytes that all buckets may take. A batch that alone needs more is sampled without them."""
 
@@ -48,8 +50,8 @@ class Batch:
         policy: the policy.
         sampling: how the rows are sampled.
         cache: the cache of the tokens that were fed to the model: all but the last one that was drawn.
-        mask: True on these, and False on padding on their left [R, columns]; None without padding. In memory
-            that keeps its size, True on the columns that are read [R, 1, 1, L].
+        mask: True on these, and False on padding on their left [R, columns]; None without padding, and where the
+            model takes none. In memory that keeps its size, True on the columns that are read [R, 1, 1, L].
         position: how many tokens of each row were fed [R].
         alive: True for the rows that have not ended [R].
         token: the last token that was drawn [R].
@@ -57,7 +59,7 @@ class Batch:
         uniforms: random numbers of the tokens of a window [R, WINDOW]; None to take the most probable tokens.
         slot: the next token in the window [1].
         columns: what was drawn in the window: `ids`, `mask` with True on tokens up to the end of their row, and
-            columns of a `Rollout`, each [R, WINDOW, ...].
+            columns of a `Rollout`, each [R, WINDOW, ...]. Where rows have left, these and the uniforms have more.
         column: where the next token is written in memory that keeps its size [1]; None in memory that grows.
         graph: the token-step as a CUDA graph; None to compute it.
     """
@@ -81,7 +83,9 @@ class Batch:
         cls,
         policy: Policy,
         sampling: Sampling,
-        reading: Reading,
+        cache: Cache,
+        mask: Tensor | None,
+        position: Tensor,
         first: dict[str, Tensor],
         draws: Tensor | None,
     ) -> Batch:
@@ -90,18 +94,19 @@ class Batch:
         Args:
             policy: the policy.
             sampling: how the rows are sampled.
-            reading: the prompts.
+            cache: the cache of the B prompts.
+            mask: True on their tokens, and False on the padding on their left [B, P]; None without padding.
+            position: how many tokens each has [B].
             first: what was drawn after the prompts of n rows, see `drawn`.
             draws: random numbers [n, T], of which only the type counts; None for greedy completions.
         """
-        position = reading.position
         alive = torch.ones_like(position, dtype=torch.bool)
         like = {**first, "mask": first["ids"].bool()}
         return cls(
             policy=policy,
             sampling=sampling,
-            cache=reading.cache,
-            mask=reading.mask,
+            cache=cache,
+            mask=mask if cache.takes_positions else None,
             position=position,
             alive=alive,
             token=torch.zeros_like(position),
@@ -119,18 +124,17 @@ class Batch:
             columns: L, the most tokens of a prompt and its completion.
         """
         column = self.slot.new_zeros(1)
+        of_rows: dict[str, Any] = {name: _zeros(getattr(self, name), rows) for name in OF_ROWS}
         return replace(
             self,
-            cache=self.cache.fixed(rows, columns, column),
+            cache=self.cache.zeros(rows, columns, column=column),
             mask=self.alive.new_zeros(rows, 1, 1, columns),
-            position=self.position.new_zeros(rows),
-            alive=self.alive.new_zeros(rows),
-            token=self.token.new_zeros(rows),
             uniforms=None if self.uniforms is None else _zeros(self.uniforms, rows),
             slot=self.slot.new_zeros(1),
             columns={name: _zeros(x, rows) for name, x in self.columns.items()},
             column=column,
             graph=None,
+            **of_rows,
         )
 
     @property
@@ -142,14 +146,10 @@ class Batch:
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the batch, in memory that grows."""
         self.cache.select(index)
-        self.position = self.position[index]
-        self.alive = self.alive[index]
-        self.token = self.token[index]
+        for name in OF_ROWS:
+            setattr(self, name, getattr(self, name)[index])
         if self.mask is not None:
             self.mask = self.mask[index]
-        if self.uniforms is not None:
-            self.uniforms = self.uniforms[: len(index)]
-        self.columns = {name: x[: len(index)] for name, x in self.columns.items()}
 
     def take(self, source: Batch, index: Tensor) -> None:
         """Make the rows `index` of a batch this one, in memory that keeps its size.
@@ -161,19 +161,18 @@ class Batch:
         assert self.mask is not None and self.column is not None
         n = len(index)
         width = source.cache.columns
-        for layer, other in zip(self.cache.held.layers, source.cache.held.layers, strict=True):
-            layer.keys[:n, :, :width] = other.keys[index]
-            layer.values[:n, :, :width] = other.values[index]
+        numbers = torch.arange(n, device=index.device)
+        columns = torch.arange(width, device=index.device)
+        self.cache.put(numbers, source.cache, index, columns)
         visible: Tensor | bool = True
         if source.mask is not None:
             visible = source.mask.view(-1, width)[index]
         self.mask.fill_(False)
         self.mask[:n, 0, 0, :width] = visible
         self.column[:] = width if source.column is None else source.column
-        self.position[:n] = source.position[index]
+        for name in OF_ROWS:
+            getattr(self, name)[:n] = getattr(source, name)[index]
         self.position[n:] = 0
-        self.alive[:n] = source.alive[index]
-        self.token[:n] = source.token[index]
 
     def begin(self, uniforms: Tensor | None) -> None:
         """Begin a window of t tokens of n rows, with uniforms [n, t] or greedily without them."""
@@ -183,14 +182,10 @@ class Batch:
             self.uniforms[:n, :t] = uniforms
 
     def step(self) -> None:
-        """Feed each row its last token, and draw the next one."""
-        if self.graph is None:
-            self.compute()
-        else:
+        """Feed each row its last token, and draw the next one; the host is not asked for anything."""
+        if self.graph is not None:
             self.graph.replay()
-
-    def compute(self) -> None:
-        """Compute a token-step; the host is not asked for anything."""
+            return
         positions = {}
         if self.mask is not None:
             if self.column is None:
@@ -198,12 +193,12 @@ class Batch:
             else:
                 self.mask.index_fill_(3, self.column, True)
             positions = {"attention_mask": self.mask, "position_ids": self.position[:, None]}
-        arguments = self.cache.arguments(positions)
-        model = self.policy.model
-        self.cache, last = forward(model, self.sampling, self.token[:, None], **arguments)
+        options = {self.cache.name: self.cache.held, **positions}
+        tokens = self.token[:, None]
+        self.cache, last = forward(self.policy.model, self.sampling, tokens, **options)
         uniforms = None
         if self.uniforms is not None:
-            uniforms = self.uniforms.index_select(1, self.slot).squeeze(1)
+            uniforms = self.uniforms[: len(self.token)].index_select(1, self.slot).squeeze(1)
         self.write(drawn(self.sampling, last, uniforms))
         self.position.add_(1)
         if self.column is not None:
@@ -237,13 +232,12 @@ def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, 
     numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
     if sampling.keep_score_norms:
         numbers["score_norms"] = score_norm_of(logprobs, p)
-    if last.hidden is not None:
+    if sampling.keep_hidden:
         numbers["hidden"] = last.hidden
-    if sampling.keep_distribution:
-        numbers["sampling_distribution"] = logp
-    if sampling.keep_top is not None:
-        top = logp.topk(min(sampling.keep_top, logp.shape[1]))
-        numbers |= {"sampling_distribution": top.values, "top_ids": top.indices}
+    if sampling.keep_tokens:
+        most = logp.topk(min(sampling.keep_tokens, logp.shape[1])).indices
+        ids = most.sort(dim=1).values  # in the order of the vocabulary
+        numbers["sampling_distribution"] = listed(ids, logp.gather(1, ids))
     return numbers
 
 
@@ -297,7 +291,7 @@ class TokenSteps:
             if bucket.nbytes + sum(x.nbytes for x in self._buckets.values()) > self._limit:
                 self._buckets.clear()
             if bucket.token.is_cuda:
-                bucket.graph = _captured(bucket.compute)
+                bucket.graph = _captured(bucket.step)
             self._buckets[key] = bucket
         bucket = self._buckets[key]
         bucket.take(batch, index)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.rollout import to_device
@@ -50,6 +49,12 @@ class Cache:
             "The model returns no cache of the tokens that it was fed, so none can follow them."
         )
 
+    @property
+    def layers(self) -> list[Any]:
+        """What holds the tokens, or the states, of each layer of the model; nothing in a cache of another kind."""
+        layers: list[Any] = getattr(self.held, "layers", [])
+        return layers
+
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the new batch; a row may be chosen several times, or never."""
         # `batch_select_indices` would leave recurrent states as they are, or is missing where they are kept.
@@ -60,7 +65,7 @@ class Cache:
 
         Layers of other kinds, such as those of a sliding window or of recurrent states, stay as they are.
         """
-        layers: Any = getattr(self.held, "layers", [])
+        layers = self.layers
         for number, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.keys is not None:
                 length = layer.keys.shape[2]
@@ -69,35 +74,63 @@ class Cache:
 
     def keeps(self, columns: int) -> bool:
         """Whether every layer keeps each of so many tokens, or a state of them, so that rows can be taken out."""
-        layers: Any = getattr(self.held, "layers", [])
+        layers = self.layers
         return bool(layers) and all(map(_has_rows, layers)) and columns <= self.window
 
-    def fixed(self, rows: int, columns: int, column: Tensor) -> Cache:
-        """Return a cache of the same kind with layers of zeros, which keep their size.
+    def zeros(self, rows: int, columns: int, room: int = 0, column: Tensor | None = None) -> Cache:
+        """Return a cache of the same kind that holds zeros.
 
         Args:
-            rows: rows of keys and of values.
+            rows: rows of keys, of values, and of states.
             columns: their tokens.
-            column: where the keys and values of the next token are written, on the device [1].
+            room: further tokens for which memory is set aside.
+            column: in memory that keeps its size, where the next token is written, on the device [1].
         """
-        layers = []
-        for layer in self.held.layers:
-            memory = [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in _tokens(layer)]
-            layers.append(Memory(memory, columns, column))
-        return self._of_layers(layers)
+        held = copy.copy(self.held)
+        held.layers = []
+        for layer in self.layers:
+            size = columns + room
+            tokens = [x.new_zeros(rows, x.shape[1], size, x.shape[3]) for x in _tokens(layer)]
+            if column is not None or (tokens and type(layer) in (DynamicLayer, Memory)):
+                held.layers.append(Memory(tokens, columns, column))
+                continue
+            blank = copy.copy(layer)
+            for name, value in vars(layer).items():
+                setattr(blank, name, _zeros(value, rows))
+            if tokens:
+                blank.keys, blank.values = (x[:, :, :columns] for x in tokens)
+            if type(layer) is DynamicSlidingWindowLayer:
+                blank.cumulative_length = columns
+            held.layers.append(blank)
+        return Cache(self.name, held)
+
+    def put(self, rows: Tensor, source: Cache, index: Tensor, columns: Tensor) -> None:
+        """Write over rows of this cache, from its first column on.
+
+        Args:
+            rows: numbers of n of its rows [n].
+            source: a cache of the same kind, also this one.
+            index: the rows of the source that are written [n].
+            columns: the columns of the source that are written [width], or those of each row [n, width].
+        """
+        width = columns.shape[-1]
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            for x, y in zip(_tokens(layer), _tokens(other), strict=True):
+                heads = torch.arange(x.shape[1], device=x.device)[:, None]
+                x[rows, :, :width] = y[index[:, None, None], heads, columns[..., None, :]]
+            for x, y in zip(_states(layer), _states(other), strict=True):
+                x[rows] = y[index]
 
     @property
     def window(self) -> float:
         """The fewest tokens after which a layer drops some; infinity if none does."""
-        windows = [getattr(layer, "sliding_window", math.inf) for layer in self.held.layers]
+        windows = [getattr(layer, "sliding_window", math.inf) for layer in self.layers]
         return min(windows)
 
     @property
     def _tensors(self) -> list[Tensor]:
         """The keys, values and states of all layers."""
-        return [
-            x for layer in self.held.layers for x in (*_tokens(layer), *_states(layer).values())
-        ]
+        return [x for layer in self.layers for x in (*_tokens(layer), *_states(layer))]
 
     @property
     def nbytes(self) -> int:
@@ -105,29 +138,14 @@ class Cache:
         return sum(x.nbytes for x in self._tensors)
 
     @property
-    def size(self) -> int:
-        """Number of rows."""
-        return len(self._tensors[0])
-
-    @property
     def columns(self) -> int:
         """Number of tokens of a row with its padding, or 0 if there are states only."""
-        lengths = [x.shape[2] for layer in self.held.layers for x in _tokens(layer)]
+        lengths = [x.shape[2] for layer in self.layers for x in _tokens(layer)]
         return max(lengths, default=0)
-
-    def rows(self, numbers: Sequence[int], start: int, end: int) -> Cache:
-        """Return a copy of some rows: of their states, and of the columns from `start` to `end`."""
-        index = to_device(torch.tensor(numbers), self._tensors[0].device)
-        layers = []
-        for layer in self.held.layers:
-            tokens = [x[:, :, start:end].index_select(0, index) for x in _tokens(layer)]
-            states = {name: x[index] for name, x in _states(layer).items()}
-            layers.append(_with(layer, tokens, states, end - start))
-        return self._of_layers(layers)
 
     @classmethod
     def joined(cls, rows: Sequence[tuple[Cache, int, int]], width: int, room: int) -> Cache:
-        """Put copies of rows of caches one below the other, aligned on the right, at once for each layer.
+        """Put copies of rows of caches one below the other, aligned on the right.
 
         Left of the tokens of a row are others, which a mask has to hide.
 
@@ -135,68 +153,41 @@ class Cache:
             rows: n rows, each as a cache of the model, its row there, and the column behind the last token
                 that is taken.
             width: the columns of the result.
-            room: tokens for which memory is set aside.
+            room: further tokens for which memory is set aside.
         """
-        parts = {id(cache): cache for cache, _, _ in rows}
-        before: dict[int, tuple[int, int, int]] = {}
-        count = tokens_of_head = 0
-        for key, part in parts.items():
-            columns = part.columns
-            before[key] = count, tokens_of_head, columns
-            count += part.size
-            tokens_of_head += part.size * columns
-        table = []
-        for part, row, end in rows:
-            count, tokens_of_head, columns = before[id(part)]
-            table.append((count + row, tokens_of_head + row * columns, columns, end))
-        device = rows[0][0]._tensors[0].device
-        index, first, length, end = to_device(torch.tensor(table), device).T[:, :, None]
-        column = (end + torch.arange(-width, room, device=device)).clamp(min=0)
-        column = torch.minimum(column, length - 1)[:, None]  # [n, 1, width + room]
-        layers = []
-        for of_parts in zip(*(part.held.layers for part in parts.values()), strict=True):
-            tokens = []
-            for xs in zip(*map(_tokens, of_parts), strict=True):
-                heads, _, size = xs[0].shape[1:]
-                start = first * heads + torch.arange(heads, device=device) * length  # [n, heads]
-                whole = torch.cat([x.reshape(-1, size) for x in xs])
-                tokens.append(embedding(start[:, :, None] + column, whole))
-            states = {}
-            for name in _states(of_parts[0]):
-                of_name = [_states(layer)[name] for layer in of_parts]
-                states[name] = torch.cat(of_name)[index[:, 0]]
-            layers.append(_with(of_parts[0], tokens, states, width))
-        return rows[0][0]._of_layers(layers)
-
-    def _of_layers(self, layers: list[Any]) -> Cache:
-        """Return the same kind of cache with other layers."""
-        held = copy.copy(self.held)
-        held.layers = layers
-        return Cache(self.name, held)
+        whole = rows[0][0].zeros(len(rows), width, room)
+        device = whole._tensors[0].device
+        caches: dict[int, tuple[Cache, list[tuple[int, int, int]]]] = {}
+        for place, (cache, row, end) in enumerate(rows):
+            caches.setdefault(id(cache), (cache, []))[1].append((place, row, end))
+        for cache, table in caches.values():
+            places, index, ends = to_device(torch.tensor(table), device).T
+            columns = ends[:, None] + torch.arange(-width, 0, device=device)
+            whole.put(places, cache, index, columns.clamp(min=0))
+        return whole
 
     @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
-        return any(_is_recurrent(layer) for layer in self.held.layers)
+        return any(_is_recurrent(layer) for layer in self.layers)
 
     def keep_states(self) -> None:
         """Let the next forward pass read the recurrent states and leave them as they are.
 
         Backward needs their values, so nothing may be written over them.
         """
-        for layer in filter(_is_recurrent, self.held.layers):
+        for layer in filter(_is_recurrent, self.layers):
             layer.update_recurrent_state = _unwritten
 
-    def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the next forward pass: this cache, with the mask and the positions.
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model takes a mask and positions. States alone have left the padding out already."""
+        layers = self.layers
+        return self.name != "cache_params" and (not layers or any(map(_tokens, layers)))
 
-        A model of recurrent states alone takes neither, because its states already leave the padding out.
-        """
-        layers: Any = getattr(self.held, "layers", [])
-        has_keys = not layers or any(getattr(layer, "keys", None) is not None for layer in layers)
-        if self.name == "cache_params" or not has_keys:
-            return {self.name: self.held}
-        return {self.name: self.held, **positions}
+    def arguments(self, positions: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the next forward pass: this cache, the mask and the positions if it takes them."""
+        return {self.name: self.held, **(positions if self.takes_positions else {})}
 
 
 class Memory(DynamicLayer):
@@ -245,7 +236,8 @@ class Memory(DynamicLayer):
                 whole[:, :, start : self.length] = x
             else:
                 whole.index_copy_(2, self.column, x)
-        return self.keys, self.values
+        keys, values = self.whole
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         """Return t."""
@@ -283,34 +275,23 @@ def _tokens(layer: Any) -> list[Tensor]:
     return [] if keys is None else [keys, layer.values]
 
 
-def _states(layer: Any) -> dict[tuple[str, Any], Tensor]:
-    """Return the states of a layer [n, ...], each by its attribute and, in a dictionary, its key."""
-    states = {}
+def _states(layer: Any) -> list[Tensor]:
+    """Return the states of a layer [n, ...], in the order of its attributes."""
+    states = []
     for name, value in vars(layer).items():
-        entries = value if isinstance(value, dict) else {None: value}
-        for key, x in entries.items():
-            if isinstance(x, Tensor) and x.ndim > 1 and name not in ("keys", "values"):
-                states[name, key] = x
+        values = value.values() if isinstance(value, dict) else [value]
+        if name not in ("keys", "values"):
+            states += [x for x in values if isinstance(x, Tensor) and x.ndim > 1]
     return states
 
 
-def _with(
-    layer: Any, tokens: list[Tensor], states: dict[tuple[str, Any], Tensor], length: int
-) -> Any:
-    """Return a layer of the same kind that holds other tensors, the first `length` tokens of memory."""
-    if tokens and type(layer) in (DynamicLayer, Memory):
-        return Memory(tokens, length)
-    changed = copy.copy(layer)
-    if tokens:
-        changed.keys, changed.values = (x[:, :, :length] for x in tokens)
-        if type(layer) is DynamicSlidingWindowLayer:
-            changed.cumulative_length = changed.keys.shape[2]
-    for (name, key), x in states.items():
-        value: Any = x
-        if key is not None:
-            value = {**getattr(changed, name), key: x}
-        setattr(changed, name, value)
-    return changed
+def _zeros(value: Any, rows: int) -> Any:
+    """Return zeros for so many rows in place of the states that an attribute of a layer holds, and else the value."""
+    if isinstance(value, dict):
+        return {key: _zeros(x, rows) for key, x in value.items()}
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return value.new_zeros(rows, *value.shape[1:])
+    return value
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
-from tokenrl.language.rollout.reading import Histories, Prefix, read
+from tokenrl.language.rollout.reading import Histories, Prefix, padding, read
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime
@@ -50,6 +50,7 @@ def decode(
         draws: uniforms [B * G, T] on the device of the policy; None for greedy completions.
     """
     length = sampling.max_completion_length
+    device = policy.device
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id)
     width = prompt_ids.shape[1]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
@@ -57,8 +58,8 @@ def decode(
     batch, first = _begun(policy, regime, prefixes, prompts, prompt_index, sampling, draws)
     shape = len(prompt_index), length
     table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
-    rows = to_device(torch.arange(len(prompt_index)), policy.device)  # that are still in the batch
-    look_every = LOOK_EVERY.get(policy.device.type, WINDOW)
+    rows = to_device(torch.arange(len(prompt_index)), device)  # that are still in the batch
+    look_every = LOOK_EVERY.get(device.type, WINDOW)
     for start in range(0, length, look_every):
         end = min(start + look_every, length)
         batch.begin(None if draws is None else draws[rows, start:end])
@@ -74,23 +75,21 @@ def decode(
             alive.logical_and_(~at_stops[rows])
         if end == length and histories is None:
             break
-        looked = [alive]
+        looked = to_host([alive, rows, table["mask"].sum(dim=1)[rows]])
         if histories is not None:
-            looked += [rows, table["mask"].sum(dim=1)[rows]]
-        looked = to_host(looked)
-        if histories is not None:
-            ended = []
             of_rows = zip(*map(Tensor.tolist, looked), strict=True)
-            for row, (is_alive, place, count) in enumerate(of_rows):
-                if not is_alive and count > start:
-                    ended.append((row, numbers[place], len(prompts[place]), count - 1))
+            ended = [
+                (row, numbers[place], len(prompts[place]), count - 1)
+                for row, (is_alive, place, count) in enumerate(of_rows)
+                if not is_alive and count > start
+            ]
             histories.add(batch.cache, width, end - 1, ended)
         unfinished = looked[0].nonzero().squeeze(1)
         if end == length or not len(unfinished):
             break
         # Copying the cache costs as much as keeping a few finished rows.
         if len(unfinished) <= 0.75 * len(rows) and not regime.plain_cache:
-            index = to_device(unfinished, policy.device)
+            index = to_device(unfinished, device)
             batch = _selected(regime, batch, index, width + length)
             rows = rows[index]
     rollout = _rollout(
@@ -136,15 +135,14 @@ def _begun(
         prompts = [prompts[i] for i in index.tolist()]
         index = torch.arange(len(prompts))
     before = [None] * len(prompts) if prefixes is None else list(prefixes.values())
-    reading = read(policy, sampling, prompts, before)
+    cache, last = read(policy, sampling, prompts, before)
     rows = to_device(index, policy.device)
     uniforms = None if draws is None else draws[:, 0]
-    first = drawn(sampling, reading.last.of(rows), uniforms)
-    batch = Batch.of(policy, sampling, reading, first, draws)
+    first = drawn(sampling, last.of(rows), uniforms)
+    mask, position = padding(policy, prompts)
+    batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
     if not regime.plain_cache:
-        is_whole = torch.equal(index, torch.arange(len(prompts)))
-        if regime.token_steps is not None or not is_whole:
-            batch = _selected(regime, batch, rows, tokens)
+        batch = _selected(regime, batch, rows, tokens)
         batch.cache.make_room(sampling.max_completion_length)
     return batch, first
 
@@ -196,11 +194,8 @@ def _end_at_stops(stops: StopStrings, ids: Tensor, mask: Tensor, start: int, end
         True for the rows that a stop string has ended [N].
     """
     host_ids, host_mask = to_host([ids, mask])
+    lengths = host_mask.sum(dim=1)
     ended = torch.zeros(len(ids), dtype=torch.bool)
-    for position in range(start, end + 1):
-        rows = host_mask[:, position].nonzero().squeeze(1)
-        over = rows[stops.ended(host_ids, rows, position)]
-        ended[over] = True
-        host_mask[over, position + 1 :] = False
-    mask.copy_(host_mask)
+    stops.end(host_ids[:, : end + 1], lengths, ended, start)
+    mask.copy_(host_mask & (torch.arange(ids.shape[1]) < lengths[:, None]))
     return to_device(ended, ids.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -88,12 +88,9 @@ def play(
         answers = environments.step([row.episode for row in waiting], messages)
         for row, answer in zip(waiting, answers, strict=True):
             row.take(answer)
-            if row.ending:
-                continue
-            if turn + 1 == environments.max_turns:
-                row.ending = "max_turns"
-            else:
-                row.ending = row.read(policy, answer)
+            if not row.ending:
+                is_last = turn + 1 == environments.max_turns
+                row.ending = "max_turns" if is_last else row.read(policy, answer)
     over = [row for row in rows if not row.episode.failure]
     answers = environments.finish([row.episode for row in over])
     for row, answer in zip(over, answers, strict=True):
@@ -215,20 +212,9 @@ class _Row:
         return self.ending
 
 
-class _Part(NamedTuple):
-    """The tokens that one call of a generator added to some rows.
-
-    Attributes:
-        rollout: what the generator returned for n rows.
-        inside: row and position of each token in the table of this part.
-        cells: row and position of each token in the table of all rows.
-        turn: number of the turn, from 0.
-    """
-
-    rollout: Rollout
-    inside: tuple[Tensor, Tensor]
-    cells: tuple[Tensor, Tensor]
-    turn: int
+_Part = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]
+"""The tokens that one call of a generator added to some rows: the row and the position of each in the table of all
+rows, and their columns."""
 
 
 def _seeds(
@@ -270,11 +256,8 @@ def _sampled(
     length = sampling.max_completion_length
     if draws is not None:
         later = pad(draws, (0, length))  # beyond a row's own limit, where tokens are cut off
-        of_turn = []
-        for i in index:
-            chosen = draws.shape[1] - rows[i].budget
-            of_turn.append(later[i, chosen : chosen + length])
-        draws = torch.stack(of_turn)
+        chosen = [draws.shape[1] - rows[i].budget for i in index]
+        draws = torch.stack([later[i, n : n + length] for i, n in zip(index, chosen, strict=True)])
     active = [rows[i] for i in index]
     histories = [row.prompt + row.tokens for row in active]
     rollout = generator.turn(index, histories, sampling, draws).on_host()
@@ -286,13 +269,13 @@ def _sampled(
     for j, row in enumerate(active):
         ids = rollout.completion_ids[j][mask[j]].tolist()
         tools = () if cut[j] else row.episode.tools  # an unfinished turn is never acted on
-        before = row.prompt + row.tokens  # the engine may have changed the list that it was given
-        row.write(assistant_message(policy.tokenizer, ids, before, texts[j], tools), ids)
+        row.write(assistant_message(policy.tokenizer, ids, histories[j], texts[j], tools), ids)
         if cut[j]:
             row.ending = "context_overflow" if row.budget else "max_tokens"
     numbers, positions = mask.nonzero(as_tuple=True)
-    cells = torch.tensor(index)[numbers], starts[numbers] + positions
-    return _Part(rollout, (numbers, positions), cells, turn)
+    columns = {name: x[numbers, positions] for name, x in rollout.of_tokens().items()}
+    columns["turns"] = torch.full_like(numbers, turn)
+    return (torch.tensor(index)[numbers], starts[numbers] + positions), columns
 
 
 def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size: int) -> Rollout:
@@ -305,23 +288,20 @@ def _rollout(policy: Policy, rows: Sequence[_Row], parts: Sequence[_Part], size:
         ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         for position, value in row.rewards:
             turn_rewards[i, max(0, position)] += value
-    turns = torch.zeros(shape, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    columns: dict[str, Any] = {"completion_ids": ids, "mask": mask}
-    for part in parts:
-        turns[part.cells] = part.turn
-        for name, x in part.rollout.of_tokens().items():
-            tokens = x[part.inside]
-            if name not in columns:
-                columns[name] = tokens.new_zeros(*shape, *tokens.shape[1:])
-            columns[name][part.cells] = tokens
+    columns: dict[str, Any] = {
+        "completion_ids": ids,
+        "mask": torch.zeros(shape, dtype=torch.bool),
+        "turns": torch.zeros(shape, dtype=torch.int64),
+    }
+    for cells, of_tokens in parts:
+        for name, x in of_tokens.items():
+            columns.setdefault(name, x.new_zeros(*shape, *x.shape[1:]))[cells] = x
     columns.setdefault("sampling_logprobs", torch.zeros(shape))
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         prompt_index=torch.arange(len(rows)) // size,
         truncated=torch.tensor([row.ending in CUT for row in rows]),
-        turns=turns,
         turn_rewards=turn_rewards,
         messages=[row.messages for row in rows],
         endings=[row.ending for row in rows],

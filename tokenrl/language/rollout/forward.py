@@ -144,7 +144,7 @@ def choose_forward(
     precision, reason = choose_precision(args, policy.trainable_parameters(), policy.size, device)
     attention = _attention(args, policy.size, device, length)
     sizes, line = _sizes(args, policy.model)
-    policy = with_unread_masks(policy, device)
+    policy = with_unread_masks(policy)
 
     model = policy.model
     if attention == "eager":
@@ -310,14 +310,14 @@ def with_attention(model: nn.Module, implementation: str) -> nn.Module:
     return twin  # type: ignore[no-any-return]
 
 
-def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
+def with_unread_masks(policy: Policy) -> Policy:
     """Return the policy with an attention that does not read its masks; on a CPU the policy as it is.
 
     With `sdpa` transformers looks in each forward pass whether the mask hides anything, and so waits for the
     device. Where a model does not take this attention, it keeps its own.
     """
     loaded = getattr(policy.model.config, "_attn_implementation", None)
-    if device.type == "cpu" or loaded != "sdpa":
+    if policy.device.type == "cpu" or loaded != "sdpa":
         return policy
     try:
         _register_unread_masks()
@@ -327,7 +327,7 @@ def with_unread_masks(policy: Policy, device: torch.device) -> Policy:
         return policy
     if policy.reference is not None:  # a teacher may be of another kind than the policy
         alone = replace(policy, model=policy.reference, reference=None)
-        changed.reference = with_unread_masks(alone, device).model
+        changed.reference = with_unread_masks(alone).model
     return changed
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoding import decode
-from tokenrl.language.rollout.drawing import on_device
 from tokenrl.language.rollout.reading import Histories
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, on_device
 from tokenrl.language.rollout.scoring import USUAL, Regime
 
 if TYPE_CHECKING:
@@ -159,14 +158,14 @@ class TransformersGenerator(Generator):
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
 
-        Only `score_norms`, `hidden`, `sampling_distribution` and `top_ids` are None unless `sampling` asks for
-        them.
+        Only `score_norms`, `hidden` and `sampling_distribution` are None unless `sampling` asks for them.
 
         Raises:
             Stopped: the model's logits are not finite.
         """
-        return self._sampled(None, [], prompt_ids, sampling, draws)
+        return self.turn([], prompt_ids, sampling, draws)
 
+    @torch.no_grad()
     def turn(
         self,
         rows: Sequence[int],
@@ -174,21 +173,11 @@ class TransformersGenerator(Generator):
         sampling: Sampling,
         draws: Tensor | None,
     ) -> Rollout:
-        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one."""
-        if self.histories is None:
-            return self.generate(prompt_ids, sampling, draws)
-        return self._sampled(self.histories, rows, prompt_ids, sampling, draws)
+        """Sample a turn of episodes as `Generator.turn` says, and keep what its rows have read for the next one.
 
-    @torch.no_grad()
-    def _sampled(
-        self,
-        histories: Histories | None,
-        rows: Sequence[int],
-        prompt_ids: Sequence[Sequence[int]],
-        sampling: Sampling,
-        draws: Tensor | None,
-    ) -> Rollout:
-        """Sample completions, some rows at a time."""
+        Rows without numbers are of no episode, and nothing of them is kept.
+        """
+        histories = self.histories if rows else None
         size = sampling.group_size
         if draws is not None:
             draws = on_device(draws, self.policy.device)

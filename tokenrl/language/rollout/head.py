@@ -52,8 +52,14 @@ def last(count: int, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Leave out the head in forward passes, and collect the input [n, t, H] that each would have given it."""
+def without_head(head: nn.Linear | None) -> Iterator[list[Tensor] | None]:
+    """Leave out the head in forward passes, and collect the input [n, t, H] that each would have given it.
+
+    Without a head to be left out there is no list of inputs.
+    """
+    if head is None:
+        yield None
+        return
     inputs: list[Tensor] = []
 
     def leave_out(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -68,27 +74,28 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
 
 
 def score_tokens(
-    states: Tensor, head: nn.Linear, ids: Tensor, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score M tokens from the hidden states before them.
+    states: Tensor, head: nn.Linear | None, ids: Tensor, chunks: Chunks
+) -> tuple[Tensor, ...]:
+    """Score M tokens from the hidden states before them, or from their logits.
 
     The product with the head has the precision of its weights; all else is computed in float32 or better.
 
     Args:
-        states: what the head is given for each token [M, H].
-        head: makes the logits.
+        states: what the head is given for each token [M, H]; the logits [M, V] without a head.
+        head: makes the logits, some at once; None where all logits exist.
         ids: the tokens [M].
         chunks: how many logits are computed at once, and which scores are needed.
 
     Returns:
-        The log-probabilities, the entropies in nats, the squared norms of the scores in logit space, without a
-        gradient, and the KL to the reference in nats; each [M], and 0 where it is not needed. Then the
-        log-probabilities of the listed tokens [M, K], with a gradient; K is 0 if none are needed.
+        The log-probabilities, the entropies in nats, the squared norms of the scores in logit space, and the KL to
+        the reference in nats; each [M], and 0 where it is not needed. Then the log-probabilities of the listed
+        tokens [M, K]; K is 0 if none are needed. All but the norms have a gradient.
     """
+    if head is None:
+        logp = chunks.distribution.log_probabilities(states, ids)
+        return _scores(logp, ids, slice(None), chunks)
     states = states.to(head.weight.dtype)
-    scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Scores.apply(
-        states, head.weight, head.bias, ids, chunks
-    )
+    scores: tuple[Tensor, ...] = _Scores.apply(states, head.weight, head.bias, ids, chunks)
     return scores
 
 
@@ -102,16 +109,15 @@ class Chunks(NamedTuple):
         norms: whether the squared norms of the scores are needed.
         reference: what the head of the reference is given for each token [M, H], and that head, for the KL
             (`states` of its `Scores`); None if no KL is needed.
-        listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K];
-            None if none are.
+        listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K].
     """
 
     at_once: int
     distribution: Distribution
     entropy: bool
     norms: bool
-    reference: tuple[Tensor, nn.Module] | None = None
-    listed: Tensor | None = None
+    reference: tuple[Tensor, nn.Module] | None
+    listed: Tensor
 
     @torch.no_grad()
     def ref_logprobs(self, tokens: slice) -> Tensor:
@@ -126,22 +132,17 @@ class Chunks(NamedTuple):
         """Yield the place of each chunk and its logits twice, which may be written over.
 
         The second are in the precision of the products; the same tensor as the first if that is float32 or
-        better. The next chunk overwrites their memory: to map as much anew takes longer than to fill it.
+        better. The next chunk overwrites their memory.
         """
-        size = min(self.at_once, len(states))
-        narrow = weight.new_empty(size, len(weight))
-        wide = narrow
-        if _wide(weight) != weight.dtype:
-            wide = torch.empty_like(narrow, dtype=_wide(weight))
-        for start in range(0, len(states), size):
+        size = max(1, min(self.at_once, len(states)))
+        memory = weight.new_empty(size, len(weight))
+        for start in range(0, max(1, len(states)), size):
             tokens = slice(start, min(start + size, len(states)))
-            product = narrow[: tokens.stop - start]
-            logits = wide[: tokens.stop - start]
+            product = memory[: tokens.stop - start]
             torch.mm(states[tokens], weight.T, out=product)
             if bias is not None:
                 product.add_(bias)
-            if wide is not narrow:
-                logits.copy_(product)
+            logits = product.to(_wide(weight))
             if self.distribution.temperature != 1:
                 logits.div_(self.distribution.temperature)
             yield tokens, self.distribution.truncated(logits, ids[tokens]), product
@@ -157,16 +158,15 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        columns = torch.zeros(5, len(ids), dtype=_wide(weight), device=ids.device)
-        further = ids[:, None][:, :0] if chunks.listed is None else chunks.listed  # [M, K]
-        listed = columns.new_zeros(further.shape)
+    ) -> tuple[Tensor, ...]:
+        parts = []
+        totals = []
         for tokens, logits, _ in chunks.of(states, weight, bias, ids):
-            logp = logits.log_softmax(-1)
-            columns[:, tokens] = _scores(logits, logp, ids, tokens, chunks)
-            listed[tokens] = logp.gather(1, further[tokens])
-        logprobs, entropy, norms, total, divergence = columns
-        ctx.save_for_backward(states, weight, bias, ids, further, total, entropy, divergence)
+            part = _scores(logits.log_softmax(-1), ids[tokens], tokens, chunks)
+            parts.append(part)
+            totals.append(logits.gather(1, ids[tokens, None]).squeeze(1) - part[0])
+        logprobs, entropy, norms, divergence, listed = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(states, weight, bias, ids, torch.cat(totals), entropy, divergence)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
         return logprobs, entropy, norms, divergence, listed
@@ -176,7 +176,7 @@ class _Scores(torch.autograd.Function):
     def backward(
         ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor, by_listed: Tensor
     ) -> tuple[Any, ...]:
-        *inputs, ids, further, total, entropy, divergence = ctx.saved_tensors
+        *inputs, ids, total, entropy, divergence = ctx.saved_tensors
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
         # What p is multiplied by: the gradient of any log-probability lowers all logits.
@@ -186,23 +186,17 @@ class _Scores(torch.autograd.Function):
         for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):
             back.append(torch.zeros_like(x, dtype=total.dtype) if is_needed else None)
         for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
-            slope = logits.sub_(total[tokens, None])
-            if chunks.entropy or chunks.reference is not None:
-                p = slope.exp()
-                slope.clamp_(min=-1e4)
-                of_kl = None
-                if chunks.reference is not None:
-                    log_ratio = slope - chunks.ref_logprobs(tokens)
-                    of_kl = (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
-                slope.add_(entropy[tokens, None]).mul_(-by_entropy[tokens, None])
-                slope.sub_(by_any[tokens, None])
-                if of_kl is not None:
-                    slope.add_(of_kl)
-                slope.mul_(p)
-            else:
-                slope.exp_().mul_(-by_any[tokens, None])
+            logp = logits.sub_(total[tokens, None])
+            factor = -by_any[tokens, None]
+            if chunks.entropy:
+                bounded = logp.clamp(min=-1e4)
+                factor = factor - (bounded + entropy[tokens, None]) * by_entropy[tokens, None]
+            if chunks.reference is not None:
+                log_ratio = logp.clamp(min=-1e4) - chunks.ref_logprobs(tokens)
+                factor = factor + (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
+            slope = logp.exp_().mul_(factor)
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
-            slope.scatter_add_(1, further[tokens], by_listed[tokens])
+            slope.scatter_add_(1, chunks.listed[tokens], by_listed[tokens])
             slope.div_(chunks.distribution.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
@@ -214,15 +208,12 @@ class _Scores(torch.autograd.Function):
                     back[1].addmm_(slope.T, states[tokens])
                 else:
                     back[1] += slope.T @ states[tokens]
-        pairs = zip(back, inputs, strict=True)
-        slopes = [None if x is None else x.to(y.dtype) for x, y in pairs]
-        return (*slopes, None, None)
+        return (*back, None, None)  # autograd gives each the precision of its input
 
 
-def _scores(logits: Tensor, logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> Tensor:
-    """Return log-probability, entropy, squared norm of the score, logsumexp and KL of some tokens [5, m]."""
-    logit = logits.gather(1, ids[tokens, None]).squeeze(1)
-    chosen = logp.gather(1, ids[tokens, None]).squeeze(1)
+def _scores(logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> tuple[Tensor, ...]:
+    """Return what `score_tokens` returns of m tokens with these ids [m], from all log-probabilities [m, V]."""
+    chosen = logp.gather(1, ids[:, None]).squeeze(1)
     entropy = norms = divergence = torch.zeros_like(chosen)
     if chunks.entropy or chunks.norms or chunks.reference is not None:
         p = logp.exp()
@@ -232,7 +223,7 @@ def _scores(logits: Tensor, logp: Tensor, ids: Tensor, tokens: slice, chunks: Ch
             entropy = entropy_of(logp, p)
         if chunks.norms:
             norms = score_norm_of(chosen, p)
-    return torch.stack([chosen, entropy, norms, logit - chosen, divergence])
+    return chosen, entropy, norms, divergence, logp.gather(1, chunks.listed[tokens])
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import pad_left, to_device
+from tokenrl.language.rollout.rollout import mask_left, pad_left, to_device
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Histories:
         if not ended or not cache.keeps(width + t + 1):
             return
         longest = max(prompt for _, _, prompt, _ in ended)
-        copies = cache.rows([row for row, *_ in ended], width - longest, width + t)
+        copies = Cache.joined([(cache, row, width + t) for row, *_ in ended], longest + t, 0)
         caches = {id(prefix.cache): prefix.cache for prefix in self.rows.values()}
         if copies.nbytes + sum(cache.nbytes for cache in caches.values()) > self.limit:
             return
@@ -91,31 +91,15 @@ class Last(NamedTuple):
 
     Attributes:
         logits: the logits of the next token [n, V].
-        hidden: the last hidden states [n, H]; None if they are not needed.
+        hidden: the last hidden states [n, H], or [n, 0] if they are not needed.
     """
 
     logits: Tensor
-    hidden: Tensor | None
+    hidden: Tensor
 
     def of(self, index: Tensor) -> Last:
         """Return what follows the rows `index`."""
-        return Last(self.logits[index], None if self.hidden is None else self.hidden[index])
-
-
-class Reading(NamedTuple):
-    """Prompts that were read.
-
-    Attributes:
-        cache: the cache of their tokens, with padding on their left.
-        mask: True on the tokens, and False on the padding [B, P]; None without padding.
-        position: how many tokens each has [B].
-        last: what follows each.
-    """
-
-    cache: Cache
-    mask: Tensor | None
-    position: Tensor
-    last: Last
+        return Last(self.logits[index], self.hidden[index])
 
 
 def forward(
@@ -124,8 +108,8 @@ def forward(
     """Feed tokens [n, t] to the model; return its cache and what follows the last token."""
     keep = sampling.keep_hidden
     out = model(ids, **arguments, use_cache=True, output_hidden_states=keep)
-    hidden = out.hidden_states[-1][:, -1] if keep else None
-    return Cache.of(out), Last(out.logits[:, -1], hidden)
+    logits = out.logits[:, -1]
+    return Cache.of(out), Last(logits, out.hidden_states[-1][:, -1] if keep else logits[:, :0])
 
 
 def read(
@@ -133,8 +117,8 @@ def read(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
-) -> Reading:
-    """Read what is new in B prompts.
+) -> tuple[Cache, Last]:
+    """Read what is new in B prompts; return the cache of all their tokens, and what follows each prompt.
 
     One forward pass reads those that have about as many new tokens, up to a factor of two; with recurrent
     states, which cannot leave padding out between tokens, exactly as many.
@@ -155,26 +139,25 @@ def read(
             if not prefix.cache.recurrent:
                 size = size.bit_length()
         groups.setdefault(size, []).append(number)
+    if len(groups) == 1:
+        return _read(policy, sampling, prompts, prefixes)
     longest = max(map(len, prompts))
-    if len(groups) > 1 and longest >= window:
+    if longest >= window:
         # Layers with a window drop tokens now, and caches of several groups do not fit together.
         return _read(policy, sampling, prompts, [None] * len(prompts))
     parts = []
-    order: list[int] = []
-    rows: list[tuple[Cache, int, int]] = []
+    rows: dict[int, tuple[Cache, int, int]] = {}
     for group in groups.values():
         part = _read(policy, sampling, [prompts[i] for i in group], [prefixes[i] for i in group])
         parts.append(part)
-        order += group
-        rows += [(part.cache, row, part.cache.columns) for row in range(len(group))]
-    if len(parts) == 1:
-        return parts[0]
-    back = torch.tensor(order).argsort()
-    cache = Cache.joined([rows[i] for i in back.tolist()], longest, sampling.max_completion_length)
-    logits, hidden = zip(*(part.last for part in parts), strict=True)
-    whole = Last(torch.cat(logits), torch.cat(hidden) if sampling.keep_hidden else None)
-    mask, position = _masked(policy, pad_left(prompts, policy.pad_id)[1])
-    return Reading(cache, mask, position, whole.of(to_device(back, policy.device)))
+        cache, _ = part
+        rows |= {i: (cache, row, cache.columns) for row, i in enumerate(group)}
+    in_order = [rows[i] for i in range(len(prompts))]
+    cache = Cache.joined(in_order, longest, sampling.max_completion_length)
+    columns = zip(*(following for _, following in parts), strict=True)
+    return cache, Last(*map(torch.cat, columns)).of(
+        to_device(torch.tensor([*rows]).argsort(), policy.device)
+    )
 
 
 def _read(
@@ -182,34 +165,30 @@ def _read(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
-) -> Reading:
+) -> tuple[Cache, Last]:
     """Read what is new in some prompts, in one forward pass.
 
-    All rows read as many tokens as the row with most new ones, their last ones, so that no row has a gap.
+    Of all prompts the first tokens were read before, or of none. All rows read as many tokens as the row with most
+    new ones, their last ones, so that no row has a gap.
     """
-    ids, mask_on_host = pad_left(prompts, policy.pad_id)
-    mask, position = _masked(policy, mask_on_host)
-    rows = list(zip(prompts, prefixes, strict=True))
-    new = max(len(prompt) - (prefix.length if prefix else 0) for prompt, prefix in rows)
-    width = ids.shape[1]
-    arguments = positions_of(mask, new)
-    if new < width:
-        before = []
-        for prompt, prefix in rows:
-            assert prefix is not None
-            end = prefix.start + max(0, len(prompt) - new)
-            before.append((prefix.cache, prefix.row, end))
+    ids, _ = pad_left(prompts, policy.pad_id)
+    mask, _ = padding(policy, prompts)
+    width = new = ids.shape[1]
+    arguments = positions_of(mask, width)
+    rows = [(len(ids), prefix) for ids, prefix in zip(prompts, prefixes, strict=True) if prefix]
+    if rows:
+        new = max(count - prefix.length for count, prefix in rows)
+        before = [(x.cache, x.row, x.start + max(0, count - new)) for count, x in rows]
         cache = Cache.joined(before, width - new, new + sampling.max_completion_length)
-        arguments = cache.arguments(arguments)
-    device = policy.device
-    unread = to_device(ids[:, width - new :], device)
-    keep = last(1, device)
-    output = forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)
-    return Reading(output[0], mask, position, output[1])
+        arguments = cache.arguments(positions_of(mask, new))
+    unread = to_device(ids[:, width - new :], policy.device)
+    keep = last(1, policy.device)
+    return forward(policy.model, sampling, unread, **arguments, logits_to_keep=keep)
 
 
-def _masked(policy: Policy, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+def padding(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor | None, Tensor]:
     """Return a mask of prompts [B, P] on the device, if any is padded, and how many tokens each has [B]."""
+    mask = mask_left(prompts)
     # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
     padded = None if mask.all() else to_device(mask, policy.device)
     return padded, to_device(mask.sum(dim=1), policy.device)

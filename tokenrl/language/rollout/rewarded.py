@@ -73,7 +73,6 @@ def sample_rows(
     sampling: Sampling,
     stream: str,
     environments: Environments | None,
-    prompt_ids: Sequence[list[int]] | None = None,
 ) -> Rollout:
     """Sample completions of prompts, of one turn each or, with environments, of several.
 
@@ -84,21 +83,15 @@ def sample_rows(
         sampling: how to sample.
         stream: the stream of random numbers, a name in `STREAMS`.
         environments: the environments that the policy answers to; None for completions of one turn.
-        prompt_ids: the token ids of the prompts, where they are known already; episodes have others.
     """
     numbers = [number for number, _ in prompts]
     if environments is not None:
         rollout = play(policy, generator, environments, prompts, sampling, stream)
     else:
-        ids = prompt_ids or encoded(policy, [row for _, row in prompts], sampling)
+        ids = encode(policy, [row for _, row in prompts], sampling)
         draws = uniforms(stream, sampling, numbers)
         rollout = generator.generate(ids, sampling, draws).on_host()
     return replace(rollout, prompt_index=torch.tensor(numbers)[rollout.prompt_index])
-
-
-def encoded(policy: Policy, data: Sequence[Row], sampling: Sampling) -> list[list[int]]:
-    """Return the token ids of the prompts of rows of the data; a refusal names the row."""
-    return encode(policy, data, sampling, locations_of(data))
 
 
 def texts_of(policy: Policy, rollout: Rollout) -> list[str]:
@@ -151,44 +144,40 @@ def reward_rows(
     ids = [row[mask].tolist() for row, mask in pairs]
     of_data = _columns(data)
     asked = of_data.pop("prompt")
+    failed = torch.zeros(len(data), dtype=torch.bool)
+    episodes = rollout.messages is not None
+    if episodes:
+        chats = zip(asked, texts, rollout.messages, strict=True)
+        texts = [text if isinstance(prompt, str) else [*chat] for prompt, text, chat in chats]
+        failed = torch.tensor([bool(failure) for failure in rollout.failures])
+        totals = rollout.turn_rewards.sum(dim=1).tolist()
+        of_environments = [
+            None if off else x for x, off in zip(totals, rollout.failures, strict=True)
+        ]
+        of_data |= {"environments": [*rollout.environments], "environment_rewards": of_environments}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     options: dict[str, Any] = {"all_may_abstain": True, "locations": locations_of(data)}
-    if rollout.messages is not None:
-        chats = zip(data, texts, rollout.messages, strict=True)
-        texts = [text if isinstance(row["prompt"], str) else [*chat] for row, text, chat in chats]
-        of_data |= _episode_columns(rollout)
     result = rewards(asked, texts, ids, of_data, **options)
-    total, values, valid = map(torch.from_numpy, (result.total, result.values, result.valid))
-    columns = rollout.columns()
+    # A failed episode counts nowhere.
+    total = torch.from_numpy(result.total).masked_fill(failed, 0)
+    valid = torch.from_numpy(result.valid) & ~failed
+    columns = rollout.columns() | {
+        "data": data,
+        "rewards": total,
+        "by_function": torch.from_numpy(result.values).masked_fill(failed[:, None], math.nan),
+        "valid": valid,
+        "replayed": torch.zeros_like(valid),
+        "logs": in_rows(result.extra) or [{}] * len(data),
+    }
     logged = result.logged
-    if rollout.messages is not None:
-        failed = torch.tensor([bool(failure) for failure in rollout.failures])
-        total = total.masked_fill(failed, 0)  # a failed episode counts nowhere
-        valid = valid & ~failed
-        values = values.masked_fill(failed[:, None], math.nan)
+    if episodes:
         # Rewards of environments stand in their turns, those of functions at the end.
         in_turns = rewards.environment_weight * rollout.turn_rewards.masked_fill(failed[:, None], 0)
         rest = (total - in_turns.sum(dim=1))[:, None] * at_last_action(rollout.mask)
         columns["dense_rewards"] = in_turns + rest
         logged = logged | episode_metrics(rollout)
-    columns |= {
-        "data": data,
-        "rewards": total,
-        "by_function": values,
-        "valid": valid,
-        "replayed": torch.zeros_like(valid),
-        "logs": in_rows(result.extra) or [{}] * len(data),
-    }
     return Rewarded(**columns, logged=((logged, len(data)),))
-
-
-def _episode_columns(rollout: Rollout) -> dict[str, list[Any]]:
-    """Return the environments of episodes and the rewards that these gave, None where an episode failed."""
-    totals = rollout.turn_rewards.sum(dim=1).tolist()
-    rows = zip(totals, rollout.failures, strict=True)
-    rewards = [None if failure else total for total, failure in rows]
-    return {"environments": list(rollout.environments), "environment_rewards": rewards}
 
 
 def episode_metrics(rollout: Rollout) -> dict[str, float]:
@@ -232,16 +221,14 @@ def sample_and_reward(
     if accelerator is not None:
         rank = accelerator.process_index
         world = accelerator.num_processes
-    # All of them on every process, so that every process refuses a prompt that is too long.
-    ids = None if rewards.environments else encoded(policy, prompts, sampling)
+    if rewards.environments is None:
+        encode(policy, prompts, sampling)  # so that every process refuses a prompt that is too long
     size = max(1, batch_size // sampling.group_size)
-    for start in range(rank, len(prompts), world * size):
-        numbers = range(start, min(start + world * size, len(prompts)), world)
+    own = range(rank, len(prompts), world)
+    for start in range(0, len(own), size):
+        numbers = own[start : start + size]
         rows = [(i, prompts[i]) for i in numbers]
-        tokens = None if ids is None else [ids[i] for i in numbers]
-        rollout = sample_rows(
-            policy, generator, rows, sampling, stream, rewards.environments, tokens
-        )
+        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments)
         yield reward_rows(policy, rewards, rollout, [row for _, row in rows])
 
 

@@ -28,8 +28,8 @@ class Column(NamedTuple):
     """Declares the tensors of a column of a `Rollout`.
 
     Attributes:
-        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, and K tokens whose
-            probabilities are listed. Along P the rows are padded on the left, along T on the right.
+        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, K tokens whose
+            probabilities are listed, and 2. Along P the rows are padded on the left, along T on the right.
         dtype: the type of its numbers; an engine may return a wider or a narrower one of the same kind.
         low: the least number at an action; None where any may stand.
         high: the largest number at an action; ids of tokens also end with the vocabulary.
@@ -49,10 +49,9 @@ COLUMNS = {
     "mask": Column("NT", torch.bool),
     "sampling_logprobs": Column("NT", torch.float32, -1000, 0),  # less is never sampled
     "truncated": Column("N", torch.bool),
-    "sampling_distribution": Column("NTK", torch.float32, -math.inf, 0),
-    "top_ids": Column("NTK", torch.int64, 0),
+    "sampling_distribution": Column("NTK2", torch.float32),
 }
-"""The columns of a `Rollout` that an engine fills, all or all but the last two."""
+"""The columns of a `Rollout` that an engine fills, all or all but the last."""
 OF_PROMPTS = [name for name, column in COLUMNS.items() if "P" in column.axes]
 OF_ROWS = ("by_function",)
 """Columns of two dimensions whose second is not the tokens of the completion."""
@@ -64,7 +63,7 @@ ABSENT: Any = None
 class Rollout:
     """A table of N completions, as a generator has sampled them. The G rows of a prompt are consecutive.
 
-    An engine fills the columns down to `truncated`, and may fill the next six; the trainer scores what it needs
+    An engine fills the columns down to `truncated`, and may fill the next five; the trainer scores what it needs
     and the engine left out (`with_missing_fields`). The columns from `turns` on are None without an environment. T
     is the longest completion, P the longest prompt. Off the mask the columns of tokens are 0.
 
@@ -79,10 +78,9 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        sampling_distribution: log-probabilities of every token of the vocabulary under the distribution that
-            was sampled from [N, T, V]; -inf where a token is never drawn. For centred scores.
-        top_ids: ids of the most probable tokens of that distribution [N, T, K], if `sampling_distribution` is
-            that of these only [N, T, K]; None if it is of the whole vocabulary.
+        sampling_distribution: the K most probable tokens of the distribution that was sampled from, or the whole
+            vocabulary, in any order [N, T, K, 2]. Each has two numbers: its id, and its log-probability, which is
+            -inf where it is never drawn. For centred scores.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
@@ -108,7 +106,6 @@ class Rollout:
     sampling_logprobs: Tensor
     truncated: Tensor
     sampling_distribution: Tensor = ABSENT
-    top_ids: Tensor | None = None
     logprobs: Tensor = ABSENT
     entropy: Tensor = ABSENT
     score_norms: Tensor | None = None
@@ -132,7 +129,7 @@ class Rollout:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the columns that are tensors, by name."""
-        return {name: x for name, x in self.columns().items() if isinstance(x, Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def of_tokens(self) -> dict[str, Tensor]:
         """Return the columns [N, T, ...] with numbers for each token of the completions, by name."""
@@ -141,8 +138,7 @@ class Rollout:
 
     def on_host(self: Table) -> Table:
         """Return the table on the CPU, but for columns with three dimensions, in one transfer."""
-        small = {name: x for name, x in self.tensors().items() if x.ndim < 3}
-        host: dict[str, Any] = dict(zip(small, to_host(small.values()), strict=True))
+        host: dict[str, Any] = small_on_host(self.tensors())
         return replace(self, **host)
 
     def take(self: Table, index: Tensor) -> Table:
@@ -183,6 +179,8 @@ class Rollout:
 
 def cat(parts: Sequence[Table]) -> Table:
     """Put tables with the same columns one below the other; what is no column is that of the first."""
+    if len(parts) == 1:
+        return parts[0]
     P = max(part.prompt_ids.shape[1] for part in parts)
     T = max(part.mask.shape[1] for part in parts)
     tables = [part.cut(P, T).columns() for part in parts]
@@ -201,7 +199,7 @@ def lengths(mask: Tensor) -> Tensor:
 
 def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copy tensors of any shapes and types to the CPU, in one transfer; those that are there stay there."""
-    tensors = [x.detach() for x in tensors]
+    tensors = [*map(Tensor.detach, tensors)]
     away = [x for x in tensors if not x.is_cpu]
     if not away:
         return tensors
@@ -212,23 +210,49 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x if x.is_cpu else next(parts).clone().view(x.dtype).view(x.shape) for x in tensors]
 
 
+def small_on_host(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns that have fewer than three dimensions on the CPU, by name, in one transfer."""
+    small = {name: x for name, x in columns.items() if x.ndim < 3}
+    return dict(zip(small, to_host(small.values()), strict=True))
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device, without waiting for what CUDA still has to compute."""
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 def zeroed(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the numbers of tokens [N, T] or [N, T, ...] with 0 off the mask [N, T]."""
+    """Return the numbers of tokens [N, T, ...] with 0 off the mask [N, T]."""
     off = to_device(~mask, x.device)
-    return x.masked_fill(off[..., None] if x.ndim > 2 else off, 0)
+    return x.masked_fill(off.view(*off.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def listed(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return the column `sampling_distribution` of tokens [..., K] with these log-probabilities [..., K].
+
+    Float32 holds each id exactly, up to 16 million tokens.
+    """
+    return torch.stack([ids.to(logprobs.dtype), logprobs], dim=-1)
+
+
+def tokens_of(distribution: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids and the log-probabilities of a column `sampling_distribution`, each [..., K]."""
+    ids, logprobs = distribution.unbind(-1)
+    return ids.long(), logprobs
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     options: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(ids, padding_value=pad_id, **options), pad_sequence(masks, **options)
+    return pad_sequence(ids, padding_value=pad_id, **options), mask_left(rows)
+
+
+def mask_left(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the mask of B lists of ids that are padded on the left [B, P], True on the ids."""
+    counts = torch.tensor([*map(len, rows)])
+    width = int(counts.max())
+    return torch.arange(width) >= width - counts[:, None]
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:

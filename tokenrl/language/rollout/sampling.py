@@ -1,7 +1,8 @@
-"""Describes how completions are sampled, as one value, and makes the random numbers that they are drawn with.
+"""Describes how completions are sampled, as one value, makes their random numbers, and draws tokens with them.
 
-All sampling of tokens takes its random numbers from here. Each purpose (training, evaluation, ...) has a
-stream of its own, so that two purposes with the same seed never share a random number.
+A token is drawn by inverting the CDF of the probabilities at a uniform random number. All sampling of tokens takes
+these numbers from here. Each purpose (training, evaluation, ...) has a stream of its own, so that two purposes with
+the same seed never share a random number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenrl.errors import locations_of
 from tokenrl.language.rollout.distribution import Distribution
+from tokenrl.language.rollout.rollout import to_device
 from tokenrl.settings import Bounds, Count, Natural
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ Only training draws new random numbers in each step, and its steps count from 1.
 those of step 0, so that two evaluations of one run are compared on common random numbers. The stream
 "interactive" shares its number with training, and is separate because training never uses step 0.
 """
+BLOCK = 256
+"""Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
+UNIT, UNIFORM_BITS = 40, 31
+"""On a device probabilities are whole numbers of 2**-UNIT, and uniforms whole numbers of 2**-UNIFORM_BITS."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Sampling(Distribution):
         keep_score_norms: also return the squared norms of the scores, which the optimal baselines read. What
             a generator cannot return is left to a scoring pass.
         keep_hidden: also return the last hidden states, which a critic reads.
-        keep_distribution: also return the log-probabilities of the whole vocabulary, for centred scores.
-        keep_top: return those of so many most probable tokens instead, with their ids; None for all.
+        keep_tokens: also return the log-probabilities of so many most probable tokens, of all if there are no
+            more, for centred scores.
 
     Raises:
         Refused: a number is out of range.
@@ -68,8 +75,7 @@ class Sampling(Distribution):
     truncate_prompts: bool = False
     keep_score_norms: bool = False
     keep_hidden: bool = False
-    keep_distribution: bool = False
-    keep_top: Count | None = None
+    keep_tokens: Natural = 0
 
     @property
     def group_size(self) -> int:
@@ -81,7 +87,7 @@ def encode(
     policy: Policy,
     data: Sequence[Any],
     sampling: Sampling,
-    locations: Sequence[str] = (),
+    locations: Sequence[str] | None = None,
     **options: str,
 ) -> list[list[int]]:
     """Token ids of the prompts of rows, each short enough for a completion to follow it.
@@ -90,7 +96,7 @@ def encode(
         policy: the policy.
         data: the rows, with a `prompt` (text or chat messages) and perhaps `tools`.
         sampling: how they are completed.
-        locations: where each prompt stands in the data, for the message of a refusal; empty if unknown.
+        locations: where each prompt stands, for the message of a refusal; None for where the data says.
         **options: the `remedy` of `encode_all`.
 
     Raises:
@@ -101,7 +107,7 @@ def encode(
         [row["prompt"] for row in data],
         max_completion_length=sampling.max_completion_length,
         truncate=sampling.truncate_prompts,
-        locations=locations,
+        locations=locations_of(data) if locations is None else locations,
         tools=[row.get("tools") for row in data],
         **options,
     )
@@ -126,18 +132,14 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
     """
     if not sampling.num_generations:
         return None
-    bits = np.random.Philox(key=key_of(stream, sampling))
-    generator = np.random.Generator(bits)
-    state = bits.state
-    shape = len(prompts), sampling.num_generations, sampling.max_completion_length
-    table = np.empty(shape)
-    for b, prompt in enumerate(prompts):
+    key = key_of(stream, sampling)
+    rows = []
+    for prompt in prompts:
         for g in range(sampling.num_generations):
             # A counter for each completion, which depends on neither G nor T.
-            state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
-            bits.state = state
-            generator.random(out=table[b, g])
-    return torch.from_numpy(table.reshape(-1, sampling.max_completion_length))
+            bits = np.random.Philox(key=key, counter=np.array([0, g, prompt, 0], dtype=np.uint64))
+            rows.append(np.random.Generator(bits).random(sampling.max_completion_length))
+    return torch.from_numpy(np.stack(rows))
 
 
 def key_of(stream: str, sampling: Sampling) -> np.ndarray:
@@ -146,3 +148,66 @@ def key_of(stream: str, sampling: Sampling) -> np.ndarray:
         raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
     step = sampling.step if stream == "training" else 0
     return np.array([STREAMS[stream] + sampling.seed, step], dtype=np.uint64)
+
+
+def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Return uniforms [N, T] as `draw` takes them: float64 on a CPU, whole numbers on a device."""
+    if device.type == "cpu":
+        return uniforms
+    return to_device((uniforms * 2**UNIFORM_BITS).long(), device)
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
+
+    With the rounding errors of float32, a CDF could draw another token, or one of probability 0 where a
+    device adds in another order. So the sums are in float64 on a CPU. A device may have no float64; there the
+    probabilities are whole numbers, whose sums are exact. For a large vocabulary a CPU converts only the sums
+    of blocks, and the probabilities of one block per row.
+
+    Args:
+        p: probabilities [n, V].
+        uniforms: random numbers in [0, 1) [n], in float64 or as whole numbers of 2**-UNIFORM_BITS.
+
+    Returns:
+        The tokens [n].
+    """
+    exact = not uniforms.is_floating_point()
+    if exact:
+        p = (p * 2**UNIT).long()
+    vocabulary = p.shape[1]
+    if vocabulary <= BLOCK:
+        cdf = p.to(uniforms.dtype).cumsum(dim=1)
+        return _invert(cdf, _threshold(cdf[:, -1], uniforms))
+    whole = vocabulary // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
+    if whole < vocabulary:
+        sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    cdf = sums.to(uniforms.dtype).cumsum(dim=1)
+    threshold = _threshold(cdf[:, -1], uniforms)
+    block = _invert(cdf, threshold)
+    inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
+    values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
+    chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
+    rest = threshold - (cdf.gather(1, block[:, None]).squeeze(1) - chosen)
+    cdf = values.to(uniforms.dtype).cumsum(dim=1)
+    if not exact:  # what is left of the uniform within its block is again uniform
+        share = (rest / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
+        rest = _threshold(cdf[:, -1], share)
+    return block * BLOCK + _invert(cdf, rest)
+
+
+def _threshold(total: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the product of a CDF's total [n] and the uniforms [n], which is below the total."""
+    if uniforms.is_floating_point():
+        return uniforms * total  # rounding leaves the total near 1 and not at 1
+    # So many bits of the total are left out that the product has 63 bits.
+    spare = UNIT - UNIFORM_BITS
+    return ((total >> spare) * uniforms) >> (UNIFORM_BITS - spare)
+
+
+def _invert(cdf: Tensor, threshold: Tensor) -> Tensor:
+    """Return in each row the first entry [n] below whose end in the CDF [n, V] the threshold [n] lies."""
+    # right=True finds the first entry above the threshold, so a token of probability 0 is never chosen.
+    index = torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(1)
+    return index.clamp(max=cdf.shape[1] - 1)

@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.divergences import kl_of
-from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.rollout import Rollout, Table, pad_right, to_device, to_host, zeroed
+from tokenrl.language.rollout.rollout import (
+    Rollout,
+    Table,
+    pad_right,
+    small_on_host,
+    to_device,
+    tokens_of,
+    zeroed,
+)
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -58,8 +64,8 @@ UNCHANGED = Distribution()
 class Scores(NamedTuple):
     """Scores of N completions under a model; all but the log-probabilities are None unless asked for.
 
-    The fields have the meaning of the same names in a `Rollout`. Entries off the mask belong to padding and
-    have no meaning.
+    The fields have the meaning of the same names in a `Rollout`. Numbers of a token are 0 off the mask; hidden states
+    belong to nothing there.
     """
 
     logprobs: Tensor
@@ -102,81 +108,44 @@ def score(
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
         states: also return what the head is given for each token, see `Scores`.
-        centres: a function of the log-probabilities of the policy and of the sampler [N, T, V], or of the tokens
-            in `top_ids` [N, T, K], whose result is returned too. Without `top_ids` all logits exist at once.
+        centres: a function of the log-probabilities of the policy and of the sampler, of the K tokens that
+            `sampling_distribution` lists for each of M actions [M, K], whose result [M] is returned too.
         reference: what the head of the reference is given for each token (`states` of its scores), and this head,
             which makes its logits. The KL to it is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
     """
-    at_once = regime.tokens_at_once
-    needs_all = centres is not None and rollout.top_ids is None
-    is_long = states or int(rollout.mask.sum()) > (at_once or 0)
-    if at_once is not None and is_long and not needs_all:
-        chunks = Chunks(at_once, distribution, entropy, score_norms)
-        scores = _score_in_chunks(model, rollout, regime, chunks, hidden, reference, centres)
-        return scores if states else scores._replace(states=None)
-    logits, last_hidden = _forward(model, rollout, regime, hidden)
-    ids = to_device(rollout.completion_ids, logits.device)
-    logp = distribution.log_probabilities(logits, ids)  # [N, T, V]
-    logprobs = logp.gather(2, ids[:, :, None]).squeeze(2)
-    columns = {"logprobs": logprobs}
-    if entropy or score_norms or reference is not None:
-        p = logp.exp()
-        if reference is not None:
-            ref_states, ref_head = reference
-            log_q = distribution.whole.log_probabilities(ref_head(ref_states))
-            columns["token_kl"] = kl_of(logp, p, log_q)
-        if entropy:
-            columns["entropy"] = entropy_of(logp, p)
-        if score_norms:
-            columns["score_norms"] = score_norm_of(logprobs, p)
-    if centres is not None:
-        listed = logp
-        if rollout.top_ids is not None:
-            listed = logp.gather(2, rollout.top_ids.to(logp.device))
-        columns["centres"] = centres(listed, rollout.sampling_distribution.to(logp.device))
-    return Scores(hidden=last_hidden, states=logits if states else None, **columns)
-
-
-def _score_in_chunks(
-    model: nn.Module,
-    rollout: Rollout,
-    regime: Regime,
-    chunks: Chunks,
-    hidden: bool,
-    reference: tuple[Tensor, nn.Module] | None,
-    centres: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Scores:
-    """Score the completions without having the logits of all tokens at once."""
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
+    count = len(actions[0])
+    at_once = regime.tokens_at_once
+    head = None
+    if at_once is not None and (states or count > at_once):
+        head = head_of(model)
+    with without_head(head) as inputs:
+        before, *last_hidden = _forward(model, rollout, regime, hidden, inputs)
+    ids = to_device(rollout.completion_ids, device)[actions]  # [M]
+    listed = ids[:, None][:, :0]
+    if centres is not None:
+        sampler = rollout.sampling_distribution.to(device)[actions]
+        listed, of_sampler = tokens_of(sampler)  # [M, K]
     if reference is not None:
         ref_states, ref_head = reference
-        chunks = chunks._replace(reference=(ref_states[actions], ref_head))
-    head = head_of(model)
-    assert head is not None  # as `check_model` returned a number of tokens at once
-    with without_head(head) as inputs:
-        before, last_hidden = _forward(model, rollout, regime, hidden, inputs)
-    ids = to_device(rollout.completion_ids, device)
+        reference = ref_states[actions], ref_head
+    chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference, listed)
+    *numbers, of_policy = score_tokens(before[actions], head, ids, chunks)
+    asked = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
+    asked["token_kl"] = reference is not None
+    of_each = {name: x for name, x in zip(asked, numbers, strict=True) if asked[name]}
     if centres is not None:
-        assert rollout.top_ids is not None
-        chunks = chunks._replace(listed=rollout.top_ids.to(device)[actions])
-    *numbers, listed = score_tokens(before[actions], head, ids[actions], chunks)
-    if centres is not None:
-        of_sampler = rollout.sampling_distribution.to(device)[actions]
-        numbers.append(centres(listed, of_sampler))
-    logprobs, entropy, norms, divergence, *of_centres = (
-        x.new_zeros(rollout.mask.shape).index_put(actions, x) for x in numbers
-    )
-    return Scores(
-        logprobs=logprobs,
-        entropy=entropy if chunks.entropy else None,
-        score_norms=norms if chunks.norms else None,
-        hidden=last_hidden,
-        centres=of_centres[0] if of_centres else None,
-        token_kl=None if reference is None else divergence,
-        states=before.detach(),
-    )
+        of_each["centres"] = centres(of_policy, of_sampler)
+    columns: dict[str, Any] = {
+        name: x.new_zeros(rollout.mask.shape).index_put(actions, x) for name, x in of_each.items()
+    }
+    if hidden:
+        columns["hidden"] = last_hidden[0]
+    if states:
+        columns["states"] = before.detach()
+    return Scores(**columns)
 
 
 @torch.no_grad()
@@ -205,14 +174,11 @@ def score_in_parts(
     scores = [score(model, rollout.take(rows), regime, **options) for rows in index]
     order = torch.cat(index).argsort()
     columns = dict[str, Tensor]()
-    for name, column in zip(Scores._fields, zip(*scores, strict=True), strict=True):
+    for name, *column in zip(Scores._fields, *scores, strict=True):
         if column[0] is not None:
             whole = torch.cat([pad_right(x, width) for x in column])
             columns[name] = whole[to_device(order, whole.device)]
-    small = [name for name, x in columns.items() if x.ndim < 3]
-    host = to_host([columns[name] for name in small])
-    columns.update(zip(small, host, strict=True))
-    return Scores(**columns)
+    return Scores(**columns | small_on_host(columns))
 
 
 def with_missing_fields(
@@ -260,63 +226,61 @@ def _forward(
     rollout: Rollout,
     regime: Regime,
     hidden: bool,
-    inputs: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    inputs: list[Tensor] | None,
+) -> list[Tensor]:
     """Return logits [N, T, V] and, if they are needed, hidden states [N, T, H].
 
     Where the head is left out, its input [N, T, H] stands for the logits; `without_head` collects it in
     `inputs`.
     """
-    if regime.share_prompt:
-        return _forward_shared(model, rollout, hidden, inputs)
-    width = rollout.mask.shape[1]
+
+    def read(ids: Tensor, count: int, **options: Any) -> tuple[Any, list[Tensor]]:
+        """Feed tokens to the model; return what it returns, and logits and states of the last `count` tokens."""
+        out = model(ids, **options, output_hidden_states=hidden)
+        columns = [out.logits if inputs is None else inputs.pop()]
+        if hidden:
+            columns.append(out.hidden_states[-1])
+        return out, [x[:, -count:] for x in columns]
+
     device = next(model.parameters()).device
+    width = rollout.mask.shape[1]
+    if regime.share_prompt:
+        return _forward_shared(read, rollout, device, width)
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
     visible = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
-    out = model(
-        to_device(ids, device),
-        **positions_of(to_device(visible, device), ids.shape[1]),
-        use_cache=False,
-        output_hidden_states=hidden,
-        logits_to_keep=last(width, device),
-    )
-    logits = out.logits if inputs is None else inputs.pop()[:, -width:]
-    states = out.hidden_states[-1][:, -width:] if hidden else None
-    return logits, states
+    positions = positions_of(to_device(visible, device), ids.shape[1])
+    options = {"use_cache": False, "logits_to_keep": last(width, device)}
+    return read(to_device(ids, device), width, **positions, **options)[1]
 
 
 def _forward_shared(
-    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
+    read: Callable[..., tuple[Any, list[Tensor]]],
+    rollout: Rollout,
+    device: torch.device,
+    width: int,
+) -> list[Tensor]:
     """Return the same as `_forward`, with each distinct prompt computed once."""
-    device = next(model.parameters()).device
-    width = rollout.mask.shape[1]
     first_row, prompt = rollout.distinct_prompts()
     index = to_device(prompt, device)
     ids = to_device(rollout.prompt_ids[first_row], device)
     mask = to_device(rollout.prompt_mask[first_row], device)
     is_padded = not bool(rollout.prompt_mask.all())
     positions = positions_of(mask, ids.shape[1]) if is_padded else {}
-    options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(ids, **positions, **options, logits_to_keep=last(1, device))
-    first = out.logits if inputs is None else inputs.pop()[:, -1:]
-    logits = [first[index]]  # [N, 1, V]
-    states = [out.hidden_states[-1][:, -1:][index]] if hidden else []  # [N, 1, H]
-    if width > 1:
-        cache = Cache.of(out)
-        cache.select(index)
-        tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
-        if cache.recurrent:
-            cache.keep_states()
-            if width == 2:  # a single token takes the kernels of sampling, which have no gradient
-                tokens = torch.cat([tokens, tokens], dim=1)
-        if is_padded:
-            # Completions are padded on the right, where causal attention never looks: it needs no mask.
-            visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-            positions = positions_of(visible, tokens.shape[1])
-        out = model(tokens, **cache.arguments(positions), **options)
-        logits.append(out.logits if inputs is None else inputs.pop())
-        if hidden:
-            states.append(out.hidden_states[-1])
-    whole = torch.cat(logits, dim=1)[:, :width]
-    return whole, torch.cat(states, dim=1)[:, :width] if hidden else None
+    out, first = read(ids, 1, **positions, use_cache=True, logits_to_keep=last(1, device))
+    first = [x[index] for x in first]  # [N, 1, ...]
+    if width == 1:
+        return first
+    cache = Cache.of(out)
+    cache.select(index)
+    tokens = to_device(rollout.completion_ids[:, :-1], device)  # [N, T-1]
+    if cache.recurrent:
+        cache.keep_states()
+        if width == 2:  # a single token takes the kernels of sampling, which have no gradient
+            tokens = torch.cat([tokens, tokens], dim=1)
+    if is_padded:
+        # Completions are padded on the right, where causal attention never looks: it needs no mask.
+        visible = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        positions = positions_of(visible, tokens.shape[1])
+    _, later = read(tokens, tokens.shape[1], **cache.arguments(positions), use_cache=True)
+    pairs = zip(first, later, strict=True)
+    return [torch.cat(pair, dim=1)[:, :width] for pair in pairs]

@@ -27,7 +27,7 @@ from tokenrl.language.rewards.isolation import RandomStreams
 from tokenrl.language.rollout.decoding import NOT_FINITE
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import Abilities, Generator
-from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
+from tokenrl.language.rollout.rollout import Rollout, listed, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings
 
@@ -148,11 +148,7 @@ class VllmGenerator(Generator):
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
         columns: dict[str, Any] = {}
-        if sampling.keep_top is not None:
-            columns["top_ids"] = _padded([_listed(row.token_ids, row) for row in flat], mask)
-            top = [_listed(row.logprobs, row) for row in flat]
-            columns["sampling_distribution"] = _padded(top, mask)
-        elif sampling.keep_distribution:
+        if sampling.keep_tokens:
             columns["sampling_distribution"] = _padded([_distribution(row) for row in flat], mask)
         prompts, prompt_mask = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
@@ -171,15 +167,12 @@ class VllmGenerator(Generator):
         from vllm import SamplingParams
 
         stops = self.policy.stops
-        listed = -1 if sampling.keep_distribution else 0
-        if sampling.keep_top is not None:
-            listed = min(sampling.keep_top, shape_of(self.policy).vocab_size)
         common: dict[str, Any] = {
             "max_tokens": sampling.max_completion_length,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
-            "logprobs": listed,
+            "logprobs": min(sampling.keep_tokens, shape_of(self.policy).vocab_size),
             "flat_logprobs": True,
             "ignore_eos": True,  # all of the policy's are in the next list
             "stop_token_ids": self.policy.ends,
@@ -187,13 +180,13 @@ class VllmGenerator(Generator):
             "include_stop_str_in_output": True,
             "detokenize": stops is not None,
         }
-        if draws is None:
-            return [SamplingParams(temperature=0, **common) for _ in range(rows)]
-        # As many seeds as there are uniform numbers of 64 bits.
-        seeds = (draws[:, 0].double() * 2**53).long().tolist()
-        return [
-            SamplingParams(temperature=sampling.temperature, seed=seed, **common) for seed in seeds
-        ]
+        temperature = 0.0
+        seeds = [None] * rows
+        if draws is not None:
+            temperature = sampling.temperature
+            # As many seeds as there are uniform numbers of 64 bits.
+            seeds = (draws[:, 0].double() * 2**53).long().tolist()
+        return [SamplingParams(temperature=temperature, seed=seed, **common) for seed in seeds]
 
     def sync(self, policy: Policy) -> None:
         """Hand the weights of the policy over to the engine, and drop what it computed with others.
@@ -264,14 +257,9 @@ def _padded(rows: list[Tensor], mask: Tensor) -> Tensor:
 
 
 def _distribution(flat: Any) -> Tensor:
-    """Return the log-probabilities of all V tokens at each position of a completion [T, V]."""
-    logprobs = _listed(flat.logprobs, flat)
-    return torch.empty_like(logprobs).scatter_(1, _listed(flat.token_ids, flat), logprobs)
-
-
-def _listed(numbers: list[Any], flat: Any) -> Tensor:
-    """Return what is listed at each position of a completion [T, K], without the sampled token in front."""
-    return torch.tensor(numbers).view(len(flat), -1)[:, 1:]
+    """Return the most probable tokens at each position of a completion [T, K, 2]."""
+    columns = listed(torch.tensor(flat.token_ids), torch.tensor(flat.logprobs))
+    return columns.view(len(flat), -1, 2)[:, 1:]  # without the sampled token in front
 
 
 @contextlib.contextmanager

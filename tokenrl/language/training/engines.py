@@ -34,10 +34,10 @@ from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.engine_checks import (
     COARSE,
     FARTHEST,
+    FIRST,
     ROUNDING,
     check_greedy,
     check_samples,
-    check_trial,
 )
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
@@ -46,7 +46,14 @@ from tokenrl.language.rollout.generator import (
     LaggedGenerator,
     TransformersGenerator,
 )
-from tokenrl.language.rollout.rollout import COLUMNS, Rollout, pad_left, to_device, zeroed
+from tokenrl.language.rollout.rollout import (
+    COLUMNS,
+    Rollout,
+    pad_left,
+    to_device,
+    tokens_of,
+    zeroed,
+)
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, Scores
 from tokenrl.language.rollout.vllm import VllmGenerator
@@ -112,18 +119,24 @@ def _abilities_of(engine: Any) -> Abilities:
     raise Refused(f"An engine has abilities {shown(abilities)}; give tokenrl.language.Abilities.")
 
 
-def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
-    """Refuse to centre scores over more tokens than can be kept with their probabilities at each position."""
-    if estimator.importance_centre:
-        size: int = shape_of(policy).vocab_size
-        count = min(size, estimator.importance_centre_top or size)
-        if count > MOST_TOKENS:
-            raise Refused(
-                f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
-                f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
-                "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
-                "or 'sequence' needs the probabilities of the sampled tokens only."
-            )
+def kept_tokens(estimator: Estimator, policy: Policy) -> int:
+    """Return how many tokens of the sampler are kept with their probabilities at each position.
+
+    Raises:
+        Refused: they are too many.
+    """
+    if not estimator.importance_centre:
+        return 0
+    size: int = shape_of(policy).vocab_size
+    count = min(size, estimator.importance_centre_top or size)
+    if count > MOST_TOKENS:
+        raise Refused(
+            f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
+            f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
+            "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
+            "or 'sequence' needs the probabilities of the sampled tokens only."
+        )
+    return count
 
 
 def start_engine(
@@ -212,13 +225,13 @@ class CheckedEngine(Generator):
         """
         model: Any = self.policy.model
         agrees = self.abilities.agrees
-        is_exact = agrees and model.dtype.itemsize >= 4
-        limit = COARSE if agrees or self.samples_compared else FARTHEST
-        limit = ROUNDING if is_exact else limit
+        limit = COARSE if self.samples_compared else FARTHEST
+        if agrees:
+            limit = FIRST if sampling.is_whole and not self.samples_compared else ROUNDING
+            if model.dtype.itemsize < 4:
+                limit = COARSE
         try:
             with self._told(UNUSABLE):
-                if agrees and not self.samples_compared:
-                    check_trial(rows, sampling, self.policy)
                 check_samples(rows, sampling, self.policy, self.regime, limit)
         except Stopped as error:  # its weights may be older now
             if agrees or not self.samples_compared:
@@ -272,8 +285,8 @@ def checked(
     ids, present = pad_left(prompt_ids, policy.pad_id)
     index = torch.arange(len(ids)).repeat_interleave(sampling.group_size)
     vocabulary: int = shape_of(policy).vocab_size
-    listed = vocabulary if answer.top_ids is None else sampling.keep_top or vocabulary
-    sizes = {"N": len(index), "P": ids.shape[1], "K": min(listed, vocabulary)}
+    listed = min(sampling.keep_tokens or vocabulary, vocabulary)
+    sizes = {"N": len(index), "P": ids.shape[1], "K": listed, "2": 2}
     columns: dict[str, Any] = {
         name: _declared(name, x, sizes)
         for name, x in answer.on_host().columns().items()
@@ -357,26 +370,25 @@ def _faults(
     is_wrong |= table.truncated & (counts < limit)
     yield "truncated", is_wrong, f"True where {limit} tokens have no end, and False elsewhere"
     if table.sampling_distribution is not None:
-        yield from _faults_of_distributions(table)
+        yield from _faults_of_distributions(table, shape_of(policy).vocab_size)
 
 
-def _faults_of_distributions(table: Rollout) -> Iterator[tuple[str, Tensor, str]]:
+def _faults_of_distributions(table: Rollout, vocabulary: int) -> Iterator[tuple[str, Tensor, str]]:
     """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
-    logp = table.sampling_distribution  # [N, T, K]
+    name = "sampling_distribution"
+    listed, logp = tokens_of(table.sampling_distribution)  # [N, T, K]
     ids, sampled, mask = (
         to_device(x[..., None], logp.device)
         for x in (table.completion_ids, table.sampling_logprobs, table.mask)
     )
-    listed = torch.arange(logp.shape[2], device=logp.device)
-    if table.top_ids is not None:
-        listed = table.top_ids
-        is_repeated = listed.sort(dim=2).values.diff(dim=2) == 0
-        yield "top_ids", is_repeated & mask, "different tokens"
+    is_repeated = (listed.sort(dim=2).values.diff(dim=2) == 0).any(dim=2, keepdim=True)
+    is_wrong = (listed < 0) | (listed >= vocabulary) | is_repeated
+    yield name, is_wrong & mask, f"of different tokens, from 0 to {vocabulary - 1}"
     is_sampled = listed == ids
     whole = logp.where(~is_sampled, sampled.to(logp.dtype))
     excess = whole.logsumexp(dim=2, keepdim=True)
-    if table.top_ids is not None:  # the tokens that are not listed have the rest
+    if logp.shape[2] < vocabulary:  # the tokens that are not listed have the rest
         excess = excess.clamp(min=0)
     agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
-    rule = "log-probabilities that add up to 1 and agree with sampling_logprobs"
-    yield "sampling_distribution", ~((excess.abs() <= ROUNDING) & agrees) & mask, rule
+    rule = "of log-probabilities that add up to 1 and agree with sampling_logprobs"
+    yield name, ~((excess.abs() <= ROUNDING) & agrees) & mask, rule

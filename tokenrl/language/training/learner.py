@@ -29,7 +29,7 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
+from tokenrl.language.training.engines import engine_of, kept_tokens, start_engine
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -163,16 +163,15 @@ class Learner:
         """How the run samples; callers set the step."""
         return part_of(self.args, Sampling)
 
-    def keeping(self, sampling: Sampling) -> Sampling:
-        """Return a sampling that also keeps what the estimator reads of the sampled tokens."""
-        estimator = self.estimator
-        return replace(
-            sampling,
-            keep_score_norms="score_norms" in estimator.needs,
-            keep_hidden="values" in estimator.needs,
-            keep_distribution=estimator.importance_centre,
-            keep_top=estimator.importance_centre_top,
-        )
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """The fields of a sampling that say what the estimator reads of the sampled tokens."""
+        needs = self.estimator.needs
+        return {
+            "keep_score_norms": "score_norms" in needs,
+            "keep_hidden": "values" in needs,
+            "keep_tokens": kept_tokens(self.estimator, self.policy),
+        }
 
     @property
     def group_size(self) -> int:
@@ -229,7 +228,7 @@ class Learner:
     def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
         model, regime = self.forward.policy, self.forward.regime
-        sampling = self.keeping(self.sampling)
+        sampling = replace(self.sampling, **self.kept)
         return with_missing_fields(model, rows, regime, sampling, self.micro_batches(rows))
 
     def micro_batches(
@@ -351,7 +350,7 @@ def make_learner(
         Refused: a model cannot be sampled and scored, or not in the regime that the settings ask for.
     """
     device = accelerator.device
-    check_vocabulary(args.estimator, policy)
+    kept_tokens(args.estimator, policy)  # refused before anything is computed
     policy.model.to(device)
     broadcast_weights(policy.model)
     if args.estimator.beta:

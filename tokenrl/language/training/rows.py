@@ -46,16 +46,16 @@ def collect_rows(
     policy = learner.policy
     greedy = not sampling.num_generations
     if not greedy:
-        sampling = learner.keeping(sampling)
+        sampling = replace(sampling, **learner.kept)
     rollout = sample_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
     if not greedy:
-        if sampling.keep_distribution and rollout.sampling_distribution is None:
+        if sampling.keep_tokens and rollout.sampling_distribution is None:
             raise Refused(
-                "importance_centre needs the sampler's probability of every token, and this generator returns "
-                "none: its Rollout has no sampling_distribution. Set importance_centre to False, or return it, "
-                "with top_ids if it is that of the most probable tokens only."
+                "importance_centre needs the sampler's probabilities of its most probable tokens, and this "
+                "generator returns none: its Rollout has no sampling_distribution. Set importance_centre to "
+                "False, or return it (see tokenrl.language.Rollout)."
             )
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
