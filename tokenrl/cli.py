@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
-
 from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
@@ -42,7 +40,7 @@ from tokenrl.settings import Settings
 class ReportArguments(Settings):
     """Write the report of a run again, with its learning curve; or compare several runs on one page."""
 
-    run_dir: tyro.conf.Positional[tuple[str, ...]]
+    run_dir: tuple[str, ...]
     """Output directory of the run; of several runs to compare them."""
     output: str | None = None
     """File to write for several runs (default: comparison.html). The report of one run is report.html in its

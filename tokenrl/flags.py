@@ -1,26 +1,19 @@
 """Makes the flags of a command from the dataclass of its arguments, and reads them. Imports no torch.
 
-tyro reads the words and prints the help. It returns only what was given, numbers and names as text; the
-settings made of them convert it, or refuse it as they refuse a value from Python.
+What a command line gives stays text; the settings made of it convert a text, or refuse it as they refuse a value
+from Python.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 import shlex
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
-from itertools import chain, pairwise
-from typing import Annotated, Any, Literal, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple
 
-import tyro
 from docstring_parser import parse_from_object
-from typing_extensions import Required, TypedDict
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tokenrl.configuration import check_code, check_escapes, configured, directory_of, read_config
 from tokenrl.control.arguments import ABOUT_AGENT, AGENTS, ControlArguments, agent_settings
@@ -31,18 +24,18 @@ from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
-from tokenrl.settings import OR_FUNCTION, arguments, field_types, mentions
+from tokenrl.runs.output import rich_console
+from tokenrl.settings import arguments, field_types, mentions, names_in
 
 ABOUT_CONFIG = (
     "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it. Code that a run "
     "names is executed only if you trained the run with it yourself, or with --trust-run."
 )
-FRAME = re.compile("^.*[─-]{8}.*$|[│|]", re.MULTILINE)
-"""The frame around tyro's errors, with its title: they are shown as plain text."""
-ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
-"""By flag that may stand without a value, the flag with the value that it then has."""
-READING = ConstructorRegistry()
-"""How tyro reads the values of flags."""
+SWITCH_OR_AUTO = bool | Literal["auto"]
+"""The type of a switch that also takes the word auto."""
+SWITCHES = (bool, bool | None, SWITCH_OR_AUTO)
+WORDS = {int: "INT", float: "FLOAT", str: "STR", Estimator: "PRESET"}
+"""By the type of a value, the word that stands for it in the help."""
 
 
 class Command(NamedTuple):
@@ -69,115 +62,126 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     """
     kind = command.arguments
     prog = f"tokenrl {name}"
-    hints = dict(field_types(kind))
     words = [word for word in argv if word not in ("-h", "--help")]
-    is_help = len(words) < len(argv)
     options = dict[str, Any]()
     unknown = list[str]()
-    if words or not is_help:
-        alone = [
-            ALONE.get(word.replace("_", "-"), word) if following.startswith("--") else word
-            for word, following in pairwise([*words, "--"])
-        ]
-        options, unknown = _read_options(command, alone, prog)
+    if words or not argv:
+        options, unknown = _read_options(command, words)
     start = _starting_settings(name, command, options)
-    if is_help:
-        about = cleandoc(kind.__doc__)
-        if "estimator" in hints:
-            width = max(map(len, PRESETS)) + 2
-            lines = [
-                about,
-                "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
-                "The presets, and the bias of the expected gradient with each:",
-            ]
-            lines += [f"  {word:{width}}{Estimator.preset(word).bias_status}" for word in PRESETS]
-            about = "\n".join(lines)
-        tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
+    if len(words) < len(argv):
+        _print_help(command, prog, start)
+        raise SystemExit(0)
+    hints = dict(field_types(kind))
     if kind is CompareArguments:
-        config = options.pop("config", None)
-        stored = {}
-        if config is not None:
-            stored = read_config(config)
-            if directory_of(config, stored):
-                raise Refused(
-                    f"{config} is the configuration of a run; compare takes a file of settings."
-                )
+        stored = _stored_comparison(options.pop("config", None))
         runs = ControlArguments if "env" in stored | options else TrainArguments
-        shared, unknown = _shared(runs, unknown, prog)
+        shared, unknown = _shared(runs, unknown)
         start = with_shared(stored | shared)
         hints |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, hints, prog)
     return arguments(kind, start | options)
 
 
-def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that flags give, by name, and the words that are not flags of the command."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            groups, rest = tyro.cli(
-                _flags(command),
-                args=_collected(command.arguments, argv),
-                prog=prog,
-                registry=READING,
-                return_unknown_args=True,
-            )
-    except SystemExit:  # tyro has printed what is wrong and where the help is
-        words = FRAME.sub(" ", errors.getvalue()).split()
-        raise Refused(f"{' '.join(words)}.") from None
-    options = {}
-    if axes := groups.pop("estimator", {}):
-        options["axes"] = axes
-    for group in groups.values():
-        options |= group
-    check_escapes(options)
-    return options, rest
+def _about(kind: Any) -> str:
+    """Return what the help of a command says first, with the presets if it has an estimator."""
+    about = cleandoc(kind.__doc__)
+    if "estimator" not in field_types(kind):
+        return about
+    width = max(map(len, PRESETS)) + 2
+    presets = [f"  {name:{width}}{Estimator.preset(name).bias_status}" for name in PRESETS]
+    lines = [
+        about,
+        "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
+        "The presets, and the bias of the expected gradient with each:",
+    ]
+    return "\n".join([*lines, *presets])
 
 
-def _collected(kind: Any, argv: list[str]) -> list[str]:
-    """Return the words of a command line, where a list flag that is repeated adds to its first values.
+def _stored_comparison(config: str | None) -> dict[str, Any]:
+    """Read the settings of a comparison from a file, if one is named."""
+    if config is None:
+        return {}
+    stored = read_config(config)
+    if directory_of(config, stored):
+        raise Refused(f"{config} is the configuration of a run; compare takes a file of settings.")
+    return stored
+
+
+def _read_options(command: Command, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a command line gives, by name, and its words that belong to no flag of the command.
+
+    A word that begins with -- is a flag, and the words up to the next one are its values. A list flag that is
+    repeated adds to its first values. Words before all flags are the values of the field without a default.
 
     Raises:
-        Refused: More words stand behind a flag than it takes.
+        Refused: A flag has more values than it takes, or none.
     """
-    hints = {f"--{name}".replace("_", "-"): hint for name, hint in field_types(kind).items()}
-    lists = {flag for flag, hint in hints.items() if mentions(hint, ...)}
-    parts = defaultdict[Any, list[str]](list)
-    owner: Any = ""
-    for number, word in enumerate(argv):
+    hints = _types_of(command)
+    off = {
+        _negated(name).replace("-", "_"): name for name, hint in hints.items() if hint in SWITCHES
+    }
+    parts = [[f"--{each.name}" for each in fields(command.arguments) if is_required(each)] or [""]]
+    for word in argv:
         if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            name = flag.replace("_", "-")
-            owner = name if name in lists else number
-            if owner in parts:  # a list flag that is repeated
-                parts[owner] += [value] if equals else []
-                continue
-        parts[owner].append(word)
-    for flag, *values in parts.values():
-        flag, *of_flag = flag.split("=", 1)
-        hint = hints.get(flag.replace("_", "-").replace("--no-", "--"), tuple[str, ...])
-        count = "no" if hint in (bool, bool | None) else "one"
-        values = [*filter(None, of_flag), *values]
-        if values[count == "one" :] and not mentions(hint, ...):
-            raise Refused(
-                f"{flag} takes {count} value, not {' '.join(values)}. A text with spaces stands in "
-                "quotes, and a switch alone, as --quiet or --no-quiet."
-            )
-    return [*chain.from_iterable(parts.values())]
+            parts.append([])
+        parts[-1].append(word)
+    options = dict[str, Any]()
+    unknown = list[str]()
+    for word, *values in parts:
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if name not in hints | off:
+            unknown += filter(None, [word, *values])
+            continue
+        values = [value, *values] if equals else values
+        hint = hints.get(name)
+        if mentions(hint, ...):
+            options[name] = [*options.get(name, ()), *values]
+        else:
+            options[off.get(name, name)] = _value(flag, hint, values)
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = value[0] if len(value) == 1 else tuple(value)
+    check_escapes(options)
+    return options, unknown
 
 
-@READING.primitive_rule
-def _as_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Return how tyro reads a number or a name: as the text that it is, which the settings then convert."""
-    if read.type_origin is not Literal and read.type not in (int, float):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="VALUE",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda _: True,
-        str_from_instance=lambda default: [str(default)],
-    )
+def _types_of(command: Command) -> dict[str, Any]:
+    """Return the type of the value of each flag, by name; an axis of the estimator is estimator.AXIS."""
+    hints = dict(field_types(command.arguments))
+    if "estimator" in hints:
+        hints |= {f"estimator.{axis}": hint for axis, hint in field_types(Estimator).items()}
+    if command.trains or command.arguments is CompareArguments:
+        hints["config"] = str
+    if command.arguments is ControlArguments:
+        hints["agent"] = Literal[AGENTS]
+    return hints
+
+
+def _value(flag: str, hint: Any, values: list[str]) -> Any:
+    """Return the value of a flag: whether a switch is on, or a text.
+
+    Args:
+        flag: the flag as it was written.
+        hint: the type of its setting; None for --no-NAME, which turns a switch off.
+        values: the words behind it.
+    """
+    is_switch = hint in (None, bool, bool | None)
+    if not values and (is_switch or hint == SWITCH_OR_AUTO):
+        return hint is not None
+    if is_switch or len(values) != 1:
+        count = "no" if is_switch else "one"
+        raise Refused(
+            f"{flag} takes {count} value, not {' '.join(values) or 'none'}. A text with spaces stands in "
+            "quotes, and a switch alone, as --quiet or --no-quiet."
+        )
+    return None if values == ["None"] and mentions(hint, NoneType) else values[0]
+
+
+def _negated(flag: str) -> str:
+    """Return the flag that turns a switch off."""
+    parent, dot, last = flag.rpartition(".")
+    return f"{parent}{dot}no-{last}"
 
 
 def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> dict[str, Any]:
@@ -185,11 +189,11 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
     kind = command.arguments
     if not command.trains:
         return {}
-    typed = options.keys() | {f"estimator.{axis}" for axis in options.get("axes", {})}
+    typed = {*options}
     config = options.pop("config", None)
     agent = options.pop("agent", None)
     preset = options.pop("estimator", None)
-    axes = options.pop("axes", {})
+    axes = _axes_of(options)
     start: dict[str, Any] = {}
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
@@ -211,15 +215,21 @@ def _estimator(kind: Any, start: Mapping[str, Any]) -> Any:
     return start.get("estimator") or kind.__dataclass_fields__["estimator"].default_factory()
 
 
-def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
+def _axes_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the axes of the estimator out of the options, and return them by their own names."""
+    names = [name for name in options if name.startswith("estimator.")]
+    return {name.removeprefix("estimator."): options.pop(name) for name in names}
+
+
+def _shared(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that all runs of a comparison share, and the words that are not flags of a run."""
-    options, rest = _read_options(Command(kind, "", trains=True), argv, prog)
+    options, rest = _read_options(Command(kind, "", trains=True), argv)
     if {"estimator", "agent"} & options.keys():
         raise Refused(
             "A comparison names estimators as --arms; what all arms share are single axes, such as "
             "--estimator.aggregation sequence_mean."
         )
-    axes = options.pop("axes", {})
+    axes = _axes_of(options)
     settings = vars(arguments(kind, options | {"estimator": axes}))
     shared = {name: settings[name] for name in options}
     if axes:
@@ -227,54 +237,68 @@ def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list
     return dict(plain(shared)), rest
 
 
-def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
-    """Make the type that tyro reads: a group of flags for each class that declares some, the axes last."""
+def _print_help(command: Command, prog: str, start: Mapping[str, Any]) -> None:
+    """Print what a command does, and its flags with their defaults: a panel for each group, the axes last."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.panel import Panel
+
     kind = command.arguments
-    start = start or {}
-    about = {owner.group: owner.__doc__ for owner in dataclasses_of(kind)} | {"": ""}
-    groups: dict[str, dict[str, Any]] = {title: {} for title in about}
-    for owner, name, flag in _each_flag(kind, start):
-        groups[owner.group][name] = flag
-    if command.trains or kind is CompareArguments:
-        groups[""]["config"] = _flag(str | None, None, ABOUT_CONFIG, "FILE")
-    if kind is ControlArguments:
-        groups[""]["agent"] = _flag(Literal[AGENTS] | None, None, ABOUT_AGENT, "AGENT")
-    parts: dict[str, Any] = {}
-    for number, (title, flags) in enumerate(groups.items()):
-        heading = tyro.conf.arg(name=title, help=about[title])
-        parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, heading]
-    if "estimator" in groups[""]:
-        estimator = vars(_estimator(kind, start))
-        axes = {name: flag for _, name, flag in _each_flag(Estimator, estimator)}
-        parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
-    return _group(parts)
+    hints = _types_of(command)
+    headings: dict[str, Any] = {"": ""}
+    for owner in dataclasses_of(kind):
+        headings.setdefault(owner.group, owner.__doc__)
+    flags = [
+        (owner.group, field.name, f"{text}{_default(field, start)}")
+        for owner, field, text in described_fields(kind)
+        if field.metadata.get("flag", True)
+    ]
+    others = {"config": ABOUT_CONFIG, "agent": ABOUT_AGENT}
+    flags += [("", name, text) for name, text in others.items() if name in hints]
+    if "estimator" in hints:
+        headings["estimator"] = Estimator.__doc__
+        axes = vars(_estimator(kind, start))
+        flags += [
+            ("estimator", f"estimator.{field.name}", f"{text}{_default(field, axes)}")
+            for _, field, text in described_fields(Estimator)
+        ]
+    console = rich_console()
+    console.print(f"usage: {prog} [--help] [OPTIONS]\n\n{_about(kind)}\n")
+    for title, heading in headings.items():
+        lines: list[Any] = [cleandoc(heading), ""] if title else []
+        for group, name, text in flags:
+            if group == title:
+                lines += [_signature(name, hints[name]), Padding(text, (0, 0, 0, 6))]
+        console.print(Panel(Group(*lines), title=f"{title} options".strip(), title_align="left"))
 
 
-def _group(flags: dict[str, Any]) -> Any:
-    """Return the type of the dictionary that tyro makes; it holds only the flags that the user wrote."""
-    return TypedDict("Flags", flags, total=False)  # type: ignore[misc, operator]
+def _signature(name: str, hint: Any) -> str:
+    """Return a flag as it is typed, with a word for its value."""
+    flag = name.replace("_", "-")
+    names = ",".join(names_in(hint))
+    if hint in SWITCHES:
+        word = f" [{names}]" if names else ""
+        return f"--{flag}{word}, --{_negated(flag)}"
+    words = [word for kind, word in WORDS.items() if mentions(hint, kind)]
+    if names:
+        words.insert(0, f"{{{names}}}")
+    several = " ..." if mentions(hint, ...) else ""
+    return f"--{flag} {'|'.join(words)}{several}"
 
 
-def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
-    """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    for owner, field, text in described_fields(kind):
-        if not field.metadata.get("flag", True):
-            continue
-        hint = field_types(kind)[field.name]
-        metavar = None
-        value = start.get(field.name, field.default)
-        if field.name == "estimator":
-            hint = Literal[tuple(PRESETS)] | None
-            value = None
-            metavar = "PRESET"
-        elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
-            hint = hint | str  # the name of a function
-        elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
-            hint = bool
-        elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
-            hint = Literal[True, False, "auto"]
-            metavar = "[auto]"
-        yield owner, field.name, _flag(hint, value, text, metavar)
+def _default(field: Field[Any], defaults: Mapping[str, Any]) -> str:
+    """Return in words what a setting is if it is left out; empty where it is open or required."""
+    value = defaults.get(field.name, field.metadata.get("usual", field.default))
+    words = " ".join(map(shlex.quote, map(str, value if isinstance(value, tuple) else [value])))
+    if words in ("''", "None", "") or is_required(field) or field.name == "estimator":
+        return ""
+    origin = "as in the run, else " if "usual" in field.metadata else ""
+    return f" (default: {origin}{words})"
+
+
+def is_required(field: Field[Any]) -> bool:
+    """Return whether a setting has no default; the words before all flags are its values."""
+    return field.default is field.default_factory
 
 
 def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
@@ -287,18 +311,6 @@ def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
             texts[entry.arg_name] = " ".join(str(entry.description).split())
     for field in fields(kind):
         yield owners[field.name], field, texts[field.name]
-
-
-def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    """Return the type of one flag, with its help text and its default."""
-    values = default if isinstance(default, tuple) else [default]
-    words = " ".join(shlex.quote(str(value)) for value in values)
-    hint_of_default = f"(default: {words})"
-    if default is MISSING or words in ("''", "None", ""):
-        hint_of_default = ""
-    help = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint_of_default)
-    flag = Annotated[hint, help]
-    return Required[flag] if default is MISSING else flag
 
 
 def dataclasses_of(kind: type[Any]) -> list[type[Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluation import over_prompts
+from tokenrl.language.evaluation.evaluation import estimates
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
@@ -116,10 +116,8 @@ def best_of_n_metrics(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     size = sampling.num_generations
-    chosen_by = list[
-        np.ndarray
-    ]()  # the rewards of each prompt's completions that decide the choice
-    measured_by = list[np.ndarray]()
+    chosen_by: list[np.ndarray] = []  # for each prompt the rewards that decide the choice
+    measured_by: list[np.ndarray] = []
     generator = checked_generator(policy, choosing.environments)
     for batch in sample_and_reward(
         policy, generator, prompts, choosing, sampling, stream="best_of_n"
@@ -131,21 +129,15 @@ def best_of_n_metrics(
         for i, columns in enumerate(is_rewarded):
             chosen_by.append(proxies[i, columns].numpy())
             measured_by.append(golds[i, columns].numpy())
-    metrics = dict[str, float]()
+    by_prompt = dict[str, list[float]]()
     powers = [2**k for k in range(size.bit_length())]
     for n in sorted({*powers, size}):
         pools = [pool for pool in zip(chosen_by, measured_by, strict=True) if len(pool[0]) >= n]
-        weights = [choice_weights(proxy, n) for proxy, _ in pools]
-        values = {
-            "best_of_n": [float(w @ pool[1]) for w, pool in zip(weights, pools, strict=True)],
-            "best_of_n_proxy": [float(w @ pool[0]) for w, pool in zip(weights, pools, strict=True)],
-            "best_of_n_kl": [best_of_n_kl(proxy, n) for proxy, _ in pools],
-        }
-        for name, numbers in values.items():
-            estimate = over_prompts(numbers)
-            metrics[f"{name}@{n}"] = estimate.value
-            metrics[f"{name}@{n}_stderr"] = estimate.stderr
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+        weighted = [(choice_weights(proxy, n), proxy, gold) for proxy, gold in pools]
+        by_prompt[f"best_of_n@{n}"] = [float(w @ gold) for w, _, gold in weighted]
+        by_prompt[f"best_of_n_proxy@{n}"] = [float(w @ proxy) for w, proxy, _ in weighted]
+        by_prompt[f"best_of_n_kl@{n}"] = [best_of_n_kl(proxy, n) for proxy, _ in pools]
+    return estimates(by_prompt)
 
 
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:

@@ -306,19 +306,18 @@ def _metrics(
     def mean(name: str) -> float:
         return over_prompts([row[name] for row in rows]).value
 
-    metrics: dict[str, float] = {}
-    for name, values in by_prompt.items():
-        metrics[name], error = over_prompts(values)
-        metrics[f"{name}_stderr"] = error
+    metrics = estimates(by_prompt, always=("reward", "reward_greedy"))
     if "reward" in by_prompt:
         metrics["reward"] = mean("reward")
     metrics["completions/mean_length"] = mean("length")
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         column = [row["rewards"][i] for row in rows]
-        metrics[f"rewards/{name}/mean"] = over_prompts(column).value
-        if share := fmean(map(math.isnan, column)):
-            metrics[f"rewards/{name}/abstained"] = share
+        abstained = fmean(map(math.isnan, column))
+        if abstained < 1:
+            metrics[f"rewards/{name}/mean"] = over_prompts(column).value
+        if abstained:
+            metrics[f"rewards/{name}/abstained"] = abstained
     tokens = sum(row["length"] for row in rows)
     entropy = sum(row["entropy"] for row in rows)
     metrics["entropy"] = entropy / max(1, tokens)
@@ -327,8 +326,7 @@ def _metrics(
         endings = [row["ending"] for row in rows]
         for ending in dict.fromkeys(endings):
             metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
-    always = ("reward", "reward_greedy")
-    return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}
+    return metrics
 
 
 class Estimate(NamedTuple):
@@ -356,6 +354,21 @@ def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
         # Equal numbers may differ from their mean by a rounding.
         error = 0.0 if is_rounding(spread, mean) else spread / math.sqrt(size)
     return Estimate(mean, error)
+
+
+def estimates(
+    by_prompt: Mapping[str, Sequence[float]], always: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return for each metric its mean over prompts, and the standard error under its name and `_stderr`.
+
+    Args:
+        by_prompt: for each name one value per prompt, see `over_prompts`.
+        always: names that stay where no prompt has a value; other numbers that are NaN are left out.
+    """
+    metrics: dict[str, float] = {}
+    for name, values in by_prompt.items():
+        metrics[name], metrics[f"{name}_stderr"] = over_prompts(values)
+    return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:

@@ -7,7 +7,7 @@ left out if both others hold whole texts or conversations that begin with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,9 @@ def read_pairs(
 
 
 def _pair(row: Row, source: str) -> Pair:
-    prompt = as_prompt(row.get("prompt"))
-    chosen = as_prompt(row.get("chosen"))
-    rejected = as_prompt(row.get("rejected"))
+    prompt, chosen, rejected = (
+        as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
+    )
     fault = fault_of_prompt(chosen, "chosen") or fault_of_prompt(rejected, "rejected")
     if prompt is not None:
         fault = fault or fault_of_prompt(prompt)
@@ -160,12 +160,13 @@ def _pair(row: Row, source: str) -> Pair:
         prompt = chosen[:cut]
         chosen = chosen[cut:]
         rejected = rejected[cut:]
-    margin = _number(row, "margin", source)
-    chosen_gold = _number(row, "chosen_gold", source)
-    rejected_gold = _number(row, "rejected_gold", source)
-    gold = None
-    if chosen_gold is not None and rejected_gold is not None:
-        gold = (chosen_gold, rejected_gold)
+    numbers = {}
+    for name in ("margin", "chosen_gold", "rejected_gold"):
+        if (value := row.get(name)) is not None:
+            check_number(f"{source}: {name}", value)
+            numbers[name] = float(value)
+    margin = numbers.pop("margin", None)
+    gold = (numbers["chosen_gold"], numbers["rejected_gold"]) if len(numbers) == 2 else None
     return Pair(prompt, chosen, rejected, margin, gold, row.get("tools"))
 
 
@@ -177,15 +178,6 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     if isinstance(chosen, str):
         return max(0, chosen.rfind(" ", 0, cut))
     return cut
-
-
-def _number(row: Row, name: str, source: str) -> float | None:
-    """Return the number in a column; None without the column, or where it has no value."""
-    value = row.get(name)
-    if value is None:
-        return None
-    check_number(f"{source}: {name}", value)
-    return float(value)
 
 
 def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
@@ -227,30 +219,25 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         held_out: the pairs to evaluate on.
     """
 
-    def key(pair: Pair) -> str:
-        return repr((pair.prompt, pair.chosen, pair.rejected))
-
-    trained = set(map(key, train))
-    repeated = sum(key(pair) in trained for pair in held_out)
-    reversed_pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in train]
-    swapped = sum(key(pair) in trained for pair in reversed_pairs)
+    trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
+    repeated = [repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out]
+    swapped = [repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train]
     texts = [completion_texts([pair.chosen, pair.rejected]) for pair in train]
     gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in texts])
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
     findings = []
-    for flag, count, pairs, largest_share, words in (
-        (
-            "held-out-in-training",
+    mistakes: dict[str, tuple[list[bool], float, str]] = {
+        "held-out-in-training": (
             repeated,
-            held_out,
             MAX_REPEATED_SHARE,
             "held-out pairs are trained on too",
         ),
-        ("contradictory-pairs", swapped, train, 1, "training pairs are there in both orders"),
-    ):
-        if count:
-            weight: Weight = "void" if count >= largest_share * len(pairs) else "watch"
-            text = f"{count:,} of {len(pairs):,} {words}: take them out."
+        "contradictory-pairs": (swapped, 1, "training pairs are there in both orders"),
+    }
+    for flag, (marks, largest_share, words) in mistakes.items():
+        if count := sum(marks):
+            weight: Weight = "void" if count >= largest_share * len(marks) else "watch"
+            text = f"{count:,} of {len(marks):,} {words}: take them out."
             findings.append(Finding(flag, weight, text))
     for name, share in shares.items():
         if share >= MIN_LENGTH_SHARE:

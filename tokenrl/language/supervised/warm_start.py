@@ -14,14 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused
-from tokenrl.language.evaluation.probe import probe_policy
+from tokenrl.language.evaluation.evaluation import Evaluator, known_rewards
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.sampling import sampling_of
 from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
@@ -118,14 +121,21 @@ def warm_start(
 
 
 def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
-    """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
+    """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end.
+
+    Groups with a completion that has no reward are left out.
+    """
     rewards.state = TrainerState(max_steps=args.max_steps)
-    sampling = sampling_of(args)
-    sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
+    size = max(2, args.num_generations)
+    sampling = replace(sampling_of(args), num_generations=size)
     count = min(PROMPTS, len(task.train_prompts))
-    rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
-    probe = probe_policy(policy, rows, rewards, sampling)
-    return min(probe.unequal, 1 - probe.truncated.value) >= ENOUGH
+    prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
+    evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
+    rows = evaluator.rows(prompts, rewards, sampling, "probe")
+    groups = [group for group in known_rewards(rows, size) if len(group) == size]
+    unequal = sum(len(np.unique(group)) > 1 for group in groups)
+    ended = sum(not row["truncated"] for row in rows)
+    return unequal >= ENOUGH * max(1, len(groups)) and ended >= ENOUGH * len(rows)
 
 
 def folder_of(run: str) -> Path:
