@@ -304,7 +304,7 @@ def is_required(field: Field[Any]) -> bool:
 def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
     """Yield each field of a dataclass of settings, with the class that declares it and what it means."""
     owners = dict[str, Any]()
-    texts = dict[str, str]()
+    texts = {}
     for owner in reversed(dataclasses_of(kind)):
         owners |= dict.fromkeys(get_annotations(owner), owner)
         for entry in parse_from_object(owner).params:

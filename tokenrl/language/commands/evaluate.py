@@ -132,7 +132,7 @@ def as_in_runs(args: T) -> T:
     usual = {f.name: f.metadata["usual"] for f in fields(choices) if "usual" in f.metadata}
     usual["task"] = choices.environment
     from_runs = dict[str, Any]()
-    runs = list[str]()
+    runs = []
     for model in filter(run_of, models_of(choices)):
         runs.append(model)
         for name, value in _of_run(choices, model, {*usual}).items():

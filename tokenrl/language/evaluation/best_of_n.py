@@ -45,12 +45,12 @@ def sample_pool(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     generator = checked_generator(policy)
-    texts: list[list[str]] = []
+    texts = []
     rows = [{"prompt": prompt} for prompt in prompts]
     for index, ids in enumerate(encode(policy, rows, sampling)):
         draws = uniforms("best_of_n", sampling, [index])
         assert draws is not None
-        completions: list[str] = []
+        completions = []
         for rows in draws.split(batch_size):
             rollout = generator.generate([ids], replace(sampling, num_generations=len(rows)), rows)
             completions += policy.decode(rollout.completion_ids, rollout.mask)
@@ -116,8 +116,8 @@ def best_of_n_metrics(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     size = sampling.num_generations
-    chosen_by: list[np.ndarray] = []  # for each prompt the rewards that decide the choice
-    measured_by: list[np.ndarray] = []
+    chosen_by = []  # for each prompt the rewards that decide the choice
+    measured_by = []
     generator = checked_generator(policy, choosing.environments)
     for batch in sample_and_reward(
         policy, generator, prompts, choosing, sampling, stream="best_of_n"
@@ -129,7 +129,7 @@ def best_of_n_metrics(
         for i, columns in enumerate(is_rewarded):
             chosen_by.append(proxies[i, columns].numpy())
             measured_by.append(golds[i, columns].numpy())
-    by_prompt = dict[str, list[float]]()
+    by_prompt = {}
     powers = [2**k for k in range(size.bit_length())]
     for n in sorted({*powers, size}):
         pools = [pool for pool in zip(chosen_by, measured_by, strict=True) if len(pool[0]) >= n]

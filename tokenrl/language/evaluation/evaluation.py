@@ -105,7 +105,7 @@ class Evaluator:
             single = prompts if rewards.environments is None else ()
             _check_reference(self.policy, self.reference, single, sampling)
         passes = []
-        failures = list[str]()
+        failures = []
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
@@ -115,7 +115,7 @@ class Evaluator:
             failures += [row["failure"] for row in passes[-1] if "failure" in row]
         greedy = passes[0]
         rows = passes[-1]
-        by_prompt: dict[str, list[float]] = {}
+        by_prompt = {}
         if rewards.functions:
             by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
         if size:
@@ -137,7 +137,7 @@ class Evaluator:
             stream: the stream of random numbers, a name in `STREAMS`.
         """
         policy = self.policy
-        rows = list[dict[str, Any]]()
+        rows = []
         generator = self.generator
         for batch in sample_and_reward(
             policy,
@@ -281,7 +281,7 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    each: dict[str, list[float]] = {}
+    each = {}
     if rewards.functions:
         rewarded = known_rewards(rows, size)
         mark = rewards.pass_threshold
@@ -365,7 +365,7 @@ def estimates(
         by_prompt: for each name one value per prompt, see `over_prompts`.
         always: names that stay where no prompt has a value; other numbers that are NaN are left out.
     """
-    metrics: dict[str, float] = {}
+    metrics = {}
     for name, values in by_prompt.items():
         metrics[name], metrics[f"{name}_stderr"] = over_prompts(values)
     return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}

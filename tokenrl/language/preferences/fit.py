@@ -31,6 +31,7 @@ from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.forward import choose_passes
 from tokenrl.language.rollout.passes import Passes, Shapes
+from tokenrl.language.supervised.defaults import settled
 from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -43,7 +44,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -296,15 +296,11 @@ def fill_defaults(
             f"margin={choices.margin} and a column 'margin' were both given: give one of the two."
         )
     batch_size = min(choices.batch_size, len(data.train))
-    max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
-    defaults = {
-        "max_steps": max_steps,
+    usual = {
+        "max_steps": math.ceil(len(data.train) / batch_size),
         "learning_rate": 1e-3 if choices.model is None else 1e-5,
-        "eval_every": max(1, max_steps // 10),
     }
-    pairs = decided | {"batch_size": batch_size}
-    values, _ = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
-    return RewardModelArguments(**values)
+    return settled(choices, ("default", usual), **decided, batch_size=batch_size)[0]
 
 
 def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:
@@ -336,7 +332,7 @@ def _finish(
     ended.reward_model.trained_prompts = session.provenance.trained_prompts
     for name, preferences in data.rows.items():
         write_preferences(directory / name, preferences)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
         texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         rows.append(texts | {"reward_chosen": chosen, "reward_rejected": rejected})

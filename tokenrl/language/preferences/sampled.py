@@ -76,7 +76,7 @@ def make_preferences(
     check_single_turn(gold, "A pair of completions")
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     draws = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
-    rows: list[dict[str, Any]] = []
+    rows = []
     generator = checked_generator(policy)
     for batch in sample_and_reward(
         policy, generator, prompts, gold, sampling, stream="preferences", batch_size=batch_size

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.tasks.task import PromptTask
-from tokenrl.settings import lay
+from tokenrl.settings import arguments, lay
+
+T = TypeVar("T")
 
 ANY = {
     "max_steps": 200,
@@ -224,41 +226,52 @@ def layers_below(
     usual, usual_of_toys = (SFT_ANY, SFT_TOY) if supervised else (ANY, TOY)
     count = parameter_count(policy)
     is_random = policy.source == TINY and not getattr(choices, "warm_start", False)
-    size = f"{count:,} {'random ' if is_random else ''}parameters"
-    if choices.lora_r:
-        size += ", LoRA"
-    rate = default_rate(
-        count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random
-    )
+    lora = bool(choices.lora_r)
+    size = f"{count:,} {'random ' if is_random else ''}parameters{', LoRA' if lora else ''}"
+    rate = default_rate(count, lora=lora, supervised=supervised, trained=not is_random)
     top = ("recommended by the task", recommended)
     if task.base and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
+def settled(
+    choices: T, *layers: tuple[str, Mapping[str, Any]], **decided: Any
+) -> tuple[T, dict[str, str]]:
+    """Settle the arguments of a training on rows: lay what was given over the layers below.
+
+    Evaluations are made every tenth of the run where their interval is left open.
+
+    Args:
+        choices: what was given.
+        *layers: the layers below, as `lay` takes them.
+        **decided: settings that the run has decided, which lie on top.
+
+    Returns:
+        The settings, and where the value of each comes from.
+    """
+    values, origins = lay(*layers, ("given", vars(choices)), ("decided", decided))
+    if values["eval_every"] is None:
+        values["eval_every"] = max(1, values["max_steps"] // 10)
+    return arguments(type(choices), values), origins
+
+
 def sft_defaults(
     choices: SftArguments, task: PromptTask, policy: Policy, decided: Mapping[str, Any]
 ) -> tuple[SftArguments, dict[str, str]]:
-    """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
+    """Settle the arguments of `tokenrl sft`: what was given lies over what the task recommends and the defaults.
 
     Args:
         choices: what was given.
         task: the task.
         policy: the policy, which needs no weights.
         decided: settings that the run has decided, such as those about computing.
-
-    Returns:
-        The settings, and where the value of each comes from.
     """
     recommended = {}
     if warm := task.base and task.base.warm_start:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
-    layers = layers_below(choices, task, policy, recommended)
-    values, origins = lay(*layers, ("given", vars(choices)))
-    if values["eval_every"] is None:
-        values["eval_every"] = max(1, values["max_steps"] // 10)
-    return SftArguments(**{**values, **decided}), origins
+    return settled(choices, *layers_below(choices, task, policy, recommended), **decided)
 
 
 def with_origins(origins: Mapping[str, str], between: str = ", ", **texts: str) -> str:

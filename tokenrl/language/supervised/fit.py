@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Placed, Refused, Stopped, with_places
+from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
@@ -21,6 +21,7 @@ from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.runs.schedules import share_of_rate
@@ -106,7 +107,7 @@ class Descent(ABC):
         self.step += 1
         passes.copy_weights()
         self._optimizer.zero_grad()
-        losses = list[Tensor]()
+        losses = []
         for part in parts:
             loss = self.loss([batch[i] for i in part], batch)
             loss.backward()
@@ -193,7 +194,7 @@ def encode_demonstrations(
         raise Refused(
             "There are no demonstrations to learn from. Give rows of prompt and completion."
         )
-    pairs: list[Pair] = []
+    pairs = []
     for location, row in with_places(rows):
         tools = (environments and environments.tools(row)) or row.get("tools")
         try:
@@ -209,8 +210,8 @@ def encode_demonstrations(
 
 
 def as_in_episodes(
-    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
-) -> list[Any]:
+    rows: Iterable[Any], environments: Environments | None, warn: Callable[[str], None]
+) -> Rows:
     """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
 
     A prompt that ends with this text, or a chat whose last message of the user does, stays as it is. So does
@@ -219,11 +220,14 @@ def as_in_episodes(
 
     Args:
         rows: demonstrations with a `prompt`, and the columns that `reset` takes.
-        environments: where the rows come from.
+        environments: where the rows come from; None for completions of one turn, which stay as they are.
         warn: prints that the text depends on the seed.
     """
-    opened = [*rows]
-    for number, (location, row) in enumerate(with_places(rows)):
+    rows = Rows.of(rows)
+    if environments is None:
+        return rows
+    prompts = [*rows.column("prompt")]
+    for number, row in enumerate(rows):
         with suppress(Refused):
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
@@ -233,10 +237,10 @@ def as_in_episodes(
                     f"{episodes[0].name_of('reset')} draws its text at random, so it is not added to "
                     "demonstrations: their prompts must hold what the policy reads first."
                 )
-                return [*rows]
+                return rows
             if not _is_opened(row["prompt"], text):
-                opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
-    return opened
+                prompts[number] = episodes[0].opening
+    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
 
 
 def _is_opened(prompt: Any, text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +41,6 @@ from tokenrl.language.tasks.held_out import (
     division_of,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
@@ -119,8 +118,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
-        if environments is not None:
-            rows = Rows.of(as_in_episodes(rows, environments, session.console.warn))
+        rows = as_in_episodes(rows, environments, session.console.warn)
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
@@ -183,9 +181,9 @@ def _evaluation(
     numbers = chosen(task.eval_prompts, args.eval_size or EVALUATED)
     prompts = task.eval_prompts.take(numbers)
     environments = rewards.environments
-    rows: Sequence[Any] = with_completions(prompts, args.completion_column)
-    if environments is not None:  # as those that are learnt from, of which a warning has been told
-        rows = as_in_episodes(rows, environments, lambda words: None)
+    # As those that are learnt from, of which a warning has been told.
+    demonstrated = with_completions(prompts, args.completion_column)
+    rows = as_in_episodes(demonstrated, environments, lambda words: None)
     pairs = encode_demonstrations(policy, rows, environments) if rows else []
     if not prompts or not (rewards.functions or pairs):
         return dict

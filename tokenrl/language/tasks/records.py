@@ -17,14 +17,10 @@ IN_MEMORY = "in-memory:"
 
 def remarks(rows: Rows) -> list[str]:
     """Return a warning about values that are missing in some rows, if there are any."""
-    missing = {name: sum(value is None for value in rows.columns[name]) for name in rows.columns}
+    missing = {name: values.count(None) for name, values in rows.columns.items()}
     partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
-    if not partly:
-        return []
-    return [
-        f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. Rewards get None "
-        "there."
-    ]
+    words = f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. "
+    return [f"{words}Rewards get None there."] if partly else []
 
 
 def fingerprint(splits: Mapping[str, Rows]) -> str:
@@ -54,7 +50,7 @@ def recorded(task: Any) -> dict[str, Any]:
         task: the task. Data that was given from Python is described as `task_rows`; `chat_prompts`
             says that prompts are chat messages.
     """
-    facts: dict[str, Any] = {}
+    facts = {}
     if task.origin:
         facts["task_rows"] = task.origin
     if any(not isinstance(prompt, str) for prompt in task.train_prompts.columns["prompt"]):

@@ -133,8 +133,7 @@ def as_task(
         whole: whether the task may lack rows to evaluate on.
     """
     task = own_task(source, data.eval_size, chat=chat, whole=whole)
-    if task is None:
-        task = _of_data(source, data, chat=chat)
+    task = task or _of_data(source, data, chat=chat)
     held_out = task.eval_prompts.take(chosen(task.eval_prompts, data.eval_size))
     columns = {**task.train_prompts.columns, **held_out.columns}
     task.train_prompts = task.train_prompts.with_columns(columns)
