@@ -22,37 +22,14 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "fsync", lambda handle: None)
     patch.setattr(toy_tasks, "load", cached_tasks(toy_tasks.load))
     if "tokenrl.flags" in sys.modules:
-        read_flags_once(patch, sys.modules["tokenrl.flags"])
+        flags = sys.modules["tokenrl.flags"]
+        patch.setattr(flags, "parse_from_object", cache(flags.parse_from_object))
     if "tokenrl.language.rollout.forward" in sys.modules:
         forward = sys.modules["tokenrl.language.rollout.forward"]
         patch.setattr(forward, "check_model", remembered(forward.check_model))
     if "tokenrl.language.policy.saved" in sys.modules:
         saved = sys.modules["tokenrl.language.policy.saved"]
         patch.setattr(saved.SavedModel, "check", trial_once(saved.SavedModel.check))
-
-
-def read_flags_once(patch: pytest.MonkeyPatch, flags) -> None:
-    """The texts of all flags, and the parser made of them, which takes longer than to read a command line."""
-    parsers, make, types, parsers_of_types = flags.tyro._parsers, flags._flags, {}, {}
-    make_parser = parsers.ParserSpecification.from_callable_or_type
-
-    def of_command(command, start=None):
-        if start is not None:  # for the help, which other rules make
-            return make(command, start)
-        key = command.arguments, command.trains
-        types[key] = types.get(key) or make(command)
-        return types[key]
-
-    def of_type(kind, *args, **options):
-        if not any(kind is kind for kind in types.values()):
-            return make_parser(kind, *args, **options)
-        key = id(kind), repr(args), repr(sorted(options.items()))
-        parsers_of_types[key] = parsers_of_types.get(key) or make_parser(kind, *args, **options)
-        return parsers_of_types[key]
-
-    patch.setattr(flags, "parse_from_object", cache(flags.parse_from_object))
-    patch.setattr(flags, "_flags", of_command)
-    patch.setattr(parsers.ParserSpecification, "from_callable_or_type", staticmethod(of_type))
 
 
 def cached_tasks(load):

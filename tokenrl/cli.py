@@ -52,15 +52,14 @@ def write_report(args: ReportArguments) -> int:
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
     run = args.run_dir[0]
-    several = len(args.run_dir) > 1
-    if args.output is not None and not several:
+    if len(args.run_dir) > 1:
+        from tokenrl.lab import compare_runs
+
+        page = compare_runs(args.run_dir, args.output or "comparison.html")
+    elif args.output is not None:
         raise Refused(
             "--output is for several runs: name them, or leave it out; one has its report.html."
         )
-    if several:
-        from tokenrl.lab import compare_runs
-
-        page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
     elif os.path.isfile(os.path.join(run, "plan.json")):
         from tokenrl.lab.compare.loop import judge_directory
         from tokenrl.lab.compare.page import write_comparison

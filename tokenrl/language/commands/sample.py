@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.runs.output import harmless, visible
@@ -154,7 +155,7 @@ class Sampler:
         texts.pop(text, None)
         return ", ".join(f"{name} {value}" for value, name in texts.items())
 
-    def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
+    def _rewarded(self, text: str, row: Row, rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
         if self.rewards.functions:
             try:

@@ -8,7 +8,7 @@ samples of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.tasks.rows import Row
 from tokenrl.settings import check_number
 
 
@@ -59,7 +60,7 @@ def sample_pool(
 
 
 def pool_rewards(
-    reward: Callable[..., Any], rows: Sequence[Mapping[str, Any]], pool: Sequence[Sequence[str]]
+    reward: Callable[..., Any], rows: Sequence[Row], pool: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
     """Compute the rewards of each prompt's pool; a text that occurs several times is scored once.
 
@@ -87,7 +88,7 @@ def pool_rewards(
 
 def best_of_n_metrics(
     policy: Policy,
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Row],
     choosing: Rewards,
     gold: Rewards,
     sampling: Sampling,

@@ -31,12 +31,12 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
+from tokenrl.language.tasks.rows import Row
 from tokenrl.runs.console import message_text, with_errors
 from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
 
-Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
 
 
@@ -391,9 +391,7 @@ def best_of(rewards: np.ndarray, k: int) -> float:
     return float(np.sort(rewards) @ np.array(shares))
 
 
-def transcript(
-    prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
-) -> str:
+def transcript(prompt: str, messages: Sequence[Row], ending: str, failure: str | None) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
     if failure:
         ending = f"{ending}. {failure}"

@@ -6,7 +6,7 @@ left out if both others hold whole texts or conversations that begin with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,13 @@ from tokenrl.language.tasks.held_out import (
     hold_out,
     read_parts,
 )
-from tokenrl.language.tasks.rows import hashes, prompt_key
+from tokenrl.language.tasks.rows import Row, hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
 from tokenrl.runs.files import canonical
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,11 @@ def load_pairs(
     if isinstance(data, str | Path):
         data = str(data)
         name = f"data '{data}'"
-    splits, held_out_split = read_parts(data, name, split, eval_split)
-    pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
-    if held_out_split is None:
+    read = partial(read_pairs, announce=announce)
+    pairs, held_out, _ = read_parts(data, name, split, eval_split, read)
+    if held_out is None:
         return divided(pairs, eval_size)
-    held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
-    numbers = chosen(held_out, max(1, eval_size))
-    return pairs, [held_out[i] for i in numbers], ""
+    return pairs, [held_out[i] for i in chosen(held_out, eval_size)], ""
 
 
 def read_pairs(
@@ -193,10 +189,9 @@ def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
     Raises:
         Refused: there are too few pairs to divide.
     """
-    if size < 1 or len(pairs) < 2:
+    if len(pairs) < 2:
         raise Refused(
-            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on "
-            "others, give an eval_size of at least 1 and at least 2 pairs."
+            "There is one pair: to train on some and evaluate on others, give at least 2 pairs."
         )
     texts = [canonical([pair.key, pair.chosen, pair.rejected]) for pair in pairs]
     prompts = hashes(pair.key for pair in pairs)
@@ -225,20 +220,15 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     texts = [completion_texts([pair.chosen, pair.rejected]) for pair in train]
     gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in texts])
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
-    findings = []
-    mistakes: dict[str, tuple[list[bool], float, str]] = {
-        "held-out-in-training": (
+    findings = [
+        *_mistakes(
+            "held-out-in-training",
             repeated,
-            MAX_REPEATED_SHARE,
             "held-out pairs are trained on too",
+            MAX_REPEATED_SHARE,
         ),
-        "contradictory-pairs": (swapped, 1, "training pairs are there in both orders"),
-    }
-    for flag, (marks, largest_share, words) in mistakes.items():
-        if count := sum(marks):
-            weight: Weight = "void" if count >= largest_share * len(marks) else "watch"
-            text = f"{count:,} of {len(marks):,} {words}: take them out."
-            findings.append(Finding(flag, weight, text))
+        *_mistakes("contradictory-pairs", swapped, "training pairs are there in both orders", 1),
+    ]
     for name, share in shares.items():
         if share >= MIN_LENGTH_SHARE:
             text = (
@@ -251,3 +241,12 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "chosen": f"the longer in {shares['longer']:.0%}, the shorter in {shares['shorter']:.0%}",
     }
     conclude(session, "data, model and loss", measured, findings)
+
+
+def _mistakes(
+    flag: str, marks: Sequence[bool], words: str, largest_share: float
+) -> Iterator[Finding]:
+    """Yield a finding if some pairs are marked, which is a problem from a share of them on."""
+    if count := sum(marks):
+        weight: Weight = "void" if count >= largest_share * len(marks) else "watch"
+        yield Finding(flag, weight, f"{count:,} of {len(marks):,} {words}: take them out.")

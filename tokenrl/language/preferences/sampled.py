@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.task import check_single_turn
 from tokenrl.runs.files import write_text
 from tokenrl.settings import check_number
-
-Row = Mapping[str, Any]
 
 
 def make_preferences(

@@ -21,7 +21,7 @@ from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
-from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.runs.schedules import share_of_rate
@@ -173,7 +173,7 @@ def run_updates(
 
 
 def encode_demonstrations(
-    policy: Policy, rows: Sequence[dict[str, Any]], environments: Environments | None = None
+    policy: Policy, rows: Sequence[Row], environments: Environments | None = None
 ) -> list[Pair]:
     """Tokenise demonstrations; each completion ends with the tokenizer's EOS, if it has one.
 
@@ -251,7 +251,7 @@ def _is_opened(prompt: Any, text: str) -> bool:
     return any(word == joined(word.removesuffix(text), text) for word in words[-1:])
 
 
-def _turns(row: Mapping[str, Any]) -> list[Any]:
+def _turns(row: Row) -> list[Any]:
     """Return the completion of a demonstration as messages."""
     turns = as_prompt(row.get("completion"))
     fault = fault_of_prompt(turns, "completion")
@@ -271,7 +271,7 @@ def _turns(row: Mapping[str, Any]) -> list[Any]:
     return list(turns)
 
 
-def _pair(policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any) -> Pair:
+def _pair(policy: Policy, prompt: Any, message: Row, tools: Any) -> Pair:
     space, text = completion_text(policy, prompt, message, tools)
     before = policy.encode(prompt, tools=tools)
     ids = following_ids(policy, before, text, space)
@@ -357,7 +357,7 @@ class SupervisedTraining(Descent):
 
 def fit(
     policy: Policy,
-    demonstrations: Sequence[dict[str, Any]],
+    demonstrations: Sequence[Row],
     *,
     environments: Environments | None = None,
     forward: Forward | None = None,

@@ -36,15 +36,19 @@ def chosen(rows: Sequence[Any], size: int | None) -> list[int]:
 
 
 def read_parts(
-    source: Any, name: str, split: str, eval_split: str | None
-) -> tuple[dict[str, Rows], str | None]:
-    """Read all splits of data, and find the one to evaluate on: the chosen one, else one for validation or test.
+    source: Any, name: str, split: str, eval_split: str | None, make: Callable[[Rows, str], T]
+) -> tuple[T, T | None, dict[str, Rows]]:
+    """Read all splits of data, and make what is trained on and what is evaluated on of two of them.
 
     Args:
         source: a file, a folder or a hub data set by its name, or data in memory.
         name: what error messages call it.
         split: the split to train on.
-        eval_split: the split to evaluate on; None if it was left open.
+        eval_split: the split to evaluate on; None for one for validation or test.
+        make: checks the rows of a split, and makes something of them; it also gets what messages call them.
+
+    Returns:
+        What was made of the split to train on, and of that to evaluate on, None if there is none; all splits.
 
     Raises:
         Refused: the data cannot be read, or the split to train on, or the chosen one, does not exist.
@@ -53,8 +57,10 @@ def read_parts(
     for needed in (split, eval_split or split):
         if needed not in splits:
             raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
-    usual = [name for name in EVAL_SPLITS if name in splits and name != split]
-    return splits, eval_split or next(iter(usual), None)
+    usual = [other for other in EVAL_SPLITS if other in splits and other != split]
+    parts = [split, *filter(None, [eval_split]), *usual][:2]
+    train, *others = [make(splits[part], f"{name}, split '{part}'") for part in parts]
+    return train, next(iter(others), None), splits
 
 
 def separate(
