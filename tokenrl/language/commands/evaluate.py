@@ -26,10 +26,11 @@ from tokenrl.language.evaluation.evaluation import (
 from tokenrl.language.policy.arguments import fill_form, form_line, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.loading import device_for
-from tokenrl.language.policy.model import Policy, load_policy
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.rollout.sampling import sampling_of
+from tokenrl.language.supervised.base import policy_of
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import IN_MEMORY
@@ -240,7 +241,7 @@ def opened(args: Any, model: str, task: PromptTask, length: int = 256) -> tuple[
 
 def load_placed(args: Any, model: str) -> Policy:
     """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
-    policy = load_policy(model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    policy = policy_of(model, args)
     policy.model.to(device_for(policy.size))
     return policy
 

@@ -148,7 +148,7 @@ class PreferenceTraining(Descent):
         metrics = super().update()
         chosen, rejected = torch.cat(self._rewards, dim=1).float()
         difference = chosen - rejected
-        is_right = (difference > 0).float() + 0.5 * (difference == 0).float()
+        is_right = difference.heaviside(difference.new_tensor(0.5))
         return metrics | {
             "accuracy": float(is_right.mean()),
             "margin": float(difference.mean()),

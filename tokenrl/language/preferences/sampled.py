@@ -123,8 +123,5 @@ def first_is_chosen(
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Write rows as JSON lines, a format that `datasets` and `tokenrl reward-model --data` read."""
-    lines = []
-    for row in rows:
-        text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
-        lines.append(f"{text}\n")
-    write_text(Path(path), "".join(lines))
+    lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    write_text(Path(path), "\n".join([*lines, ""]))
