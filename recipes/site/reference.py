@@ -73,9 +73,10 @@ def default_of(field: Any) -> str:
     """Return the default of a setting as users write it; `-` where it is left open."""
     if field.default is MISSING:
         return "required" if field.default_factory is MISSING else "-"
-    if field.default in (None, (), ""):
+    default = field.metadata.get("usual", field.default)
+    if default in (None, (), ""):
         return "-"
-    return f"`{field.default}`"
+    return f"{'as in the run, else ' if 'usual' in field.metadata else ''}`{default}`"
 
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
