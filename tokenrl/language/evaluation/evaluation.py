@@ -180,16 +180,22 @@ class Evaluator:
 
     def _kl(self, reference: Policy, batch: Rewarded, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
-        parts = torch.arange(len(batch)).split(SCORED_AT_ONCE)
-        options: dict[str, Any] = {"parts": parts, "distribution": sampling.whole}
-        whole = batch
+        read = batch
         if self.reference_prompts is not None:
-            whole = batch.behind(self.reference_prompts(batch), reference.pad_id)
-        scores = score_in_parts(reference.model, whole, self.reference_regime, **options)
+            read = batch.behind(self.reference_prompts(batch), reference.pad_id)
+        scores = score_in_parts(
+            reference.model,
+            read,
+            self.reference_regime,
+            parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
+            distribution=sampling.whole,
+        )
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
-        ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
-        over = torch.isin(batch.completion_ids, ends) & batch.mask
-        mask = batch.mask & (over.cumsum(dim=1) <= over)
+        ends = {*reference.ends} - {*self.policy.ends}
+        at_end = torch.isin(batch.completion_ids, torch.tensor([*ends], dtype=torch.int64))
+        over = at_end & batch.mask
+        earlier = over.cumsum(dim=1) - over.long()
+        mask = batch.mask & (earlier == 0)
         kl = completion_kl(batch.logprobs, scores.logprobs, mask)
         return {name: values.tolist() for name, values in kl.items()}
 

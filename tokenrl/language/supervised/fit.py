@@ -332,8 +332,9 @@ class SupervisedTraining(Descent):
 
     def shapes(self, batch: Sequence[int]) -> Shapes:
         """Return the shapes of demonstrations; each has a prompt of its own."""
-        prompts, completions = zip(*(self._pairs[i] for i in batch), strict=True)
-        return [*map(len, completions)], [*map(len, prompts)], range(len(batch))
+        prompts = [self._pairs[i][0] for i in batch]
+        completions = [self._pairs[i][1] for i in batch]
+        return list(map(len, completions)), list(map(len, prompts)), range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""

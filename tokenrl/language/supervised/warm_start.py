@@ -12,6 +12,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,11 @@ def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> b
     prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
     evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
     rows = evaluator.rows(prompts, rewards, sampling, "probe")
-    groups = [group for group in known_rewards(rows, size) if len(group) == size]
-    unequal = sum(len(np.unique(group)) > 1 for group in groups)
-    ended = sum(not row["truncated"] for row in rows)
-    return unequal >= ENOUGH * max(1, len(groups)) and ended >= ENOUGH * len(rows)
+    is_unequal = [
+        len(np.unique(group)) > 1 for group in known_rewards(rows, size) if len(group) == size
+    ]
+    has_ended = [not row["truncated"] for row in rows]
+    return bool(is_unequal) and min(fmean(is_unequal), fmean(has_ended)) >= ENOUGH
 
 
 def folder_of(run: str) -> Path:

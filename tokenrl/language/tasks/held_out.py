@@ -57,10 +57,13 @@ def read_parts(
     for needed in (split, eval_split or split):
         if needed not in splits:
             raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
+    train = make(splits[split], f"{name}, split '{split}'")
     usual = [other for other in EVAL_SPLITS if other in splits and other != split]
-    parts = [split, *filter(None, [eval_split]), *usual][:2]
-    train, *others = [make(splits[part], f"{name}, split '{part}'") for part in parts]
-    return train, next(iter(others), None), splits
+    evaluation = eval_split or next(iter(usual), None)
+    evaluated = None
+    if evaluation is not None:
+        evaluated = make(splits[evaluation], f"{name}, split '{evaluation}'")
+    return train, evaluated, splits
 
 
 def separate(
@@ -148,12 +151,14 @@ def _held_out(keys: np.ndarray) -> np.ndarray:
     aim = max(1.0, min(count / 5, MOST_HELD_OUT))  # rows
     most = max(1.0, min(2 * aim, count / 2))
     ordered, rows_of = np.unique(keys, return_counts=True)
-    # The first k keys in the order of their hashes have so many rows.
+    # The first k keys in the order of their hashes have so many rows [k].
     sizes = np.cumsum(rows_of)
-    allowed = np.flatnonzero((aim / 2 <= sizes) & (sizes <= most)) + 1
-    by_rule = np.count_nonzero(ordered / 2.0**64 < aim / count)
-    first = min(allowed, key=lambda k: abs(k - by_rule), default=0)
-    return np.isin(keys, ordered[:first])
+    is_allowed = (aim / 2 <= sizes) & (sizes <= most)
+    allowed = np.flatnonzero(is_allowed) + 1
+    fractions = ordered / 2.0**64
+    by_rule = np.count_nonzero(fractions < aim / count)
+    nearest = min(allowed, key=lambda k: abs(k - by_rule), default=0)
+    return np.isin(keys, ordered[:nearest])
 
 
 def division_of(

@@ -17,10 +17,17 @@ IN_MEMORY = "in-memory:"
 
 def remarks(rows: Rows) -> list[str]:
     """Return a warning about values that are missing in some rows, if there are any."""
-    missing = {name: values.count(None) for name, values in rows.columns.items()}
-    partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
-    words = f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. "
-    return [f"{words}Rewards get None there."] if partly else []
+    partly = []
+    for name, values in rows.columns.items():
+        missing = values.count(None)
+        if 0 < missing < len(rows):
+            partly.append(f"{name} ({missing:,})")
+    if not partly:
+        return []
+    return [
+        f"of {len(rows):,} training rows some have no value in a column: {', '.join(partly)}. Rewards get None "
+        "there."
+    ]
 
 
 def fingerprint(splits: Mapping[str, Rows]) -> str:
