@@ -154,8 +154,8 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
             "--epsilon 0.3",
             "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon 0.3.",
         ),
-        ("--max-steps", "Missing value for argument '--max-steps'"),
-        ("--output-dir --quiet", "Missing value for argument '--output-dir'"),
+        ("--max-steps", "--max-steps takes one value, and none stands behind it"),
+        ("--output-dir --quiet", "--output-dir takes one value, and none stands behind it"),
         (
             "--warm-start often",
             "warm_start was given as 'often'; it must be True or False, or one of auto.",

@@ -41,7 +41,7 @@ class ReportArguments(Settings):
     """Write the report of a run again, with its learning curve; or compare several runs on one page."""
 
     run_dir: tuple[str, ...]
-    """Output directory of the run; of several runs to compare them."""
+    """Output directory of the run; of several runs to compare them. It stands first, without its flag."""
     output: str | None = None
     """File to write for several runs (default: comparison.html). The report of one run is report.html in its
     directory."""

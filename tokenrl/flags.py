@@ -171,9 +171,10 @@ def _value(flag: str, hint: Any, values: list[str]) -> Any:
         return hint is not None
     if is_switch or len(values) != 1:
         count = "no" if is_switch else "one"
+        fault = f"not {' '.join(values)}" if values else "and none stands behind it"
         raise Refused(
-            f"{flag} takes {count} value, not {' '.join(values) or 'none'}. A text with spaces stands in "
-            "quotes, and a switch alone, as --quiet or --no-quiet."
+            f"{flag} takes {count} value, {fault}. A text with spaces stands in quotes, and a switch alone, as "
+            "--quiet or --no-quiet."
         )
     return None if values == ["None"] and mentions(hint, NoneType) else values[0]
 

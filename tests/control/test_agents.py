@@ -49,7 +49,7 @@ def test_an_agent_and_a_configuration_exclude_each_other(workplace, refusal):
     (workplace / "mine.json").write_text('{"env": "Acrobot-v1"}')
     both = refusal("control --config mine.json --agent classic")
     assert "--agent and --config" in both
-    assert "Missing value for argument '--agent'" in refusal("control --agent")
+    assert "--agent takes one value, and none stands" in refusal("control --agent")
     with refused("agent 'classic' was given beside finished settings"):
         train_agent(ControlArguments(), agent="classic")
 

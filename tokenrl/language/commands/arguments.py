@@ -65,8 +65,8 @@ class EvaluateArguments(
     others. They are the task with its data, its reward, the length of completions, the distribution of tokens
     (temperature, top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the
     seed and the length are the run's; a limit of that task replaces the length. Several runs must agree,
-    except in their seeds: the first seed counts. Code that a run names is executed only if you trained the
-    run with it yourself, or with --trust-run.
+    except in their seeds: the first seed counts. A model of no run needs --task. Code that a run names is
+    executed only if you trained the run with it yourself, or with --trust-run.
     """
 
     model: str | tuple[str, ...] = ""
