@@ -12,7 +12,7 @@ from tokenrl.configuration import configured
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import write_json
 
-TRAINS = [name for name, command in COMMANDS.items() if command.trains]
+TRAINS = [name for name, command in COMMANDS.items() if hasattr(command.arguments, "resume")]
 SPOILT = {
     "nothing.json": "",
     "truncated.json": '{"seed": 1, "max_st',

@@ -74,14 +74,12 @@ def write_report(args: ReportArguments) -> int:
 
 
 COMMANDS = {
-    "train": Command(TrainArguments, "tokenrl.language.training.loop:train", trains=True),
-    "sft": Command(SftArguments, "tokenrl.language.supervised.sft:sft", trains=True),
-    "reward-model": Command(
-        RewardModelArguments, "tokenrl.language:train_reward_model", trains=True
-    ),
+    "train": Command(TrainArguments, "tokenrl.language.training.loop:train"),
+    "sft": Command(SftArguments, "tokenrl.language.supervised.sft:sft"),
+    "reward-model": Command(RewardModelArguments, "tokenrl.language:train_reward_model"),
     "evaluate": Command(EvaluateArguments, "tokenrl.language.commands.evaluate:print_evaluation"),
     "sample": Command(SampleArguments, "tokenrl.language.commands.sample:print_samples"),
-    "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
+    "control": Command(ControlArguments, "tokenrl.control.training:train_agent"),
     "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),

@@ -39,14 +39,13 @@ WORDS = {int: "INT", float: "FLOAT", str: "STR", Estimator: "PRESET"}
 
 
 class Command(NamedTuple):
-    """A command: its arguments, the function that runs it, and whether it trains (then it takes --config).
+    """A command: its arguments, and the function that runs it.
 
     The function is given by name, as `module:function`, so that its module is imported only when it runs.
     """
 
     arguments: Any
     function: str
-    trains: bool = False
 
 
 def parse(name: str, command: Command, argv: list[str]) -> Any:
@@ -66,10 +65,10 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     options = dict[str, Any]()
     unknown = list[str]()
     if words or not argv:
-        options, unknown = _read_options(command, words)
-    start = _starting_settings(name, command, options)
+        options, unknown = _read_options(kind, words)
+    start = _starting_settings(name, kind, options)
     if len(words) < len(argv):
-        _print_help(command, prog, start)
+        _print_help(kind, prog, start)
         raise SystemExit(0)
     hints = dict(field_types(kind))
     if kind is CompareArguments:
@@ -107,7 +106,7 @@ def _stored_comparison(config: str | None) -> dict[str, Any]:
     return stored
 
 
-def _read_options(command: Command, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_options(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that a command line gives, by name, and its words that belong to no flag of the command.
 
     A word that begins with -- is a flag, and the words up to the next one are its values. A list flag that is
@@ -116,11 +115,11 @@ def _read_options(command: Command, argv: list[str]) -> tuple[dict[str, Any], li
     Raises:
         Refused: A flag has more values than it takes, or none.
     """
-    hints = _types_of(command)
+    hints = _types_of(kind)
     off = {
         _negated(name).replace("-", "_"): name for name, hint in hints.items() if hint in SWITCHES
     }
-    parts = [[f"--{each.name}" for each in fields(command.arguments) if is_required(each)] or [""]]
+    parts = [[f"--{each.name}" for each in fields(kind) if is_required(each)] or [""]]
     for word in argv:
         if word.startswith("--"):
             parts.append([])
@@ -146,14 +145,14 @@ def _read_options(command: Command, argv: list[str]) -> tuple[dict[str, Any], li
     return options, unknown
 
 
-def _types_of(command: Command) -> dict[str, Any]:
+def _types_of(kind: Any) -> dict[str, Any]:
     """Return the type of the value of each flag, by name; an axis of the estimator is estimator.AXIS."""
-    hints = dict(field_types(command.arguments))
+    hints = dict(field_types(kind))
     if "estimator" in hints:
         hints |= {f"estimator.{axis}": hint for axis, hint in field_types(Estimator).items()}
-    if command.trains or command.arguments is CompareArguments:
+    if "resume" in hints or kind is CompareArguments:
         hints["config"] = str
-    if command.arguments is ControlArguments:
+    if kind is ControlArguments:
         hints["agent"] = Literal[AGENTS]
     return hints
 
@@ -185,10 +184,9 @@ def _negated(flag: str) -> str:
     return f"{parent}{dot}no-{last}"
 
 
-def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> dict[str, Any]:
+def _starting_settings(name: str, kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Take --config, --agent and the estimator out of the options; return the settings that these give."""
-    kind = command.arguments
-    if not command.trains:
+    if "resume" not in field_types(kind):
         return {}
     typed = {*options}
     config = options.pop("config", None)
@@ -224,7 +222,7 @@ def _axes_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def _shared(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that all runs of a comparison share, and the words that are not flags of a run."""
-    options, rest = _read_options(Command(kind, "", trains=True), argv)
+    options, rest = _read_options(kind, argv)
     if {"estimator", "agent"} & options.keys():
         raise Refused(
             "A comparison names estimators as --arms; what all arms share are single axes, such as "
@@ -238,14 +236,13 @@ def _shared(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     return dict(plain(shared)), rest
 
 
-def _print_help(command: Command, prog: str, start: Mapping[str, Any]) -> None:
+def _print_help(kind: Any, prog: str, start: Mapping[str, Any]) -> None:
     """Print what a command does, and its flags with their defaults: a panel for each group, the axes last."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.panel import Panel
 
-    kind = command.arguments
-    hints = _types_of(command)
+    hints = _types_of(kind)
     headings: dict[str, Any] = {"": ""}
     for owner in dataclasses_of(kind):
         headings.setdefault(owner.group, owner.__doc__)
