@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,10 +80,7 @@ def load_pairs(
     Raises:
         Refused: the data does not exist, or a reward model cannot be trained on it.
     """
-    name = "the preference data"
-    if isinstance(data, str | Path):
-        data = str(data)
-        name = f"data '{data}'"
+    name = f"data '{data}'" if isinstance(data, str) else "the preference data"
     read = partial(read_pairs, announce=announce)
     pairs, held_out, _ = read_parts(data, name, split, eval_split, read)
     if held_out is None:
