@@ -23,7 +23,6 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import (
     TINY,
     LoadingArguments,
-    LoraArguments,
     ModelArguments,
 )
 from tokenrl.language.policy.copies import copied, uncompiled
@@ -159,19 +158,19 @@ def vocabulary_of(policy: Policy) -> str:
     return f", a vocabulary of {len(policy.tokenizer):,} tokens" if is_new else ""
 
 
-def adapt(args: ModelArguments, policy: Policy) -> None:
+def adapt(args: Any, policy: Policy) -> None:
     """Add the LoRA adapter that the arguments ask for, if any; check that there are weights that can be trained.
 
     Raises:
         Refused: the adapter does not fit, no parameter requires a gradient, or one that does is float16.
     """
-    if isinstance(args, LoraArguments) and args.lora_r:
+    if args.lora_r:
         add_lora(
             policy,
             r=args.lora_r,
             alpha=args.lora_alpha,
             target_modules=args.lora_target_modules,
-            seed=getattr(args, "seed", 0),
+            seed=args.seed,
         )
     trained = policy.trainable_parameters()
     if any(p.dtype == torch.float16 for p in trained):
