@@ -115,8 +115,8 @@ class Descent(ABC):
             losses.append(loss.detach())
         largest_norm = self._args.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self._parameters, largest_norm)
-        metrics = {"loss": torch.stack(losses).sum().item(), "grad_norm": float(norm)}
-        for name, value in zip(("loss", "norm of the gradient"), metrics.values(), strict=True):
+        loss_before = torch.stack(losses).sum().item()
+        for name, value in {"loss": loss_before, "norm of the gradient": float(norm)}.items():
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
@@ -124,10 +124,11 @@ class Descent(ABC):
         self._optimizer.step()
         lengths = shapes[0]
         columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)
-        metrics["padding"] = 1 - sum(lengths) / columns
-        self.loss_before = metrics["loss"] if self.loss_before is None else self.loss_before
-        self.loss_after = metrics["loss"]
-        return metrics
+        self.loss_after = loss_before
+        if self.loss_before is None:
+            self.loss_before = loss_before
+        padding = 1 - sum(lengths) / columns
+        return {"loss": loss_before, "grad_norm": float(norm), "padding": padding}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
