@@ -100,7 +100,8 @@ class Settings:
             base: Any = cls.__bases__[0]
             cls.__annotations__ = field_types(base)
             for inherited in fields(base):
-                setattr(cls, inherited.name, as_in_run(inherited.default))
+                if inherited.name not in vars(cls):
+                    setattr(cls, inherited.name, as_in_run(inherited.default))
 
     def __post_init__(self) -> None:
         """Convert values where nothing is lost, and refuse those that are not allowed, as `fitted` says."""

@@ -6,17 +6,21 @@ Where a field is `as_in_run`, the run that saved the model decides what is left 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.settings import Count, Natural, Number, Seed, as_in_run
+from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Seed, as_in_run
 
 
 @dataclass(frozen=True)
 class OpenTaskArguments(TaskArguments, group="data", leaves_open=True):
     """How prompts are read, and how rewards are weighted and called. Default: as in the run for the same task."""
+
+    task: Annotated[str, OR_OBJECT] = as_in_run(None)
+    """As in train. A model of no run needs one, but to be sampled."""
 
     def __post_init__(self) -> None:
         """Check the values; an open task stays open until the model's run is read."""
@@ -65,8 +69,8 @@ class EvaluateArguments(
     others. They are the task with its data, its reward, the length of completions, the distribution of tokens
     (temperature, top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the
     seed and the length are the run's; a limit of that task replaces the length. Several runs must agree,
-    except in their seeds: the first seed counts. A model of no run needs --task. Code that a run names is
-    executed only if you trained the run with it yourself, or with --trust-run.
+    except in their seeds: the first seed counts. Code that a run names is executed only if you trained the
+    run with it yourself, or with --trust-run.
     """
 
     model: str | tuple[str, ...] = ""

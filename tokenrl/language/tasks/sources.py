@@ -19,13 +19,17 @@ from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, re
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.runs.output import without_progress_bars
-from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, Number, Settings, shown
+from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
 CACHE_HINT = (
     " The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
     "if it is damaged, delete it."
 )
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+class LeftOut(str):
+    """The default name of a task, which has a type of its own so that the same name can also be given."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,11 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: Annotated[str, OR_OBJECT] = OPEN
+    task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, also
     compressed, a folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From
-    Python also a datasets.Dataset, a DatasetDict, a pandas DataFrame, a list of rows or a task object. Default:
-    the environment, if one is named, else sort_digits."""
+    Python also a datasets.Dataset, a DatasetDict, a pandas DataFrame, a list of rows or a task object. An
+    environment that is named without a task is the task."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
@@ -99,11 +103,10 @@ class TaskArguments(DataArguments):
     one. Default: the task's own reward."""
 
     def __post_init__(self) -> None:
-        """Check the values, and settle the task."""
+        """Check the values; an environment that is named without a task is the task."""
         super().__post_init__()
-        if self.task is None:
-            task = "sort_digits" if self.environment is None else self.environment
-            object.__setattr__(self, "task", task)
+        if self.environment is not None and (self.task is None or isinstance(self.task, LeftOut)):
+            object.__setattr__(self, "task", self.environment)
 
 
 def read_splits(name: str) -> dict[str, Rows]:
