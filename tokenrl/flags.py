@@ -288,10 +288,10 @@ def _default(field: Field[Any], defaults: Mapping[str, Any]) -> str:
     """Return in words what a setting is if it is left out; empty where it is open or required."""
     value = defaults.get(field.name, field.metadata.get("usual", field.default))
     words = " ".join(map(shlex.quote, map(str, value if isinstance(value, tuple) else [value])))
-    if words in ("''", "None", "") or is_required(field) or field.name == "estimator":
-        return ""
-    origin = "as in the run, else " if "usual" in field.metadata else ""
-    return f" (default: {origin}{words})"
+    is_empty = words in ("''", "None", "") or is_required(field) or field.name == "estimator"
+    if "usual" in field.metadata:
+        return " (as in the run)" if is_empty else f" (default: as in the run, else {words})"
+    return "" if is_empty else f" (default: {words})"
 
 
 def is_required(field: Field[Any]) -> bool:

@@ -74,9 +74,10 @@ def default_of(field: Any) -> str:
     if field.default is MISSING:
         return "required" if field.default_factory is MISSING else "-"
     default = field.metadata.get("usual", field.default)
-    if default in (None, (), ""):
-        return "-"
-    return f"{'as in the run, else ' if 'usual' in field.metadata else ''}`{default}`"
+    is_empty = default in (None, (), "")
+    if "usual" in field.metadata:
+        return "as in the run" if is_empty else f"as in the run, else `{default}`"
+    return "-" if is_empty else f"`{default}`"
 
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:

@@ -20,7 +20,7 @@ class OpenTaskArguments(TaskArguments, group="data", leaves_open=True):
     """How prompts are read, and how rewards are weighted and called. Default: as in the run for the same task."""
 
     task: Annotated[str, OR_OBJECT] = as_in_run(None)
-    """As in train. A model of no run needs one, but to be sampled."""
+    """As in train; evaluate needs it for a model of no run."""
 
     def __post_init__(self) -> None:
         """Check the values; an open task stays open until the model's run is read."""
@@ -53,8 +53,8 @@ class SampleArguments(
     num_generations: Natural = 4
     """Completions per prompt; 0: only the greedy one."""
     max_completion_length: Count = as_in_run(None)
-    """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 64, but at
-    most what the context leaves."""
+    """Maximum number of tokens in a completion. Without a run it is the task's, else 64, but at most what the
+    context leaves."""
     seed: Seed = 0
     """Seed of sampling."""
 
@@ -92,8 +92,8 @@ class EvaluateArguments(
     """Directory or hub name of the model that training started from; the KL to it is reported, of each
     completion up to where this model ends."""
     max_completion_length: Count = as_in_run(None)
-    """Maximum number of tokens in a completion. Default: that of the run, but for another task its own limit,
-    if it has one; without a run the task's, else 256."""
+    """Maximum number of tokens in a completion. For another task than the run's it is that task's limit, if it
+    has one; without a run it is the task's, else 256."""
     truncate_prompts: bool = as_in_run(False)
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     seed: Seed = as_in_run(0)
