@@ -12,13 +12,8 @@ from refusals import refused
 from tiny_models import Engine, textbook_logprobs
 
 from tokenrl.language.commands.evaluate import paired_differences
-from tokenrl.language.evaluation.evaluation import (
-    SCORED_AT_ONCE,
-    Evaluator,
-    best_of,
-    evaluate_policy,
-    over_prompts,
-)
+from tokenrl.language.evaluation.estimates import best_of, over_prompts
+from tokenrl.language.evaluation.evaluation import SCORED_AT_ONCE, Evaluator, evaluate_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards

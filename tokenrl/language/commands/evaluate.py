@@ -17,12 +17,8 @@ from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
-from tokenrl.language.evaluation.evaluation import (
-    Evaluation,
-    check_sizes,
-    estimates,
-    evaluate_policy,
-)
+from tokenrl.language.evaluation.estimates import estimates
+from tokenrl.language.evaluation.evaluation import Evaluation, check_sizes, evaluate_policy
 from tokenrl.language.policy.arguments import fill_form, form_line, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.loading import device_for

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluation import estimates
+from tokenrl.language.evaluation.estimates import estimates
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
