@@ -267,9 +267,8 @@ def train_reward_model(
         def evaluate() -> dict[str, float]:
             return preference_metrics(score_pairs(reward_model, held_out), data.held_out)
 
-        if not session.continues:
-            session.evaluated(evaluate())
         if args.check:
+            session.evaluated(evaluate())
             check_pairs(session, data.train, data.held_out)
             return RewardModelResult(**session.outcome(), reward_model=reward_model)
         run_updates(session, training, evaluate)

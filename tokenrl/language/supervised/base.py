@@ -131,8 +131,7 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
         if environment is None and getattr(args, "teacher_context", None) is None:
             reward = task.reward or ()
             rewards = reward if isinstance(reward, list | tuple) else [reward]
-            usual = {*READ, getattr(args, "completion_column", "")}
-            for name in read - usual:
+            for name in read - {*READ, getattr(args, "completion_column", "")}:
                 if f"{{{name}" not in template and not any(may_read(x, name) for x in rewards):
                     read.remove(name)
         rows: list[Any] = [row for part in parts for row in part.with_columns(read)]

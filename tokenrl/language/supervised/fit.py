@@ -153,16 +153,18 @@ class Descent(ABC):
 def run_updates(
     session: Session, training: Descent, evaluate: Callable[[], dict[str, float]]
 ) -> None:
-    """Make the updates of a run that are left, with evaluations.
+    """Evaluate a new run before training, and make the updates that are left, with evaluations.
 
     Args:
-        session: the run, after `open` and the evaluation before training.
+        session: the run, after `open`.
         training: makes the updates.
         evaluate: returns the metrics of the model as it is now.
 
     Raises:
         Stopped: the loss or its gradient became NaN or infinite.
     """
+    if not session.continues:
+        session.evaluated(evaluate())
     for _ in session.steps():
         with session.update():
             metrics = training.update()
@@ -327,7 +329,6 @@ class SupervisedTraining(Descent):
             forward: how the policy is computed.
         """
         super().__init__(policy.trainable_parameters(), len(pairs), args, forward)
-        self._policy = policy
         self._pairs = pairs
         self._forward = forward
 
@@ -339,7 +340,7 @@ class SupervisedTraining(Descent):
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
-        part = demonstration_batch(self._policy, [self._pairs[i] for i in rows])
+        part = demonstration_batch(self._forward.policy, [self._pairs[i] for i in rows])
         logprobs = score(self._forward.model, part, self._forward.regime).logprobs
         mask = to_device(part.mask, logprobs.device)
         self.tokens += int(part.mask.sum())
@@ -351,7 +352,7 @@ class SupervisedTraining(Descent):
         size = self._args.batch_size
         total = 0.0
         for first in range(0, len(pairs), size):
-            part = demonstration_batch(self._policy, pairs[first : first + size])
+            part = demonstration_batch(self._forward.policy, pairs[first : first + size])
             logprobs = score_in_parts(self._forward.model, part, self._forward.regime).logprobs
             total -= logprobs[part.mask].double().sum().item()
         return total / sum(len(completion) for _, completion in pairs)

@@ -65,7 +65,7 @@ def settle(
     Raises:
         Refused: a size contradicts another, or the estimator refuses a step of this shape.
     """
-    layers = layers_below(choices, task, policy, task.train)
+    layers = layers_below(choices, task, policy)
     usual, _ = lay(*layers)
     if choices.max_completion_length is None:
         limit, origin = completion_limit(
