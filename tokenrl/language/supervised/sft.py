@@ -142,8 +142,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             title=f"{name}, supervised, seed {settings.seed}",
             **recorded(task),
         )
-        warn = session.console.warn
-        evaluate = _evaluation(settings, task, rewards, training, forward, length, warn)
+        evaluate = _evaluation(
+            settings, task, rewards, training, forward, length, session.console.warn
+        )
         run_updates(session, training, evaluate)
         return _finish(session, training, policy, header)
 

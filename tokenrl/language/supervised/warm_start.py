@@ -122,10 +122,7 @@ def warm_start(
 
 
 def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
-    """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end.
-
-    Groups with a completion that has no reward are left out.
-    """
+    """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
     rewards.state = TrainerState(max_steps=args.max_steps)
     size = max(2, args.num_generations)
     sampling = replace(sampling_of(args), num_generations=size)
@@ -133,11 +130,9 @@ def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> b
     prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
     evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
     rows = evaluator.rows(prompts, rewards, sampling, "probe")
-    is_unequal = [
-        len(np.unique(group)) > 1 for group in known_rewards(rows, size) if len(group) == size
-    ]
+    is_unequal = [len(np.unique(group)) > 1 for group in known_rewards(rows, size)]
     has_ended = [not row["truncated"] for row in rows]
-    return bool(is_unequal) and min(fmean(is_unequal), fmean(has_ended)) >= ENOUGH
+    return min(fmean(is_unequal), fmean(has_ended)) >= ENOUGH
 
 
 def folder_of(run: str) -> Path:
