@@ -262,7 +262,7 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
             continue
         hint = field_types(kind)[field.name]
         metavar = None
-        value = start.get(field.name, field.default)
+        value = start.get(field.name, field.metadata.get("usual", field.default))
         if field.name == "estimator":
             hint = Literal[tuple(PRESETS)] | None
             value = None
@@ -274,7 +274,8 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint = Literal[True, False, "auto"]
             metavar = "[auto]"
-        yield owner, field.name, _flag(hint, value, text, metavar)
+        origin = "as in the run, else " if "usual" in field.metadata else ""
+        yield owner, field.name, _flag(hint, value, text, metavar, origin)
 
 
 def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
@@ -289,13 +290,14 @@ def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
         yield owners[field.name], field, texts[field.name]
 
 
-def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    """Return the type of one flag, with its help text and its default."""
+def _flag(hint: Any, default: Any, text: str, metavar: str | None = None, origin: str = "") -> Any:
+    """Return the type of one flag, with its help text and where its default comes from."""
     values = default if isinstance(default, tuple) else [default]
     words = " ".join(shlex.quote(str(value)) for value in values)
-    hint_of_default = f"(default: {words})"
     if default is MISSING or words in ("''", "None", ""):
-        hint_of_default = ""
+        words = ""
+        origin = origin.partition(",")[0]
+    hint_of_default = f"(default: {origin}{words})" if origin or words else ""
     help = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint_of_default)
     flag = Annotated[hint, help]
     return Required[flag] if default is MISSING else flag

@@ -111,8 +111,8 @@ def _written(ours: Mapping[str, Any], *, flags: bool) -> str:
     """Write settings as flags or as keywords; the value of a keyword that is None is left out, of an axis open."""
     if flags:
         return " ".join(_flag(name.replace("_", "-"), value) for name, value in ours.items())
-    keywords = list[str]()
-    axes = list[str]()
+    keywords = []
+    axes = []
     for name, value in ours.items():
         _, is_axis, axis = name.partition("estimator.")
         if is_axis:

@@ -15,7 +15,7 @@ import os
 import re
 import typing
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, lru_cache
 from itertools import chain
 from math import inf
@@ -87,8 +87,15 @@ class Settings:
 
     group: typing.ClassVar[str] = ""
 
-    def __init_subclass__(cls, group: str = "") -> None:
+    def __init_subclass__(cls, group: str = "", leaves_open: bool = False) -> None:
+        """Name the group of the fields; `leaves_open` declares again those of the base, `as_in_run`."""
         cls.group = group
+        if leaves_open:
+            base: Any = cls.__bases__[0]
+            cls.__annotations__ = field_types(base)
+            for inherited in fields(base):
+                if inherited.name not in vars(cls):
+                    setattr(cls, inherited.name, as_in_run(inherited.default))
 
     def __post_init__(self) -> None:
         """Convert values where nothing is lost, and refuse those that are not allowed, as `fitted` says."""
@@ -103,6 +110,11 @@ def part_of(args: Settings, kind: type[T]) -> T:
     """Return the settings that another class has too, as its object; those that are open have its defaults."""
     names = field_types(kind)  # type: ignore[arg-type]
     return kind(**{name: x for name in names if (x := getattr(args, name, None)) is not None})
+
+
+def as_in_run(usual: Any) -> Any:
+    """Return a field whose default is the value of the run that saved the model, without a run the usual one."""
+    return field(default=OPEN, metadata={"usual": usual})
 
 
 def plain(value: Any) -> Any:
@@ -194,8 +206,8 @@ def check_seed(seed: object) -> None:
 def field_types(kind: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata; it allows None if that is default."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    types = {field.name: hints[field.name] for field in fields(kind)}
-    left_open = [field.name for field in fields(kind) if field.default is OPEN]
+    types = {each.name: hints[each.name] for each in fields(kind)}
+    left_open = [each.name for each in fields(kind) if each.default is OPEN]
     return types | {name: types[name] | None for name in left_open}
 
 

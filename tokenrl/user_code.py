@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 def _values(settings: Iterable[Setting]) -> list[Any]:
     """Return the values; None where torch refuses to tell, as where both interfaces to precision were used."""
-    values = list[Any]()
+    values = []
     for setting in settings:
         try:
             values.append(setting.read())

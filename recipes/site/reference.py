@@ -73,9 +73,11 @@ def default_of(field: Any) -> str:
     """Return the default of a setting as users write it; `-` where it is left open."""
     if field.default is MISSING:
         return "required" if field.default_factory is MISSING else "-"
-    if field.default in (None, (), ""):
-        return "-"
-    return f"`{field.default}`"
+    default = field.metadata.get("usual", field.default)
+    is_empty = default in (None, (), "")
+    if "usual" in field.metadata:
+        return "as in the run" if is_empty else f"as in the run, else `{default}`"
+    return "-" if is_empty else f"`{default}`"
 
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:

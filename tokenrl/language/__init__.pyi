@@ -8,10 +8,10 @@ from tokenrl.language.evaluation.best_of_n import (
     pool_rewards as pool_rewards,
     sample_pool as sample_pool,
 )
+from tokenrl.language.evaluation.estimates import over_prompts as over_prompts
 from tokenrl.language.evaluation.evaluation import (
     Evaluation as Evaluation,
     evaluate_policy as evaluate_policy,
-    over_prompts as over_prompts,
 )
 from tokenrl.language.policy.model import Policy as Policy, load_policy as load_policy, wrap as wrap
 from tokenrl.language.preferences.arguments import RewardModelArguments as RewardModelArguments

@@ -60,7 +60,7 @@ def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys, sa
     )
     assert (
         "eval_size 1, " in output
-        and "max_completion_length 5, temperature 0.7, top_p 0.6, seed 3" in output
+        and "temperature 0.7, top_p 0.6, max_completion_length 5, seed 3" in output
     )
     assert tokenrl.evaluate(model=run, quiet=True) == expected
     assert capsys.readouterr() == ("", "")

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from tiny_models import LETTERS, Engine, letters, textbook_logprobs
+from tiny_models import Engine, textbook_logprobs
 
 from tokenrl.language.commands.evaluate import paired_differences
-from tokenrl.language.evaluation.evaluation import (
-    SCORED_AT_ONCE,
-    Evaluator,
-    best_of,
-    evaluate_policy,
-    over_prompts,
-)
-from tokenrl.language.evaluation.probe import all_equal, probe_policy
+from tokenrl.language.evaluation.estimates import best_of, over_prompts
+from tokenrl.language.evaluation.evaluation import SCORED_AT_ONCE, Evaluator, evaluate_policy
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -192,39 +186,16 @@ GRADED = np.array([0.5, -1.0, 2.0, 0.5, 0.5, 2.0])
 
 
 @pytest.mark.parametrize("k", range(1, 7))
-def test_both_are_means_over_all_subsets(k):
+def test_the_best_of_k_is_a_mean_over_all_subsets(k):
     subsets = list(combinations(GRADED, k))
     assert best_of(GRADED, k) == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-12)
-    assert all_equal(GRADED, k) == pytest.approx(
-        np.mean([len(set(s)) == 1 for s in subsets]), abs=1e-12
-    )
-    assert math.isnan(best_of(GRADED[: k - 1], k)) and math.isnan(all_equal(GRADED[: k - 1], k))
+    assert math.isnan(best_of(GRADED[: k - 1], k))
 
 
 def test_the_standard_error_is_over_prompts():
     metrics = over_prompts([1.0, 3.0, math.nan, 5.0])
     assert metrics.value == 3.0 and metrics.stderr == pytest.approx(2 / math.sqrt(3))
     assert math.isnan(over_prompts([1.0]).stderr) and math.isnan(over_prompts([math.nan]).value)
-
-
-def test_a_policy_is_probed():
-    tiny, rows, paid = wrap(*letters()), [{"prompt": prompt} for prompt in LETTERS], []
-
-    def reward(completions, **_):
-        rewards = [
-            None if text.startswith("d") else float(text.startswith("a")) for text in completions
-        ]
-        paid.extend(rewards)
-        return rewards
-
-    metrics = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8))
-    groups = np.array(paid, dtype=float).reshape(16, 8)  # abstentions are left out
-    assert metrics.reward.value == pytest.approx(np.mean(np.nanmean(groups, axis=1)))
-    whole = groups[~np.isnan(groups).any(axis=1)]
-    assert 0 < len(whole) < 16 and metrics.unequal == np.mean(whole.std(axis=1) > 0)
-    assert 0 < metrics.truncated.value <= 1
-    with refused("samples of each: give two or more"):
-        probe_policy(tiny, rows, Rewards(reward), Sampling(3, 1))
 
 
 def test_what_another_engine_does_not_return_is_computed_some_rows_at_a_time():

@@ -14,9 +14,10 @@ from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.defaults import (
     completion_limit,
     default_rate,
+    layers_below,
     parameter_count,
     room,
-    sft_defaults,
+    settled,
     surely_fits,
 )
 from tokenrl.language.supervised.fit import encode_demonstrations
@@ -133,11 +134,14 @@ def test_own_tasks_and_given_values_win():
 
 
 def test_the_supervised_run_has_defaults_of_its_own(digits, own):
-    result = sft_defaults(SftArguments(), digits, own, {})[0]
+    def settled_sft(choices, policy):
+        return settled(choices, *layers_below(choices, digits, policy))
+
+    result = settled_sft(SftArguments(), own)[0]
     expected = {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
     assert vars(result).items() >= expected.items()
     policy = make_policy()
-    other, origins = sft_defaults(SftArguments(model="x", max_steps=50), digits, policy, {})
+    other, origins = settled_sft(SftArguments(model="x", max_steps=50), policy)
     assert other.batch_size == 16 and other.eval_every == 5
     size = f"{parameter_count(policy):,} parameters"
     expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": size}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
-from tokenrl.language.commands.evaluate import as_in_runs, opened, state_of
+from tokenrl.language.commands.evaluate import as_in_runs, opened, remark, state_of
 from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.arguments import fill_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
@@ -28,6 +29,7 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.runs.output import harmless, visible
@@ -39,7 +41,7 @@ class Sampler:
 
     Attributes:
         policy: the model.
-        rewards: the reward functions; None if there are none.
+        rewards: the reward functions; there may be none.
         rows: the rows of the task, by what a person would type as their prompt.
         environments: what it plays episodes in; None for completions of one turn.
     """
@@ -58,41 +60,42 @@ class Sampler:
         config = {} if run is None else read_config(run)
         if args.chat is None and config.get("chat_prompts"):
             args = replace(args, chat=True)
-        task = PromptTask("", (), (), max_completion_length=64)
-        self._has_task = False
-        self.rewards: Rewards | None = None
+        task, self.rewards, args = self._task(args, config.get("max_completion_length") or 64)
+        self.rewards.state = state_of(args.model)
+        self.environments = self.rewards.environments
+        self.policy, self._length = opened(args, args.model, task, 64)
+        self._generator = checked_generator(self.policy, self.environments)
+        self._args = args
+        rows = [*task.train_prompts, *task.eval_prompts]
+        is_text = args.chat is False  # a chat of the task is not what is asked then
+        self.rows = {
+            prompt_text(row["prompt"]): row
+            for row in rows
+            if not is_text or isinstance(row["prompt"], str)
+        }
+        self._is_chat = self.policy.form.chat
+        if self.rows:
+            first = next(iter(self.rows.values()))
+            self._is_chat = not isinstance(first["prompt"], str)
+        self._completed = 0
+        self._warned = set[str]()
+
+    def _task(self, args: SampleArguments, length: int) -> tuple[PromptTask, Rewards, Any]:
+        """Return the task, the rewards, and the arguments with which both were made.
+
+        Where nothing names a task, or that of the run cannot be used, a task without rows has the limit of a
+        completion, and the rewards are those that the user named.
+        """
         try:
-            filled = fill_form(as_in_runs(args, [args.model]))
-            if filled.task is not None:
-                task, rewards = find_task(filled, may_lack_rewards=True)
-                self._has_task = True
-                args = filled
-                self.rewards = rewards if rewards.functions else None
+            settled = fill_form(as_in_runs(args))
+            if settled.task is not None:
+                return *find_task(settled, may_lack_rewards=True), settled
         except Refused as error:
             if args.task is not None or args.reward:
                 raise
-            words = f"tokenrl: completions are shown without rewards. {error}"
-            print(harmless(words), file=sys.stderr)
-        if not self._has_task:
-            args = fill_form(args)
-            if args.reward:
-                self.rewards = Rewards(args.reward, args.reward_weights or None)
-        self.environments = getattr(self.rewards, "environments", None)
-        if self.rewards is not None:
-            self.rewards.state = state_of(args.model)
-        self.policy, self._length = opened(args, args.model, task, 64)
-        self._generator = checked_generator(self.policy, self.environments)
-        rows = [*task.train_prompts, *task.eval_prompts]
-        if args.chat is False:  # a chat of the task is not what is asked then
-            rows = [row for row in rows if isinstance(row["prompt"], str)]
-        self._args = args
-        self.rows = {prompt_text(row["prompt"]): row for row in rows}
-        if not self._has_task:  # that of the run cannot be used, but its length can
-            self._length = (
-                args.max_completion_length or config.get("max_completion_length") or self._length
-            )
-        self._completed = 0
-        self._said = set[str]()
+            remark(f"completions are shown without rewards. {error}")
+        rewards = Rewards(args.reward or (), args.reward_weights or None, optional=True)
+        return PromptTask("", (), (), max_completion_length=length), rewards, fill_form(args)
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:
         """Complete a prompt; each one gets random numbers of its own.
@@ -111,18 +114,15 @@ class Sampler:
         text = self.asked(text)
         if fault := fault_of_prompt(text):
             raise Refused(f"It cannot be completed, since {fault}.")
-        is_chat = policy.form.chat
-        for row in self.rows.values():
-            is_chat = not isinstance(row["prompt"], str)
-            break
-        prompt = [{"role": "user", "content": text}] if is_chat else text
+        prompt = [{"role": "user", "content": text}] if self._is_chat else text
         row = self.rows.get(text, {"prompt": prompt})
         for warning in prompt_warnings(policy.tokenizer, [row]):
-            self._say(warning, visible(warning))
-        room = self._length
+            self._warn(warning, warning)
+        length = self._length
         if policy.context is not None and self.environments is None:
             room = policy.context - len(policy.encode(row["prompt"], row.get("tools")))
-        length = args.max_completion_length or max(1, min(self._length, room))
+            length = max(1, min(length, room))
+        length = args.max_completion_length or length
         sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
         prompts = [(self._completed, row)]
         self._completed += 1
@@ -139,7 +139,7 @@ class Sampler:
         """Return a text as a prompt: the empty one where an environment begins all its episodes itself."""
         if text and self.environments is not None and {*self.rows} == {""}:
             name = self.environments.__name__
-            self._say(
+            self._warn(
                 "prompt",
                 f"{name} begins its episodes itself, so they are played without that prompt.",
             )
@@ -149,34 +149,33 @@ class Sampler:
     def target(self, text: str) -> str:
         """Return what the row of a prompt of the task holds beside it, such as the answer."""
         texts: dict[str, str] = {}  # the first column of each text
-        for name, value in self.rows.get(text, {}).items():
+        for name, value in self.rows[text].items():
             if name not in ("prompt", "messages") and value is not None:
                 texts.setdefault(str(value), name)
         texts.pop(text, None)
         return ", ".join(f"{name} {value}" for value, name in texts.items())
 
-    def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
+    def _rewarded(self, text: str, row: Row, rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
-        if self.rewards is None:
-            return [None] * len(rollout.mask)
-        try:
-            self.rewards.check_columns(row)
-            rows = reward_rows(self.policy, self.rewards, rollout, [row])
-        except TokenrlError as error:
-            if text in self.rows or not self._has_task:
-                raise
-            reason = str(error).partition(". ")[0].rstrip(".")
-            self._say(
-                "reward", f"no reward for this prompt, which is none of the task's. {reason}."
-            )
-            return [None] * len(rollout.mask)
-        return [*rows.reward_list()]
+        if self.rewards.functions:
+            try:
+                self.rewards.check_columns(row)
+                rows = reward_rows(self.policy, self.rewards, rollout, [row])
+                return [*rows.reward_list()]
+            except TokenrlError as error:
+                if text in self.rows or not self.rows:
+                    raise
+                reason = str(error).partition(". ")[0].rstrip(".")
+                self._warn(
+                    "reward", f"no reward for this prompt, which is none of the task's. {reason}."
+                )
+        return [None] * len(rollout.mask)
 
-    def _say(self, kind: str, words: str) -> None:
+    def _warn(self, kind: str, words: str) -> None:
         """Print a warning on the standard error, once of each kind."""
-        if kind not in self._said:
-            print(harmless(f"tokenrl: {words}"), file=sys.stderr)
-        self._said.add(kind)
+        if kind not in self._warned:
+            remark(words)
+        self._warned.add(kind)
 
 
 @takes(SampleArguments)
@@ -212,21 +211,19 @@ def print_samples(args: SampleArguments) -> int:
             completed.
     """
     sampler = Sampler(args)
-    example = visible(next(iter(sampler.rows), ""), 200)
     kind = "completion " if sampler.environments is None else "episode\n"
-    for prompt in args.prompt or _lines(
-        f", such as {example}" if example else "", "" in sampler.rows
-    ):
+    for prompt in args.prompt or _lines(sampler.rows):
         prompt = sampler.asked(prompt)
         try:
             completions = sampler(prompt)
-            target = (
-                f"\ntarget     {visible(sampler.target(prompt))}" if prompt in sampler.rows else ""
-            )
-            print(f"prompt     {visible(prompt)}{target}")
+            print(f"prompt     {visible(prompt)}")
+            if prompt in sampler.rows:
+                print(f"target     {visible(sampler.target(prompt))}")
             for text, reward in completions:
-                number = "none" if reward is None or math.isnan(reward) else f"{reward:.4f}"
-                label = f"reward {number}  " if sampler.rewards else ""
+                label = ""
+                if sampler.rewards.functions:
+                    is_missing = reward is None or math.isnan(reward)
+                    label = "reward none  " if is_missing else f"reward {reward:.4f}  "
                 print(harmless(f"{label}{kind}{text}"), flush=True)
         except TokenrlError as error:
             if args.prompt:
@@ -235,15 +232,18 @@ def print_samples(args: SampleArguments) -> int:
     return 0
 
 
-def _lines(example: str, empty: bool) -> Iterator[str]:
-    """Yield the lines that are typed or come by a pipe, `empty` ones too, until there are no more."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        or_empty = ", or empty" if empty else ""
-        print(f"Each line is a prompt{example}{or_empty}. Ctrl-D ends.")
+def _lines(rows: Collection[str]) -> Iterator[str]:
+    """Yield the lines that are typed or come by a pipe; empty ones too if a row has an empty prompt."""
+    lines: Iterable[str] = sys.stdin
+    if sys.stdin.isatty():
+        example = visible(next(iter(rows), ""), 200)
+        such_as = f", such as {example}" if example else ""
+        or_empty = ", or empty" if "" in rows else ""
+        print(f"Each line is a prompt{such_as}{or_empty}. Ctrl-D ends.")
+        lines = iter(partial(input, "> "), None)
     try:
-        while line := input("> ") + "\n" if terminal else sys.stdin.readline():
-            if (line := line.rstrip("\r\n")) or empty:
+        for line in lines:
+            if (line := line.rstrip("\r\n")) or "" in rows:
                 yield line
     except (EOFError, KeyboardInterrupt):
         print()  # so that the shell's prompt begins on a new line

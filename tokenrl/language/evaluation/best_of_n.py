@@ -8,20 +8,21 @@ samples of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.evaluation import over_prompts
+from tokenrl.language.evaluation.estimates import estimates
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.tasks.rows import Row
 from tokenrl.settings import check_number
 
 
@@ -45,12 +46,12 @@ def sample_pool(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     generator = checked_generator(policy)
-    texts: list[list[str]] = []
+    texts = []
     rows = [{"prompt": prompt} for prompt in prompts]
     for index, ids in enumerate(encode(policy, rows, sampling)):
         draws = uniforms("best_of_n", sampling, [index])
         assert draws is not None
-        completions: list[str] = []
+        completions = []
         for rows in draws.split(batch_size):
             rollout = generator.generate([ids], replace(sampling, num_generations=len(rows)), rows)
             completions += policy.decode(rollout.completion_ids, rollout.mask)
@@ -59,7 +60,7 @@ def sample_pool(
 
 
 def pool_rewards(
-    reward: Callable[..., Any], rows: Sequence[Mapping[str, Any]], pool: Sequence[Sequence[str]]
+    reward: Callable[..., Any], rows: Sequence[Row], pool: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
     """Compute the rewards of each prompt's pool; a text that occurs several times is scored once.
 
@@ -87,7 +88,7 @@ def pool_rewards(
 
 def best_of_n_metrics(
     policy: Policy,
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Row],
     choosing: Rewards,
     gold: Rewards,
     sampling: Sampling,
@@ -116,10 +117,8 @@ def best_of_n_metrics(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     size = sampling.num_generations
-    chosen_by = list[
-        np.ndarray
-    ]()  # the rewards of each prompt's completions that decide the choice
-    measured_by = list[np.ndarray]()
+    chosen_by = []  # for each prompt the rewards that decide the choice
+    measured_by = []
     generator = checked_generator(policy, choosing.environments)
     for batch in sample_and_reward(
         policy, generator, prompts, choosing, sampling, stream="best_of_n"
@@ -131,21 +130,15 @@ def best_of_n_metrics(
         for i, columns in enumerate(is_rewarded):
             chosen_by.append(proxies[i, columns].numpy())
             measured_by.append(golds[i, columns].numpy())
-    metrics = dict[str, float]()
+    by_prompt = {}
     powers = [2**k for k in range(size.bit_length())]
     for n in sorted({*powers, size}):
         pools = [pool for pool in zip(chosen_by, measured_by, strict=True) if len(pool[0]) >= n]
-        weights = [choice_weights(proxy, n) for proxy, _ in pools]
-        values = {
-            "best_of_n": [float(w @ pool[1]) for w, pool in zip(weights, pools, strict=True)],
-            "best_of_n_proxy": [float(w @ pool[0]) for w, pool in zip(weights, pools, strict=True)],
-            "best_of_n_kl": [best_of_n_kl(proxy, n) for proxy, _ in pools],
-        }
-        for name, numbers in values.items():
-            estimate = over_prompts(numbers)
-            metrics[f"{name}@{n}"] = estimate.value
-            metrics[f"{name}@{n}_stderr"] = estimate.stderr
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+        weighted = [(choice_weights(proxy, n), proxy, gold) for proxy, gold in pools]
+        by_prompt[f"best_of_n@{n}"] = [float(w @ gold) for w, _, gold in weighted]
+        by_prompt[f"best_of_n_proxy@{n}"] = [float(w @ proxy) for w, proxy, _ in weighted]
+        by_prompt[f"best_of_n_kl@{n}"] = [best_of_n_kl(proxy, n) for proxy, _ in pools]
+    return estimates(by_prompt)
 
 
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:

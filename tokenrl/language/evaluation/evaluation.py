@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from tokenrl.errors import Refused
+from tokenrl.language.evaluation.estimates import best_of, estimates, over_prompts
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model, checked_generator
@@ -31,12 +32,11 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
+from tokenrl.language.tasks.rows import Row
 from tokenrl.runs.console import message_text, with_errors
-from tokenrl.runs.metric_table import is_rounding
 from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.reader import Tabled
 
-Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
 
 
@@ -105,7 +105,7 @@ class Evaluator:
             single = prompts if rewards.environments is None else ()
             _check_reference(self.policy, self.reference, single, sampling)
         passes = []
-        failures = list[str]()
+        failures = []
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
@@ -115,7 +115,7 @@ class Evaluator:
             failures += [row["failure"] for row in passes[-1] if "failure" in row]
         greedy = passes[0]
         rows = passes[-1]
-        by_prompt: dict[str, list[float]] = {}
+        by_prompt = {}
         if rewards.functions:
             by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
         if size:
@@ -137,7 +137,7 @@ class Evaluator:
             stream: the stream of random numbers, a name in `STREAMS`.
         """
         policy = self.policy
-        rows = list[dict[str, Any]]()
+        rows = []
         generator = self.generator
         for batch in sample_and_reward(
             policy,
@@ -180,16 +180,22 @@ class Evaluator:
 
     def _kl(self, reference: Policy, batch: Rewarded, sampling: Sampling) -> dict[str, list[float]]:
         """Return estimates of the KL to the reference for each row of a batch, by name."""
-        parts = torch.arange(len(batch)).split(SCORED_AT_ONCE)
-        options: dict[str, Any] = {"parts": parts, "distribution": sampling.whole}
-        whole = batch
+        read = batch
         if self.reference_prompts is not None:
-            whole = batch.behind(self.reference_prompts(batch), reference.pad_id)
-        scores = score_in_parts(reference.model, whole, self.reference_regime, **options)
+            read = batch.behind(self.reference_prompts(batch), reference.pad_id)
+        scores = score_in_parts(
+            reference.model,
+            read,
+            self.reference_regime,
+            parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
+            distribution=sampling.whole,
+        )
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
-        ends = torch.tensor([*{*reference.ends} - {*self.policy.ends}], dtype=torch.int64)
-        over = torch.isin(batch.completion_ids, ends) & batch.mask
-        mask = batch.mask & (over.cumsum(dim=1) <= over)
+        ends = {*reference.ends} - {*self.policy.ends}
+        at_end = torch.isin(batch.completion_ids, torch.tensor([*ends], dtype=torch.int64))
+        over = at_end & batch.mask
+        earlier = over.cumsum(dim=1) - over.long()
+        mask = batch.mask & (earlier == 0)
         kl = completion_kl(batch.logprobs, scores.logprobs, mask)
         return {name: values.tolist() for name, values in kl.items()}
 
@@ -281,7 +287,7 @@ def _by_prompt(
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    each: dict[str, list[float]] = {}
+    each = {}
     if rewards.functions:
         rewarded = known_rewards(rows, size)
         mark = rewards.pass_threshold
@@ -306,19 +312,18 @@ def _metrics(
     def mean(name: str) -> float:
         return over_prompts([row[name] for row in rows]).value
 
-    metrics: dict[str, float] = {}
-    for name, values in by_prompt.items():
-        metrics[name], error = over_prompts(values)
-        metrics[f"{name}_stderr"] = error
+    metrics = estimates(by_prompt, always=("reward", "reward_greedy"))
     if "reward" in by_prompt:
         metrics["reward"] = mean("reward")
     metrics["completions/mean_length"] = mean("length")
     metrics["completions/clipped_ratio"] = mean("truncated")
     for i, name in enumerate(rewards.names):
         column = [row["rewards"][i] for row in rows]
-        metrics[f"rewards/{name}/mean"] = over_prompts(column).value
-        if share := fmean(map(math.isnan, column)):
-            metrics[f"rewards/{name}/abstained"] = share
+        abstained = fmean(map(math.isnan, column))
+        if abstained < 1:
+            metrics[f"rewards/{name}/mean"] = over_prompts(column).value
+        if abstained:
+            metrics[f"rewards/{name}/abstained"] = abstained
     tokens = sum(row["length"] for row in rows)
     entropy = sum(row["entropy"] for row in rows)
     metrics["entropy"] = entropy / max(1, tokens)
@@ -327,60 +332,10 @@ def _metrics(
         endings = [row["ending"] for row in rows]
         for ending in dict.fromkeys(endings):
             metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
-    always = ("reward", "reward_greedy")
-    return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}
+    return metrics
 
 
-class Estimate(NamedTuple):
-    """A mean over prompts and its standard error, which is nan for a single prompt."""
-
-    value: float
-    stderr: float
-
-
-def over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Return the mean over prompts of one value per prompt, and its standard error `sd / sqrt(B)`.
-
-    Both are nan without a value, and the error also with a single one.
-
-    Args:
-        values: one number for each of B prompts; nan values are left out.
-    """
-    numbers = np.array(values, dtype=np.float64)
-    numbers = numbers[~np.isnan(numbers)]
-    size = len(numbers)
-    mean = float(numbers.mean()) if size else math.nan
-    error = math.nan
-    if size > 1:
-        spread = float(numbers.std(ddof=1))
-        # Equal numbers may differ from their mean by a rounding.
-        error = 0.0 if is_rounding(spread, mean) else spread / math.sqrt(size)
-    return Estimate(mean, error)
-
-
-def best_of(rewards: np.ndarray, k: int) -> float:
-    """Unbiased estimate of the expected best reward of k samples, from n >= k samples of one prompt.
-
-    It is the mean, over all `C(n, k)` subsets of size k, of the largest reward in the subset: the i-th
-    smallest reward (counted from 1) is the largest in `C(i-1, k-1)` of them. For rewards of 0 and 1 this is
-    pass@k, `1 - C(n-c, k)/C(n, k)` with c ones (Chen et al. 2021, arXiv 2107.03374, eq. 1). It is nan for
-    n < k.
-
-    Args:
-        rewards: rewards of the samples [n].
-        k: size of the subsets.
-    """
-    n = len(rewards)
-    if n < k:
-        return math.nan
-    subsets = math.comb(n, k)
-    shares = [math.comb(i, k - 1) / subsets for i in range(n)]
-    return float(np.sort(rewards) @ np.array(shares))
-
-
-def transcript(
-    prompt: str, messages: Sequence[Mapping[str, Any]], ending: str, failure: str | None
-) -> str:
+def transcript(prompt: str, messages: Sequence[Row], ending: str, failure: str | None) -> str:
     """Return an episode as text for people: what each role wrote, and how it ended."""
     if failure:
         ending = f"{ending}. {failure}"

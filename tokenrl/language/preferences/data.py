@@ -11,13 +11,12 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.policy.copies import uncompiled
 from tokenrl.language.policy.model import Policy
@@ -77,7 +76,7 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
     if args.data is not None:
-        name = args.data if isinstance(args.data, str | Path) else "data in memory"
+        name = args.data if isinstance(args.data, str) else "data in memory"
         train, held_out, words = load_pairs(
             args.data,
             split=args.split,
@@ -85,7 +84,7 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
             eval_size=args.eval_size,
             announce=announce,
         )
-        return RewardData(str(name), train, held_out, task, divided=words)
+        return RewardData(name, train, held_out, task, divided=words)
     return _from_task(args, task, rewards, announce)
 
 
@@ -109,12 +108,9 @@ def _from_task(
             noise_temperature=args.noise_temperature,
         )
 
-    try:
-        with using_threads(choose_threads(policy.size, args.threads)[0]):
-            train = sampled(task.train_prompts, args.num_pairs, args.seed)
-            held_out = sampled(task.eval_prompts, args.eval_size, HELD_OUT_SEED + args.seed)
-    except Stopped as error:
-        raise Refused(f"Before the first step: {error}") from error
+    with using_threads(choose_threads(policy.size, args.threads)[0]):
+        train = sampled(task.train_prompts, args.num_pairs, args.seed)
+        held_out = sampled(task.eval_prompts, args.eval_size, HELD_OUT_SEED + args.seed)
     announce(
         f"{len(train):,} preferences from {args.num_pairs:,} sampled pairs; the others are ties."
     )

@@ -84,7 +84,7 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
         model exceeds only by chance.
     """
     difference = rewards[:, 0] - rewards[:, 1]  # [N]
-    right = _right(difference)
+    right = np.heaviside(difference, 0.5)
     metrics = {"accuracy": float(right.mean())}
     error = clustered_stderr(right, [pair.key for pair in pairs])
     if error is not None:
@@ -96,15 +96,11 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     if len(golds) == len(pairs):
         chosen_gold, rejected_gold = np.transpose(golds)  # [N]
         gold = chosen_gold - rejected_gold
-        metrics["noise_ceiling"] = float(_right(gold).mean())
+        metrics["noise_ceiling"] = float(np.heaviside(gold, 0.5).mean())
         if gold.any():
             agreement = difference * np.sign(gold)
-            metrics["gold_agreement"] = float(_right(agreement[gold != 0]).mean())
+            metrics["gold_agreement"] = float(np.heaviside(agreement[gold != 0], 0.5).mean())
     return metrics
-
-
-def _right(difference: np.ndarray) -> np.ndarray:
-    return np.asarray((difference > 0) + 0.5 * (difference == 0))
 
 
 def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
@@ -136,6 +132,6 @@ def expected_calibration_error(difference: np.ndarray) -> float:
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     bin_of = np.minimum(((predicted - 0.5) * 20).astype(int), 9)
-    observed = _right(difference)
+    observed = np.heaviside(difference, 0.5)
     gaps = np.bincount(bin_of, weights=observed - predicted)  # per bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

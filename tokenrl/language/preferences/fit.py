@@ -31,6 +31,7 @@ from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.forward import choose_passes
 from tokenrl.language.rollout.passes import Passes, Shapes
+from tokenrl.language.supervised.defaults import settled
 from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.records import provenance_of, recorded
@@ -43,7 +44,6 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -148,7 +148,7 @@ class PreferenceTraining(Descent):
         metrics = super().update()
         chosen, rejected = torch.cat(self._rewards, dim=1).float()
         difference = chosen - rejected
-        is_right = (difference > 0).float() + 0.5 * (difference == 0).float()
+        is_right = difference.heaviside(difference.new_tensor(0.5))
         return metrics | {
             "accuracy": float(is_right.mean()),
             "margin": float(difference.mean()),
@@ -267,9 +267,8 @@ def train_reward_model(
         def evaluate() -> dict[str, float]:
             return preference_metrics(score_pairs(reward_model, held_out), data.held_out)
 
-        if not session.continues:
-            session.evaluated(evaluate())
         if args.check:
+            session.evaluated(evaluate())
             check_pairs(session, data.train, data.held_out)
             return RewardModelResult(**session.outcome(), reward_model=reward_model)
         run_updates(session, training, evaluate)
@@ -296,15 +295,11 @@ def fill_defaults(
             f"margin={choices.margin} and a column 'margin' were both given: give one of the two."
         )
     batch_size = min(choices.batch_size, len(data.train))
-    max_steps = choices.max_steps or math.ceil(len(data.train) / batch_size)
-    defaults = {
-        "max_steps": max_steps,
+    usual = {
+        "max_steps": math.ceil(len(data.train) / batch_size),
         "learning_rate": 1e-3 if choices.model is None else 1e-5,
-        "eval_every": max(1, max_steps // 10),
     }
-    pairs = decided | {"batch_size": batch_size}
-    values, _ = lay(("default", defaults), ("given", vars(choices)), ("pairs", pairs))
-    return RewardModelArguments(**values)
+    return settled(choices, ("default", usual), **decided, batch_size=batch_size)[0]
 
 
 def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) -> dict[str, Any]:
@@ -336,7 +331,7 @@ def _finish(
     ended.reward_model.trained_prompts = session.provenance.trained_prompts
     for name, preferences in data.rows.items():
         write_preferences(directory / name, preferences)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for pair, (chosen, rejected) in zip(data.held_out, rewards.tolist(), strict=True):
         texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         rows.append(texts | {"reward_chosen": chosen, "reward_rejected": rejected})

@@ -6,10 +6,9 @@ left out if both others hold whole texts or conversations that begin with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,13 @@ from tokenrl.language.tasks.held_out import (
     hold_out,
     read_parts,
 )
-from tokenrl.language.tasks.rows import hashes, prompt_key
+from tokenrl.language.tasks.rows import Row, hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
 from tokenrl.runs.files import canonical
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,12 @@ def load_pairs(
     Raises:
         Refused: the data does not exist, or a reward model cannot be trained on it.
     """
-    name = "the preference data"
-    if isinstance(data, str | Path):
-        data = str(data)
-        name = f"data '{data}'"
-    splits, held_out_split = read_parts(data, name, split, eval_split)
-    pairs = read_pairs(splits[split], f"{name}, split '{split}'", announce)
-    if held_out_split is None:
+    name = f"data '{data}'" if isinstance(data, str) else "the preference data"
+    read = partial(read_pairs, announce=announce)
+    pairs, held_out, _ = read_parts(data, name, split, eval_split, read)
+    if held_out is None:
         return divided(pairs, eval_size)
-    held_out = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'", announce)
-    numbers = chosen(held_out, max(1, eval_size))
-    return pairs, [held_out[i] for i in numbers], ""
+    return pairs, [held_out[i] for i in chosen(held_out, eval_size)], ""
 
 
 def read_pairs(
@@ -133,9 +125,9 @@ def read_pairs(
 
 
 def _pair(row: Row, source: str) -> Pair:
-    prompt = as_prompt(row.get("prompt"))
-    chosen = as_prompt(row.get("chosen"))
-    rejected = as_prompt(row.get("rejected"))
+    prompt, chosen, rejected = (
+        as_prompt(row.get(name)) for name in ("prompt", "chosen", "rejected")
+    )
     fault = fault_of_prompt(chosen, "chosen") or fault_of_prompt(rejected, "rejected")
     if prompt is not None:
         fault = fault or fault_of_prompt(prompt)
@@ -160,12 +152,13 @@ def _pair(row: Row, source: str) -> Pair:
         prompt = chosen[:cut]
         chosen = chosen[cut:]
         rejected = rejected[cut:]
-    margin = _number(row, "margin", source)
-    chosen_gold = _number(row, "chosen_gold", source)
-    rejected_gold = _number(row, "rejected_gold", source)
-    gold = None
-    if chosen_gold is not None and rejected_gold is not None:
-        gold = (chosen_gold, rejected_gold)
+    numbers = {}
+    for name in ("margin", "chosen_gold", "rejected_gold"):
+        if (value := row.get(name)) is not None:
+            check_number(f"{source}: {name}", value)
+            numbers[name] = float(value)
+    margin = numbers.pop("margin", None)
+    gold = (numbers["chosen_gold"], numbers["rejected_gold"]) if len(numbers) == 2 else None
     return Pair(prompt, chosen, rejected, margin, gold, row.get("tools"))
 
 
@@ -177,15 +170,6 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     if isinstance(chosen, str):
         return max(0, chosen.rfind(" ", 0, cut))
     return cut
-
-
-def _number(row: Row, name: str, source: str) -> float | None:
-    """Return the number in a column; None without the column, or where it has no value."""
-    value = row.get(name)
-    if value is None:
-        return None
-    check_number(f"{source}: {name}", value)
-    return float(value)
 
 
 def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
@@ -201,10 +185,9 @@ def divided(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair], str]:
     Raises:
         Refused: there are too few pairs to divide.
     """
-    if size < 1 or len(pairs) < 2:
+    if len(pairs) < 2:
         raise Refused(
-            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on "
-            "others, give an eval_size of at least 1 and at least 2 pairs."
+            "There is one pair: to train on some and evaluate on others, give at least 2 pairs."
         )
     texts = [canonical([pair.key, pair.chosen, pair.rejected]) for pair in pairs]
     prompts = hashes(pair.key for pair in pairs)
@@ -227,31 +210,21 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         held_out: the pairs to evaluate on.
     """
 
-    def key(pair: Pair) -> str:
-        return repr((pair.prompt, pair.chosen, pair.rejected))
-
-    trained = set(map(key, train))
-    repeated = sum(key(pair) in trained for pair in held_out)
-    reversed_pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in train]
-    swapped = sum(key(pair) in trained for pair in reversed_pairs)
+    trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
+    repeated = [repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out]
+    swapped = [repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train]
     texts = [completion_texts([pair.chosen, pair.rejected]) for pair in train]
     gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in texts])
     shares = {"longer": np.mean(gaps > 0), "shorter": np.mean(gaps < 0)}
-    findings = []
-    for flag, count, pairs, largest_share, words in (
-        (
+    findings = [
+        *_mistakes(
             "held-out-in-training",
             repeated,
-            held_out,
-            MAX_REPEATED_SHARE,
             "held-out pairs are trained on too",
+            MAX_REPEATED_SHARE,
         ),
-        ("contradictory-pairs", swapped, train, 1, "training pairs are there in both orders"),
-    ):
-        if count:
-            weight: Weight = "void" if count >= largest_share * len(pairs) else "watch"
-            text = f"{count:,} of {len(pairs):,} {words}: take them out."
-            findings.append(Finding(flag, weight, text))
+        *_mistakes("contradictory-pairs", swapped, "training pairs are there in both orders", 1),
+    ]
     for name, share in shares.items():
         if share >= MIN_LENGTH_SHARE:
             text = (
@@ -264,3 +237,12 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "chosen": f"the longer in {shares['longer']:.0%}, the shorter in {shares['shorter']:.0%}",
     }
     conclude(session, "data, model and loss", measured, findings)
+
+
+def _mistakes(
+    flag: str, marks: Sequence[bool], words: str, largest_share: float
+) -> Iterator[Finding]:
+    """Yield a finding if some pairs are marked, which is a problem from a share of them on."""
+    if count := sum(marks):
+        weight: Weight = "void" if count >= largest_share * len(marks) else "watch"
+        yield Finding(flag, weight, f"{count:,} of {len(marks):,} {words}: take them out.")

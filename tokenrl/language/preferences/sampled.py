@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.task import check_single_turn
 from tokenrl.runs.files import write_text
 from tokenrl.settings import check_number
-
-Row = Mapping[str, Any]
 
 
 def make_preferences(
@@ -76,7 +75,7 @@ def make_preferences(
     check_single_turn(gold, "A pair of completions")
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     draws = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
-    rows: list[dict[str, Any]] = []
+    rows = []
     generator = checked_generator(policy)
     for batch in sample_and_reward(
         policy, generator, prompts, gold, sampling, stream="preferences", batch_size=batch_size
@@ -124,8 +123,5 @@ def first_is_chosen(
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Write rows as JSON lines, a format that `datasets` and `tokenrl reward-model --data` read."""
-    lines = []
-    for row in rows:
-        text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
-        lines.append(f"{text}\n")
-    write_text(Path(path), "".join(lines))
+    lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    write_text(Path(path), "\n".join([*lines, ""]))

@@ -23,7 +23,6 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import (
     TINY,
     LoadingArguments,
-    LoraArguments,
     ModelArguments,
 )
 from tokenrl.language.policy.copies import copied, uncompiled
@@ -132,8 +131,7 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
         if environment is None and getattr(args, "teacher_context", None) is None:
             reward = task.reward or ()
             rewards = reward if isinstance(reward, list | tuple) else [reward]
-            usual = {*READ, getattr(args, "completion_column", "")}
-            for name in read - usual:
+            for name in read - {*READ, getattr(args, "completion_column", "")}:
                 if f"{{{name}" not in template and not any(may_read(x, name) for x in rewards):
                     read.remove(name)
         rows: list[Any] = [row for part in parts for row in part.with_columns(read)]
@@ -159,19 +157,19 @@ def vocabulary_of(policy: Policy) -> str:
     return f", a vocabulary of {len(policy.tokenizer):,} tokens" if is_new else ""
 
 
-def adapt(args: ModelArguments, policy: Policy) -> None:
+def adapt(args: Any, policy: Policy) -> None:
     """Add the LoRA adapter that the arguments ask for, if any; check that there are weights that can be trained.
 
     Raises:
         Refused: the adapter does not fit, no parameter requires a gradient, or one that does is float16.
     """
-    if isinstance(args, LoraArguments) and args.lora_r:
+    if args.lora_r:
         add_lora(
             policy,
             r=args.lora_r,
             alpha=args.lora_alpha,
             target_modules=args.lora_target_modules,
-            seed=getattr(args, "seed", 0),
+            seed=args.seed,
         )
     trained = policy.trainable_parameters()
     if any(p.dtype == torch.float16 for p in trained):

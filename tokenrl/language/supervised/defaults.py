@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import as_prompt
 from tokenrl.language.tasks.task import PromptTask
-from tokenrl.settings import lay
+from tokenrl.settings import arguments, lay
+
+T = TypeVar("T")
 
 ANY = {
     "max_steps": 200,
@@ -38,6 +40,8 @@ TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
 """A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
 SFT_ANY = {"max_steps": 200, "batch_size": 64}
 SFT_TOY = {"max_steps": 250, "batch_size": 16}
+WARM = {"max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
+"""By setting of `tokenrl sft`, the field of a toy task's warm start that recommends it."""
 RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
 """Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
 1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
@@ -140,15 +144,18 @@ def completion_limit(
         longest = max(len(completion) for _, completion in pairs)
         limit = room(pairs)
         origin = f"the longest demonstration has {longest} with EOS"
+    if policy.context is None:
+        return limit, origin
     lengths = [0]
-    for rows in () if policy.context is None else (task.train_prompts, task.eval_prompts):
+    for rows in (task.train_prompts, task.eval_prompts):
         for prompt, tools in zip(rows.column("prompt"), rows.column("tools"), strict=True):
             with suppress(Refused):  # a run names the row
                 if not surely_fits(policy, prompt, limit, tools):
                     lengths.append(len(policy.encode(prompt, tools)))
-    if policy.context is not None and max(lengths) + limit > policy.context:
-        limit = policy.context // 2 if truncate else max(1, policy.context - max(lengths))
-        origin = f"a prompt has {max(lengths)} tokens, the model's context {policy.context}"
+    longest_prompt = max(lengths)
+    if longest_prompt + limit > policy.context:
+        limit = policy.context // 2 if truncate else max(1, policy.context - longest_prompt)
+        origin = f"a prompt has {longest_prompt} tokens, the model's context {policy.context}"
     return limit, origin
 
 
@@ -210,55 +217,51 @@ def is_own(task: PromptTask, model: Any, policy: Policy) -> bool:
 
 
 def layers_below(
-    choices: Any, task: PromptTask, policy: Policy, recommended: Mapping[str, Any]
+    choices: Any, task: PromptTask, policy: Policy
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the layers below what was given: the defaults, the learning rate by size, and the task's.
 
     Args:
         choices: the arguments of `tokenrl sft` or `tokenrl train`.
-        task: the task.
+        task: the task, which recommends settings, a toy task for its own model only.
         policy: the policy, which needs no weights.
-        recommended: what the task recommends, for a toy task with its own model only.
     """
     supervised = isinstance(choices, SftArguments)
     usual, usual_of_toys = (SFT_ANY, SFT_TOY) if supervised else (ANY, TOY)
+    recommended = task.train
+    if supervised:
+        warm = task.base and task.base.warm_start
+        recommended = {name: getattr(warm, of_warm, None) for name, of_warm in WARM.items()}
     count = parameter_count(policy)
     is_random = policy.source == TINY and not getattr(choices, "warm_start", False)
-    size = f"{count:,} {'random ' if is_random else ''}parameters"
-    if choices.lora_r:
-        size += ", LoRA"
-    rate = default_rate(
-        count, lora=bool(choices.lora_r), supervised=supervised, trained=not is_random
-    )
+    lora = bool(choices.lora_r)
+    size = f"{count:,} {'random ' if is_random else ''}parameters{', LoRA' if lora else ''}"
+    rate = default_rate(count, lora=lora, supervised=supervised, trained=not is_random)
     top = ("recommended by the task", recommended)
     if task.base and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
-def sft_defaults(
-    choices: SftArguments, task: PromptTask, policy: Policy, decided: Mapping[str, Any]
-) -> tuple[SftArguments, dict[str, str]]:
-    """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
+def settled(
+    choices: T, *layers: tuple[str, Mapping[str, Any]], **decided: Any
+) -> tuple[T, dict[str, str]]:
+    """Settle the arguments of a training on rows: lay what was given over the layers below.
+
+    Evaluations are made every tenth of the run where their interval is left open.
 
     Args:
         choices: what was given.
-        task: the task.
-        policy: the policy, which needs no weights.
-        decided: settings that the run has decided, such as those about computing.
+        *layers: the layers below, as `lay` takes them.
+        **decided: settings that the run has decided, which lie on top.
 
     Returns:
         The settings, and where the value of each comes from.
     """
-    recommended = {}
-    if warm := task.base and task.base.warm_start:
-        recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
-        recommended["learning_rate"] = warm.learning_rate
-    layers = layers_below(choices, task, policy, recommended)
-    values, origins = lay(*layers, ("given", vars(choices)))
+    values, origins = lay(*layers, ("given", vars(choices)), ("decided", decided))
     if values["eval_every"] is None:
         values["eval_every"] = max(1, values["max_steps"] // 10)
-    return SftArguments(**{**values, **decided}), origins
+    return arguments(type(choices), values), origins
 
 
 def with_origins(origins: Mapping[str, str], between: str = ", ", **texts: str) -> str:

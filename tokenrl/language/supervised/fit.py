@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Placed, Refused, Stopped, with_places
+from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
@@ -21,6 +21,7 @@ from tokenrl.language.rollout.passes import Passes, Shapes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
+from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
 from tokenrl.runs.schedules import share_of_rate
@@ -106,7 +107,7 @@ class Descent(ABC):
         self.step += 1
         passes.copy_weights()
         self._optimizer.zero_grad()
-        losses = list[Tensor]()
+        losses = []
         for part in parts:
             loss = self.loss([batch[i] for i in part], batch)
             loss.backward()
@@ -114,8 +115,8 @@ class Descent(ABC):
             losses.append(loss.detach())
         largest_norm = self._args.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self._parameters, largest_norm)
-        metrics = {"loss": torch.stack(losses).sum().item(), "grad_norm": float(norm)}
-        for name, value in zip(("loss", "norm of the gradient"), metrics.values(), strict=True):
+        loss_before = torch.stack(losses).sum().item()
+        for name, value in {"loss": loss_before, "norm of the gradient": float(norm)}.items():
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
@@ -123,10 +124,11 @@ class Descent(ABC):
         self._optimizer.step()
         lengths = shapes[0]
         columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)
-        metrics["padding"] = 1 - sum(lengths) / columns
-        self.loss_before = metrics["loss"] if self.loss_before is None else self.loss_before
-        self.loss_after = metrics["loss"]
-        return metrics
+        self.loss_after = loss_before
+        if self.loss_before is None:
+            self.loss_before = loss_before
+        padding = 1 - sum(lengths) / columns
+        return {"loss": loss_before, "grad_norm": float(norm), "padding": padding}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -151,16 +153,18 @@ class Descent(ABC):
 def run_updates(
     session: Session, training: Descent, evaluate: Callable[[], dict[str, float]]
 ) -> None:
-    """Make the updates of a run that are left, with evaluations.
+    """Evaluate a new run before training, and make the updates that are left, with evaluations.
 
     Args:
-        session: the run, after `open` and the evaluation before training.
+        session: the run, after `open`.
         training: makes the updates.
         evaluate: returns the metrics of the model as it is now.
 
     Raises:
         Stopped: the loss or its gradient became NaN or infinite.
     """
+    if not session.continues:
+        session.evaluated(evaluate())
     for _ in session.steps():
         with session.update():
             metrics = training.update()
@@ -172,7 +176,7 @@ def run_updates(
 
 
 def encode_demonstrations(
-    policy: Policy, rows: Sequence[dict[str, Any]], environments: Environments | None = None
+    policy: Policy, rows: Sequence[Row], environments: Environments | None = None
 ) -> list[Pair]:
     """Tokenise demonstrations; each completion ends with the tokenizer's EOS, if it has one.
 
@@ -193,7 +197,7 @@ def encode_demonstrations(
         raise Refused(
             "There are no demonstrations to learn from. Give rows of prompt and completion."
         )
-    pairs: list[Pair] = []
+    pairs = []
     for location, row in with_places(rows):
         tools = (environments and environments.tools(row)) or row.get("tools")
         try:
@@ -209,8 +213,8 @@ def encode_demonstrations(
 
 
 def as_in_episodes(
-    rows: Sequence[Any], environments: Environments, warn: Callable[[str], None]
-) -> list[Any]:
+    rows: Iterable[Any], environments: Environments | None, warn: Callable[[str], None]
+) -> Rows:
     """Return demonstrations with the prompts that episodes of their rows begin with, with the text of `reset`.
 
     A prompt that ends with this text, or a chat whose last message of the user does, stays as it is. So does
@@ -219,11 +223,14 @@ def as_in_episodes(
 
     Args:
         rows: demonstrations with a `prompt`, and the columns that `reset` takes.
-        environments: where the rows come from.
+        environments: where the rows come from; None for completions of one turn, which stay as they are.
         warn: prints that the text depends on the seed.
     """
-    opened = [*rows]
-    for number, (location, row) in enumerate(with_places(rows)):
+    rows = Rows.of(rows)
+    if environments is None:
+        return rows
+    prompts = [*rows.column("prompt")]
+    for number, row in enumerate(rows):
         with suppress(Refused):
             episodes = environments.reset([row, row], [0, 1])
             environments.release(episodes)
@@ -233,10 +240,10 @@ def as_in_episodes(
                     f"{episodes[0].name_of('reset')} draws its text at random, so it is not added to "
                     "demonstrations: their prompts must hold what the policy reads first."
                 )
-                return [*rows]
+                return rows
             if not _is_opened(row["prompt"], text):
-                opened[number] = Placed({**row, "prompt": episodes[0].opening}, location)
-    return opened
+                prompts[number] = episodes[0].opening
+    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
 
 
 def _is_opened(prompt: Any, text: str) -> bool:
@@ -247,7 +254,7 @@ def _is_opened(prompt: Any, text: str) -> bool:
     return any(word == joined(word.removesuffix(text), text) for word in words[-1:])
 
 
-def _turns(row: Mapping[str, Any]) -> list[Any]:
+def _turns(row: Row) -> list[Any]:
     """Return the completion of a demonstration as messages."""
     turns = as_prompt(row.get("completion"))
     fault = fault_of_prompt(turns, "completion")
@@ -267,7 +274,7 @@ def _turns(row: Mapping[str, Any]) -> list[Any]:
     return list(turns)
 
 
-def _pair(policy: Policy, prompt: Any, message: Mapping[str, Any], tools: Any) -> Pair:
+def _pair(policy: Policy, prompt: Any, message: Row, tools: Any) -> Pair:
     space, text = completion_text(policy, prompt, message, tools)
     before = policy.encode(prompt, tools=tools)
     ids = following_ids(policy, before, text, space)
@@ -322,18 +329,18 @@ class SupervisedTraining(Descent):
             forward: how the policy is computed.
         """
         super().__init__(policy.trainable_parameters(), len(pairs), args, forward)
-        self._policy = policy
         self._pairs = pairs
         self._forward = forward
 
     def shapes(self, batch: Sequence[int]) -> Shapes:
         """Return the shapes of demonstrations; each has a prompt of its own."""
-        prompts, completions = zip(*(self._pairs[i] for i in batch), strict=True)
-        return [*map(len, completions)], [*map(len, prompts)], range(len(batch))
+        prompts = [self._pairs[i][0] for i in batch]
+        completions = [self._pairs[i][1] for i in batch]
+        return list(map(len, completions)), list(map(len, prompts)), range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
-        part = demonstration_batch(self._policy, [self._pairs[i] for i in rows])
+        part = demonstration_batch(self._forward.policy, [self._pairs[i] for i in rows])
         logprobs = score(self._forward.model, part, self._forward.regime).logprobs
         mask = to_device(part.mask, logprobs.device)
         self.tokens += int(part.mask.sum())
@@ -345,7 +352,7 @@ class SupervisedTraining(Descent):
         size = self._args.batch_size
         total = 0.0
         for first in range(0, len(pairs), size):
-            part = demonstration_batch(self._policy, pairs[first : first + size])
+            part = demonstration_batch(self._forward.policy, pairs[first : first + size])
             logprobs = score_in_parts(self._forward.model, part, self._forward.regime).logprobs
             total -= logprobs[part.mask].double().sum().item()
         return total / sum(len(completion) for _, completion in pairs)
@@ -353,7 +360,7 @@ class SupervisedTraining(Descent):
 
 def fit(
     policy: Policy,
-    demonstrations: Sequence[dict[str, Any]],
+    demonstrations: Sequence[Row],
     *,
     environments: Environments | None = None,
     forward: Forward | None = None,

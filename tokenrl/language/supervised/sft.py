@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +24,9 @@ from tokenrl.language.supervised.base import adapt, load_base, vocabulary_of
 from tokenrl.language.supervised.defaults import (
     completion_limit,
     demonstrations,
+    layers_below,
     room,
-    sft_defaults,
+    settled,
     with_completions,
     with_origins,
 )
@@ -41,7 +42,6 @@ from tokenrl.language.tasks.held_out import (
     division_of,
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
@@ -119,8 +119,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         threads, reason = choose_threads(policy.size, choices.threads)
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
-        if environments is not None:
-            rows = Rows.of(as_in_episodes(rows, environments, session.console.warn))
+        rows = as_in_episodes(rows, environments, session.console.warn)
         pairs = encode_demonstrations(policy, rows, environments)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
@@ -129,25 +128,25 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         forward, decided = choose_forward(choices, policy, length=length, turns=turns)
         decided |= {"threads": threads, "output_dir": session.directory}
         decided["chat_time"] = policy.form.chat_time
-        args, origins = sft_defaults(choices, task, policy, decided)
-        training = SupervisedTraining(policy, pairs, args, forward)
-        saved = SavedModel(policy)
-        header = _header(args, origins, forward) | {"threads": f"{threads} ({reason})"}
+        layers = layers_below(choices, task, policy)
+        settings, origins = settled(choices, *layers, **decided)
+        training = SupervisedTraining(policy, pairs, settings, forward)
+        header = _header(settings, origins, forward) | {"threads": f"{threads} ({reason})"}
         session.open(
-            args,
-            saved,
+            settings,
+            SavedModel(policy),
             provenance_of(policy, {"demonstrations": rows}),
             {"training": training},
             header,
             names={"task": name, "model": policy.source},
-            title=f"{name}, supervised, seed {args.seed}",
+            title=f"{name}, supervised, seed {settings.seed}",
             **recorded(task),
         )
-        evaluate = _evaluation(args, task, rewards, training, forward, length, session.console.warn)
-        if not session.continues:
-            session.evaluated(evaluate())
+        evaluate = _evaluation(
+            settings, task, rewards, training, forward, length, session.console.warn
+        )
         run_updates(session, training, evaluate)
-        return _finish(session, training, saved, header)
+        return _finish(session, training, policy, header)
 
 
 def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) -> dict[str, Any]:
@@ -183,9 +182,9 @@ def _evaluation(
     numbers = chosen(task.eval_prompts, args.eval_size or EVALUATED)
     prompts = task.eval_prompts.take(numbers)
     environments = rewards.environments
-    rows: Sequence[Any] = with_completions(prompts, args.completion_column)
-    if environments is not None:  # as those that are learnt from, of which a warning has been told
-        rows = as_in_episodes(rows, environments, lambda words: None)
+    # As those that are learnt from, of which a warning has been told.
+    demonstrated = with_completions(prompts, args.completion_column)
+    rows = as_in_episodes(demonstrated, environments, lambda words: None)
     pairs = encode_demonstrations(policy, rows, environments) if rows else []
     if not prompts or not (rewards.functions or pairs):
         return dict
@@ -207,16 +206,16 @@ def _evaluation(
 
 
 def _finish(
-    session: Session, training: SupervisedTraining, saved: SavedModel, header: Mapping[str, Any]
+    session: Session, training: SupervisedTraining, policy: Policy, header: Mapping[str, Any]
 ) -> SftResult:
     """Save the model with its card, write summary and report, and show how the run ended."""
     args = session.args
-    saved.policy.trained_prompts = session.provenance.trained_prompts
+    policy.trained_prompts = session.provenance.trained_prompts
     ended = SftResult(
         **session.outcome(),
         loss_before=training.loss_before,
         loss_after=training.loss_after,
-        policy=saved.policy,
+        policy=policy,
     )
     facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
     facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
@@ -224,5 +223,5 @@ def _finish(
     card = Card(title, facts, repetition(session.command), args.model, ["sft"])
     greedy = evaluations(session.rows, "eval_reward_greedy")
     findings = judge(Observed(keep=session.args.keep, greedy=greedy), "greedy-fell")
-    session.finish(ended, lambda path: save_policy(saved.policy, path, card=card), findings)
+    session.finish(ended, lambda path: save_policy(policy, path, card=card), findings)
     return ended

@@ -12,16 +12,20 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused
-from tokenrl.language.evaluation.probe import probe_policy
+from tokenrl.language.evaluation.evaluation import Evaluator, known_rewards
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
@@ -121,12 +125,15 @@ def warm_start(
 def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> bool:
     """Return whether auto skips the warm start: enough groups have unequal rewards, and completions an end."""
     rewards.state = TrainerState(max_steps=args.max_steps)
-    sampling = part_of(args, Sampling)
-    sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
+    size = max(2, args.num_generations)
+    sampling = replace(part_of(args, Sampling), num_generations=size)
     count = min(PROMPTS, len(task.train_prompts))
-    rows = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
-    probe = probe_policy(policy, rows, rewards, sampling)
-    return min(probe.unequal, 1 - probe.truncated.value) >= ENOUGH
+    prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
+    evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
+    rows = evaluator.rows(prompts, rewards, sampling, "probe")
+    is_unequal = [len(np.unique(group)) > 1 for group in known_rewards(rows, size)]
+    has_ended = [not row["truncated"] for row in rows]
+    return min(fmean(is_unequal), fmean(has_ended)) >= ENOUGH
 
 
 def folder_of(run: str) -> Path:

@@ -115,21 +115,18 @@ def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(UNIQUE_KEYS.decode(text), start=1):
             yield f"item {number}", value
         return
-    end = 0
     line = 1
-    while text[end : end + 1]:
-        start = SPACE.match(text, end).end()  # type: ignore[union-attr]  # also matches no space
-        line += text.count("\n", end, start)
-        end = start
-        if start < len(text):
-            try:
-                value, end = UNIQUE_KEYS.raw_decode(text, start)
-            except ValueError as error:
-                row = line if format_of(file) == ".jsonl" else getattr(error, "lineno", line)
-                words = getattr(error, "msg", error)
-                raise ValueError(f"line {row} of {file} is no JSON: {words}") from None
-            yield f"line {line}", value
-            line += text.count("\n", start, end)
+    counted = end = 0
+    while (start := SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # no space matches too
+        line += text.count("\n", counted, start)
+        counted = start
+        try:
+            value, end = UNIQUE_KEYS.raw_decode(text, start)
+        except ValueError as error:
+            row = line if format_of(file) == ".jsonl" else getattr(error, "lineno", line)
+            words = getattr(error, "msg", error)
+            raise ValueError(f"line {row} of {file} is no JSON: {words}") from None
+        yield f"line {line}", value
 
 
 def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.rows import Rows, digits, distinct, hashes, prompt_key
+from tokenrl.language.tasks.rows import Rows, digits, hashes, prompt_key
 from tokenrl.language.tasks.sources import read_splits
 from tokenrl.runs.files import canonical
 from tokenrl.runs.output import quantity
@@ -24,8 +24,6 @@ MOST_HELD_OUT = 2_000
 """Rows of a large data set that are held out of those to train on."""
 EQUAL_ROWS = 64
 """Rows to evaluate on where all rows are equal."""
-UNUSED_BITS = np.uint64(16)
-"""Of a hash of 64 bits the others are the number in [0, 1) that divides rows."""
 BY_PROMPT = " (whole prompts, by their hash)"
 BY_ROW = " (single rows, by their hash, as a few prompts have most rows; both parts have the same prompts)"
 EQUAL = " (all rows are equal, so evaluations sample new completions of the same prompt)"
@@ -38,15 +36,19 @@ def chosen(rows: Sequence[Any], size: int | None) -> list[int]:
 
 
 def read_parts(
-    source: Any, name: str, split: str, eval_split: str | None
-) -> tuple[dict[str, Rows], str | None]:
-    """Read all splits of data, and find the one to evaluate on: the chosen one, else one for validation or test.
+    source: Any, name: str, split: str, eval_split: str | None, make: Callable[[Rows, str], T]
+) -> tuple[T, T | None, dict[str, Rows]]:
+    """Read all splits of data, and make what is trained on and what is evaluated on of two of them.
 
     Args:
         source: a file, a folder or a hub data set by its name, or data in memory.
         name: what error messages call it.
         split: the split to train on.
-        eval_split: the split to evaluate on; None if it was left open.
+        eval_split: the split to evaluate on; None for one for validation or test.
+        make: checks the rows of a split, and makes something of them; it also gets what messages call them.
+
+    Returns:
+        What was made of the split to train on, and of that to evaluate on, None if there is none; all splits.
 
     Raises:
         Refused: the data cannot be read, or the split to train on, or the chosen one, does not exist.
@@ -55,8 +57,13 @@ def read_parts(
     for needed in (split, eval_split or split):
         if needed not in splits:
             raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
-    usual = [name for name in EVAL_SPLITS if name in splits and name != split]
-    return splits, eval_split or next(iter(usual), None)
+    train = make(splits[split], f"{name}, split '{split}'")
+    usual = [other for other in EVAL_SPLITS if other in splits and other != split]
+    evaluation = eval_split or next(iter(usual), None)
+    evaluated = None
+    if evaluation is not None:
+        evaluated = make(splits[evaluation], f"{name}, split '{evaluation}'")
+    return train, evaluated, splits
 
 
 def separate(
@@ -78,16 +85,16 @@ def separate(
     size = eval_size or EVAL_SIZE
     if eval_rows is not None:
         return train_rows, eval_rows.take(chosen(eval_rows, size)), ""
-    every = range(len(train_rows))
 
     def texts(numbers: Iterable[int]) -> Iterator[str]:
         for row in train_rows.take(numbers):
             beside = {name: value for name, value in row.items() if name != "prompt"}
             yield f"{prompt_key(row['prompt'])} {canonical(beside)}"
 
-    if len(distinct(train_rows.hashes)) == 1 and len(distinct(hashes(texts(every)))) == 1:
+    prompts = train_rows.hashes
+    if len(np.unique(prompts)) == 1 and len({*texts(range(len(prompts)))}) == 1:
         return train_rows, train_rows.take([0] * (eval_size or EQUAL_ROWS)), EQUAL
-    train, held_out, words = hold_out(train_rows.hashes, texts, size)
+    train, held_out, words = hold_out(prompts, texts, size)
     return train_rows.take(train), train_rows.take(held_out), words
 
 
@@ -124,7 +131,7 @@ def hold_out(
         held = _held_out(order)
         numbers = every[held]
         order = order[held]
-    numbers = numbers[np.argsort(order >> UNUSED_BITS, kind="stable")]
+    numbers = numbers[np.argsort(order, kind="stable")]
     if len(numbers) > size:
         words = f" of {len(numbers):,}{words}"
     return every[~held], numbers[:size], words
@@ -140,16 +147,18 @@ def _numbered(texts: Iterable[str]) -> Iterator[str]:
 
 def _held_out(keys: np.ndarray) -> np.ndarray:
     """Return which of N rows are held out, by the hashes of their keys; none if no number is within the bounds."""
-    different, first, rows_of = np.unique(keys, return_index=True, return_counts=True)
-    shares = different >> UNUSED_BITS
-    order = np.lexsort((first, shares))
-    aim = max(1.0, min(len(keys) / 5, MOST_HELD_OUT))
-    most = max(1.0, min(2 * aim, len(keys) / 2))
-    counts = np.cumsum(rows_of[order])
-    allowed = np.flatnonzero((aim / 2 <= counts) & (counts <= most)) + 1
-    below = np.count_nonzero(shares / 2**48 < aim / len(keys))
-    nearest = min(allowed, key=lambda number: abs(number - below), default=0)
-    return np.isin(keys, different[order[:nearest]])
+    count = len(keys)
+    aim = max(1.0, min(count / 5, MOST_HELD_OUT))  # rows
+    most = max(1.0, min(2 * aim, count / 2))
+    ordered, rows_of = np.unique(keys, return_counts=True)
+    # The first k keys in the order of their hashes have so many rows [k].
+    sizes = np.cumsum(rows_of)
+    is_allowed = (aim / 2 <= sizes) & (sizes <= most)
+    allowed = np.flatnonzero(is_allowed) + 1
+    fractions = ordered / 2.0**64
+    by_rule = np.count_nonzero(fractions < aim / count)
+    nearest = min(allowed, key=lambda k: abs(k - by_rule), default=0)
+    return np.isin(keys, ordered[:nearest])
 
 
 def division_of(
@@ -170,32 +179,28 @@ def division_of(
         A line for the header. And warnings: that held-out rows have prompts that are trained on too, of which
         there are several, or that a model was trained on; or that other than `eval_size` rows are there.
     """
-    held_out = task.eval_prompts
+    trained = task.train_prompts.hashes
+    evaluated = task.eval_prompts.hashes
+    count = len(evaluated)
     divided = task.divided
-    trained, evaluated = task.train_prompts.hashes, held_out.hashes
     line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
-    count = len(held_out)
-    own = distinct(trained)
-    shares_prompts = task.environment or divided.endswith(BY_ROW) or len(own) == 1
-    seen = np.searchsorted(own, evaluated) < np.searchsorted(own, evaluated, "right")
-    parts = {"are trained on too": frozenset(digits(evaluated[seen]))}
+    parts = {"are trained on too": frozenset(digits(np.intersect1d(trained, evaluated)))}
     for name, model in (models or {}).items():
         parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())
+    if task.environment or divided.endswith(BY_ROW) or len(np.unique(trained)) == 1:
+        parts = {}  # the parts share prompts, which is fair
     warnings = []
     for words, earlier in parts.items():
-        repeated = sum(map(earlier.__contains__, digits(evaluated)))
-        if repeated and not shares_prompts:
+        if repeated := sum(map(earlier.__contains__, digits(evaluated))):
             warnings.append(
                 f"{repeated:,} of the {count:,} held-out {noun} have prompts that {words}, so evaluations also "
                 "show what was learnt by heart. Name a split of other prompts to evaluate on: eval_split "
                 "(--eval-split)."
             )
     if eval_size not in (None, count):
-        reason = (
-            "a fifth of the data, and at most 2,000, are held out"
-            if divided
-            else "there are no more"
-        )
+        reason = "there are no more"
+        if divided:
+            reason = "a fifth of the data, and at most 2,000, are held out"
         warnings.append(
             f"eval_size was given as {eval_size:,}, but {count:,} {noun} are held out: {reason}."
         )
@@ -204,4 +209,4 @@ def division_of(
 
 def counted(prompts: np.ndarray, noun: str = "rows") -> str:
     """Return how many rows there are, by the hashes of their prompts, and of how many prompts."""
-    return f"{len(prompts):,} {noun} of {quantity(len(distinct(prompts)), 'prompt')}"
+    return f"{len(prompts):,} {noun} of {quantity(len(np.unique(prompts)), 'prompt')}"

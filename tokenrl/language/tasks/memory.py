@@ -53,9 +53,7 @@ def _rows(data: Any, source: str) -> Rows:
     elif not isinstance(data, datasets.Dataset):
         description = f"{shown(data, 100)} ({type(data).__name__})"
         raise Refused(f"{source} is {description}; it must be {FORMS}.")
-    elif (
-        data.format["type"] == "custom"
-    ):  # with_transform changes rows where they are read one by one
+    elif data.format["type"] == "custom":  # a function changes rows where they are read
         columns = Rows.of(data, source).columns
     else:
         columns = data.to_dict()
@@ -66,19 +64,14 @@ def _rows(data: Any, source: str) -> Rows:
 
 def _of_frame(frame: Any, source: str) -> dict[str, list[Any]]:
     """Return the columns of a pandas DataFrame, with fractions in the precision of their columns."""
-    import pyarrow
-
     if frame.index.names != [None]:
         frame = frame.reset_index()
     columns = {}
     for name, column in frame.items():
-        kind = column.dtype
-        cells = column.astype(object).where(column.notna(), None).array
-        if hasattr(kind, "pyarrow_dtype"):
-            cells = pyarrow.array(column.array).to_pylist()
-            cells = [_shortest(cell, kind.pyarrow_dtype) for cell in cells]
-        elif kind.kind == "f":
-            cells = [cell if cell is None else kind.type(cell) for cell in cells]
+        pairs = zip(column.array, column.isna(), strict=True)
+        cells = [None if is_missing else cell for cell, is_missing in pairs]
+        if hasattr(column.dtype, "pyarrow_dtype"):
+            cells = [_shortest(cell, column.dtype.pyarrow_dtype) for cell in cells]
         columns[str(name)] = cells
     if len(columns) < frame.shape[1]:
         raise Refused(

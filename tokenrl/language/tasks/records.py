@@ -17,8 +17,11 @@ IN_MEMORY = "in-memory:"
 
 def remarks(rows: Rows) -> list[str]:
     """Return a warning about values that are missing in some rows, if there are any."""
-    missing = {name: sum(value is None for value in rows.columns[name]) for name in rows.columns}
-    partly = [f"{name} ({count:,})" for name, count in missing.items() if 0 < count < len(rows)]
+    partly = []
+    for name, values in rows.columns.items():
+        missing = values.count(None)
+        if 0 < missing < len(rows):
+            partly.append(f"{name} ({missing:,})")
     if not partly:
         return []
     return [
@@ -54,7 +57,7 @@ def recorded(task: Any) -> dict[str, Any]:
         task: the task. Data that was given from Python is described as `task_rows`; `chat_prompts`
             says that prompts are chat messages.
     """
-    facts: dict[str, Any] = {}
+    facts = {}
     if task.origin:
         facts["task_rows"] = task.origin
     if any(not isinstance(prompt, str) for prompt in task.train_prompts.columns["prompt"]):

@@ -108,12 +108,6 @@ def hashes(keys: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
 
 
-def distinct(keys: np.ndarray) -> np.ndarray:
-    """Return the hashes that differ, in their order."""
-    ordered = np.sort(keys)
-    return ordered[np.diff(ordered, prepend=~ordered[:1]) != 0]
-
-
 def digits(keys: np.ndarray) -> list[str]:
     """Return hashes as texts of 16 hexadecimal digits, as the file of a run holds them."""
     return list(map("{:016x}".format, keys.tolist()))

@@ -294,7 +294,7 @@ def _from_conversations(rows: Rows, source: str) -> Iterator[Placed]:
             raise Refused(
                 f"{source}, {location}: of the column 'messages', {fault}; it holds chat messages."
             )
-        columns: dict[str, Any] = {}
+        columns = {}
         is_answered = turns[-1]["role"] == "assistant"
         if is_answered:
             *turns, last = turns

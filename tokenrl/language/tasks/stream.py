@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.rows import Row, Rows, distinct
+from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.runs.output import quantity
 
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -24,11 +24,11 @@ def few_prompts(rows: Rows) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    count = len(distinct(rows.hashes))
-    if count == 1 or count >= MIN_PROMPTS:
+    distinct = len(np.unique(rows.hashes))
+    if distinct == 1 or distinct >= MIN_PROMPTS:
         return []
     return [
-        f"only {quantity(count, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
+        f"only {quantity(distinct, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
         "the answers by heart, which says nothing about other prompts. Give more data."
     ]
 
@@ -48,26 +48,27 @@ class RowOrder:
             shuffle: makes the orders of all epochs, one after the other.
 
         """
-        self.position = 0
         self._num_rows = num_rows
         self._seed = seed
         self._shuffle = shuffle
-        self._restart()
+        self._start(0)
 
-    def _restart(self) -> None:
-        self._orders = enumerate(self._shuffle(self._num_rows, self._seed))
-        self._epoch = -1
-        self._order: list[int] = []
+    def _start(self, position: int) -> None:
+        orders = self._shuffle(self._num_rows, self._seed)
+        self._following = islice(chain.from_iterable(orders), position, None)
+        self._peeked: list[int] = []
+        self.position = position
+
+    def _peek(self, count: int) -> list[int]:
+        """Return the numbers of the next `count` rows, and draw none."""
+        self._peeked += islice(self._following, max(0, count - len(self._peeked)))
+        return self._peeked[:count]
 
     def draw(self, count: int) -> list[int]:
         """Return the numbers of the next `count` rows."""
-        numbers = []
-        for _ in range(count):
-            epoch, row = divmod(self.position, self._num_rows)
-            while self._epoch < epoch:
-                self._epoch, self._order = next(self._orders)
-            numbers.append(self._order[row])
-            self.position += 1
+        numbers = self._peek(count)
+        del self._peeked[:count]
+        self.position += count
         return numbers
 
     def state_dict(self) -> dict[str, int]:
@@ -86,8 +87,7 @@ class RowOrder:
                     f"The saved order of the rows has {name} {state[name]} and this run has {value}: resume "
                     "with the same data and seed, or start a new run."
                 )
-        self.position = int(state["position"])
-        self._restart()
+        self._start(state["position"])
 
 
 class PromptStream(RowOrder):
@@ -103,22 +103,21 @@ class PromptStream(RowOrder):
         """Passes over the data so far (2.5 means half-way through the third)."""
         return self.position / len(self._rows)
 
-    def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
-        """Return the next `count` prompts, each with the number of prompts drawn before it."""
-        first = self.position
-        return [(first + i, self._rows[number]) for i, number in enumerate(self.draw(count))]
-
     def peek(self, count: int) -> list[tuple[int, Row]]:
-        """Return what `draw_prompts` would, and draw nothing."""
-        state = self.state_dict()
-        prompts = self.draw_prompts(count)
-        self.load_state_dict(state)
+        """Return the next `count` prompts, each with the number of prompts before it, and draw none."""
+        rows = map(self._rows.__getitem__, self._peek(count))
+        return list(enumerate(rows, self.position))
+
+    def draw_prompts(self, count: int) -> list[tuple[int, Row]]:
+        """Draw the next `count` prompts; return each with the number of prompts drawn before it."""
+        prompts = self.peek(count)
+        self.draw(count)
         return prompts
 
 
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:
     """Yield the order of prompts in each epoch."""
-    for epoch in itertools.count():
+    for epoch in count():
         generator = np.random.default_rng([seed, epoch])
         yield generator.permutation(num_rows).tolist()
 

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,7 @@ def as_task(
         whole: whether the task may lack rows to evaluate on.
     """
     task = own_task(source, data.eval_size, chat=chat, whole=whole)
-    if task is None:
-        task = _of_data(source, data, chat=chat)
+    task = task or _of_data(source, data, chat=chat)
     held_out = task.eval_prompts.take(chosen(task.eval_prompts, data.eval_size))
     columns = {**task.train_prompts.columns, **held_out.columns}
     task.train_prompts = task.train_prompts.with_columns(columns)
@@ -189,17 +189,15 @@ def own_task(
 
 def _of_data(source: Any, data: DataArguments, *, chat: bool) -> PromptTask:
     """Return the task of data, without a reward; rows to evaluate on are a split, or held out."""
-    task_name, origin = source, dict[str, Any]()
     title = f"task '{source}'" if isinstance(source, str) else "task"
-    splits, evaluation = read_parts(source, title, data.split, data.eval_split)
+    make = partial(with_prompts, data=data, chat=chat)
+    train, evaluated, splits = read_parts(source, title, data.split, data.eval_split, make)
+    name = source
+    origin: Mapping[str, Any] = {}
     if not isinstance(source, str):
-        task_name, origin = records.described(splits)
-    parts: dict[Any, Rows] = {
-        name: with_prompts(splits[name], f"{title}, split '{name}'", data, chat=chat)
-        for name in filter(None, (data.split, evaluation))
-    }
-    train, evaluated, words = separate(parts[data.split], parts.get(evaluation), data.eval_size)
-    return PromptTask(task_name, train, evaluated, origin=origin, divided=words)
+        name, origin = records.described(splits)
+    train, evaluated, words = separate(train, evaluated, data.eval_size)
+    return PromptTask(name, train, evaluated, origin=origin, divided=words)
 
 
 def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:

@@ -67,7 +67,7 @@ def settle(
     Raises:
         Refused: a size contradicts another, or the estimator refuses a step of this shape.
     """
-    layers = layers_below(choices, task, policy, task.train)
+    layers = layers_below(choices, task, policy)
     usual_rate = lay(*layers)[0]["learning_rate"]
     if choices.max_completion_length is None:
         limit, origin = completion_limit(

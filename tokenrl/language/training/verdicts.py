@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from tokenrl.errors import Stopped
-from tokenrl.language.evaluation.evaluation import over_prompts
+from tokenrl.language.evaluation.estimates import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
