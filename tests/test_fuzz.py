@@ -44,7 +44,7 @@ def allowed(rng: random.Random, hint: Any) -> Any:
         return rng.choice(get_args(kind))
     if kind in (int, float):
         usual = (0, 1, 2, 7) if kind is int else (0.0, 1e-3, 0.5, 0.9, 1.0, 10.0)
-        limits = [limit for _, _, limit in bounds.limits() if kind is float or limit < LARGEST]
+        limits = [x for x in bounds.limits().values() if kind is float or x < LARGEST]
         return kind(rng.choice([x for x in (*usual, *limits) if bounds.hold(x)]))
     return {str: rng.choice(("", "x", "a" * 999, "{a", "none")), bool: True}.get(kind)
 

@@ -49,7 +49,7 @@ def leaves(hint: Any, bounds: Bounds = Bounds()) -> list[tuple[Any, Bounds]]:  #
 def just_outside(number: type, bounds: Bounds) -> list[tuple[float, str]]:
     """A value beyond each bound, as near as can be, and the words for the bound."""
     cases = []
-    for words, _, limit in bounds.limits():
+    for words, limit in bounds.limits().items():
         shift = -1 if words in ("of at least", "above") else 1
         value = limit + shift if number is int else math.nextafter(limit, shift * math.inf)
         cases.append((value, f"{words} {limit:,.12g}"))

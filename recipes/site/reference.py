@@ -57,7 +57,7 @@ def cell(text: object) -> str:
     return re.sub(r"\s+", " ", str(text)).replace("|", r"\|").strip()
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
     """Return a table in Markdown."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
@@ -71,21 +71,19 @@ def page(title: str, *parts: str) -> str:
 
 def default_of(field: Any) -> str:
     """Return the default of a setting as users write it; `-` where it is left open."""
-    if field.default is MISSING:
-        return "required" if field.default_factory is MISSING else "-"
+    if field.default is field.default_factory:
+        return "required"
     default = field.metadata.get("usual", field.default)
-    is_empty = default in (None, (), "")
-    if "usual" in field.metadata:
-        return "as in the run" if is_empty else f"as in the run, else `{default}`"
-    return "-" if is_empty else f"`{default}`"
+    words = ["as in the run"] if "usual" in field.metadata else []
+    if default not in (None, (), "", MISSING):
+        words.append(f"`{default}`")
+    return ", else ".join(words) or "-"
 
 
 def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     """Yield a heading and a table for each group of the settings of a command."""
     hints = field_types(kind)
-    groups: dict[str, list[tuple[object, ...]]] = {
-        owner.group: [] for owner in dataclasses_of(kind)
-    }
+    groups: dict[str, list[Any]] = {owner.group: [] for owner in dataclasses_of(kind)}
     for owner, field, text in described_fields(kind):
         flag = f"`{prefix}{field.name.replace('_', '-')}`"
         values = allowed(hints[field.name]) or "any"
@@ -236,7 +234,7 @@ def metrics_page() -> str:
 def documented(thing: Any) -> str:
     """Return the docstring of a public function or class as Markdown, with lists of arguments and errors."""
     docstring = parse(inspect.getdoc(thing) or "")
-    parts = [docstring.short_description or "", docstring.long_description or ""]
+    parts = [docstring.short_description, docstring.long_description]
     for title, kind in (("Arguments", "param"), ("Attributes", "attribute")):
         entries = [entry for entry in docstring.params if entry.args[0] == kind]
         if entries:
@@ -253,7 +251,7 @@ def documented(thing: Any) -> str:
 def signature_of(name: str, thing: Any) -> str:
     """Return the signature of a function; the settings of a command are on the page of that command."""
     signature = inspect.signature(thing)
-    entries = list(signature.parameters.values())
+    entries = signature.parameters.values()
     with_settings = sum(entry.name in SETTINGS for entry in entries) > MAX_KEYWORDS
     parameters = []
     for entry in entries:
@@ -276,10 +274,7 @@ def public_functions(package: Any) -> Iterator[tuple[str, Any]]:
         thing = getattr(package, name)
         if not name.startswith("_") and callable(thing):
             yield name, thing
-            members = (
-                inspect.getmembers(thing, inspect.isfunction) if inspect.isclass(thing) else []
-            )
-            for method, function in members:
+            for method, function in inspect.getmembers(thing, inspect.isfunction):
                 if not method.startswith("_") and function.__module__.startswith("tokenrl"):
                     yield f"{name}.{method}", function
 

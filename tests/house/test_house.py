@@ -21,30 +21,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_340,
+    "top": 13_470,
     "core": 19_440,
-    "runs": 27_260,
-    "control": 13_860,
+    "runs": 26_650,
+    "control": 13_840,
     "advisor": 2_700,
     "language": 100,
-    "language/policy": 11_830,
-    "language/rewards": 14_630,
-    "language/tasks": 10_310,
-    "language/rollout": 28_330,
-    "language/training": 22_860,
-    "language/supervised": 7_860,
-    "language/commands": 4_640,
-    "language/preferences": 7_030,
-    "language/evaluation": 4_170,
+    "language/policy": 11_680,
+    "language/rewards": 14_600,
+    "language/tasks": 10_100,
+    "language/rollout": 26_730,
+    "language/training": 22_450,
+    "language/supervised": 7_870,
+    "language/commands": 4_210,
+    "language/preferences": 6_740,
+    "language/evaluation": 3_680,
     "lab": 100,
     "lab/exact": 14_930,
-    "lab/measure": 5_730,
-    "lab/compare": 16_050,
+    "lab/measure": 5_590,
+    "lab/compare": 16_040,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_950, 188, 91_650, 253_510, 67_660, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_680, 187, 89_300, 253_490, 67_660, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -26,12 +25,12 @@ and calls of a step of 16 completions. Python 3.11 counts comprehensions as call
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """The records of settings, the files that hold them, and the file of each call of the second step."""
-    made: dict[int, Any] = {}
-    holding: set[str] = set()
-    steps: list[list[str]] = []
+    made = {}
+    holding = set()
+    steps = []
     is_inside = False
 
-    def follow(frame: Any, event: str, _: Any) -> None:
+    def follow(frame, event, _):
         nonlocal is_inside
         file = frame.f_code.co_filename
         if event in ("call", "return") and frame.f_code.co_name == "training_step":
@@ -46,7 +45,7 @@ def walk(tmp_path_factory):
             made.update({id(record): record for record in settings})
             holding.update(file for _ in settings)
 
-    options: dict[str, Any] = {"model": "tiny", "quiet": True, "eval_every": 0, **SIZES}
+    options = {"model": "tiny", "quiet": True, "eval_every": 0, **SIZES}
     options["task"] = [{"prompt": f"{number} {number % 7} ="} for number in range(40)]
     options["reward"] = lambda prompts, completions, **_: [len(x) % 3 for x in completions]
     for number, profile in enumerate((None, follow)):  # the first run imports modules
@@ -72,7 +71,7 @@ def test_a_step_enters_few_files_and_checks_nothing_twice(walk):
 
 @pytest.mark.parametrize("warm", [{}, {"warm_start": True, "warm_start_steps": 2}])
 def test_a_run_reads_its_model_once(tmp_path, files, monkeypatch, warm):
-    reads: list[Any] = []
+    reads = []
     load = AutoModelForCausalLM.from_pretrained
     counted = lambda *args, **options: reads.append(args) or load(*args, **options)  # noqa: E731
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)

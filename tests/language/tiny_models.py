@@ -34,6 +34,14 @@ def quickly(values, long):
     return [pytest.param(one, marks=pytest.mark.slow) if one in long else one for one in values]
 
 
+def llama_decoder():
+    """Makes text of pieces as the tokenizers of llama do."""
+    from tokenizers import decoders
+
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+
+
 def make_tokenizer(kind: str = "pad"):
     """A tokenizer: `no_pad`, `pad`, `pad_is_eos`, `pads_right`, `chat` (adds BOS) or `closing` (adds EOS)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
-from itertools import repeat
-from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tokenrl import settings
@@ -92,8 +90,6 @@ def own_choice(baseline: Any) -> Choice:
     )
 
 
-CHOSEN = attrgetter(*CHOICES)
-NEEDS = attrgetter("needs")
 cached_signature = cache(signature)
 """The signature of a formula, which is read once and not in every step."""
 
@@ -230,8 +226,9 @@ class Axes(Settings):
 
         Another objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
         """
-        choices = map(dict.get, CHOICES.values(), map(str, CHOSEN(self)), repeat(YOUR_OWN))
-        entries = dict(zip(CHOICES, choices, strict=True))
+        entries = {}
+        for axis, names in CHOICES.items():
+            entries[axis] = names.get(str(getattr(self, axis)), YOUR_OWN)
         if self.objective != "reward":
             entries["baseline"] = OBJECTIVES[self.objective, self.form]
         if self.entropy_coef:
@@ -252,7 +249,7 @@ class Axes(Settings):
     @property
     def needs(self) -> set[Need]:
         """The arguments of `Estimator.advantages` and `Estimator.loss` that the choices need."""
-        return set(map(NEEDS, self.entries.values()))
+        return {choice.needs for choice in self.entries.values()}
 
     @property
     def needs_memory(self) -> bool:

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 from refusals import refused
-from tiny_models import SENTENCES, make_model
+from tiny_models import SENTENCES, llama_decoder, make_model
 
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.supervised.fit import encode_demonstrations
@@ -53,13 +53,7 @@ def tokenizer_of(kind):
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
-        parts = [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-        backend.decoder = decoders.Sequence(parts)
+        backend.decoder = llama_decoder()
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("[^▁]▁"), "isolated")
     else:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space="space" in kind)

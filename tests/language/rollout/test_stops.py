@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from refusals import refused
-from tiny_models import PROMPTS, completions, make_policy, make_tokenizer
+from tiny_models import PROMPTS, completions, llama_decoder, make_policy, make_tokenizer
 
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.stops import StopStrings
@@ -34,7 +34,7 @@ def newlines():
 
 def sentencepiece():
     """As Llama 2 writes text: spaces as pieces, other characters as bytes, a first space stripped."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, models, normalizers
 
     pieces = "<s> ▁t t ▁ ▁on o n ▁the he mat ▁mat ▁and at ne e ▁▁ a".split()  # noqa: SIM905
     pieces += [f"<0x{byte:02X}>" for byte in dict.fromkeys("é😀\nhmd".encode())]
@@ -44,13 +44,7 @@ def sentencepiece():
         )
     )
     backend.normalizer = normalizers.Replace(" ", "▁")
-    steps = [
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ]
-    backend.decoder = decoders.Sequence(steps)
+    backend.decoder = llama_decoder()
     return fast(backend, bos_token="<s>")
 
 
