@@ -85,9 +85,8 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
         scores = learner.ref_scores(rows, prompts, states=keeps)
         columns["ref_logprobs"] = scores.logprobs.to(rows.logprobs)
         columns["ref_states"] = scores.states
-    if (
-        rows.greedy_rewards is not None
-    ):  # without the reward of the greedy completion there is no baseline
+    if rows.greedy_rewards is not None:
+        # Without the reward of the greedy completion there is no baseline.
         columns["valid"] = rows.valid & ~rows.greedy_rewards.isnan()
         columns["greedy_rewards"] = rows.greedy_rewards.nan_to_num()
     if learner.critic is not None:
