@@ -1,6 +1,6 @@
-"""Judges arms whose learning rates are chosen on the runs that are judged, as in questions 7 and 12.
+"""Judges arms whose learning rates are chosen on the runs that are judged, as in questions 7, 12 and 13.
 
-There every rate has a run on every unit (a seed, or a base model), and an arm's score in a unit is the one at
+There every rate has a run on every unit (a seed, a base model or a task), and an arm's score in a unit is the one at
 the rate that is best in the other units. Student's t is too small a critical value for such scores. Where all
 units choose one rate, the spread of the scores holds nothing of the choice. Where they do not, each score
 depends on the other units.
