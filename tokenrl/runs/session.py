@@ -393,6 +393,6 @@ class Session:
         if not self.main:
             return Stopped(str(error))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        told = {"flags": self.flags, "warnings": self.console.warnings}
-        summary = Outcome(**self.outcome() | failed).summary() | told
+        remarks = {"flags": self.flags, "warnings": self.console.warnings}
+        summary = Outcome(**self.outcome() | failed).summary() | remarks
         return Stopped(f"At step {self.step}: {write_failure(self.output_dir, summary, errors)}")

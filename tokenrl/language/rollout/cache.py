@@ -114,11 +114,11 @@ class Cache:
             columns: the columns of the source that are written [width], or those of each row [n, width].
         """
         width = columns.shape[-1]
-        for layer, other in zip(self.layers, source.layers, strict=True):
-            for x, y in zip(_tokens(layer), _tokens(other), strict=True):
+        for layer, of_source in zip(self.layers, source.layers, strict=True):
+            for x, y in zip(_tokens(layer), _tokens(of_source), strict=True):
                 heads = torch.arange(x.shape[1], device=x.device)[:, None]
                 x[rows, :, :width] = y[index[:, None, None], heads, columns[..., None, :]]
-            for x, y in zip(_states(layer), _states(other), strict=True):
+            for x, y in zip(_states(layer), _states(of_source), strict=True):
                 x[rows] = y[index]
 
     @property
@@ -158,12 +158,12 @@ class Cache:
         whole = rows[0][0].zeros(len(rows), width, room)
         device = whole._tensors[0].device
         caches: dict[int, tuple[Cache, list[tuple[int, int, int]]]] = {}
-        for place, (cache, row, end) in enumerate(rows):
-            caches.setdefault(id(cache), (cache, []))[1].append((place, row, end))
+        for target, (cache, row, end) in enumerate(rows):
+            caches.setdefault(id(cache), (cache, []))[1].append((target, row, end))
         for cache, table in caches.values():
-            places, index, ends = to_device(torch.tensor(table), device).T
+            targets, index, ends = to_device(torch.tensor(table), device).T
             columns = ends[:, None] + torch.arange(-width, 0, device=device)
-            whole.put(places, cache, index, columns.clamp(min=0))
+            whole.put(targets, cache, index, columns.clamp(min=0))
         return whole
 
     @property

@@ -143,11 +143,11 @@ def reward_rows(
     pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
     ids = [row[mask].tolist() for row, mask in pairs]
     of_data = _columns(data)
-    asked = of_data.pop("prompt")
+    prompts_of_rows = of_data.pop("prompt")
     failed = torch.zeros(len(data), dtype=torch.bool)
     episodes = rollout.messages is not None
     if episodes:
-        chats = zip(asked, texts, rollout.messages, strict=True)
+        chats = zip(prompts_of_rows, texts, rollout.messages, strict=True)
         texts = [text if isinstance(prompt, str) else [*chat] for prompt, text, chat in chats]
         failed = torch.tensor([bool(failure) for failure in rollout.failures])
         totals = rollout.turn_rewards.sum(dim=1).tolist()
@@ -158,7 +158,7 @@ def reward_rows(
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
     options: dict[str, Any] = {"all_may_abstain": True, "locations": locations_of(data)}
-    result = rewards(asked, texts, ids, of_data, **options)
+    result = rewards(prompts_of_rows, texts, ids, of_data, **options)
     # A failed episode counts nowhere.
     total = torch.from_numpy(result.total).masked_fill(failed, 0)
     valid = torch.from_numpy(result.valid) & ~failed
@@ -224,9 +224,9 @@ def sample_and_reward(
     if rewards.environments is None:
         encode(policy, prompts, sampling)  # so that every process refuses a prompt that is too long
     size = max(1, batch_size // sampling.group_size)
-    own = range(rank, len(prompts), world)
-    for start in range(0, len(own), size):
-        numbers = own[start : start + size]
+    of_process = range(rank, len(prompts), world)
+    for start in range(0, len(of_process), size):
+        numbers = of_process[start : start + size]
         rows = [(i, prompts[i]) for i in numbers]
         rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments)
         yield reward_rows(policy, rewards, rollout, [row for _, row in rows])

@@ -133,9 +133,9 @@ def score(
         reference = ref_states[actions], ref_head
     chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference, listed)
     *numbers, of_policy = score_tokens(before[actions], head, ids, chunks)
-    asked = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
-    asked["token_kl"] = reference is not None
-    of_each = {name: x for name, x in zip(asked, numbers, strict=True) if asked[name]}
+    needed = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
+    needed["token_kl"] = reference is not None
+    of_each = {name: x for name, x in zip(needed, numbers, strict=True) if needed[name]}
     if centres is not None:
         of_each["centres"] = centres(of_policy, of_sampler)
     columns: dict[str, Any] = {

@@ -58,7 +58,7 @@ def read_parts(
         if needed not in splits:
             raise Refused(f"{name} has no split '{needed}'.{suggest(needed, splits)}")
     train = make(splits[split], f"{name}, split '{split}'")
-    usual = [other for other in EVAL_SPLITS if other in splits and other != split]
+    usual = [name for name in EVAL_SPLITS if name in splits and name != split]
     evaluation = eval_split or next(iter(usual), None)
     evaluated = None
     if evaluation is not None:

@@ -159,8 +159,8 @@ def _warm_start(
         return {}
     folder = warm_start.folder_of(session.directory)
     make = partial(warm_start.warm_start, args, task, rewards, folder, policy)
-    made = together(session.accelerator, make if session.main else dict)
-    warmed: dict[str, Any] = gather_objects([made])[0]
+    facts = together(session.accelerator, make if session.main else dict)
+    warmed: dict[str, Any] = gather_objects([facts])[0]
     if not warmed:
         return {}
     session.console.note(f"warm start: {warmed['in_words']}.")
