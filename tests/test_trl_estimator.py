@@ -122,7 +122,7 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         ("trl_grpo", {"rollout_func": of_environment}),
     ],
 )
-def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
+def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path):
     steps = 3 if "num_iterations" in fields or "beta" in fields else 1
     # TRL has logprobs in float32: exp(d) - d - 1 loses digits
     precision = 1e-5 if "beta" in fields else 1e-6
@@ -136,7 +136,7 @@ def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path) -> None:
+def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path):
     (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo"))
     (theirs,) = gradients(recipe, tmp_path, trainer="RLOO")
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
@@ -153,7 +153,7 @@ def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path) -> None:
         ("trl_grpo,components=separate", {"multi_objective_aggregation": "normalize_then_sum"}),
     ],
 )
-def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
+def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path):
     """TRL divides the whole step by another number."""
     (ours,) = gradients(recipe, tmp_path, Estimator.preset(preset))
     (theirs,) = gradients(recipe, tmp_path, **fields)
@@ -161,7 +161,7 @@ def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, tmp_path) -> None:
+def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, tmp_path):
     """So the estimator has beta divided by the bound, and steps that are longer in proportion."""
     estimator = Estimator.preset("trl_grpo,ratio=none,beta=0.6")
     ours = gradients(recipe, tmp_path, estimator, 3, learning_rate=0.05)
@@ -171,7 +171,7 @@ def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, 
 
 
 @pytest.mark.slow
-def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path) -> None:
+def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path):
     estimator = Estimator.preset("rloo")
     with_field, without = (
         gradients(recipe, tmp_path, estimator, mask_truncated_completions=masks)[0]
@@ -219,7 +219,7 @@ def best_of_others(totals, group_size, mask, valid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["rloo,beta=0.1", best_of_others])
-def test_any_estimator_trains(estimator, recipe, tmp_path) -> None:
+def test_any_estimator_trains(estimator, recipe, tmp_path):
     chosen = Estimator(baseline=estimator) if callable(estimator) else Estimator.preset(estimator)
     steps = gradients(recipe, tmp_path, chosen, 3)
     assert len(steps) == 3 and all(g.isfinite().all() and g.norm() > 0 for g in steps)
@@ -228,7 +228,7 @@ def test_any_estimator_trains(estimator, recipe, tmp_path) -> None:
     )
 
 
-def test_what_trl_cannot_give_is_refused(recipe, tmp_path) -> None:
+def test_what_trl_cannot_give_is_refused(recipe, tmp_path):
     config = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     for name, preset in PRESETS.items():
         if preset.fields.get("baseline") == "value" or name in ("dapo", "remax"):

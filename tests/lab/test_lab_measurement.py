@@ -61,7 +61,7 @@ def projected_samples(policy: Policy, samples: Samples, count: int) -> Projectio
 # Projected scores
 
 
-def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Policy) -> None:
+def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Policy):
     parameters = chosen_parameters(policy)
     (name, *_), drawn = parameters, [next(probes(parameters, 7, seed=s)) for s in (0, 1, 2**32 - 1)]
     assert len({tuple(p[name].flatten().tolist()) for p in drawn}) == 3
@@ -73,7 +73,7 @@ def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Polic
     assert (z @ z.T / z.shape[1] - torch.eye(7)).abs().max() < 6 / z.shape[1] ** 0.5
 
 
-def test_layers_are_chosen_by_name(policy: Policy) -> None:
+def test_layers_are_chosen_by_name(policy: Policy):
     names = list(chosen_parameters(policy))
     last = list(chosen_parameters(policy, ["last"]))
     assert last == [n for n in names if ".h.1." in n or "ln_f" in n]
@@ -129,7 +129,7 @@ def test_a_step_is_the_gradient_that_training_takes(
     assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
 
 
-def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples) -> None:
+def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples):
     seen = projected_samples(policy, samples, 8)
     found = contributions(
         Estimator(baseline="running_mean"), samples, seen, prompts_per_step=8
@@ -146,7 +146,7 @@ def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: S
         assert_close(found[step], expected[step])
 
 
-def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples) -> None:
+def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples):
     rewards = samples.rewards.clone()
     rewards[4:8] = 0.5
     flat = replace(samples, rewards=rewards)
@@ -165,7 +165,7 @@ TASK = SimpleNamespace(
 FEW = {"task": TASK, "num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
 
 
-def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -> None:
+def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys):
     found = measure_gradients(model=policy, estimators=("rloo", "grpo", "dapo"), **FEW)
     assert [m.estimator for m in found.estimators] == ["rloo", "grpo", "dapo"]
     text = json.dumps(record(found), allow_nan=False)
@@ -179,7 +179,7 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -
     )
 
 
-def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy) -> None:
+def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy):
     variances = []
     for rows in (ROWS[:1], ROWS[:1] * 16):
         task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows})
@@ -200,7 +200,7 @@ def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy) -> None:
     ],
     ids=str,
 )
-def test_mistakes_are_refused(policy: Policy, wrong, words) -> None:
+def test_mistakes_are_refused(policy: Policy, wrong, words):
     with refused(words):
         measure_gradients(model=policy, **(FEW | wrong))
 

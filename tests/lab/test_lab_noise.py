@@ -30,7 +30,7 @@ def policy() -> Policy:
     return tiny_policy()
 
 
-def test_products_and_variances_are_unbiased() -> None:
+def test_products_and_variances_are_unbiased():
     """All 4^3 samples of three units from four points of unequal chance."""
     generator = seeded(0)
     values = normals(generator, 4, 5)
@@ -50,7 +50,7 @@ def test_products_and_variances_are_unbiased() -> None:
     assert variance == pytest.approx(second - float(mean @ mean), rel=1e-12)
 
 
-def test_replicates_multiply_no_unit_with_itself() -> None:
+def test_replicates_multiply_no_unit_with_itself():
     """Orthogonal units have products of exactly 0, however often one is drawn."""
     draw = Resampling(6, 6, replicates=50)
     draw.probes[:] = 1
@@ -86,7 +86,7 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
     )
 
 
-def test_what_is_not_told_apart_from_zero_is_not_told() -> None:
+def test_what_is_not_told_apart_from_zero_is_not_told():
     assert words(reciprocal(Interval(0.5, -0.1, 1.0))) == "not resolved (> 1)"
     assert words(reciprocal(Interval(-0.5, -1.0, 1.0))) == "not resolved"
     assert words(reciprocal(Interval(-0.5, -1.0, -0.1))) == "not resolved"
@@ -96,7 +96,7 @@ def test_what_is_not_told_apart_from_zero_is_not_told() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [256, 512])
-def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -> None:
+def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int):
     """Groups of two of one prompt, exact scores in place of probes: noise and cosine within intervals.
 
     The standard error of a variance is about 6 % for rloo and 8 % for remax with 512 groups, and falls with
@@ -136,7 +136,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     assert found["reinforce"].quieter.value == 1.0
 
 
-def test_same_expectation_needs_the_same_objective() -> None:
+def test_same_expectation_needs_the_same_objective():
     assert same_expectation(Estimator()) and same_expectation(Estimator(baseline="none"))
     different = Estimator(beta=0.1), Estimator(overlong_buffer=4), Estimator(baseline="group_mean")
     assert not any(map(same_expectation, different))

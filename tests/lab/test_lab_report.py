@@ -37,7 +37,7 @@ def once(tmp_path_factory):
     return written(tmp_path_factory.mktemp("lab"))
 
 
-def test_a_table_records_and_progress(once) -> None:
+def test_a_table_records_and_progress(once):
     code, out, err, path = once
     assert code == 0 and "enumerating" in err and "100%" in err
     assert "every declaration holds" in out and "4 estimators" in out
@@ -58,7 +58,7 @@ def test_a_table_records_and_progress(once) -> None:
     assert by_name["rloo"]["off_policy"] == "biased"
 
 
-def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatch) -> None:
+def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatch):
     wrong = replace(off_policy.CORRECTIONS["token"], status=off_policy.EXACT_FOR_POLICY)
     command = ["lab", "exact", "--estimators", "importance token", "importance sequence"]
     assert main(command) == 0 and "policy" in capsys.readouterr().out.split()
@@ -67,7 +67,7 @@ def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatc
     assert "declared wrongly: importance token." in capsys.readouterr().out
 
 
-def test_what_was_tried_is_said_for_each_estimator(said) -> None:
+def test_what_was_tried_is_said_for_each_estimator(said):
     completes("lab exact --estimators rloo opo_loo grpo maxrl spo")
     out = said()
     all_of_them = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
@@ -78,7 +78,7 @@ def test_what_was_tried_is_said_for_each_estimator(said) -> None:
     assert f"Tried for spo: {small}, the memory held fixed." in out
 
 
-def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, workplace) -> None:
+def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, workplace):
     lines = "def wrong(totals, *, group_size, mask, valid):\n    g = totals.view(-1, group_size)\n"
     lines += "    kept = g.sum(1, keepdim=True) - g.roll(1, 1)\n"
     Path("mine.py").write_text(lines + "    return (kept / (group_size - 1)).flatten()\n")
@@ -89,13 +89,13 @@ def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, w
 
 
 @pytest.mark.slow
-def test_the_same_command_writes_the_same_bytes(once, tmp_path) -> None:
+def test_the_same_command_writes_the_same_bytes(once, tmp_path):
     again = written(tmp_path)
     assert again[:2] == once[:2]
     assert again[3].read_bytes() == once[3].read_bytes()
 
 
-def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path) -> None:
+def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path):
     for axis, name in (("scale", "group_std"), ("aggregation", "sequence_mean")):
         monkeypatch.setitem(CHOICES[axis], name, replace(CHOICES[axis][name], status="exact"))
     path = tmp_path / "lab.json"
@@ -120,7 +120,7 @@ def test_mistakes_are_refused_before_any_work(
     assert list(workplace.iterdir()) == []
 
 
-def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
+def test_an_expected_gradient_of_zero_is_written_as_null():
     numbers = Moments(torch.zeros(1, 2).double(), torch.ones(1, 2).double(), 2.0)
     verdicts = {
         "zero": Verdict("biased", "biased", (numbers,)),
@@ -131,7 +131,7 @@ def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
 
 
 @pytest.mark.slow
-def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch) -> None:
+def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch):
     """Which of them are exact, and that the numbers which are printed are those that are written."""
     monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:2])
     path = tmp_path / "turns.json"

@@ -143,7 +143,7 @@ def test_what_is_no_configuration_is_refused(
     assert message in refusal("lab exact --trl-config", str(path)) and measured == []
 
 
-def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
+def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path):
     trl = pytest.importorskip("trl")
     for kind, name in ((trl.GRPOConfig, "trl_grpo"), (trl.RLOOConfig, "trl_rloo")):
         path = tmp_path / "exported.json"
@@ -155,7 +155,7 @@ def test_the_table_has_the_defaults_of_trl(measured, capsys, tmp_path) -> None:
         assert "changes nothing" not in out and "beyond" not in out
 
 
-def test_a_preset_is_explained_beside_rloo(capsys, refusal) -> None:
+def test_a_preset_is_explained_beside_rloo(capsys, refusal):
     completes("lab exact --preset unsloth")
     out = words(capsys.readouterr().out)
     for part in (

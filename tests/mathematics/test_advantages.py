@@ -63,7 +63,7 @@ def some_inputs(n, t, dtype=torch.double):
 
 @quick
 @given(steps())
-def test_means_against_their_definitions(rewards) -> None:
+def test_means_against_their_definitions(rewards):
     size, flat = rewards.shape[1], rewards.reshape(-1)
     subtracted = {
         "none": 0.0,
@@ -80,7 +80,7 @@ def test_means_against_their_definitions(rewards) -> None:
 
 @quick
 @given(steps(), st.sampled_from([0, 1]), st.sampled_from([1e-6, 0.3]))
-def test_scales_against_their_definitions(rewards, ddof, eps) -> None:
+def test_scales_against_their_definitions(rewards, ddof, eps):
     if rewards.std(1).min() < 1e-6:
         return
     flat = rewards.reshape(-1)
@@ -109,7 +109,7 @@ def test_scales_against_their_definitions(rewards, ddof, eps) -> None:
 @pytest.mark.parametrize("baseline", MEANS)
 @pytest.mark.parametrize("scale", ROWWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
+def test_equal_rewards_give_exactly_zero(baseline, scale, dtype):
     """In any precision, with next to no eps, also where the first row of each group abstains."""
     values = torch.cat([torch.arange(1, 100) / 100, torch.arange(1, 100)]).to(dtype)
     for size in (4, 7, 16):
@@ -130,7 +130,7 @@ def exclude_each_other(baseline: str, scale: str, returns: str) -> bool:
 @pytest.mark.parametrize("returns", CHOICES["returns"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
+def test_abstaining_rows_count_nowhere(baseline, scale, returns):
     """Removing a row of each group gives the others the same advantages, whatever the row holds."""
     if exclude_each_other(baseline, scale, returns):
         return
@@ -151,7 +151,7 @@ def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
 
 
 @pytest.mark.parametrize("returns", ["blame_window", "gae"])
-def test_rows_are_compared_by_their_whole_returns(returns) -> None:
+def test_rows_are_compared_by_their_whole_returns(returns):
     """With other credits too, and lam 0 or a window of 1 credit a reward to its own action."""
     rewards = torch.tensor([[1.0, 2.0], [5.0, 3.0]])
     fields = {"returns": returns, "window": 1, "lam": 0.0, "values": torch.zeros(2, 2)}
@@ -166,7 +166,7 @@ def returns_of(rewards, mask=None, **fields):
     return e.advantages(rewards, mask, group_size=None).returns.tolist()
 
 
-def test_returns_by_hand() -> None:
+def test_returns_by_hand():
     """A single reward is paid at the last action, or at the first position of a row without any."""
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
     single, dense = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
@@ -183,7 +183,7 @@ def test_returns_by_hand() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
-def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
+def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
     draw = seeded(4)
     rewards, values = normals(draw, 2, 3, 5)
     lengths, beyond = [5, 3, 1], torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
@@ -206,7 +206,7 @@ HEAVY = ("opo", "optimal", "shrinkage")
 
 
 @pytest.mark.parametrize("baseline", HEAVY)
-def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline) -> None:
+def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline):
     """sum - x_i in place of the sum of the others would lose them."""
     rewards = normals(seeded(6), 9)
     norms = torch.linspace(0.1, 1, 27, dtype=torch.double).reshape(9, 3)
@@ -222,7 +222,7 @@ def test_a_row_with_huge_numbers_leaves_the_digits_of_its_own_baseline(baseline)
         assert not torch.allclose(after, plain)
 
 
-def test_optimal_baselines_of_tokens_by_hand() -> None:
+def test_optimal_baselines_of_tokens_by_hand():
     """Those of whole rows are in `test_reasons.py`."""
     rewards, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
     norms = torch.tensor([[1.0, 9, 9], [2, 3, 9], [4, 5, 6]])  # 9 is padding
@@ -238,7 +238,7 @@ def test_optimal_baselines_of_tokens_by_hand() -> None:
     assert_close(advantages(rewards, leave_one_out=False, **shared), torch.tensor(wanted))
 
 
-def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
+def test_shrinkage_mixes_two_means_that_leave_the_row_out():
     """With a given weight, and with the one that the other prompts give."""
     totals = normals(seeded(3), 4, 5)
     totals = totals + torch.arange(4)[:, None]
@@ -253,7 +253,7 @@ def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
     assert advantages(alike, baseline="shrinkage").tolist() == pytest.approx([1, -1, 0] * 3)
 
 
-def test_a_baseline_of_the_users_own() -> None:
+def test_a_baseline_of_the_users_own():
     """It gets copies, and returns a number a row or a token."""
     arguments = {}
 
@@ -288,7 +288,7 @@ def test_a_baseline_of_the_users_own() -> None:
     ],
     ids=str,
 )
-def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words) -> None:
+def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words):
     rows = 1 if size == 0 else 4
     with refused(words):
         Estimator(**fields).advantages(
@@ -306,7 +306,7 @@ def test_inputs_that_are_missing_or_do_not_fit_are_refused(fields, size, words) 
     ],
     ids=["decay", "plain"],
 )
-def test_running_mean(memory, value, after) -> None:
+def test_running_mean(memory, value, after):
     memory.update(torch.tensor([1.0, 5.0, torch.nan]), valid=torch.tensor([True, True, False]))
     memory.update(torch.tensor([[6.0, 0.0], [4.0, 2.0], [5.0, 1.0], [6.0, 0.0]]))
     memory.update(torch.tensor([torch.nan]), torch.tensor([False]))
@@ -317,7 +317,7 @@ def test_running_mean(memory, value, after) -> None:
     assert again.value == pytest.approx(after)
 
 
-def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
+def test_each_reward_function_has_its_own_baseline_and_scale():
     """GDPO by hand: GRPO's advantage of each column, added with the weights; nan is left out."""
     columns = torch.tensor([[1.0, 2.0, 3.0, 6.0], [50.0, torch.nan, 10.0, 30.0]]).double()
     inputs = {
@@ -345,13 +345,13 @@ def test_each_reward_function_has_its_own_baseline_and_scale() -> None:
     ],
     ids=str,
 )
-def test_components_need_a_baseline_made_of_their_own_rewards(fields) -> None:
+def test_components_need_a_baseline_made_of_their_own_rewards(fields):
     with refused(r"components 'separate' .* its own rewards"):
         Estimator(components="separate", **fields)
 
 
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
-def test_a_row_left_alone_has_no_advantage(returns) -> None:
+def test_a_row_left_alone_has_no_advantage(returns):
     rewards = torch.tensor([[7.0, 1, 2], [torch.nan] * 3, [1, 0, 0], [3, 0, 0]], dtype=torch.double)
     valid = torch.tensor([True, False, True, True])
     shared = {"mask": torch.ones(4, 3), "group_size": 2, "returns": returns}

@@ -22,7 +22,7 @@ TO_GO = {"returns": "reward_to_go"}
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
 @pytest.mark.parametrize("beyond", [0, 2])
-def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int) -> None:
+def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int):
     """By autograd through the recursion; after a cut the value of the state there is held fixed."""
     mdp = random_mdp(3)
     problem = problem_of_mdp(mdp, steps=2, beyond=beyond)
@@ -70,7 +70,7 @@ HALF = ("batch mean", "reward 1 per step")
 
 @pytest.mark.parametrize("seed", [2, 5, 7])
 @pytest.mark.parametrize("name", ROWS)
-def test_whose_gradient_it_is(name: str, seed: int) -> None:
+def test_whose_gradient_it_is(name: str, seed: int):
     (changes, options), mdp = ROWS[name], random_mdp(seed, one_start=True)
     ascends = next((which for which, names in ASCENDS.items() if name in names), "J_1")
     world = read_changes(options)[1] if options else {}
@@ -103,7 +103,7 @@ def asymmetry(changes: str, seed: int) -> float:
 
 
 @pytest.mark.parametrize("name", [*ROWS, "episode std"])
-def test_what_is_said_to_be_the_gradient_of_no_objective_has_a_curl(name: str) -> None:
+def test_what_is_said_to_be_the_gradient_of_no_objective_has_a_curl(name: str):
     """But for the episode's mean, which ascends a return of other weights."""
     changes, world = ROWS.get(name, ("returns=reward_to_go,scale=episode_std", ""))
     if not world:
@@ -111,7 +111,7 @@ def test_what_is_said_to_be_the_gradient_of_no_objective_has_a_curl(name: str) -
         assert (asymmetry(changes, 2) < 1e-7) == some, asymmetry(changes, 2)
 
 
-def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]):
     print_objectives()
     lines = capsys.readouterr().out.splitlines()
     rows = {

@@ -38,7 +38,7 @@ LEVELS = (
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_what_is_declared_is_what_is_found(name: str) -> None:
+def test_what_is_declared_is_what_is_found(name: str):
     """For every preset, every choice on every axis and every KL: neither too good nor too bad."""
     verdict = measure_bias(POINTS[name], SMALL if POINTS[name].objective == "reward" else LEVELS)
     assert verdict.ok and verdict.found == verdict.declared
@@ -115,7 +115,7 @@ COMBINED = [
 
 
 @pytest.mark.parametrize(("fields", "status", "words"), COMBINED)
-def test_combinations_hold_what_they_declare(fields: dict, status: str, words: str) -> None:
+def test_combinations_hold_what_they_declare(fields: dict, status: str, words: str):
     estimator = Estimator(**fields)
     assert (estimator.bias_status, words in estimator.bias_reason) == (status, True)
     verdict = measure_bias(estimator, SMALL if "objective" not in fields else LEVELS)
@@ -123,14 +123,14 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
     assert verdict.ok or off, (verdict.found, verdict.cosine)
 
 
-def test_every_preset_and_every_choice_is_a_point() -> None:
+def test_every_preset_and_every_choice_is_a_point():
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
     for axis, names in CHOICES.items():
         assert {getattr(e, axis) for e in POINTS.values()} >= set(names)
 
 
-def test_ok_is_as_good_as_declared_and_a_bias_must_be_found() -> None:
+def test_ok_is_as_good_as_declared_and_a_bias_must_be_found():
     for place, declared in enumerate(FROM_BEST_TO_WORST):
         good = {found for found in FROM_BEST_TO_WORST[:-1] if Verdict(declared, found, ()).ok}
         assert good == (
@@ -138,12 +138,12 @@ def test_ok_is_as_good_as_declared_and_a_bias_must_be_found() -> None:
         )
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring():
     done = doctest.testmod(verdict_module)
     assert done.attempted >= 5 and done.failed == 0
 
 
-def test_problems_that_cannot_be_used() -> None:
+def test_problems_that_cannot_be_used():
     for nothing in ([], [tabular_problem(1, group_size=1)]):
         with pytest.raises(Refused):
             measure_bias(Estimator(), nothing)
@@ -181,7 +181,7 @@ def of_groups(values, group_size):
     return values.reshape(-1, group_size)
 
 
-def test_a_baseline_of_ones_own_gets_a_measured_status() -> None:
+def test_a_baseline_of_ones_own_gets_a_measured_status():
     """sum_i (R_i - sum_j j R_j) S_i has the mean (G - G(G-1)/2) grad J: positive for G = 2."""
 
     def least_of_others(totals, *, group_size, **_):
@@ -225,7 +225,7 @@ def test_what_a_baseline_declares_of_itself_is_checked_as_ours_is(
 
 
 @pytest.mark.parametrize("declaration", ["exact", ("right", "because"), ("exact", 3)])
-def test_a_declaration_that_is_no_status_with_a_reason_is_refused(declaration) -> None:
+def test_a_declaration_that_is_no_status_with_a_reason_is_refused(declaration):
     def own(totals, **_):
         return 0 * totals
 
@@ -293,7 +293,7 @@ BEYOND = (median_from(5), longer(3), of_many_prompts, of_large_rewards)
 @pytest.mark.parametrize(
     "baseline", [BEYOND[0], *(pytest.param(x, marks=pytest.mark.slow) for x in BEYOND[1:])]
 )
-def test_measures_go_beyond_the_main_problems(baseline) -> None:
+def test_measures_go_beyond_the_main_problems(baseline):
     """Larger groups, longer completions, more prompts and larger rewards than the main problems have."""
     verdict = measure_bias(Estimator(baseline=baseline))
     assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
@@ -316,7 +316,7 @@ def test_beyond_what_was_tried_a_bias_is_not_found_and_the_line_says_how_far_tha
     assert repr(verdict).endswith(f"; tried: {TRIED}")
 
 
-def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only() -> None:
+def test_a_baseline_that_leaves_out_another_row_is_biased_with_groups_of_2_only():
     """R_i - mean of all but a neighbour is (G-2)/(G-1) of the gradient: nothing of it for G = 2."""
 
     def without_neighbour(totals, *, group_size, **_):
@@ -365,6 +365,6 @@ def undefined(totals, *, group_size, **_):
         (undefined, r"returned nan or inf on the problem '1 prompts, .*': correct it"),
     ],
 )
-def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:
+def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str):
     with refused(words):
         measure_bias(Estimator(baseline=baseline), SMALL)

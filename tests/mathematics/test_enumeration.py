@@ -85,7 +85,7 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> tuple[torch.Te
     ids=str,
 )
 @pytest.mark.parametrize(("prompts", "length", "kind"), [(1, 3, "dense"), (2, 2, "graded")])
-def test_one_group_at_a_time(fields: dict, prompts: int, length: int, kind: str) -> None:
+def test_one_group_at_a_time(fields: dict, prompts: int, length: int, kind: str):
     size = 4 - prompts
     problem = tabular_problem(3, prompts=prompts, vocabulary=2, length=length, rewards=kind)
     assert (problem.greedy > 0).all()  # so that 'remax' uses more than the first completion

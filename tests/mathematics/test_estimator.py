@@ -15,7 +15,7 @@ from tokenrl.core.refusals import check_horizon
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets(name) -> None:
+def test_presets(name):
     e = Estimator.preset(name)
     first = {"unsloth": "trl_grpo"}.get(name, name)  # of equal presets the first has the name
     assert (
@@ -52,7 +52,7 @@ EXCLUDED = {
 }
 
 
-def test_choices_that_exclude_each_other_or_name_nothing_are_refused() -> None:
+def test_choices_that_exclude_each_other_or_name_nothing_are_refused():
     for words, cases in EXCLUDED.items():
         for fields in cases:
             with refused(words):
@@ -61,7 +61,7 @@ def test_choices_that_exclude_each_other_or_name_nothing_are_refused() -> None:
         Estimator.preset("grpo,scale")
 
 
-def test_defaults_and_fields_of_presets() -> None:
+def test_defaults_and_fields_of_presets():
     """RLOO is the default; what papers fix is written out, whatever table the presets come from."""
     assert (
         Estimator() == Estimator.preset("rloo") == Estimator(beta=0.0, gamma=1, lam=0.95, window=16)
@@ -98,7 +98,7 @@ def test_defaults_and_fields_of_presets() -> None:
         ({"baseline": lambda totals, **_: totals * 0}, True),
     ],
 )
-def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts) -> None:
+def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts):
     e = Estimator(**fields)
     assert e.subtracts_baseline == subtracts
     check_horizon(e, 500)
@@ -111,7 +111,7 @@ def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts) -> None:
             check_horizon(e, horizon)
 
 
-def test_the_types_of_the_fields_name_the_choices_of_the_tables() -> None:
+def test_the_types_of_the_fields_name_the_choices_of_the_tables():
     hints = typing.get_type_hints(Estimator)
     tables = dict(CHOICES)
     tables["objective"], tables["objective_form"] = zip(*OBJECTIVES, strict=True)

@@ -43,7 +43,7 @@ def step_kl(problem: Problem) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("beta", [0.02, 1.5])
-def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
+def test_the_gradient_of_a_kl_in_the_loss(beta: float):
     """Of k2 it is E[sum_t l_t s_t]: the KL of each step with its prefix held fixed; of k1 nothing."""
     problem = tabular_problem(12)
     plain, ratio = problem.gradient(), step_kl(problem)
@@ -68,7 +68,7 @@ def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
             assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
 
 
-def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row() -> None:
+def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row():
     """The square of log prior + sigma R - log pi, over 2 sigma, on each completion of a prompt."""
     problem, e = tabular_problem(12), Estimator.preset("reinvent")
     rows, mask = problem.logprobs[0].clone().requires_grad_(), problem.mask
@@ -84,7 +84,7 @@ def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row() -> None:
     assert_close(gradient, wanted * mask, rtol=0, atol=1e-12)
 
 
-def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise() -> None:
+def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise():
     """Of scores near .5 the noise falls most."""
     problem, e = tabular_problem(12), Estimator.preset("reinvent")
     problem = replace(problem, rewards=0.4 + 0.1 * problem.rewards.double())
@@ -95,7 +95,7 @@ def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise(
     assert compared.noise < plain.noise / 5
 
 
-def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand() -> None:
+def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand():
     """The direction of a row, listed with every completion: its mean square gives E|g|^2."""
     problem = tabular_problem(14)
     problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
@@ -122,7 +122,7 @@ def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand() -> None:
         assert moments.second == pytest.approx(float((problem.chances * lengths).sum()))
 
 
-def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own() -> None:
+def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own():
     problem, beta = tabular_problem(13), 0.4
     ratio = step_kl(problem)
     held = {"k1": ratio, "k2": ratio.square() / 2, "k3": (-ratio).exp() - 1 + ratio}
@@ -142,7 +142,7 @@ def spread_chances(problem: Problem, size: int) -> torch.Tensor:
     return 1 - p**size - (1 - p) ** size
 
 
-def test_dropped_and_refilled_groups_weigh_prompts() -> None:
+def test_dropped_and_refilled_groups_weigh_prompts():
     """Dropped: E[1/kept | it is kept], whatever the other does. Refilled: one number, 1/mean P(kept)."""
     problem = tabular_problem(11, prompts=2, vocabulary=2, rewards="binary")
     kept, target = spread_chances(problem, 2), problem.gradient()
@@ -155,7 +155,7 @@ def test_dropped_and_refilled_groups_weigh_prompts() -> None:
     assert_close(mean_of({"zero_spread": "drop"}, alone, 2), alone.gradient(), **CLOSE)
 
 
-def test_a_long_row_is_penalised_before_the_baseline() -> None:
+def test_a_long_row_is_penalised_before_the_baseline():
     penalty = overlong_penalty(torch.tensor([0, 6, 7, 8, 9, 10, 12]), 10, 4)
     assert penalty.tolist() == [0, 0, -0.25, -0.5, -0.75, -1, -1]
     e, mask = Estimator(overlong_buffer=2), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

@@ -48,7 +48,7 @@ def inputs(seed=0, n=4, t=4, dtype=torch.double):
         ("fixed_length", [40, 40, 40, 40]),
     ],
 )
-def test_weights_by_hand(aggregation, divisors) -> None:
+def test_weights_by_hand(aggregation, divisors):
     """The row without any action is one of the N = 4."""
     e = Estimator(aggregation=aggregation)
     wanted = MASK / torch.tensor(divisors)[:, None]
@@ -57,7 +57,7 @@ def test_weights_by_hand(aggregation, divisors) -> None:
 
 
 @pytest.mark.parametrize("aggregation", CHOICES["aggregation"])
-def test_weights_of_abstaining_rows(aggregation) -> None:
+def test_weights_of_abstaining_rows(aggregation):
     e = Estimator(aggregation=aggregation)
     for gone in range(4):
         valid = torch.arange(4) != gone
@@ -101,7 +101,7 @@ def gradient(e, tensors, advantages, weights, mask):
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
 @pytest.mark.parametrize("terms", [FULL, CLOSED, PATHS | {"kl_estimator": "k2_sequence"}])
-def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
+def test_nothing_leaks_from_masked_positions(name, spoil, terms):
     e = Estimator.preset(name, **terms)
     tensors, advantages, weights, mask = step_of(e)
     clean = gradient(e, tensors, advantages, weights, mask)
@@ -116,7 +116,7 @@ def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
     assert gradient(e, spoiled, advantages, weights, mask)[1].isfinite().all()
 
 
-def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
+def test_the_error_of_a_mean_is_that_of_independent_groups():
     """All 16 steps of two groups of two, drawn from two prompts of equal completions: E error^2 = Var."""
     draws = itertools.product((0.0, 3.0), (1.0, -1.0), (0.0, 3.0), (1.0, -1.0))
     rows = torch.tensor([[a + b, a, c + d, c] for a, b, c, d in draws], dtype=torch.double)
@@ -127,7 +127,7 @@ def test_the_error_of_a_mean_is_that_of_independent_groups() -> None:
     assert alone.mean() < 0.8 * squares.mean()
 
 
-def test_generators_differ_by_seed_purpose_and_number_and_repeat() -> None:
+def test_generators_differ_by_seed_purpose_and_number_and_repeat():
     def draw(*key) -> int:
         return int(torch.randint(2**62, (), generator=generator_of(*key)))
 
@@ -168,7 +168,7 @@ GAINS = {
 @pytest.mark.parametrize("advantage", [2.0, -3.0])
 @pytest.mark.parametrize("ratios", [[1.1, 1.3], [0.5, 0.79, 1.0, 1.19, 1.4, 3.0], [2.0, 3.0]])
 @pytest.mark.parametrize("ratio", GAINS)
-def test_the_gradient_of_a_ratio_is_that_of_its_formula(ratio, ratios, advantage) -> None:
+def test_the_gradient_of_a_ratio_is_that_of_its_formula(ratio, ratios, advantage):
     """By automatic differentiation in the log-ratios; a position that is no action counts nowhere."""
     logs = torch.tensor(ratios, dtype=torch.double).log().requires_grad_()
     wanted = -torch.autograd.grad(GAINS[ratio](logs, advantage), logs)[0]
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_ratio_is_that_of_its_formula(ratio, ratios, advantage
     assert slopes == pytest.approx([*wanted.tolist(), 0.0], abs=1e-12)
 
 
-def test_the_dual_clip_and_bounds_that_are_left_out() -> None:
+def test_the_dual_clip_and_bounds_that_are_left_out():
     value, slopes = run([2.0, 4.0], -1.0, ratio="token", dual_clip=3.0)
     assert value == pytest.approx(2 + 3) and slopes == pytest.approx([2.0, 0.0])
     assert run([2.0, 4.0], -1.0, ratio="token")[1] == pytest.approx([2.0, 4.0])
@@ -190,7 +190,7 @@ def test_the_dual_clip_and_bounds_that_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("advantage", [2.0, -3.0])
-def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage) -> None:
+def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage):
     """The bound is on the probability: 0.02 may grow tenfold and more, where a ratio would be clipped."""
     before = torch.tensor([[0.02, 0.02, 0.5, 0.5, 0.5, 0.9]], dtype=torch.double)
     logprobs = torch.tensor([[0.001, 0.21, 0.69, 0.71, 0.29, 0.9]], dtype=torch.double).log()
@@ -204,7 +204,7 @@ def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage) -> No
     assert slopes == pytest.approx([-advantage * weight for weight in weights])
 
 
-def test_the_loss_of_a_critic() -> None:
+def test_the_loss_of_a_critic():
     weights = torch.tensor([[0.5, 0.25, 0.0]])
     values = torch.tensor([[1.0, 4.0, torch.nan]], requires_grad=True)
     returns = torch.tensor([[3.0, 2.0, torch.inf]], requires_grad=True)
@@ -225,14 +225,14 @@ def test_the_loss_of_a_critic() -> None:
         e.critic_loss(values, goal, ones)
 
 
-def test_k3_keeps_its_digits_near_the_reference() -> None:
+def test_k3_keeps_its_digits_near_the_reference():
     """Its mean is that of `test_expectations.py`; exp(-l) - 1 + l would lose every digit here."""
     logprobs = tabular_problem(30).logprobs[0]
     near = k3(logprobs, logprobs + 1e-9)
     assert_close(near, torch.full_like(logprobs, 5e-19), rtol=1e-6, atol=0)
 
 
-def test_entropy_of_a_token() -> None:
+def test_entropy_of_a_token():
     x = normals(seeded(0), 5, 7)
     assert_close(token_entropy(x), torch.distributions.Categorical(logits=x).entropy())
     assert torch.autograd.gradcheck(token_entropy, x.requires_grad_())

@@ -12,7 +12,7 @@ from tokenrl.core.memories import Tracker, read, update
 from tokenrl.lab import measure_bias, tabular_problem
 
 
-def test_the_tracker_by_hand() -> None:
+def test_the_tracker_by_hand():
     """a <- .5 a + r, b <- .5 b + 1 - r, begun at the running mean; a row that abstains is not seen."""
     tracker = Estimator(baseline="tracker", tracker_decay=0.5, running_mean_init=0.2).memory()
     keys = torch.tensor([7, 7, 2**62, 5])
@@ -69,7 +69,7 @@ class Demanding(Forgetful):
         self.size = size
 
 
-def test_a_class_of_ones_own_is_a_memory() -> None:
+def test_a_class_of_ones_own_is_a_memory():
     e = Estimator(baseline=Best)
     assert (e.bias_status, e.needs_memory) == ("exact", True)
     memory, keys = e.memory(), torch.tensor([3, 4])
@@ -96,7 +96,7 @@ def test_a_class_of_ones_own_is_a_memory() -> None:
     ),
     st.sampled_from([0.01, 0.3, 0.5, 0.7, 1.0]),
 )
-def test_the_quantile_of_the_other_rows(rows, share) -> None:
+def test_the_quantile_of_the_other_rows(rows, share):
     """The least return of the others that at least this share of them do not exceed."""
     rewards, valid = torch.tensor([r for r, _ in rows]), torch.tensor([v for _, v in rows])
     e = Estimator(baseline="quantile", baseline_quantile=share)

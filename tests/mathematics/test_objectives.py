@@ -50,7 +50,7 @@ def by_listing_subsets(rewards: list[float], order: int, form: str) -> list[floa
 @pytest.mark.parametrize("form", SUBTRACTED)
 @pytest.mark.parametrize("size", [3, 4, 6, 7])
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
-def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: int) -> None:
+def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: int):
     """Also with ties, negative rewards and rows that abstain, whose reward may be nan."""
     if (form, order) == ("sloo_minus_one", 1):
         return
@@ -72,7 +72,7 @@ def test_the_best_of_k_is_the_sum_over_all_subsets(form: str, size: int, order: 
         assert not advantages(e, rewards, few).any()
 
 
-def test_large_groups_are_computed_without_overflow_and_in_float32() -> None:
+def test_large_groups_are_computed_without_overflow_and_in_float32():
     draw = seeded(3)
     rewards = normals(draw, 1024)
     for order in (2, 8, 512, 1023):
@@ -121,7 +121,7 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     assert_close(weight, wanted, atol=1e-10, rtol=1e-10)
 
 
-def test_negative_rewards_have_no_logarithm() -> None:
+def test_negative_rewards_have_no_logarithm():
     e, valid = Estimator.preset("maxrl"), torch.tensor([True, True, False])
     check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
     for rewards in (
@@ -135,7 +135,7 @@ def test_negative_rewards_have_no_logarithm() -> None:
         measure_bias(e, [tabular_problem(2)])
 
 
-def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1() -> None:
+def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1():
     table = [
         ("rloo", "exact", "exact", "exact"),
         ("max_at_k", "exact", "exact", "biased"),
@@ -173,13 +173,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("name", "words"), REFUSED.items())
-def test_what_does_not_go_with_an_objective_is_refused(name: str, words: str) -> None:
+def test_what_does_not_go_with_an_objective_is_refused(name: str, words: str):
     with refused(words):
         Estimator.preset(name)
 
 
 @pytest.mark.parametrize("form", ["maxrl", "keep_failures", "leave_one_out"])
-def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
+def test_the_log_of_success_divides_by_a_mean(form: str):
     """Of the group or of the other rows, without those that abstain; -1 or nothing if no row succeeds."""
     rewards, valid = torch.tensor([1.0, 0.0, 0.3, 9.0]).double(), torch.arange(4) < 3
     e = Estimator.preset("maxrl", objective_form=form)
@@ -189,7 +189,7 @@ def test_the_log_of_success_divides_by_a_mean(form: str) -> None:
     assert (advantages(e, rewards * 0) == -1.0 * (form == "keep_failures")).all()
 
 
-def test_what_an_objective_advises_is_allowed() -> None:
+def test_what_an_objective_advises_is_allowed():
     """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
     with refused(r"'log_success' compares .* take objective 'reward' and"):
         advantages(Estimator.preset("maxrl"), torch.zeros(1))
@@ -201,7 +201,7 @@ def test_what_an_objective_advises_is_allowed() -> None:
         check_horizon(bare, 501)
 
 
-def test_the_header_shows_every_axis_that_differs_and_one_status() -> None:
+def test_the_header_shows_every_axis_that_differs_and_one_status():
     def half(rewards, **_):
         return rewards / 2
 

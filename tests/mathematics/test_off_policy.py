@@ -82,7 +82,7 @@ EXACT = ("sequence", "centred")
         *(pytest.param(name, ESTIMATORS, marks=pytest.mark.slow) for name in CORRECTIONS),
     ],
 )
-def test_what_is_declared_off_policy_is_what_is_found(correction: str, estimators: list) -> None:
+def test_what_is_declared_off_policy_is_what_is_found(correction: str, estimators: list):
     for fields in estimators:
         try:
             estimator = Estimator(**fields, **CORRECTIONS[correction])
@@ -93,13 +93,13 @@ def test_what_is_declared_off_policy_is_what_is_found(correction: str, estimator
         assert verdict.ok and verdict.declared == verdict.found, fields
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring():
     done = doctest.testmod(samplers)
     assert done.attempted >= 4 and done.failed == 0
 
 
 @pytest.mark.slow
-def test_the_table_of_corrections(said, tmp_path) -> None:
+def test_the_table_of_corrections(said, tmp_path):
     path = tmp_path / "table.json"
     completes("lab exact --sampler temperature=0.8 --json", str(path))
     out = said()
@@ -115,7 +115,7 @@ def test_the_table_of_corrections(said, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_a_kl_in_the_reward_is_that_of_the_policy(beta: float) -> None:
+def test_a_kl_in_the_reward_is_that_of_the_policy(beta: float):
     """With weights of whole sequences the gradient is that of E[R] - beta KL(pi || ref)."""
     problem = perturbed_problem(41, Perturbation(noise=0.5), vocabulary=2, length=2)
     weighted = Estimator(beta=beta, importance="sequence")
@@ -145,7 +145,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize("ratio", ["none", "token"])
 @pytest.mark.parametrize(("fields", "weights"), BY_HAND, ids=str)
-def test_weights_by_hand(fields: dict, weights: list[float], ratio: str) -> None:
+def test_weights_by_hand(fields: dict, weights: list[float], ratio: str):
     """A row of two actions with ratios 2 and 1/4, and a position that is no action and holds anything."""
     logprobs = torch.full((1, 3), -1.0, dtype=torch.double).requires_grad_()
     gap = torch.tensor([[math.log(2), math.log(0.25), math.nan]], dtype=torch.double)
@@ -177,7 +177,7 @@ def slope_of_centre(fields: dict, z: torch.Tensor, log_mu: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict) -> None:
+def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict):
     """And those of all tokens if these are the top, or if all others have one ratio to the policy."""
     draw = seeded(3)
     z, noise = normals(draw, 2, 50, 9)
@@ -213,7 +213,7 @@ def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict) -> No
         )
 
 
-def test_top_tokens_beyond_which_nothing_is_drawn_are_all() -> None:
+def test_top_tokens_beyond_which_nothing_is_drawn_are_all():
     """In float32 too, where their probabilities add up to 1 but for rounding; also if pi can draw others."""
     z = torch.randn(400, 30, generator=seeded(1))
     cut = z.masked_fill(z < z.topk(6).values[:, -1:], -torch.inf).log_softmax(-1)
@@ -251,7 +251,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
-def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str) -> None:
+def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str):
     with refused(words):
         Estimator(**fields)
 

@@ -12,7 +12,7 @@ from tokenrl.lab.exact.problems import all_completions, tabular_problem
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["binary", "graded", "continuous", "dense"])
-def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
+def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool):
     problem = tabular_problem(1, prompts=2, rewards=kind, shared=shared)
     assert problem.scores.shape == (2, 15, 3, 21 * (1 if shared else 2))
     assert_close(problem.chances.sum(-1), torch.ones(2).double(), rtol=1e-14, atol=0)
@@ -26,7 +26,7 @@ def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
+def test_the_gradient_is_that_of_the_objective(shared: bool):
     """Central differences of J along random directions, through policies drawn anew from moved logits."""
     every = all_completions(3, 3)
     draw = seeded(3)
@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["continuous", "dense"])
-def test_true_values_are_the_mean_from_each_prefix(kind: str) -> None:
+def test_true_values_are_the_mean_from_each_prefix(kind: str):
     problem = tabular_problem(5, rewards=kind, true_values=True)
     j = (problem.chances * problem.totals).sum()
     assert_close(problem.values[0, :, 0], j.expand(15))

@@ -268,7 +268,7 @@ ELSEWHERE = (
 )
 
 
-def test_every_objective_that_a_reason_names_has_its_gradient_here() -> None:
+def test_every_objective_that_a_reason_names_has_its_gradient_here():
     effects = [choice for names in CHOICES.values() for choice in names.values()]
     effects += [e for c in effects for e in (c.row_inside, c.discounted) if e is not None]
     effects += [*KL_EFFECTS.values(), ENTROPY, *OBJECTIVES.values()]
@@ -278,7 +278,7 @@ def test_every_objective_that_a_reason_names_has_its_gradient_here() -> None:
         assert any(words in reason for words in (*ORACLES, *ELSEWHERE)), reason
 
 
-def test_what_a_reason_names_is_ascended() -> None:
+def test_what_a_reason_names_is_ascended():
     used = dict.fromkeys(ORACLES, 0)
     wrong = []
     for fields, estimator in combinations():
@@ -301,7 +301,7 @@ def test_what_a_reason_names_is_ascended() -> None:
     assert min(used.values()) > 0, used
 
 
-def test_values_of_gae_may_be_wrong_by_what_no_action_changes() -> None:
+def test_values_of_gae_may_be_wrong_by_what_no_action_changes():
     """A number for each step: it cancels where all rows have one length, and not where an action can end them."""
     gae = Estimator(baseline="value", returns="gae", lam=0.5)
     for ends, status in (((), "exact"), ((0,), "biased")):

@@ -16,7 +16,7 @@ REWARDS = torch.tensor([1.0, 1, 2, 3, torch.nan, 5, 4, 4])
 VALID = ~REWARDS.isnan()
 
 
-def test_groups_without_spread() -> None:
+def test_groups_without_spread():
     assert zero_spread(REWARDS, 2, VALID).tolist() == [True, False, True, True]
     assert zero_spread(REWARDS, 4, VALID).tolist() == [False, False]
     dense = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -38,12 +38,12 @@ def test_groups_without_spread() -> None:
         ((2, 3), [4, 1, 3, 0], [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]),
     ],
 )
-def test_the_first_end_is_the_last_action(ends, lengths, wanted) -> None:
+def test_the_first_end_is_the_last_action(ends, lengths, wanted):
     given = None if lengths is None else torch.tensor(lengths)
     assert completion_mask(IDS, ends, given).int().tolist() == wanted
 
 
-def test_what_is_kept() -> None:
+def test_what_is_kept():
     truncated = torch.tensor([True, False, True, False] * 2)
     spread = torch.tensor([False] * 2 + [True] * 2 + [False] * 4)
     table = [
@@ -63,7 +63,7 @@ def test_what_is_kept() -> None:
         )
 
 
-def test_the_loss_compares_other_rows_than_it_learns_from() -> None:
+def test_the_loss_compares_other_rows_than_it_learns_from():
     """A group of equal rewards is in the mean of the step, and a masked row is not among the tokens."""
     axes = {"aggregation": "token_mean", "truncations": "mask", "zero_spread": "drop"}
     given = {

@@ -78,7 +78,7 @@ def allowed(baseline, scale, returns):
 @pytest.mark.parametrize("returns", CHOICES["returns"])
 @pytest.mark.parametrize("baseline", CHOICES["baseline"])
 @pytest.mark.parametrize("scale", ["none", "group_std", "token_whiten", "episode_std"])
-def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
+def test_a_turn_is_a_step_in_time(baseline, scale, returns):
     """The same numbers as from the rewards, values and score norms [N, K] of turns, summed by loops."""
     if not allowed(baseline, scale, returns):
         return
@@ -97,7 +97,7 @@ def test_a_turn_is_a_step_in_time(baseline, scale, returns) -> None:
     assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
 
 
-def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
+def test_what_is_added_to_the_rewards_is_added_to_tokens():
     """A KL in the reward, and the penalty on long rows by the number of their tokens."""
     step = a_step(1)
     axes = {"returns": "reward_to_go", "baseline": "timestep_mean"}
@@ -114,7 +114,7 @@ def test_what_is_added_to_the_rewards_is_added_to_tokens() -> None:
 @pytest.mark.parametrize(
     "baseline", [name for name in CHOICES["baseline"] if "episode" not in name]
 )
-def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline) -> None:
+def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline):
     step = a_step(2, [row.replace("1", "0").replace("2", "0") for row in LAYOUT])
     numbers = step.pop("turns")
     total = Estimator(baseline=baseline, scale="group_std")
@@ -135,7 +135,7 @@ CATALOGUE = named_estimators()
 
 @pytest.mark.parametrize("returns", [None, "reward_to_go"])
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_what_is_declared_holds_for_turns(name, returns) -> None:
+def test_what_is_declared_holds_for_turns(name, returns):
     """The catalogue on rows of two turns: no bias where none is declared, and a bias where one is."""
     estimator = CATALOGUE[name]
     plain = estimator.objective == "reward"
@@ -157,12 +157,12 @@ def test_what_is_declared_holds_for_turns(name, returns) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring():
     done = doctest.testmod(turns_module)
     assert done.attempted >= 4 and done.failed == 0
 
 
-def test_a_function_of_turns_is_measured() -> None:
+def test_a_function_of_turns_is_measured():
     """The reward to go minus that of the others is exact, and with the row itself inside it is not."""
     for one_out, status in ((0, "biased"), (1, "exact")):
 

@@ -63,7 +63,7 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
     ("truncation", "act", CUT, {"max_completion_length": 32}, {"whole": Means(cut=0.05)}),
     ("truncation", "void", replace(CUT, whole=Means(cut=0.6)), {"max_completion_length": 32},
      {"whole": Means(cut=0)}),
-    ("unusual-rate", "void", RATES, {}, {"learning_rate": 1e-2}),
+    ("unusual-rate", "void", replace(RATES, learning_rate=0.031), {}, {"learning_rate": 1e-2}),
     ("unusual-rate", "watch", replace(RATES, learning_rate=0.02), {},
      {"highest_rate": 0.02}),
     ("unusual-rate", "watch", replace(RATES, learning_rate=1e-5), {},

@@ -258,6 +258,7 @@ def count(number: int) -> str:
         ("<eos>\n", None, "ab<eos>", "\n"),
         ("<eos>\n", None, "ab", "<eos>\n"),
         ("<im_end>\n", ("<im_end>",), "ab<im_end>", "\n"),  # ended at a stop string
+        ("\n\n", None, "ab<eos>", "\n\n"),  # white space alone
         ("\n", ("\n",), "ab\n", ""),
         ("", None, "ab<eos>", ""),
     ],
@@ -269,6 +270,15 @@ def test_between_two_turns_stands_what_the_template_writes(end, stop, turn, miss
     ended = before[-1] in policy.ends
     ids = policy.reply_ids([reply], ended=ended, chat=True, tools=tools, before=before)
     assert read(policy, ids) == f"{missing}<{reply['role']}>\n{reply['content']}{end}<assistant>\n"
+
+
+def test_an_end_of_a_turn_that_is_a_special_token_stands_in_no_demonstration():
+    """As base models of Qwen3 have it: the template ends turns otherwise than the tokenizer."""
+    policy = policy_with(CHATML.replace("END", "<im_end>{{ '\n' }}"))
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<im_end>"]})
+    rows = [{"prompt": USER, "completion": [called("{}")]}]
+    ((_, ids),) = encode_demonstrations(policy, rows)
+    assert read(policy, ids) == "<call>f</call><eos>"
 
 
 # ---- one BOS ----
