@@ -219,13 +219,11 @@ class Learner:
         model: nn.Module,
         regime: Regime,
         distribution: Distribution,
-        **options: bool,
+        **also: bool,
     ) -> Scores:
         """Score n rows under a model, without a gradient; with `states` return what its head is given too."""
         parts = self.micro_batches(rows, regime)
-        return score_in_parts(
-            model, rows, regime, parts=parts, distribution=distribution, **options
-        )
+        return score_in_parts(model, rows, regime, parts=parts, distribution=distribution, **also)
 
     def with_missing_fields(self, rows: Table) -> Table:
         """Return sampled rows with the columns of the policy that the estimator needs, where they are missing."""
