@@ -30,7 +30,7 @@ LIMITS = {
     "language/policy": 11_680,
     "language/rewards": 14_600,
     "language/tasks": 10_100,
-    "language/rollout": 26_730,
+    "language/rollout": 26_790,
     "language/training": 22_450,
     "language/supervised": 7_870,
     "language/commands": 4_210,
@@ -44,7 +44,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_680, 187, 89_300, 253_470, 67_660, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_740, 187, 89_300, 253_470, 67_660, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

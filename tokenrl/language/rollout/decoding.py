@@ -142,7 +142,9 @@ def _begun(
     mask, position = padding(policy, prompts)
     batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
     if not regime.plain_cache:
-        batch = _selected(regime, batch, rows, tokens)
+        # A cache with a row for each prompt is not copied.
+        if regime.token_steps is not None or not torch.equal(index, torch.arange(len(prompts))):
+            batch = _selected(regime, batch, rows, tokens)
         batch.cache.make_room(sampling.max_completion_length)
     return batch, first
 

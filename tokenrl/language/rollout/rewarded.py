@@ -73,6 +73,7 @@ def sample_rows(
     sampling: Sampling,
     stream: str,
     environments: Environments | None,
+    prompt_ids: Sequence[list[int]] | None = None,
 ) -> Rollout:
     """Sample completions of prompts, of one turn each or, with environments, of several.
 
@@ -83,12 +84,13 @@ def sample_rows(
         sampling: how to sample.
         stream: the stream of random numbers, a name in `STREAMS`.
         environments: the environments that the policy answers to; None for completions of one turn.
+        prompt_ids: the token ids of the prompts, where they were encoded before; episodes have others.
     """
     numbers = [number for number, _ in prompts]
     if environments is not None:
         rollout = play(policy, generator, environments, prompts, sampling, stream)
     else:
-        ids = encode(policy, [row for _, row in prompts], sampling)
+        ids = prompt_ids or encode(policy, [row for _, row in prompts], sampling)
         draws = uniforms(stream, sampling, numbers)
         rollout = generator.generate(ids, sampling, draws).on_host()
     return replace(rollout, prompt_index=torch.tensor(numbers)[rollout.prompt_index])
@@ -221,14 +223,18 @@ def sample_and_reward(
     if accelerator is not None:
         rank = accelerator.process_index
         world = accelerator.num_processes
-    if rewards.environments is None:
-        encode(policy, prompts, sampling)  # so that every process refuses a prompt that is too long
+    environments = rewards.environments
+    # All of them on every process, so that every process refuses a prompt that is too long.
+    encoded = encode(policy, prompts, sampling) if environments is None else []
+    encoded = encoded[rank::world]
+    numbered = [*enumerate(prompts)][rank::world]
     size = max(1, batch_size // sampling.group_size)
-    of_process = range(rank, len(prompts), world)
-    for start in range(0, len(of_process), size):
-        numbers = of_process[start : start + size]
-        rows = [(i, prompts[i]) for i in numbers]
-        rollout = sample_rows(policy, generator, rows, sampling, stream, rewards.environments)
+    for start in range(0, len(numbered), size):
+        part = slice(start, start + size)
+        rows = numbered[part]
+        rollout = sample_rows(
+            policy, generator, rows, sampling, stream, environments, encoded[part]
+        )
         yield reward_rows(policy, rewards, rollout, [row for _, row in rows])
 
 
