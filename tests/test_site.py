@@ -92,6 +92,8 @@ ERRANDS = {
     "reference/train.html": ("flag that bounds completions",),
     "guides/compare.html": ("how many seeds",),
     "reference/metrics.html": ("units of metrics",),
+    "run_directory.html": ("Hugging Face format",),
+    "evaluate.html": ("compare two rewards",),
 }
 """The pages that answer what a new user types into the search, as a question and in other words."""
 

@@ -14,7 +14,6 @@ that are written by hand (`run_directory.md`, `glossary.md`) lie beside these.
 import importlib
 import inspect
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from inspect import cleandoc
@@ -32,10 +31,6 @@ from tokenrl.runs import all_metrics
 from tokenrl.settings import allowed, field_types
 
 PAGES = Path(__file__).parents[1] / "pages" / "reference"
-STUDY = Path(__file__).parents[1] / "study"
-QUESTIONS = {"1_rates": "language", "8_actions": "agents"}
-"""The pages of the study with a verdict on each arm against RLOO, and what the arms learn there."""
-VERDICTS = ("equivalent", "better", "worse", "undecided")
 ROOMS = (
     "tokenrl",
     "tokenrl.core",
@@ -45,6 +40,7 @@ ROOMS = (
     "tokenrl.runs",
 )
 SETTINGS = {field for command in COMMANDS.values() for field in field_types(command.arguments)}
+FLAGS = ("flag", "default", "allowed", "meaning")
 MAX_KEYWORDS = 8
 """A function with more settings of a command among its keywords is shown without them."""
 LINE_LENGTH = 88
@@ -62,6 +58,11 @@ def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return "\n".join(lines)
+
+
+def cards(kind: str, head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a table whose rows are cards on a telephone; tables.css labels their lines by the kind."""
+    return f'<div class="cards {kind}" markdown>\n\n{table(head, rows)}\n\n</div>'
 
 
 def page(title: str, *parts: str) -> str:
@@ -91,7 +92,7 @@ def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     for title, rows in groups.items():
         if rows:
             heading = f"{title[0].upper()}{title[1:]}" if title else "Main settings"
-            yield f"## {heading}\n\n" + table(("flag", "default", "allowed", "meaning"), rows)
+            yield f"## {heading}\n\n" + cards("flags", FLAGS, rows)
 
 
 def command_page(name: str) -> str:
@@ -140,51 +141,30 @@ def presets_page() -> str:
     return page("The presets", table(head, rows), about, table(words, beyond))
 
 
-def verdicts(question: str) -> dict[str, str]:
-    """Return the verdicts of a page of the study on each arm, over its tasks: `3 equivalent, 1 worse`.
-
-    A cell ends with the verdict on the area against RLOO, the arm of which it is a copy, and the learning rate.
-    """
-    text = (STUDY / "questions" / f"{question}.md").read_text(encoding="utf-8")
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    cell_end = re.compile(rf"\] ({'|'.join(VERDICTS)})( [=≈] \w+)?, at ")
-    for name, cells in re.findall(r"^\| `(\w+)` \|(.*)$", text, re.MULTILINE):
-        for verdict, copy in cell_end.findall(cells):
-            found[name][f"{verdict} (copy)" if copy else verdict] += 1
-    return {
-        name: ", ".join(f"{number} {verdict}" for verdict, number in sorted(counter.items()))
-        for name, counter in found.items()
-    }
-
-
 def papers_page() -> str:
-    """Return the index by paper: claim, difference, declared bias, measured noise and verdicts of each preset."""
+    """Return the index by paper: claim, difference, declared bias, noise and the study's words on each preset."""
     text = Path(__file__).with_name("papers.txt").read_text(encoding="utf-8")
+    introduction, lines = text.partition("## Introduction\n")[2].split("\n## Rows\n")
     estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
     measured = dict(
         re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [^|]+) \|$", estimators, re.MULTILINE)
     )
-    judged = {question: verdicts(question) for question in QUESTIONS}
     rows = []
-    for line in re.findall(r"^\w+ \|.*$", text, re.MULTILINE):
-        name, claim, difference, *notes = map(str.strip, line.split("|"))
-        said = [
-            f"[{kind}](../../study/questions/{question}.md): {judged[question][name]}"
-            for question, kind in QUESTIONS.items()
-            if name in judged[question]
-        ]
+    for line in lines.splitlines():
+        name, claim, difference, notes = line.split(" | ")
         bias = Estimator.preset(name).bias_status
         # The presets of distillation are compared on problems without a reward.
-        numbers = measured.get(name, "[of its own](../explain/distillation.md)").replace(
-            " | ", ", "
+        numbers = measured.get(name, "[of its own](../explain/distillation.md)")
+        cells = (
+            PRESETS[name].paper,
+            claim,
+            difference,
+            bias,
+            numbers.replace(" | ", ", "),
+            notes,
         )
-        cells = (PRESETS[name].paper, claim, difference, bias, numbers, "; ".join(said + notes))
-        rows.append(
-            (
-                f"`{name}`",
-                *(ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", text) or "-" for text in cells),
-            )
-        )
+        linked = [ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", text) or "-" for text in cells]
+        rows.append((f"`{name}`", *linked))
     head = (
         "preset",
         "paper",
@@ -194,26 +174,7 @@ def papers_page() -> str:
         "cosine, noise / RLOO's",
         "what this project's tables say",
     )
-    about = (
-        "The presets by paper; the command is `tokenrl train --estimator PRESET`. `expected gradient`, `cosine` and "
-        "`noise / RLOO's` are this project's own, by enumeration of tiny problems: see "
-        "[estimators](../explain/estimators.md). Defaults of toolkits are on "
-        "[a page of their own](../explain/defaults.md).\n\n"
-        "No preset sets the axis `importance_centre` (`--estimator.importance-centre True`). It is the score centring "
-        "of Marek & Ryabinin 2026, Score centering stabilizes off-policy reinforcement learning, "
-        "[arXiv 2609.20807](https://arxiv.org/abs/2609.20807). A bias between the engines of sampling and of training "
-        "accumulates over the steps, and a term in the loss cancels it, alone or with importance weights. "
-        "[The proof](../explain/off_policy.md) shows that without weights the gradient is that of the sampler's own "
-        "expected reward, up to a factor."
-    )
-    tables = (
-        "The last column counts verdicts of [the study](../../study/README.md), on tiny models and toy tasks. They "
-        "judge the area against RLOO's, each arm at its own learning rate. *Equivalent* is within .02, or 25 for "
-        "agents. A *copy* is another arm up to a factor ([words](../../study/method.md#words)). Links lead to the "
-        "tables and their limits."
-    )
-    cards = f'<div class="cards" markdown>\n\n{table(head, rows)}\n\n</div>'  # see tables.css
-    return page("Index by paper", about, tables, cards)
+    return page("Index by paper", introduction.strip(), cards("papers", head, rows))
 
 
 def metrics_page() -> str:
