@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import string
 import time
-from collections import Counter
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -63,25 +61,16 @@ class Guess:
 
 
 class Faulty(Guess):
-    """Fails, hangs, or returns NaN or nothing, at random; keeps count of that."""
-
-    faults: ClassVar[Counter[str]] = Counter()
-    chances: ClassVar[dict[str, float]] = {
-        "fail": 0.05,
-        "nan": 0.05,
-        "nothing": 0.05,
-        "hang": 0.005,
-    }
+    """Fails, hangs, or returns NaN or nothing, at random."""
 
     def fate(self) -> str:
-        names = ["", *self.chances]
-        (name,) = random.choices(names, [1 - sum(self.chances.values()), *self.chances.values()])
-        self.faults[name] += 1
-        if name == "hang":
+        fates = ("", "fail", "nan", "nothing", "hang")
+        (fate,) = random.choices(fates, [0.845, 0.05, 0.05, 0.05, 0.005])
+        if fate == "hang":
             time.sleep(60)
-        if name == "fail":
+        if fate == "fail":
             raise OSError("the disk is full")
-        return name
+        return fate
 
     def reset(self, seed=None):
         return None if self.fate() in ("nan", "nothing") else super().reset(seed)
@@ -89,9 +78,9 @@ class Faulty(Guess):
     def step(self, text):
         fate = self.fate()
         observation, reward, *rest = super().step(text)
-        return (
-            None if fate == "nothing" else (observation, np.nan if fate == "nan" else reward, *rest)
-        )
+        if fate == "nothing":
+            return None
+        return observation, np.nan if fate == "nan" else reward, *rest
 
 
 CHAT = (

@@ -67,23 +67,17 @@ def test_the_metrics_are_those_of_the_pool_that_was_sampled():
     sampling = Sampling(5, num_generations=6, seed=3)
     metrics = best_of_n_metrics(policy, rows, Rewards(length), Rewards(vowels), sampling)
     pool = sample_pool(policy, PROMPTS, sampling)  # the same stream of random numbers
+    kept = [[text for text in texts if not text.startswith("q")] for texts in pool]
+    names = ("best_of_n", "best_of_n_proxy", "best_of_n_kl")
     assert {name.partition("@")[2].partition("_")[0] for name in metrics} == {"1", "2", "4", "6"}
     for n in (1, 2, 4, 6):
-        worth, proxy, kl = [], [], []
-        for texts in pool:
-            remaining = [text for text in texts if not text.startswith("q")]
-            if len(remaining) < n:
-                continue
-            chooses, measures = np.array(length(remaining)), np.array(vowels(remaining))
+        values = []
+        for texts in (texts for texts in kept if len(texts) >= n):
+            chooses, measures = np.array(length(texts)), np.array(vowels(texts))
             weights = choice_weights(chooses, n)
-            worth.append(weights @ measures)
-            proxy.append(weights @ chooses)
-            kl.append(best_of_n_kl(chooses, n))
-        assert metrics[f"best_of_n@{n}"] == pytest.approx(np.mean(worth))
-        assert metrics[f"best_of_n_proxy@{n}"] == pytest.approx(np.mean(proxy))
-        assert metrics[f"best_of_n_kl@{n}"] == pytest.approx(np.mean(kl))
-        assert metrics[f"best_of_n@{n}_stderr"] == pytest.approx(
-            np.std(worth, ddof=1) / len(worth) ** 0.5
-        )
-    assert abs(metrics["best_of_n_kl@1"]) < 1e-12 and metrics["best_of_n_kl@6"] > 0
+            values.append((weights @ measures, weights @ chooses, best_of_n_kl(chooses, n)))
+        means, errors = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
+        assert [metrics[f"{name}@{n}"] for name in names] == pytest.approx(means, abs=1e-12)
+        error = errors[0] / len(values) ** 0.5
+        assert metrics[f"best_of_n@{n}_stderr"] == pytest.approx(error)
     assert metrics["best_of_n_proxy@1"] < metrics["best_of_n_proxy@6"]

@@ -47,46 +47,44 @@ class Recorder:
 Recorder.right.binary = True
 
 
-def evaluate(functions, policy=None, *, mark=None, generations=6, how=None, k=(), **options):
-    sampling = Sampling(4, generations, **how or {})
-    rewards = Rewards(functions, pass_threshold=mark)
-    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, k=k, **options).metrics
+def evaluate(functions, policy=None, *, mark=None, generations=6, k=(), reference=None, **how):
+    rewards, policy = Rewards(functions, pass_threshold=mark), policy or tiny()
+    sampling = Sampling(4, generations, **how)
+    return evaluate_policy(policy, ROWS, rewards, sampling, k=k, reference=reference).metrics
 
 
 def right_reward(completions):
     return [float("a" in text) for text in completions]
 
 
+def mean_and_error(values):
+    """The mean over prompts and its standard error."""
+    values = np.array(values)
+    return pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(len(values))), abs=1e-5)
+
+
+def measured(metrics, name):
+    return metrics[name], metrics[f"{name}_stderr"]
+
+
 def test_every_metric_is_that_of_the_completions():
     seen = Recorder()
     metrics = evaluate(seen.right, k=(6, 1, 2, 2))
-    ids = seen.ids[len(ROWS) :]  # the greedy ones come first
+    greedy, ids = seen.ids[: len(ROWS)], seen.ids[len(ROWS) :]
     a = tiny().tokenizer.convert_tokens_to_ids("a")
     right = np.array([a in completion for completion in ids]).reshape(-1, 6)  # [B, G]
     assert 0.1 < right.mean() < 0.9
     for k in (1, 2, 6):
         each = [np.mean([any(subset) for subset in combinations(row, k)]) for row in right]
-        assert metrics[f"pass@{k}"] == pytest.approx(np.mean(each))
-        assert metrics[f"pass@{k}_stderr"] == pytest.approx(
-            np.std(each, ddof=1) / math.sqrt(len(ROWS))
-        )
+        assert measured(metrics, f"pass@{k}") == mean_and_error(each)
     assert metrics["pass@1"] == pytest.approx(metrics["reward"]) and "best@1" not in metrics
-    greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
-    assert metrics["reward_greedy"] == pytest.approx(np.mean(greedy))
-    assert metrics["reward_greedy_stderr"] == pytest.approx(
-        np.std(greedy, ddof=1) / math.sqrt(len(ROWS))
-    )
+    expected = mean_and_error([float(a in completion) for completion in greedy])
+    assert measured(metrics, "reward_greedy") == expected
     assert metrics["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
-    cold = evaluate(seen.right, how={"temperature": 1e-3})
-    assert cold["entropy"] < 0.01 < metrics["entropy"]
+    assert evaluate(seen.right, temperature=1e-3)["entropy"] < 0.01 < metrics["entropy"]
     alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
-    assert {
-        "reward_greedy",
-        "reward_greedy_stderr",
-        "rewards/right/mean",
-        "entropy",
-    } <= alone.keys()
-    assert not {"reward", "kl"} & alone.keys()
+    names = {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"}
+    assert names <= alone.keys() and not {"reward", "kl"} & alone.keys()
     assert not any(name.startswith(("pass@", "best@")) for name in alone)
 
 
@@ -99,41 +97,35 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
     def graded(completions):
         return [0.25 * text.count("a") for text in completions]
 
+    def twice(completions):
+        return [float(text.count("a") >= 2) for text in completions]
+
     metrics = evaluate([Recorder().right, consoled], k=(1, 6))
     assert metrics["reward"] == metrics["best@6"] == 1.0 and metrics["rewards/right/mean"] < 0.9
     assert metrics["rewards/consoled/mean"] == pytest.approx(1 - metrics["rewards/right/mean"])
     undeclared = evaluate([right_reward], k=(1, 6))
-    assert (
-        not any(name.startswith("pass@") for name in (*metrics, *undeclared))
-        and "best@6" in undeclared
-    )
-    metrics = evaluate([graded], mark=0.5, k=(1,))
-    right = evaluate(
-        [lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,)
-    )
+    assert "best@6" in undeclared and not any("pass@" in name for name in (*metrics, *undeclared))
+    metrics, right = evaluate([graded], mark=0.5, k=(1,)), evaluate([twice], k=(1,))
     assert 0 < metrics["pass@1"] == right["reward"] < metrics["best@1"] + metrics["pass@1"]
     assert metrics["best@1"] == pytest.approx(metrics["reward"]) != metrics["pass@1"]
 
 
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
-    sampling = Sampling(4, 6)
     rewards = Rewards([Recorder().right, lambda completions: [t.count("b") for t in completions]])
     options = {"k": (1, 3), "reference": tiny(2)}
-    first, other = (evaluate_policy(tiny(s), ROWS, rewards, sampling, **options) for s in (0, 1))
-    for name, values in other.by_prompt.items():
-        assert len(values) == len(ROWS) and np.mean(values) == pytest.approx(other.metrics[name]), (
-            name
-        )
+    first, other = (
+        evaluate_policy(tiny(seed), ROWS, rewards, Sampling(4, 6), **options) for seed in (0, 1)
+    )
     assert {"reward_greedy", "reward", "best@3", "kl"} <= other.by_prompt.keys()
     compared = paired_differences(first.by_prompt, other.by_prompt)
-    assert len(compared) == 2 * len(other.by_prompt)
-    apart = np.array(other.by_prompt["best@3"]) - np.array(first.by_prompt["best@3"])
-    assert compared["difference/best@3"] == pytest.approx(apart.mean()) != 0
-    assert compared["difference/best@3_stderr"] == pytest.approx(
-        apart.std(ddof=1) / math.sqrt(len(ROWS))
-    )
-    same = paired_differences(first.by_prompt, first.by_prompt)
-    assert set(same.values()) == {0.0}
+    for name, values in other.by_prompt.items():
+        assert np.mean(values) == pytest.approx(other.metrics[name]) and len(values) == len(ROWS)
+        difference = np.array(values) - np.array(first.by_prompt[name])
+        assert measured(compared, f"difference/{name}") == mean_and_error(difference)
+    assert compared["difference/best@3"] != 0
+    assert {*paired_differences(first.by_prompt, first.by_prompt).values()} == {0.0}
+    gaps = {"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]}
+    assert paired_differences(*gaps) == {"difference/a": 1.5, "difference/a_stderr": 0.5}
 
 
 def plain_logprobs(policy, prompt, ids, top_p):
@@ -146,23 +138,18 @@ def plain_logprobs(policy, prompt, ids, top_p):
 
 def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     policy, base, seen = tiny(0), tiny(1), Recorder()
-    metrics = evaluate(seen.right, policy, reference=base, how={"temperature": 0.7, "top_p": 0.8})
+    metrics = evaluate(seen.right, policy, reference=base, temperature=0.7, top_p=0.8)
     k1, k3, entropies = [], [], []
     for prompt, ids in zip(seen.prompts[len(ROWS) :], seen.ids[len(ROWS) :], strict=True):
-        p, q = (
-            plain_logprobs(model, prompt, ids, top_p) for model, top_p in ((policy, 0.8), (base, 1))
-        )
+        p, q = plain_logprobs(policy, prompt, ids, 0.8), plain_logprobs(base, prompt, ids, 1)
         ratio = (p - q).gather(1, torch.tensor(ids)[:, None])
         k1.append(float(ratio.sum()))
         k3.append(float(((-ratio).exp() - 1 + ratio).sum()))
         assert p.isinf().any()
         entropies += (-(p.exp() * p.clamp(min=-99)).sum(-1)).tolist()
     for name, values in (("kl", k1), ("kl_k3", k3)):
-        means = np.array(values).reshape(-1, 6).mean(axis=1)
-        assert metrics[name] == pytest.approx(means.mean(), abs=1e-5)
-        assert metrics[name + "_stderr"] == pytest.approx(
-            means.std(ddof=1) / math.sqrt(len(means)), abs=1e-5
-        )
+        expected = mean_and_error(np.array(values).reshape(-1, 6).mean(axis=1))
+        assert measured(metrics, name) == expected
     assert metrics["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
     same = evaluate(seen.right, policy, reference=tiny(0))
     assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
@@ -196,15 +183,18 @@ def test_the_standard_error_is_over_prompts():
     metrics = over_prompts([1.0, 3.0, math.nan, 5.0])
     assert metrics.value == 3.0 and metrics.stderr == pytest.approx(2 / math.sqrt(3))
     assert math.isnan(over_prompts([1.0]).stderr) and math.isnan(over_prompts([math.nan]).value)
+    # values that are equal but for rounding have no error
+    assert over_prompts([1 / 3] * 7).stderr == over_prompts([0.1 + 0.2 - 0.3, 0.0, 0.0]).stderr == 0
+    assert over_prompts([0.1, 0.1 + 1e-9]).stderr > 0
 
 
 def test_what_another_engine_does_not_return_is_computed_some_rows_at_a_time():
-    policy, sizes = tiny(), []
+    policy, sizes, sampling = tiny(), [], Sampling(4, 8)
     expected, engine = evaluate(right_reward, policy, generations=8), Engine(policy)
-    policy.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    metrics = evaluate(right_reward, policy, generations=8, generator=engine)
+    policy.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    result = evaluate_policy(policy, ROWS, Rewards(right_reward), sampling, generator=engine)
     assert max(sizes) <= SCORED_AT_ONCE < 8 * len(ROWS)
-    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert result.metrics == pytest.approx(expected, rel=1e-5)
 
 
 class Talk:
@@ -220,31 +210,27 @@ class Talk:
 def test_of_episodes_what_the_policy_chose_is_measured_alone():
     rewards = Rewards([], environments=Environments(Talk, max_turns=3))
     policy, sampling = tiny(context=64), Sampling(9, 4)
-    result = evaluate_policy(policy, ROWS, rewards, sampling)
-    rows = Evaluator(policy, TransformersGenerator(policy)).rows(
-        ROWS, rewards, sampling, "evaluation"
-    )
-    turns = [
-        [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"] for row in rows
-    ]
-    assert {len(texts) for texts in turns} >= {1, 2} and any(
-        "ab" in row["completion"] for row in rows
-    )
-    # a character is a token, and a turn has an EOS
-    for row, texts in zip(rows, turns, strict=True):
+    metrics = evaluate_policy(policy, ROWS, rewards, sampling).metrics
+    evaluator = Evaluator(policy, TransformersGenerator(policy))
+    rows = evaluator.rows(ROWS, rewards, sampling, "evaluation")
+    counts = []
+    for row in rows:
+        texts = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        counts.append(len(texts))
+        # a character is a token, and a turn has an EOS
         assert 0 < row["length"] <= len("".join(texts)) + len(texts)
-    for row, each in zip(rows, turns, strict=True):  # a turn that was cut is not answered
-        answered = each[:-1] if row["ending"] == "max_tokens" else each
-        assert row["reward"] == "".join(answered).count("a")
-    metrics = result.metrics
-    assert metrics["completions/mean_length"] == pytest.approx(
-        np.mean([row["length"] for row in rows])
-    )
-    assert metrics["episodes/turns"] == pytest.approx(np.mean(list(map(len, turns))))
+        if row["ending"] == "max_tokens":  # a turn that was cut is not answered
+            texts.pop()
+        assert row["reward"] == "".join(texts).count("a")
+    assert {*counts} >= {1, 2} and any("ab" in row["completion"] for row in rows)
+    expected = {
+        "completions/mean_length": np.mean([row["length"] for row in rows]),
+        "episodes/turns": np.mean(counts),
+    }
     endings = [row["ending"] for row in rows]
     assert {"completed", "max_turns"} <= {*endings} <= {"completed", "max_turns", "max_tokens"}
-    for ending in {*endings}:
-        assert metrics[f"episodes/{ending}"] == pytest.approx(endings.count(ending) / len(rows))
+    expected |= {f"episodes/{ending}": endings.count(ending) / len(rows) for ending in endings}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert "episodes/error" not in metrics
 
 
@@ -260,18 +246,3 @@ def test_episodes_that_all_fail_are_evaluated_as_without_a_reward():
     evaluation = evaluate_policy(tiny(), ROWS, rewards, Sampling(4, 2))
     assert evaluation.metrics["episodes/error"] == 1 and math.isnan(evaluation.metrics["reward"])
     assert "no connection" in evaluation.rows[0]["failure"]
-
-
-def test_values_that_are_equal_but_for_rounding_have_no_error():
-    for value in (0.1, 1 / 3, 1e9 / 7, 0.0):
-        assert over_prompts([value] * 7).stderr == 0
-    assert over_prompts([0.1 + 0.2 - 0.3, 0.0, 0.0]).stderr == 0
-    assert over_prompts([0.1, 0.1 + 1e-9]).stderr > 0
-
-
-def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
-    metrics = paired_differences(
-        {"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]}
-    )
-    assert metrics == {"difference/a": 1.5, "difference/a_stderr": 0.5}
-    assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}

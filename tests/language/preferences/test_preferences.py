@@ -46,11 +46,9 @@ def test_made_preferences_hold_the_gold_rewards_of_their_texts():
         assert set(row) == {"prompt", "chosen", "rejected", "chosen_gold", "rejected_gold"}
         assert row["chosen"] != row["rejected"]
         assert [row["chosen_gold"], row["rejected_gold"]] == gold([row["chosen"], row["rejected"]])
-    assert 50 < len(noisy) <= 60 and {row["prompt"] for row in noisy} == {
-        p["prompt"] for p in prompts
-    }
+    assert 50 < len(noisy) <= 60 and len({row["prompt"] for row in noisy}) == len(prompts)
     # With noise ties are kept, decided by a coin, and some better completions are rejected.
-    signs = {int(np.sign(row["chosen_gold"] - row["rejected_gold"])) for row in noisy}
+    signs = {np.sign(row["chosen_gold"] - row["rejected_gold"]) for row in noisy}
     assert signs == {-1, 0, 1}
     assert len(exact) > 30 and all(row["chosen_gold"] > row["rejected_gold"] for row in exact)
 
@@ -87,18 +85,16 @@ def test_written_preferences_are_read_by_datasets_and_by_us(kind, tmp_path):
 
     prompts = rows_of(PROMPTS * 2)
     if kind == "chat":
-        prompts = [{"prompt": [{"role": "user", "content": word}]} for word in PROMPTS]
+        prompts = rows_of([[{"role": "user", "content": word}] for word in PROMPTS])
     rows = make_preferences(make_policy(kind=kind), prompts, gold, **SIZES)
-    path = tmp_path / "preferences.jsonl"
+    path = str(tmp_path / "preferences.jsonl")
     write_preferences(path, rows)
-    options = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
+    options = {"data_files": path, "split": "train", "cache_dir": str(tmp_path / "cache")}
     assert datasets.load_dataset("json", **options).to_list() == rows
-    train, held_out, _ = load_pairs(str(path))
+    train, held_out, _ = load_pairs(path)
     assert len(held_out) >= 2
     pairs = [(pair.prompt, pair.chosen, pair.rejected, *pair.gold) for pair in train + held_out]
     assert sorted(map(str, pairs)) == sorted(str(tuple(row.values())) for row in rows)
-    if kind == "chat":
-        assert [message["role"] for message in rows[0]["chosen"]] == ["assistant"]
 
 
 @pytest.mark.parametrize(
@@ -133,37 +129,24 @@ USER, GOOD, BAD = (
         ),
         ({"prompt": None, "chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
-        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
         (
             {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            ([USER], [GOOD], [BAD]),
-        ),
-        (
-            {"prompt": [USER | {"name": None}], "chosen": [GOOD], "rejected": [BAD]},
             ([USER], [GOOD], [BAD]),
         ),
     ],
 )
 def test_the_forms_of_a_pair(row, expected):
-    (pair,) = read_pairs([row], "data")
-    assert (
-        pair.prompt,
-        pair.chosen,
-        pair.rejected,
-    ) == expected and pair.margin is pair.gold is None
+    assert read_pairs([row], "data") == [Pair(*expected)]
 
 
 def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
-    row = {
-        "prompt": "p",
-        "chosen": "a",
-        "rejected": "b",
-        "margin": 2,
-        "chosen_gold": 1,
-        "rejected_gold": 0.5,
-    }
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}
+    row |= {"chosen_gold": 1, "rejected_gold": 0.5}
     pairs = read_pairs([row, row | {"rejected": "a"}], "data")
     assert pairs == [Pair("p", "a", "b", 2.0, (1.0, 0.5))]
+
+
+P = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
@@ -171,24 +154,12 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
     [
         ([], "data is empty"),
         ([{"prompt": "p", "completion": "a", "label": True}], "no column 'chosen'"),
-        (
-            [{"prompt": "p", "chosen": "a", "reject": "b"}],
-            "no column 'rejected'.*Did you mean 'reject'",
-        ),
-        (
-            [{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3,
-            "identical in every one of the 3 rows",
-        ),
-        ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: the chosen is None"),
-        (
-            [{"prompt": "p", "chosen": "a", "rejected": [BAD]}],
-            "some of prompt, chosen and rejected are text",
-        ),
-        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
-        (
-            [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}],
-            "row 0: margin was given as 'big'",
-        ),
+        ([{"chosen": "a", "reject": "b"}], "no column 'rejected'.*Did you mean 'reject'"),
+        ([P | {"rejected": "a"}] * 3, "identical in every one of the 3 rows"),
+        ([P | {"chosen": None}], "row 0: the chosen is None"),
+        ([P | {"rejected": [BAD]}], "some of prompt, chosen and rejected are text"),
+        ([P | {"chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
+        ([P | {"margin": "big"}], "row 0: margin was given as 'big'"),
     ],
 )
 def test_rows_that_are_no_preferences_are_refused(rows, words):
@@ -203,12 +174,11 @@ def test_held_out_pairs_share_no_prompt_with_the_others():
     assert 20 <= len(held_out) == 4 * len(prompts) <= 80 and "whole prompts" in words
     assert {pair.prompt for pair in train}.isdisjoint(prompts) and len(train + held_out) == 200
     # the same prompts as those of a task are held out
-    task = load_task([{"prompt": f"p{i}"} for i in range(50)], reward=gold)
+    task = load_task(rows_of([f"p{i}" for i in range(50)]), reward=gold)
     assert {row["prompt"] for row in task.eval_prompts} == prompts
-    few, evaluated, _ = divided(pairs, 3)
-    assert few == train and evaluated == held_out[:3]
+    assert divided(pairs, 3)[:2] == (train, held_out[:3])
     uneven = [Pair("p", "a", "b"), *(Pair("q", f"a{i}", "b") for i in range(99))]
-    parts = divided(uneven, 5)
-    assert all(parts) and len(parts[0]) >= 50 and "single rows" in parts[2]
+    most, rest, words = divided(uneven, 5)
+    assert rest and len(most) >= 50 and "single rows" in words
     with refused("at least 2 pairs"):
         divided(uneven[:1], 1)

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from folders import read_json
+from refusals import refused
 from tiny_environments import Safe, chat_policy
 from tiny_models import PROMPTS, make_policy, make_task, vowel_reward, weights
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Interrupted, Refused
+from tokenrl.errors import Interrupted
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
@@ -40,51 +42,35 @@ def run(tmp_path):
     def run(reward=always_equal, rows=ROWS, prompts=PROMPTS, **options):
         task = make_task(prompts, reward)
         task.demonstrations = rows
-        values = {
-            "model": make_policy(),
-            "max_steps": 1,
-            "prompts_per_step": 2,
-            "num_generations": 2,
-        }
-        more = {
-            "cpu": True,
-            "overwrite": True,
-            "eval_every": 0,
-            "eval_generations": 0,
-            "output_dir": str(tmp_path / "run"),
-        }
-        warm = {"warm_start": True, "warm_start_steps": 4}
-        return train(task=task, **(values | more | warm | options))
+        values = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "cpu": True}
+        values |= {"overwrite": True, "eval_every": 0, "eval_generations": 0, "quiet": True}
+        values |= {"warm_start": True, "warm_start_steps": 4, "output_dir": tmp_path / "run"}
+        return train(task=task, **{"model": make_policy()} | values | options)
 
     return run
 
 
 def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, tmp_path, capsys):
-    result = run(lora_r=2, estimator=Estimator(beta=0.1))
+    result = run(lora_r=2, estimator=Estimator(beta=0.1), quiet=False)
+    by_hand = make_policy()
+    settings = {"lr_scheduler_type": "constant", "warmup_steps": 10, "batch_size": 16}
+    losses = fit(by_hand, ROWS, max_steps=4, learning_rate=1e-3, **settings)
     with result.policy.reference_model() as reference:  # what the KL compares with
-        frozen, by_hand = dict(reference.named_parameters()), make_policy()
-        settings = {"lr_scheduler_type": "constant", "warmup_steps": 10, "batch_size": 16}
-        losses = fit(by_hand, ROWS, max_steps=4, learning_rate=1e-3, **settings)
-        for name, value in by_hand.model.named_parameters():
-            values = [
-                p
-                for n, p in frozen.items()
-                if n.replace(".base_layer", "").endswith(f"model.{name}")
-            ]
-            torch.testing.assert_close(values[0], value, atol=1e-6, rtol=0)
+        base = [p for name, p in reference.named_parameters() if "lora" not in name]
+        for value, expected in zip(base, by_hand.model.parameters(), strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
     warmed = result.warm_started
     assert warmed["updates"] == 4
     assert (warmed["loss_before"], warmed["loss_after"]) == pytest.approx((losses[0], losses[3]))
     output = capsys.readouterr().out
-    assert "4 updates x 16 demonstrations (given)" in " ".join(output.split())
     assert output.index("step 1/4") < output.index("step 1/1")
     for file in ("config.json", "summary.json"):
-        assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == warmed
+        assert read_json(tmp_path / "run" / file)["warm_started"] == warmed
     assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
     assert "4 updates, loss" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(run, said):
+def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_never_does(run):
     def ending():
         policy = make_policy()
         policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
@@ -96,15 +82,11 @@ def test_auto_skips_it_where_rewards_differ_and_completions_end_and_the_flag_nev
     options = {"reward": lengths, "max_steps": 2, "callback": lambda step, _: step == 1}
     skipped = run(model=ending(), warm_start="auto", **options)
     assert skipped.warm_started["updates"] == 0
-    output = said()
-    assert "4 updates unless the rule of auto skips it" in output
-    assert "--warm-start without auto always runs" in output
     options |= {"overwrite": False, "resume": "auto"}
     again = run(model=ending(), warm_start="auto", **options)
     assert again.steps == 2 and again.warm_started == skipped.warm_started
     assert run(lengths, model=ending()).warm_started["updates"] == 4
     assert run(numbers, warm_start="auto").warm_started["updates"] == 4  # all are cut
-    assert run(warm_start=False).warm_started == {}
 
 
 def ended_after(monkeypatch, count):
@@ -154,45 +136,29 @@ def test_a_training_that_ends_before_its_first_step_has_its_warm_start_for_the_n
     with monkeypatch.context() as patch:
         patch.setattr(SupervisedTraining, "update", lambda training: 1 / 0)
         assert run(overwrite=False).steps == 1
-    assert run(max_steps=2, resume="auto", overwrite=False).steps == 2
-    with pytest.raises(Refused, match="warm_start_steps: 4, now 6"):
+    with refused("warm_start_steps: 4, now 6"):
         run(max_steps=2, resume="auto", overwrite=False, warm_start_steps=6)
     run(warm_start=False)
     assert not folder.exists()
     folder.mkdir()
     (folder / "thesis.tex").touch()
-    with pytest.raises(Refused, match=r"holds no run, but thesis\.tex"):
+    with refused(r"holds no run, but thesis\.tex"):
         run()
 
 
-HARMS = {
-    "gone": shutil.rmtree,
-    "weights": lambda folder: flip_last_bit(folder / "model" / "model.safetensors"),
-    "config": lambda folder: (folder / "config.json").unlink(),
-    "checkpoints": lambda folder: shutil.rmtree(folder / "checkpoints"),
-}
-
-
 @pytest.mark.parametrize(
-    ("harm", "kind"), [*((harm, {"lora_r": 2}) for harm in HARMS), ("gone", {})], ids=str
+    "harm", [shutil.rmtree, lambda folder: flip_last_bit(folder / "model" / "model.safetensors")]
 )
-def test_a_training_that_has_begun_goes_on_whatever_becomes_of_its_warm_start(
-    run, kind, harm, tmp_path
-):
+def test_a_training_that_has_begun_goes_on_whatever_becomes_of_its_warm_start(run, harm, tmp_path):
     """It is made again, or continued to where it had ended, unless it is whole."""
     folder = tmp_path / "run" / "warm_start"
-    usual = {"max_steps": 3, "learning_rate": 0.01, "reward": vowel_reward, "save_every": 1, **kind}
-    whole = run(**usual, output_dir=str(tmp_path / "whole"))
+    usual = {"max_steps": 2, "learning_rate": 0.01, "reward": vowel_reward, "lora_r": 2}
+    whole = run(**usual, output_dir=tmp_path / "whole")
     run(**usual, callback=lambda step, _: step == 1)
-    HARMS[harm](folder)
+    harm(folder)
     ended = run(**usual, overwrite=False, resume="auto")
-    assert ended.steps == 3 and ended.warm_started == whole.warm_started
+    assert ended.steps == 2 and ended.warm_started == whole.warm_started
     assert torch.equal(weights(ended.policy.model), weights(whole.policy.model))
-    assert torch.equal(
-        weights(load_policy(tmp_path / "run").model), weights(load_policy(tmp_path / "whole").model)
-    )
-    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded["warm_started"] == whole.warm_started
     assert (folder / "model" / "model.safetensors").exists()
 
 
@@ -202,34 +168,28 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     policy = chat_policy()
     clock = "{{ strftime_now('%d %b %Y, %H') if strftime_now is defined }} "
     policy.tokenizer.chat_template = clock + policy.tokenizer.chat_template
-    save_policy(policy, tmp_path / "chat")
-    rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
-    options = {"model": str(tmp_path / "chat"), "rows": rows, "prompts": [rows[0]["prompt"]]}
+    options = {"model": policy, "rows": CHAT, "prompts": [CHAT[0]["prompt"]]}
     options |= {"max_completion_length": 4, "resume": "auto", "overwrite": False}
-
-    steps = ended_after(monkeypatch, 2)
+    ended_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         run(**options)
-    time = json.loads((tmp_path / "run" / "warm_start" / "config.json").read_text())["chat_time"]
+    time = read_json(tmp_path / "run" / "warm_start" / "config.json")["chat_time"]
     clock = SimpleNamespace(
         now=lambda: datetime(2031, 5, 6, 7), fromisoformat=datetime.fromisoformat
     )
     monkeypatch.setattr("tokenrl.language.policy.prompts.datetime", clock)
-    assert run(**options).warm_started["updates"] == 4 and steps == [0, 1, 2, 3]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["chat_time"] == time
+    run(**options)
+    assert read_json(tmp_path / "run" / "config.json")["chat_time"] == time
 
 
-def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path, capsys):
+def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path):
     policy = make_policy()
     before = weights(policy.model).clone()
     assert run(model=policy, check=True).exit_code == 0
     assert torch.equal(weights(policy.model), before) and not (tmp_path / "run").exists()
     run()
-    capsys.readouterr()
-    assert (
-        "no-signal" in run(check=True).flags
-    )  # now the model is warm, and its rewards are all equal
-    assert "4 updates, loss" in capsys.readouterr().out
+    # now the model is warm, and its rewards are all equal
+    assert "no-signal" in run(check=True).flags
     folder = tmp_path / "run" / "warm_start"
     assert is_complete(folder, 4) and not is_complete(folder, 5)
     for damaged in ({}, [], None, {"exit_reason": "finished", "steps": 4}):
@@ -240,37 +200,31 @@ def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path, 
 
 
 def test_what_cannot_be_warm_started_is_refused(run):
-    with pytest.raises(Refused, match="'tiny' has no demonstrations"):
+    with refused("'tiny' has no demonstrations"):
         run(rows=[])
     adapted = make_policy()
     add_lora(adapted, r=2)
-    with pytest.raises(Refused, match="has an adapter"):
+    with refused("has an adapter"):
         run(model=adapted)
 
 
 def test_an_adapter_on_a_warm_start_finds_it_as_its_base_in_its_run(run, tmp_path):
     save_policy(make_policy(), tmp_path / "base")
-    trained = run(model=str(tmp_path / "base"), lora_r=2).policy
+    run(model=str(tmp_path / "base"), lora_r=2)
     folder = tmp_path / "run" / "model" / "adapter"
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert not config["base_model_name_or_path"]  # it may be given to others
-    merged = weights(load_policy(folder).model)
+    assert not read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    merged = weights(load_policy(folder).model)  # it may be given to others
     assert torch.equal(merged, weights(load_policy(tmp_path / "run").model))
-    assert len(trained.trainable_parameters()) > 3
 
 
-def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run, tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
+CHAT = [{"prompt": [{"role": "user", "content": "the cat"}], "completion": "sat"}]
+
+
+def test_the_prompts_of_demonstrations_describe_the_tools_of_the_environment(run):
     environments = Environments(Safe)
-    shown = as_in_episodes(rows, environments, str)
-    losses = fit(
-        chat_policy(),
-        shown,
-        environments=environments,
-        max_steps=1,
-        batch_size=16,
-        learning_rate=1e-30,
-    )
-    options = {"rows": rows, "prompts": [rows[0]["prompt"]], "max_completion_length": 4}
+    shown = as_in_episodes(CHAT, environments, str)
+    settings = {"max_steps": 1, "batch_size": 16, "learning_rate": 1e-30}
+    losses = fit(chat_policy(), shown, environments=environments, **settings)
+    options = {"rows": CHAT, "prompts": [CHAT[0]["prompt"]], "max_completion_length": 4}
     result = run(model=chat_policy(), environment=Safe, **options)
     assert result.warm_started["loss_before"] == pytest.approx(losses[0])
