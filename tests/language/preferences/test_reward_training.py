@@ -105,7 +105,7 @@ def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved)
     assert torch.equal(weights(judge.model), weights(of_files.model))
     assert torch.equal(weights(judge.model.base_model), weights(policy.model.base_model))
     head = judge.model.score.weight
-    assert head.shape == (1, 32) and 0.1 < head.std() * 33**0.5 < 2
+    assert head.shape == (1, 32) and 0.5 < head.std() * 33**0.5 < 1.5
     assert not torch.equal(head, reward_backbone(policy, seed=2).model.score.weight)
     fit(judge, PAIRS, max_steps=1)
     assert torch.equal(weights(policy.model), before)  # a copy was trained

@@ -264,7 +264,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     assert torch.equal(weights(policy.model), before)
 
 
-def test_a_warm_started_base_is_made_once_for_each_seed(cache):
+def test_a_warm_started_base_is_made_once_for_each_seed(cache, monkeypatch):
     built, output = [], []
 
     def build(seed):
@@ -282,6 +282,9 @@ def test_a_warm_started_base_is_made_once_for_each_seed(cache):
         by_hand = make_policy(seed=seed)
         fit(by_hand, ROWS, max_steps=4, seed=seed, **options)
         assert torch.equal(weights(load_policy(folder).model), weights(by_hand.model))
+    monkeypatch.setenv("TOKENRL_CACHE", str(folders[0] / "model.safetensors"))
+    with stopped("could not be written"):
+        warm_started_base(task)
 
 
 def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, said):

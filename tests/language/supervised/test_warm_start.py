@@ -168,7 +168,8 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     policy = chat_policy()
     clock = "{{ strftime_now('%d %b %Y, %H') if strftime_now is defined }} "
     policy.tokenizer.chat_template = clock + policy.tokenizer.chat_template
-    options = {"model": policy, "rows": CHAT, "prompts": [CHAT[0]["prompt"]]}
+    save_policy(policy, tmp_path / "chat")
+    options = {"model": str(tmp_path / "chat"), "rows": CHAT, "prompts": [CHAT[0]["prompt"]]}
     options |= {"max_completion_length": 4, "resume": "auto", "overwrite": False}
     ended_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
@@ -179,7 +180,7 @@ def test_a_warm_start_whose_template_reads_the_clock_goes_on_at_its_own_time(
     )
     monkeypatch.setattr("tokenrl.language.policy.prompts.datetime", clock)
     run(**options)
-    assert read_json(tmp_path / "run" / "config.json")["chat_time"] == time
+    assert time and read_json(tmp_path / "run" / "config.json")["chat_time"] == time
 
 
 def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path):
@@ -192,6 +193,9 @@ def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path):
     assert "no-signal" in run(check=True).flags
     folder = tmp_path / "run" / "warm_start"
     assert is_complete(folder, 4) and not is_complete(folder, 5)
+    config = (folder / "config.json").rename(folder / "moved")
+    assert not is_complete(folder, 4)
+    config.rename(folder / "config.json")
     for damaged in ({}, [], None, {"exit_reason": "finished", "steps": 4}):
         (folder / "summary.json").write_text(json.dumps(damaged))
         assert not is_complete(folder, 4)

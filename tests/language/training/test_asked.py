@@ -19,13 +19,8 @@ from tokenrl.language.policy.prompts import render
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four"]
 ROWS = [{"question": word, "completion": word[::-1]} for word in WORDS]
 FORM = {"system_prompt": "count", "chat": True, "stop": (" t", "e")}
-SMALL = {
-    "prompts_per_step": 2,
-    "num_generations": 2,
-    "max_completion_length": 8,
-    "cpu": True,
-    "quiet": True,
-}
+DATA = {"task": ROWS, "prompt_column": "question", "max_completion_length": 8}
+SMALL = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "cpu": True, "quiet": True}
 SEEN: list[tuple] = []
 
 
@@ -43,48 +38,27 @@ def run(saved, tmp_path_factory):
     return directory
 
 
-def prompts_read(policy, monkeypatch):
-    """Every text that the policy's tokenizer makes of chat messages from now on."""
-    read, render = [], type(policy.tokenizer).apply_chat_template
-
-    def spy(self, messages, **settings):
-        read.append(messages)
-        return render(self, messages, **settings)
-
-    monkeypatch.setattr(type(policy.tokenizer), "apply_chat_template", spy)
-    return read
-
-
-def asked_of(word):
-    return [{"role": "system", "content": "count"}, {"role": "user", "content": word}]
-
-
-def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_path, monkeypatch):
+def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_path):
     SEEN.clear()
     policy = load_policy(run)
     assert policy.form.stop == (" t", "e") and policy.stops is not None
-    read = prompts_read(policy, monkeypatch)
-    data = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_steps": 1, **SMALL}
-    result = tokenrl.train(model=str(run), output_dir=tmp_path / "a", **data)
+    options = {"model": str(run), "reward": looking} | DATA | SMALL
+    result = tokenrl.train(output_dir=tmp_path / "a", **options)
     config = read_json(tmp_path / "a" / "config.json")
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
-    assert all(asked_of(row["question"]) in read for row in ROWS)
-    prompts, completions = zip(*SEEN, strict=True)
-    # messages
-    assert all(prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts)
-    assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
+    assert {message["role"] for prompt, _ in SEEN for message in prompt} == {"user"}
+    assert not any(stop in c[0]["content"] for _, c in SEEN for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
     plain = {"system_prompt": "", "stop": (), "chat": False}
-    other = tokenrl.train(model=str(run), output_dir=tmp_path / "b", **data, **plain)
-    assert other.policy.stops is None
-    assert other.policy.encode("cat") == policy.tokenizer("cat").input_ids
+    other = tokenrl.train(output_dir=tmp_path / "b", **options, **plain).policy
+    assert other.stops is None and other.encode("cat") == policy.tokenizer("cat").input_ids
+    chat = [{"role": "system", "content": "count"}, {"role": "user", "content": "cat"}]
+    assert result.policy.encode("cat") == other.encode(chat)
 
 
 def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
-    evaluation = {"task": ROWS, "prompt_column": "question", "reward": looking}
-    evaluation["max_completion_length"] = 8
-    result = tokenrl.evaluate(model=str(run), **evaluation)
-    expected = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
+    result = tokenrl.evaluate(model=str(run), reward=looking, **DATA)
+    expected = tokenrl.evaluate(model=str(run / "model"), reward=looking, **DATA, **FORM)
     assert result.rows == expected.rows
     line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
     assert capsys.readouterr().err.count(line) == 2
@@ -95,8 +69,7 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
     (completion,) = re.findall(r"^prompt     cat\ncompletion (.*)$", out.out, re.MULTILINE)
     assert "e" not in completion and " t" not in completion
     completes(*words, "--no-chat", "--system-prompt", "", "--stop")
-    out = capsys.readouterr()
-    assert "asked" not in out.err and "\ncompletion " in out.out
+    assert "asked" not in capsys.readouterr().err
     with refused("system_prompt is for chat messages"):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 
@@ -141,19 +114,18 @@ def prompts_of(model, form):
 def test_a_template_that_reads_the_clock_has_one_time_in_a_run(dated, days, tmp_path):
     """It stands in config.json, so that a continuation and an evaluation on another day ask the same."""
     run = tmp_path / "run"
-    data = {"task": ROWS, "prompt_column": "question", "chat": True, "reward": looking, **SMALL}
 
-    def trained(steps, **settings):
-        shape = {"model": dated, "output_dir": str(run), "save_every": 1, "max_steps": steps}
-        return tokenrl.train(**data | shape | settings)
+    def trained(steps, folder=run, **settings):
+        shape = {"model": dated, "output_dir": folder, "save_every": 1, "chat": True}
+        shape |= {"lr_scheduler_type": "constant", "eval_every": 1}
+        settings = SMALL | DATA | shape | settings | {"max_steps": steps}
+        return tokenrl.train(reward=looking, **settings)
 
     trained(1)
     recorded = read_json(run / "config.json")["chat_time"]
     assert re.fullmatch(r"2030-01-\d\dT07", recorded)
-    values = {"output_dir": str(tmp_path / "given"), "chat_time": recorded}
-    trained(1, **values)
     trained(2, resume="auto")  # on another day
-    trained(2, resume="auto", **values)
+    trained(2, tmp_path / "given", chat_time=recorded)
     assert read_json(run / "config.json")["chat_time"] == recorded
     assert (tmp_path / "given" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     day = f"{recorded[8:10]} Jan 2030, 7 the cat"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from folders import read_json, write_rows
+from tiny_models import letter_task, letters_trained
 
-import tokenrl
 from tests.states import state_of
 from tokenrl.cli import main
 from tokenrl.runs.checkpoint import checkpoints
@@ -55,16 +55,11 @@ QUICK = """train --task rows.jsonl --cpu --max-steps 9 --prompts-per-step 2 --nu
 
 
 @pytest.fixture
-def argv(saved, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(FILE)
+def argv(saved, workplace):
+    (workplace / "mine.py").write_text(FILE)
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.chdir(tmp_path)
+    write_rows(workplace / "rows.jsonl", rows)
     return [*QUICK.split(), "--model", str(saved()), "--reward"]
-
-
-def summary() -> dict:
-    return json.loads(Path("run/summary.json").read_text())
 
 
 def steps() -> list[dict]:
@@ -86,8 +81,9 @@ def process(argv: list[str], kills: str = "") -> int:
 def test_a_reward_ends_the_run_before_the_step_that_it_breaks_off(argv, form):
     argv = [*argv, "length(target=3)", "mine.py:enough", "--eval-every", "0", *form.split()]
     assert main(argv) == 0
-    assert (summary()["exit_reason"], summary()["reason"]) == ("finished", "enough")
-    assert [row["step"] for row in steps()] == [1, 2] and summary()["steps"] == 2
+    summary = read_json("run/summary.json")
+    assert (summary["exit_reason"], summary["reason"]) == ("finished", "enough")
+    assert [row["step"] for row in steps()] == [1, 2] and summary["steps"] == 2
     assert Path("run/model/model.safetensors").exists()
 
 
@@ -97,32 +93,19 @@ def test_a_budget_ends_a_run_alike_whether_it_is_killed_or_not(argv):
     assert process(argv) == 0
     whole = steps(), last_state()["rewards"], last_state()["stream"]
     assert len(whole[0]) == 5 and len(whole[1]["scorer"]["seen"]) == 20  # the sixth would need 24
-    assert summary()["eval_before"] == summary()["eval_after"] == {}
+    summary = read_json("run/summary.json")
+    assert summary["eval_before"] == summary["eval_after"] == {}
     Path("run").rename("whole")
     kills = "killed_3 killed_9 killed_16 killed_20 killed_21"
     assert [process(argv, kills) for _ in range(6)] == [-9, -9, -9, -9, -9, 0]
     assert process(argv) == 0  # ends again at once
     assert (steps(), last_state()["rewards"], last_state()["stream"]) == whole
-    assert summary()["reason"] == "22 completions scored"
+    assert read_json("run/summary.json")["reason"] == "22 completions scored"
 
 
-def test_a_callback_ends_the_run_after_its_step_and_the_run_can_be_continued(argv, saved):
-    def enough(step, metrics):
-        if step == 2:
-            raise tokenrl.Finished("enough")
-
-    options = {"max_steps": 3, "prompts_per_step": 2, "num_generations": 2, "cpu": True}
-    options |= {"max_completion_length": 6, "eval_size": 2, "quiet": True, "output_dir": "run"}
-    options |= {"model": str(saved()), "task": "rows.jsonl", "reward": "length(target=3)"}
-    result = tokenrl.train(callback=enough, **options)
-    assert (result.exit_reason, result.reason, result.steps) == ("finished", "enough", 2)
-    assert result.eval_after
-    assert tokenrl.train(resume="auto", **options).steps == 3
-
-
-def test_a_check_spends_nothing_of_what_a_reward_counts(saved, tmp_path):
+def test_a_check_spends_nothing_of_what_a_reward_counts(tmp_path):
     class Scorer:
-        count = 0
+        count = 5
 
         def __call__(self, completions, **rows):
             self.count += len(completions)
@@ -135,20 +118,15 @@ def test_a_check_spends_nothing_of_what_a_reward_counts(saved, tmp_path):
             self.count = state["count"]
 
     scorer = Scorer()
-    scorer.count = 5
-    usual = {"model": str(saved()), "task": [{"prompt": "the cat"}], "reward": scorer}
-    usual |= {"max_completion_length": 4, "num_generations": 2, "cpu": True}
-    check = tokenrl.train(**usual, check=True, output_dir=str(tmp_path / "run"))
+    check = letters_trained(tmp_path / "run", letter_task(scorer), check=True)
     assert (check.exit_reason, scorer.count) == ("check", 5)
 
 
-def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, capsys):
+def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, refusal):
     argv = [*argv, "mine.py:scorer"]
-    for extra in ("--keep best", "--reward-timeout 9"):
-        assert main([*argv, *extra.split()]) == 2
-    refused = " ".join(capsys.readouterr().err.split())
-    assert "needs evaluations" in refused and "has a state_dict" in refused
+    assert "needs evaluations" in refusal(*argv, "--keep", "best")
+    assert "has a state_dict" in " ".join(refusal(*argv, "--reward-timeout", "9").split())
     assert main([*argv, "--eval-every", "2"]) == 0
     # Two prompts before training, four completions a step; the fourth step's evaluation is the last it pays.
-    assert summary()["reason"] == "22 completions scored"
+    assert read_json("run/summary.json")["reason"] == "22 completions scored"
     assert len(last_state()["rewards"]["scorer"]["seen"]) == 2 + 4 * 4 + 2 * 2

@@ -1,11 +1,9 @@
 """`sync_every`: training samples from weights of earlier steps, evaluations from the present ones."""
 
 import pytest
-from refusals import refused
-from tiny_environments import Guess
 from tiny_models import make_policy, make_task, quickly
 
-from tokenrl import Estimator, evaluate, train
+from tokenrl import evaluate, train
 from tokenrl.runs.metrics import read_metrics
 
 SIZES = {"prompts_per_step": 4, "num_generations": 2, "max_completion_length": 5, "seed": 2}
@@ -47,19 +45,3 @@ def test_a_continuation_samples_from_the_saved_copy(options, tmp_path):
     assert rows[-3:] == whole[-3:]
     assert "learning_rate" not in options or min(gaps(whole)[1:4]) > 2
     assert all(row["sampling/kept_mass"] <= 1 for row in whole[1:])
-
-
-@pytest.mark.slow
-def test_an_adapter_and_episodes_are_sampled_from_the_copy_too(tmp_path):
-    for name, options in (("lora", {"lora_r": 2}), ("episodes", {"environment": Guess})):
-        _, rows = trained(tmp_path / name, sync_every=2, max_steps=2, **options)
-        first, second = gaps(rows)
-        assert first < 1e-6 < second, name
-
-
-@pytest.mark.parametrize(
-    "options", [{"generator": "vllm"}, {"estimator": Estimator.preset("remax")}]
-)
-def test_what_cannot_lag_is_refused(options, tmp_path):
-    with refused("sync_every was given as 2; weights of earlier steps"):
-        trained(tmp_path / "run", sync_every=2, **options)

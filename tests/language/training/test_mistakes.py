@@ -11,10 +11,8 @@ from tiny_models import make_policy, make_task
 
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import settle
-from tokenrl.settings import arguments
 
 QUICK = {
     "max_steps": 2,
@@ -27,14 +25,6 @@ QUICK = {
 
 def run(folder, **settings):
     return train(model=make_policy(), task=make_task(), output_dir=folder, **QUICK | settings)
-
-
-@pytest.mark.parametrize("kind", [TrainArguments, SftArguments])
-@pytest.mark.parametrize("given", [{"lora_target_modules": "q_proj"}, {"lora_alpha": 8}])
-def test_settings_of_an_adapter_need_an_adapter(kind, given):
-    with refused(f"{next(iter(given))} was given as .*lora_r is 0"):
-        arguments(kind, given)
-    arguments(kind, given | {"lora_r": 2})
 
 
 def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys, said):
@@ -51,10 +41,7 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys,
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        (
-            {"DYNAMO_BACKEND": "inductor", "USE_FSDP": "true"},
-            "ACCELERATE_USE_FSDP=true has no effect",
-        ),
+        ({"USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true has no effect"),
         # As `accelerate launch` sets them, and what says where a run computes.
         ({"GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "no", "USE_CPU": "true"}, ""),
     ],
@@ -63,14 +50,14 @@ def test_variables_of_accelerate_that_change_numbers_are_overruled(
     tmp_path, monkeypatch, said, variables, words
 ):
     run(tmp_path / "usual", quiet=True)
+    variables = {f"ACCELERATE_{name}": value for name, value in variables.items()}
     for name, value in variables.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        monkeypatch.setenv(name, value)
     run(tmp_path / "run")
     out = said()
     assert words in out and (words or "no effect" not in out)
-    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("usual", "run")]
-    assert metrics[0] == metrics[1]
-    assert all(os.environ[f"ACCELERATE_{name}"] == value for name, value in variables.items())
+    usual, other = (tmp_path / name / "metrics.jsonl" for name in ("usual", "run"))
+    assert usual.read_text() == other.read_text() and os.environ.items() >= variables.items()
 
 
 @pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
@@ -84,18 +71,3 @@ def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(prom
 def test_without_vllm_a_run_that_asks_for_it_says_what_to_install(tmp_path):
     with refused(r"needs the package vllm.*tokenrl-lm\[vllm\]"):
         run(tmp_path / "run", generator="vllm")
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
-def test_functions_that_take_a_seed_refuse_what_is_none(seed):
-    from tokenrl.lab import random_mdp
-    from tokenrl.language import load_task, reward_backbone, warm_started_base
-
-    task = load_task("sort_digits")
-    for function in (
-        lambda: random_mdp(seed),
-        lambda: reward_backbone("nowhere", seed=seed),
-        lambda: warm_started_base(task, seed=seed),
-    ):
-        with refused(r"seed was given as .* and at most 4,294,967,295"):
-            function()

@@ -33,9 +33,7 @@ def engine(policy, rows_at_once):
     open("engine.txt", "a").write(str(rows_at_once))
     return TransformersGenerator(policy, rows_at_once)
 """
-REWARD = (
-    "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
-)
+REWARD = "def share(completions, **_): return [text.count('a') / 9 for text in completions]\n"
 QUICK = """train --task rows.jsonl --reward paid.py:share --cpu --quiet --max-steps 2 --prompts-per-step 2
 --num-generations 2 --eval-size 2 --save-every 2 --max-completion-length 6 --threads 1"""
 AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
@@ -56,14 +54,12 @@ def train(saved, workplace):
 
 
 def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, tmp_path):
-    assert train("run", "--estimator.baseline", "mine.py:half") == 0
+    named = ("--estimator.baseline", "mine.py:half")
+    assert train("run", *named) == 0
     assert baseline_of(tmp_path / "run") == "mine.py:half"
-    assert (
-        train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5")
-        == 0
-    )
-    named = ("--estimator.baseline", "mine.py:half", "--generator", "mine.py:engine")
-    assert train("engine", *named) == 0
+    constant = ("--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5")
+    assert train("same", *constant) == 0
+    assert train("engine", *named, "--generator", "mine.py:engine") == 0
     for name in ("run", "engine"):
         completes("train --config", name, "--output-dir", f"{name}-again")
     assert (tmp_path / "engine.txt").read_text() == "NoneNone"  # once a run

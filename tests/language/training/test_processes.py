@@ -5,7 +5,6 @@ Run as a program, this file is one of the processes.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -34,11 +33,10 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.runs.metrics import read_metrics
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process
-
-
 flat_later = flat_on(LATER)
 """No row of the second process has anything to learn from."""
 flat_on_both = flat_on((PROMPTS[0], *LATER))
@@ -108,7 +106,7 @@ QUICK += ("memory", "critic", "refilled", "logged", "failing episodes", "replay"
 
 
 def outcome(name: str) -> dict:
-    """One step of a scenario: gradient, weights, metrics, widths of this process's completions."""
+    """One step of a scenario: gradient, weights and metrics."""
     from tokenrl.language.policy.model import add_lora
 
     estimator, options, reward = SCENARIOS[name]
@@ -124,33 +122,19 @@ def outcome(name: str) -> dict:
     if options.get("lora_r"):
         add_lora(policy, r=2)
     learner = make_learner(policy, estimator, learning_rate=1e-3, **options)
-    widths = []
-
-    def measured(prompts, completion_ids, **columns):
-        widths.append(max(map(len, completion_ids)))
-        log = columns["log_metric"]
-        return reward(
-            prompts=prompts,
-            completion_ids=completion_ids,
-            completions=completion_ids,
-            log_metric=log,
-        )
-
     if "episodes" in name:
         environment = Faulty if "failing" in name else Guess
-        measured = Rewards(
-            [measured], [0.5, 1.0], environments=Environments(environment, timeout=0.5)
-        )
+        environments = Environments(environment, timeout=0.5)
+        reward = Rewards([reward], [0.5, 1.0], environments=environments)
     # the longest completion is the first's, or the second's
     step = 8 + list(SCENARIOS).index(name) % 2
     if learner.replay is not None:
-        one_step(learner, step=1, reward=measured)
-    record = one_step(learner, step=step, reward=measured)
+        one_step(learner, step=1, reward=reward)
+    metrics = one_step(learner, step=step, reward=reward).metrics
     return {
         "gradient": gradient(policy.model),
         "weights": weights(policy.model),
-        "metrics": record.metrics,
-        "widths": widths,
+        "metrics": metrics,
     }
 
 
@@ -167,26 +151,23 @@ def whole_run(directory: Path, reward=vowel_reward, **options) -> None:
     policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
     policy.eos_ids = ENDS
     task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
-    settings = {
-        "max_steps": 3,
-        "prompts_per_step": 4,
-        "num_generations": 2,
-        "save_every": 2,
-        "keep": "best",
-    }
-    settings |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
+    settings = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2}
+    settings |= {"keep": "best", "estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
     tokenrl.train(model=policy, task=task, output_dir=directory, **settings, **options)
+
+
+def assert_close(mine: dict, alone: dict) -> None:
+    """Metrics of two runs are equal to rounding, but for padding: each process divides its own rows."""
+    both = [{key: x for key, x in run.items() if key != "padding"} for run in (mine, alone)]
+    assert both[0] == pytest.approx(both[1], rel=1e-5, abs=1e-6)
 
 
 def assert_same_metrics(run: Path, other: Path) -> None:
     """The lines of metrics.jsonl of two runs are equal to rounding."""
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (run, other)]
-    assert len(lines[0]) == len(lines[1]) >= 4
-    for mine, alone in zip(*(map(json.loads, text) for text in lines), strict=True):
-        assert mine.keys() == alone.keys()
-        for key in alone.keys() - {"padding"}:  # each process divides its own rows
-            value = alone[key]
-            assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (run, other)]
+    assert len(lines[0]) >= 4
+    for mine, alone in zip(*lines, strict=True):
+        assert_close(mine, alone)
 
 
 def main(directory: Path, program: str) -> None:
@@ -277,11 +258,8 @@ def assert_the_update_of_one(ranks: list[dict], name: str) -> None:
             assert apart(first[key], alone[key]) < tolerance, key
         else:
             assert not first[key].any()
-    assert first["metrics"].keys() == alone["metrics"].keys()
     if name != "bfloat16":  # whose rounding depends on how many rows are computed at once
-        for key in alone["metrics"].keys() - {"padding"}:  # each process divides its own rows
-            value = alone["metrics"][key]
-            assert first["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+        assert_close(first["metrics"], alone["metrics"])
 
 
 @pytest.mark.parametrize("name", quickly(SCENARIOS, SCENARIOS.keys() - set(QUICK)))
@@ -308,22 +286,11 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(tmp_path):
-    program = [
-        "-m",
-        "tokenrl",
-        "train",
-        "--max-steps",
-        "1",
-        "--eval-size",
-        "2",
-        "--eval-generations",
-        "1",
-    ]
-    done = launch(
-        *TORCHRUN, *program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES=""
-    )
+    program = "-m tokenrl train --max-steps 1 --eval-size 2 --eval-generations 1 --output-dir"
+    run = tmp_path / "run"
+    done = launch(*TORCHRUN, *program.split(), str(run), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished (") == 1 and (tmp_path / "run" / "model").is_dir()
+    assert done.stdout.count("finished (") == 1 and (run / "model").is_dir()
 
 
 @pytest.mark.slow

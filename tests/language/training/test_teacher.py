@@ -52,12 +52,6 @@ QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "threads":
 QUICK |= {"max_completion_length": 6, "learning_rate": 0.01, "cpu": True}
 
 
-def other_model(rows=96, **options):
-    """A teacher with fewer layers, of another width than the policies here."""
-    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
-    return make_policy("gpt2", vocabulary=rows, seed=3, **shape | options)
-
-
 def student_of(lora=0):
     """A policy in float64, perhaps with an adapter that changes something."""
     policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
@@ -85,56 +79,6 @@ def closed_form(of_policy, of_teacher, logp):
     return (divergence + later.detach() * logp).sum()
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize(
-    "estimator", [PENALTY, IN_THE_LOSS, CLOSED], ids=["reward", "loss", "closed"]
-)
-def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lora, chunked):
-    """The policy is that of the tokens in top_p; the teacher has the temperature, and all tokens."""
-    teacher = other_model(dtype="float64")
-    before = weights(teacher.model)
-    seen: list = []
-    whole_of, cut = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
-    learner = make_learner(student_of(lora), estimator, teacher=teacher, **cut)
-    policy = learner.policy
-    assert learner.forward.reference_regime.tokens_at_once  # a head of its own
-    if chunked:
-        scored(learner, tokens_at_once=5)
-    alone = copy.deepcopy(policy.model)
-    record = one_step(learner, reward=recorded(vowel_reward, seen))
-
-    own, whole = zip(*(logprob(alone, policy, x, ids, **cut) for x, ids, _ in seen), strict=True)
-    with torch.no_grad():
-        scores = [logprob(teacher.model, policy, x, ids, **whole_of) for x, ids, _ in seen]
-    theirs, whole_theirs = zip(*scores, strict=True)
-    ratios = [(a - b).detach().sum() for a, b in zip(own, theirs, strict=True)]
-    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
-    if estimator is PENALTY:
-        rewards = rewards - 0.3 * torch.stack(ratios)
-    groups = rewards.view(4, 3)
-    baseline = (groups.sum(1, keepdim=True) - groups) / 2
-    if estimator is IN_THE_LOSS:
-        baseline = groups.mean(1, keepdim=True)
-    loss = 0.0
-    for logp, ref, advantage in zip(own, theirs, (groups - baseline).flatten(), strict=True):
-        loss = loss - advantage * logp.sum() / 12
-        if estimator is IN_THE_LOSS:
-            loss = loss + 0.3 * ((ref - logp).exp() - 1 - (ref - logp)).sum() / 12
-    if estimator is CLOSED:
-        rows_of_all = zip(whole, whole_theirs, own, strict=True)
-        loss = loss + 0.3 * sum(closed_form(*row) for row in rows_of_all) / 12
-    loss.backward()
-    assert apart(gradient(policy.model), gradient(alone)) < 1e-10
-    assert record.metrics["kl"] == pytest.approx(float(sum(ratios)) / 12)
-    of_prompts = torch.stack(ratios).view(4, 3).mean(dim=1)
-    assert record.metrics["kl_stderr"] == pytest.approx(float(of_prompts.std()) / 2, rel=1e-4)
-    assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
-    with policy.reference_model() as reference:
-        assert torch.equal(weights(reference.requires_grad_(True)), before)  # never trained
-    assert torch.equal(weights(teacher.model), before)
-
-
 @pytest.mark.parametrize("estimator", [PENALTY, CLOSED], ids=["reward", "closed"])
 def test_a_teacher_is_scored_in_its_own_way(monkeypatch, estimator):
     """One whose prompts must not be shared is computed anew for each row, though the policy shares them."""
@@ -160,16 +104,16 @@ def test_a_closed_form_scores_the_teacher_once_a_step_unless_its_states_are_too_
     for most in (forward.ACTIVATIONS, 0):
         monkeypatch.setattr(forward, "ACTIVATIONS", most)
         teacher = other_model(dtype="float64")
-        several = {"num_iterations": 2, "micro_batch_size": 6}
+        several = {"num_iterations": 2, "micro_batch_size": 6, "teacher_template": READS}
         estimator = replace(CLOSED, ratio="token")
-        learner = make_learner(student_of(), estimator, teacher=teacher, **several)
+        learner = make_learner(student_of(), estimator, ROWS, teacher=teacher, **several)
         regime = Regime(share_prompt=False, tokens_at_once=at_once)
         learner.forward = replace(learner.forward, reference_regime=regime)
         scored = Counter()
         learner.policy.reference.register_forward_pre_hook(
             lambda _, inputs, rows=scored: rows.update(all=len(inputs[0]))
         )
-        one_step(learner)
+        one_step(learner, prompts=ROWS)
         assert scored["all"] == (12 if most else 36)
         results.append(weights(learner.policy.model))
     assert apart(*results) < 1e-9
@@ -236,110 +180,42 @@ def distilled(folder, **options):
     return tokenrl.train(**settings | QUICK | options)
 
 
-def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_the_task(
-    tmp_path, said
-):
-    result = distilled(tmp_path / "run", task=make_task(reward=fails_in_training))
-    out = said()
-    assert "none: what is learnt is to lower the KL to the teacher; evaluated:" in out
-    assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
-    config = read_json(tmp_path / "run" / "config.json")
-    assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert "reward" not in rows[1] and rows[1]["kl"] > 0
-    assert {"reward", "reward_greedy", "kl"} < result.eval_after.keys()
-    assert result.policy.reference is None and not result.flags
-    assert "completion advantage" in out and "completion reward" not in out
-    (table, *_) = (tmp_path / "run" / "completions").glob("*.parquet")
-    assert {row["reward"] for row in read_completions(table)} == {None}
-    evaluated = tokenrl.evaluate(model=str(tmp_path / "run"), task=make_task(), reward=None)
-    assert "reward_greedy" in evaluated.metrics
-    data = distilled(tmp_path / "data", task=[{"prompt": prompt} for prompt in PROMPTS * 3])
-    assert "kl" in data.eval_after and "reward_greedy" not in data.eval_after
-
-
 def fails_in_training(completion_ids, trainer_state, **_):
     """A reward that only evaluations before or after all steps may call."""
     assert trainer_state.global_step in (0, trainer_state.max_steps)
     return [float(len(ids)) for ids in completion_ids]
 
 
-def broken(value):
-    """A teacher with one weight of this value."""
-    teacher = other_model()
-    with torch.no_grad():
-        teacher.model.transformer.h[0].ln_1.bias[0] = value
-    return teacher
-
-
-def with_other_token():
-    """A teacher whose tokenizer writes its last id in another way."""
-    teacher = other_model()
-    tokenizer = copy.deepcopy(teacher.tokenizer)
-    tokenizer.add_tokens(["<new>"])
-    return teacher.model, tokenizer
-
-
-def with_two_tokens_exchanged():
-    """A teacher with as many tokens, of which two have each other's ids."""
-    teacher = other_model()
-    vocabulary = teacher.tokenizer.get_vocab()
-    first, second, *_ = sorted(vocabulary, key=vocabulary.__getitem__)[40:]
-    exchanged = vocabulary | {first: vocabulary[second], second: vocabulary[first]}
-    teacher.tokenizer.get_vocab = lambda: exchanged
-    return teacher
-
-
-def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(tmp_path):
-    same = make_policy("gpt2")
-    stopping = other_model()
-    stopping.ask(PromptArguments(stop=("on", "<pad>")))
-    task = make_task()
-    task.demonstrations = [{"prompt": prompt, "completion": " dog"} for prompt in PROMPTS]
-    cases = [
-        (
-            {"teacher": with_other_token()},
-            r"another vocabulary.* 1 ids differ, first 90, .*'<new>'",
-        ),
-        ({"teacher": with_two_tokens_exchanged()}, "another vocabulary.* 2 ids differ, first 40"),
-        ({"teacher": str(tmp_path / "nowhere")}, "no such model was found|There is no directory"),
-        ({"teacher": broken(float("nan"))}, "not finite"),
-        ({"teacher": other_model(n_positions=12)}, "context of 12"),
-        ({"teacher": stopping}, r"ends its completions at \('on', '<pad>'\).*--stop with the same"),
-        ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
-        ({"teacher": same, "model": same}, "very model that is trained"),
-        (
-            {"estimator": Estimator(), "reward": vowel_reward},
-            "beta is 0: give it one .--estimator.beta",
-        ),
-        ({"estimator": Estimator()}, "beta is 0"),
-        ({"teacher": None}, "name one by teacher .--teacher"),
-        ({"reward": ["none", vowel_reward]}, "no reward at all: .*without rewards beside it"),
-        ({"reward_weights": 0.5}, "no reward at all: .*without reward_weights"),
-        (
-            {"estimator": Estimator(beta=0.1, zero_spread="drop")},
-            "zero_spread 'drop' needs rewards",
-        ),
-        ({"teacher": with_other_token(), "task": task, "warm_start": True}, "another vocabulary"),
-    ]
-    for changes, words in cases:
-        with refused(words):
-            distilled(tmp_path / "run", quiet=True, **changes)
-        assert not (tmp_path / "run" / "config.json").exists()
-        assert not (tmp_path / "run" / "warm_start" / "config.json").exists()
-    with refused("it is for tokenrl train with a teacher"):
-        tokenrl.sft(task="sort_digits", reward="none", output_dir=tmp_path / "run")
+def test_a_run_without_rewards_says_what_it_ascends_and_evaluates_the_reward_of_the_task(
+    tmp_path, said
+):
+    run = tmp_path / "run"
+    result = distilled(run, task=make_task(reward=fails_in_training))
+    out = said()
+    assert "none: what is learnt is to lower the KL to the teacher; evaluated:" in out
+    assert re.search(r"teacher GPT2LMHeadModel \([\d,]+ parameters\)", out)
+    assert "completion advantage" in out and "completion reward" not in out
+    config = read_json(run / "config.json")
+    assert config["teacher"] == "GPT2LMHeadModel" and config["reward"] == ["none"]
+    row = read_metrics(run / "metrics.jsonl")[1]
+    assert "reward" not in row and row["kl"] > 0
+    assert {"reward", "reward_greedy", "kl"} < result.eval_after.keys()
+    assert result.policy.reference is None and not result.flags
+    (table, *_) = (run / "completions").glob("*.parquet")
+    assert {row["reward"] for row in read_completions(table)} == {None}
+    assert tokenrl.evaluate(model=run, task=make_task(), reward=None).metrics["reward_greedy"]
+    data = distilled(tmp_path / "data", task=[{"prompt": prompt} for prompt in PROMPTS * 3])
+    assert "kl" in data.eval_after and "reward_greedy" not in data.eval_after
 
 
 def test_a_run_continues_with_its_own_teacher_only(tmp_path):
-    distilled(tmp_path / "run", quiet=True, max_steps=1)
-    other = other_model(initializer_range=0.4)
-    pair = other.model, other.tokenizer
-    cases = (pair, "otherwise: .*teacher"), (other, "otherwise: .*teacher")
-    for teacher, words in (*cases, (None, "The teacher cannot be used")):
-        with refused(words):
-            distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2, teacher=teacher)
-    assert distilled(tmp_path / "run", quiet=True, resume="auto", max_steps=2).steps == 2
+    distilled(tmp_path, quiet=True, max_steps=1)
+    more = {"quiet": True, "resume": "auto", "max_steps": 2}
+    with refused("otherwise: .*teacher"):
+        distilled(tmp_path, teacher=other_model(initializer_range=0.4), **more)
+    with refused("The teacher cannot be used"):
+        distilled(tmp_path, teacher=None, **more)
+    assert distilled(tmp_path, **more).steps == 2
 
 
 # ---- a teacher that ends otherwise ----
@@ -355,42 +231,30 @@ def ending_at(*ids, seed=3):
 def test_completions_end_where_the_teacher_ends_too_and_so_does_what_is_saved(tmp_path, said):
     from transformers import GenerationConfig
 
-    policy, teacher = ending_at(1, seed=0), ending_at(7, 9)
-    settings = {"model": policy, "teacher": teacher, "task": make_task(), "reward": "none"}
-    settings |= {"estimator": PENALTY, "output_dir": tmp_path / "run", **QUICK}
-    settings |= {"max_completion_length": 24, "eval_generations": 4, "save_every": 1}
-    result = tokenrl.train(**settings)
-    names = [policy.tokenizer.convert_ids_to_tokens(i) for i in (7, 9)]
-    out = said()
-    assert f"completions end where it ends too, at {names[0]}, {names[1]}" in out
+    policy = ending_at(1, seed=0)
+    options = {"model": policy, "teacher": ending_at(7, 9), "max_completion_length": 24}
+    options |= {"eval_generations": 4, "save_every": 1}
+    result = distilled(tmp_path, **options)
+    names = policy.tokenizer.convert_ids_to_tokens([7, 9])
+    assert f"completions end where it ends too, at {names[0]}, {names[1]}" in said()
     assert policy.eos_ids == (1,) and result.policy.eos_ids == (1, 7, 9)  # the user's own stays
-    for folder in ("model", "checkpoints/step_000002"):
-        assert GenerationConfig.from_pretrained(tmp_path / "run" / folder).eos_token_id == [1, 7, 9]
-        assert {1, 7, 9} <= {*load_policy(tmp_path / "run" / folder).eos_ids}
-    settings["model"] = ending_at(1, seed=0)
-    again = tokenrl.train(**settings | {"resume": "auto", "max_steps": 3, "quiet": True})
+    for folder in (tmp_path / "model", tmp_path / "checkpoints" / "step_000002"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [1, 7, 9]
+        assert {1, 7, 9} <= {*load_policy(folder).eos_ids}
+    options |= {"model": ending_at(1, seed=0), "resume": "auto", "max_steps": 3, "quiet": True}
+    again = distilled(tmp_path, **options)
     assert again.steps == 3 and again.policy.eos_ids == (1, 7, 9)
 
 
 def test_the_kl_to_a_reference_counts_up_to_where_it_ends():
-    policy = ending_at(1, seed=0)
-    rewards = Rewards(vowel_reward)
+    policy, reference, sampling = ending_at(1, seed=0), ending_at(1), Sampling(24, 8)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    sampling = Sampling(24, 8)
-
-    def kl_to(reference):
-        evaluator = Evaluator(policy, TransformersGenerator(policy), reference=reference)
-        return evaluator.rows(rows, rewards, sampling, "evaluation")
-
-    whole = kl_to(replace(ending_at(1)))
-    cut = kl_to(ending_at(7, 1))
-    assert [row["completion"] for row in whole] == [row["completion"] for row in cut]
-    reference = ending_at(1)
-    ended = 0
+    evaluator = Evaluator(policy, TransformersGenerator(policy), reference=ending_at(7, 1))
     draws = uniforms("evaluation", sampling, range(len(PROMPTS)))
     ids = [policy.encode(prompt) for prompt in PROMPTS]
     batch = TransformersGenerator(policy).generate(ids, sampling, draws)
-    for i, row in enumerate(cut):
+    ended = 0
+    for i, row in enumerate(evaluator.rows(rows, Rewards(vowel_reward), sampling, "evaluation")):
         tokens = batch.completion_ids[i][batch.mask[i]].tolist()
         kept = tokens[: tokens.index(7) + 1] if 7 in tokens else tokens
         ended += 7 in tokens[:-1]
@@ -398,3 +262,147 @@ def test_the_kl_to_a_reference_counts_up_to_where_it_ends():
         ours, theirs = (logprob(m.model, policy, prompt, kept)[0] for m in (policy, reference))
         assert row["kl"] == pytest.approx(float((ours - theirs).sum()), abs=1e-3)
     assert ended > 2
+
+
+READS = "{prompt} is {answer}:"
+ROWS = [
+    {"prompt": p, "answer": a} for p, a in zip(PROMPTS, ["mat", "7", "", "the log"], strict=True)
+]
+
+
+def other_model(rows=96, **options):
+    """A teacher with fewer layers, of another width than the policies here."""
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    return make_policy("gpt2", vocabulary=rows, seed=3, **shape | options)
+
+
+@pytest.mark.parametrize(
+    ("lora", "chunked", "reads"),
+    [(0, False, None), (0, True, None), (2, True, None), (0, False, READS), (2, True, READS)],
+)
+@pytest.mark.parametrize(
+    "estimator", [PENALTY, IN_THE_LOSS, CLOSED], ids=["reward", "loss", "closed"]
+)
+def test_a_step_is_that_of_autograd_with_the_teacher_as_reference(estimator, lora, chunked, reads):
+    """The policy is that of the tokens in top_p; the teacher has the temperature, and all tokens."""
+    teacher = other_model(dtype="float64")
+    before = weights(teacher.model)
+    seen: list = []
+    whole_of, cut = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
+    options = {"teacher": teacher, "teacher_template": reads}
+    learner = make_learner(student_of(lora), estimator, ROWS, **options, **cut)
+    policy = learner.policy
+    assert learner.forward.reference_regime.tokens_at_once  # a head of its own
+    if chunked:
+        scored(learner, tokens_at_once=5)
+    alone = copy.deepcopy(policy.model)
+    record = one_step(learner, prompts=ROWS, reward=recorded(vowel_reward, seen))
+
+    own, whole = zip(*(logprob(alone, policy, x, ids, **cut) for x, ids, _ in seen), strict=True)
+    read = {row["prompt"]: (reads or "{prompt}").format_map(row) for row in ROWS}
+    with torch.no_grad():
+        scores = [logprob(teacher.model, policy, read[x], ids, **whole_of) for x, ids, _ in seen]
+    theirs, whole_theirs = zip(*scores, strict=True)
+    ratios = torch.stack([(a - b).detach().sum() for a, b in zip(own, theirs, strict=True)])
+    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.float64)
+    mean = rewards.mean().item()
+    if estimator is PENALTY:
+        rewards = rewards - 0.3 * ratios
+    groups = rewards.view(4, 3)
+    baseline = (groups.sum(1, keepdim=True) - groups) / 2
+    if estimator is IN_THE_LOSS:
+        baseline = groups.mean(1, keepdim=True)
+    loss = 0.0
+    for logp, ref, advantage in zip(own, theirs, (groups - baseline).flatten(), strict=True):
+        loss = loss - advantage * logp.sum() / 12
+        if estimator is IN_THE_LOSS:
+            loss = loss + 0.3 * ((ref - logp).exp() - 1 - (ref - logp)).sum() / 12
+    if estimator is CLOSED:
+        rows_of_all = zip(whole, whole_theirs, own, strict=True)
+        loss = loss + 0.3 * sum(closed_form(*row) for row in rows_of_all) / 12
+    loss.backward()
+    assert apart(gradient(policy.model), gradient(alone)) < 1e-10
+    assert record.metrics["kl"] == pytest.approx(ratios.mean().item())
+    error = ratios.view(4, 3).mean(dim=1).std().item() / 2
+    assert record.metrics["kl_stderr"] == pytest.approx(error, rel=1e-4)
+    assert record.metrics["reward"] == pytest.approx(mean)
+    with policy.reference_model() as reference:
+        assert torch.equal(weights(reference.requires_grad_(True)), before)  # never trained
+    assert torch.equal(weights(teacher.model), before)
+
+
+def spoilt_teacher(spoil):
+    """A teacher with one fault."""
+    teacher = other_model()
+    spoil(teacher)
+    return teacher
+
+
+def not_finite(teacher):
+    teacher.model.transformer.h[0].ln_1.bias.data[0] = float("nan")
+
+
+def with_another_token(teacher):
+    teacher.tokenizer = copy.deepcopy(teacher.tokenizer)
+    teacher.tokenizer.add_tokens(["<new>"])
+
+
+def with_two_tokens_exchanged(teacher):
+    """As many tokens, of which two have each other's ids."""
+    vocabulary = teacher.tokenizer.get_vocab()
+    first, second, *_ = sorted(vocabulary, key=vocabulary.__getitem__)[40:]
+    exchanged = vocabulary | {first: vocabulary[second], second: vocabulary[first]}
+    teacher.tokenizer.get_vocab = lambda: exchanged
+
+
+def stopping(teacher):
+    teacher.ask(PromptArguments(stop=("on", "<pad>")))
+
+
+def demonstrated():
+    task = make_task()
+    task.demonstrations = [{"prompt": prompt, "completion": " dog"} for prompt in PROMPTS]
+    return task
+
+
+SAME = make_policy("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spoil": with_another_token}, r"another vocabulary.* 1 ids differ, first 90, .*'<new>'"),
+        ({"spoil": with_two_tokens_exchanged}, "another vocabulary.* 2 ids differ, first 40"),
+        ({"spoil": not_finite}, "not finite"),
+        ({"spoil": stopping}, r"ends its completions at \('on', '<pad>'\).*--stop with the same"),
+        (
+            {"spoil": with_another_token, "task": demonstrated(), "warm_start": True},
+            "another vocabulary",
+        ),
+        ({"teacher": "nowhere"}, "no such model was found|There is no directory"),
+        ({"teacher": other_model(n_positions=12)}, "context of 12"),
+        ({"teacher": 3}, r"teacher was given as a int.*teacher=\(model, tokenizer\)"),
+        ({"teacher": SAME, "model": SAME}, "very model that is trained"),
+        (
+            {"estimator": Estimator(), "reward": vowel_reward},
+            "beta is 0: give it one .--estimator.beta",
+        ),
+        ({"estimator": Estimator()}, "beta is 0"),
+        ({"teacher": None}, "name one by teacher .--teacher"),
+        ({"reward": ["none", vowel_reward]}, "no reward at all: .*without rewards beside it"),
+        ({"reward_weights": 0.5}, "no reward at all: .*without reward_weights"),
+        (
+            {"estimator": Estimator(beta=0.1, zero_spread="drop")},
+            "zero_spread 'drop' needs rewards",
+        ),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused_in_words_before_the_first_step(
+    tmp_path, changes, words
+):
+    options = dict(changes)
+    if "spoil" in options:
+        options["teacher"] = spoilt_teacher(options.pop("spoil"))
+    with refused(words):
+        distilled(tmp_path, quiet=True, **options)
+    assert not [*tmp_path.rglob("config.json")]

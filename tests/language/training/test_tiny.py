@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import completes
 from folders import read_json, write_rows
+from tiny_environments import Safe
 from tiny_models import quickly
 
 import tokenrl
@@ -54,13 +55,13 @@ KINDS = {
 def data(workplace, cache):
     """The current directory holds data of several forms."""
     Path("own.py").write_text(PYTHON)
-    plain = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(10)]
-    forms = {"plain": plain, "columns": [], "chat": []}
-    for row in plain:
-        turns = [("user", row["prompt"]), ("assistant", row["answer"])]
-        messages = [{"role": role, "content": content} for role, content in turns]
+    forms = {"plain": [], "columns": [], "chat": []}
+    for n in range(10):
+        user, answer = f"{n}+1=", str(n + 1)
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        forms["plain"].append({"prompt": user, "answer": answer})
         forms["chat"].append({"messages": messages})
-        forms["columns"].append({"question": row["prompt"][:-1], "answer": row["answer"]})
+        forms["columns"].append({"question": f"{n}+1", "answer": answer})
     for name, rows in forms.items():
         write_rows(f"{name}.jsonl", rows)
 
@@ -122,7 +123,6 @@ def handed_on(completions, **columns):
         (by_key, "completion", "0123>ab"),
         (ExactMatch("answer"), "completion", "0123>ab"),
         (handed_on, "completion", "0123>abcxyz"),
-        (None, "completion", "0123>b"),
         (None, "note", "0123>bc"),
     ],
 )
@@ -135,53 +135,31 @@ def test_a_tiny_model_takes_characters_of_columns_that_somebody_reads(reward, co
     assert vocabulary_of(policy) == f", a vocabulary of {2 + len(characters)} tokens"
 
 
-class Shop:
-    """An environment with a tool."""
-
-    def reset(self, **row):
-        """Begin."""
-
-    def price(self, item: str) -> str:
-        """Return a price.
-
-        Args:
-            item: what is sold.
-        """
-        return "3"
-
-
 def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
-    user = {"role": "user", "content": "tea?"}
-    call = {"name": "price", "arguments": {"item": "tea"}}
+    user = {"role": "user", "content": "count to ten"}
+    call = {"name": "turn", "arguments": {"digit": 7}}
     text = f"<tool_call>{json.dumps(call)}</tool_call>"
     rows = [{"prompt": [user], "completion": text}]
-    sft = tokenrl.sft(
-        task=rows, environment=Shop, model="tiny", max_steps=1, output_dir=tmp_path, quiet=True
-    )
-    policy, tools = sft.policy, Environments(Shop).reset(rows, [0])[0].tools
-    prompt = policy.encode([user])
+    options = {"environment": Safe, "model": "tiny", "max_steps": 1, "quiet": True}
+    policy = tokenrl.sft(task=rows, output_dir=tmp_path, **options).policy
+    tools, prompt = Environments(Safe).reset(rows, [0])[0].tools, policy.encode([user])
     ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
     message = assistant_message(policy.tokenizer, ids, prompt, text, tools)
     assert message["tool_calls"] == [{"type": "function", "function": call}]
-    assert (
-        policy.encode([user, message, {"role": "tool", "content": "3"}])[: len(prompt + ids)]
-        == prompt + ids
-    )
+    written = policy.encode([user, message, {"role": "tool", "content": "7"}])
+    assert written[: len(prompt + ids)] == prompt + ids
 
 
 def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):
     completes(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run")
-    rows = [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)]
-    write_rows("other.jsonl", rows)
+    write_rows("other.jsonl", [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)])
     lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
-    capsys.readouterr()
-    for command in (
-        f"evaluate --model run --task other.jsonl {TWO}",
-        "sample --model run --prompt é+1=",
-        f"train --model run --task other.jsonl {TWO} {SMALL} --output-dir again",
+    for command, is_told in (
+        (f"evaluate --model run --task other.jsonl {TWO}", True),
+        ("sample --model run --prompt é+1=", True),
+        ("sample --model run --prompt 1+1=", False),
     ):
+        capsys.readouterr()
         completes(command)
-        printed = capsys.readouterr()
-        assert re.search(lost, " ".join((printed.err + printed.out).split())), command
-    completes("sample --model run --prompt 1+1=")
-    assert "loses" not in capsys.readouterr().err
+        error = " ".join(capsys.readouterr().err.split())
+        assert bool(re.search(lost, error)) == is_told, command

@@ -9,8 +9,7 @@ from functools import partial
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from folders import read_json
-from refusals import refused, stopped
+from refusals import refused
 from tiny_models import LETTERS, letter_task, letters, letters_trained
 
 import tokenrl
@@ -19,19 +18,12 @@ from tokenrl.language.policy.model import load_policy
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.runs.checkpoint import read_state
-from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.reader import read_run
-
-WITHIN = Estimator(baseline="none", returns="episode_normalized")
 
 
 def share_of_a(completions, **columns):
     return [text.count("a") / max(1, len(text)) for text in completions]
-
-
-def starts_right(completions, target):
-    return [float(text.startswith(x)) for text, x in zip(completions, target, strict=True)]
 
 
 def make_task(reward=share_of_a, **changes):
@@ -47,19 +39,18 @@ def run(tmp_path):
     return start
 
 
+def starts_right(completions, target):
+    return [float(text.startswith(x)) for text, x in zip(completions, target, strict=True)]
+
+
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
-    settings = {
-        "save_every": 2,
-        "log_completions": 1,
-        "eval_every": 1,
-        "reward_weights": [2.0, 0.5],
-    }
-    settings |= {"estimator": Estimator.preset("reinforce_running_mean", running_mean_decay=None)}
-    result = run(reward=[share_of_a, starts_right], **settings)
+    settings = {"save_every": 2, "log_completions": 1, "eval_every": 1, "reward_weights": [2, 0.5]}
+    settings["reward"] = [share_of_a, starts_right]
+    settings["estimator"] = Estimator.preset("reinforce_running_mean", running_mean_decay=None)
+    result = run(**settings)
     directory = tmp_path / "run"
-    assert result.exit_reason == "finished" and result.exit_code == 0 and result.steps == 3
+    assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 3)
     start, *rows = read_metrics(directory / "metrics.jsonl")
-    assert [row["step"] for row in (start, *rows)] == [0, 1, 2, 3]
     means = {"eval_reward", "eval_reward_greedy", "eval_best@4"}
     assert {*means, *(f"{name}_stderr" for name in means)} < start.keys()
     for row in rows:
@@ -69,60 +60,17 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     expected = [0.0, rewards[0], (rewards[0] + rewards[1]) / 2]
     assert [row["baseline"] for row in rows] == pytest.approx(expected, rel=1e-6)
     timings = read_metrics(directory / "timings.jsonl")
-    assert [row["step"] for row in timings] == [1, 2, 3]
-    assert all(row["step_seconds"] >= row["collect"] + row["update"] for row in timings)
-    assert all(row["collect"] > row["rewards/share_of_a/seconds"] > 0 for row in timings)
-    assert all(row["peak_memory_gib"] > 0.1 and row["tokens_per_second"] > 0 for row in timings)
-    config = read_json(directory / "config.json")
-    assert config["estimator"]["baseline"] == "running_mean"
+    assert [row["step"] for row in timings] == [row["step"] for row in rows] == [1, 2, 3]
+    for row in timings:
+        assert row["step_seconds"] >= row["collect"] + row["update"]
+        assert row["collect"] > row["rewards/share_of_a/seconds"] > 0 < row["tokens_per_second"]
     table = parquet.read_table(directory / "completions" / "step_000003.parquet")
     assert table["target"].to_pylist() == [prompt[0] for prompt in table["prompt"].to_pylist()]
     spread = table["rewards/starts_right"].to_numpy().std(ddof=1)
     assert rows[-1]["rewards/starts_right/std"] == pytest.approx(spread)
-    assert (directory / "report.html").read_text().count("<script") == 1  # that of the page itself
-    checkpoint = directory / "checkpoints" / "step_000002"
-    verify(checkpoint)
-    assert read_state(checkpoint)["stream"]["position"] == 8
-    other = tmp_path / "other"
-    run(reward=[share_of_a, starts_right], **settings, seed=1, output_dir=other)
+    assert read_state(directory / "checkpoints" / "step_000002")["stream"]["position"] == 8
+    other = run(**settings, seed=1, output_dir=tmp_path / "other").output_dir
     assert rewards != [row["reward"] for row in read_metrics(other / "metrics.jsonl")[1:]]
-
-
-class Later:
-    """A reward that goes wrong after some calls; the first ones belong to the evaluation before training."""
-
-    __name__ = "later"
-
-    def __init__(self, good_calls, bad):
-        self.calls, self.good_calls, self.bad = 0, good_calls, bad
-
-    def __call__(self, completions, **columns):
-        self.calls += 1
-        return share_of_a(completions) if self.calls <= self.good_calls else self.bad(completions)
-
-
-def _raise(completions):
-    raise ConnectionError("the server has gone")
-
-
-@pytest.mark.parametrize(
-    "bad, words",
-    [
-        (_raise, "ConnectionError: the server has gone"),
-        (
-            lambda completions: [None] * len(completions),
-            "abstained from every completion of this step",
-        ),
-    ],
-)
-def test_a_reward_that_fails_stops_the_run_and_keeps_the_checkpoint(run, tmp_path, bad, words):
-    with stopped(words) as caught:
-        run(make_task(Later(4, bad)), save_every=1, eval_every=0, max_steps=9)
-    directory = tmp_path / "run"
-    assert str(directory / "checkpoints" / "step_000002") in str(caught.value)
-    verify(directory / "checkpoints" / "step_000002")
-    assert read_json(directory / "summary.json")["exit_reason"] == "failed"
-    assert caught.value.exit_code == 1
 
 
 class Away:
@@ -175,39 +123,36 @@ def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
 
     result = run(reward=falling, max_steps=9, eval_every=2, keep="best", patience=2, **options)
     assert (result.exit_reason, result.steps, result.best["step"]) == ("no-improvement", 4, 0)
-    assert (
-        result.best["value"]
-        == result.eval_before["reward_greedy"]
-        > result.eval_after["reward_greedy"]
-    )
-    before, saved = letters()[0].state_dict(), load_policy(tmp_path / "run")
-    for policy in (result.policy, saved):
+    best = result.best["value"]
+    assert best == result.eval_before["reward_greedy"] > result.eval_after["reward_greedy"]
+    for policy in (result.policy, load_policy(tmp_path / "run")):
         model = policy.model
         if hasattr(model, "disable_adapter"):
             model = model.merge_and_unload()
-        for name, weight in model.state_dict().items():
-            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-7)
+        for weight, before in zip(model.parameters(), letters()[0].parameters(), strict=True):
+            torch.testing.assert_close(weight, before, rtol=0, atol=1e-7)
     for text in (repr(result), (tmp_path / "run" / "model" / "README.md").read_text()):
         assert "holds the weights of step 0" in text
 
 
-def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path):
+@pytest.mark.parametrize("reason", ["callback", "finished"])
+def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path, reason):
     rows = []
 
     def callback(step, metrics):
         rows.append({"step": step, **metrics})
+        if step == 2 and reason == "finished":
+            raise tokenrl.Finished("enough")
         return step == 2
 
     settings = {"save_every": 1, "eval_every": 1}
     first = run(callback=callback, **settings)
-    assert (first.exit_reason, first.exit_code, first.steps) == ("callback", 0, 2)
+    assert (first.exit_reason, first.exit_code, first.steps) == (reason, 0, 2)
     assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
     assert run(callback=callback, **settings, resume="auto").exit_reason == "finished"
     run(output_dir=tmp_path / "whole", **settings)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
     assert lines[0] == lines[1] and rows == lines[0][1:]
-    with refused("callback was given as 5; it must be a function"):
-        run(callback=5, overwrite=True)
 
 
 STEPS = []
@@ -215,9 +160,9 @@ STEPS = []
 
 def scheduled(completions, trainer_state, **_):
     """As under TRL: the reward grows from step to step."""
-    STEPS.append((trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch))
-    done = trainer_state.global_step / trainer_state.max_steps
-    return [done * text.count("a") for text in completions]
+    step = trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch
+    STEPS.append(step)
+    return [step[0] / step[1] * text.count("a") for text in completions]
 
 
 def steps_read():
@@ -226,28 +171,20 @@ def steps_read():
     return steps
 
 
-def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path, capsys):
+def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path):
     """12 prompts, of which a step draws 4."""
     thirds = [(0, 3, 0.0), (1, 3, 1 / 3), (2, 3, 2 / 3), (3, 3, 1.0)]
     task = make_task(scheduled)
     settings = {"eval_every": 1, "save_every": 1, "keep_checkpoints": 9, "eval_generations": 2}
     steps_read()
-    for kind in ({"estimator": "remax"}, {"estimator": "dapo", "max_refills": 1}):
-        run(task, overwrite=True, stop_after_zero_spread=0, **settings, **kind)
-        read = steps_read()
-        assert [step[:2] for step in read] == [step[:2] for step in thirds]
-        assert read == thirds or "max_refills" in kind
+    run(task, stop_after_zero_spread=0, **settings, estimator="remax")
+    assert steps_read() == thirds
     run(task, overwrite=True, **settings, callback=lambda step, _: step == 2)
     steps_read()
     run(task, **settings, resume="auto")
     assert steps_read() == thirds[2:]
-    folder = tmp_path / "run"
-    for model, step in (
-        (folder, 3),
-        (folder / "model", 3),
-        (folder / "checkpoints/step_000001", 1),
-    ):
-        tokenrl.evaluate(model=str(model), task=task, reward=scheduled, best_of=2)
+    for part, step in (("", 3), ("model", 3), ("checkpoints/step_000001", 1)):
+        tokenrl.evaluate(model=tmp_path / "run" / part, task=task, reward=scheduled, best_of=2)
         assert steps_read() == [thirds[step]]
     run(task, output_dir=tmp_path / "checked", check=True)
     assert {step[1] for step in steps_read()} == {3}
@@ -256,16 +193,8 @@ def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path, capsys):
     assert steps_read() == [(0, 1, 0.0)]
 
 
-def test_rewards_read_the_length_of_a_training_when_auto_decides_about_its_warm_start(run):
-    rows = [{"prompt": prompt, "completion": "a"} for prompt in LETTERS]
-    task = make_task(scheduled, demonstrations=rows)
-    steps_read()
-    run(task, warm_start="auto", warm_start_steps=2)
-    assert steps_read()[:2] == [(0, 3, 0.0), (1, 3, 1 / 3)]
-
-
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         (
             {"optimizer": "sgd", "learning_rate": None},
@@ -273,7 +202,7 @@ def test_rewards_read_the_length_of_a_training_when_auto_decides_about_its_warm_
         ),
         ({"num_iterations": 2}, "ratio='none'"),
         (
-            {"estimator": WITHIN},
+            {"estimator": Estimator(baseline="none", returns="episode_normalized")},
             "returns 'episode_normalized' would compare the tokens of one completion",
         ),
         ({"num_minibatches": 5, "estimator": "grpo"}, "num_minibatches=5"),
@@ -286,14 +215,22 @@ def test_rewards_read_the_length_of_a_training_when_auto_decides_about_its_warm_
         ({"resume": "elsewhere/step_000002"}, "checkpoint of the run in output_dir"),
         ({"reward": "math:nothing"}, "nothing"),
         ({"reward": lambda completions, answer: [0.0]}, "'answer'"),
-        ({"task": partial(make_task, train_prompts=[])}, "train_prompts is empty"),
-        ({"task": lambda: "nosuch"}, "nosuch"),
+        ({"task": make_task(train_prompts=[])}, "train_prompts is empty"),
+        ({"task": "nosuch"}, "nosuch"),
         ({"model": None}, "no model of its own"),
-        ({"model": frozen}, "no trainable parameter"),
+        ({"model": frozen()}, "no trainable parameter"),
+        ({"callback": 5}, "callback was given as 5; it must be a function"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules was given as .*lora_r is 0"),
+        ({"lora_alpha": 8}, "lora_alpha was given as .*lora_r is 0"),
+        ({"sync_every": 2, "generator": "vllm"}, "sync_every was given as 2; weights of earlier"),
+        ({"sync_every": 2, "estimator": "remax"}, "sync_every was given as 2; weights of earlier"),
+        (
+            {"replay": 1, "estimator": Estimator(importance_centre=True)},
+            "replay was given as 1; it repeats completions of one turn",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_paragraph(run, tmp_path, options, words):
-    made = {name: value() for name, value in options.items() if name in ("model", "task") and value}
     with refused(words):
-        run(**options | made)
+        run(**options)
     assert not (tmp_path / "run" / "config.json").exists()

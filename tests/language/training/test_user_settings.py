@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gymnasium
-import numpy as np
 import pytest
 import torch
 from tiny_models import letter_task, letters_trained, weights
 
 from tokenrl import Estimator
-from tokenrl.control import train_agent
 from tokenrl.language import TransformersGenerator
 
 left_open = []
@@ -85,67 +82,22 @@ class Letters:
         return "", float(text.count("a")), True, False, {}
 
 
+OF_ENGINE = ("engine", "generate", "sync")
 OF_MEMORY = ("read", "update", "state_dict", "load_state_dict")
-PLACES = [
-    "reward",
-    "async reward",
-    "engine",
-    "generate",
-    "sync",
-    "baseline",
-    *OF_MEMORY,
-    "callback",
-]
-PLACES += ["reset", "step"]
+OF_ENVIRONMENT = ("reset", "step")
+PLACES = ("reward", "async reward", "baseline", "callback", *OF_ENGINE, *OF_MEMORY, *OF_ENVIRONMENT)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_settings_that_user_code_leaves_behind_change_no_bit_of_a_training(place, tmp_path):
-    baseline = Zeros if place in OF_MEMORY else halves
-    options = {"generator": Engine} if place in ("engine", "generate", "sync") else {}
-    if place in ("reset", "step"):
-        options = {"environment": Letters}
+    options = {"generator": Engine} if place in OF_ENGINE else {}
+    options |= {"environment": Letters} if place in OF_ENVIRONMENT else {}
+    options["estimator"] = Estimator(baseline=Zeros if place in OF_MEMORY else halves)
+    options |= {"reward": (counted, awaited), "callback": lambda *_: change("callback")}
     ended = []
-    for name, switching in (("plain", "nowhere"), ("changed", place)):
+    for switching in ("nowhere", place):
         calls[:] = [switching]
-        result = letters_trained(
-            tmp_path / name,
-            letter_task(counted),
-            reward=(counted, awaited),
-            estimator=Estimator(baseline=baseline),
-            callback=lambda *_: change("callback"),
-            save_every=1,
-            **options,
-        )
+        folder = tmp_path / switching
+        result = letters_trained(folder, letter_task(counted), save_every=1, **options)
         ended.append(weights(result.policy.model))
     assert calls == ["done"] and torch.equal(*ended)
-
-
-class Coin(gymnasium.Env):
-    """Rewards the second of two actions, for ten steps."""
-
-    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
-    action_space = gymnasium.spaces.Discrete(2)
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        change("reset")
-        return np.ones(2, np.float32), {}
-
-    def step(self, action):
-        change("step")
-        return np.ones(2, np.float32), float(action), False, False, {}
-
-
-@pytest.mark.parametrize("place", ["reset", "step"])
-def test_settings_that_an_environment_leaves_behind_change_no_bit_of_an_agent(place, tmp_path):
-    gymnasium.register("Coin-v0", entry_point=Coin, max_episode_steps=10)
-    ended = []
-    for name, switching in (("plain", "nowhere"), ("changed", place)):
-        calls[:] = [switching]
-        result = train_agent(
-            env="Coin-v0", max_steps=3, num_envs=2, output_dir=tmp_path / name, quiet=True
-        )
-        ended.append([parameter.detach() for parameter in result.policy.parameters()])
-    gymnasium.registry.pop("Coin-v0")
-    assert calls == ["done"] and all(map(torch.equal, *ended))

@@ -12,7 +12,6 @@ from refusals import stopped
 from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.advisor.diagnosis import advise_run
-from tokenrl.errors import Stopped
 from tokenrl.runs import rules
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import read_metrics
@@ -44,7 +43,10 @@ def train(folder, reward=first_letter, fields=(), **options):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A policy that is right about half of the time, and what training it left behind."""
-    return train(tmp_path_factory.mktemp("base") / "run", max_steps=30, quiet=True)
+    run = train(tmp_path_factory.mktemp("base") / "run", max_steps=30, quiet=True)
+    assert run.eval_before["reward"] < 0.2 and run.eval_after["reward"] > 0.4
+    assert run.flags == () and read_json(run.output_dir / "summary.json")["flags"] == []
+    return run
 
 
 def printed(capsys) -> str:
@@ -52,70 +54,23 @@ def printed(capsys) -> str:
     return " ".join("".join(capsys.readouterr()).split())
 
 
-def summary_of(folder):
-    return read_json(folder / "summary.json")
-
-
-def test_a_run_that_learns_has_no_flag(trained):
-    assert trained.eval_before["reward"] < 0.2 and trained.eval_after["reward"] > 0.4
-    assert trained.flags == () and summary_of(trained.output_dir)["flags"] == []
-
-
 def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(
     trained, tmp_path, capsys
 ):
     model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
-    with pytest.raises(Stopped) as caught:
-        train(
-            tmp_path / "run", model=model, learning_rate=0.3, stop_after_zero_spread=5, max_steps=40
-        )
-    output, message = printed(capsys), str(caught.value)
-    (step,) = re.findall(
-        r"warning: step (\d+): The policy is destroyed: the mean reward fell", output
-    )
+    options = {"learning_rate": 0.3, "stop_after_zero_spread": 5, "max_steps": 40}
+    with stopped("learning rate, 0.3, is the likely cause: try --learning-rate 0.0001") as caught:
+        train(tmp_path, model=model, **options)
+    output = printed(capsys)
+    words = r"warning: step (\d+): The policy is destroyed: the mean reward fell"
+    (step,) = re.findall(words, output)
     assert int(step) <= 5 and output.count("The policy is destroyed") == 1
-    assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.0001" in message
-    last = re.search(r"The last complete checkpoint is (\S+); --resume auto", message)
+    last = re.search(r"The last complete checkpoint is (\S+); --resume auto", str(caught.value))
     verify(Path(last[1]))
-    summary = summary_of(tmp_path / "run")
+    summary = read_json(tmp_path / "summary.json")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["idle_steps"] >= 5  # not steps of which half the groups differ
-
-
-class Falling:
-    """A reward for texts with an a that is 0 after some calls, as if the policy had been lost."""
-
-    __name__ = "falling"
-
-    def __init__(self, good_calls):
-        self.left = good_calls
-
-    def __call__(self, completions, **_):
-        self.left -= 1
-        return [float("a" in text) * (self.left >= 0) for text in completions]
-
-
-class Flickering(Falling):
-    """After the fall one completion in every third step is right."""
-
-    __name__ = "flickering"
-
-    def __call__(self, completions, **_):
-        rewards = super().__call__(completions)
-        return [1.0, *rewards[1:]] if self.left < 0 and self.left % 3 == 0 else rewards
-
-
-def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
-    with stopped(r"At step \d+: The policy is destroyed"):
-        train(
-            tmp_path / "run",
-            Flickering(6),
-            learning_rate=1e-9,
-            stop_after_zero_spread=8,
-            max_steps=40,
-        )
-    assert summary_of(tmp_path / "run")["steps"] < 20
+    # not steps of which half the groups differ
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["idle_steps"] >= 5
 
 
 def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_path, capsys):
@@ -131,26 +86,38 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     assert "In 100% of the steps no two rewards" in output
 
 
+def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
+    def flickering(call, texts):
+        """After a fall as if the policy had been lost, one completion in every third step is right."""
+        if call > 6 and call % 3 == 0:
+            return [1.0, *[0.0] * (len(texts) - 1)]
+        return [float("a" in text and call <= 6) for text in texts]
+
+    options = {"learning_rate": 1e-9, "stop_after_zero_spread": 8, "max_steps": 40}
+    with stopped(r"At step 1?\d: The policy is destroyed"):
+        train(tmp_path, Scripted(flickering), **options)
+
+
 def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
+    falling = Scripted(lambda call, texts: [float("a" in text and call <= 5) for text in texts])
     lost = r"nothing to learn from: the mean reward is 0, down from 0\.\d+ before training\. The learning rat"
     with stopped(lost):
-        train(tmp_path / "run", Falling(5), prompts_per_step=1, stop_after_zero_spread=5)
+        train(tmp_path / "run", falling, prompts_per_step=1, stop_after_zero_spread=5)
     with stopped(r"the mean reward is 0\. \S"):
         train(tmp_path / "never", nothing, stop_after_zero_spread=5)
 
 
-def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
-    for fields, remedy in (
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
         ({"demonstrations": DEMONSTRATIONS}, "add --warm-start"),
-        (
-            {"max_completion_length": 1},
-            "cut at 1 tokens, before an end: raise --max-completion-length",
-        ),
-    ):
-        result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
-        assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
-        output = printed(capsys)
-        assert result.flags == ("no-signal",) and remedy in output
+        ({"max_completion_length": 1}, "cut at 1 tokens, before an end: raise --max-completion-le"),
+    ],
+)
+def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys, fields, remedy):
+    result = train(tmp_path / "run", nothing, fields, check=True, learning_rate=None)
+    assert (result.exit_code, result.flags) == (2, ("no-signal",))
+    assert remedy in printed(capsys)
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
@@ -159,10 +126,7 @@ def test_who_already_solves_the_prompts_is_not_told_to_learn_them(
 ):
     """Nor, where the task says what counts as solved, that the policy is too sure of its answers."""
     monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
-
-    def right(completions, **_):
-        return [1.0] * len(completions)
-
+    right = Scripted(lambda call, texts: [1.0] * len(texts))
     right.binary = solved is None
     fields = {"solved": solved, "demonstrations": DEMONSTRATIONS}
     flags = (*["entropy-collapsed"] * (solved is None), "nothing-learnt")
@@ -179,39 +143,32 @@ def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompt
     assert "It is no gain beyond noise. More steps" in printed(capsys)
 
 
-def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, capsys):
+@pytest.mark.parametrize(("solved", "reason"), [(0.9, "stuck"), (None, "learnt")])
+def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, said, solved, reason):
     """From 0 to .25 for all: a policy that writes the same letter whatever the prompt."""
-
-    def better(completions, **_):
-        better.calls += 1
-        return [0.25 * (better.calls > 4)] * len(completions)
-
-    for name, solved, reason in (("low", 0.9, "stuck"), ("unknown", None, "learnt")):
-        better.calls = 0
-        steps = []
-        callback = lambda step, _, steps=steps: steps.append(step)  # noqa: E731
-        options = {"stop_after_zero_spread": 3, "callback": callback}
-        result = train(tmp_path / name, better, {"solved": solved}, **options)
-        assert (result.exit_reason, result.exit_code, result.steps) == (reason, 0, 3)
-        assert steps == [1, 2, 3]
-        assert (tmp_path / name / "model" / "model.safetensors").exists()
-        is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in printed(capsys)
-        assert is_told == (name == "low")
+    better = Scripted(lambda call, texts: [0.25 * (call > 4)] * len(texts))
+    steps = []
+    callback = lambda step, _: steps.append(step)  # noqa: E731
+    options = {"stop_after_zero_spread": 3, "callback": callback}
+    result = train(tmp_path, better, {"solved": solved}, **options)
+    assert (result.exit_reason, result.exit_code, steps) == (reason, 0, [1, 2, 3])
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in said()
+    assert is_told == (reason == "stuck")
 
 
-@pytest.mark.parametrize(("reward", "reason"), [(1.0, "learnt"), (0.0, None)])
-def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_path, reward, reason):
-    def settled(completions, **_):
-        settled.calls += 1
-        mixed = settled.calls == 2  # the first step, after the evaluation
-        return [float(i % 2) if mixed else reward for i in range(len(completions))]
+@pytest.mark.parametrize("reward", [1.0, 0.0])
+def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_path, reward):
+    def settled(call, texts):
+        mixed = call == 2  # the first step, after the evaluation
+        return [float(i % 2) if mixed else reward for i in range(len(texts))]
 
-    settled.calls, options = 0, {"eval_generations": 0, "stop_after_zero_spread": 3}
-    if reason is None:
-        with stopped("no two rewards that are compared differed"):
-            train(tmp_path, settled, **options)
-    else:
-        assert train(tmp_path, settled, **options).exit_reason == reason
+    options = {"eval_generations": 0, "stop_after_zero_spread": 3}
+    if reward:
+        assert train(tmp_path, Scripted(settled), **options).exit_reason == "learnt"
+        return
+    with stopped("no two rewards that are compared differed"):
+        train(tmp_path, Scripted(settled), **options)
 
 
 @pytest.mark.parametrize("solved", [-1.0, 2.0])
@@ -225,34 +182,31 @@ def test_a_run_that_ends_early_is_judged_by_its_last_evaluation(tmp_path, monkey
 @pytest.mark.parametrize("on_abstain", ["zero", "leave-out"])
 def test_a_judge_that_abstains_is_counted_and_told(tmp_path, on_abstain):
     """Of four completions of a prompt it answers three; leaving the fourth out changes the mean reward."""
-
-    def judge(completions, **_):
-        return [None if i % 4 == 0 else 1.0 for i in range(len(completions))]
-
-    def one(completions, **_):
-        return [1.0 + i % 2 for i in range(len(completions))]
-
+    judge = Scripted(lambda call, texts: [None if i % 4 == 0 else 1.0 for i in range(len(texts))])
+    base = Scripted(lambda call, texts: [1.0 + i % 2 for i in range(len(texts))])
+    judge.__name__, base.__name__ = "judge", "base"
     options = {"max_steps": 2, "on_abstain": on_abstain, "num_generations": 4}
-    train(tmp_path, [one, judge], **options)
+    train(tmp_path, [base, judge], **options)
     step = read_metrics(tmp_path / "metrics.jsonl")[1]
-    assert (step["rewards/judge/abstained"], step["rewards/one/abstained"]) == (0.25, 0)
+    assert (step["rewards/judge/abstained"], step["rewards/base/abstained"]) == (0.25, 0)
     assert step["reward"] == pytest.approx(2.25 if on_abstain == "zero" else 8 / 3)
     assert step.get("frac_rows_abstained", 0) == 0.25 * (on_abstain != "zero")
-    told = [x for x in summary_of(tmp_path)["warnings"] if "judge gave no reward to 25%" in x]
-    assert len(told) == 1 and "--on-abstain leave-out" in told[0]
+    warnings = " ".join(read_json(tmp_path / "summary.json")["warnings"])
+    assert warnings.count("judge gave no reward to 25%") == 1
+    assert "--on-abstain leave-out" in warnings
 
 
 class Scripted:
-    """A reward whose mean in each call is scripted: greedy and sampled before training, steps, and after it."""
+    """A reward that follows from the number of its call and from the completions."""
 
     __name__ = "scripted"
 
-    def __init__(self, *means):
-        self.means = iter(means)
+    def __init__(self, rewards):
+        self.calls, self.rewards = 0, rewards
 
     def __call__(self, completions, **_):
-        mean = next(self.means)
-        return [mean + 0.01 * (i % 4) for i in range(len(completions))]
+        self.calls += 1
+        return self.rewards(self.calls, completions)
 
 
 @pytest.mark.parametrize(
@@ -264,17 +218,19 @@ class Scripted:
     ],
 )
 def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(
-    tmp_path, capsys, greedy, keep, flags
+    tmp_path, said, greedy, keep, flags
 ):
     before, after = greedy
-    reward = Scripted(before, 0.07, 0.07, 0.08, after, 0.09)
-    folder = tmp_path / "run"
-    assert train(folder, reward, max_steps=2, keep=keep).flags == flags
-    output = printed(capsys)
+    means = before, 0.07, 0.07, 0.08, after, 0.09
+    reward = Scripted(
+        lambda call, texts: [means[call - 1] + i % 4 / 100 for i in range(len(texts))]
+    )
+    assert train(tmp_path, reward, max_steps=2, keep=keep).flags == flags
+    output = said()
     gap = "earn 0.815, the best of 4 samples 0.1, all samples 0.085"
     assert (gap in output) == (before == 0.8)
     fall = "warning: greedy-fell: The greedy reward has fallen from its best, 0.8"
     assert (fall in output) == bool(flags)
-    advice = advise_run(str(folder))
-    assert ("--keep best" in advice.line) == bool(flags)
-    assert ("greedy reward has fallen" in (folder / "report.html").read_text()) == bool(flags)
+    assert ("--keep best" in advise_run(str(tmp_path)).line) == bool(flags)
+    page = (tmp_path / "report.html").read_text()
+    assert ("greedy reward has fallen" in page) == bool(flags)
