@@ -244,6 +244,10 @@ class Rough(Limited):
     gap = -0.04
 
 
+class Wordy(Limited):
+    abilities: ClassVar = {"exact": False}
+
+
 def ends(completions, **_):
     return [text.count("a") - len(text) / 9 for text in completions]
 
@@ -268,6 +272,7 @@ class Failing(Engine):
     [
         ({"temperature": 2}, r"temperature was given as 2; Limited samples from 0\.5 to 1\.5"),
         ({"top_p": 0.9, "min_p": 0.1}, "Limited applies min_p before top_p"),
+        ({"generator": Wordy}, "An engine has abilities {'exact': False}"),
         ({"generator": Rough}, r"differ from the trainer's by 0\.04 nats per token"),
         ({"generator": lambda policy, _: None}, "'NoneType' object has no attribute 'sync'"),
         ({"generator": lambda policy: None}, "could not be made: it raised TypeError"),
