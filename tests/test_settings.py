@@ -161,6 +161,10 @@ def test_arguments_are_made_of_keywords():
     assert arguments(Sample, {"words": None, "span": None, "count": "1"}) == Sample()
     assert arguments(Sample, {"estimator": {"beta": 0.5}}).estimator == Estimator(beta=0.5)
     for options, sentence in (
+        (
+            {"span": (1.0,)},
+            "span was given as .*; it must be 2 values, each a finite number, or None",
+        ),
         ({"cuont": 2}, r"There is no setting 'cuont'. Did you mean 'count'\? Available: count, "),
         ({"estimator": {"betta": 1}}, r"There is no setting 'betta'. Did you mean 'beta'\?"),
         (

@@ -118,36 +118,6 @@ def test_what_a_reward_raises_is_its_failure(make, error):
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
 
 
-# ---- what it leaves behind ----
-
-SETTINGS = {
-    "set_grad_enabled": False,
-    "set_default_dtype": torch.float64,
-    "set_default_device": "meta",
-    "set_num_threads": 3,
-    "set_deterministic_debug_mode": "warn",
-    "set_float32_matmul_precision": "medium",
-}
-
-
-def test_settings_of_torch_that_a_reward_leaves_are_given_back():
-    def careless(completions):
-        for setting, value in SETTINGS.items():
-            getattr(torch, setting)(value)
-        np.seterr(all="raise")
-        return [0.0] * len(completions)
-
-    before = settings()
-    call(careless)
-    assert settings() == before
-
-
-def settings():
-    debug = torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision()
-    usual = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
-    return torch.is_grad_enabled(), debug, usual, np.geterr()
-
-
 def inverse(text):
     return 1 / len(text)
 

@@ -56,9 +56,9 @@ def start(tmp_path, task, **options):
     ],
 )
 def test_every_form_gives_the_same_disjoint_prompts(make):
-    given = make(ROWS)
+    source = make(ROWS)
     for _ in range(2):  # the user's rows are copied
-        task = load_task(given, reward=exact)
+        task = load_task(source, reward=exact)
         assert task.train_prompts and task.eval_prompts
         rows = [*task.train_prompts, *task.eval_prompts]
         assert sorted(rows, key=lambda row: row["prompt"]) == ROWS

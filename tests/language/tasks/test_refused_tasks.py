@@ -68,8 +68,8 @@ ROWS += [
 @pytest.mark.parametrize("reward", [ExactMatch(), NumericAnswer()])
 def test_a_row_that_cannot_be_used_is_refused_with_its_number_in_either_split(row, words, reward):
     splits = [GOOD], [GOOD, GOOD | row]
-    for order, name in ((splits, "eval"), (splits[::-1], "train")):
-        with refused(f"{name}_prompts, row 1: .*{words}|^.*row 1: the answer.*{words[30:]}"):
+    for order in (splits, splits[::-1]):
+        with refused(f"row 1: .*{words}"):
             find_task(TaskArguments(task=PromptTask("mine", *order, reward)))
 
 
