@@ -263,9 +263,12 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("stop", [None, ("<pad>",)])
+DRAWN = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@pytest.mark.parametrize(("stop", "drawn"), [(None, None), (("<pad>",), DRAWN)])
 def test_plain_generate_draws_as_the_policy_and_ends_where_completions_were_learnt_to_end(
-    stop, tmp_path
+    stop, drawn, tmp_path
 ):
     """Of the base's settings only those of the ends are left; the tokenizer may know another end."""
     from transformers import GenerationConfig
@@ -277,11 +280,11 @@ def test_plain_generate_draws_as_the_policy_and_ends_where_completions_were_lear
     vars(settings).update(CHANGED)
     policy.model.generation_config = settings
     before = settings.to_dict()
-    drawn = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    save_policy(policy, tmp_path, distribution=drawn)
+    save_policy(policy, tmp_path, **({} if drawn is None else {"distribution": drawn}))
     assert policy.model.generation_config is settings and settings.to_dict() == before
     saved = GenerationConfig.from_pretrained(tmp_path).to_diff_dict()
     assert {*saved.pop("eos_token_id")} == ({1, 5} if stop is None else {1, 2, 5})
+    drawn = drawn or {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from all tokens
     assert saved == GenerationConfig(do_sample=True, max_length=30, **drawn).to_diff_dict()
 
 

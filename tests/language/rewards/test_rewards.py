@@ -64,6 +64,8 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
     names = "prompts completions completion_ids trainer_state log_extra log_metric level"
     assert {*seen} == {*names.split()}
     assert (seen["completions"], seen["level"]) == (COMPLETIONS, [10, 20, 30, 40])
+    call([everything], columns, prompts=[[{"role": "user", "content": "p"}]] * 4)
+    assert seen["completions"][1] == [{"role": "assistant", "content": "three"}]
 
 
 class Judge:

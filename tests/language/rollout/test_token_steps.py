@@ -63,6 +63,11 @@ def generated(
         )
     rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
     assert regime != "fixed" or len(steps)
+    index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+    assert torch.equal(rollout.prompt_index, index)
+    rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+    read = [ids[mask].tolist() for ids, mask in rows]
+    assert read == [PROMPTS[prompts[i]] for i in index]
     return rollout
 
 

@@ -219,9 +219,10 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
 
 
 def test_positions_and_epochs_count_what_was_given_out_and_another_order_is_refused():
-    stream, _ = prompts_of(20, 1, 0)
+    stream, other = (prompts_of(20, 1, 0)[0] for _ in range(2))
     for count in (3, 4, 25):  # within an epoch, over its end, and what is peeked at is drawn next
-        assert stream.peek(count + 2)[:count] == stream.peek(count) == stream.draw_prompts(count)
+        peeked = stream.peek(count + 2)[:count]
+        assert peeked == stream.draw_prompts(count) == other.draw_prompts(count)
     assert [number for number, _ in stream.draw_prompts(2)] == [32, 33]
     assert stream.epoch == 34 / 20
     for rows, seed, fault in ((19, 0, "num_rows 20 and this run has 19"), (20, 1, "seed 0 and")):
