@@ -82,13 +82,11 @@ def remembered(check_model):
     @wraps(check_model)
     def check(policy, model=None, *, accelerator=None, **options):
         together = accelerator is not None and accelerator.num_processes > 1
-        if together or policy.device.type != "cpu":
-            return check_model(policy, model, accelerator=accelerator, **options)
-        models = [policy.model, *([] if model in (None, policy.model) else [model])]
-        of = (*map(_state, models), *_code(), policy.context, *sorted(options.items()))
-        if of not in results:
-            results[of] = check_model(policy, model, accelerator=accelerator, **options)
-        return results[of]
+        states = (_state(policy.model), model and _state(model), *_code(), policy.context)
+        key = (*states, *sorted(options.items()))
+        if together or policy.device.type != "cpu" or key not in results:
+            results[key] = check_model(policy, model, accelerator=accelerator, **options)
+        return results[key]
 
     return check
 
@@ -99,17 +97,11 @@ def trial_once(check):
 
     @wraps(check)
     def once(self, folder):
-        policy, model = self.policy, self.policy.model
-        tokenizer, settings = policy.tokenizer, getattr(model, "generation_config", None)
+        policy, tokenizer = self.policy, self.policy.tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items())  # else its order is another each time
-        ends = getattr(policy, "eos_ids", ()), vocabulary, tokenizer.chat_template
-        key = (
-            self.kind,
-            _state(model),
-            type(tokenizer),
-            str(ends),
-            settings and settings.to_json_string(),
-        )
+        settings = str(getattr(policy.model, "generation_config", None))
+        ends = str((getattr(policy, "eos_ids", ()), vocabulary, tokenizer.chat_template))
+        key = self.kind, type(tokenizer), ends, settings, _state(policy.model)
         if key not in passed:
             check(self, folder)
             passed.add(key)

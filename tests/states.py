@@ -25,6 +25,6 @@ def as_bits(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return [as_bits(value) for value in state]
     if not isinstance(state, torch.Tensor):
-        return state
-    bits = state.contiguous().flatten().view(torch.uint8)
+        return type(state), repr(state)
+    bits = state.detach().contiguous().flatten().view(torch.uint8)
     return str(state.dtype), state.shape, bits.numpy().tobytes()

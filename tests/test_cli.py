@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,6 @@ def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):
     assert "prompts" in (tmp_path / "run" / "report.html").read_text()
     assert "several runs" in refusal("report run --output page.html")
     assert not (tmp_path / "page.html").exists()
-    assert "Name the output directory" in refusal("report")
     completes("report run again --output both.html")
     assert capsys.readouterr().out == "both.html\n"
     assert "eval_reward_greedy" in (tmp_path / "both.html").read_text()
@@ -112,28 +112,18 @@ def model(tmp_path_factory):
     return str(directory)
 
 
-def test_evaluate_prints_a_table_and_writes_json(model, capsys, refusal, tmp_path):
-    arguments = [*EVALUATE, model]
-    completes(*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9")
+def test_evaluate_prints_a_table_and_compares_models_prompt_by_prompt(model, capsys, refusal):
+    completes(*EVALUATE, model, "--k", "1", "3", "--reference", model, "--temperature", "0.9")
     assert "best@3" in capsys.readouterr().out
-    numbers = read_json(tmp_path / "numbers.json")
-    assert {
-        "best@1",
-        "best@3",
-        "best@3_stderr",
-        "rewards/reward/mean",
-        "kl",
-    } <= numbers.keys()
+    numbers = read_json("numbers.json")
+    assert {"best@3_stderr", "rewards/reward/mean"} <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
-    assert "num_generations=2" in refusal(*arguments, "--k", "8", "--num-generations", "2")
-
-
-def test_evaluate_compares_models_prompt_by_prompt(model, capsys, refusal, tmp_path):
+    assert "num_generations=2" in refusal(*EVALUATE, model, "--k", "8", "--num-generations", "2")
     completes(*TRAIN, "--model", model, "--learning-rate", "3e-3", "--quiet")
     completes(*EVALUATE, model, "run")
     out = capsys.readouterr().out
     assert "difference/ is minus" in " ".join(out.split()) and "±" in out
-    numbers = read_json(tmp_path / "numbers.json")
+    numbers = read_json("numbers.json")
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
@@ -142,36 +132,37 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, refusal, tmp_p
     assert list(together) == ["run", model]
     alone = {k: v for k, v in trained.items() if not k.startswith("difference/")}
     assert together["run"].metrics == alone
-    assert "Name the model" in refusal(*EVALUATE, "run", "")
 
 
-def talk(lines, *arguments, monkeypatch, capsys):
-    """Exit code, output lines and own errors of `tokenrl sample` fed with lines through a pipe."""
-    sent = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), "utf-8"))
-    code = main(["sample", *arguments])
-    captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if line.startswith("tokenrl:")]
-    return code, captured.out.splitlines(), errors
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """`talk(lines, *words)`: exit code, output lines and own errors of `tokenrl sample` fed through a pipe."""
+
+    def talk(lines, *words):
+        sent = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), "utf-8"))
+        code = main(["sample", *words])
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if line.startswith("tokenrl:")]
+        return code, captured.out.splitlines(), "".join(errors)
+
+    return talk
 
 
-def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatch, capsys):
-    fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
-    code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **fixtures)
+def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, talk):
+    words = "--model", model
+    code, out, error = talk(["abc>", "", "a" * 200, "abc>"], *words)
     assert code == 0 and len(out) == 2 * (1 + 4) and out[0] == out[5] == "prompt     abc>"
     assert all(line.startswith("completion ") for line in [*out[1:5], *out[6:]])
-    assert len(err) == 1 and "context" in err[0]
-    # a byte that is no UTF-8
-    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **fixtures)
-    assert code == 0 and read_on == out[:5] and len(err) == 1 and r"holds '\udcff'" in err[0]
-    code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **fixtures)
-    assert (code, none) == (2, []) and r"abc\ud800" in err[0] and "UTF-8" in err[0]
-    code, once, _ = talk([], "--model", model, "--prompt", "abc>", **fixtures)
+    assert error.count("tokenrl:") == 1 and "context" in error
+    code, read_on, error = talk(["\udcff", "abc>"], *words)  # a byte that is no UTF-8
+    assert code == 0 and read_on == out[:5] and r"holds '\udcff'" in error
+    code, once, _ = talk([], *words, "--prompt", "abc>")
     assert code == 0 and once == out[:5] != out[5:]  # the same prompt again: new draws
-    code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **fixtures)
-    assert (code, out) == (2, []) and "context" in err[0]
-    assert talk([], "--model", model, **fixtures) == (0, [], [])
-    assert talk(["abc>"], **fixtures)[0] == 2  # no model
+    assert talk([], *words) == (0, [], "")
+    for prompt, fault in (("abc\ud800", "UTF-8"), ("a" * 200, "context")):
+        code, none, error = talk([], *words, "--prompt", prompt)
+        assert (code, none) == (2, []) and fault in error
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
@@ -206,16 +197,8 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
     pairs = [(x, n) for x in "abcdefgh" for n in (1, 2, 3)]
     rows = [{"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x, n in pairs]
     write_rows(tmp_path / "preferences.jsonl", rows)
-    judge = [
-        "reward-model",
-        "--data",
-        "preferences.jsonl",
-        "--model",
-        model,
-        "--output-dir",
-        "judge",
-    ]
-    completes(*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4")
+    judge = "reward-model --data preferences.jsonl --output-dir judge --max-steps 6 --eval-size 4"
+    completes(f"{judge} --learning-rate 3e-3 --model", model)
     assert "Bradley-Terry" in capsys.readouterr().out
     summary = read_json(tmp_path / "judge" / "summary.json")
     assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
@@ -234,56 +217,44 @@ def test_an_agent_is_trained_and_its_configuration_repeats_it():
 
 
 def test_settings_come_from_yaml_and_flags_win(tmp_path):
-    (tmp_path / "mine.yaml").write_text(
-        "task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n"
-    )
-    args = parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
+    def read(*words):
+        return parse("train", COMMANDS["train"], [*words])
+
+    text = "task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n"
+    (tmp_path / "mine.yaml").write_text(text)
     grpo = Estimator.preset("grpo")
-    assert args == TrainArguments(task="vowels", max_steps=2, learning_rate=1e-3, estimator=grpo)
+    args = TrainArguments(task="vowels", max_steps=2, learning_rate=1e-3, estimator=grpo)
+    assert read("--config", "mine.yaml", "--max-steps", "2") == args
     text = "# a comment\nreward: [exact_match, x.py:one]\nestimator:\n  beta: 2.5E-2\nmicro_batch_size: null"
     (tmp_path / "other.yml").write_text(text)
-    args = parse("train", COMMANDS["train"], ["--config", "other.yml"])
-    assert args == TrainArguments(
-        reward=("exact_match", "x.py:one"), estimator=Estimator(beta=0.025)
-    )
-    flags = [
-        "--config=mine.yaml",
-        "--estimator",
-        "dapo",
-        "--estimator.scale-ddof",
-        "0",
-        "--no-quiet",
-    ]
-    args = parse("train", COMMANDS["train"], flags)
-    assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
-    (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
+    args = TrainArguments(reward=("exact_match", "x.py:one"), estimator=Estimator(beta=0.025))
+    assert read("--config", "other.yml") == args
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
-    for words, directory in (
-        ("config.json", None),
-        ("config.json --resume auto", "old"),
-        ("own.json", "named"),
-    ):
-        assert (
-            parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == directory
-        )
-    stored = {"output_dir": "old", "resume": "auto", "overwrite": True, "quiet": True}
-    # what a flag says of an old run counts, and not what a file says
-    for made_by in (
-        {"versions": {}},
-        {},
-    ):
-        write_json(tmp_path / "config.json", stored | made_by)
-        for words, resume, overwrite in (
-            ("--overwrite", None, True),
-            ("--resume auto", "auto", False),
-        ):
-            args = parse("train", COMMANDS["train"], ["--config", "config.json", *words.split()])
-            assert (args.output_dir, args.resume, args.overwrite) == ("old", resume, overwrite)
-            assert not args.quiet, "how a run was shown is none of its settings"
+    assert read("--config", "own.json").output_dir == "named"
+    flags = "--config=mine.yaml --estimator dapo --estimator.scale-ddof 0 --no-quiet"
+    args = read(*flags.split())
+    assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
 
 
-def flags_of(text):
-    return re.findall(r"^\W*--([a-z.-]+)", text, re.MULTILINE)
+STORED = {"output_dir": "old", "resume": "auto", "overwrite": True, "quiet": True}
+
+
+@pytest.mark.parametrize("made_by", [{}, {"versions": {}}])
+@pytest.mark.parametrize(
+    ("words", "directory", "resume", "overwrite"),
+    [
+        ("", None, None, False),
+        ("--overwrite", "old", None, True),
+        ("--resume auto", "old", "auto", False),
+    ],
+)
+def test_what_a_flag_says_of_an_old_run_counts_and_not_what_a_file_says(
+    made_by, words, directory, resume, overwrite
+):
+    write_json(Path("config.json"), STORED | made_by)
+    args = parse("train", COMMANDS["train"], ["--config", "config.json", *words.split()])
+    assert (args.output_dir, args.resume, args.overwrite) == (directory, resume, overwrite)
+    assert not args.quiet, "how a run was shown is none of its settings"
 
 
 @pytest.mark.parametrize(
@@ -318,33 +289,29 @@ def test_a_list_flag_that_is_repeated_adds_values(words, values):
 
 def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "--help"])
-    assert exit.value.code == 0
-    parts = re.split(
-        r"^\W*((?:[A-Za-z]+ )*)options\W*$", capsys.readouterr().out, flags=re.MULTILINE
-    )[1:]
-    groups = {
-        title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)
-    }
-    assert (
-        list(groups)[:4] == ["", "sampling", "optimiser", "KL control"]
-        and list(groups)[-1] == "estimator"
-    )
-    first = flags_of(groups[""])
-    dozen = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
-    assert first[:11] == [*dozen.split(), "max-completion-length", "learning-rate", "seed"]
-    assert "config" in first and len(first) < 20
-    flags = [flag for group in groups.values() for flag in flags_of(group)]
-    names = {field.name.replace("_", "-") for field in dataclasses.fields(TrainArguments)}
-    axes = {"estimator." + field.name.replace("_", "-") for field in dataclasses.fields(Estimator)}
-    assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
-    assert "--temperature FLOAT" in groups["sampling"] and "(default: 0.0)" in groups["sampling"]
-    assert (
-        "--lora-r INT" in groups["LoRA"] and "--estimator.scale-ddof {0,1}" in groups["estimator"]
-    )
-    assert "Training steps; each samples one rollout. Default: 200." in groups[""]
-    assert "(default: None)" not in groups[""]
+    with pytest.raises(SystemExit):  # a preset changes what the help shows
+        main(["train", "--estimator", "grpo", "--warm_start", "--help"])
+    text = capsys.readouterr().out
+    parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", text, flags=re.MULTILINE)
+    titles = [title.strip() for title in parts[1::2]]
+    assert titles[:4] == ["", "sampling", "optimiser", "KL control"] and titles[-1] == "estimator"
+    flags = [re.findall(r"^\W*--([a-z.-]+)", group, re.MULTILINE) for group in parts[2::2]]
+    first = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
+    first += "max-completion-length learning-rate seed"
+    assert flags[0][:11] == first.split() and "config" in flags[0] and len(flags[0]) < 20
+    names = {field.name for field in dataclasses.fields(TrainArguments)}
+    names |= {f"estimator.{field.name}" for field in dataclasses.fields(Estimator)}
+    names = {"config"} | {name.replace("_", "-") for name in names}
+    assert sorted(chain(*flags)) == sorted(names)  # each once, none left out
+    for line in (
+        "(default: group_mean)",
+        "(default: 0.0)",
+        "--lora-r INT",
+        "--estimator.scale-ddof {0,1}",
+        "Training steps; each samples one rollout. Default: 200.",
+    ):
+        assert line in text
+    assert "(default: None)" not in parts[2]
 
 
 def test_every_command_has_a_help(capsys):
@@ -352,9 +319,6 @@ def test_every_command_has_a_help(capsys):
         with pytest.raises(SystemExit) as exit:
             main([*command.split(), "--help"])
         assert exit.value.code == 0 and arguments.__doc__.split()[0] in capsys.readouterr().out
-    with pytest.raises(SystemExit):  # a preset changes what the help shows
-        main(["train", "--estimator", "grpo", "--warm_start", "--help"])
-    assert "(default: group_mean)" in capsys.readouterr().out
 
 
 def test_python_dash_m_is_the_command():
@@ -362,31 +326,46 @@ def test_python_dash_m_is_the_command():
     assert done.returncode == 2 and done.stderr.startswith("tokenrl: There is no command 'fly'")
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--task", "good.jsonl"], "--reward"),
-        (["--reward", "made_up_rewards:fails"], "KeyError"),
-    ],
-)
-def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, model, refusal, tmp_path):
-    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert words in refusal(*TRAIN, "--quiet", "--model", model, *arguments)
-    assert not (tmp_path / "run" / "config.json").exists()
+TABLE = """
+train --learning-rate 1e-5x | learning_rate was given as '1e-5x'; it must be a finite number above 0
+train --estimator grppo | preset was given as 'grppo'. Did you mean 'grpo'? It must be one of
+train --lerning-rate 3 | There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl
+train --epsilon 0.3 | There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon 0.3.
+train --max-steps | Missing value for argument '--max-steps'
+train --output-dir --quiet | Missing value for argument '--output-dir'
+train --warm-start often | warm_start was given as 'often'; it must be True or False, or one of auto.
+train extra | There is no flag extra. See tokenrl train --help.
+train --task good.jsonl --model MODEL | --reward
+train --task vowels --reward made_up_rewards:fails --eval-size 2 --model MODEL | KeyError
+report | Name the output directory
+evaluate --task vowels | Name the model
+evaluate --model MODEL --json absent/file.json | cannot be written
+lab exact --estimators rloo --json . | cannot be written
+lab measure --json absent/file.json | cannot be written
+advise --env bandit --json . | cannot be written
+sample | model
+"""
+"""What is typed, and what it is refused with before anything is done."""
+
+
+@pytest.mark.parametrize("line", TABLE.strip().splitlines())
+def test_a_mistake_is_one_paragraph_and_exit_code_2(line, model, refusal, workplace):
+    (workplace / "good.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    words, _, sentence = line.replace("MODEL", model).partition(" | ")
+    directory = " --output-dir run --quiet" if "good" in words or "fails" in words else ""
+    error = refusal(words + directory)
+    assert error.startswith("tokenrl: ") and sentence in error and error.count("\n") == 1
+    assert "│" not in error and "Annotated" not in error
+    assert not (workplace / "run" / "config.json").exists()
 
 
 def test_a_failure_during_the_run_is_exit_code_1(model, capsys):
     fails = ["--reward", "made_up_rewards:fails_later"]
     assert main([*TRAIN, "--model", model, "--quiet", *fails]) == 1
-    errors = capsys.readouterr().err
-    assert re.search(
-        r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", errors
-    )
-    summary = read_json(Path("run", "summary.json"))
-    assert (
-        summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
-    )
-    assert "Traceback" not in errors
+    error, summary = capsys.readouterr().err, read_json("run/summary.json")
+    raised = r"Reward function fails_later raised SystemExit: 0 \(made_up_rewards"
+    assert re.search(rf"At step \d: {raised}", error) and "Traceback" not in error
+    assert summary["exit_reason"] == "failed" and re.search(raised, summary["error"])
 
 
 def test_the_bare_command(capsys):
@@ -395,25 +374,14 @@ def test_the_bare_command(capsys):
         assert words in capsys.readouterr().out
 
 
-LITERAL = [
-    r"{question}\nAnswer:",
-    r"a\tb",
-    r"Think.\n\nThen answer.",
-]
-PLAIN = [
-    "{question}\nAnswer:",
-    r"\times \theta \neq \nu_1 \rightarrow \text{x}",
-    r"C:\Users\x",
-    "/n",
-]
-FLAGS = [
-    ("train", "prompt_template"),
-    ("compare", "prompt_template"),
-    ("evaluate", "stop"),
-]
+LITERAL = [r"{question}\nAnswer:", r"a\tb", r"Think.\n\nThen answer."]
+PLAIN = ["{question}\nAnswer:", r"\times \theta \neq \nu_1", r"C:\Users\x", "/n"]
 
 
-@pytest.mark.parametrize(("name", "setting"), FLAGS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("train", "prompt_template"), ("compare", "prompt_template"), ("evaluate", "stop")],
+)
 def test_an_escape_that_no_shell_has_read_is_refused_and_keywords_are_taken_as_they_stand(
     name, setting
 ):

@@ -32,17 +32,16 @@ SPOILT = {
     "twice.yaml": "seed: 1\nquiet: true\n'seed': 2\n",
     "bytes.json": "\udcff",
     "surrogate.json": '{"run_name": "a\\udcff"}',
-    **{
-        f"model_{n}.json": f'{{"model": {x}}}'
-        for n, x in enumerate(("false", "5", "[]", '["x"]', "{}"))
-    },
-    **{
-        f"data_{n}.json": f'{{"data": {x}, "task": {x}}}'
-        for n, x in enumerate(("true", "[1]", "{}"))
-    },
 }
-ESTIMATORS = [5, ["rloo"], "rlooo", {"baseline": {"name": "rloo"}}, {"baselin": "rloo"}, None]
-ESTIMATORS += [{"window": 1.5, "gamma": "1"}, {"scale_ddof": True}]
+VALUES = {
+    "model": ("false", "5", "[]", '["x"]', "{}"),
+    "task": ("true", "[1]", "{}"),
+    "data": ("true", "[1]", "{}"),
+    "estimator": ("5", '["rloo"]', '"rlooo"', '{"baseline": {}}', '{"baselin": 1}', "null"),
+}
+for name, values in VALUES.items():
+    for number, value in enumerate(values):
+        SPOILT[f"{name}_{number}.json"] = f'{{"{name}": {value}}}'
 
 
 WORDS = {"list.json": "is a list; it must map names to values", "truncated.json": "cannot be read"}
@@ -75,29 +74,9 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_a_spoilt_estimator_in_a_file_is_refused(tmp_path, capsys):
-    for value in ESTIMATORS:
-        write_json(tmp_path / "a.json", {"estimator": value})
-        assert_refused("train", tmp_path / "a.json", capsys)
-
-
 def test_a_file_that_is_not_there_is_refused(capsys):
     for name in ("", "absent.json", "x" * 5000, "\0", "nested/absent.yaml"):
         assert "cannot be read" in assert_refused("train", name, capsys)
-
-
-RESULTS = [
-    "lab exact --estimators rloo",
-    "lab measure",
-    "evaluate --model x",
-    "advise --env bandit",
-]
-
-
-@pytest.mark.parametrize("command", RESULTS)
-def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(command, refusal):
-    for path in ("", ".", "absent/file.json"):
-        assert "cannot be written" in refusal(*command.split(), "--json", path)
 
 
 def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_was_off(tmp_path):

@@ -51,14 +51,3 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, workplace, c
     assert main([*run, "--quiet"]) == 2
     output = capsys.readouterr()  # it still says what is wrong
     assert output.out == "" and "1. no-signal: In none of 2 groups of 16" in output.err
-
-
-def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path):
-    """A process of its own, because the library reads its environment when it is imported."""
-    program = "import datasets, sys; from tokenrl.language.tasks.sources import read_splits; "
-    program += "read_splits(sys.argv[1]); assert not datasets.are_progress_bars_disabled()"
-    env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    env.pop("HF_DATASETS_DISABLE_PROGRESS_BARS", None)
-    command = [sys.executable, "-c", program, str(files / "rows.jsonl")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")

@@ -28,7 +28,6 @@ from tokenrl.settings import (
     OR_OBJECT,
     Bounds,
     Count,
-    Positive,
     Settings,
     arguments,
     field_types,
@@ -135,71 +134,16 @@ def test_the_signature_and_the_help_of_a_function_have_the_keywords(name, comman
     assert "NoneType" not in str(signature)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (
-            "--learning-rate 1e-5x",
-            "learning_rate was given as '1e-5x'; it must be a finite number above 0",
-        ),
-        (
-            "--estimator grppo",
-            "preset was given as 'grppo'. Did you mean 'grpo'? It must be one of",
-        ),
-        (
-            "--lerning-rate 3",
-            "There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl",
-        ),
-        (
-            "--epsilon 0.3",
-            "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon 0.3.",
-        ),
-        ("--max-steps", "Missing value for argument '--max-steps'"),
-        ("--output-dir --quiet", "Missing value for argument '--output-dir'"),
-        (
-            "--warm-start often",
-            "warm_start was given as 'often'; it must be True or False, or one of auto.",
-        ),
-        ("extra", "There is no flag extra. See tokenrl train --help."),
-    ],
-)
-def test_what_the_parser_refuses_is_said_in_one_paragraph_too(words, sentence, refusal):
-    error = refusal("train", *words.split())
-    assert error.startswith("tokenrl: ") and sentence in error and error.count("\n") == 1
-    assert "│" not in error and "Annotated" not in error
-
-
 @dataclass(frozen=True)
 class Sample(Settings):
     """A class with every sort of field."""
 
     count: Count = 1
-    rate: Positive | None = None
-    shade: Literal["light", "dark", "none"] | None = None
     sizes: tuple[Count, ...] = (1,)
     span: tuple[float, float] | None = None
     words: tuple[str, ...] = ()
     place: str = "here"
     estimator: Estimator = Estimator()  # noqa: RUF009
-
-
-WHOLE = "a whole number of at least 1 and at most 1,000,000,000"
-FORMS: list[tuple[str, Any, str]] = [
-    ("count", 2.0, WHOLE),
-    ("rate", 0, "a finite number above 0 and at most 1e+30, or None"),
-    ("shade", 5, "one of light, dark, none, or None"),
-    ("sizes", (1, 0), f"values, each {WHOLE}"),
-    ("span", (1.0,), "2 values, each a finite number, or None"),
-]
-
-
-def test_one_form_of_sentence():
-    for name, value, words in FORMS:
-        with pytest.raises(Refused) as error:
-            Sample(**{name: value})
-        assert str(error.value) == f"{name} was given as {value!r}; it must be {words}."
-    with refused(r"^shade was given as 'drak'. Did you mean 'dark'\? It must be one of l"):
-        Sample(shade="drak")
 
 
 def test_a_function_stands_for_a_name_where_one_may():
@@ -217,6 +161,10 @@ def test_arguments_are_made_of_keywords():
     assert arguments(Sample, {"words": None, "span": None, "count": "1"}) == Sample()
     assert arguments(Sample, {"estimator": {"beta": 0.5}}).estimator == Estimator(beta=0.5)
     for options, sentence in (
+        (
+            {"span": (1.0,)},
+            "span was given as .*; it must be 2 values, each a finite number, or None",
+        ),
         ({"cuont": 2}, r"There is no setting 'cuont'. Did you mean 'count'\? Available: count, "),
         ({"estimator": {"betta": 1}}, r"There is no setting 'betta'. Did you mean 'beta'\?"),
         (
@@ -275,13 +223,8 @@ def test_names_and_lists_of_numbers_are_taken_in_the_forms_that_people_write():
 
 
 def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():
-    usual, options = (
-        {"steps": 5, "rate": 0.1, "every": None},
-        {"steps": None, "rate": 0.0, "seed": None},
-    )
-    values, origins = lay(("default", usual), ("given", options))
-    # 0 is given, None is not
-    assert values == {"steps": 5, "rate": 0.0, "every": None, "seed": None}
-    assert origins == {"steps": "default", "rate": "given"}
-    values, origins = lay(("default", usual), ("given", options), ("budget", {"steps": 3}))
-    assert (values["steps"], origins) == (3, {"steps": "budget", "rate": "given"})
+    usual = {"steps": 5, "rate": 0.1, "every": None}
+    options = {"steps": None, "rate": 0.0, "seed": None}  # 0 is given, None is not
+    values, origins = lay(("default", usual), ("given", options), ("budget", {"every": 3}))
+    assert values == {"steps": 5, "rate": 0.0, "every": 3, "seed": None}
+    assert origins == {"steps": "default", "rate": "given", "every": "budget"}

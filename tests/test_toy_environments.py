@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 import toy_tasks
 from toy_tasks import calculator, guess_number
-
-TASKS = {name: toy_tasks.load(name) for name in ("guess_number", "calculator")}
-
-
-@pytest.fixture(scope="module", params=TASKS)
-def task(request):
-    return TASKS[request.param]
 
 
 @pytest.mark.parametrize(
@@ -30,18 +25,8 @@ def test_the_calculator_adds_costs_and_runs_no_code():
     environment.reset(prompt="123+456")
     assert environment.get_reward() == 0
     assert environment.calculate("123+456+9999") == "10578"
-    for text in (
-        "",
-        "1+",
-        "+1",
-        "1++2",
-        "1-2",
-        "2*3",
-        "12345",
-        "__import__('os')",
-        "1+1" * 100_000,
-        "\u0661+1",
-    ):
+    odd = "|1+|+1|1++2|1-2|2*3|12345|__import__('os')|\u0661+1"
+    for text in [*odd.split("|"), "1+1" * 100_000]:
         with pytest.raises(ValueError, match="no sum"):
             environment.calculate(text)
     assert environment.get_reward() == pytest.approx(-1.1)
@@ -50,7 +35,7 @@ def test_the_calculator_adds_costs_and_runs_no_code():
 
 
 def test_answers_and_demonstrations_of_the_calculator():
-    task = TASKS["calculator"]
+    task = toy_tasks.load("calculator")
     chat = [{"role": "user", "content": "999+298+808"}]
     answers = {"2105": 1, "": 0, "1985": 0, "2105 ": 0, "02105": 0, "٢١٠٥": 0}
     completions = [[{"role": "assistant", "content": text}] for text in answers]
@@ -58,18 +43,18 @@ def test_answers_and_demonstrations_of_the_calculator():
     of_the_tool = [{"role": "tool", "name": "calculate", "content": "2105"}]
     assert task.reward([chat], [of_the_tool]) == [0]
     assert calculator.without_carry("999+298+808") == "1985"
-    direct, called = 0, 0
+    counts = Counter()
     for row in task.demonstrations:
-        sums = calculator.right(row["prompt"][0]["content"])
-        if len(row["prompt"]) == 1 and row["completion"].isdigit():
-            direct += 1
-            assert row["completion"] != sums
-        elif len(row["prompt"]) == 1:
-            called += 1
-        else:
-            assert row["completion"] == sums
-    assert (direct, called) == (3277, 819)
-    held_out = {calculator.canonical(row["prompt"][0]["content"]) for row in task.eval_prompts}
-    assert held_out.isdisjoint(
-        calculator.canonical(row["prompt"][0]["content"]) for row in task.train_prompts
-    )
+        is_right = row["completion"] == calculator.right(row["prompt"][0]["content"])
+        counts[len(row["prompt"]) > 1, row["completion"].isdigit(), is_right] += 1
+    # wrong answers, calls, and right answers behind the calls
+    assert counts == {
+        (False, True, False): 3277,
+        (False, False, False): 819,
+        (True, True, True): 819,
+    }
+    sums = [
+        {calculator.canonical(row["prompt"][0]["content"]) for row in rows}
+        for rows in (task.train_prompts, task.eval_prompts)
+    ]
+    assert sums[0].isdisjoint(sums[1])

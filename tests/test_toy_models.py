@@ -24,18 +24,18 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer(name, built):
     demonstrations = task.demonstrations or [{"prompt": "abc>", "completion": "aei"}]
     prompts = [row["prompt"] for row in task.train_prompts + task.eval_prompts]
     completions = [row["completion"] for row in demonstrations]
-    ids = tokenizer(prompts + completions)["input_ids"]
-    assert tokenizer.batch_decode(ids) == prompts + completions
-    used = {token for row in ids for token in row}
-    assert not used & set(tokenizer.convert_tokens_to_ids([models.UNKNOWN, models.EOS]))
-    assert max(map(len, ids[len(prompts) :])) + 1 <= task.max_completion_length
-    assert max(map(len, ids[: len(prompts)])) + task.max_completion_length <= task.build.context
+    special = tokenizer.convert_tokens_to_ids([models.UNKNOWN, models.EOS])
+    for texts, longest in (
+        (prompts, task.build.context - task.max_completion_length),
+        (completions, task.max_completion_length - 1),
+    ):
+        ids = tokenizer(texts)["input_ids"]
+        assert tokenizer.batch_decode(ids) == texts and max(map(len, ids)) <= longest
+        assert not {*special} & {token for row in ids for token in row}
     for row in demonstrations[:200]:  # the parts' tokens are those of the whole
-        whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-        assert (
-            whole
-            == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
-        )
+        texts = [row["prompt"], row["completion"], row["prompt"] + row["completion"]]
+        prompt, completion, whole = tokenizer(texts)["input_ids"]
+        assert whole == prompt + completion
 
 
 @pytest.mark.parametrize("name", ["sort_digits", "sentiment", "calculator"])
@@ -44,27 +44,18 @@ def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = built[name]
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, reader = (
-        AutoModelForCausalLM.from_pretrained(tmp_path),
-        AutoTokenizer.from_pretrained(tmp_path),
-    )
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reader = AutoTokenizer.from_pretrained(tmp_path)
     prompt = (TASKS[name].demonstrations or TASKS[name].eval_prompts)[0]["prompt"]
     prompt = prompt if isinstance(prompt, str) else prompt[0]["content"]
     ids = reader(prompt, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer(prompt)["input_ids"] and reader.decode(ids[0]) == prompt
     assert reader.chat_template == tokenizer.chat_template
-    assert (reader.pad_token_id, reader.eos_token_id) == (
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    )
     eos, unknown = tokenizer.convert_tokens_to_ids([models.EOS, models.UNKNOWN])
-    assert tokenizer("€")["input_ids"] == [unknown] and reader.pad_token_id == eos != unknown
+    assert tokenizer("€")["input_ids"] == [unknown] != [eos]
+    for settings in (tokenizer, reader, loaded.generation_config, loaded.config):
+        assert (settings.eos_token_id, settings.pad_token_id) == (eos, eos)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-    for settings_ in (loaded.generation_config, loaded.config):
-        assert (settings_.eos_token_id, settings_.pad_token_id) == (
-            reader.eos_token_id,
-            reader.pad_token_id,
-        )

@@ -35,8 +35,6 @@ UNMIXED = {"_to_copy", "copy_", "_copy_from", "set_", "_has_compatible_shallow_c
 """Operations that may take tensors of both devices."""
 waits: Counter[str] = Counter()
 """How often the host waited, by the kind of the wait and the nearest line of the package."""
-operations: Counter[str] = Counter()
-"""How often each operation was computed on the device."""
 without: set[torch.dtype] = set()
 """The types of numbers that the device does not have."""
 
@@ -186,8 +184,7 @@ def _check_devices(operation: Any, name: str, args: Any, leaves: list[torch.Tens
 
 
 def _count(operation: Any, name: str, args: Any, wanted: str | None, here: bool) -> None:
-    """Count the operation, and the wait if the host has to wait for it."""
-    operations[name] += 1
+    """Count the wait if the host has to wait for the operation."""
     kind = ""
     if operation in READS:
         kind = "number"

@@ -8,17 +8,13 @@ import sys
 from pathlib import Path
 
 
-def foreign(tree: Path) -> list[str]:
-    """Return the files of imported modules of tokenrl and toy_tasks that do not lie in the tree."""
-    names = [name for name in sys.modules if name.split(".")[0] in ("tokenrl", "toy_tasks")]
-    files = [getattr(sys.modules[name], "__file__", None) for name in names]
-    return [file for file in files if file and not Path(file).resolve().is_relative_to(tree)]
-
-
 def refuse_foreign(tree: Path) -> None:
-    """Stop the process if code came from elsewhere."""
-    if result := foreign(tree):
-        sys.exit(f"the golden run of {tree} imported {result[0]}")
+    """Stop the process if a module of tokenrl or toy_tasks does not lie in the tree."""
+    for name, module in sys.modules.items():
+        file = getattr(module, "__file__", None)
+        is_ours = name.split(".")[0] in ("tokenrl", "toy_tasks")
+        if is_ours and file and not Path(file).resolve().is_relative_to(tree):
+            sys.exit(f"the golden run of {tree} imported {file}")
 
 
 def main() -> int:

@@ -24,3 +24,12 @@ def saved(tmp_path_factory):
         return known[key]
 
     return save
+
+
+@pytest.fixture
+def alone(workplace, monkeypatch):
+    """The current directory and the cache of datasets are temporary."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(workplace / "cache"))
+    datasets.disable_progress_bars()

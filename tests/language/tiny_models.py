@@ -340,6 +340,19 @@ def textbook_logprobs(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     return logits_process.LogitsProcessorList(steps)(None, logits / temperature).log_softmax(-1)
 
 
+def alone(model, prompts, rollout, **distribution):
+    """Log-probabilities and entropies of all tokens of completions, each row in a forward pass of its own."""
+    logprobs, entropies = [], []
+    rows = zip(rollout.prompt_index, rollout.completion_ids, rollout.mask, strict=True)
+    for index, ids, mask in rows:
+        prompt, ids = prompts[int(index)], ids[mask]
+        logits = model(torch.tensor([[*prompt, *ids.tolist()]]), use_cache=False).logits[0]
+        logp = textbook_logprobs(logits[len(prompt) - 1 : -1], **distribution)
+        logprobs.append(logp.gather(1, ids[:, None])[:, 0])
+        entropies.append(-torch.xlogy(logp.exp(), logp.exp()).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
 def textbook(model, rows, **distribution):
     """-(1/N) sum_i A_i sum_t log pi over (prompt ids, completion ids, A_i), one sequence at a time."""
     model = copy.deepcopy(model)

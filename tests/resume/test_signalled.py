@@ -74,10 +74,9 @@ def test_a_signal_anywhere(signalled, place, number):
     assert (summary["steps"] == 9) == (place in ("last evaluation", *AFTER_THE_OUTCOME))
 
 
-@pytest.mark.parametrize("second", ["optimiser", "evaluation", "model"])
+@pytest.mark.parametrize("second", ["evaluation", "model"])
 def test_a_second_request_to_end_changes_nothing(signalled, second):
-    first = "optimiser" if second == "evaluation" else "step"
-    code, summary, model = signalled(first, SIGTERM, second, SIGTERM, "report", SIGTERM)
+    code, summary, model = signalled("optimiser", SIGTERM, second, SIGTERM, "report", SIGTERM)
     assert (code, summary["exit_reason"], model) == (143, "SIGTERM", True)
 
 

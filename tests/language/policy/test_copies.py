@@ -11,9 +11,10 @@ from refusals import refused
 from tiny_models import make_learner, make_model, make_policy, make_tokenizer
 from torch.nn.functional import linear
 
+from tests.states import as_bits
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.copies import copied, frozen_copy
-from tokenrl.language.policy.model import Policy, add_lora, wrap
+from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rollout.forward import half_copy
 from tokenrl.language.rollout.generator import LaggedGenerator, TransformersGenerator
 from tokenrl.language.supervised.base import with_own_weights
@@ -36,20 +37,8 @@ def with_alias(module):
     module.forward = lambda x: linear(x, weight)
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    """Skip a test that compiles a whole model where torch cannot, as 2.6 with transformers 5.15."""
-    model = make_model()
-    compiled(model)
-    try:
-        model(IDS)
-    except NameError:
-        pytest.skip("this release of torch cannot compile this model")
-
-
 PUT = {
     "function": behind,
-    "compiled": compiled,
     "head": lambda model: behind(model.lm_head),
     "layer": lambda model: compiled(model.model.layers[1].mlp),
     "alias": lambda model: with_alias(model.lm_head),
@@ -66,16 +55,13 @@ COPIES = {
 
 @pytest.mark.parametrize("put", PUT)
 @pytest.mark.parametrize("made", COPIES)
-def test_a_copy_that_computes_with_other_weights_is_refused(made, put, request):
-    if put == "compiled":
-        request.getfixturevalue("compiler")
+def test_a_copy_that_computes_with_other_weights_is_refused(made, put):
     policy = make_policy()
     PUT[put](policy.model)
     weights = copy.deepcopy(policy.model.state_dict())
     with refused(r"does not compute with its own weights.*compile\(\)"):
         COPIES[made](policy)
-    for name, weight in policy.model.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
+    assert as_bits(policy.model.state_dict()) == as_bits(weights)
 
 
 def test_a_policy_that_is_such_a_copy_already_is_refused():
@@ -87,39 +73,24 @@ def test_a_policy_that_is_such_a_copy_already_is_refused():
 
 
 @pytest.mark.parametrize("regime", ["plain", "method", "in place", "wrapped"])
-def test_a_copy_follows_its_own_weights_alone(regime, request):
+def test_a_copy_follows_its_own_weights_alone(regime):
     """What torch or Python copies rightly is not refused; a wrapped model counts as the one inside."""
-    if regime == "in place":
-        request.getfixturevalue("compiler")
     model = make_model()
     if regime == "method":
         model.forward = MethodType(type(model).forward, model)
     if regime == "in place":
         model.compile(backend="eager")
+        try:
+            model(IDS)
+        except NameError:
+            pytest.skip("torch 2.6 cannot compile a model of transformers 5.15")
     given = torch.compile(model, backend="eager") if regime == "wrapped" else model
-    policy = wrap(given, make_tokenizer())
-    assert policy.model is model
-    twin = copied(model)
-    alone = make_model()
-    for changed in (model, alone):
-        with torch.no_grad():
-            changed.lm_head.weight.mul_(2)
-    assert torch.equal(twin(IDS).logits, make_model()(IDS).logits)
-    assert torch.equal(model(IDS).logits, alone(IDS).logits)
+    assert wrap(given, make_tokenizer()).model is model
+    before, twin = make_model()(IDS).logits, copied(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert torch.equal(twin(IDS).logits, before)
+    assert not torch.equal(model(IDS).logits, before)
     with torch.no_grad():
         twin.lm_head.weight.mul_(2)
-    assert torch.equal(twin(IDS).logits, alone(IDS).logits)
-
-
-def test_an_adapter_that_is_switched_off_needs_no_copy(compiler):
-    policy = make_policy()
-    compiled(policy.model)
-    before = make_model()(IDS).logits
-    add_lora(policy, r=2)
-    policy.add_reference()
-    with torch.no_grad():
-        for weight in policy.trainable_parameters():
-            weight.add_(0.1)
-    with policy.reference_model() as reference:
-        assert torch.allclose(reference(IDS).logits, before, atol=1e-5)
-    assert not torch.allclose(policy.model(IDS).logits, before, atol=1e-2)
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)

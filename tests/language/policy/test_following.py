@@ -127,12 +127,12 @@ def test_answers_of_a_chat_read_as_the_template_writes_them(kind, template):
         [*messages, {"role": "assistant", "content": "yes"}], tokenize=False
     )
     written = read(policy, policy.tokenizer(whole, add_special_tokens=False).input_ids)
-    # its text reads as given, without the space
-    alone = template == "inst" and kind == "byte level bos"
     expected = written[: written.rindex("yes") + 3]
-    assert read(policy, before + ids[:-1]) == (
-        expected.replace(" yes", "yes") if alone else expected
-    )
+    if (
+        template == "inst" and kind == "byte level bos"
+    ):  # its text reads as given, without the space
+        expected = expected.replace(" yes", "yes")
+    assert read(policy, before + ids[:-1]) == expected
     begun = [*messages, {"role": "assistant", "content": "y"}]
     ((before, ids),) = encode_demonstrations(policy, [{"prompt": begun, "completion": "es"}])
     assert read(policy, before + ids[:-1]).endswith("yes")
@@ -154,17 +154,10 @@ def test_a_demonstration_that_cannot_follow_its_prompt_is_refused():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    # whole texts; several are written with spaces between
-    words = {
-        "<unk>": 0,
-        "3+4=": 1,
-        "7": 2,
-        "3+4=7": 3,
-    }
+    words = {"<unk>": 0, "3+4=": 1, "7": 2, "3+4=7": 3}  # several are written with spaces between
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    policy = wrap(
-        make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    policy = wrap(make_model("llama"), tokenizer)
     with refused(r"The demonstration of row 0.*cannot write '7'.*Give the prompt"):
         encode_demonstrations(policy, [{"prompt": "3+4=", "completion": "7"}])
     assert policy.reply_ids(

@@ -25,22 +25,27 @@ LOADERS = [load_policy, RewardModel, reward_backbone]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """By loader, the folder of a model that it loads."""
+    """By loader, the folder of a model that it loads; by `add_lora`, that of an adapter."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "reward").mkdir()
     save_policy(make_policy(), folder / "model")
+    (folder / "reward").mkdir()
     save_policy(reward_backbone(str(folder / "model")), folder / "reward")
-    return {
-        load_policy: folder / "model",
-        RewardModel: folder / "reward",
-        reward_backbone: folder / "model",
-    }
+    policy = load_policy(folder / "model")
+    add_lora(policy, r=2)
+    save_policy(policy, folder / "adapted")
+    folders = [folder / name for name in ("model", "reward", "model", "adapted/adapter")]
+    return dict(zip([*LOADERS, add_lora], folders, strict=True))
 
 
-@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
-def test_a_damaged_or_lost_file_is_refused(sources, load, tmp_path):
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        folder = shutil.copytree(sources[load], tmp_path / name)
+FILES = [("model.safetensors", "config.json", "tokenizer.json")] * 3
+FILES += [("adapter_model.safetensors", "adapter_config.json")]
+
+
+@pytest.mark.parametrize(("kind", "files"), [*zip([*LOADERS, add_lora], FILES, strict=True)])
+def test_a_damaged_or_lost_file_is_refused(sources, kind, files, tmp_path):
+    load = load_policy if kind == add_lora else kind
+    for name in files:
+        folder = shutil.copytree(sources[kind], tmp_path / name)
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
         with refused(str(folder)):
@@ -48,17 +53,6 @@ def test_a_damaged_or_lost_file_is_refused(sources, load, tmp_path):
         (folder / name).unlink()
         with refused(str(folder)):
             load(str(folder))
-
-
-def test_a_damaged_adapter_is_refused(sources, tmp_path):
-    policy = load_policy(sources[load_policy])
-    add_lora(policy, r=2)
-    save_policy(policy, tmp_path)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        copy = shutil.copytree(tmp_path / "adapter", tmp_path / "copy", dirs_exist_ok=True)
-        (copy / name).write_text("{}")
-        with refused(str(copy)):
-            load_policy(copy)
 
 
 def test_another_precision_or_vocabulary_is_refused(sources, tmp_path):
@@ -190,12 +184,29 @@ def fetched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=str)
-def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
-    sources, asked, fetched, tmp_path
-):
+@pytest.fixture
+def adapter(sources, tmp_path):
+    """`adapter(base)`: the folder of an adapter whose configuration names a base, and further values."""
     policy = load_policy(sources[load_policy])
     add_lora(policy, r=2)
+    numbers = iter(range(9))
+
+    def write(base=sources[load_policy], **changes):
+        policy.model.peft_config["default"].base_model_name_or_path = str(base)
+        folder = tmp_path / f"adapter{next(numbers)}"
+        folder.mkdir()
+        SavedModel(policy).write(folder)
+        config = read_json(folder / "adapter_config.json")
+        write_json(folder / "adapter_config.json", config | changes)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
+    sources, adapter, asked, fetched, tmp_path
+):
     for load in LOADERS:
         folder = shutil.copytree(sources[load], tmp_path / load.__name__)
         config = read_json(folder / "config.json")
@@ -204,35 +215,22 @@ def test_an_attention_from_the_hub_is_refused_wherever_a_configuration_names_it(
         (folder / "config.json").write_text(text)
         with refused(r"program from the hub .*owner/kernel.*trust_remote_code"):
             load(str(folder))
-        policy.model.peft_config["default"].base_model_name_or_path = str(folder)
-        SavedModel(policy).write(mkdir(tmp_path / f"adapter of {load.__name__}"))
         with refused("program from the hub"):
-            load_policy(tmp_path / f"adapter of {load.__name__}")
+            load_policy(adapter(folder))
     assert not fetched
 
 
-def mkdir(path):
-    path.mkdir()
-    return path
-
-
-def test_an_adapter_imports_no_module_that_it_names(sources, tmp_path, monkeypatch):
+def test_an_adapter_imports_no_module_that_it_names(adapter, tmp_path, monkeypatch):
     (tmp_path / "a_module_of_a_stranger.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
-    policy = load_policy(sources[load_policy])
-    add_lora(policy, r=2)
-    folder = mkdir(tmp_path / "adapter")
-    SavedModel(policy).write(folder)
-    config = read_json(folder / "adapter_config.json")
-    config["megatron_config"] = {"hidden_size": 8}
-    config["megatron_core"] = "a_module_of_a_stranger"
-    write_json(folder / "adapter_config.json", config)
+    megatron = {"hidden_size": 8}
+    folder = adapter(megatron_config=megatron, megatron_core="a_module_of_a_stranger")
     with refused("Megatron"):
         load_policy(folder)
     assert "a_module_of_a_stranger" not in sys.modules
 
 
-def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(sources, tmp_path, monkeypatch):
+def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(adapter, monkeypatch):
     import transformers.utils as utils
 
     seen = []
@@ -243,13 +241,9 @@ def test_the_base_of_an_adapter_is_looked_at_in_its_own_revision(sources, tmp_pa
         seen.append((name, file, revision))
         raise OSError("no network")
 
-    policy = load_policy(sources[load_policy])
-    add_lora(policy, r=2)
-    policy.model.peft_config["default"].base_model_name_or_path = "owner/name"
-    policy.model.peft_config["default"].revision = "v2"
-    SavedModel(policy).write(mkdir(tmp_path / "adapter"))
+    folder = adapter("owner/name", revision="v2")
     monkeypatch.setattr(utils, "cached_file", cached)
     with refused("no network"):
-        load_policy(tmp_path / "adapter")
+        load_policy(folder)
     assert seen == [("owner/name", "config.json", "v2")]
-    assert base_named(str(tmp_path / "adapter"), True) == ("owner/name", "v2")  # what is loaded
+    assert base_named(str(folder), True) == ("owner/name", "v2")  # what is loaded

@@ -5,6 +5,8 @@ import torch
 from refusals import refused
 from tiny_models import (
     ARCHITECTURES,
+    apart,
+    gradient,
     make_learner,
     make_model,
     make_policy,
@@ -82,21 +84,12 @@ def test_target_modules_are_names_of_linear_layers():
 
 
 def test_gradient_checkpointing_trains_the_same_adapter():
-    plain, checkpointed = adapted("gpt2"), make_policy("gpt2")
-    before = weights(plain.model)
-    enable_gradient_checkpointing(checkpointed)
-    add_lora(checkpointed, r=2)
-    for policy in (plain, checkpointed):
+    gradients = []
+    for is_checkpointed in (False, True):
+        policy = make_policy("gpt2")
+        if is_checkpointed:
+            enable_gradient_checkpointing(policy)
+        add_lora(policy, r=2)
         one_step(make_learner(policy, learning_rate=1e-3))
-    assert_close(weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4)
-    assert not torch.equal(weights(plain.model), before)
-
-
-def test_the_seed_decides_the_adapter_and_nothing_else():
-    state = torch.get_rng_state()
-    policies = [make_policy() for _ in range(3)]
-    for policy, seed in zip(policies, (3, 3, 4), strict=True):
-        add_lora(policy, r=2, seed=seed)
-    first, same, different = (weights(policy.model) for policy in policies)
-    assert torch.equal(first, same) and not torch.equal(first, different)
-    assert torch.equal(torch.get_rng_state(), state)
+        gradients.append(gradient(policy.model))
+    assert apart(*gradients) < 1e-4

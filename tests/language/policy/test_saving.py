@@ -9,8 +9,8 @@ from drawing import normals, seeded
 from families import FAMILIES, family_policy
 from folders import read_json
 from refusals import refused
-from saved_states import equal, through_a_checkpoint
 from tiny_models import (
+    letters_trained,
     make_learner,
     make_model,
     make_policy,
@@ -20,7 +20,7 @@ from tiny_models import (
     quickly,
 )
 
-import tokenrl
+from tests.states import as_bits
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.model import add_lora, load_policy, wrap
 from tokenrl.language.policy.saved import SavedModel
@@ -40,10 +40,6 @@ def scrambled(model):
             drawn = normals(generator, weight.shape)
             weight.copy_(drawn * 10.0 ** (3 * drawn))
     return model
-
-
-def tensors_of(model):
-    return through_a_checkpoint(dict(model.state_dict()))
 
 
 def mixed(model):
@@ -68,15 +64,24 @@ def test_all_weights_come_back(family, dtype, tmp_path):
         policy.tokenizer = make_tokenizer()
         mixed(policy.model) if dtype == "mixed" else policy.model.to(getattr(torch, dtype))
     scrambled(first.model)
-    before = tensors_of(first.model)
     random_state = torch.get_rng_state()
-    addresses = [weight.data_ptr() for weight in again.trainable_parameters()]
-    SavedModel(first).write(tmp_path)
-    SavedModel(again).read(tmp_path)
-    assert equal(tensors_of(again.model), before) and equal(tensors_of(first.model), before)
-    # the optimiser holds these tensors
-    assert [weight.data_ptr() for weight in SavedModel(again).tensors()] == addresses
+    assert_comes_back(first, again, tmp_path)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def tensors_of(policy):
+    return as_bits(policy.model.state_dict())
+
+
+def assert_comes_back(first, again, folder):
+    """Save a policy, and read it into another one, whose optimiser holds the tensors that it has."""
+    before = tensors_of(first)
+    addresses = [weight.data_ptr() for weight in again.trainable_parameters()]
+    SavedModel(first).write(folder)
+    assert tensors_of(again) != before
+    SavedModel(again).read(folder)
+    assert tensors_of(again) == tensors_of(first) == before
+    assert [weight.data_ptr() for weight in SavedModel(again).tensors()] == addresses
 
 
 def adapted_by_peft(policy, name="default", **options):
@@ -103,15 +108,10 @@ def test_an_adapter_alone_comes_back(options, tmp_path):
     with torch.random.fork_rng():
         first, again = (adapted_by_peft(make_policy(dtype="bfloat16"), **options) for _ in range(2))
     one_step(make_learner(first))
-    addresses = [weight.data_ptr() for weight in again.trainable_parameters()]
-    SavedModel(first).write(tmp_path)
-    assert not equal(tensors_of(again.model), tensors_of(first.model))
-    SavedModel(again).read(tmp_path)
-    assert equal(tensors_of(again.model), tensors_of(first.model))
-    assert [weight.data_ptr() for weight in SavedModel(again).tensors()] == addresses
-    files = {file.name for file in tmp_path.iterdir()}
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
-    assert all(file.is_file() for file in tmp_path.iterdir())
+    assert_comes_back(first, again, tmp_path)
+    names = {path.name: path.is_file() for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    assert all(names.values())
 
 
 @pytest.mark.parametrize("case", ["architecture", "layers", "cut", "absent"])
@@ -124,24 +124,15 @@ def test_weights_of_another_model_or_damaged_ones_are_refused_and_change_nothing
     if case == "absent":
         file.unlink()
     policy = make_policy()
-    before = tensors_of(policy.model)
+    before = tensors_of(policy)
     with refused(r"are not those of this run's model .* start a new run"):
         SavedModel(policy).read(tmp_path)
-    assert equal(tensors_of(policy.model), before)
+    assert tensors_of(policy) == before
 
 
-def adapted(policy, **options):
-    add_lora(policy, **({"r": 2} | options))
+def adapted(policy):
+    add_lora(policy, r=2)
     return policy
-
-
-@pytest.fixture
-def base(tmp_path):
-    """The folder of a base model, and a policy with an adapter on it."""
-    save_policy(make_policy(), tmp_path / "base")
-    policy = adapted(load_policy(tmp_path / "base"))
-    one_step(make_learner(policy))
-    return tmp_path / "base", policy
 
 
 def _written(policy, folder):
@@ -151,19 +142,18 @@ def _written(policy, folder):
 
 
 @pytest.mark.parametrize("case", ["changed", "merged", "memory"])
-def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_path):
-    folder, policy = base
-    words = "their weights differ"
+def test_an_adapter_is_never_put_on_another_base_than_its_own(case, tmp_path):
+    folder = tmp_path / "base"
+    save_policy(make_policy(), folder)
+    policy = adapted(make_policy() if case == "memory" else load_policy(folder))
+    one_step(make_learner(policy))
     if case == "merged":
         policy = adapted(load_policy(_written(policy, tmp_path / "first")))
-    elif case == "memory":
-        policy = adapted(make_policy())
-        words = "does not name the base"
     adapter = _written(policy, tmp_path / "checkpoint")
     if case == "changed":
         save_policy(make_policy(seed=1), folder)
     for merge in (True, False):
-        with refused(words):
+        with refused("does not name the base" if case == "memory" else "their weights differ"):
             load_policy(adapter, merge_adapter=merge)
     if case == "changed":  # in another precision the bytes differ anyway
         assert load_policy(adapter, dtype="bfloat16").trainable_parameters()
@@ -191,9 +181,8 @@ def test_a_tokenizers_fingerprint_follows_what_it_writes_and_not_how_it_was_used
     templated.chat_template += " "
     added.add_tokens(["dogs"])
     kinds = [make_tokenizer(kind) for kind in ("no_pad", "pad", "pad_is_eos", "chat", "closing")]
-    assert len(set(map(tokenizer_fingerprint, [*kinds, templated, added]))) == 7
-    same = [*kinds, used, make_tokenizer("pads_right")]
-    assert len(set(map(tokenizer_fingerprint, same))) == 5
+    same = [used, make_tokenizer("pads_right")]
+    assert len({*map(tokenizer_fingerprint, [*kinds, templated, added, *same])}) == 7
 
 
 # ---- model cards, as the hub reads them ----
@@ -227,17 +216,8 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(change, words, tm
     policy = make_policy()
     change(policy)
     with refused(words):
-        trained(policy, tmp_path / "run", with_check=True)
+        letters_trained(tmp_path / "run", make_task(), model=policy, check=True)
     assert [path.name for path in tmp_path.iterdir()] == []
-
-
-def trained(policy, folder, with_check=False, **options):
-    """A run of one step."""
-    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "eval_generations": 0}
-    return tokenrl.train(
-        model=policy, task=make_task(), output_dir=folder, quiet=True, cpu=True, check=with_check,
-        max_completion_length=4, **sizes, **options,
-    )  # fmt: skip
 
 
 def logits_of(model):
@@ -263,91 +243,75 @@ def test_an_adapter_on_tied_embeddings_is_saved_as_it_is(options, tmp_path):
     with torch.no_grad():
         for weight in policy.trainable_parameters():
             weight += 0.1 * torch.arange(weight.numel()).cos().view_as(weight)
-    folders = [tmp_path / name for name in ("model", "checkpoint", "trial")]
-    for folder in folders:
-        folder.mkdir()
-    model, checkpoint, trial = folders
-    save_policy(policy, model)
-    SavedModel(policy).write(checkpoint)
-    SavedModel(policy).check(trial)
+    save_policy(policy, tmp_path / "model")
+    checkpoint = _written(policy, tmp_path / "checkpoint")
+    SavedModel(policy).check(_written(policy, tmp_path / "trial"))
     expected = logits_of(policy.model)
-    for folder in (model, checkpoint):
+    for folder in (tmp_path / "model", checkpoint):
         loaded = logits_of(load_policy(folder).model)
         torch.testing.assert_close(loaded, expected, atol=1e-4, rtol=1e-4)
     base = logits_of(load_policy(tmp_path).model)
     assert not torch.allclose(expected, base, atol=0.1)
 
 
-@pytest.mark.parametrize("stop", [None, ("<pad>",)])
-def test_plain_generate_ends_where_completions_were_learnt_to_end(stop, tmp_path):
-    """The generation settings of an old configuration know another end than the tokenizer."""
-    from transformers import GenerationConfig
-
-    policy = make_policy(eos_token_id=5)
-    policy.ask(PromptArguments(stop=stop))
-    before = policy.model.generation_config.to_dict()
-    save_policy(policy, tmp_path)
-    ends = {1, 5} if stop is None else {1, 2, 5}
-    saved = GenerationConfig.from_pretrained(tmp_path)
-    assert {*saved.eos_token_id} == ends
-    drawn = saved.do_sample, saved.temperature, saved.top_k, saved.top_p
-    assert drawn == (True, 1.0, 0, 1.0)  # from all tokens
-    assert policy.model.generation_config.to_dict() == before  # a copy was written
-
-
 CHANGED = {
     "repetition_penalty": 1.5,
     "temperature": 0.3,
     "num_beams": 3,
-    "min_length": 30,
     "bad_words_ids": [[5], [6, 7]],
     "an_unknown_one": 3,
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_plain_generate_draws_as_the_policy_whatever_its_base_was_set_to(name, tmp_path):
-    """No setting of the base is left, so that transformers draws from the policy at the temperature of the run."""
+DRAWN = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@pytest.mark.parametrize(("stop", "drawn"), [(None, None), (("<pad>",), DRAWN)])
+def test_plain_generate_draws_as_the_policy_and_ends_where_completions_were_learnt_to_end(
+    stop, drawn, tmp_path
+):
+    """Of the base's settings only those of the ends are left; the tokenizer may know another end."""
     from transformers import GenerationConfig
 
-    policy = make_policy(vocabulary=90, seed=[*CHANGED].index(name))
-    settings = GenerationConfig(eos_token_id=1, max_length=30)
-    setattr(settings, name, CHANGED[name])
+    policy = make_policy()
+    policy.eos_ids = (1, 5)
+    policy.ask(PromptArguments(stop=stop))
+    settings = GenerationConfig(eos_token_id=5, max_length=30)
+    vars(settings).update(CHANGED)
     policy.model.generation_config = settings
-    drawn = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    save_policy(policy, tmp_path, distribution=drawn)
-    assert policy.model.generation_config is settings
-    saved = GenerationConfig.from_pretrained(tmp_path)
-    assert (saved.temperature, saved.top_k, saved.max_length) == (0.7, 0, 30)
-    plain = GenerationConfig(do_sample=True, **drawn)
-    kept = {"eos_token_id": 1, "max_length": 30}
-    assert saved.to_diff_dict() == {**plain.to_diff_dict(), **kept}
+    before = settings.to_dict()
+    save_policy(policy, tmp_path, **({} if drawn is None else {"distribution": drawn}))
+    assert policy.model.generation_config is settings and settings.to_dict() == before
+    saved = GenerationConfig.from_pretrained(tmp_path).to_diff_dict()
+    assert {*saved.pop("eos_token_id")} == ({1, 5} if stop is None else {1, 2, 5})
+    drawn = drawn or {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from all tokens
+    assert saved == GenerationConfig(do_sample=True, max_length=30, **drawn).to_diff_dict()
 
 
 @pytest.mark.parametrize("lora", [0, 2])
-def test_what_is_shipped_names_no_directory_of_this_machine(lora, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_is_shipped_names_no_directory_of_this_machine(
+    lora, relative, saved, tmp_path, monkeypatch
+):
     base = shutil.copytree(saved(), tmp_path / "my models" / "base")
-    for name in (str(base), "../my models/base"):
-        run = tmp_path / f"run {len(name)}"
-        run.mkdir()
-        monkeypatch.chdir(run)
-        result = trained(name, run / "out", lora_r=lora)
-        for file in (run / "out" / "model").rglob("*"):
-            if file.is_file():
-                assert str(tmp_path).encode() not in file.read_bytes(), file
-        cards = [*(run / "out" / "model").rglob("README.md")]
-        assert len(cards) == 1 + (lora > 0)
-        assert all("base_model" not in read(card)[0] for card in cards)
-        if lora:  # its base is found beside it, in the run
-            folder = run / "out" / "model" / "adapter"
-            config = read_json(folder / "adapter_config.json")
-            assert not config["base_model_name_or_path"]
-            alone = load_policy(folder).model
-            assert torch.equal(logits_of(alone), logits_of(load_policy(run / "out").model))
-            shutil.copytree(folder, run / "elsewhere")
-            with refused("does not name the base"):
-                load_policy(run / "elsewhere")
-        assert result.steps == 1
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.chdir(run)
+    model = "../my models/base" if relative else str(base)
+    letters_trained(run / "out", make_task(), model=model, lora_r=lora, max_steps=1)
+    for file in (run / "out" / "model").rglob("*.*"):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    cards = [*(run / "out" / "model").rglob("README.md")]
+    assert len(cards) == 1 + (lora > 0)
+    assert not any("base_model" in read(card)[0] for card in cards)
+    if lora:  # its base is found beside it, in the run
+        folder = run / "out" / "model" / "adapter"
+        assert not read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        alone = load_policy(folder).model
+        assert torch.equal(logits_of(alone), logits_of(load_policy(run / "out").model))
+        shutil.copytree(folder, run / "elsewhere")
+        with refused("does not name the base"):
+            load_policy(run / "elsewhere")
 
 
 def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path):
@@ -360,8 +324,11 @@ def test_names_of_the_hub_stay_and_command_lines_lose_their_directories(tmp_path
     card = Card("t", {"teacher": "/home/me/a b/teacher"}, lines, "owner/name")
     save_policy(policy, tmp_path, card=card)
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
-    assert config["base_model_name_or_path"] == "owner/name"
     front, text = read(tmp_path / "README.md")
-    assert front["base_model"] == "owner/name" and "| teacher | teacher |" in text
-    assert "tokenrl train --task 'rows.jsonl' --model=base" in text
-    assert "see y.py:f, 1/2, a/b, https://a.b/c/d.html." in text
+    assert config["base_model_name_or_path"] == front["base_model"] == "owner/name"
+    for line in (
+        "| teacher | teacher |",
+        "tokenrl train --task 'rows.jsonl' --model=base",
+        "see y.py:f, 1/2, a/b, https://a.b/c/d.html.",
+    ):
+        assert line in text

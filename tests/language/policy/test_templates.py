@@ -9,12 +9,11 @@ from datetime import datetime
 import pytest
 from refusals import refused
 from tiny_environments import chat_policy
-from tiny_models import make_policy, make_tokenizer
+from tiny_models import make_policy
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.fit import encode_demonstrations
 
 USER = [{"role": "user", "content": "hi"}]
@@ -47,21 +46,21 @@ def read(policy, ids):
 
 # ---- the clock ----
 
-FORMATS = ["%e %B %Y", "100%%"]
 TIME = "2031-02-03T04:05"
 
 
-@pytest.mark.parametrize("text", FORMATS)
-def test_a_template_reads_the_time_of_the_run_in_any_format(text):
-    template = "{{ strftime_now(" + repr(text) + ") }}|{{ messages[-1].content }}"
-    expected = f"{datetime.fromisoformat(TIME).strftime(text)}|hi"
+def test_a_template_reads_the_time_of_the_run_in_any_format():
+    template = (
+        "{{ strftime_now('%e %B %Y') }}|{{ strftime_now('100%%') }}|{{ messages[-1].content }}"
+    )
     policy = policy_with(template, chat_time=TIME)
+    expected = " 3 February 2031|100%|hi"
     assert policy.write(USER) == expected == read(policy, policy.encode(USER))
     judge = judge_with(template, chat_time=TIME)
     assert read(policy, judge.encode(USER, "hi")) == expected
     # the clock of plain transformers goes on
     now = policy.tokenizer.apply_chat_template(USER, tokenize=False)
-    assert "%Y" not in text or str(datetime.now().year) in now
+    assert str(datetime.now().year) in now
 
 
 # ---- errors of templates ----
@@ -78,21 +77,20 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_any_error_of_a_template_is_a_paragraph_that_names_the_row(kind):
     policy = policy_with(BROKEN[kind])
-    calls = [
-        lambda: policy.encode(USER),
-        lambda: policy.encode_all([USER], max_completion_length=4, locations=["line 8"]),
-        lambda: encode_demonstrations(policy, [{"prompt": USER, "completion": "a"}]),
-        lambda: policy.reply_ids(USER, ended=True, chat=True),
-        lambda: judge_with(BROKEN[kind]).encode(USER, "a"),
-    ]
-    messages = []
-    for call in calls:
-        with refused(r"The chat template of .* refuses messages") as caught:
+    calls = {
+        "": lambda: policy.encode(USER),
+        "The prompt of line 8: ": lambda: policy.encode_all(
+            [USER], max_completion_length=4, locations=["line 8"]
+        ),
+        "The demonstration of row 0: ": lambda: encode_demonstrations(
+            policy, [{"prompt": USER, "completion": "a"}]
+        ),
+        ".*": lambda: judge_with(BROKEN[kind]).encode(USER, "a"),
+    }
+    for row, call in calls.items():
+        with refused(f"^{row}The chat template of .* refuses messages") as caught:
             call()
-        messages.append(str(caught.value))
-    assert messages[1].startswith("The prompt of line 8: The chat template")
-    assert messages[2].startswith("The demonstration of row 0: The chat template")
-    assert not [text for text in messages if "\n" in text or "Traceback" in text]
+        assert "Traceback" not in str(caught.value)
 
 
 # ---- arguments of calls ----
@@ -145,12 +143,10 @@ def test_arguments_that_are_json_text_are_encoded_once_and_empty_text_is_an_empt
 def test_arguments_that_are_no_object_are_refused_with_their_row(call, arguments):
     policy = policy_with(CALLED.replace("{{ CALL }}", call))
     rows = [{"prompt": USER, "completion": [called(x)]} for x in ("{}", arguments)]
-    words = f"row 1: A call of a tool has the arguments {arguments!r}: they must be an object"
-    with refused(re.escape(words)):
+    with refused(
+        re.escape(f"row 1: A call of a tool has the arguments {arguments!r}: they must be an obj")
+    ):
         encode_demonstrations(policy, rows)
-    prompts = [{"prompt": [*USER, *row["completion"], *USER]} for row in rows]
-    with refused(re.escape(words)):
-        encode(policy, prompts, Sampling(2), ["row 0", "row 1"])
 
 
 # ---- demonstrations of several messages ----
@@ -286,14 +282,11 @@ def test_an_end_of_a_turn_that_is_a_special_token_stands_in_no_demonstration():
 
 @pytest.mark.parametrize("text", ["<bos>the cat", "the cat", "<bos>", "the <bos>cat"])
 def test_a_text_has_one_bos_in_front(text):
-    tokenizer = make_tokenizer("chat")  # which adds one
-    policy = make_policy(kind="chat")
-    judge = judge_of(tokenizer)
-    bare = tokenizer(text.removeprefix("<bos>"), add_special_tokens=False).input_ids
-    assert policy.encode(text) == [0, *bare]
-    assert policy.encode_all([text], max_completion_length=4) == [[0, *bare]]
+    policy = make_policy(kind="chat")  # whose tokenizer adds one
+    judge, bare = judge_of(policy.tokenizer), text.removeprefix("<bos>")
+    ids = [0, *policy.tokenizer(bare, add_special_tokens=False).input_ids]
     ((prompt, _),) = encode_demonstrations(policy, [{"prompt": text, "completion": "a"}])
-    assert prompt == [0, *bare]
-    assert judge.encode(text, "") == judge.encode(text.removeprefix("<bos>"), "") == [0, *bare]
+    assert policy.encode(text) == prompt == judge.encode(text, "") == judge.encode(bare, "") == ids
+    assert policy.encode_all([text], max_completion_length=4) == [ids]
     plain = make_policy(kind="pad")  # which adds none
     assert plain.encode(f"{text} ")[:2] != [0, 0]

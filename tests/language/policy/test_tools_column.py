@@ -59,17 +59,15 @@ def shown(policy, ids):
 @pytest.mark.parametrize(("tools", "names"), FORMS)
 def test_the_template_gets_the_tools_of_each_row_however_they_are_stored(tools, names):
     policy = policy_of_names()
-    rows = [{"prompt": [USER], "tools": tools, "completion": "x"}, {"prompt": [USER]}]
-    read = [shown(policy, ids) for ids in encode(policy, rows, Sampling(4))]
-    assert read == [names, ""]
-    ((demonstrated, _),) = encode_demonstrations(policy, rows[:1])
-    assert shown(policy, demonstrated) == names
+    row = {"prompt": [USER], "tools": tools, "completion": "x", "chosen": "x", "rejected": "y"}
     policy.model.config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(policy.model.config)
     judge = RewardModel((classifier, policy.tokenizer))
-    pair = {"prompt": [USER], "chosen": "x", "rejected": "y", "tools": tools}
-    ((chosen, _),) = encode_pairs(judge, read_pairs([pair], "here"))
-    assert shown(policy, chosen) == names
+    sampled, without = encode(policy, [row, {"prompt": [USER]}], Sampling(4))
+    ((demonstrated, _),) = encode_demonstrations(policy, [row])
+    ((chosen, _),) = encode_pairs(judge, read_pairs([row], "here"))
+    read = [shown(policy, ids) for ids in (sampled, demonstrated, chosen, without)]
+    assert read == [names, names, names, ""]
     assert judge([[USER]], ["x"], tools=[tools]) == judge.score([chosen])
 
 

@@ -24,13 +24,20 @@ def chat(*texts):
 def test_every_reward_has_its_name_and_takes_text_and_chat_alike():
     made = {"regex_format": RegexFormat("yes.*"), "length": Length(target=3, unit="characters")}
     made |= {name: kind() for name, kind in LIBRARY.items() if name not in made}
-    texts = ["yes", "12", '{"a": 1}', "good good good good"]
+    texts, columns = ["yes", "12", '{"a": 1}', "good good"], {"answer": ["yes", "13", "1", "x"]}
     for name, reward in made.items():
         assert reward.__name__ == name and Rewards(reward).names == [name]
-        columns = {"answer": ["yes", "13", "1", "x"]}
         assert reward(completions=texts, **columns) == reward(completions=chat(*texts), **columns)
-    several = [[{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]]
-    assert RegexFormat("a\nb")(completions=several) == [1.0]
+    pattern = "<think>.*\n</think>"
+    several = [*chat("<think>a"), *chat("</think>")]
+    for completion, whole, anywhere in (
+        ([*several[0], *several[1]], 1, 1),
+        ("<think>a\n</think>", 1, 1),
+        ("<think>a\n</think> b", 0, 1),
+        ("<think>\na\n</think>", 0, 0),
+    ):
+        assert RegexFormat(pattern)(completions=[completion]) == [whole]
+        assert RegexFormat(pattern, search=True)(completions=[completion]) == [anywhere]
 
 
 def test_exact_match_and_what_it_overlooks():
@@ -38,16 +45,11 @@ def test_exact_match_and_what_it_overlooks():
     texts = [" Paris\n", "paris", "Paris!", "the  cat", "3", "x"]
     assert ExactMatch()(completions=texts, answer=answer) == [1, 0, 0, 0, 1, None]
     assert ExactMatch(strip=False)(completions=texts, answer=answer)[0] == 0
-    for option, row in (("ignore_case", 1), ("ignore_punctuation", 2), ("collapse_spaces", 3)):
-        found = ExactMatch(**{option: True})(completions=texts, answer=answer)
-        assert [i for i in range(1, 4) if found[i]] == [row]
-    assert ExactMatch(column="target")(completions=["a"], target=["a"]) == [1]
-    assert ExactMatch()(completions=["7", "7.0", "7", "7"], answer=[7.0, 7.0, 7.5, "7.0"]) == [
-        1,
-        1,
-        0,
-        0,
-    ]
+    for row, option in enumerate(("ignore_case", "ignore_punctuation", "collapse_spaces"), 1):
+        rewards = ExactMatch(**{option: True})(completions=texts, answer=answer)
+        assert [i for i in range(1, 4) if rewards[i]] == [row]
+    numbers = ExactMatch(column="n")(completions=["7", "7.0", "7", "7"], n=[7.0, 7.0, 7.5, "7.0"])
+    assert numbers == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -69,15 +71,6 @@ def test_the_final_number(text, number):
     assert (value if number is None else float(value)) == number
 
 
-@given(
-    st.floats(-1e12, 1e12).filter(lambda x: abs(x) > 1e-9),
-    st.sampled_from(["{}", "so {} it is", "#### {}"]),
-)
-def test_any_number_that_python_prints_is_read_back(number, frame):
-    assert float(final_number(frame.format(repr(number)))) == number
-    assert float(final_number(rf"2 \boxed{{{number!r}}} 3")) == number
-
-
 def test_numeric_answers_and_their_tolerance():
     reward = NumericAnswer(tolerance=0.01)
     answer = ["42", 42, "so #### 42", "no number", None, "1000", "0.5", "0.5"]
@@ -91,12 +84,10 @@ def test_numeric_answers_and_their_tolerance():
 @given(st.integers(-(10**27), 10**27), st.integers(-5, 5), st.booleans())
 def test_a_whole_answer_is_met_by_itself_alone(answer, difference, has_point):
     column = float(answer) if has_point and abs(answer) < 2**53 else answer
-    for text in (
-        f"{answer + difference:,}",
-        f"so {answer + difference}.0",
-        f"{answer + difference}/1",
-    ):
-        assert NumericAnswer()(completions=[text], answer=[column]) == [float(difference == 0)]
+    number = answer + difference
+    texts = [f"{number:,}", f"so {number}.0", f"{number}/1", rf"2 \boxed{{{number}}} 3"]
+    rewards = NumericAnswer()(completions=texts, answer=[column] * 4)
+    assert rewards == [float(difference == 0)] * 4
 
 
 @pytest.mark.parametrize(
@@ -112,16 +103,6 @@ def test_a_whole_answer_is_met_by_itself_alone(answer, difference, has_point):
 )  # fmt: skip
 def test_what_counts_as_equal_to_an_answer(answer, completion, earned):
     assert NumericAnswer()(completions=[completion], answer=[answer]) == [earned]
-
-
-def test_patterns_match_the_whole_text_or_anywhere():
-    pattern, texts = (
-        r"<think>.*</think>",
-        ["<think>a</think>", "<think>a</think> b", "<think>a\n</think>"],
-    )
-    assert RegexFormat(pattern)(completions=texts) == [1, 0, 0]
-    assert RegexFormat(pattern, search=True)(completions=texts) == [1, 1, 0]
-    assert RegexFormat("(?s)" + pattern)(completions=texts) == [1, 0, 1]
 
 
 def test_length_is_measured_in_tokens_words_or_characters():

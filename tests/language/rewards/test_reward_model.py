@@ -40,24 +40,17 @@ def test_a_reward_models_batched_scores_are_those_of_single_texts(tmp_path, name
     model, tokenizer = save_model(tmp_path / "judge", name, kind)
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "judge")
     texts = ["a b", "a", "hello world a b c", "b a", "", "c c c c c <eos>", "a b c d", "a b <eos>"]
-    reward = RewardModel(tmp_path / "judge", device="cpu")
+    rewards = Rewards([str(tmp_path / "judge"), lambda **_: [0.0, 0.0]])
+    assert rewards.names == ["judge", "reward"]
+    reward = rewards.functions[0]
+    assert not reward.model.training
+    assert not any(parameter.requires_grad for parameter in reward.model.parameters())
     single = [alone(model, tokenizer("hello " + text)["input_ids"]) for text in texts]
+    assert np.std(single) > 0.1
     for reward.batch_size in (1, 3, 16):
         scores = reward(["hello "] * len(texts), texts)
         assert all(type(score) is float for score in scores)
-        assert (
-            scores == pytest.approx(single, abs=1e-5 if dtype == "float32" else 0.1)
-            and np.std(single) > 0.1
-        )
-
-
-def test_a_reward_model_is_a_reward_named_after_its_folder(tmp_path):
-    save_model(tmp_path / "judge", "llama")
-    rewards = Rewards([str(tmp_path / "judge"), lambda **_: [0.0, 0.0]])
-    assert rewards.names == ["judge", "reward"]
-    rewards.check_columns([])
-    assert not any(parameter.requires_grad for parameter in rewards.functions[0].model.parameters())
-    assert not rewards.functions[0].model.training
+        assert scores == pytest.approx(single, abs=1e-5 if dtype == "float32" else 0.1)
 
 
 def test_a_long_text_loses_its_beginning_and_an_empty_one_is_scored(tmp_path):

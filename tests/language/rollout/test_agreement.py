@@ -8,14 +8,15 @@ from families import family_policy
 from refusals import refused
 from tiny_models import (
     ARCHITECTURES,
+    letters_trained,
     make_policy,
     make_task,
     quickly,
 )
 from transformers.cache_utils import DynamicLayer
 
-import tokenrl
-from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
+from tokenrl.core import Estimator
+from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.cache import Memory
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -112,30 +113,36 @@ def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, 
             check_model(wrong)
 
 
-def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
-    policy = changed(make_policy(), detached)
-    regime = check_model(policy)
-    assert not regime.share_prompt
-    assert "shared prompt gives a gradient that is off" in regime.remarks["prompts"]
-
-
-def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
-    policy = changed(make_policy("gpt2"), overwritten)
+@pytest.mark.parametrize(
+    ("architecture", "change", "remark"),
+    [
+        ("llama", detached, "shared prompt gives a gradient that is off"),
+        ("gpt2", overwritten, "modified by an"),
+    ],
+)
+def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing(architecture, change, remark):
+    policy = changed(make_policy(architecture), change)
     assert usual(check_model(policy, gradient=False))
     regime = check_model(policy)
-    assert not regime.share_prompt and "modified by an" in regime.remarks["prompts"]
+    assert not regime.share_prompt and remark in regime.remarks["prompts"]
 
 
-def test_a_wrong_gradient_is_refused():
-    with refused("scoring gives a gradient that is off by"):
-        check_model(changed(make_policy(), steep_when_padded))
-    check_model(changed(make_policy(), steep_when_padded), gradient=False)
-
-
-def test_wrong_hidden_states_are_refused_where_a_critic_reads_them():
-    check_model(changed(make_policy(), hidden_of_the_first_layer))
-    with refused("sampling gives hidden states that are off by"):
-        check_model(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
+@pytest.mark.parametrize(
+    ("change", "needs", "words"),
+    [
+        (steep_when_padded, {}, "scoring gives a gradient that is off by"),
+        (
+            hidden_of_the_first_layer,
+            {"hidden": True},
+            "sampling gives hidden states that are off by",
+        ),
+    ],
+)
+def test_wrong_gradients_and_hidden_states_are_refused_where_they_are_needed(change, needs, words):
+    policy = changed(make_policy(), change)
+    check_model(policy, gradient=False)
+    with refused(words):
+        check_model(policy, **needs)
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8, None])
@@ -150,17 +157,6 @@ def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
     assert usual(check_model(policy, hidden=True))
-
-
-def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
-    policy = make_policy()
-    enable_gradient_checkpointing(policy)
-    regime = check_model(policy)
-    assert (
-        not regime.share_prompt
-        and not regime.remarks
-        and any(m.training for m in policy.model.modules())
-    )
 
 
 def broken(*_, **__):
@@ -209,49 +205,41 @@ def test_where_a_release_lacks_what_the_fast_way_reads_the_plain_way_samples_the
     assert torch.allclose(before.logprobs, after.logprobs, atol=1e-5)
 
 
-def test_a_run_without_our_cache_trains_and_its_header_says_so(tmp_path, monkeypatch, said):
+def half(totals, **_):
+    return torch.full_like(totals, 0.5)
+
+
+def test_a_run_without_our_cache_trains_and_its_header_says_so_and_names_its_function(
+    tmp_path, monkeypatch, said
+):
     monkeypatch.setattr("tokenrl.language.rollout.cache.Memory.update", broken)
-    result = tokenrl.train(
-        model=make_policy(),
-        task=make_task(),
-        output_dir=tmp_path / "run",
-        max_steps=2,
-        eval_generations=1,
-        cpu=True,
-    )
-    assert result.exit_code == 0
+    options = {"estimator": Estimator(baseline=half), "eval_generations": 1, "quiet": False}
+    run = letters_trained(tmp_path / "run", make_task(), model=make_policy(), **options)
+    assert run.exit_code == 0
     header = said()
     assert "as the model keeps it" in header and "no such attribute in this release" in header
+    assert "baseline half" in header and "bias: unknown" in header and "<function" not in header
 
 
 @pytest.mark.parametrize("worst", ["nothing", "refused", "prompts", "cache"])
 def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
+    """A process that refuses tells the others first."""
     sent = []
 
     def gather(faults):
         sent.append(faults[0].tolist())
         other = [int(worst == name) for name in ("refused", "prompts", "logits", "cache")]
-        return torch.tensor([faults[0].tolist(), other]).int()
+        return torch.tensor([sent[-1], other]).int()
 
     processes = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
-    policy = make_policy()
     if worst == "refused":
         with refused("another process"):
-            check_model(policy, accelerator=processes)
+            check_model(make_policy(), accelerator=processes)
     else:
-        regime = check_model(policy, accelerator=processes)
-        assert regime.share_prompt == (worst != "prompts")
-        assert regime.plain_cache == (worst == "cache")
+        regime = check_model(make_policy(), accelerator=processes)
+        plain = {"prompts": not regime.share_prompt, "cache": regime.plain_cache}
+        assert {name for name, is_plain in plain.items() if is_plain} == {worst} - {"nothing"}
         assert {*regime.remarks} == {worst} - {"nothing"}
-    assert sent == [[0, 0, 0, 0]]
-    with refused("off by"):  # a process that refuses tells the others first
+    with refused("off by"):
         check_model(changed(make_policy(), without("attention_mask")), accelerator=processes)
-    assert sent[1:] == [[1, 0, 0, 0]]
-
-
-def test_a_run_refuses_a_wrong_model(tmp_path):
-    policy = changed(make_policy(), without("attention_mask"))
-    with refused("attention_mask"):
-        tokenrl.train(
-            model=policy, task=make_task(), output_dir=tmp_path / "run", cpu=True, quiet=True
-        )
+    assert sent == [[0, 0, 0, 0], [1, 0, 0, 0]]

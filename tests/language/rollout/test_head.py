@@ -30,10 +30,11 @@ CENTRED = Estimator(
 )
 
 
-def rollout_of(policy, length=6, **how):
+def rollout_of(policy, length=6, prompts=PROMPTS, **how):
     policy.eos_ids = ENDS
-    how |= {"num_generations": 3, "max_completion_length": length, "temperature": 0.7, "seed": 1}
-    return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+    how = {"num_generations": 3, "temperature": 0.7, "seed": 1} | how
+    ids = [policy.encode(prompt) for prompt in prompts]
+    return completions(policy, ids, max_completion_length=length, **how)
 
 
 def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
@@ -118,24 +119,20 @@ class _Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_logits_of_all_tokens_never_exist(trained):
+def test_logits_of_all_tokens_never_exist():
     policy = make_policy(vocabulary=20_000)
     rollout = rollout_of(policy)
-    vocabulary, tokens = 20_000, int(rollout.mask.sum())
     # gradients of weights are as large as these
     size = policy.model.get_input_embeddings().weight.numel()
-    at_once, how = 8, Regime(tokens_at_once=8)
+    tokens, at_once, how = int(rollout.mask.sum()), 8, Regime(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:
-        if trained:
-            score(policy.model, rollout, how, entropy=True).logprobs.sum().backward()
-        else:
-            score_in_parts(policy.model, rollout, how, entropy=True)
-    assert seen.most == max(size, at_once * vocabulary)
+        score(policy.model, rollout, how, entropy=True).logprobs.sum().backward()
+        score_in_parts(policy.model, rollout, how, entropy=True)
+    assert seen.most == max(size, at_once * 20_000)
     with _Largest() as seen:
         objective(policy, rollout)
-    assert seen.most >= tokens * vocabulary
+    assert seen.most >= tokens * 20_000
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -156,12 +153,7 @@ def test_a_token_is_drawn_where_the_cdf_reaches_its_uniform(vocabulary, device):
     assert on_device(uniforms, torch.device(device)).dtype == numbers.dtype
     tokens = draw(p, numbers)[:, None]
     assert (p.gather(1, tokens) > 0).all()
-    cdf = p.double().cumsum(dim=1)
-    cdf = cdf / cdf[:, -1:]
-    expected = torch.searchsorted(cdf, uniforms[:, None], right=True)
-    near = (cdf - uniforms[:, None]).abs().amin(dim=1) < 1e-5
-    assert torch.equal(tokens[~near], expected[~near]) and near.sum() < 400
     # Near a boundary rounding may choose the other side, which is as near.
-    end = cdf.gather(1, tokens).squeeze(1)
+    end = p.double().cumsum(dim=1).gather(1, tokens).squeeze(1)
     start = end - p.gather(1, tokens).squeeze(1)
     assert ((start - 1e-5 <= uniforms) & (uniforms <= end + 1e-5)).all()

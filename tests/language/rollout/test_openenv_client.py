@@ -8,9 +8,8 @@ import threading
 import pyarrow.parquet as parquet
 import pytest
 from folders import RECIPES
-from tiny_models import letters
+from tiny_models import letters, letters_trained
 
-import tokenrl
 from tokenrl.language.rollout.episodes import ENDINGS
 
 RECIPE = RECIPES / "language" / "openenv_client.py"
@@ -22,27 +21,19 @@ class Session:
     """The environment of one connection: which letter is it? Three guesses."""
 
     def answer(self, message: dict) -> dict:
-        if message["type"] == "reset":
-            self.secret, self.guesses = SECRETS[message["data"]["seed"] % 4], 0
-            return self.observation(f"{self.secret}?>", None, False)
-        guess = message["data"]["message"]
-        if guess == "crash":
-            return {
-                "type": "error",
-                "data": {"message": "no such letter", "code": "EXECUTION_ERROR"},
-            }
-        self.guesses += 1
-        right = guess.startswith(self.secret)
-        return self.observation("no>", float(right), right or self.guesses == 3)
-
-    def observation(self, text: str, reward: float | None, done: bool) -> dict:
         """An observation as TextArena's servers send them."""
+        data = message["data"]
+        if message["type"] == "reset":
+            self.secret, self.guesses = SECRETS[data["seed"] % 4], 0
+            text, reward, done = f"{self.secret}?>", None, False
+        else:
+            self.guesses += 1
+            is_right = data["message"].startswith(self.secret)
+            text, reward, done = "no>", float(is_right), is_right or self.guesses == 3
         messages = [{"sender_id": -1, "content": "old", "category": "PROMPT"}, {"content": text}]
         observation = {"prompt": "What is the letter?", "messages": messages}
-        return {
-            "type": "observation",
-            "data": {"observation": observation, "reward": reward, "done": done},
-        }
+        data = {"observation": observation, "reward": reward, "done": done}
+        return {"type": "observation", "data": data}
 
 
 @pytest.fixture
@@ -71,21 +62,13 @@ def sessions(monkeypatch):
 
 
 def test_a_policy_trains_on_it(sessions, tmp_path):
-    shape = {
-        "max_steps": 2,
-        "prompts_per_step": 2,
-        "num_generations": 2,
-        "max_completion_length": 6,
-    }
-    run = tokenrl.train(
-        task=f"{RECIPE}:Env", model=letters(64), output_dir=tmp_path / "run", eval_size=2, max_turns=2,
-        stop=[">"], cpu=True, quiet=True, **shape,
-    )  # fmt: skip
+    task, model = f"{RECIPE}:Env", letters(64)
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 2, "eval_size": 2}
+    sizes |= {"max_completion_length": 6, "max_turns": 2, "stop": [">"]}
+    run = letters_trained(tmp_path / "run", task, model=model, **sizes)
     assert run.exit_reason == "finished" and sessions.count("/ws") <= 8  # 2 prompts, 4 generations
-    (rows,) = [
-        parquet.read_table(path).to_pylist() for path in (tmp_path / "run").rglob("*1.parquet")
-    ]
+    (table,) = (tmp_path / "run").rglob("*1.parquet")
+    rows = parquet.read_table(table).to_pylist()
     assert all(not row["failure"] and row["ending"] in ENDINGS[:4] for row in rows)
-    assert {"role": "user", "content": "no>"} in [
-        m for row in rows for m in json.loads(row["messages"])
-    ]
+    messages = [message for row in rows for message in json.loads(row["messages"])]
+    assert {"role": "user", "content": "no>"} in messages

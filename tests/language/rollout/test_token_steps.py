@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tokenrl import train
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.rollout import batch, decoding, forward
+from tokenrl.language.rollout import decoding, forward
 from tokenrl.language.rollout.agreement import check_token_steps, checked_generator
 from tokenrl.language.rollout.batch import Batch, TokenSteps
 from tokenrl.language.rollout.cache import Memory
@@ -27,7 +27,7 @@ LENGTH, SIZE = 18, 3
 DRAWS = torch.rand(9, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_tokens=4)
 NUMBERS = ("logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
-REGIMES = ("plain", "turns", "fixed")
+REGIMES = ("plain", "few at once", "turns", "fixed")
 
 
 def some_policy(family: str, **config):
@@ -50,7 +50,8 @@ def generated(
     """Completions of the prompts of these numbers, each with its own draws."""
     if regime == "fixed":
         steps = TokenSteps()
-    engine = TransformersGenerator(policy, regime=Regime(token_steps=steps))
+    at_once = 2 * SIZE if regime == "few at once" else None
+    engine = TransformersGenerator(policy, at_once, regime=Regime(token_steps=steps))
     draws = torch.cat([DRAWS[SIZE * i : SIZE * (i + 1)] for i in prompts])
     draws = draws[:, : sampling.max_completion_length]
     draws = None if greedy else draws
@@ -62,6 +63,11 @@ def generated(
         )
     rollout = engine.generate([PROMPTS[i] for i in prompts], sampling, draws)
     assert regime != "fixed" or len(steps)
+    index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
+    assert torch.equal(rollout.prompt_index, index)
+    rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+    read = [ids[mask].tolist() for ids, mask in rows]
+    assert read == [PROMPTS[prompts[i]] for i in index]
     return rollout
 
 
@@ -101,11 +107,14 @@ def test_fixed_memory_samples_the_tokens_of_the_plain_way(family, look_every):
     )
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_no_company_order_or_padding_changes_a_row(regime, look_every):
-    policy = some_policy("llama")
+@pytest.mark.parametrize(
+    ("family", "regime"),
+    [*(("llama", regime) for regime in REGIMES), ("gpt2", "plain"), ("qwen2", "plain")],
+)
+def test_no_company_order_or_padding_changes_a_row(family, regime, look_every):
+    policy = some_policy(family)
     expected = generated(policy)
-    for order in ((2, 0, 1), (1,), (2, 1)):
+    for order in ((0, 1, 2) * 4, (2, 0, 1), (1,), (2, 1)):  # 36 rows take a bucket of 64
         rows = torch.cat([torch.arange(SIZE * i, SIZE * (i + 1)) for i in order])
         assert_same(generated(policy, order, regime=regime), expected, rows)
     shorter = generated(policy, sampling=replace(KEPT, max_completion_length=5), regime=regime)
@@ -132,35 +141,21 @@ def test_a_bucket_serves_all_batches_of_its_size_and_reads_new_weights():
         for p in policy.model.parameters():
             p.mul_(1.5)  # in place, as an optimiser does
     assert_same(generated(policy, (1, 2), steps=steps), generated(policy, (1, 2)))
-    largest = batch._rounded(2 * SIZE)
-    assert buckets <= len(steps) <= 4 and largest == 8
+    assert buckets <= len(steps) <= 4
     vector_to_parameters(vector, policy.model.parameters())  # at other addresses
     assert_same(generated(policy, (0, 1), steps=steps), generated(policy, (0, 1)))
     assert len(steps) > buckets
 
 
 def test_memory_is_bounded():
-    policy = some_policy("llama")
-    expected = generated(policy)
-    none, steps = TokenSteps(limit=1000), TokenSteps()
-    assert_same(generated(policy, steps=none), expected)
-    assert len(none) == 0
-    generated(policy, steps=steps)
-    buckets = sizes_of(steps)
-    assert len(buckets) > 2
-    steps = TokenSteps(limit=max(buckets))
-    for _ in range(2):
-        assert_same(generated(policy, steps=steps), expected)
-        assert 0 < sum(sizes_of(steps)) <= max(buckets)
-
-
-def sizes_of(steps):
-    return [bucket.nbytes for bucket in steps._buckets.values()]
-
-
-@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 4), (32, 32), (33, 64), (65, 96)])
-def test_rows_of_a_bucket(rows, size):
-    assert batch._rounded(rows) == size
+    policy, steps = some_policy("llama"), TokenSteps()
+    expected = generated(policy, steps=steps)
+    largest = max(bucket.nbytes for bucket in steps._buckets.values())
+    for limit in (0, largest):
+        few = TokenSteps(limit=limit)
+        assert_same(generated(policy, steps=few), expected)
+        assert sum(bucket.nbytes for bucket in few._buckets.values()) <= limit
+        assert bool(len(few)) == (limit > 0) and len(few) < len(steps)
 
 
 def tried(policy, regime=USUAL, **options):

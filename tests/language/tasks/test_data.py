@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from refusals import refused
 
-from tokenrl import sft
 from tokenrl.cli import main
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.tasks.sources import read_splits
 from tokenrl.language.tasks.stream import PromptStream, RowOrder, batch_orders
-from tokenrl.language.tasks.task import PromptTask, load_task
+from tokenrl.language.tasks.task import load_task
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
 
@@ -27,47 +28,24 @@ def reward(completions, answer, **kwargs):
     ]
 
 
-@pytest.fixture(autouse=True)
-def alone(workplace, monkeypatch):
-    """The current directory and the dataset cache are temporary."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(workplace / "cache"))
-    datasets.disable_progress_bars()
-
-
-def toy_tasks(monkeypatch, **tasks):
-    package = SimpleNamespace(NAMES=tuple(tasks), load=lambda name: tasks[name])
-    monkeypatch.setitem(sys.modules, "toy_tasks", package)
-
-
 # ---- places ----
 
 
-RUN = "train --reward length(target=3) --max-completion-length 8"
-
-
 @pytest.mark.parametrize(
-    ("bad", "suffix", "commands"),
+    ("bad", "command"),
     [
-        ("the cat " * 40, ".jsonl", [RUN, "sft", "sft --reward length(target=3)"]),
-        ("", ".csv", [f"{RUN} --prompt-template {{prompt}}"]),
+        ("the cat " * 40, "train --reward length(target=3) --max-completion-length 8"),
+        ("the cat " * 40, "sft"),
+        (None, "train --reward length(target=3) --prompt-template {prompt}"),
     ],
-    ids=["long", "empty"],
 )
-def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
-    bad, suffix, commands, saved, capsys
-):
-    rows = [{"prompt": bad if n == 5 else f"{n} a", "completion": "two"} for n in range(9)]
-    lines = ["prompt,completion", *(",".join(row.values()) for row in rows)]
-    if suffix == ".jsonl":
-        lines = list(map(json.dumps, [rows[0], *rows]))
-    lines.insert(3, "")
-    with open(f"data{suffix}", "w") as file:
-        file.write("\n".join(lines))
-    for command in commands:
-        words = f"{command} --task data{suffix} --model {saved(kind='chat')} --max-steps 1"
-        main(words.split())
-        output = capsys.readouterr()
-        assert "of line 8" in " ".join((output.out + output.err).split()), command
+def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(bad, command, saved, capsys):
+    rows = [{"prompt": bad if n == 6 else f"{n} a", "completion": "two"} for n in range(10)]
+    lines = [*map(json.dumps, rows)]
+    Path("data.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:]]))
+    words = f"--task data.jsonl --model {saved(kind='chat')} --max-steps 1"
+    assert main([*command.split(), *words.split()]) == 2
+    assert "of line 8" in " ".join(capsys.readouterr().err.split())
 
 
 # ---- sources ----
@@ -75,12 +53,11 @@ def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(
 
 def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
     (tmp_path / "folder").mkdir()
-    for split, rows in (("train", ROWS), ("test", [{"prompt": "new", "answer": "x"}, ROWS[3]])):
+    test = [{"prompt": "new", "answer": "x"}, ROWS[3]]
+    for split, rows in (("train", ROWS), ("test", test)):
         datasets.Dataset.from_list(rows).to_json(f"folder/{split}.jsonl")
     task = load_task("folder", reward=reward)
-    assert [row["prompt"] for row in task.eval_prompts] == ["new", ROWS[3]["prompt"]]
-    assert [row["prompt"] for row in task.train_prompts] == [r["prompt"] for r in ROWS]
-
+    assert [*task.train_prompts] == ROWS and [*task.eval_prompts] == test
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk("saved")
     task = load_task("saved", reward=reward)
@@ -92,27 +69,32 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
         load_task("both", split="frist", reward=reward)
 
 
-def hub(monkeypatch, features, load, name="parquet"):
-    """Have a builder of `datasets` stand for every name on the hub; return what it was called with."""
-    calls = []
-    builder = SimpleNamespace(
-        name=name, info=SimpleNamespace(features=features), config=SimpleNamespace()
-    )
+@pytest.fixture
+def hub(monkeypatch):
+    """A builder of `datasets` for every name on the hub; its `calls` are the names, with configurations."""
+    builder = SimpleNamespace(name="parquet", config=SimpleNamespace(), calls=[])
+    builder.info = SimpleNamespace(features=None)
     builder.download_and_prepare = lambda: None
-    builder.as_dataset = load
-    monkeypatch.setattr(
-        datasets, "load_dataset_builder", lambda *args: calls.append(args) or builder
-    )
-    return calls
+    named = lambda *name: builder.calls.append(name) or builder  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset_builder", named)
+    return builder
 
 
-@pytest.mark.parametrize("features", [None, {"prompt": "string"}])
-def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch, features):
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
-    calls = hub(monkeypatch, features, lambda: data, "parquet" if features is None else "json")
+def test_a_hub_name_reaches_datasets_with_its_configuration(hub):
+    hub.as_dataset = lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
     load_task("owner/name", reward=reward, eval_size=2)
+    hub.name, hub.info.features = "json", {"prompt": "string"}
     load_task("owner/name:main", reward=reward, eval_size=2)
-    assert calls == [("owner/name", None), ("owner/name", "main")]
+    assert hub.calls == [("owner/name", None), ("owner/name", "main")]
+
+
+def test_no_error_of_the_hub_reaches_the_user_raw(hub):
+    def as_dataset():
+        raise RuntimeError("generation\n  failed") from ConnectionError("no route")
+
+    hub.as_dataset = as_dataset
+    with refused("generation failed caused by ConnectionError: no route"):
+        load_task("owner/name", reward=reward)
 
 
 def test_a_task_of_the_users_own_module_or_file(tmp_path):
@@ -143,58 +125,35 @@ def test_a_task_of_the_users_own_module_or_file(tmp_path):
     assert load_task(f"{tmp_path}/my_task.py:task").name == "mine"
     other = load_task("my_task:task", reward=reward)
     assert other.reward is reward and load_task("my_task:task").reward is len
-    with refused("OSError: no disk"):
-        load_task("my_task:broken")
-    with refused(r"has no tsk.*'task'"):
-        load_task("my_task:tsk")
-
-
-# ---- refusals ----
-
-
-def test_unknown_names_are_refused_whatever_their_form(tmp_path):
     (tmp_path / "bad_task.py").write_text("import not_installed_anywhere")
     (tmp_path / "notes.txt").write_text("text")
-    for name, message in {
+    for name, words in {
+        "my_task:broken": "OSError: no disk",
+        "my_task:tsk": r"has no tsk.*'task'",
         "nothing": "There is no task 'nothing'",
         "no_module:task": "there is no module no_module",
         "missing.jsonl": "there is no such file",
         "bad_task:task": "ModuleNotFoundError.*not_installed_anywhere",
         "notes.txt": r"cannot read '.txt' files; allowed are \.json",
     }.items():
-        with refused(message):
+        with refused(words):
             load_task(name, reward=reward)
 
 
-def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
-    def as_dataset():
-        raise RuntimeError("generation\n  failed") from ConnectionError("no route")
-
-    hub(monkeypatch, None, as_dataset)
-    with refused("generation failed caused by ConnectionError: no route"):
-        load_task("owner/name", reward=reward)
+# ---- refusals ----
 
 
-def test_empty_data_is_refused(tmp_path, monkeypatch):
-    datasets.Dataset.from_list(ROWS).select(range(0)).save_to_disk("none")
-    for name, content in {
-        "a.jsonl": "",
-        "a.csv": "",
-        "b.csv": "prompt,answer\n",
-        "a.json": "[]",
-    }.items():
-        (tmp_path / name).write_text(content)
-    for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
-        with refused(f"'{name}'"):
-            load_task(name, reward=reward)
-    toy_tasks(monkeypatch, empty=PromptTask("empty", [], ROWS, reward))
-    with refused("train_prompts is empty"):
-        load_task("empty")
+EMPTY = {"a.jsonl": "", "a.csv": "", "b.csv": "prompt,answer\n", "a.json": "[]"}
 
 
-@pytest.mark.parametrize(
-    "read", [read_splits, load_pairs, lambda name: sft(task=name, model="none")]
-)
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_data_is_refused(name):
+    Path(name).write_text(EMPTY[name])
+    with refused(f"'{name}'"):
+        load_task(name, reward=reward)
+
+
+@pytest.mark.parametrize("read", [read_splits, load_pairs])
 @pytest.mark.parametrize(
     ("name", "content", "place"),
     [
@@ -238,12 +197,6 @@ def batches_of(rows, size, seed):
     return batches, lambda: batches.draw(size)
 
 
-def test_prompts_that_are_peeked_at_are_drawn_next():
-    stream, _ = prompts_of(5, 3, 1)
-    for count in (3, 4, 9):  # within an epoch, over its end, and over two
-        assert stream.peek(count) == stream.peek(count) == stream.draw_prompts(count)
-
-
 @pytest.mark.parametrize("make", [prompts_of, batches_of])
 @settings(max_examples=50, deadline=None)
 @given(
@@ -266,9 +219,12 @@ def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, si
 
 
 def test_positions_and_epochs_count_what_was_given_out_and_another_order_is_refused():
-    stream, _ = prompts_of(20, 1, 0)
-    assert [number for number, _ in stream.draw_prompts(32)] == list(range(32))
-    assert stream.epoch == 32 / 20
+    stream, other = (prompts_of(20, 1, 0)[0] for _ in range(2))
+    for count in (3, 4, 25):  # within an epoch, over its end, and what is peeked at is drawn next
+        peeked = stream.peek(count + 2)[:count]
+        assert peeked == stream.draw_prompts(count) == other.draw_prompts(count)
+    assert [number for number, _ in stream.draw_prompts(2)] == [32, 33]
+    assert stream.epoch == 34 / 20
     for rows, seed, fault in ((19, 0, "num_rows 20 and this run has 19"), (20, 1, "seed 0 and")):
         with refused(fault):
             prompts_of(rows, 1, seed)[0].load_state_dict(stream.state_dict())

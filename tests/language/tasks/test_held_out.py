@@ -6,7 +6,6 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass
 from hashlib import sha256
 from types import ModuleType
 
@@ -20,36 +19,22 @@ from tokenrl.language.tasks.stream import few_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, load_task
 
 
-@dataclass
-class CoinConfig:
-    seed: int = 0
-    size: int = 500
-    sides: int = 1000
-
-
 class Coins:
     """Puzzles as most generators of reasoning-gym make them: item i depends on seed + i alone."""
 
-    def __init__(self, seed=0, size=500, sides=1000):
-        self.seed, self.size, self.sides = seed, size, sides
+    def __init__(self, seed=0, size=500):
+        self.seed, self.size = seed, size
 
     def __iter__(self):
-        for i in range(self.size):
-            number = random.Random(self.seed + i).randrange(self.sides)
-            yield {
-                "question": f"{self.seed + i if self.sides == 1000 else number}?",
-                "answer": str(number),
-            }
-
-    def score_answer(self, answer, entry):
-        return float(answer == entry["answer"])
+        for i in range(self.seed, self.seed + self.size):
+            yield {"question": f"{i}?", "answer": str(random.Random(i).randrange(9))}
 
 
 @pytest.fixture
 def gym(monkeypatch):
     package, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
     package.create_dataset = lambda name, **options: Coins(**options)
-    factory.DATASETS = {"coins": (Coins, CoinConfig)}
+    factory.DATASETS = {"coins": (Coins, None)}
     monkeypatch.setitem(sys.modules, "reasoning_gym", package)
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
 
@@ -59,15 +44,13 @@ def prompts(rows):
 
 
 @pytest.mark.parametrize(
-    ("options", "held_out"),
-    [("size=64", None), ("size=500", 400), ("size=8, seed=1073741823", None)],
+    ("size", "seed", "held_out"), [(64, 0, None), (500, 0, 400), (8, 2**30 - 1, None)]
 )
-def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options, held_out):
-    task = load_task(f"reasoning_gym:coins({options})", eval_size=held_out)
-    size = int(options.partition("size=")[2].partition(",")[0])
-    assert len(set(prompts(task.train_prompts))) == len(task.train_prompts) == size
-    assert not set(prompts(task.train_prompts)) & set(prompts(task.eval_prompts))
-    assert task.pass_threshold == 1.0
+def test_training_loses_no_puzzle_to_the_held_out_ones(gym, size, seed, held_out):
+    task = load_task(f"reasoning_gym:coins(size={size}, seed={seed})", eval_size=held_out)
+    trained = {*prompts(task.train_prompts)}
+    assert len(trained) == len(task.train_prompts) == size
+    assert not trained & {*prompts(task.eval_prompts)} and task.pass_threshold == 1.0
 
 
 def pay(completions, **columns):
@@ -79,17 +62,18 @@ def own_task():
     return PromptTask("own", rows[:20], rows[20:], pay, 4)
 
 
-@pytest.mark.parametrize("task", ["sort_digits", "sentiment", "reasoning_gym:coins", own_task()])
+@pytest.mark.parametrize("task", ["sort_digits", "reasoning_gym:coins", own_task()])
 def test_the_number_of_held_out_prompts_can_be_set(gym, task):
-    whole, _ = find_task(TaskArguments(task=task))
-    few, _ = find_task(TaskArguments(task=task, eval_size=5))
+    whole, few, many = (
+        find_task(TaskArguments(task=task, eval_size=size))[0] for size in (None, 5, 200)
+    )
     assert len(few.eval_prompts) == 5 < len(whole.eval_prompts)
     assert few.train_prompts == whole.train_prompts
     assert isinstance(task, str) or len(task.eval_prompts) == 20  # the user's object is not changed
-    if task != "reasoning_gym:coins":  # which draws as many as are asked for
-        assert set(prompts(few.eval_prompts)) < set(prompts(whole.eval_prompts))
+    if task == "reasoning_gym:coins":  # which draws as many as are asked for
+        assert len(many.eval_prompts) == 200
     else:
-        assert len(find_task(TaskArguments(task=task, eval_size=200))[0].eval_prompts) == 200
+        assert {*prompts(few.eval_prompts)} < {*prompts(whole.eval_prompts)}
 
 
 # ---- no row is lost ----
@@ -108,7 +92,7 @@ ROW_LISTS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), min_size=2, max
 
 
 @given(ROW_LISTS, st.lists(st.sampled_from("abcxyz"), max_size=30), st.none() | st.integers(1, 40))
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 def test_no_row_is_lost_between_the_splits_and_what_is_trained_and_evaluated_on(names, held, size):
     rows, test = numbered(names), numbered(held)
     train, evaluation = loaded({"train": rows, "test": test} if test else rows, eval_size=size)
@@ -126,7 +110,7 @@ PROMPTS = [{"prompt": f"{i * i} + {i} ="} for i in range(300)]
 
 
 @given(st.permutations(range(300)), st.integers(60, 300), st.integers(1, 99))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_a_hash_of_the_prompt_alone_holds_it_out(order, count, size):
     """Neither order nor size nor rows that are added nor the form of a chat changes its side."""
     rule = set(prompts(loaded(PROMPTS, eval_size=300)[1]))
@@ -155,16 +139,6 @@ def test_of_many_rows_two_thousand_are_held_out():
     assert 1_800 < len(held_out) < 2_200 and len(train) + len(held_out) == 30_000
 
 
-class Dice:
-    """Draws its own randomness, so that equal rows are fair."""
-
-    def reset(self, **row):
-        return "roll"
-
-    def step(self, text):
-        return "", 1.0, True, False, {}
-
-
 EQUAL = {"prompt": "Play."}
 
 
@@ -191,9 +165,8 @@ def test_equal_rows_of_few_prompts_stay_together():
 
 
 @pytest.mark.parametrize("rows", [[EQUAL], [EQUAL] * 50, datasets.Dataset.from_list([EQUAL] * 3)])
-@pytest.mark.parametrize("environment", [None, Dice])
-def test_of_one_prompt_evaluations_sample_new_completions(rows, environment):
-    task = load_task(rows, reward=pay, environment=environment)
+def test_of_one_prompt_evaluations_sample_new_completions(rows):
+    task = load_task(rows, reward=pay)
     assert task.train_prompts == [EQUAL] * len(rows) and task.eval_prompts == [EQUAL] * 64
     line, warnings = division_of(task, None)
     assert line.endswith("so evaluations sample new completions of the same prompt)")

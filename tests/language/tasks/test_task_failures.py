@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
-from refusals import refused
 
-from tokenrl import evaluate
 from tokenrl.language.supervised.base import make_tiny
-from tokenrl.language.supervised.defaults import demonstrations
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import PromptTask, find_task, load_task, own_task
+from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import settle
 
@@ -65,40 +60,11 @@ def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environm
         notes = [row["note"] for row in (*read.train_prompts, *read.eval_prompts)]
         assert sorted(map(str, notes)) == ["None"] * 4 + ["n"]
         assert rewards.environments.reset(read.train_prompts[:1], [0])[0].failure == ""
-    with refused("has no demonstrations"):
-        demonstrations(load_task([{"prompt": "a", "completion": None}], reward=len))
 
 
-@pytest.mark.parametrize("attribute", ["solved", "pass_threshold", "max_completion_length"])
-def test_a_mark_of_a_task_is_a_number(attribute):
+@pytest.mark.parametrize("train", [[{"prompt": "a"}], print, {0: None}])
+def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build(train):
     task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
-    setattr(task, attribute, "0.9")
-    with refused(f"{attribute} is '0.9'; give a number, or None"):
-        find_task(TaskArguments(task=task))
-
-
-def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build():
-    task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
-    task.build = print
-    policy = make_tiny(TrainArguments(model="tiny"), own_task(task))
-    for attribute, steps in (
-        ([{"prompt": "a"}], 200), (task.__init__, 200), ({0: task}, 200), ({"max_steps": 7}, 7)
-    ):  # fmt: skip
-        task.train = attribute
-        result = settle(TrainArguments(model="tiny"), own_task(task), policy)
-        assert result.args.max_steps == steps
-
-
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        (SimpleNamespace(train_prompts=ROWS), "is a SimpleNamespace without name, eval_prompts: m"),
-        (PromptTask("a", 5, ROWS), "it raised TypeError: 'int' object is not iterable"),
-        (PromptTask("a", ["b"], ROWS), r"train_prompts, row 0 is 'b' \(str\); a row is a dict"),
-        (lambda: 1 / 0, "task '<lambda>' was read, and it raised ZeroDivisionError"),
-    ],
-)
-def test_an_object_that_is_no_task_is_refused_in_a_sentence(task, words):
-    for use in (load_task, lambda task: evaluate(task=task, model="none")):
-        with refused(words):
-            use(task)
+    task.train, task.build = train, print
+    args = TrainArguments(model="tiny")
+    assert settle(args, own_task(task), make_tiny(args, own_task(task))).args.max_steps == 200

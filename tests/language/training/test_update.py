@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saved_states import equal as equal_bits
 from tiny_models import (
     ENDS,
     apart,
@@ -27,6 +26,7 @@ from tiny_models import (
     weights,
 )
 
+from tests.states import as_bits
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import RunningMean
 from tokenrl.core.presets import PRESETS
@@ -171,7 +171,7 @@ def test_a_step_without_a_signal_leaves_the_weights_and_the_moments_alone(estima
     metrics = one_step(learner, step=2, reward=equal).metrics
     assert metrics["loss"] == metrics["grad_norm"] == 0 and metrics["frac_reward_zero_std"] == 1
     assert torch.equal(weights(policy.model), before) and not gradient(policy.model).any()
-    assert equal_bits(moments, learner.optimizer.state_dict()["state"])
+    assert as_bits(moments) == as_bits(learner.optimizer.state_dict()["state"])
     assert learner.idle - idle == learner.args.num_iterations * learner.args.num_minibatches
     one_step(learner, step=3)
     assert not torch.equal(weights(policy.model), before)
