@@ -26,7 +26,12 @@ STUDY = RECIPES / "study"
 PLANS = {*STUDY.glob("*.yaml")} - {STUDY / "13_molecules.yaml"}  # which needs MolScore
 
 
-@pytest.mark.parametrize("path", sorted(PLANS), ids=lambda path: path.stem)
+def plan(path):
+    many_models = path.stem.startswith(("12_", "zero_"))
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if many_models else [])
+
+
+@pytest.mark.parametrize("path", [plan(path) for path in sorted(PLANS)])
 def test_a_plan_can_be_run(path, monkeypatch):
     # some models are made by the study itself
     def own_model(args, task):

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from intervals import Interval, at_best_rates_of_others, chosen, prose, rank_correlation, student
+from intervals import (
+    MARGIN,
+    Interval,
+    at_best_rates_of_others,
+    chosen,
+    prose,
+    rank_correlation,
+    student,
+)
 
 TABLES = Path(__file__).parent / "tables"
 RLOO = "rloo"
@@ -64,14 +72,14 @@ def pair(scores: pd.DataFrame, arm: str, other: str, comparisons: int = 1) -> In
     return student(scores[arm] - scores[other], comparisons)
 
 
-def column(scores: pd.DataFrame, margin: float = 0.02, decimals: int = 3) -> dict[str, str]:
+def column(scores: pd.DataFrame, margin: float = MARGIN, decimals: int = 3) -> dict[str, str]:
     """Return the cell of each arm: the mean of the first, the differences to it of the others."""
     first = scores.columns[0]
     cells = {first: f"reference, {scores[first].mean():.{decimals}f}"}
     return cells | {arm: gap.cell(margin) for arm, gap in against(gaps(scores)).items()}
 
 
-def tuned(part: str, margin: float = 0.02, decimals: int = 3) -> Numbers:
+def tuned(part: str, margin: float = MARGIN, decimals: int = 3) -> Numbers:
     """Yield the differences to rloo of a part, each arm at its own rate."""
     rates = scores(part, "learning_rate").mean()
     for arm, cell in column(scores(part), margin, decimals).items():
@@ -96,10 +104,8 @@ def tuned_rates() -> Numbers:
     yield "", f"area of `reinforce` {student(moved['reinforce']).by_interval} (95 %)"
     yield "", f"its greedy area is lower {pair(greedy, 'reinforce', RLOO, 8).by_interval} at own"
     greedy = scores(f"{SORT}_fixed", "area_greedy")
-    yield (
-        "",
-        f"`reinforce` is ahead {pair(greedy, 'reinforce', RLOO).by_interval} (95 %, six seeds)",
-    )
+    ahead = pair(greedy, "reinforce", RLOO).by_interval
+    yield "", f"`reinforce` is ahead {ahead} (95 %, six seeds)"
     sampled = scores(SORT, "reward").mean()
     ends = [prose(sampled[arm], 2) for arm in ("reinforce", RLOO)]
     yield "", "`reinforce` ends at {} sampled and RLOO at {};".format(*ends)
@@ -141,6 +147,13 @@ def mean_left_over(part: str, arm: str, judged: str = "", reward: str = "reward"
     return student(table.groupby("seed")["left"].mean(), 9)
 
 
+def curve_verdict(left: Interval) -> str:
+    """Say whether an interval lies within the margin, beyond it, or across it."""
+    if max(-left.low, left.high) <= MARGIN:
+        return "on the curve"
+    return "off the curve" if max(left.low, -left.high) > MARGIN else "undecided"
+
+
 def entropy() -> Numbers:
     """Question 3: what each arm leaves over of the one curve of all arms, and how its own slope differs."""
     for part in (SORT, REVERSE):
@@ -149,8 +162,7 @@ def entropy() -> Numbers:
         slopes = pd.Series(slopes).unstack(0)
         for arm in scores(part):
             left = mean_left_over(part, arm)
-            verdict = "on the curve" if left.verdict() == "equivalent" else "undecided"
-            yield arm, f"{left.signed()} {verdict}"
+            yield arm, f"{left.signed()} {curve_verdict(left)}"
             slope = f"rloo has {slopes[RLOO].mean():.2f}"
             if arm != RLOO:
                 slope = pair(slopes, arm, RLOO, 8).signed()
@@ -230,9 +242,8 @@ def noise() -> Numbers:
         for arm in scores(part):
             yield arm, f"{table['noise']['start', arm]:.3g}"
             yield arm, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**half_way.loc[arm])
-        correlations.append(
-            rank_correlation(half_way["noise"].round(9), scores(part).mean()).text(2)
-        )
+        correlation = rank_correlation(half_way["noise"].round(9), scores(part).mean())
+        correlations.append(correlation.text(2))
         within = []
         for arms in combinations(scores(part), 2):
             if half_way.loc[[*arms], "noise"].max() >= 1.2 * half_way.loc[[*arms], "noise"].min():

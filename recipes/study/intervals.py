@@ -29,11 +29,8 @@ DRAWS = 50_000
 
 def prose(number: float, decimals: int = 3) -> str:
     """Return a number as sentences have it, such as -.072."""
-    return (
-        f"{number:.{decimals}f}".replace("0.", ".", 1)
-        if abs(number) < 1
-        else f"{number:.{decimals}f}"
-    )
+    text = f"{number:.{decimals}f}"
+    return text.replace("0.", ".", 1) if abs(number) < 1 else text
 
 
 class Interval(NamedTuple):
@@ -70,11 +67,6 @@ class Interval(NamedTuple):
         return f"{mean} [{low}, {high}]"
 
     @property
-    def size(self) -> Interval:
-        """The interval of the opposite difference, if the mean is below 0."""
-        return Interval(-self.mean, -self.high, -self.low) if self.mean < 0 else self
-
-    @property
     def by(self) -> str:
         """The size of the difference in a sentence: by .045."""
         return f"by {prose(abs(self.mean))}"
@@ -82,7 +74,8 @@ class Interval(NamedTuple):
     @property
     def by_interval(self) -> str:
         """The size of the difference with its interval: by .036 [.027, .045]."""
-        return f"by {self.size.text()}"
+        size = Interval(-self.mean, -self.high, -self.low) if self.mean < 0 else self
+        return f"by {size.text()}"
 
 
 def around(mean: float, half: float) -> Interval:

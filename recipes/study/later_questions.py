@@ -42,9 +42,8 @@ from scipy import stats
 def zero_runs() -> pd.DataFrame:
     """Return the runs of question 9, with the name of the base in the place of its folder."""
     table = pd.read_csv(TABLES / "zero" / "runs.csv", dtype={"arm": str})
-    return table.assign(
-        base=table["model"].str.split("/").str[3].str.replace(r"_(?=\d)", " ", regex=True)
-    )
+    folders = table["model"].str.split("/").str[3]
+    return table.assign(base=folders.str.replace(r"_(?=\d)", " ", regex=True))
 
 
 def zero_gaps(constant: str = "0") -> pd.DataFrame:
@@ -113,10 +112,8 @@ def zero() -> Numbers:
         yield task, rest
         yield "", f"{prose(ratio.mean, 1)} [{prose(ratio.low, 1)}, {ratio.high:.0f}] times"
     noise = pd.read_csv(TABLES / "zero" / "noise_pretrained.csv").iloc[0]
-    ratios = (
-        Interval(noise["ratio"], noise["low"], noise["high"]).text(2),
-        prose(noise["ratio_1_2"], 2),
-    )
+    from_0 = Interval(noise["ratio"], noise["low"], noise["high"]).text(2)
+    ratios = from_0, prose(noise["ratio_1_2"], 2)
     for rewards, constant, ratio in zip(("0 and 1", "1 and 2"), ("0", "-1"), ratios, strict=True):
         gap = student(zero_gaps(constant).loc["pretrained"].dropna(), 2)
         yield rewards, ratio
