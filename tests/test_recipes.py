@@ -15,7 +15,7 @@ from folders import RECIPES, read_json
 from pages import blocks
 
 # by programs of a folder
-SHARED = {"own", "judging", "questions", "answer", "choice", "curves", "second_edition"}
+SHARED = {"own", "intervals", "first_questions", "later_questions", "curves"}
 SHARED |= {"oracles", "tasks"}
 PROGRAMS = {
     path.stem: path
@@ -26,8 +26,8 @@ PROGRAMS = {
 # tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
 # tests/language/rollout/test_vllm_server.py, tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
-ELSEWHERE |= {"rebuild", "zero", "overall_scores", "compare_existing_runs", "openenv_client"}
-ELSEWHERE |= {"turns", "code_reward", "vllm_server", "level", "prior", "molopt"}
+ELSEWHERE |= {"verify", "write_page", "compare_existing_runs", "openenv_client"}
+ELSEWHERE |= {"turns", "code_reward", "vllm_server", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
         "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",

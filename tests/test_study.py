@@ -1,15 +1,18 @@
 """The study: its plans are plans, and its pages say what its raw tables say."""
 
 import re
-import runpy
+import shutil
 from dataclasses import replace
 
+import first_questions as first
+import intervals
+import later_questions as later
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+import verify
+import write_page
 from folders import RECIPES
-from matplotlib.figure import Figure
 from scipy import stats
 
 from tokenrl import Estimator
@@ -20,11 +23,15 @@ from tokenrl.language.supervised.base import load_base
 
 STUDY = RECIPES / "study"
 
-
 PLANS = {*STUDY.glob("*.yaml")} - {STUDY / "13_molecules.yaml"}  # which needs MolScore
 
 
-@pytest.mark.parametrize("path", sorted(PLANS), ids=lambda path: path.stem)
+def plan(path):
+    many_models = path.stem.startswith(("12_", "zero_"))
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if many_models else [])
+
+
+@pytest.mark.parametrize("path", [plan(path) for path in sorted(PLANS)])
 def test_a_plan_can_be_run(path, monkeypatch):
     # some models are made by the study itself
     def own_model(args, task):
@@ -45,122 +52,162 @@ def direction(arm, rewards, mask, size):
     return weights.flatten() / weights.norm()
 
 
-@pytest.mark.parametrize("part", ["1_sort_digits", "1_reverse_text", "8_cartpole", "8_acrobot"])
-def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part, monkeypatch):
-    monkeypatch.syspath_prepend(STUDY)
-    copies = runpy.run_path(str(STUDY / "questions.py"))["COPIES"][part]
+@pytest.mark.parametrize(
+    ("page", "column"), [("1_rates", 1), ("1_rates", 2), ("8_actions", 1), ("8_actions", 2)]
+)
+def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(page, column):
+    text = (STUDY / "questions" / f"{page}.md").read_text()
+    cells = {
+        line.split("`")[1]: line.split(" | ")[column] for line in re.findall("(?m)^[|] `.*", text)
+    }
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(64, generator=generator, dtype=torch.double)
     lengths = torch.randint(3, 9, (64,), generator=generator)
     size = 8
-    if part == "1_sort_digits":
-        lengths = torch.full((64,), 7)
-    elif part[0] == "8":  # an agent's rollout is a group, and its return the length of its episode
+    if (
+        page == "8_actions"
+    ):  # an agent's rollout is a group, and its return the length of its episode
         size = 64
         rewards = lengths.double()
+    elif column == 1:  # sort_digits
+        lengths = torch.full((64,), 7)
     mask = torch.arange(8) < lengths[:, None]
     for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
-        mark, twin = copies.get(arm, " rloo").split(" ")
+        mark, twin = re.search(r"(?: ([=≈]) (\w+))?, at ", cells[arm]).groups()
+        twin = twin or "rloo"
         cosine = float(direction(arm, rewards, mask, size) @ direction(twin, rewards, mask, size))
-        least, most = {"=": (1 - 1e-9, 2), "≈": (0.999, 2), "": (-1, 0.998)}[mark]
+        least, most = {"=": (1 - 1e-9, 2), "≈": (0.999, 2), None: (-1, 0.998)}[mark]
         assert least < cosine < most, (arm, twin, cosine)
 
 
-def test_verdicts_and_pairs_of_the_second_edition(monkeypatch):
-    monkeypatch.syspath_prepend(STUDY)
-    recipe = runpy.run_path(str(STUDY / "second_edition.py"))
-    fates = [recipe["fate"]("worse", now) for now in ("worse", "better", "equivalent", "undecided")]
-    assert fates == ["stays", "changed", "changed", "open"]
-    spread = pd.Series([-1.0, 1.0] * 50)
-    pairs = recipe["pairs_needed"](spread)
-    halves = [stats.t.ppf(1 - 0.05 / 12, n - 1) * spread.std() / n**0.5 for n in (pairs - 1, pairs)]
-    assert halves[0] > 0.25 >= halves[1]
+SLOW = {"README", "paper", "questions/7_lora", "questions/12_bases", "questions/13_molecules"}
 
 
-@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_pages_are_what_the_raw_tables_say(drawn, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(STUDY)
-    if not drawn:
-        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
-    recipe = runpy.run_path(str(STUDY / "rebuild.py"))
-    pages = {path.name: path.read_text() for path in (STUDY / "questions").iterdir()}
-    for name, text in pages.items():
-        assert "<!-- table" in text
-        (tmp_path / name).write_text(re.sub(r"(?m)(?<=-->\n)(\|.*\n)+", "", text))
-    recipe["rebuild"](tmp_path, tmp_path / "figures")
-    assert recipe["manifest"]() == (STUDY / "tables" / "manifest.csv").read_text()
-    assert {path.name: path.read_text() for path in tmp_path.glob("*.md")} == pages
-    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {path.name for path in (STUDY / "figures").iterdir()}
+def numbered(page):
+    return pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
 
 
-def test_differences_are_split_into_bases_and_seeds(monkeypatch):
+@pytest.mark.parametrize("page", [numbered(page) for page in verify.PAGES])
+def test_a_page_says_what_the_raw_tables_say(page):
+    assert [*verify.wrong_numbers(STUDY / f"{page}.md", verify.PAGES[page]())] == []
+
+
+def test_every_page_is_verified():
+    pages = {f"questions/{path.stem}" for path in (STUDY / "questions").iterdir()}
+    assert pages == {*verify.PAGES} - {"README", "paper"}
+
+
+@pytest.mark.parametrize(
+    ("page", "right", "wrong", "noticed"),
+    [
+        (
+            "1_rates",
+            "+0.0446 [0.0311,",
+            "+0.0446 [0.0312,",
+            "1_rates.md, reinforce: the raw tables",
+        ),
+        ("1_rates", "1] better, at", "1] worse, at", "1_rates.md, reinforce: the raw tables"),
+        ("1_rates", "| `opo` |", "| `opo2` |", "opo2: nothing is computed"),
+        (
+            "1_rates",
+            "ahead by .045 with",
+            "ahead by .044 with",
+            "1_rates.md does not say .* by .045",
+        ),
+        (
+            "2_division",
+            "| 0.03 | 0.0075 |",
+            "| 0.0075 | 0.03 |",
+            "sgd, G = 8, like: the raw tables",
+        ),
+        ("6_noise", "-.74 [-1.00, .09]", "-.74 [-1.00, .08]", "6_noise.md does not say"),
+        ("9_zero", "+.097 [.061, .133]", "+.097 [.061, .134]", "9_zero.md, reverse_text: the raw"),
+    ],
+)
+def test_a_changed_number_is_noticed(page, right, wrong, noticed, tmp_path):
+    text = (STUDY / "questions" / f"{page}.md").read_text()
+    assert right in text
+    changed = tmp_path / f"{page}.md"
+    changed.write_text(text.replace(right, wrong, 1))
+    (line,) = [
+        line
+        for line in verify.wrong_numbers(changed, verify.PAGES[f"questions/{page}"]())
+        if re.search(noticed, line)
+    ]
+    assert line
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Raw tables of a part, to change or to add to."""
+    folder = tmp_path / "tables"
+    shutil.copytree(STUDY / "tables" / "1_countdown", folder / "1_countdown")
+    (folder / "manifest.csv").write_text(verify.manifest(folder))
+    for module in (first, verify, write_page):
+        monkeypatch.setattr(module, "TABLES", folder)
+    first.runs.cache_clear()
+    yield folder
+    first.runs.cache_clear()
+
+
+def test_a_changed_raw_table_is_noticed(tables, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "PAGES", {"page": lambda: first.tuned("1_countdown")})
+    rows = [f"| {arm} | {cell} |\n" for arm, cell in first.tuned("1_countdown")]
+    (tables.parent / "page.md").write_text("".join(rows))
+    verify.main()
+    assert "holds" in capsys.readouterr().out
+    path = tables / "1_countdown" / "runs.csv"
+    path.write_text(path.read_text().replace("0.4", "0.5"))
+    first.runs.cache_clear()
+    with pytest.raises(SystemExit, match=r"(?s)manifest.csv does not.*page.md, rloo: the raw"):
+        verify.main()
+
+
+@pytest.mark.parametrize("part", ["1_countdown", "12_countdown"])
+def test_a_page_is_written_from_a_comparison(part, tables, monkeypatch, capsys):
+    monkeypatch.setattr(intervals, "DRAWS", 50)
+    (tables.parent / "figures").mkdir()
+    shutil.copytree(STUDY / "tables" / part, tables.parent / f"14_{part}")
+    write_page.main(tables.parent / f"14_{part}")
+    printed = capsys.readouterr().out
+    if part == "1_countdown":
+        assert "| reinforce | +0.00898 [-0.000546, 0.0185] equivalent |" in printed
+    else:
+        assert re.search(r"\| arm \| all units \|(?s:.*)\| remax \| -0.015 \[", printed)
+    assert (tables.parent / "figures" / f"14_{part}.png").exists()
+    assert f"14_{part}/runs.csv" in (tables / "manifest.csv").read_text()
+    with pytest.raises(SystemExit, match="is there: remove it"):
+        write_page.main(tables.parent / f"14_{part}")
+
+
+def test_differences_are_split_into_bases_and_seeds():
     """Of many draws of a model with known variances the estimates have these means, and intervals cover."""
-    monkeypatch.syspath_prepend(STUDY)
-    analyse = runpy.run_path(str(STUDY / "zero.py"))["analyse"]
     draws = np.random.default_rng(0)
-    results = []
+    variances, covered, covered_ratios = [], [], []
     for _ in range(400):
         of_base = draws.normal(0.1, 0.5, (6, 1))
         of_seed = draws.normal(0, 0.3, (1, 10))
-        results.append(analyse(of_base + of_seed + draws.normal(0, 0.2, (6, 10))))
-    means = pd.DataFrame(results)[["var_base", "var_seed", "var_rest"]].mean()
-    assert means.tolist() == pytest.approx([0.25, 0.09, 0.04], rel=0.1)
-    covered = np.mean([row.low <= 0.1 <= row.high for row in results])
-    assert 0.95 < covered < 1  # 97.5 % is asked for
-    covered = np.mean([row.ratio_low <= 0.25 / 0.04 <= row.ratio_high for row in results])
-    assert 0.92 < covered < 0.98
+        table = of_base + of_seed + draws.normal(0, 0.2, (6, 10))
+        mean, of_table, ratio = later.bases_at_large(table)
+        variances.append(of_table)
+        covered.append(mean.low <= 0.1 <= mean.high)
+        covered_ratios.append(ratio.low <= 0.25 / 0.04 <= ratio.high)
+    assert np.mean(variances, axis=0) == pytest.approx([0.25, 0.09, 0.04], rel=0.1)
+    assert 0.95 < np.mean(covered) < 1  # 97.5 % is asked for
+    assert 0.92 < np.mean(covered_ratios) < 0.98
 
 
-def test_a_rate_is_chosen_on_the_other_seeds(monkeypatch):
+def test_a_rate_is_chosen_on_the_other_seeds():
     """The rate that is best on a seed alone is not taken for that seed."""
-    monkeypatch.syspath_prepend(STUDY)
-    chosen = runpy.run_path(str(STUDY / "choice.py"))["at_best_rates_of_others"]
+    chosen = intervals.at_best_rates_of_others
     # On the seeds 1 and 2 the second rate is better, and on 0 with 1 or 2 the first.
     assert chosen(np.array([[[0.9, 0.5, 0.5], [0.1, 0.6, 0.6]]])).tolist() == [0.1, 0.5, 0.5]
 
 
-def test_intervals_hold_the_choice_of_a_rate(monkeypatch):
+def test_intervals_hold_the_choice_of_a_rate():
     """Without a choice the critical value is Student's; with it, the one of another program's simulation."""
-    monkeypatch.syspath_prepend(STUDY)
-    choice = runpy.run_path(str(STUDY / "choice.py"))
-    by_unit = runpy.run_path(str(STUDY / "second_edition.py"))["by_unit"]
-    arms = np.array([*by_unit("12_reverse_text").values()])
+    arms = np.array([*later.by_unit("12_reverse_text").values()])
     for rates, critical in ((1, [4.032] * 5), (3, [4.641, 5.132, 6.029, 6.365, 7.960])):
         scores = arms[:, :, :rates]
-        errors = stats.sem(choice["differences"](scores), axis=1)
-        assert choice["half_widths"](scores) / errors == pytest.approx(critical, rel=0.05)
-
-
-def test_the_table_of_bases_is_what_its_runs_say(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(STUDY)
-    recipe = runpy.run_path(str(STUDY / "zero.py"))
-    tables = recipe["TABLES"]
-    for name in ("noise", "noise_pretrained"):
-        (tmp_path / f"{name}.csv").write_bytes((tables / f"{name}.csv").read_bytes())
-    runs = pd.read_csv(tables / "runs.csv", dtype={"arm": str})
-    monkeypatch.setitem(recipe["judge"].__globals__, "collect", lambda: runs)
-    monkeypatch.setitem(recipe["judge"].__globals__, "TABLES", tmp_path)
-    codes = [
-        runs[runs["plan"] == plan]["code"].iloc[0]
-        for plan in ("zero_sort_digits", "zero_pretrained")
-    ]
-    recipe["judge"](*codes)
-    assert pd.read_csv(tmp_path / "runs.csv", dtype={"arm": str}).equals(runs)
-    for name in ("bases", "pretrained"):
-        again, printed = (pd.read_csv(folder / f"{name}.csv") for folder in (tmp_path, tables))
-        pd.testing.assert_frame_equal(again, printed, rtol=1e-3)
-    assert "sort_digits" in capsys.readouterr().out
-
-
-def test_the_shares_of_clipped_updates_are_those_of_the_runs():
-    runs = pd.read_csv(STUDY / "tables" / "zero" / "runs.csv")
-    page = (STUDY / "questions" / "9_zero.md").read_text()
-    shares = runs.groupby(["plan", "learning_rate", "arm", "model"])["clipped"].mean() * 100
-    small = shares.drop("zero_pretrained")
-    least, most = small.xs(2e-4, level=1).min(), small.xs(2e-4, level=1).max()
-    assert f"At 2e-4, the rate of every small base, {least:.0f} to {most:.0f} %" in page
-    assert f"At 4e-4 it was {small.xs(4e-4, level=1).min():.0f} % at least" in page
-    pretrained = shares["zero_pretrained"].xs(8e-4, level=0).groupby("arm").mean()
-    words = "it was {:.0f} % with RLOO, {:.0f} % without a baseline, and {:.0f} % with 1 added"
-    assert words.format(pretrained["rloo"], pretrained["0"], pretrained["-1"]) in page
+        errors = stats.sem(intervals.differences(scores), axis=1)
+        assert intervals.half_widths(scores) / errors == pytest.approx(critical, rel=0.05)

@@ -1,0 +1,163 @@
+"""Intervals of the study's differences: Student's, and simulated ones where rates are chosen on the same runs.
+
+In questions 7, 12 and 13 every rate has a run on every unit (a seed, a base model or a task), and an arm's score in
+a unit is the one at the rate that is best in the other units. Student's t is too small a critical value for such
+scores. Where all units choose one rate, the spread of the scores holds nothing of the choice. Where they do not,
+each score depends on the other units.
+
+So the critical value is simulated. Units are drawn from a normal distribution with the means and the covariance
+of the measured scores, rates are chosen again, and |t| is compared with its quantile at the level of the family.
+How far apart an arm's rates truly lie is not known: their measured gaps are simulated, parts of these gaps, and
+equal rates. The largest quantile counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from itertools import combinations_with_replacement
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+MARGIN = 0.02
+SHARES = (1, 0.75, 0.5, 0.25, 0)
+"""Parts of the measured gaps between the rates of an arm that are simulated."""
+DRAWS = 50_000
+
+
+def prose(number: float, decimals: int = 3) -> str:
+    """Return a number as sentences have it, such as -.072."""
+    text = f"{number:.{decimals}f}"
+    return text.replace("0.", ".", 1) if abs(number) < 1 else text
+
+
+class Interval(NamedTuple):
+    """A mean with the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float = MARGIN) -> str:
+        """Return better, worse, equivalent within the margin, or undecided."""
+        if max(-self.low, self.high) <= margin:
+            return "equivalent"
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "undecided"
+
+    @property
+    def numbers(self) -> str:
+        """The mean with its sign and the interval, to three digits."""
+        return f"{self.mean:+.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def cell(self, margin: float = MARGIN) -> str:
+        """Return the numbers and the verdict."""
+        return f"{self.numbers} {self.verdict(margin)}"
+
+    def signed(self, decimals: int = 3) -> str:
+        """Return the mean and the interval with the sign of each number."""
+        return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*self, d=decimals)
+
+    def text(self, decimals: int = 3) -> str:
+        """Return the mean and the interval as sentences have them."""
+        mean, low, high = (prose(number, decimals) for number in self)
+        return f"{mean} [{low}, {high}]"
+
+    @property
+    def by(self) -> str:
+        """The size of the difference in a sentence: by .045."""
+        return f"by {prose(abs(self.mean))}"
+
+    @property
+    def by_interval(self) -> str:
+        """The size of the difference with its interval: by .036 [.027, .045]."""
+        size = Interval(-self.mean, -self.high, -self.low) if self.mean < 0 else self
+        return f"by {size.text()}"
+
+
+def around(mean: float, half: float) -> Interval:
+    """Return the interval of this half-width around a mean."""
+    return Interval(mean, mean - half, mean + half)
+
+
+def half_width(spread: float, pairs: int, comparisons: int) -> float:
+    """Return the half-width of a Student-t interval from a standard deviation, at 5 % shared by the comparisons."""
+    return stats.t.ppf(1 - 0.025 / comparisons, pairs - 1) * spread / np.sqrt(pairs)
+
+
+def student(values: pd.Series, comparisons: int = 1) -> Interval:
+    """Return the mean of some values with its Student-t interval, at 5 % shared by the comparisons."""
+    return around(values.mean(), half_width(values.std(), len(values), comparisons))
+
+
+def rank_correlation(x: pd.Series, y: pd.Series) -> Interval:
+    """Return Spearman's correlation over the arms of both, with a 95 % interval from all resamplings of arms."""
+    arms = x.index.intersection(y.index)
+    n = len(arms)
+    samples = np.array(list(combinations_with_replacement(range(n), n)))
+    counts = (samples[:, :, None] == np.arange(n)).sum(1)
+    chances = stats.multinomial.pmf(counts, n, np.full(n, 1 / n))
+    a, b = (stats.rankdata(z[arms].to_numpy()[samples], axis=1) - (n + 1) / 2 for z in (x, y))
+    spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    defined = spread > 0  # where a resampling has only equal arms, there is no correlation
+    values = (a * b).sum(1)[defined] / spread[defined]
+    order = values.argsort()
+    shares = chances[defined][order].cumsum() / chances[defined].sum()
+    low, high = values[order][np.searchsorted(shares, [0.025, 0.975])]
+    return Interval(stats.spearmanr(x[arms], y[arms])[0], low, high)
+
+
+def at_best_rates_of_others(scores: np.ndarray) -> np.ndarray:
+    """Return an arm's score in each unit, at the rate that is best in the other units.
+
+    Args:
+        scores: [kinds, rates, ..., units]; the first kind of score decides which rate is best, the last counts.
+    """
+    others = scores[0].sum(-1, keepdims=True) - scores[0]
+    return np.take_along_axis(scores[-1], others.argmax(0)[None], 0)[0]
+
+
+def differences(arms: Iterable[np.ndarray]) -> np.ndarray:
+    """Return each later arm's score minus that of the first, [arms - 1, ..., units]."""
+    reference, *others = map(at_best_rates_of_others, arms)
+    return np.array(others) - reference
+
+
+def redrawn(scores: np.ndarray, normals: np.ndarray, share: float = 1) -> np.ndarray:
+    """Draw units anew, with scores relative to the true score of the arm at its best rate.
+
+    Args:
+        scores: [kinds, rates, units].
+        normals: standard normal numbers, [units, draws, units drawn].
+        share: the part of the measured gaps between rates that is true.
+    """
+    means = scores.mean(-1, keepdims=True)
+    gaps = share * (means - means[:, [means[0].argmax()]])
+    noise = np.tensordot(scores - means, normals, 1) / np.sqrt(len(normals) - 1)
+    return gaps[..., None] + noise
+
+
+def half_widths(arms: Collection[np.ndarray], times: int = 1) -> np.ndarray:
+    """Return half the width of each later arm's interval if there were so many times the units, equally spread.
+
+    It is the |t| that chance exceeds in a comparison's part of 5 %, times the standard error.
+    """
+    gaps = differences(arms)
+    units = times * gaps.shape[1]
+    normals = np.random.default_rng(0).standard_normal((gaps.shape[1], DRAWS, units))
+    critical = []
+    for share in SHARES:
+        drawn = differences(redrawn(scores, normals, share) for scores in arms)
+        t = np.abs(stats.ttest_1samp(drawn, 0, axis=-1).statistic)
+        critical.append(np.quantile(t, 1 - 0.05 / len(gaps), axis=-1))
+    return np.max(critical, axis=0) * gaps.std(1, ddof=1) / np.sqrt(units)
+
+
+def chosen(arms: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    """Return the interval of each arm minus the first, with simulated critical values."""
+    means = differences(arms.values()).mean(1)
+    halves = half_widths(arms.values())
+    return dict(zip([*arms][1:], map(around, means, halves), strict=True))
