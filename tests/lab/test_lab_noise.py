@@ -17,7 +17,6 @@ from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.noise import measure_estimators, same_expectation
-from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, interval, reciprocal
 from tokenrl.language.policy.model import Policy
@@ -82,7 +81,6 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
         greedy_rewards=greedy,
         logprobs=old,
         ref_logprobs=old,
-        entropy=torch.zeros_like(old),
     )
 
 
@@ -106,7 +104,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int):
     problem = problem_of_policy(policy, PROMPTS[0], points_of, length=2, vocabulary=4)
     generator = seeded(1)
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
-    samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)
+    samples, seen = drawn(problem, chosen, 2), problem.scores[0, chosen]
     estimators = {
         name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo")
     } | {"token": Estimator(aggregation="token_mean")}
