@@ -41,10 +41,10 @@ def samples(policy: Policy) -> Samples:
     return collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3), rows_at_once=24)
 
 
-def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
+def directions(policy: Policy, count: int, seed: int = 0, chunk: int = 8) -> torch.Tensor:
     """The probes as one matrix [K, D], in the order of the parameters, as `project` scales them."""
     parameters = chosen_parameters(policy)
-    drawn = probes(parameters, count, seed=seed)
+    drawn = probes(parameters, count, seed=seed, chunk=chunk)
     return (
         torch.cat([torch.cat([p[n].flatten(1) for n in parameters], 1) for p in drawn]) / count**0.5
     )
@@ -60,15 +60,11 @@ def projected_samples(policy: Policy, samples: Samples, count: int) -> torch.Ten
 
 
 def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Policy):
-    parameters = chosen_parameters(policy)
-    (name, *_), drawn = parameters, [next(probes(parameters, 7, seed=s)) for s in (0, 1, 2**32 - 1)]
-    assert len({tuple(p[name].flatten().tolist()) for p in drawn}) == 3
-    whole = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=7)]) for n in parameters]
-    parts = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=3)]) for n in parameters]
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert all(bool((x.abs() == 1).all()) for x in whole)
-    z = torch.cat([x.flatten(1) for x in whole], 1)
-    assert (z @ z.T / z.shape[1] - torch.eye(7)).abs().max() < 6 / z.shape[1] ** 0.5
+    whole, parts, other = (directions(policy, 7, *x) for x in ((1, 7), (1, 3), (2**32 - 1, 7)))
+    assert torch.equal(whole, parts) and not torch.equal(whole, other)
+    assert len(whole.abs().unique()) == 1
+    correlations = 7 * whole @ whole.T / whole.shape[1] - torch.eye(7)
+    assert correlations.abs().max() < 6 / whole.shape[1] ** 0.5
 
 
 def test_layers_are_chosen_by_name(policy: Policy):

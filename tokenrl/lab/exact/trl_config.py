@@ -162,11 +162,11 @@ BEYOND: dict[str, Remarks] = {
             SEVERAL_UPDATES,
         ),
         "steps_per_generation": (
-            "none",
+            "1",
             SEVERAL_UPDATES,
         ),
         "generation_batch_size": (
-            "none",
+            "8",
             SEVERAL_UPDATES,
         ),
     },
@@ -198,11 +198,11 @@ BEYOND: dict[str, Remarks] = {
             SEVERAL_UPDATES_OF_RLOO,
         ),
         "steps_per_generation": (
-            "none",
+            "1",
             SEVERAL_UPDATES_OF_RLOO,
         ),
         "generation_batch_size": (
-            "none",
+            "8",
             SEVERAL_UPDATES_OF_RLOO,
         ),
     },
