@@ -202,6 +202,17 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
         assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
 
 
+def test_gae_passes_through_positions_that_are_no_actions():
+    e = Estimator(baseline="value", returns="gae", lam=0.7)
+    rewards, values = normals(seeded(4), 2, 3, 5)
+    mask = torch.tensor([[True, False, True, True, False]])
+    apart = e.advantages(rewards * mask, mask.expand(3, 5), group_size=None, values=values)
+    together = e.advantages(
+        rewards[:, mask[0]], torch.ones(3, 3), group_size=None, values=values[:, mask[0]]
+    )
+    assert_close(apart.policy[:, mask[0]], together.policy)
+
+
 HEAVY = ("opo", "optimal", "shrinkage")
 
 
