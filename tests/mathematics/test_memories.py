@@ -76,6 +76,7 @@ def test_a_class_of_ones_own_is_a_memory():
         0.0,
         0.0,
     ]
+    assert update(memory, keys, torch.zeros(2)) == 2.5  # the mean of what was read
     verdict = measure_bias(e, [tabular_problem(1, prompts=2, vocabulary=2)])
     assert verdict.found == "exact" and "the memory held fixed" in verdict.tried
     with refused("'Forgetful' has no state_dict and no load_state_dict"):
