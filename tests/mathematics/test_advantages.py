@@ -175,6 +175,10 @@ def test_returns_by_hand():
     assert returns_of(dense, gamma=0.5) == [[4, 6, 8, 8]]
     assert returns_of(dense, gamma=1 - 1e-7) == [pytest.approx([15, 14, 12, 8])]
     assert max(returns_of(torch.ones(1, 3000), gamma=0.5)[0]) < 3  # no power overflows
+    to_go = torch.tensor([15.0, 14.0, 12.0, 8.0])
+    standardised = ((to_go - to_go.mean()) / to_go.std()).tolist()
+    normalised = {"returns": "episode_normalized", "scale_ddof": 1, "scale_eps": 0.0}
+    assert returns_of(dense, **normalised) == [pytest.approx(standardised)]
     window = {"returns": "blame_window", "window": 2}
     assert returns_of(dense, **window) == [[3, 6, 12, 8]]
     assert returns_of(dense, **window, gamma=0.5) == [[2, 4, 8, 8]]
