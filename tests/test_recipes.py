@@ -56,10 +56,21 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         # only k1 in the reward and what uses the whole completion, in the loss, have the right gradient
         r"\n 0.114( +\S+e\+00)( +\S+e-1\d)( +\S+e-0\d)( +\S+e\+00)( +\S+e-0\d)( +\S+e\+00)( +\S+e-1\d){2}",
     ),
-    "samplers --noises 0 0.5 --problems 5": (
-        "no correction +0.5   0.46",
-        "token +0.5   0.28",
-        "sequence +0.5   0.00",
+    "samplers --noises 0 --problems 5 --sampler.noise 0.5": (
+        "none +0.459 ",
+        r"none, centred +0.\d+ +0.\d+ +0.000 +0.000 ",
+        "token +0.277 ",
+        "sequence +0.000 +0.000 +0.[1-9]",
+    ),
+    "turn_credit --problems 2": (
+        "the row's total, RLOO +0.000 +0.000 +1.000",
+        "the same with LOO +0.[1-9]",
+        "counted as 0 +0.000 +0.000",
+        "of its own, own mean +0.[1-9]",
+        "leave out the turn only +0.[1-9]",
+        "leave out the whole row +0.000 +0.000",
+        "number of turns +0.[1-9]",
+        "environment's +0.[1-9]",
     ),
     "top_tokens --samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2": (
         "-       0.0608",

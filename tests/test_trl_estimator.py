@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 
 import pytest
 import torch
-from command_line import completes
 from folders import RECIPES
 
 from tokenrl import Estimator, Refused
@@ -120,32 +118,8 @@ def gradients(recipe, folder, estimator=None, model_steps=1, **fields) -> list[t
         ("trl_grpo,ratio=none", {"loss_type": "vespo"}),
         ("trl_grpo,beta=0.3", {"beta": 0.3}),
         ("trl_grpo", {"rollout_func": of_environment}),
-    ],
-)
-def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path):
-    steps = 3 if "num_iterations" in fields or "beta" in fields else 1
-    # TRL has logprobs in float32: exp(d) - d - 1 loses digits
-    precision = 1e-5 if "beta" in fields else 1e-6
-    ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **fields)
-    theirs = gradients(recipe, tmp_path, None, steps, **fields)
-    assert len(ours) == len(theirs) == steps
-    for item, expected in zip(ours, theirs, strict=True):
-        assert (
-            expected.norm() > 1e-3 and float((item - expected).norm() / expected.norm()) < precision
-        )
-
-
-@pytest.mark.slow
-def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path):
-    (ours,) = gradients(recipe, tmp_path, Estimator.preset("trl_rloo"))
-    (theirs,) = gradients(recipe, tmp_path, trainer="RLOO")
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "fields"),
-    [
+        ("trl_rloo", {"trainer": "RLOO"}),
+        # TRL divides the whole step by another number
         (
             "trl_rloo,scale=batch_std,beta=0",
             {"trainer": "RLOO", "beta": 0.0, "normalize_advantages": True},
@@ -153,11 +127,19 @@ def test_the_gradient_is_that_of_the_rloo_trainer(recipe, tmp_path):
         ("trl_grpo,components=separate", {"multi_objective_aggregation": "normalize_then_sum"}),
     ],
 )
-def test_the_direction_is_that_of_trl(preset, fields, recipe, tmp_path):
-    """TRL divides the whole step by another number."""
-    (ours,) = gradients(recipe, tmp_path, Estimator.preset(preset))
-    (theirs,) = gradients(recipe, tmp_path, **fields)
-    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 1 - 1e-9
+def test_the_gradient_is_that_of_trl(preset, fields, recipe, tmp_path):
+    is_direction = {"normalize_advantages", "multi_objective_aggregation"} & fields.keys()
+    steps = 3 if {"num_iterations", "beta"} & fields.keys() and not is_direction else 1
+    # TRL has logprobs in float32: exp(d) - d - 1 loses digits
+    precision = 1e-5 if "beta" in fields else 1e-6
+    of_grpo = {} if is_direction or "trainer" in fields else fields
+    ours = gradients(recipe, tmp_path, Estimator.preset(preset), steps, **of_grpo)
+    theirs = gradients(recipe, tmp_path, None, steps, **fields)
+    assert len(ours) == len(theirs) == steps
+    for item, expected in zip(ours, theirs, strict=True):
+        scale = float(expected.norm() / item.norm()) if is_direction else 1.0
+        assert expected.norm() > 1e-3
+        assert float((scale * item - expected).norm() / expected.norm()) < precision
 
 
 @pytest.mark.slow
@@ -178,37 +160,6 @@ def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path):
         for masks in (True, False)
     )
     assert torch.equal(with_field, without)
-
-
-IDLE = [
-    ({}, {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5, "ref_model_sync_steps": 2}),
-    ({}, {"sapo_temperature_pos": 3.0, "vespo_k_neg": 1.0}),
-    (
-        {"loss_type": "sapo"},
-        {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "epsilon": 0.01},
-    ),
-    ({"loss_type": "vespo"}, {"epsilon": 0.01, "sapo_temperature_pos": 3.0}),
-    ({"loss_type": "cispo", "epsilon_high": 5.0}, {"vespo_k_pos": 1.0, "delta": 1.5}),
-    ({"loss_type": "luspo"}, {"epsilon": 0.01, "vllm_mode": "server"}),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, {"scale_rewards": "none"}),
-    ({"trainer": "RLOO"}, {"epsilon": 0.01, "epsilon_high": 0.02}),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("fields", "idle"), IDLE)
-def test_what_is_said_to_change_nothing_does_so_in_trl(
-    fields, idle, recipe, tmp_path, said
-) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(fields | idle | {"trainer": fields.get("trainer", "GRPO").lower()}))
-    completes("lab exact --trl-config", str(path))
-    explanation = said().partition("changes nothing")[2]
-    assert [name for name in idle if name not in explanation] == []
-    (without,), (with_them,) = (
-        gradients(recipe, tmp_path, **fields | changes) for changes in ({}, idle)
-    )
-    assert float((without - with_them).norm() / without.norm()) < 1e-6
 
 
 def best_of_others(totals, group_size, mask, valid):

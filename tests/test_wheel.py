@@ -15,7 +15,6 @@ DATA = {
     "tokenrl/py.typed",
     "tokenrl/control/agents.txt",
     "tokenrl/core/presets.txt",
-    "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",
     "tokenrl/runs/metric_table.txt",
     *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js", "mplstyle")),

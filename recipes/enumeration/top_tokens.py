@@ -18,6 +18,7 @@ times as large. `recipes/pages/explain/off_policy.md` has the text.
 from dataclasses import replace
 from functools import partial
 from statistics import median
+from typing import Literal
 
 import torch
 import tyro
@@ -27,24 +28,28 @@ from tokenrl.lab import Perturbation, Problem, exact_moments, tabular_problem
 
 SPREAD = 2.0
 """Standard deviation of the policy's logits."""
+Sampler = Literal["temperature=0.8", "noise=0.3", "older"]
+SAMPLERS = {
+    "temperature=0.8": Perturbation(temperature=0.8),
+    "noise=0.3": Perturbation(noise=0.3),
+}
 ASCENT = 5.0
 """Length of the step of gradient ascent by which an older policy is behind, as a learning rate."""
 
 
-def problem_of(sampler: str, seed: int, vocabulary: int) -> Problem:
-    """A random policy with the sampler, which is 'older' or what `Perturbation` reads."""
+def problem_of(sampler: Sampler, seed: int, vocabulary: int) -> Problem:
+    """A random policy with one of `SAMPLERS`, or with an older policy."""
     draw = torch.Generator().manual_seed(seed)
     logits = SPREAD * torch.randn(vocabulary, vocabulary, generator=draw, dtype=torch.double)
     make = partial(tabular_problem, seed, vocabulary=vocabulary, length=2, group_size=1)
     if sampler == "older":
         slope = make(logits=logits).gradient().reshape(logits.shape)
         return make(logits=logits + ASCENT * slope, sampler=lambda z: logits.expand(z.shape))
-    perturbation = Perturbation.read(sampler)
-    return make(logits=logits, sampler=lambda z: perturbation.logits(z, seed + 1000))
+    return make(logits=logits, sampler=lambda z: SAMPLERS[sampler].logits(z, seed + 1000))
 
 
 def main(
-    samplers: tuple[str, ...] = ("temperature=0.8", "noise=0.3", "older"),
+    samplers: tuple[Sampler, ...] = ("temperature=0.8", "noise=0.3", "older"),
     tops: tuple[int, ...] = (1, 2, 4, 8, 12),
     vocabulary: int = 16,
     problems: int = 10,

@@ -17,7 +17,6 @@ from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.noise import measure_estimators, same_expectation
-from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, interval, reciprocal
 from tokenrl.language.policy.model import Policy
@@ -82,7 +81,6 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
         greedy_rewards=greedy,
         logprobs=old,
         ref_logprobs=old,
-        entropy=torch.zeros_like(old),
     )
 
 
@@ -106,34 +104,27 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int):
     problem = problem_of_policy(policy, PROMPTS[0], points_of, length=2, vocabulary=4)
     generator = seeded(1)
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
-    samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)
-    estimators = {
-        name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo")
-    } | {"token": Estimator(aggregation="token_mean")}
+    samples, seen = drawn(problem, chosen, 2), problem.scores[0, chosen]
+    presets = ("reinforce", "rloo", "remax", "grpo")
+    estimators = {name: Estimator.preset(name) for name in presets}
     measured = measure_estimators(samples, seen, estimators, prompts_per_step=4, replicates=300)
-    found = {m.estimator: m for m in measured}
-    truths = {name: exact_moments(e, problem, group_size=2) for name, e in estimators.items()}
-    for name, m in found.items():
-        exact = truths[name]
-        assert m.coupled == (name == "token") and m.units == (
-            groups // 4 if name == "token" else groups
-        )
-        if name == "token":  # its units are steps already
-            units = contributions(estimators[name], samples, seen, prompts_per_step=4).values
-            assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
-            continue
+    truths = [exact_moments(e, problem, group_size=2) for e in estimators.values()]
+    for m, exact in zip(measured, truths, strict=True):
+        assert (m.coupled, m.units) == (False, groups)
         noise = exact.noise / 4  # of a step of four groups
-        assert m.noise.low <= noise <= m.noise.high and m.noise.high / m.noise.low < 3, name
-        assert m.variance.value == pytest.approx(
-            exact.variance / 4, rel=0.15 * (512 / groups) ** 0.5
-        )
+        assert m.noise.low <= noise <= m.noise.high and m.noise.high / m.noise.low < 3
+        error = 0.15 * (512 / groups) ** 0.5
+        assert m.variance.value == pytest.approx(exact.variance / 4, rel=error)
         assert m.signal.value == pytest.approx(float(exact.mean.square().sum()), rel=0.5)
-        assert m.cosine.low - 1e-9 <= exact.cosine <= m.cosine.high + 1e-9, name
-    for name in ("rloo", "remax", "grpo"):
-        ratio = truths["reinforce"].noise / truths[name].noise
-        assert found[name].quieter.low <= ratio <= found[name].quieter.high, name
-    assert found["rloo"].cosine.value == pytest.approx(1, abs=1e-12)
-    assert found["reinforce"].quieter.value == 1.0
+        assert m.cosine.low - 1e-9 <= exact.cosine <= m.cosine.high + 1e-9
+        ratio = truths[0].noise / exact.noise
+        assert m.quieter.low <= ratio <= m.quieter.high
+    assert measured[1].cosine.value == pytest.approx(1, abs=1e-12)
+    token = Estimator(aggregation="token_mean")  # its units are steps already
+    (m,) = measure_estimators(samples, seen, {"token": token}, prompts_per_step=4, replicates=2)
+    units = contributions(token, samples, seen, prompts_per_step=4).values
+    assert m.units == len(units) == groups // 4
+    assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
 
 
 def test_same_expectation_needs_the_same_objective():

@@ -16,7 +16,7 @@ from folders import read_json
 from tokenrl.cli import main
 from tokenrl.core import off_policy
 from tokenrl.core.choices import CHOICES
-from tokenrl.lab import measure_bias, named_estimators, turn_problems
+from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.report import records
 from tokenrl.lab.exact.verdict import Verdict
@@ -58,13 +58,22 @@ def test_a_table_records_and_progress(once):
     assert by_name["rloo"]["off_policy"] == "biased"
 
 
-def test_a_wrong_declaration_off_policy_ends_with_exit_code_1(capsys, monkeypatch):
-    wrong = replace(off_policy.CORRECTIONS["token"], status=off_policy.EXACT_FOR_POLICY)
-    command = ["lab", "exact", "--estimators", "importance token", "importance sequence"]
-    assert main(command) == 0 and "policy" in capsys.readouterr().out.split()
-    monkeypatch.setitem(off_policy.CORRECTIONS, "token", wrong)
-    assert main(command) == 1
-    assert "declared wrongly: importance token." in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("table", "name", "status", "estimator"),
+    [
+        (off_policy.CORRECTIONS, "token", off_policy.EXACT_FOR_POLICY, "importance token"),
+        (CHOICES["aggregation"], "sequence_mean", "exact", "aggregation sequence_mean"),
+    ],
+)
+def test_a_wrong_declaration_ends_with_exit_code_1(
+    table, name, status, estimator, capsys, monkeypatch, workplace
+) -> None:
+    monkeypatch.setitem(table, name, replace(table[name], status=status))
+    command = ["lab", "exact", "--json", "lab.json", "--estimators", "importance sequence"]
+    assert main([*command, estimator]) == 1
+    out = capsys.readouterr().out
+    assert f"declared wrongly: {estimator}." in out and "NO" in out.split()
+    assert {r["estimator"]: r["ok"] for r in read_json("lab.json")}[estimator] is False
 
 
 def test_what_was_tried_is_said_for_each_estimator(said):
@@ -76,33 +85,6 @@ def test_what_was_tried_is_said_for_each_estimator(said):
     assert f"Tried for grpo: {small}." in out
     assert "Tried for maxrl: prompts 1 to 3, group size 2 to 6, tokens 1 to 3, rewards 0 to" in out
     assert f"Tried for spo: {small}, the memory held fixed." in out
-
-
-def test_a_baseline_in_a_file_is_said_to_be_biased_with_groups_of_2_only(said, workplace):
-    lines = "def wrong(totals, *, group_size, mask, valid):\n    g = totals.view(-1, group_size)\n"
-    lines += "    kept = g.sum(1, keepdim=True) - g.roll(1, 1)\n"
-    Path("mine.py").write_text(lines + "    return (kept / (group_size - 1)).flatten()\n")
-    completes("lab exact --preset mine.py:wrong")
-    out = said()
-    assert "mine.py:wrong: exact_up_to_scale with groups of 3 or more." in out
-    assert "Tried for mine.py:wrong; rloo: prompts 1 to 4, group size 2 to 8" in out
-
-
-@pytest.mark.slow
-def test_the_same_command_writes_the_same_bytes(once, tmp_path):
-    again = written(tmp_path)
-    assert again[:2] == once[:2]
-    assert again[3].read_bytes() == once[3].read_bytes()
-
-
-def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path):
-    for axis, name in (("scale", "group_std"), ("aggregation", "sequence_mean")):
-        monkeypatch.setitem(CHOICES[axis], name, replace(CHOICES[axis][name], status="exact"))
-    path = tmp_path / "lab.json"
-    assert main(["lab", "exact", "--json", str(path), "--estimators", "rloo", "grpo"]) == 1
-    out = capsys.readouterr().out
-    assert "declared wrongly: grpo" in out and "NO" in out.split()
-    assert [r["ok"] for r in read_json(path)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -128,29 +110,3 @@ def test_an_expected_gradient_of_zero_is_written_as_null():
     }
     (zero, _) = json.loads(json.dumps(records(verdicts), allow_nan=False))
     assert zero["noise"] is None and zero["problems"][0]["noise"] is None and zero["ok"] is True
-
-
-@pytest.mark.slow
-def test_advantages_and_divisors_of_turns(tmp_path, capsys, monkeypatch):
-    """Which of them are exact, and that the numbers which are printed are those that are written."""
-    monkeypatch.setattr("tokenrl.lab.exact.turns.turn_problems", lambda: turn_problems()[:2])
-    path = tmp_path / "turns.json"
-    completes("lab exact --turns --json", str(path))
-    out, written = capsys.readouterr().out, read_json(path)
-    exact = [record["name"] for record in written if record["status"] == "exact"]
-    assert exact == [
-        "the row's total, RLOO",
-        "to go, minus the LOO of totals",
-        "to go, minus the LOO per turn index",
-        "the same with LOO, a turn not reached counted as 0",
-        "the same, leave out the whole row",
-    ]
-    assert [record["status"] for record in written].count("biased") == 12 == len(written) - 5
-    for record in written:
-        (row,) = [
-            line for line in out.splitlines() if line.strip().startswith(record["name"] + "  ")
-        ]
-        assert row.split()[-4] == record["status"]
-        wanted = [record[x] for x in ("relative_bias", "worst_relative_bias", "cosine")]
-        assert [float(x) for x in row.split()[-3:]] == pytest.approx(wanted, abs=6e-4)
-        assert 0.05 < wanted[1] < 1.2 or record in [x for x in written if x["status"] == "exact"]

@@ -175,6 +175,10 @@ def test_returns_by_hand():
     assert returns_of(dense, gamma=0.5) == [[4, 6, 8, 8]]
     assert returns_of(dense, gamma=1 - 1e-7) == [pytest.approx([15, 14, 12, 8])]
     assert max(returns_of(torch.ones(1, 3000), gamma=0.5)[0]) < 3  # no power overflows
+    to_go = torch.tensor([15.0, 14.0, 12.0, 8.0])
+    standardised = ((to_go - to_go.mean()) / to_go.std()).tolist()
+    normalised = {"returns": "episode_normalized", "scale_ddof": 1, "scale_eps": 0.0}
+    assert returns_of(dense, **normalised) == [pytest.approx(standardised)]
     window = {"returns": "blame_window", "window": 2}
     assert returns_of(dense, **window) == [[3, 6, 12, 8]]
     assert returns_of(dense, **window, gamma=0.5) == [[2, 4, 8, 8]]
@@ -202,6 +206,17 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
         assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
 
 
+def test_gae_passes_through_positions_that_are_no_actions():
+    e = Estimator(baseline="value", returns="gae", lam=0.7)
+    rewards, values = normals(seeded(4), 2, 3, 5)
+    mask = torch.tensor([[True, False, True, True, False]])
+    apart = e.advantages(rewards * mask, mask.expand(3, 5), group_size=None, values=values)
+    together = e.advantages(
+        rewards[:, mask[0]], torch.ones(3, 3), group_size=None, values=values[:, mask[0]]
+    )
+    assert_close(apart.policy[:, mask[0]], together.policy)
+
+
 HEAVY = ("opo", "optimal", "shrinkage")
 
 
@@ -227,8 +242,6 @@ def test_optimal_baselines_of_tokens_by_hand():
     rewards, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
     norms = torch.tensor([[1.0, 9, 9], [2, 3, 9], [4, 5, 6]])  # 9 is padding
     shared = {"mask": mask, "group_size": 3, "score_norms": norms}
-    alone = shared | {"mask": mask * torch.tensor([[0], [0], [1]])}  # the others act nowhere
-    assert advantages(rewards, baseline="opo", **alone)[2] == 4 - (1 + 2) / 2
     shared |= {"baseline": "optimal", "returns": "reward_to_go"}
     shared["optimal_form"] = "cumulative"
     # at t = 0 the others; at t = 1 the other row that still acts; at t = 2 no row acts, so the last such mean

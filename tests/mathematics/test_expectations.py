@@ -20,11 +20,6 @@ def mean_of(fields: dict, problem: Problem, size: int) -> torch.Tensor:
     return exact_moments(Estimator(**fields), problem, group_size=size).mean
 
 
-def ascent(problem: Problem, worth: torch.Tensor) -> torch.Tensor:
-    """The gradient [P, D] of the mean over prompts of `E[worth]`, with worth [P, M] held fixed."""
-    return torch.einsum("pm,pmtd->pd", problem.chances * worth, problem.scores) / len(worth)
-
-
 def ascent_by_token(problem: Problem, worth: torch.Tensor) -> torch.Tensor:
     """E[sum_t worth_t grad log pi_t] with worth [P, M, T]."""
     return torch.einsum("pm,pmt,pmtd->pd", problem.chances, worth, problem.scores) / len(worth)
@@ -68,33 +63,6 @@ def test_the_gradient_of_a_kl_in_the_loss(beta: float):
             assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
 
 
-def test_reinvents_square_has_the_gradient_of_its_preset_row_by_row():
-    """The square of log prior + sigma R - log pi, over 2 sigma, on each completion of a prompt."""
-    problem, e = tabular_problem(12), Estimator.preset("reinvent")
-    rows, mask = problem.logprobs[0].clone().requires_grad_(), problem.mask
-    prior, rewards = problem.ref_logprobs[0], problem.totals[0]
-    square = (prior.sum(-1) + rewards / e.beta - rows.sum(-1)).square() * e.beta / 2
-    (wanted,) = torch.autograd.grad(square.mean(), rows)
-    policy = e.advantages(
-        rewards, mask, group_size=None, logprobs=rows.detach(), ref_logprobs=prior
-    ).policy
-    loss = e.loss(rows, policy, e.token_weights(mask, max_length=9), mask)
-    (gradient,) = torch.autograd.grad(loss, rows)
-    assert wanted.norm() > 0.01
-    assert_close(gradient, wanted * mask, rtol=0, atol=1e-12)
-
-
-def test_a_leave_one_out_mean_leaves_reinvents_expectation_and_lowers_its_noise():
-    """Of scores near .5 the noise falls most."""
-    problem, e = tabular_problem(12), Estimator.preset("reinvent")
-    problem = replace(problem, rewards=0.4 + 0.1 * problem.rewards.double())
-    plain, compared = (
-        exact_moments(replace(e, baseline=name), problem, group_size=4) for name in ("none", "rloo")
-    )
-    assert_close(compared.mean, plain.mean, **CLOSE)
-    assert compared.noise < plain.noise / 5
-
-
 def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand():
     """The direction of a row, listed with every completion: its mean square gives E|g|^2."""
     problem = tabular_problem(14)
@@ -120,17 +88,6 @@ def test_closed_forms_of_a_kl_have_the_noise_that_is_computed_by_hand():
         moments = exact_moments(estimator, problem, group_size=1)
         lengths = slopes.sum(-2).square().sum(-1)  # [P, M]
         assert moments.second == pytest.approx(float((problem.chances * lengths).sum()))
-
-
-def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own():
-    problem, beta = tabular_problem(13), 0.4
-    ratio = step_kl(problem)
-    held = {"k1": ratio, "k2": ratio.square() / 2, "k3": (-ratio).exp() - 1 + ratio}
-    for name, penalty in held.items():
-        wanted = ascent(problem, problem.totals - beta * penalty.sum(-1))
-        found = mean_of({"beta": beta, "kl_estimator": name}, problem, 2)
-        assert_close(found, wanted, **CLOSE)
-        assert ((wanted - problem.gradient(beta=beta)).norm() < 1e-12) == (name == "k1")
 
 
 # Rows that are left out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from refusals import refused
 from torch.testing import assert_close
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import CHOICES
 from tokenrl.core.divergences import LEAST_BETA, k3, next_beta
 from tokenrl.core.losses import token_entropy
 from tokenrl.core.presets import PRESETS
@@ -40,55 +40,23 @@ def inputs(seed=0, n=4, t=4, dtype=torch.double):
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "divisors"),
+    ("aggregation", "divisors", "without_first"),
     [
-        ("sequence_sum", [4, 4, 4, 4]),
-        ("sequence_mean", [8, 12, 1, 4]),
-        ("token_mean", [6, 6, 6, 6]),
-        ("fixed_length", [40, 40, 40, 40]),
+        ("sequence_sum", [4, 4, 4, 4], [1, 3, 3, 3]),
+        ("sequence_mean", [8, 12, 1, 4], [1, 9, 1, 3]),
+        ("token_mean", [6, 6, 6, 6], [1, 4, 4, 4]),
+        ("fixed_length", [40, 40, 40, 40], [1, 30, 30, 30]),
     ],
 )
-def test_weights_by_hand(aggregation, divisors):
-    """The row without any action is one of the N = 4."""
-    e = Estimator(aggregation=aggregation)
-    wanted = MASK / torch.tensor(divisors)[:, None]
-    assert_close(e.token_weights(MASK, max_length=10), wanted)
-    assert_close(e.token_weights(MASK.bool(), max_length=10), wanted.float())
-
-
-@pytest.mark.parametrize("aggregation", CHOICES["aggregation"])
-def test_weights_of_abstaining_rows(aggregation):
-    e = Estimator(aggregation=aggregation)
-    for gone in range(4):
-        valid = torch.arange(4) != gone
-        got = e.token_weights(MASK, max_length=10, valid=valid)
-        assert_close(got[valid], e.token_weights(MASK[valid], max_length=10))
-        assert (got[gone] == 0).all()
-    assert (e.token_weights(MASK, max_length=10, valid=torch.zeros(4)) == 0).all()
-    assert (e.token_weights(MASK * 0, max_length=10) == 0).all()
-
-
-def step_of(e, seed=3, n=8, t=5):
-    tensors = inputs(seed, n, t)
-    draw = seeded(seed)
-    mask = (torch.arange(t) < torch.randint(0, t + 1, (n, 1), generator=draw)).double()
-    rewards = normals(draw, n)
-    if "sampling_logprobs" in e.needs:
-        tensors["sampling_logprobs"] = tensors["old_logprobs"] + tensors["entropy"]
-    advantages = e.advantages(
-        rewards,
-        mask,
-        group_size=4 if e.fewest_rows <= 4 else 8,
-        logprobs=tensors["old_logprobs"],
-        ref_logprobs=tensors["ref_logprobs"],
-        baseline_value=0.1,
-        values=tensors["entropy"],
-        greedy_rewards=tensors["entropy"][:, 0],
-        score_norms=tensors["entropy"].square(),
-        components=rewards[:, None],
-    ).policy
-    weights = e.token_weights(mask, max_length=9)
-    return tensors, advantages, weights, mask
+def test_weights_by_hand(aggregation, divisors, without_first):
+    """The row without any action is one of the N = 4; a row that abstains counts nowhere."""
+    weights_of = partial(Estimator(aggregation=aggregation).token_weights, max_length=10)
+    assert_close(weights_of(MASK), MASK / torch.tensor(divisors)[:, None])
+    valid = torch.tensor([False, True, True, True])
+    wanted = MASK * valid[:, None] / torch.tensor(without_first)[:, None]
+    assert_close(weights_of(MASK.bool(), valid=valid), wanted.float())
+    assert not weights_of(MASK, valid=valid & False).any()
+    assert not weights_of(MASK * 0).any()
 
 
 def gradient(e, tensors, advantages, weights, mask):
@@ -102,8 +70,10 @@ def gradient(e, tensors, advantages, weights, mask):
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
 @pytest.mark.parametrize("terms", [FULL, CLOSED, PATHS | {"kl_estimator": "k2_sequence"}])
 def test_nothing_leaks_from_masked_positions(name, spoil, terms):
-    e = Estimator.preset(name, **terms)
-    tensors, advantages, weights, mask = step_of(e)
+    e, tensors = Estimator.preset(name, **terms), inputs()
+    tensors["sampling_logprobs"] = tensors["old_logprobs"] + tensors["entropy"]
+    advantages, mask = torch.tensor([0.5, -2.0, 1.0, 3.0]), MASK
+    weights = e.token_weights(mask, max_length=9)
     clean = gradient(e, tensors, advantages, weights, mask)
     spoiled = {k: x.masked_fill(mask == 0, spoil) for k, x in tensors.items()}
     dirty = gradient(e, spoiled, advantages, weights.masked_fill(mask == 0, spoil), mask)
@@ -204,25 +174,27 @@ def test_trust_drops_tokens_whose_probability_has_moved_too_far(advantage):
     assert slopes == pytest.approx([-advantage * weight for weight in weights])
 
 
-def test_the_loss_of_a_critic():
-    weights = torch.tensor([[0.5, 0.25, 0.0]])
-    values = torch.tensor([[1.0, 4.0, torch.nan]], requires_grad=True)
-    returns = torch.tensor([[3.0, 2.0, torch.inf]], requires_grad=True)
-    loss = Estimator().critic_loss(values, returns, weights)
-    assert loss.item() == pytest.approx(0.5 * (0.5 * 4 + 0.25 * 4))
+@pytest.mark.parametrize(
+    ("value_clip", "errors", "slopes"),
+    [
+        (None, [1.0, 1.0, 1.0], [-1.0, 1.0, -1.0]),
+        # of 1.0 and its clipped 0.5 the clipped is further off, of 1.0 and its clipped 2.5 the value itself
+        (0.5, [1.5, 1.0, 1.0], [0.0, 1.0, -1.0]),
+    ],
+)
+def test_the_loss_of_a_critic(value_clip, errors, slopes):
+    weights = torch.tensor([0.5, 0.25, 1.0])
+    values = torch.tensor([[1.0, 3.0, 1.0, torch.nan]], requires_grad=True)
+    returns = torch.tensor([[2.0, 2.0, 2.0, torch.inf]], requires_grad=True)
+    inputs = {"old_values": torch.tensor([[0.0, 2.9, 3.0, torch.nan]])}
+    e, padded = Estimator(value_clip=value_clip), torch.tensor([[*weights, 0.0]])
+    loss = e.critic_loss(values, returns, padded, **inputs)
+    assert loss.item() == pytest.approx(float(weights @ torch.tensor(errors).square()) / 2)
     loss.backward()
-    assert values.grad.tolist() == [[-1.0, 0.5, 0.0]] and returns.grad is None
-    # Of 1.0 and its clipped 0.5 the clipped is further off, of 1.0 and its clipped 2.5 the value itself.
-    values = torch.tensor([[1.0, 3.0, 1.0]], dtype=torch.double, requires_grad=True)
-    old = torch.tensor([[0.0, 2.9, 3.0]])
-    goal = torch.full((1, 3), 2.0)
-    ones = torch.ones(1, 3)
-    e = Estimator(value_clip=0.5)
-    loss = e.critic_loss(values, goal, ones, old_values=old)
-    assert loss.item() == pytest.approx((1.5**2 + 1.0**2 + 1.0**2) / 2)
-    assert torch.autograd.grad(loss, values)[0].tolist() == [[0.0, 1.0, -1.0]]
+    assert values.grad.tolist() == [[*(weights * torch.tensor(slopes)).tolist(), 0.0]]
+    assert returns.grad is None
     with refused("old_values"):
-        e.critic_loss(values, goal, ones)
+        Estimator(value_clip=0.5).critic_loss(values, returns, padded)
 
 
 def test_k3_keeps_its_digits_near_the_reference():

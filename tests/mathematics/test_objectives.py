@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from statistics import fmean
 
 import pytest
@@ -13,9 +12,8 @@ from refusals import refused
 from torch.testing import assert_close
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import estimator_line, objective_line
+from tokenrl.core.bias import objective_line
 from tokenrl.core.objectives import check_rewards
-from tokenrl.core.refusals import check_horizon
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 
 
@@ -93,64 +91,48 @@ def slope(objective, p: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(objective(leaf).sum(), leaf)[0]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("size", [3, 5, 8])
 def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_success_rate(
     size: int,
 ) -> None:
     p = torch.tensor([0.02, 0.1, 0.35, 0.6, 0.97]).double()
     laws = [({}, lambda p: p), ({"baseline": "group_mean"}, lambda p: (size - 1) / size * p)]
-    for form in SUBTRACTED:
-        for k in (1, 2, 3, 4):
-            fields = {**BEST, "objective_order": k, "objective_form": form}
-            if (form, k) != ("sloo_minus_one", 1) and Estimator(**fields).fewest_rows <= size:
-                laws.append((fields, lambda p, k=k: 1 - (1 - p) ** k))
+    laws.append(({**BEST, "objective_order": 2}, lambda p: 1 - (1 - p) ** 2))
     laws.append((SUCCESS, lambda p: order_mean(size - 1, p)))
     kept = {**SUCCESS, "objective_form": "keep_failures"}
     laws.append((kept, lambda p: order_mean(size, p)))
     for fields, objective in laws:
         weight = prompt_weight(Estimator(**fields), p, size)
         assert_close(weight, slope(objective, p), atol=1e-10, rtol=1e-10)
-    std = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}
-    divided = 0.0
-    for k in range(size + 1):
-        chance = math.comb(size, k) * p**k * (1 - p) ** (size - k)
-        variance = k / size * (1 - k / size)
-        divided = divided + chance * variance / (variance**0.5 + 0.01)
-    wanted = divided / (p * (1 - p))
-    weight = prompt_weight(Estimator(**std), p, size)
-    assert_close(weight, wanted, atol=1e-10, rtol=1e-10)
 
 
 def test_negative_rewards_have_no_logarithm():
     e, valid = Estimator.preset("maxrl"), torch.tensor([True, True, False])
     check_rewards(e.objective, torch.tensor([[0.5, -0.5], [1.0, 0.0], [-1.0, torch.nan]]), valid)
-    for rewards in (
-        torch.tensor([1.0, -0.5, 0.0]),
-        torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]),
-    ):
-        with refused(r"the reward -0\.5\. Give rewards of 0 or more"):
-            check_rewards(e.objective, rewards, valid)
-        check_rewards(Estimator(), rewards, valid)
+    rewards = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]])
+    with refused(r"the reward -0\.5\. Give rewards of 0 or more"):
+        check_rewards(e.objective, rewards, valid)
+    check_rewards("reward", rewards, valid)
     with refused("rewards of 0 or more"):
         measure_bias(e, [tabular_problem(2)])
 
 
-def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1():
-    table = [
-        ("rloo", "exact", "exact", "exact"),
-        ("max_at_k", "exact", "exact", "biased"),
-        ("max_at_k,objective_order=1", "exact", "exact", "exact"),
-        ("maxrl", "biased", "exact", "biased"),
-        ("maxrl,objective_form=leave_one_out", *["exact_per_prompt"] * 3),
-        ("maxrl,aggregation=token_mean", "biased", "asymptotic", "biased"),
-        ("baseline=group_mean,scale=group_std", "biased", "exact_per_prompt", "biased"),
-        ("baseline=opo,scale=group_std", "biased", "biased", "biased"),
-        ("scale=group_std,aggregation=token_mean", "biased", "biased", "biased"),
-        ("scale=batch_std", "asymptotic", "exact_per_prompt", "asymptotic"),
-    ]
-    for name, *statuses in table:
-        e = Estimator.preset(name)
-        assert [e.bias_status, e.binary_bias_status, e.reward_bias_status] == statuses, name
+@pytest.mark.parametrize(
+    ("name", "statuses"),
+    [
+        ("max_at_k", ["exact", "exact", "biased"]),
+        ("maxrl", ["biased", "exact", "biased"]),
+        ("maxrl,aggregation=token_mean", ["biased", "asymptotic", "biased"]),
+        ("baseline=opo,scale=group_std", ["biased", "biased", "biased"]),
+        ("scale=batch_std", ["asymptotic", "exact_per_prompt", "asymptotic"]),
+    ],
+)
+def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1(name, statuses):
+    e = Estimator.preset(name)
+    assert [e.bias_status, e.binary_bias_status, e.reward_bias_status] == statuses
+
+
+def test_the_line_of_an_objective():
     assert objective_line(Estimator()) == {}
     line = objective_line(Estimator.preset("maxrl"))["objective"]
     assert line.startswith(
@@ -187,33 +169,3 @@ def test_the_log_of_success_divides_by_a_mean(form: str):
     wanted = torch.nn.functional.pad((rewards[:3] - mean) / mean, (0, 1))
     assert_close(advantages(e, rewards, valid), wanted)
     assert (advantages(e, rewards * 0) == -1.0 * (form == "keep_failures")).all()
-
-
-def test_what_an_objective_advises_is_allowed():
-    """One completion per prompt is refused with the objective's name; without a baseline long episodes are too."""
-    with refused(r"'log_success' compares .* take objective 'reward' and"):
-        advantages(Estimator.preset("maxrl"), torch.zeros(1))
-    for form in ("leave_one_out", "sloo_minus_one", "sloo"):
-        check_horizon(Estimator.preset("max_at_k", objective_form=form), 501)
-    bare = Estimator.preset("max_at_k", objective_form="no_baseline")
-    check_horizon(bare, 500)
-    with refused("Choose another objective_form, such as 'leave_one_out'"):
-        check_horizon(bare, 501)
-
-
-def test_the_header_shows_every_axis_that_differs_and_one_status():
-    def half(rewards, **_):
-        return rewards / 2
-
-    shown = ("baseline", "aggregation", "beta")
-    plain = estimator_line(Estimator(), shown, "exact")
-    assert plain == "baseline rloo, sequence_sum, KL 0; bias: exact"
-    of_maxrl = estimator_line(Estimator.preset("maxrl"), shown, "biased")
-    assert of_maxrl == "sequence_sum, KL 0; bias: biased"
-    e = Estimator(baseline=half, importance="sequence", importance_cap=3.0, entropy_coef=0.01)
-    line = estimator_line(e, shown, "biased")
-    assert line.startswith("baseline half, sequence_sum, KL 0, ") and line.endswith(
-        "; bias: biased"
-    )
-    for part in ("importance sequence", "importance_cap 3", "entropy_coef 0.01"):
-        assert f", {part}" in line

@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 
 import torch
-from drawing import normals, seeded
 
 from tokenrl.core import Estimator
 from tokenrl.core.choices import CHOICES, ENTROPY, KL_EFFECTS, OBJECTIVES
@@ -19,11 +18,7 @@ from tokenrl.lab import all_completions, exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 torch.set_num_threads(1)
-DRAW = seeded(3)
-STUDENT, TEACHER = normals(DRAW, 2, 3, 2)
-ONE = tabular_problem(
-    5, group_size=3, vocabulary=2, rewards="dense", logits=STUDENT, reference=TEACHER
-)
+ONE = tabular_problem(5, group_size=3, vocabulary=2, rewards="dense")
 TWO = tabular_problem(6, prompts=2, group_size=2, vocabulary=2, length=2, rewards="dense")
 COUNTED = tabular_problem(7, group_size=3, vocabulary=2, rewards="binary")
 """One prompt, two prompts, and rewards of 0 and 1."""
@@ -98,11 +93,6 @@ class Rows:
         """The gradient of the mean of values of the rows, which are held fixed."""
         return (self.chances * values) @ self.scores
 
-    def mean(self, values, rows):
-        """The mean of a function of the values of several rows."""
-        chosen = torch.cartesian_prod(*[torch.arange(len(self.chances))] * rows).view(-1, rows)
-        return self.chances[chosen].prod(-1) @ values(chosen)
-
     def slope_of_group(self, values):
         chosen = torch.cartesian_prod(*[torch.arange(len(self.chances))] * self.size)
         chances = self.chances[chosen].prod(-1) * values(chosen)
@@ -122,30 +112,14 @@ def own_mean(e, rows):
 
 def subtracted(e, rows):
     """The mean of what is subtracted from a row's return, which does not depend on the row."""
-    others = rows.size - 1
     numbers = {
         "none": 0.0,
         "constant": e.baseline_constant,
         "running_mean": rows.problem.baseline_value,
         "tracker": rows.problem.baseline_value + 0.5 * rows.prompt,
         "remax": rows.greedy,
-        "opo": rows.mean(weighted_mean(rows.lengths, rows.returns), others),
-        "optimal": rows.mean(weighted_mean(rows.norms, rows.returns), others),
-        "quantile": rows.mean(
-            lambda chosen: quantile(rows.returns[chosen], e.baseline_quantile), others
-        ),
     }
-    mean = rows.chances @ rows.returns
-    if e.baseline == "batch_mean" and len(rows.problem.chances) > 1:
-        every = [Rows(rows.problem, prompt, e.overlong_buffer) for prompt in (0, 1)]
-        of_step = sum(float(each.chances @ each.returns) for each in every)
-        return (rows.size * of_step - mean) / (rows.size * len(every) - 1)
-    return numbers.get(e.baseline, mean)
-
-
-def quantile(values, share):
-    place = max(math.ceil(share * values.shape[-1]), 1) - 1
-    return values.sort(-1).values[..., place]
+    return numbers.get(e.baseline, rows.chances @ rows.returns)
 
 
 def by_length(e, rows):
@@ -170,14 +144,6 @@ def counted_down(e, rows):
     return rows.slope((rows.rewards * (1 - places / rows.lengths[:, None])).sum(-1))
 
 
-def forward_kl(e, rows):
-    """Written from the logits: the slope of KL(ref || pi) at a prefix is pi - ref, in its logits."""
-    step = (STUDENT.softmax(-1) - TEACHER.softmax(-1)).flatten()
-    visited = (rows.problem.scores[0] != 0).view(*rows.problem.mask.shape, 3, 2).any(-1).any(1)
-    visits = (rows.chances @ visited.double()).repeat_interleave(2)
-    return rows.slope(rows.returns) - e.beta * visits * step
-
-
 def divided(e, rows):
     """On rewards of 0 and 1, w_G(p) grad p."""
     p, size = float(rows.chances @ rows.returns), rows.size
@@ -189,12 +155,12 @@ def divided(e, rows):
     return weight / (p * (1 - p)) * rows.slope(rows.returns)
 
 
-PER_TOKEN = ("value", "timestep_mean", "episode_mean")
-"""Baselines with a number for each token; the mean of `shrinkage` depends on other prompts."""
+NUMBERS = ("none", "constant", "running_mean", "tracker", "remax", "rloo", "group_mean")
+"""Baselines whose mean is a number of the prompt alone."""
 
 
-def one_per_row(e):
-    return e.baseline not in (*PER_TOKEN, "shrinkage") and e.optimal_form == "sequence"
+def one_number(e):
+    return e.baseline in NUMBERS
 
 
 def any_estimator(e):
@@ -203,7 +169,7 @@ def any_estimator(e):
 
 ORACLES = {
     "ascends E[R] - E[b]/G": (
-        lambda e: e.baseline != "optimal" or one_per_row(e),
+        lambda e: e.optimal_form == "sequence",
         own_mean,
         (ONE, TWO),
     ),
@@ -212,8 +178,8 @@ ORACLES = {
         of_reward,
         (ONE, TWO),
     ),
-    "ascends E[(R - b)/L]": (one_per_row, by_length, (ONE, TWO)),
-    "ascends E[m (R - b)]": (one_per_row, if_whole, (ONE, TWO)),
+    "ascends E[(R - b)/L]": (one_number, by_length, (ONE, TWO)),
+    "ascends E[m (R - b)]": (one_number, if_whole, (ONE, TWO)),
     "ascends the discounted return": (any_estimator, discounted, (ONE, TWO)),
     "ascends E[R] - beta E[k2]": (
         any_estimator,
@@ -230,7 +196,6 @@ ORACLES = {
         lambda e, rows: rows.slope(rows.returns) - e.beta * rows.chances @ rows.kl_slopes,
         (ONE, TWO),
     ),
-    "the gradient of each step's FORWARD KL": (any_estimator, forward_kl, (ONE,)),
     "the gradient of each step's entropy": (
         any_estimator,
         lambda e, rows: (
@@ -260,6 +225,7 @@ ELSEWHERE = (
     "the gradient tends to that of J",  # whose limit `tends_to_the_gradient` takes
     "(n-1)/n, with n rows that still act",
     "new prompts fill the step",
+    "the gradient of each step's FORWARD KL",  # tests/mathematics/test_expectations.py
     "the gradient of no objective",
     "in sum a good episode",
     "unbiased if they are exact",  # test_values_of_gae_may_be_wrong_by_what_no_action_changes

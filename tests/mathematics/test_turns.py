@@ -111,22 +111,6 @@ def test_what_is_added_to_the_rewards_is_added_to_tokens():
     assert_close(result, Estimator(**axes).advantages(**step).policy)
 
 
-@pytest.mark.parametrize(
-    "baseline", [name for name in CHOICES["baseline"] if "episode" not in name]
-)
-def test_returns_total_ignore_turns_and_one_turn_has_the_total(baseline):
-    step = a_step(2, [row.replace("1", "0").replace("2", "0") for row in LAYOUT])
-    numbers = step.pop("turns")
-    total = Estimator(baseline=baseline, scale="group_std")
-    without = total.advantages(**step).policy
-    assert torch.equal(without, total.advantages(**step, turns=numbers).policy)
-    if baseline in ("opo", "optimal", "value", "timestep_mean"):  # what turns change in a row
-        return
-    to_go = replace(total, returns="reward_to_go")
-    by_row = to_go.advantages(**step, turns=numbers).policy
-    assert_close(by_row, without.reshape(N, -1)[:, :1] * step["mask"])
-
-
 PROBLEM = replace(turn_problems()[0], group_size=2)
 
 
@@ -160,18 +144,3 @@ def test_what_is_declared_holds_for_turns(name, returns):
 def test_the_example_in_the_docstring():
     done = doctest.testmod(turns_module)
     assert done.attempted >= 4 and done.failed == 0
-
-
-def test_a_function_of_turns_is_measured():
-    """The reward to go minus that of the others is exact, and with the row itself inside it is not."""
-    for one_out, status in ((0, "biased"), (1, "exact")):
-
-        def mean(totals, *, rewards, mask, n=one_out, **rows):
-            to_go = rewards.flip(-1).cumsum(-1).flip(-1) * mask
-            count = mask.sum(0) - n * mask.long()
-            return (to_go.sum(0) - n * to_go) / count.clamp(min=1)
-
-        assert (
-            exact_moments(Estimator(returns="reward_to_go", baseline=mean), PROBLEM).status
-            == status
-        )

@@ -8,10 +8,6 @@ from tokenrl.lab.exact.control_problem import (
     problem_of_mdp as problem_of_mdp,
     random_mdp as random_mdp,
 )
-from tokenrl.lab.exact.discounting import (
-    WhichObjective as WhichObjective,
-    which_objective as which_objective,
-)
 from tokenrl.lab.exact.enumeration import Moments as Moments, exact_moments as exact_moments
 from tokenrl.lab.exact.objectives import prompt_weight as prompt_weight
 from tokenrl.lab.exact.problems import (

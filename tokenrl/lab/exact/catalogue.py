@@ -28,11 +28,6 @@ class LabArguments(Settings):
     trl_config: str | None = None
     """Explain what a GRPOConfig or RLOOConfig of TRL computes, from a JSON or YAML file of its fields; a field trainer
     names one of grpo, rloo."""
-    sampler: str | None = None
-    """Compare the corrections for a sampler that differs from the policy: by noise on its logits, by
-    temperature, top_k or top_p, such as noise=0.3 or temperature=0.8,top_p=0.9."""
-    turns: bool = False
-    """Compare advantages and divisors where an environment answers between two turns of the policy."""
 
 
 NEEDS = {

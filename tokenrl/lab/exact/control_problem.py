@@ -108,8 +108,7 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> tuple[Completions, Tensor]:
 def expected_rewards(mdp: TabularMdp, steps: int) -> Tensor:
     """Return the mean reward of each of the next K steps under the policy, from each state or the end [S + 1, K].
 
-    `m_1(s) = E[r | s]` and `m_{k+1}(s) = E[m_k(s') | s]`. The value with k steps left is
-    `sum_{j <= k} gamma^(j - 1) m_j(s)`.
+    `m_1(s) = E[r | s]` and `m_{k+1}(s) = E[m_k(s') | s]`. The value with k steps left is `sum_{j <= k} m_j(s)`.
     """
     moves = mdp.logits.softmax(-1)[:, :, None] * mdp.transitions  # [S, A, S + 1]
     mean = (moves * mdp.rewards).sum((1, 2))
@@ -127,8 +126,6 @@ def problem_of_mdp(
     steps: int = 3,
     beyond: int = 0,
     critic: Literal["true", "guess"] = "guess",
-    gamma: float = 1.0,
-    bootstrap: bool = True,
 ) -> Problem:
     """List every trajectory of an environment; the episodes of a step form one group.
 
@@ -137,11 +134,9 @@ def problem_of_mdp(
         group_size: Episodes per step.
         steps: Number of steps after which an episode is truncated.
         beyond: Number of steps for which the environment would continue after the truncation. With 0 the
-            limit is part of the problem, and no reward is lost.
+            limit is part of the problem, and no reward is lost. Otherwise the estimator gets the critic's
+            value of the state after a truncation.
         critic: 'true' for V^pi of the state and the steps left, 'guess' for `mdp.guesses`.
-        gamma: Discount of V^pi; give the estimator's.
-        bootstrap: Whether the estimator gets the critic's value of the state after a truncation, if the
-            environment would continue; without it a truncation looks like an end.
 
     Returns:
         The problem, with one prompt (P = 1) and M trajectories.
@@ -153,9 +148,8 @@ def problem_of_mdp(
     environment = mdp.start[states[:, 0]] * chances.prod(-1)
     whole = steps + beyond
     mean_rewards = expected_rewards(mdp, whole)  # [S + 1, K]
-    if critic == "true":  # V^pi with k steps left is the sum of k discounted mean rewards
-        discounted = mean_rewards * gamma ** torch.arange(whole, dtype=torch.double)
-        columns = [discounted[:, : whole - t].sum(-1) for t in range(steps + 1)]
+    if critic == "true":  # V^pi with k steps left is the sum of k mean rewards
+        columns = [mean_rewards[:, : whole - t].sum(-1) for t in range(steps + 1)]
         values = torch.stack(columns, -1)  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
@@ -173,7 +167,7 @@ def problem_of_mdp(
         greedy=greedy_completions(mdp.logits[None], rows, log_chances),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[last, steps][None] if beyond and bootstrap else None,
-        after=mean_rewards[last, :beyond][None] if beyond else None,
+        bootstrap=values[last, steps][None] if beyond else None,
+        after=mean_rewards[last, :beyond].sum(-1)[None] if beyond else None,
         **policy,
     )

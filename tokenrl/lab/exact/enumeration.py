@@ -138,7 +138,7 @@ def exact_moments(
     """
     size = group_size or problem.group_size
     problem = replace(problem, group_size=size)
-    check_rewards(estimator.objective, problem.returns(), problem.chances.bool())
+    check_rewards(estimator.objective, problem.returns, problem.chances.bool())
     chances = problem.of_sampler.chances
     prompts, completions = chances.shape
     listed = _listed_slopes(estimator, problem)
@@ -200,11 +200,10 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     return Moments(mean, target_of(estimator, problem), second, problem.name)
 
 
-def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Tensor:
+def target_of(estimator: Estimator, problem: Problem) -> Tensor:
     """Return `Problem.gradient` [P, D] of the estimator's objective, with the terms that it adds to that."""
     return problem.gradient(
         estimator=estimator,
-        gamma=gamma,
         beta=estimator.beta,
         entropy_coef=estimator.entropy_coef,
         overlong_buffer=estimator.overlong_buffer,

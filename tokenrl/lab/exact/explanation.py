@@ -32,12 +32,11 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
     if name is None:
         return {}
     if args.trl_config is not None:
-        title, estimator, idle, beyond = read_trl_config(name)
+        title, estimator, beyond = read_trl_config(name)
     else:
         estimator = Estimator.preset(name)
         preset = PRESETS.get(name) or PRESETS.get(estimator.preset_name, CUSTOM)
         title = preset.paper
-        idle = []
         beyond = [preset.beyond]
     causes = [
         f"{effect.reason} ({effect.status})"
@@ -51,7 +50,6 @@ def explain(args: LabArguments) -> dict[str, Estimator]:
         "objective": [*objective_line(estimator).values()],
         "gradient": [estimator.bias_status],
         "because": causes or [estimator.bias_reason],
-        "changes nothing": idle,
         "beyond the axes": beyond,
     }
     table = rich_table("", ("", name), overflow="fold")

@@ -68,7 +68,7 @@ class Problem:
             It is part of the probability of a completion but not of its score.
         bootstrap: A critic's value of the state after a truncation, 0 without one [P, M]; None to give the
             estimator no value.
-        after: Mean reward of each of the K steps that would follow a truncation, 0 without one [P, M, K].
+        after: Mean of the rewards that would follow a truncation, 0 without one [P, M].
         sampler: What draws the completions; None for the policy itself.
         turns: Number of the turn of each action [M, T], where steps in time are turns; None for tokens.
     """
@@ -91,7 +91,7 @@ class Problem:
     baseline_value: float = 0.37
     environment: Tensor | float = 1.0  # [P, M]
     bootstrap: Tensor | None = None  # [P, M]
-    after: Tensor | None = None  # [P, M, K]
+    after: Tensor | None = None  # [P, M]
     sampler: Sampler | None = None
     turns: Tensor | None = None  # [M, T]
 
@@ -114,18 +114,10 @@ class Problem:
         """Undiscounted return of each completion [P, M]."""
         return self.rewards.sum(-1) if self.rewards.ndim == 3 else self.rewards
 
-    def returns(self, gamma: float = 1.0) -> Tensor:
-        """Return of each completion [P, M], discounted from its first step.
-
-        It includes the mean of the rewards that would follow a truncation.
-        """
-        lengths = self.mask.sum(-1)
-        at_end = self.rewards.ndim == 2
-        discount = gamma ** (lengths - 1)
-        returns = self.rewards * discount if at_end else _discounted(self.rewards, gamma)
-        if self.after is not None:
-            returns = returns + gamma**lengths * _discounted(self.after, gamma)
-        return returns
+    @property
+    def returns(self) -> Tensor:
+        """Return of each completion [P, M], with the mean of the rewards that would follow a truncation."""
+        return self.totals if self.after is None else self.totals + self.after
 
     def gradient(
         self,
@@ -133,15 +125,13 @@ class Problem:
         beta: float = 0.0,
         entropy_coef: float = 0.0,
         overlong_buffer: int = 0,
-        gamma: float = 1.0,
         estimator: Estimator | None = None,
     ) -> Tensor:
         """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt [P, D].
 
         R includes the penalty on long completions, if there is any, and the mean reward that would follow a
         truncation. The policy after a truncation is held fixed, so the gradient passes through the steps
-        before it only. With gamma < 1 the rewards are discounted from the first step; the other terms are
-        not.
+        before it only.
 
         J is the mean over prompts; KL and H belong to whole completions. By the log-derivative trick the
         gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
@@ -150,7 +140,7 @@ class Problem:
         """
         log_pi = self.logprobs.sum(-1)
         log_ref = self.ref_logprobs.sum(-1)
-        weight = self.returns(gamma)
+        weight = self.returns
         if overlong_buffer:
             lengths = self.mask.sum(-1).long()
             weight = weight + overlong_penalty(lengths, self.max_length, overlong_buffer)
@@ -158,11 +148,6 @@ class Problem:
             weight = slopes_in_probability(estimator, weight, self.chances, self.group_size)
         weight = weight - beta * (log_pi - log_ref) - entropy_coef * log_pi
         return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
-
-
-def _discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """Return the sum of rewards [P, M, T], discounted from the first of them [P, M]."""
-    return rewards @ gamma ** torch.arange(rewards.shape[2], dtype=torch.double)
 
 
 class Completions(NamedTuple):

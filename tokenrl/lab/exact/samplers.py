@@ -17,13 +17,12 @@ from torch import Tensor
 from tokenrl.core.effects import BIASED, EXACT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.off_policy import EXACT_FOR_POLICY, EXACT_FOR_SAMPLER
-from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 from tokenrl.lab.exact.verdict import Claim
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.settings import NonNegative, arguments
+from tokenrl.settings import NonNegative
 
 NEVER = -1e4
 """The logit of a token that is never drawn."""
@@ -35,21 +34,6 @@ class Perturbation(Distribution):
 
     noise: NonNegative = 0.0
     """Standard deviation of the normal noise on each logit, drawn once and then fixed."""
-
-    @classmethod
-    def read(cls, text: str) -> Perturbation:
-        """Read a text such as `noise=0.3` or `temperature=0.8,top_p=0.9`.
-
-        Raises:
-            Refused: It has another form, or names what a sampler does not have.
-        """
-        head, changes = read_changes(text) if text else ("", {})
-        if head or not changes:
-            raise Refused(
-                f"The sampler {text!r} cannot be used: give changes of the policy's distribution, such as "
-                "noise=0.3 or temperature=0.8,top_p=0.9."
-            )
-        return arguments(cls, changes)
 
     def logits(self, logits: Tensor, seed: int) -> Tensor:
         """Return the sampler's logits [..., V], from the policy's logits and the seed of the noise."""

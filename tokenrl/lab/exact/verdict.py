@@ -65,8 +65,6 @@ class Verdict(Claim):
         tried: The numbers of prompts, of completions per prompt and of tokens, and the rewards of all
             problems (the extremes are not in the same one). Beyond these the verdict says nothing.
         estimator: The name of its preset or of its own baseline, or "custom estimator".
-        of_larger_groups: The worst status over the problems with three or more completions per prompt, if it
-            is better than a bias that two of them show; else empty.
         on_binary: The status on rewards of 0 and 1, where a better one is declared for them.
         of_reward: The status for the gradient of E[R], if the estimator has another objective.
         off_policy: The same of `off_policy_status`, if `measure_off_policy` measured it too.
@@ -75,7 +73,6 @@ class Verdict(Claim):
     measurements: tuple[Moments, ...]
     tried: str = ""
     estimator: str = "custom estimator"
-    of_larger_groups: str = ""
     on_binary: Claim | None = None
     of_reward: Claim | None = None
     off_policy: Claim | None = None
@@ -83,11 +80,8 @@ class Verdict(Claim):
     def __repr__(self) -> str:
         declared = "" if self.ok else f" (declared {self.declared})"
         numbers = f"cosine {self.cosine:.3f}, noise {self.noise:.2f}"
-        larger = ""
-        if self.of_larger_groups:
-            larger = f" with groups of 2, {self.of_larger_groups} with larger ones"
         tried = f"; tried: {self.tried}" if self.tried else ""
-        return f"{self.estimator}: {self.found}{larger}{declared}, {numbers}{tried}"
+        return f"{self.estimator}: {self.found}{declared}, {numbers}{tried}"
 
     def _repr_html_(self) -> str:
         """Return the line for a notebook."""
@@ -181,11 +175,10 @@ def measure_bias(
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
     status = effects.EXACT
-    of_larger_groups = list[str]()
     measured = list[Problem]()
     measurements = list[Moments]()
     for number, problem in enumerate((*main, *wide)):
-        if number >= len(main) and effects.BIASED in of_larger_groups:
+        if number >= len(main) and status == effects.BIASED:
             break
         try:
             moments = exact_moments(estimator, problem)
@@ -201,15 +194,10 @@ def measure_bias(
             measurements.append(moments)
         measured.append(problem)
         status = worse
-        if problem.group_size > 2:
-            of_larger_groups.append(moments.status)
     if not measurements:
         raise refusal
     if status == effects.BIASED and tends_to_the_gradient(estimator):
         status = effects.ASYMPTOTIC
-    larger = worst(effects.EXACT, *of_larger_groups)
-    if status != effects.BIASED or larger == status or not of_larger_groups:
-        larger = ""
     tried = extent(measured)
     if estimator.needs_memory:
         tried += ", the memory held fixed"
@@ -219,7 +207,6 @@ def measure_bias(
         measurements=tuple(measurements),
         tried=tried,
         estimator=getattr(estimator.baseline, "__name__", estimator.preset_name),
-        of_larger_groups=larger,
         on_binary=_on_binary(estimator),
         of_reward=_of_reward(estimator, measured),
     )

@@ -45,7 +45,7 @@ class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArgument
     probes: Several = 256
     """Random directions to project gradients on; squared lengths have the relative error sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
-    """Use only parameters with one of these in their name; `last` for the last block and the head."""
+    """Use only parameters with one of these in their name, such as `layers.0.` or `lm_head`."""
     rows_at_once: Count | None = None
     """Completions per forward pass; with fewer, memory suffices for larger models, and no number changes.
     Default: as many as have 16 million logits, at most 1024."""

@@ -1,8 +1,7 @@
 """Computes what each group, or each step, contributes to an estimator's gradient, in random projections.
 
-The loss depends on the weights only through logprobs and entropies. Its derivatives in those, on-policy,
-times the projected scores are the projected gradient, so all estimators are computed from the same
-projections.
+The loss depends on the weights only through logprobs. Its derivatives in those, on-policy, times the projected
+scores are the projected gradient, so all estimators are computed from the same projections.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.lab.exact.enumeration import Slopes, ascent_slopes
-from tokenrl.lab.measure.projections import Projections
+from tokenrl.lab.exact.enumeration import ascent_slopes
 from tokenrl.lab.measure.rollouts import Samples
 
 
@@ -34,16 +32,8 @@ class Contributions(NamedTuple):
     coupled: bool
 
 
-def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Tensor:
-    """Sum the slopes times the projected scores over the tokens of some rows [K]."""
-    total = slopes.logprobs.flatten() @ projections.logprobs[rows].flatten(0, 1).double()
-    if projections.entropy is not None:
-        total = total + slopes.entropy.flatten() @ projections.entropy[rows].flatten(0, 1).double()
-    return total
-
-
 def contributions(
-    estimator: Estimator, samples: Samples, projections: Projections, *, prompts_per_step: int
+    estimator: Estimator, samples: Samples, projections: Tensor, *, prompts_per_step: int
 ) -> Contributions:
     """Compute an estimator's projected gradient for every independent unit.
 
@@ -54,7 +44,7 @@ def contributions(
     Args:
         estimator: Any estimator without a critic.
         samples: The rows.
-        projections: The projections of their scores.
+        projections: The projections of the scores of their tokens [N, T, K].
         prompts_per_step: Groups per step. Steps are disjoint; for coupled estimators, groups that do not fill
             a step are left out.
 
@@ -63,6 +53,10 @@ def contributions(
     """
     if "values" in estimator.needs:
         raise Refused("A measurement has no critic: no baseline 'value' and no returns 'gae'.")
+    if estimator.entropy_coef:
+        raise Refused(
+            "A measurement has no entropies. Set entropy_coef to 0, or use `tokenrl lab exact`."
+        )
     if "token_kl" in estimator.needs:
         raise Refused(
             "A measurement has no KL in closed form. Take kl_estimator 'full_path' with kl_baseline 'none', or "
@@ -71,12 +65,10 @@ def contributions(
     row_numbers = torch.arange(len(samples.rewards))
     groups = row_numbers.reshape(-1, samples.group_size)  # [B, G]
     step_of = row_numbers // (samples.group_size * prompts_per_step)
-    norms = (
-        projections.logprobs.double().square().sum(-1) if "score_norms" in estimator.needs else None
-    )
+    norms = projections.double().square().sum(-1) if "score_norms" in estimator.needs else None
 
-    def slopes(rows: Tensor) -> Slopes:
-        """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods."""
+    def slopes(rows: Tensor) -> Tensor:
+        """Return minus the derivatives of one step's loss in logprobs, by `Estimator`'s own methods."""
         mean = 0.0
         if estimator.needs_memory:  # the running mean of the other steps
             elsewhere = (step_of != step_of[rows[0]]) & samples.valid
@@ -96,21 +88,25 @@ def contributions(
             score_norms=None if norms is None else norms[rows],
             baseline_value=mean,
         )
-        return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
+        entropy = torch.zeros_like(logprobs)  # without a weight in the loss
+        return ascent_slopes(estimator, terms, logprobs, ref_logprobs, entropy).logprobs
+
+    def gradient(rows: Tensor) -> Tensor:
+        return slopes(rows).flatten() @ projections[rows].flatten(0, 1).double()  # [K]
 
     whole = len(groups) // prompts_per_step * prompts_per_step
     steps = groups[:whole].reshape(-1, prompts_per_step, samples.group_size)  # [M, P, G]
     coupled = prompts_per_step > 1 and any(_couples(slopes, step) for step in steps)
     units = steps.flatten(1) if coupled else groups
-    values = torch.stack([projected(slopes(rows), projections, rows) for rows in units])
+    values = torch.stack([gradient(rows) for rows in units])
     return Contributions(values, prompts_per_step if coupled else 1, coupled)
 
 
-def _couples(slopes: Callable[[Tensor], Slopes], step: Tensor) -> bool:
+def _couples(slopes: Callable[[Tensor], Tensor], step: Tensor) -> bool:
     """Whether the slopes of a step differ from those of its groups, each as a step by itself."""
     try:
-        alone = torch.cat([slopes(rows).logprobs for rows in step]) / len(step)
+        alone = torch.cat([slopes(rows) for rows in step]) / len(step)
     except Refused:  # the estimator compares prompts, and a group has only one
         return True
-    together = slopes(step.flatten()).logprobs
+    together = slopes(step.flatten())
     return not torch.allclose(together, alone, rtol=1e-6, atol=1e-9)

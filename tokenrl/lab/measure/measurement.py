@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
@@ -25,9 +26,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.noise import Measurement, measure_estimators
 from tokenrl.lab.measure.projections import (
     AT_ONCE,
-    Projections,
     chosen_parameters,
-    joined,
     project,
 )
 from tokenrl.lab.measure.rollouts import Samples, collect
@@ -121,8 +120,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
         samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
-        entropy = any(estimator.entropy_coef > 0 for estimator in estimators.values())
-        projections = _projections(policy, samples, parameters, args, console, entropy=entropy)
+        projections = _projections(policy, samples, parameters, args, console)
         measurements = measure_estimators(
             samples,
             projections,
@@ -160,10 +158,8 @@ def _projections(
     parameters: Mapping[str, Tensor],
     args: MeasureArguments,
     console: Console,
-    *,
-    entropy: bool,
-) -> Projections:
-    """Project the scores of all samples, with a bar that shows the progress."""
+) -> Tensor:
+    """Project the scores of all samples [N, T, K], with a bar that shows the progress."""
     from rich.progress import Progress
 
     parts = []
@@ -179,12 +175,11 @@ def _projections(
                 seed=args.seed,
                 max_length=samples.mask.shape[1],
                 distribution=args,
-                entropy=entropy,
                 regime=samples.regime,
                 after=partial(progress.advance, bar),
             )
             parts.append(part)
-    return joined(parts)
+    return torch.cat(parts)
 
 
 def rows_at_once(policy: Policy, length: int) -> int:

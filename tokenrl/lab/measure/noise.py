@@ -13,7 +13,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import Interval
 from tokenrl.lab.measure.contributions import Contributions, contributions
-from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, cosine, interval, reciprocal
 
@@ -51,7 +50,7 @@ class Measurement:
 
 def measure_estimators(
     samples: Samples,
-    projections: Projections,
+    projections: Tensor,  # [N, T, K]
     estimators: Mapping[str, Estimator],
     *,
     prompts_per_step: int,
@@ -77,7 +76,7 @@ def measure_estimators(
     )
     of_rloo = measured(Estimator())
     without_baseline = measured(Estimator(baseline="none"))
-    probes = projections.logprobs.shape[-1]
+    probes = projections.shape[-1]
 
     @cache
     def resampling(units: int) -> Resampling:

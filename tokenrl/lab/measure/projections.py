@@ -8,9 +8,8 @@ for every row and every token at once, so K derivatives serve all estimators.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,30 +23,12 @@ from tokenrl.language.rollout.rollout import Rollout, to_host
 from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Regime, score
 
 
-class Projections(NamedTuple):
-    """Derivatives along each probe, divided by sqrt(K), so that dot products estimate those of gradients.
-
-    They are 0 outside the mask.
-    """
-
-    logprobs: Tensor  # [N, T, K]
-    entropy: Tensor | None  # [N, T, K]
-
-
-def joined(parts: Sequence[Projections]) -> Projections:
-    """Join the projections of several rollouts, on the CPU."""
-    logprobs = torch.cat([part.logprobs.cpu() for part in parts])
-    entropies = [part.entropy.cpu() for part in parts if part.entropy is not None]
-    return Projections(logprobs, torch.cat(entropies) if entropies else None)
-
-
 def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the trainable parameters by name, restricted to those in which the gradient is measured.
 
     Args:
         policy: The policy whose model is used.
-        layers: Parts of names, such as `layers.0.` or `lm_head`; `last` stands for the last block and all
-            parameters after the blocks. Empty for all parameters.
+        layers: Parts of names, such as `layers.0.` or `lm_head`; empty for all parameters.
 
     Raises:
         Refused: When a part is in no name.
@@ -57,23 +38,14 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
         return named
     chosen: dict[str, Tensor] = {}
     for part in layers:
-        names = _last(list(named)) if part == "last" else [name for name in named if part in name]
+        names = [name for name in named if part in name]
         if not names:
             raise Refused(
                 f"No trainable parameter of {policy.source!r} has {part!r} in its name. Give part of one, such as of "
-                f"{', '.join(list(named)[:4])}, or 'last'."
+                f"{', '.join(list(named)[:4])}."
             )
         chosen.update({name: named[name] for name in names})
     return chosen
-
-
-def _last(names: Sequence[str]) -> list[str]:
-    """Return the names in the last numbered block and after it; a tied head comes before the blocks."""
-    matches = [re.search(r"\.(\d+)\.", name) for name in names]
-    blocks = [-1 if match is None else int(match[1]) for match in matches]
-    first = blocks.index(max(blocks))
-    after = zip(names[first:], blocks[first:], strict=True)
-    return [name for name, block in after if block in (max(blocks), -1)]
 
 
 AT_ONCE = 8
@@ -111,11 +83,12 @@ def project(
     seed: int,
     max_length: int,
     distribution: Distribution = UNCHANGED,
-    entropy: bool = False,
     regime: Regime = USUAL,
     after: Callable[[], None] = lambda: None,
-) -> Projections:
-    """Project the score of every token of a rollout on `count` probes.
+) -> Tensor:
+    """Project the score of every token of a rollout on `count` probes, divided by sqrt(K).
+
+    So dot products of the results estimate those of gradients.
 
     It costs about `2 count` forward passes of the rollout, and memory for eight at a time. Attention is
     computed by its plain formula, because the fused kernels have no forward-mode derivative.
@@ -128,39 +101,34 @@ def project(
         seed: Seed of the probes.
         max_length: T of the result, at least that of the rollout.
         distribution: Distribution of tokens that was sampled from.
-        entropy: Whether to project the derivatives of the entropies too.
         regime: How the policy is scored; its logits are never computed in chunks here.
         after: Called after each pass of eight probes.
 
     Returns:
-        The projections on the CPU, in the precision of the model.
+        The projections [N, T, K] on the CPU, in the precision of the model; 0 outside the mask.
     """
     parameters = dict(parameters)
     index, row_of = _distinct(rollout)
     whole = Regime(regime.share_prompt)
     distinct = rollout.take(index)
 
-    def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def logprobs(changed: dict[str, Tensor]) -> Tensor:
         model = _Changed(policy.model, changed)
-        scored = score(model, distinct, whole, distribution=distribution, entropy=entropy)
-        return (scored.logprobs,) if scored.entropy is None else (scored.logprobs, scored.entropy)
+        return score(model, distinct, whole, distribution=distribution).logprobs
 
-    def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return torch.func.jvp(scores, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+    def slopes(direction: dict[str, Tensor]) -> Tensor:
+        return torch.func.jvp(logprobs, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
 
-    tangents: list[tuple[Tensor, ...]] = []
+    tangents: list[Tensor] = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for directions in probes(parameters, count, seed=seed):
             # vmap batches only the tangents, so the model itself is computed once for all of them.
-            tangents.append(torch.vmap(slopes)(directions))  # [c, n, t] each
+            tangents.append(torch.vmap(slopes)(directions))  # [c, n, t]
             del directions  # else they are still there while the next ones are drawn
             after()
-    out = []
-    for column in zip(*tangents, strict=True):
-        (derivatives,) = to_host([torch.cat(column)])
-        whole = derivatives.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
-        out.append(torch.nn.functional.pad(whole, (0, 0, 0, max_length - whole.shape[1])))
-    return Projections(out[0], out[1] if entropy else None)
+    (derivatives,) = to_host([torch.cat(tangents)])
+    projections = derivatives.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
+    return torch.nn.functional.pad(projections, (0, 0, 0, max_length - projections.shape[1])).cpu()
 
 
 class _Changed(nn.Module):

@@ -88,11 +88,11 @@ def collect(
 def _scores(
     policy: Policy, rollout: Rollout, sampling: Sampling, regime: Regime
 ) -> dict[str, Tensor]:
-    """Return log-probabilities under policy and reference, and entropies, of a rollout [n, T], 0 off the mask."""
+    """Return log-probabilities under policy and reference, of a rollout [n, T], 0 off the mask."""
     score = partial(score_in_parts, rollout=rollout, regime=regime)
-    scored: Any = score(policy.model, distribution=sampling, entropy=True)
+    scored: Any = score(policy.model, distribution=sampling)
     reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
             reference = score(model, distribution=sampling.whole).logprobs
-    return {"logprobs": scored.logprobs, "ref_logprobs": reference, "entropy": scored.entropy}
+    return {"logprobs": scored.logprobs, "ref_logprobs": reference}
