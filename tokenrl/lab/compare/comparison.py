@@ -132,8 +132,9 @@ def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[tuple[st
         if arms:
             yield text.format(arms=joined(arms)), headline
     for arm, of_arm in by_arm:
-        for flag, count in of_arm["flags"].str.split().explode().value_counts(sort=False).items():
-            yield f"Training of {arm}: {flag} in {count} of {len(of_arm)} runs.", ""
+        counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
+        for flag in counts[counts > LOST_SHARE * len(of_arm)].index:
+            yield f"Training of {arm}: {flag} in most of its runs.", ""
     tuned = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
     rates = by_arm["learning_rate"].first()
     for label, edges in tuned.agg(["min", "max"]).iterrows():

@@ -125,6 +125,7 @@ def execute(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     waiting = [run for run in runs if not is_done(run, root)]
     under_way: dict[str, Process] = {}
+    is_stopping = False
     with GracefulStop(quiet=console.rich.quiet) as stop:
         while under_way or waiting:
             free = (workers or processors) - len(under_way)
@@ -136,13 +137,14 @@ def execute(
                 path = f"{root / run.path}"
                 words = [run.kind, "--config", str(settings), "--output-dir", path, "--quiet"]
                 process = start([*words, "--resume", "auto"], f"{path}.log", environment)
-                under_way[run.path] = process
+                under_way[path] = process
             time.sleep(TICK)
-            if stop.requested:
+            if stop.requested and not is_stopping:
+                is_stopping = True
                 waiting = []
-            for path, process in [*under_way.items()]:
-                if stop.requested:
+                for process in under_way.values():
                     process.terminate()
+            for path, process in [*under_way.items()]:
                 code = process.poll()
                 if code is not None:
                     del under_way[path]

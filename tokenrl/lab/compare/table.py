@@ -92,12 +92,8 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         path = root / run.path
         recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
         state, reason = _state(recorded, path)
-        row: dict[str, Any] = {
-            "problem": run.problem,
-            "arm": run.arm,
-            "role": run.role,
-            "seed": run.seed,
-            "path": run.path,
+        row = {
+            **vars(run),
             "learning_rate": run.learning_rate,
             "state": state,
             "reason": reason,
@@ -105,6 +101,7 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
             **dict.fromkeys(SCORES, math.nan),
             "curve": None,
         }
+        del row["settings"]
         if recorded:
             _check_hashes(run, recorded, hashes)
         if recorded and recorded.metrics:
