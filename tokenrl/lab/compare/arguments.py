@@ -95,9 +95,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             raise Refused(
                 f"shared was given as {shown(self.shared)}; it must map settings to their values."
             )
-        names = {"task": self.task, "arms": self.arms, "model": [self.shared.get("model", "")]}
-        for name, value in {**names, "reward": self.shared.get("reward", ())}.items():
-            parts = value if isinstance(value, tuple | list) else [value]
+        shared = {name: self.shared.get(name) or "" for name in ("model", "reward")}
+        for name, value in {"task": self.task, "arms": self.arms, **shared}.items():
+            is_list = isinstance(value, tuple | list) and name != "model"
+            parts = value if is_list else [value]
             if not all(isinstance(part, str) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()

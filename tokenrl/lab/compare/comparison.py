@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
@@ -121,13 +119,13 @@ def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[tuple[st
         ceiling = min(ceiling, problem.reward_range[1] - problem.margin)
     if least >= ceiling:
         yield (
-            f"Ceiling: every arm ends at {digits(least)} or above. From {digits(ceiling)} on the task counts as "
-            "solved, so the reward at the end hardly separates the arms. Compare at a smaller budget (--max-steps), "
-            "with other seeds.",
+            f"Ceiling: every arm ends at {digits(least)} or above. From {digits(ceiling)} on little is left to gain, "
+            "so the reward at the end hardly separates the arms. Compare at a smaller budget (--max-steps), with other "
+            "seeds.",
             "every arm ends at the ceiling",
         )
     for metric, (text, headline) in LOST.items():
-        shares = by_arm[metric].mean() if metric in runs else pd.Series()
+        shares = by_arm[metric].mean()
         arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
         if arms:
             yield text.format(arms=joined(arms)), headline
