@@ -273,4 +273,4 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
-    return Arm(text, {"estimator": changed_axes, **own}, rates)
+    return Arm(text, {"estimator": changed_axes, **own}, tuple(dict.fromkeys(rates)))
