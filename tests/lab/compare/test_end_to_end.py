@@ -179,7 +179,7 @@ def test_an_interrupted_comparison_lets_its_runs_save_and_begins_no_more(
         execution.execute(runs, tmp_path, workers=1, console=Console())
     assert stopped.value.exit_code == 143
     printed = said()
-    assert f"run 6/6  {tmp_path / runs[2].path}: failed (exit code -15" in printed.replace("\n", "")
+    assert f"run 3/6  {tmp_path / runs[2].path}: failed (exit code -15" in printed.replace("\n", "")
 
 
 @pytest.mark.slow

@@ -127,8 +127,8 @@ def execute(
     under_way: dict[str, Process] = {}
     is_stopping = False
     with GracefulStop(quiet=console.rich.quiet) as stop:
-        while under_way or waiting:
-            free = (workers or processors) - len(under_way)
+        while under_way or (waiting and not stop.requested):
+            free = 0 if stop.requested else (workers or processors) - len(under_way)
             # a run of a comparison that was killed may still be saving itself
             startable = [run for run in waiting if not in_use(root / run.path)]
             for run in startable[:free]:
@@ -141,7 +141,6 @@ def execute(
             time.sleep(TICK)
             if stop.requested and not is_stopping:
                 is_stopping = True
-                waiting = []
                 for process in under_way.values():
                     process.terminate()
             for path, process in [*under_way.items()]:
