@@ -149,7 +149,7 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"arms": ["rlo", "grpo"]}, "Did you mean 'rloo'"),
         (
             {"arms": ["rloo,max_stepz=3", "grpo"]},
-            "there is no setting 'max_stepz' with the value 3",
+            "there is no setting 'max_stepz'",
         ),
         ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
@@ -157,9 +157,8 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ({"arms": ["rloo,learning_rate=(1,-1)", "grpo"]}, "learning_rate was given as"),
         (
             {"arms": ["rloo,num_generations=None", "grpo"], "env": ()},
-            "'num_generations' with the value None",
+            "num_generations was given as None",
         ),
-        ({"shared": {"model": "tiny"}}, "no setting 'model'"),
         ({"arms": ["remax", "reinforce"]}, "cannot train on walk"),
         ({"reference": "rlo"}, "must be one of"),
         (

@@ -259,15 +259,14 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         for name, value in changes.items():
             if name in (*RESERVED, *SHARED, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
+            if name in CHOSEN["train"] and value is None:
+                raise Refused(f"{name} was given as None; give a value, or leave it out.")
             if name in AXES:
                 axes[name] = value
-            elif name in settings and (value is not None or name not in CHOSEN["train"]):
+            elif name in settings:
                 own[name] = value
             else:
-                raise Refused(
-                    f"there is no setting {name!r} with the value {value!r}."
-                    f"{nearest(name, [*AXES, *settings])}"
-                )
+                raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
         estimator = Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
