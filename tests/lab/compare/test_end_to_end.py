@@ -131,7 +131,7 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
         halves()
     write_json(file, config | {"hashes": config["hashes"] | {name: "another"}})
     first = "runs/walk/reinforce/seed_0"
-    words = f"{first} and runs/walk/{arm}/seed_2 in all .* differ in {name}"
+    words = f"{first} and runs/walk/{arm}/seed_2 cannot be compared, as they differ in {name}"
     with refused(words):
         halves()
     if where == "all":
@@ -179,7 +179,7 @@ def test_an_interrupted_comparison_lets_its_runs_save_and_begins_no_more(
         execution.execute(runs, tmp_path, workers=1, console=Console())
     assert stopped.value.exit_code == 143
     printed = said()
-    assert f"run 3/6  {tmp_path / runs[2].path}: failed (exit code -15" in printed.replace("\n", "")
+    assert f"run 3/6 {tmp_path / runs[2].path}: failed (exit code -15" in printed.replace("\n", "")
 
 
 @pytest.mark.slow

@@ -126,15 +126,15 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
     )
     file.write_text("\n    ".join(["class Env:", *methods]))
     name = f"{file}:Env"
-    shared = {"max_steps": 40, "max_turns": 3, "eval_size": 4}
-    of_task = toy("rloo", "grpo", task=name, model="tiny", shared=shared)
-    alone = toy("rloo", "grpo", task=(), model="tiny", shared={**shared, "environment": name})
+    shared = {"max_steps": 40, "max_turns": 3, "eval_size": 4, "model": "tiny"}
+    of_task = toy("rloo", "grpo", task=name, shared=shared)
+    alone = toy("rloo", "grpo", task=(), shared={**shared, "environment": name})
     for planned in (of_task, alone):
         assert [problem.label for problem in planned.problems] == [name]
         settings = planned.runs({})[1].settings
         assert (settings["task"], settings["max_turns"]) == (name, 3)
     with refused("max_turns must be the same for all arms"):
-        toy("rloo,max_turns=2", "grpo", task=name, model="tiny", shared=shared)
+        toy("rloo,max_turns=2", "grpo", task=name, shared=shared)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     [
         ("--estimator grpo", "as --arms"),
         ("--print-commands", "executor ray takes more machines"),
-        ("--overwrite", "give another output_dir, or remove the directory"),
+        ("--overwrite", "give another output_dir for another comparison"),
     ],
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, refusal):
