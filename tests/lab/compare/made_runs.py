@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.loop import continue_plan, judge_directory
-from tokenrl.lab.compare.plan import Plan, write_plan
+from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.lab.compare.plan import Plan, start_plan
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import append_rows
@@ -90,7 +90,7 @@ def planned(settings: Mapping[str, Any]) -> Plan:
     """Write the plan that `tokenrl.compare` makes of its keywords, and make none of the runs."""
     args = arguments(CompareArguments, with_shared(settings))
     plan = make_plan(args, print)
-    write_plan(continue_plan(plan, Path(args.output_dir)), Path(args.output_dir))
+    start_plan(plan, Path(args.output_dir)).release()
     return plan
 
 
@@ -104,7 +104,7 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
     """
     settings = {**WALK, "arms": tuple(arms), "output_dir": str(output_dir), **options}
     plan = planned(settings)
-    for run in plan.runs():
+    for run in plan.runs({}):
         values = arms[run.arm](run.seed)
         if values and not (output_dir / run.path).exists():
             write_run(output_dir / run.path, **values)

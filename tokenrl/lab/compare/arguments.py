@@ -18,19 +18,16 @@ BY_NAME = (
 
 @dataclass(frozen=True)
 class ProblemArguments(Settings, group="problems"):
-    """What the arms are compared on. Several values make a family of comparisons for each combination."""
+    """What the arms are compared on. Each of several tasks or environments has verdicts of its own."""
 
     task: tuple[str, ...] = ()
     """Tasks, by the names that tokenrl train takes. Default, without an env: sort_digits."""
     env: tuple[str, ...] = ()
     """Environments, by the names that tokenrl control takes; it then makes the runs."""
-    model: tuple[str, ...] = ()
-    """Models. Default: each toy task's own, which is warm-started once."""
-    num_generations: tuple[Count, ...] = ()
-    """Group sizes. Default: what tokenrl train chooses for the task."""
     learning_rate: tuple[Positive | Literal["fixed", "tuned"], ...] = ("fixed",)
-    """fixed: the recommended rate, for all arms; tuned: for each arm the best rate of a grid around it,
-    chosen on other seeds by successive halving; or numbers."""
+    """The rate of all arms that name none. fixed: the recommended rate; or a number; or tuned: for each arm the
+    best of five rates around the recommended one. An arm may name rates itself, as in "rloo,learning_rate=1e-4" or
+    "rloo,learning_rate=(1e-4,2e-4)". The best of several is chosen on seeds that are not compared."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,7 @@ class ExecutionArguments(Settings, group="execution"):
     """Directories of other comparisons, as copied from other machines. Runs that have ended there with the same
     settings are copied instead of made."""
     dry_run: bool = False
-    """Print the plan, the smallest difference that it can show, and from a few measured steps the time of a run,
-    and whether most completions are cut or most rewards equal; then stop."""
+    """Print the plan and the smallest difference that it can show; then stop."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             raise Refused(
                 f"shared was given as {shown(self.shared)}; it must map settings to their values."
             )
-        for name in ("task", "reward", "model", "arms"):
-            value = getattr(self, name, self.shared.get(name)) or ()
-            parts = value if isinstance(value, tuple | list) else [value]
+        shared = {name: self.shared.get(name) or "" for name in ("model", "reward")}
+        for name, value in {"task": self.task, "arms": self.arms, **shared}.items():
+            is_list = isinstance(value, tuple | list) and name != "model"
+            parts = value if is_list else [value]
             if not all(isinstance(part, str) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()

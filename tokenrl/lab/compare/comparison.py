@@ -9,30 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.judgement import Judgement, digits, joined
-from tokenrl.lab.compare.plan import Arm, Plan, Problem
+from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
+from tokenrl.lab.compare.plan import Plan, Problem
 from tokenrl.lab.compare.table import RunTable
-from tokenrl.runs.findings import LOST_SHARE, Finding, Means, Observed
-from tokenrl.runs.rules import judge
+from tokenrl.runs.findings import LOST_SHARE
 
-READ = ["learning_rate", "early_entropy", "early_equal", "gain", "recent_cut", "skipped"]
-"""Columns of the table of runs that rules read."""
-
-
-class Caveat(NamedTuple):
-    """A reservation about a verdict.
-
-    Attributes:
-        text: a sentence or two.
-        headline: a few words for the headline of the verdict; empty if the verdict stands.
-    """
-
-    text: str
-    headline: str = ""
+LOST = {
+    "grad_clipped": (
+        "Clipping: the gradient was clipped in most updates of {arms}. There the bound sets the size of a step; the "
+        "estimator sets only its direction.",
+        "most updates were clipped, which hides a gradient's size",
+    ),
+    "cut": (
+        "Truncation: most completions of {arms} were cut off, so their rewards say little. Raise "
+        "--max-completion-length.",
+        "most completions were cut off",
+    ),
+}
+"""For each share of training that may be lost: what to say of arms that lost most, and briefly in the headline."""
 
 
 class Words(NamedTuple):
@@ -71,10 +67,9 @@ class Comparison:
         words = {}
         for problem in self.plan.problems:
             family = self.judgement.of(problem.label)
-            caveats = [*_caveats(problem, self.plan, self.table)]
-            headline = family.headline([caveat.headline for caveat in caveats if caveat.headline])
-            texts = [caveat.text for caveat in caveats]
-            words[problem.label] = Words(headline, family.sentences(), texts)
+            caveats = dict(_caveats(problem, self.plan, self.table))
+            headline = family.headline([*filter(None, caveats.values())])
+            words[problem.label] = Words(headline, family.sentences(), [*caveats])
         return words
 
     @property
@@ -95,93 +90,55 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     Raises:
         Stopped: on a problem no run has the score that decides.
     """
-    runs = table.runs.query("role == 'comparison' and state != 'missing'")
+    families = list[Family]()
     for problem in plan.problems:
-        of_problem = runs.query("problem == @problem.label")
-        if of_problem[plan.metric].isna().all():
-            reason = "".join(of_problem["reason"][:1])
+        runs = table.of(problem.label).query("state != 'missing'")
+        if runs[plan.metric].isna().all():
+            reason = "".join(runs["reason"][:1])
             raise Stopped(
                 f"Nothing can be judged on {problem.label}: no run has {plan.metric}. {reason}"
             )
-    void = {
-        (label, arm): f"no run of it has {plan.metric}. {of_arm['reason'].iloc[0]}"
-        for (label, arm), of_arm in runs.groupby(["problem", "arm"])
-        if of_arm[plan.metric].isna().all()
-    }
-    judgement = judge_scores(
-        runs,
-        metric=plan.metric,
-        reference=plan.reference,
-        margin=plan.margins,
-        all_pairs=plan.all_pairs,
-        void=void,
-    )
-    return Comparison(output_dir, plan, table, judgement)
-
-
-def findings_of(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
-    """Return what the table of rules finds in an arm's runs, which qualifies verdicts and excludes nothing."""
-    settings = {**problem.settings, **arm.settings}
-    means = runs.reindex(columns=READ).mean()
-    equal = means["early_equal"] if arm.estimator.needs_groups else math.nan
-    return judge(
-        Observed(
-            learning_rate=means["learning_rate"],
-            max_completion_length=settings.get("max_completion_length", math.nan),
-            entropy_coef=arm.estimator.entropy_coef,
-            early=Means(entropy=means["early_entropy"], equal=equal),
-            whole=Means(cut=means["recent_cut"]),
-            skipped=means["skipped"],
-            gain_of_arm=means["gain"],
+        judgement = judge_scores(
+            runs,
+            metric=plan.metric,
+            reference=plan.reference,
+            margin=problem.margin,
+            all_pairs=plan.all_pairs,
         )
-    )
+        families += judgement.families
+    return Comparison(output_dir, plan, table, Judgement(plan.metric, tuple(families)))
 
 
-def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[Caveat]:
-    """Yield what the verdicts on a problem do not mean: first what the whole comparison makes uncertain."""
-    if plan.changes:
-        yield Caveat(
-            f"Exploratory: {'; '.join(plan.changes)}. Who sees results before choosing what to "
-            "compare, or when to stop, finds differences by chance more often than the level says. To "
-            "confirm it, repeat it with new seeds (--first-seed) in another --output-dir.",
-            "it was changed after results could be seen",
-        )
+def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[tuple[str, str]]:
+    """Yield what the verdicts on a problem do not mean, and what of it belongs in the headline; else empty."""
     runs = table.of(problem.label)
-    yield from _ceiling(problem, runs)
-    shares = runs.groupby("arm", sort=False)["grad_clipped"].mean()
-    clipped = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
-    if clipped:
-        yield Caveat(
-            f"Clipping: the gradient was clipped in most updates of {joined(clipped)}. There the bound sets "
-            "the size of a step; the estimator sets only its direction.",
-            "most updates were clipped, which hides a gradient's size",
+    by_arm = runs.groupby("arm", sort=False)
+    least = by_arm["reward"].mean().min(skipna=False)
+    ceiling = math.inf if problem.solved is None else problem.solved
+    if problem.margin is not None and problem.reward_range:
+        ceiling = min(ceiling, problem.reward_range[1] - problem.margin)
+    if least >= ceiling:
+        yield (
+            f"Ceiling: every arm ends at {digits(least)} or above. From {digits(ceiling)} on little is left to gain, "
+            "so the reward at the end hardly separates the arms. Compare at a smaller budget (--max-steps), with other "
+            "seeds.",
+            "every arm ends at the ceiling",
         )
-    for arm in plan.arms:
-        for finding in findings_of(arm, problem, runs.query("arm == @arm.label")):
-            yield Caveat(f"Training of {arm.label}: {finding.text}")
+    for metric, (text, headline) in LOST.items():
+        shares = by_arm[metric].mean()
+        arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
+        if arms:
+            yield text.format(arms=joined(arms)), headline
+    for arm, of_arm in by_arm:
+        counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
+        for flag in counts[counts > LOST_SHARE * len(of_arm)].index:
+            yield f"Training of {arm}: {flag} in most of its runs.", ""
     tuned = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
-    rates = runs.groupby("arm")["learning_rate"].first()
+    rates = by_arm["learning_rate"].first()
     for label, edges in tuned.agg(["min", "max"]).iterrows():
         if rates[label] in edges.to_numpy():
-            yield Caveat(
+            yield (
                 f"Learning rate: the best rate of {label}, {rates[label]:g}, is the least or the greatest that "
-                "was tried, so a better rate may lie beyond it."
+                "was tried, so a better rate may lie beyond it.",
+                "",
             )
-
-
-def _ceiling(problem: Problem, runs: pd.DataFrame) -> Iterator[Caveat]:
-    """Warn if all arms end at the best possible reward."""
-    rewards = runs.groupby("arm")["reward"].mean()
-    least = rewards.min(skipna=False)
-    best = problem.reward_range[1] if problem.reward_range else math.inf
-    if problem.margin is not None and best - least <= problem.margin:
-        level = f"within {digits(problem.margin)} of the best possible reward, {digits(best)}"
-    elif problem.solved is not None and least >= problem.solved:
-        level = f"at {digits(least)} or above, and {digits(problem.solved)} counts as solved"
-    else:
-        return
-    yield Caveat(
-        f"Ceiling: every arm ends {level}, so the reward at the end hardly separates them. Compare at a "
-        "smaller budget (--max-steps), with other seeds.",
-        "every arm ends at the ceiling",
-    )

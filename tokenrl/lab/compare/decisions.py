@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tokenrl.errors import Refused, refusing
+from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import (
     LEAST_PAIRS,
     Estimate,
@@ -30,14 +29,13 @@ from tokenrl.settings import check_choice, check_number
 
 
 def judge_scores(
-    table: str | os.PathLike[str] | Iterable[Any],
+    table: Iterable[Any],
     *,
     metric: str = "score",
     reference: str | None = None,
-    margin: float | Mapping[str, float | None] | None = None,
+    margin: float | None = None,
     failure_below: float | None = None,
     all_pairs: bool = False,
-    void: Mapping[tuple[str, str], str] | None = None,
 ) -> Judgement:
     """Judge scores of several arms over seeds; the scores may come from any tool.
 
@@ -53,80 +51,66 @@ def judge_scores(
     with long tails, and rare failures that are not declared: recipes/pages/explain/comparing.md has the rates.
 
     Args:
-        table: rows with the columns `arm`, `seed` and `score`; `problem` (or `task`) if there are several,
+        table: rows with the columns `arm`, `seed` and `score`; `problem` if there are several,
             and `failed`, true for runs that failed, whose scores are not used and may be missing (nan). They
-            are mappings, tuples (arm, seed, score) or (arm, seed, score, problem), a data frame of pandas, or
-            the path of a CSV file.
+            are mappings, tuples (arm, seed, score) or (arm, seed, score, problem), or a data frame of pandas.
         metric: name of the score. It is also the name of its column if there is no column `score`.
         reference: the arm that the others are compared with; None for the first.
-        margin: smaller differences count as none. A number, or numbers by problem; None for no equivalence.
+        margin: smaller differences count as none; None for no equivalence.
         failure_below: runs with a lower score failed too.
         all_pairs: compare all arms with each other, and not only with the reference.
-        void: by problem and arm, the reason why its scores are not valid; they are shown without a verdict.
-            Only what is known before training is such a reason, or that an arm cannot be run. Excluding an
-            arm because of how its training went hides that it is worse.
 
     Returns:
         Families of comparisons, one per problem.
 
     Raises:
         Refused: a row cannot be read, or a score is not finite or given twice. Also if there is one arm only,
-            two arms have no seed in common, or the reference or a problem of `margin` does not exist.
+            two arms have no seed in common, or the reference does not exist.
 
     Example:
         >>> from tokenrl.lab import judge_scores
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
+    if margin is not None:
+        check_number("margin", margin, above=0)
     frame = _rows(table, metric)
     if failure_below is not None:
         frame["failed"] |= frame["score"] < failure_below
-    problems = frame["problem"].unique()
-    margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
-    for problem, size in margins.items():
-        check_choice("the problem in margin", problem, problems)
-        if size is not None:
-            check_number("margin", size, above=0)
-    families = []
-    for problem in problems:
-        arms = {}
-        for arm, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
-            scores = runs.set_index("seed")["score"]
-            failed = runs.set_index("seed")["failed"]
-            arms[str(arm)] = ArmScores(
-                arm=str(arm),
-                scores=scores[~failed].to_dict(),
-                failed=tuple(scores[failed].index.tolist()),
-                void=(void or {}).get((problem, arm), ""),
-            )
-        label = next(iter(arms)) if reference is None else reference
-        pairs = _pairs(arms, label, all_pairs)
-        size = margins.get(problem)
-        differences = tuple(_compare_pair(*pair, size, len(pairs)) for pair in pairs)
-        families.append(Family(problem, label, size, tuple(arms.values()), differences))
+    families = [
+        _family(str(problem), runs, reference, margin, all_pairs)
+        for problem, runs in frame.groupby("problem", sort=False)
+    ]
     return Judgement(metric, tuple(families))
 
 
-def _pairs(
-    arms: Mapping[str, ArmScores], reference: str, all_pairs: bool
-) -> list[tuple[ArmScores, ArmScores]]:
-    """Return each other arm with the reference, then all other pairs if they are asked for."""
-    check_choice("reference", reference, arms)
-    rivals = [scores for arm, scores in arms.items() if arm != reference]
+def _family(
+    problem: str, runs: pd.DataFrame, reference: str | None, margin: float | None, all_pairs: bool
+) -> Family:
+    """Judge the runs on one problem: each other arm with the reference, then all other pairs if asked for."""
+    arms = {}
+    for arm, of_arm in runs.set_index("seed").groupby("arm", sort=False):
+        scores = of_arm["score"][~of_arm["failed"]].to_dict()
+        failed = of_arm.index[of_arm["failed"]].tolist()
+        arms[str(arm)] = ArmScores(str(arm), scores, tuple(failed))
+    label = next(iter(arms)) if reference is None else reference
+    check_choice("reference", label, arms)
+    rivals = [arm for arm in arms if arm != label]
     if not rivals:
-        raise Refused(f"There is only the arm {reference!r}; give two arms or more.")
-    pairs = [(arm, arms[reference]) for arm in rivals]
+        raise Refused(f"There is only the arm {label!r}; give two arms or more.")
+    pairs = [(arm, label) for arm in rivals]
     if all_pairs:
         pairs += [(later, earlier) for earlier, later in combinations(rivals, 2)]
-    return pairs
+    differences = [_compare_pair(arms[a], arms[b], margin, len(pairs)) for a, b in pairs]
+    return Family(problem, label, margin, tuple(arms.values()), tuple(differences))
 
 
 def _rows(table: Any, metric: str) -> pd.DataFrame:
     """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
-    frame = _as_frame(table)
-    for column, synonym in (("score", metric), ("problem", "task")):
-        if column not in frame:
-            frame = frame.rename(columns={synonym: column})
+    frame = pd.DataFrame(table)
+    frame = frame.rename(columns=dict(enumerate(("arm", "seed", "score", "problem"))))
+    if "score" not in frame:
+        frame = frame.rename(columns={metric: "score"})
     if frame.empty or not {"arm", "seed", "score"} <= set(frame):
         raise Refused(
             f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
@@ -138,7 +122,7 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
     runs["arm"] = runs["arm"].astype(str)
     for column in ("seed", "score"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce").astype(float)
-    runs["failed"] = runs["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"])
+    runs["failed"] = runs["failed"].eq(True)
     mistakes = {
         "has no whole number as its seed": runs["seed"] % 1 != 0,
         "has no finite score; give the one at its end, or the column failed: leaving failed runs out would "
@@ -150,18 +134,6 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
             run = runs[rows].iloc[0]
             raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {mistake}.")
     return runs.astype({"seed": int})
-
-
-def _as_frame(table: Any) -> pd.DataFrame:
-    """Make a data frame of a CSV file, or of rows."""
-    if isinstance(table, str | os.PathLike):
-        with refusing(f"The table {table} cannot be read", "Give a CSV file."):
-            # "None" may be the name of an arm
-            return pd.read_csv(table, dtype=str, keep_default_na=False)
-    if isinstance(table, pd.DataFrame):
-        return table
-    columns = dict(enumerate(("arm", "seed", "score", "problem")))
-    return pd.DataFrame(list(table)).rename(columns=columns)
 
 
 def _compare_pair(
@@ -197,7 +169,7 @@ def _compare_pair(
         level=level,
         p_failures=p_failures,
         more_failures=more_failures,
-        verdict="void" if arm.void or reference.void else verdict,
+        verdict=verdict,
         unpaired=tuple(sorted(arm.seeds ^ reference.seeds)),
         margin=margin,
     )

@@ -11,10 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused, refusing
@@ -25,33 +23,19 @@ from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import MANIFEST, appending, atomic_directory, plain, remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
-ATTEMPTS = 2
 TICK = 0.2
 """Seconds between two looks at the runs under way."""
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-"""Environment variables of each run, in addition to the variables of this program."""
 
-RunCommand = Callable[[Sequence[str], str, Callable[[], bool]], int]
-"""Runs a command of tokenrl whose output goes to a file, and terminates it once `is_over()` returns True.
+class Process(Protocol):
+    """A run under way: a process of this machine, or a task of Ray."""
 
-It returns the exit code, or minus the number of the signal that ended the process."""
+    def poll(self) -> int | None:
+        """Return its exit code, or minus the number of the signal that ended it; None as long as it runs."""
 
-
-def command(run: PlannedRun, root: Path) -> list[str]:
-    """Return the words after `tokenrl` that make or continue a run; its settings are in a file beside it.
-
-    The paths in them may be relative to the current directory.
-
-    Args:
-        run: the run.
-        root: the directory of the comparison.
-    """
-    path = str(root / run.path)
-    settings = f"{path}.json"
-    flags = ["--config", settings, "--output-dir", path, "--resume", "auto", "--quiet"]
-    return [run.kind, *flags]
+    def terminate(self) -> None:
+        """Ask it to save and stop."""
 
 
 def _settings(run: PlannedRun) -> dict[str, Any]:
@@ -75,8 +59,7 @@ def collect(
         announce: prints a line.
 
     Raises:
-        Refused: a directory holds no comparison, or has a run with other settings, code, data or models, or
-            with a link.
+        Refused: a directory holds no comparison, or has a run with other settings.
         Stopped: a run cannot be copied.
     """
     for source in map(Path, directories):
@@ -84,19 +67,10 @@ def collect(
             raise Refused(
                 f"collect has {str(source)!r}, which holds no comparison: it has no plan.json."
             )
-        new = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
-        for run in new:
-            path = source.resolve() / run.path
-            file = Path(f"{path}.json")
-            for part in (file, *path.rglob("*")):
-                # a copy would hold what a link points to, and would wait for a pipe
-                if part.resolve() != part or not (part.is_file() or part.is_dir()):
-                    raise Refused(
-                        f"{part} is a link, or no ordinary file, so its run is not copied. Give a directory that "
-                        "holds the files themselves, or leave it out of collect."
-                    )
+        ended = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
+        for run in ended:
             settings = _settings(run)
-            theirs = read_config(file)
+            theirs = read_config(source / f"{run.path}.json")
             names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
             if names:
                 raise Refused(
@@ -105,17 +79,18 @@ def collect(
                 )
             _write_settings(run, root)
             with atomic_directory(root / run.path) as folder:
-                # a link that is put there meanwhile stays a link
-                shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
+                # a link stays a link, so that nothing outside of the run is copied
+                shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
             remove(root / run.path / MANIFEST)  # its report may be written again
-        announce(f"{len(new)} of {len(runs)} runs copied from {source}")
+        announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
 
 
-def _write_settings(run: PlannedRun, root: Path) -> None:
-    """Write the settings of a run, which its command reads."""
+def _write_settings(run: PlannedRun, root: Path) -> Path:
+    """Write the settings of a run into a file beside its directory, and return the file."""
     path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _settings(run))
+    return path
 
 
 def execute(
@@ -128,8 +103,8 @@ def execute(
 ) -> None:
     """Make the runs that have not ended yet, each in its own directory; those that had begun are continued.
 
-    How a run ended is read from its directory. A run that fails lets the others go on. One whose process is
-    killed is continued once. If this process is killed, its runs save and stop; the same call continues them.
+    How a run ended is read from its directory. A run that fails lets the others go on. If this process is killed,
+    its runs save and stop; the same call continues them.
 
     Args:
         runs: the runs.
@@ -139,104 +114,71 @@ def execute(
         console: where progress is shown.
 
     Raises:
-        Refused: there is no Ray, or a run was made with other code, data or models than those before it.
+        Refused: there is no Ray.
         Interrupted: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
-    over = Event()
-    call: RunCommand = _call
-    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    start: Callable[..., Process] = start_process
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if executor == "ray":
-        call, processors = _ray_executor()
-    unmade = [run for run in runs if not is_done(run, root)]
-    ended = len(runs) - len(unmade)
-    with (
-        GracefulStop(quiet=console.rich.quiet) as stop,
-        ThreadPoolExecutor(workers or processors) as pool,
-    ):
-
-        def is_over() -> bool:
-            return over.is_set() or bool(stop.requested)
-
-        futures = {pool.submit(_run_until_ended, run, root, call, is_over): run for run in unmade}
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                code = future.result()
-                log = Path(f"{root / run.path}.log")
-                if log.is_file() and not log.stat().st_size:
-                    log.unlink()
-                if stop.requested:
-                    break
-                ended += 1
-                about = f"{run.problem}: {run.arm}, seed {run.seed}, learning rate {run.learning_rate:g}"
-                ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-                console.note(f"run {ended}/{len(runs)}  {about}: {ending}")
-        finally:
-            over.set()
+        start, processors = connect_to_ray()
+    # a run can import what this program can, such as rewards
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    waiting = [run for run in runs if not is_done(run, root)]
+    under_way: dict[str, Process] = {}
+    is_stopping = False
+    with GracefulStop(quiet=console.rich.quiet) as stop:
+        while under_way or (waiting and not stop.requested):
+            free = 0 if stop.requested else (workers or processors) - len(under_way)
+            # a run of a comparison that was killed may still be saving itself
+            startable = [run for run in waiting if not in_use(root / run.path)]
+            for run in startable[:free]:
+                waiting.remove(run)
+                settings = _write_settings(run, root)
+                path = f"{root / run.path}"
+                words = [run.kind, "--config", str(settings), "--output-dir", path, "--quiet"]
+                process = start([*words, "--resume", "auto"], f"{path}.log", environment)
+                under_way[path] = process
+            time.sleep(TICK)
+            if stop.requested and not is_stopping:
+                is_stopping = True
+                for process in under_way.values():
+                    process.terminate()
+            for path, process in [*under_way.items()]:
+                code = process.poll()
+                if code is not None:
+                    del under_way[path]
+                    left = len(waiting) + len(under_way)
+                    ending = "ended" if code == 0 else f"failed (exit code {code}; {path}.log)"
+                    console.note(f"run {len(runs) - left}/{len(runs)}  {path}: {ending}")
     if stop.requested:
         raise Interrupted(
-            f"{signal.Signals(stop.requested).name}: {ended} of {len(runs)} runs have ended, and those under "
-            "way were saved. The same command goes on with the others.",
+            f"{signal.Signals(stop.requested).name}: the runs under way were saved. The same command goes on.",
             stop.exit_code,
         )
 
 
-def _run_until_ended(
-    run: PlannedRun, root: Path, call: RunCommand, is_over: Callable[[], bool]
-) -> int:
-    """Make or continue a run, and once more if its process was killed; return the exit code."""
-    path = root / run.path
-    _write_settings(run, root)
-    code = -int(signal.SIGTERM)
-    for _ in range(ATTEMPTS):
-        while not is_over() and in_use(path):
-            time.sleep(TICK)  # a run of a comparison that was killed is still being saved
-        if is_over():
-            break
-        code = call(command(run, root), f"{path}.log", is_over)
-        if 0 <= code <= 128:
-            break
-    return code
-
-
-def _environment() -> dict[str, str]:
-    """Return environment variables with which a run can import what this program can, such as rewards."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
-
-
-def _call(
-    words: Sequence[str],
-    log: str,
-    is_over: Callable[[], bool],
-    environment: Mapping[str, str] | None = None,
-) -> int:
-    """Run a command; a request to stop, such as a KeyboardInterrupt, is passed on to it and awaited.
+def start_process(
+    words: Sequence[str], log: str, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a command of tokenrl whose output goes to a file.
 
     On Linux the command is also asked to stop if the thread that started it dies.
     """
     with appending(Path(log)) as file:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "tokenrl", *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment or _environment(),
+            env=environment,
             preexec_fn=None
             if LIBRARY is None
             else lambda: LIBRARY.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
         )
-    patience: float | None = TICK
-    while True:
-        try:
-            return process.wait(patience)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            if is_over() or isinstance(error, KeyboardInterrupt):
-                process.terminate()
-                patience = None
 
 
-def _ray_executor() -> tuple[RunCommand, int]:
-    """Connect to Ray or start it; return the function that runs a command there, and its processors.
+def connect_to_ray() -> tuple[Callable[..., Process], int]:
+    """Connect to Ray or start it; return the function that starts a command there, and its processors.
 
     The cluster is the one that RAY_ADDRESS names; without it a local one is started. On a cluster of several
     machines tokenrl must be installed on each. The current directory, the comparison's directory and the
@@ -251,23 +193,32 @@ def _ray_executor() -> tuple[RunCommand, int]:
         ray.init(log_to_driver=False, ignore_reinit_error=True, **cluster)
     task = ray.remote(num_cpus=1, max_retries=0)(_run_in_task)
 
-    def call(words: Sequence[str], log: str, is_over: Callable[[], bool]) -> int:
-        pending = task.remote(words, log, os.getcwd(), _environment())
-        while not ray.wait([pending], timeout=TICK)[0] and not is_over():
-            pass
-        if is_over():
-            ray.cancel(pending)
-        try:
-            return int(ray.get(pending))
-        except ray.exceptions.RayError:
-            return -int(signal.SIGKILL)
+    class Task:
+        """A command that runs as a task of Ray."""
 
-    return call, int(ray.cluster_resources().get("CPU", 1))
+        def __init__(self, *start: Any) -> None:
+            self.pending = task.remote(os.getcwd(), *start)
+
+        def poll(self) -> int | None:
+            if not ray.wait([self.pending], timeout=0)[0]:
+                return None
+            try:
+                return int(ray.get(self.pending))
+            except ray.exceptions.RayError:
+                return -int(signal.SIGKILL)
+
+        def terminate(self) -> None:
+            ray.cancel(self.pending)
+
+    return Task, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _run_in_task(
-    words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]
-) -> int:
-    """Run a command in a process of Ray, which interrupts it to stop it."""
+def _run_in_task(directory: str, *start: Any) -> int:
+    """Run a command in a process of Ray, whose KeyboardInterrupt asks it to save and stop."""
     os.chdir(directory)
-    return _call(words, log, lambda: False, environment)
+    process = start_process(*start)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        return process.wait()

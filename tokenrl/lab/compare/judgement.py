@@ -12,18 +12,26 @@ import pandas as pd
 
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, Estimate, failure_rate
 
-VerdictWord = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
-"""Of an arm against another: better, worse, equivalent within the margin, or undecided. Without a verdict:
-descriptive, because there are fewer than six pairs; or void, because an arm is not valid."""
+VerdictWord = Literal["better", "worse", "equivalent", "undecided", "descriptive"]
+"""Of an arm against another: better, worse, equivalent within the margin, or undecided; or descriptive, which is no
+verdict, because there are fewer than six pairs."""
 HEADLINES: dict[VerdictWord, str] = {
     "better": "Better than {reference}: {arms}.",
     "worse": "Worse than {reference}: {arms}.",
     "equivalent": "Equivalent to {reference} within {margin}: {arms}.",
     "undecided": "Undecided against {reference}: {arms}.",
     "descriptive": "No verdict, because there are too few seeds: {arms} against {reference}.",
-    "void": "Not valid, so not compared with {reference}: {arms}.",
 }
 """For each verdict, the sentence about the arms that have it."""
+FINDINGS: dict[VerdictWord, str] = {
+    "better": "{arm} is better than {reference}, {reason}.",
+    "worse": "{arm} is worse than {reference}, {reason}.",
+    "equivalent": "{arm} and {reference} are equivalent: the difference, {interval}, is smaller than the margin of "
+    "{margin}.",
+    "undecided": "{arm} against {reference} is undecided: {reason}.",
+    "descriptive": "{arm} against {reference}: {interval}; {pairs} of {least} pairs of seeds, too few for a verdict.",
+}
+"""For each verdict, the sentence about one arm, which is about runs that did not fail unless failures decide."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,11 @@ class ArmScores:
         arm: its label.
         scores: score by seed of the runs that did not fail.
         failed: the seeds of the runs that failed.
-        void: the reason why the arm is not valid; empty if it is valid.
     """
 
     arm: str
     scores: dict[int, float]
     failed: tuple[int, ...] = ()
-    void: str = ""
 
     @property
     def seeds(self) -> set[int]:
@@ -106,33 +112,29 @@ class PairedDifference:
 
     @property
     def finding(self) -> str:
-        """The verdict in a sentence, which is about runs that did not fail unless failures decide."""
-        arm = self.arm
-        reference = self.reference
-        if self.verdict == "void":
-            return f"{arm} and {reference} cannot be compared: one of them is not valid."
-        if self.verdict == "descriptive":
-            return (
-                f"{arm} against {reference}: {self.interval}; {len(self.differences)} of {LEAST_PAIRS} pairs of seeds, "
-                "too few for a verdict."
-            )
-        if self.verdict == "equivalent":
-            size = f"{self.interval}, is smaller than the margin of {digits(self.margin)}"
-            return f"{arm} and {reference} are equivalent: the difference, {size}."
-        if self.verdict in ("better", "worse"):
-            reason = f"by {self.interval}"
-            if self.more_failures:
-                often = "more" if self.more_failures == arm else "less"
-                reason = f"because it fails {often} often"
-            return f"{arm} is {self.verdict} than {reference}, {reason}."
-        return f"{arm} against {reference} is undecided: {self._undecided_reason}."
+        """The verdict in a sentence."""
+        return FINDINGS[self.verdict].format(
+            arm=self.arm,
+            reference=self.reference,
+            interval=self.interval,
+            reason=self._reason,
+            margin=digits(self.margin),
+            pairs=len(self.differences),
+            least=LEAST_PAIRS,
+        )
 
     @property
-    def _undecided_reason(self) -> str:
-        if self.more_failures:
+    def _reason(self) -> str:
+        is_undecided = self.verdict == "undecided"
+        if self.more_failures and is_undecided:
             return (
                 f"one fails more often, and the other is worse where neither fails, {self.interval}"
             )
+        if self.more_failures:
+            often = "more" if self.more_failures == self.arm else "less"
+            return f"because it fails {often} often"
+        if not is_undecided:
+            return f"by {self.interval}"
         if self.adjusted.low == self.adjusted.high:
             return (
                 f"all differences are {digits(self.mean.value)}, which does not show how they vary"
@@ -194,15 +196,14 @@ class Family:
         return " ".join(sentences)
 
     def sentences(self) -> list[str]:
-        """Return the verdict of each difference in two parts, then why arms are not valid.
+        """Return the verdict of each difference in two parts: runs that did not fail, and failures.
 
-        The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
+        Seeds that only one of two arms has are named.
         """
         arms = {arm.arm: arm for arm in self.arms}
-        sentences = [
+        return [
             f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences
         ]
-        return sentences + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused, read_file
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
 from tokenrl.runs.directory import acquire_lock
-from tokenrl.runs.files import write_json
+from tokenrl.runs.files import flat, write_json
 from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
@@ -28,11 +29,6 @@ SCORES = {
     "reward_greedy": "held-out greedy reward at the end",
 }
 """The scores of a run in words; in control the rewards are returns of episodes."""
-DECLARATION = (
-    "below a function f in its file, f.range = (0, 1), or f.binary = True if it is always 0 or 1"
-)
-COMPUTATION = ("threads", "mixed_precision", "training_attention")
-"""Settings that say how a run computes; a comparison sets them unless the user does."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,12 @@ class Arm:
     Attributes:
         label: what the user wrote, such as `grpo,scale=none`.
         settings: its own settings, as JSON holds them; `estimator` is among them.
+        rates: its own learning rates, of which the best is compared; none if it has those of the problem.
     """
 
     label: str
     settings: dict[str, Any]
+    rates: tuple[float, ...] = ()
 
     @property
     def estimator(self) -> Estimator:
@@ -55,13 +53,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Problem:
-    """What the arms are compared on: a task or environment with a model, a group size and a learning rate.
+    """What the arms are compared on: a task or environment with a model and a group size.
 
     The comparisons on one problem are one family: their verdicts share one level of significance.
 
     Attributes:
         label: name in tables, such as `sort_digits`; if there are several, `sort_digits, num_generations=4`.
         settings: the settings that all its runs share, as JSON holds them; `task` or `env` among them.
+        rates: the learning rates of arms that have none of their own.
         budget: number of samples at which all runs are compared.
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
         per_step: samples of a training step without greedy completions or refills.
@@ -73,6 +72,7 @@ class Problem:
 
     label: str
     settings: dict[str, Any]
+    rates: tuple[float, ...]
     budget: int
     unit: str
     per_step: int
@@ -80,16 +80,6 @@ class Problem:
     margin: float | None = None
     reward_range: tuple[float, float] | None = None
     solved: float | None = None
-
-    @property
-    def margin_in_words(self) -> str:
-        """The margin, and what it costs to have none."""
-        if self.margin is not None:
-            return f"margin {self.margin:g}"
-        sentence = "no margin: a difference can be found, but no arm is called as good as another. Give --margin"
-        if self.unit == "completions":
-            sentence += f", or declare the range of each reward: {DECLARATION}"
-        return sentence
 
     @property
     def evaluated_at(self) -> tuple[int, ...]:
@@ -100,6 +90,10 @@ class Problem:
         """
         step = self.every or self.budget
         return (*range(step, self.budget, step), self.budget)
+
+    def rates_of(self, arm: Arm) -> tuple[float, ...]:
+        """Return the learning rates that an arm tries, or the rate that it has."""
+        return arm.rates or self.rates
 
     def samples_per_step(self, arm: Arm) -> int:
         """Return the samples of a training step of an arm, without the refills of DAPO.
@@ -115,13 +109,6 @@ class Problem:
     def max_steps(self, arm: Arm) -> int:
         """Return the steps in which an arm without refills generates the samples of the budget."""
         return math.ceil(self.budget / self.samples_per_step(arm))
-
-    def length_in_words(self, arm: Arm) -> str:
-        """The number of steps of an arm and their samples; runs with refills are read at the budget."""
-        length = f"{arm.label}: {self.max_steps(arm)} steps of {self.samples_per_step(arm)}"
-        if arm.estimator.zero_spread == "refill":
-            length += f" and refills, read at {self.budget:,} {self.unit}"
-        return length
 
 
 @dataclass(frozen=True)
@@ -165,10 +152,9 @@ class Plan:
         reference: label of the arm that the others are compared with.
         metric: name of the score that decides.
         seeds: seeds of the comparison.
-        tuning_seeds: seeds on which learning rates are chosen; none unless they are tuned.
+        tuning_seeds: seeds on which an arm with several learning rates tries each of them.
         failure_below: the reward at the end below which a run counts as failed.
         all_pairs: whether all arms are compared with each other.
-        changes: sentences about changes after results were known, which make the comparison exploratory.
         command: the command line that repeats the comparison; empty if a Python program made it.
     """
 
@@ -177,43 +163,24 @@ class Plan:
     reference: str
     metric: str
     seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...] = ()
+    tuning_seeds: tuple[int, ...]
     failure_below: float | None = None
     all_pairs: bool = False
-    changes: tuple[str, ...] = ()
     command: str = ""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the arms."""
-        return tuple(arm.label for arm in self.arms)
 
     @property
     def margins(self) -> dict[str, float | None]:
         """The margins of equivalence by problem."""
         return {problem.label: problem.margin for problem in self.problems}
 
-    @property
-    def comparisons(self) -> int:
-        """Number of comparisons on each problem."""
-        count = len(self.arms)
-        return math.comb(count, 2) if self.all_pairs else count - 1
-
     def run(
-        self,
-        problem: Problem,
-        arm: Arm,
-        seed: int,
-        role: Role = "comparison",
-        rate: float | None = None,
+        self, problem: Problem, arm: Arm, seed: int, rate: float, role: Role = "comparison"
     ) -> PlannedRun:
-        """Plan one run; its learning rate is `rate`, else the rate of the arm, else of the problem.
-
-        Its length and the steps between evaluations follow from the problem's samples and the arm's cost.
-        """
+        """Plan one run. Its length and the steps between evaluations follow from the problem's samples."""
         settings = {
             **problem.settings,
             **arm.settings,
+            "learning_rate": rate,
             "seed": seed,
             "keep_checkpoints": 1,
             "max_steps": problem.max_steps(arm),
@@ -221,91 +188,89 @@ class Plan:
         if problem.every:
             every = round(problem.every / problem.samples_per_step(arm))
             settings["eval_every"] = max(1, every)
-        if rate:
-            settings["learning_rate"] = rate
-        folder = _folders(self.labels)[arm.label]
+        folder = folder_of(arm.label)
         if role == "tuning":
-            folder += f"-tuning-{settings['learning_rate']:g}"
-        path = f"runs/{_folders(self.margins)[problem.label]}/{folder}/seed_{seed}"
+            folder += f"-tuning-{rate:g}"
+        path = f"runs/{folder_of(problem.label)}/{folder}/seed_{seed}"
         return PlannedRun(problem.label, arm.label, role, seed, path, settings)
 
-    def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
+    def tuning_runs(self) -> list[PlannedRun]:
+        """Return the runs that choose learning rates: each rate of an arm with several, on each tuning seed."""
+        runs = []
+        for problem, arm in product(self.problems, self.arms):
+            rates = problem.rates_of(arm)
+            if len(rates) > 1:
+                tried = product(self.tuning_seeds, rates)
+                runs += [self.run(problem, arm, seed, rate, "tuning") for seed, rate in tried]
+        return runs
+
+    def runs(self, rates: Mapping[tuple[str, str], float]) -> list[PlannedRun]:
         """Return the runs of the comparison. Runs of a seed stand together, so that pairs are complete early.
 
         Args:
-            rates: learning rates by problem and arm, where they have been tuned.
+            rates: the best learning rate by problem and arm, where an arm has several.
         """
-        rates = rates or {}
-        return [
-            self.run(problem, arm, seed, rate=rates.get((problem.label, arm.label)))
-            for problem in self.problems
-            for seed in self.seeds
-            for arm in self.arms
-        ]
-
-    def _declared(self, arm: Arm) -> str:
-        """Return the declared bias of an arm, off-policy where it samples from weights of earlier steps."""
-        settings = self.problems[0].settings | arm.settings
-        if settings.get("sync_every", 1) > 1:
-            return f"off-policy {arm.estimator.off_policy_status}"
-        return arm.estimator.bias_status
+        runs = []
+        for problem, seed, arm in product(self.problems, self.seeds, self.arms):
+            rate = rates.get((problem.label, arm.label), problem.rates_of(arm)[0])
+            runs.append(self.run(problem, arm, seed, rate))
+        return runs
 
     def describe(self) -> dict[str, str]:
         """Describe, by heading, what is compared, at what cost, and how small a difference that can show."""
-        runs = self.runs()
-        pairs = len(self.seeds)
-        seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
-        rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
-        if self.tuning_seeds:
-            seeds += f"; {self.tuning_seeds[0]} to {self.tuning_seeds[-1]} for tuning"
-            rates = "for each arm the best of a grid, in ten runs or more"
         facts = {
-            "arms": ", ".join(f"{arm.label} ({self._declared(arm)})" for arm in self.arms),
+            "arms": ", ".join(f"{arm.label} ({_declared(self, arm)})" for arm in self.arms),
             "reference": self.reference,
             "metric": f"{self.metric}: {SCORES[self.metric]}",
         }
         for problem in self.problems:
-            budget = f"{problem.budget:,} {problem.unit}"
-            facts[f"on {problem.label}"] = f"{budget}, {problem.margin_in_words}"
-            facts[f"length on {problem.label}"] = "; ".join(map(problem.length_in_words, self.arms))
-        power = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+            margin = "no margin, so that no arm is called as good as another (--margin sets one)"
+            if problem.margin is not None:
+                margin = f"margin {problem.margin:g}"
+            facts[f"on {problem.label}"] = f"{problem.budget:,} {problem.unit}, {margin}"
+            steps = [
+                f"{arm.label}: {problem.max_steps(arm)} steps of {problem.samples_per_step(arm)}"
+                for arm in self.arms
+            ]
+            facts[f"length on {problem.label}"] = "; ".join(steps)
+        runs = self.runs({})
+        tuning = self.tuning_runs()
+        rates = sorted({run.learning_rate for run in [*runs, *tuning]})
+        facts |= {
+            "seeds": f"{self.seeds[0]} to {self.seeds[-1]}",
+            "learning rate": ", ".join(f"{rate:g}" for rate in rates),
+            "runs": f"{len(runs)}",
+        }
+        if tuning:
+            seeds = f"{self.tuning_seeds[0]} to {self.tuning_seeds[-1]}"
+            facts["learning rate"] += f"; of several an arm has the best on seeds {seeds}"
+            facts["runs"] += f", and {len(tuning)} for the choice of learning rates"
+        pairs = len(self.seeds)
+        facts["can show"] = (
+            f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        )
         if pairs >= LEAST_PAIRS:
-            deviations = detectable_difference(pairs, 1.0, self.comparisons)
-            power = (
+            count = len(self.arms)
+            comparisons = math.comb(count, 2) if self.all_pairs else count - 1
+            deviations = detectable_difference(pairs, 1.0, comparisons)
+            facts["can show"] = (
                 f"with a power of 80 % that a difference of {deviations:.2g} standard deviations of a paired "
                 "difference is not 0; whether it counts depends on the margin"
             )
-        below = ""
-        if self.failure_below is not None:
-            below = f", or end below a reward of {self.failure_below:g}"
-        settings = self.problems[0].settings
-        computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
-        return facts | {
-            "seeds": seeds,
-            "learning rate": rates,
-            "runs": str(len(runs)),
-            "computation": f"{', '.join(computation)} in each run, whatever runs beside it",
-            "failures": f"runs that break off or have no score{below}",
-            "can show": power,
-        }
+        return facts
 
 
-def _folders(labels: Iterable[str]) -> dict[str, str]:
-    """Return a folder for each label; one that an earlier label has gets a plus sign, which no label leaves."""
-    folders: dict[str, str] = {}
-    for label in labels:
-        folder = re.sub(r"[^a-z0-9_.=-]+", "-", label, flags=re.IGNORECASE).strip("-.")[:80]
-        earlier = ["", *map(str.lower, folders.values())]
-        while folder.lower() in earlier:
-            folder += "+"
-        folders[label] = folder
-    return folders
+def _declared(plan: Plan, arm: Arm) -> str:
+    """Return the declared bias of an arm, off-policy where it samples from weights of earlier steps."""
+    settings = plan.problems[0].settings | arm.settings
+    if settings.get("sync_every", 1) > 1:
+        return f"off-policy {arm.estimator.off_policy_status}"
+    return arm.estimator.bias_status
 
 
-def write_plan(plan: Plan, output_dir: Path) -> None:
-    """Write plan.json: the plan, and its description in words."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "plan.json", {"plan": asdict(plan), "in words": plan.describe()})
+def folder_of(label: str) -> str:
+    """Return the folder of a problem or of an arm, for the paths of its runs."""
+    return re.sub(r"[^a-z0-9_.=-]+", "-", label, flags=re.IGNORECASE).strip("-.")[:150]
 
 
 def read_plan(output_dir: Path) -> Plan:
@@ -323,33 +288,56 @@ def read_plan(output_dir: Path) -> Plan:
         ) from error
 
 
-def lock_plan(output_dir: Path) -> Any:
-    """Make the directory of a comparison and lock it, so that no other process changes its plan or its runs.
+def check_plan(plan: Plan, output_dir: Path) -> None:
+    """Check that a directory may hold a comparison: it is empty, or holds this comparison already.
+
+    A comparison is continued with the plan that it was started with. Who sees results before choosing what to
+    compare, or when to stop, finds differences by chance more often than the level says.
 
     Raises:
-        Refused: the directory holds files, but no comparison; another process has locked it; or it cannot be
-            made.
-    """
-    read_earlier_plan(output_dir)
-    busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return acquire_lock(output_dir, busy)
-    except OSError as error:
-        raise Refused(
-            f"output_dir {str(output_dir)!r} cannot be used ({error}); give another."
-        ) from error
-
-
-def read_earlier_plan(output_dir: Path) -> Plan | None:
-    """Return the plan of the comparison that a directory holds; None if it holds nothing.
-
-    Raises:
-        Refused: it holds something else.
+        Refused: the directory holds another comparison, or files and no comparison.
     """
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    if "plan.json" in names:
-        return read_plan(output_dir)
-    if set(names) - {".lock"}:
-        raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
-    return None
+    if "plan.json" not in names:
+        if set(names) - {".lock"}:
+            raise Refused(
+                f"{output_dir} holds files, but no comparison. Give an empty --output-dir."
+            )
+        return
+    earlier = _facts(read_plan(output_dir))
+    facts = _facts(plan)
+    changes = [
+        f"{name} is {earlier.get(name)} there and {facts.get(name)} here"
+        for name in earlier | facts
+        if earlier.get(name) != facts.get(name)
+    ]
+    if changes:
+        raise Refused(
+            f"{output_dir} holds another comparison: {'; '.join(changes)[:900]}. Give the arguments that it was "
+            "started with (plan.json has its command), or another --output-dir."
+        )
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """Return what a plan says by names such as `arms.rloo.settings.max_grad_norm`, without its command."""
+    parts = asdict(plan)
+    del parts["command"]
+    for name in ("problems", "arms"):
+        parts[name] = {part["label"]: part for part in parts[name]}
+    return flat(parts)
+
+
+def start_plan(plan: Plan, output_dir: Path) -> Any:
+    """Make and lock the directory of a comparison, write plan.json into it, and return the lock.
+
+    Raises:
+        Refused: the directory holds another comparison, or files and no comparison; another process has
+            locked it; or it cannot be made.
+    """
+    check_plan(plan, output_dir)
+    busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
+    with refusing(f"output_dir {str(output_dir)!r} cannot be used", "Give another."):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(output_dir, busy)
+        write_json(output_dir / "plan.json", {"plan": asdict(plan), "in words": plan.describe()})
+    return lock

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
@@ -24,10 +24,12 @@ from tokenrl.language.training.settings import check_choices, settle
 from tokenrl.language.training.teacher import read_models
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
-from tokenrl.settings import arguments, check_choice, check_seed, field_types
+from tokenrl.settings import Positive, arguments, check_choice, check_seed, checked, field_types
 
 MARGIN = 0.02
 """Differences smaller than this share of the reward's declared range count as none."""
+FACTORS: dict[Any, tuple[float, ...]] = {"fixed": (1.0,), "tuned": (0.25, 0.5, 1.0, 2.0, 4.0)}
+"""Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
 TUNING_SEEDS = 3
 TUNING_OFFSET = 20_000
 """Number of tuning seeds, and the distance of the first of them from the first seed."""
@@ -37,11 +39,11 @@ AXES = tuple(f.name for f in fields(Estimator))
 RESERVED = [
     "task",
     "env",
-    "model",
     "output_dir",
     "quiet",
     "seed",
     "resume",
+    "overwrite",
     "check",
     "threads",
     "keep",
@@ -49,9 +51,8 @@ RESERVED = [
     "patience",
 ]
 """Settings of a run that neither users nor arms may set, because the comparison does."""
-SWEPT = ("num_generations", "learning_rate")
-"""Settings of which a comparison takes several values, each a problem; an arm may set its own value too."""
 SHARED = [
+    "model",
     "reward",
     "reward_weights",
     "prompt_column",
@@ -71,21 +72,20 @@ SHARED = [
     "eval_every",
 ]
 """Settings that decide what is measured, how often, and on how many samples; all arms share them."""
-FIXED = {"threads": 1}
-FIXED_OF_TRAIN = {
-    "mixed_precision": "no",
-    "training_attention": "as_loaded",
-    "stop_after_zero_spread": 0,
+FIXED: dict[Kind, dict[str, Any]] = {
+    "train": {
+        "threads": 1,
+        "mixed_precision": "no",
+        "training_attention": "as_loaded",
+        "stop_after_zero_spread": 0,
+    },
+    "control": {"threads": 1},
 }
-"""Settings of every run, and of those of tokenrl train, unless a user sets them."""
-CHOSEN = ["learning_rate", "num_envs"]
-CHOSEN_OF_TRAIN = [
-    "learning_rate",
-    "prompts_per_step",
-    "num_generations",
-    "max_completion_length",
-    "lr_scheduler_type",
-]
+"""Settings of every run unless a user sets them."""
+CHOSEN: dict[Kind, list[str]] = {
+    "train": ["prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type"],
+    "control": ["num_envs"],
+}
 """Settings that get the value that a single run would choose, unless a user sets them."""
 
 
@@ -100,25 +100,45 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
     """
     first = args.first_seed
-    seeds = range(first, first + args.seeds)
-    check_seed(seeds[-1] + TUNING_OFFSET)
-    tuning_seeds = range(first + TUNING_OFFSET, first + TUNING_OFFSET + TUNING_SEEDS)
-    problems, arms = _problems_and_arms(args, announce)
+    tuning = first + TUNING_OFFSET
+    check_seed(tuning + args.seeds)
+    kind: Kind = "control" if args.env else "train"
+    shared = _shared_settings(args, kind)
+    axes = shared.pop("estimator", {})
+    if not isinstance(axes, Mapping):
+        raise Refused(
+            "Name estimators as arms; only single axes can be shared, as estimator.aggregation."
+        )
+    arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
+    if len(arms) < 2:
+        raise Refused(
+            f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}."
+        )
+    names = args.env or args.task or [shared.get("environment") or "sort_digits"]
+    problems = [_problem(name, kind, shared, args, announce) for name in names]
     plan = Plan(
         problems=tuple(problems),
         arms=tuple(arms),
         reference=args.reference or arms[0].label,
         metric=args.metric,
-        seeds=tuple(seeds),
-        tuning_seeds=tuple(tuning_seeds) if "tuned" in args.learning_rate else (),
+        seeds=tuple(range(first, first + args.seeds)),
+        tuning_seeds=tuple(range(tuning, tuning + TUNING_SEEDS)),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         command=typed_command(),
     )
-    check_choice("reference", plan.reference, plan.labels)
+    check_choice("reference", plan.reference, [arm.label for arm in arms])
+    paths = set()
     for problem, arm in product(problems, arms):
+        run = plan.run(problem, arm, first, problem.rates_of(arm)[0])
+        if run.path.lower() in paths:
+            raise Refused(
+                f"Two arms, or two tasks, would have the same directory, {run.path}. Leave one out, or write it in "
+                "another way, such as with its settings in another order."
+            )
+        paths.add(run.path.lower())
         try:
-            _check_settings(plan.run(problem, arm, first))
+            _check_settings(run)
         except Refused as error:
             raise Refused(
                 f"The arm {arm.label!r} cannot train on {problem.label}: {error}"
@@ -138,107 +158,76 @@ def _check_settings(run: PlannedRun) -> None:
         settle(args, task, read_models(args, task))
 
 
-def _problems_and_arms(
-    args: CompareArguments, announce: Callable[[str], None]
-) -> tuple[list[Problem], list[Arm]]:
-    """Make a problem of each combination of tasks and swept settings, and read the arms."""
-    kind: Kind = "control" if args.env else "train"
-    if args.env and (args.task or args.model or args.num_generations):
+def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
+    """Return the settings that all runs share, without those that are left open."""
+    if args.env and args.task:
+        raise Refused("Tasks and environments have different runs; give either --task or --env.")
+    if len(args.learning_rate) != 1:
         raise Refused(
-            "Environments have no task, model or num_generations; give --env without these."
+            "learning_rate takes one value: fixed, tuned or a number. The rates that an arm tries stand with the "
+            'arm, as in "rloo,learning_rate=(1e-4,2e-4)".'
         )
-    if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
-        raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
-    if "overwrite" in args.shared:
-        raise Refused(
-            "A comparison is continued, and never replaced: give another output_dir, or remove the directory."
-        )
     for name in args.shared:
-        if name in (*RESERVED, *SWEPT):
-            raise Refused(f"{name} is set by the comparison itself; leave it out.")
-    shared = {name: value for name, value in args.shared.items() if value is not None}
-    axes = shared.pop("estimator", {})
-    if not isinstance(axes, Mapping):
-        raise Refused(
-            "Name estimators as arms; only single axes can be shared, as estimator.aggregation."
-        )
-    arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
-    if len(arms) < 2:
-        raise Refused(
-            f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}."
-        )
-    for arm, twin in combinations(arms, 2):
-        if arm.settings == twin.settings:
+        if name in (*RESERVED, "learning_rate"):
             raise Refused(
-                f"The arms {arm.label!r} and {twin.label!r} have the same settings; leave one out."
+                f"{name} is set by the comparison itself, which continues its runs and never replaces them. "
+                "Leave it out, and give another output_dir for another comparison."
             )
-    rates = [None if isinstance(rate, str) else rate for rate in args.learning_rate]
-    swept: dict[str, Sequence[Any]] = {
-        "model": args.model or [None],
-        "num_generations": args.num_generations or [None],
-        "learning_rate": rates,
-    }
-    names = args.env or args.task or [shared.get("environment") or "sort_digits"]
-    problems = []
-    for name, *values in product(names, *swept.values()):
-        settings = {**shared, "env" if args.env else "task": name}
-        label = name
-        for setting, value in zip(swept, values, strict=True):
-            if value is not None:
-                settings[setting] = value
-                if len(swept[setting]) > 1:
-                    label += f", {setting}={value}"
-        problem = _problem(label, settings, announce)
-        problems.append(replace(problem, margin=args.margin or problem.margin))
-    return problems, arms
+    return {name: value for name, value in args.shared.items() if value is not None}
 
 
-def _problem(label: str, user_settings: dict[str, Any], announce: Callable[[str], None]) -> Problem:
-    """Make a problem; settings without a value get the value that a single run would choose.
+def _problem(
+    name: str,
+    kind: Kind,
+    shared: Mapping[str, Any],
+    args: CompareArguments,
+    announce: Callable[[str], None],
+) -> Problem:
+    """Make the problem of a task or environment; what users leave open is chosen as for a single run.
 
     In control the budget is counted in episodes, or, if `num_steps` is set, in steps of the environment, of
     which all arms then generate equally many per update.
     """
-    if "env" in user_settings:
-        args: Any = arguments(ControlArguments, user_settings)
-        task: Any = describe(args.env, args.max_episode_steps)
-        resolved = args
-        reward_range = None
-        unit = "environment steps" if args.num_steps else "episodes"
-        per_step = args.num_envs * (args.num_steps or 1)
+    own = {**shared, "env" if kind == "control" else "task": name}
+    run: Any = arguments(KINDS[kind], own)
+    every = run.eval_every
+    reward_range = None
+    if kind == "control":
+        task: Any = describe(run.env, run.max_episode_steps)
+        unit = "environment steps" if run.num_steps else "episodes"
+        per_step = run.num_envs * (run.num_steps or 1)
     else:
-        # as an arm's may not
-        fits_every_shape = {"baseline": "running_mean", "ratio": "token", "beta": 1.0}
-        options = {**user_settings, "estimator": fits_every_shape}
-        args = fill_form(arguments(TrainArguments, options))
-        task, reward = find_task(args, may_lack_rewards=True)
-        policy = read_models(args, task)
-        for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
-            announce(f"warning: {label}: {warning}")
-        check_choices(args, task)
-        resolved = settle(args, task, policy).args
-        reward_range = reward.range
+        # an estimator that fits every shape, as an arm's may not
+        estimator = Estimator(baseline="running_mean", ratio="token", beta=1.0)
+        run = fill_form(replace(run, estimator=estimator))
+        task, reward = find_task(run, may_lack_rewards=True)
+        policy = read_models(run, task)
+        for warning in division_of(task, run.eval_size, {"the model": policy})[1]:
+            announce(f"warning: {name}: {warning}")
+        check_choices(run, task)
+        run = settle(run, task, policy).args
         unit = "completions"
-        per_step = resolved.prompts_per_step * resolved.num_generations
-    every = args.eval_every
+        per_step = run.prompts_per_step * run.num_generations
+        reward_range = reward.range
     if every is None:
-        every = max(1, resolved.max_steps // EVALUATIONS)
-    settings = {**FIXED, "eval_every": every}
-    chosen = CHOSEN
-    if unit == "completions":
-        settings |= FIXED_OF_TRAIN | {"log_completions": every}
-        chosen = CHOSEN_OF_TRAIN
-    settings |= user_settings | {name: getattr(resolved, name) for name in chosen}
+        every = max(1, run.max_steps // EVALUATIONS)
+    settings = {**FIXED[kind], **own, "eval_every": every}
+    settings |= {setting: getattr(run, setting) for setting in CHOSEN[kind]}
+    if kind == "train":
+        settings = {"log_completions": every} | settings
     settings.pop("max_steps", None)  # which follow from the budget and the arm
-    margin = None
-    if reward_range:
-        low, high = reward_range
-        margin = MARGIN * (high - low)
+    margin = args.margin
+    if margin is None and reward_range:
+        margin = MARGIN * (reward_range[1] - reward_range[0])
+    rates = [rate for rate in args.learning_rate if not isinstance(rate, str)]
+    for chosen in FACTORS.keys() & set(args.learning_rate):
+        rates += [factor * run.learning_rate for factor in FACTORS[chosen]]
     return Problem(
-        label=label,
-        settings=plain({name: value for name, value in settings.items() if value is not None}),
-        budget=resolved.max_steps * per_step,
+        label=name,
+        settings=plain(settings),
+        rates=tuple(rates),
+        budget=run.max_steps * per_step,
         unit=unit,
         per_step=per_step,
         every=per_step * every,
@@ -262,26 +251,25 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
     """
     axes = dict(axes)
-    changes_of_run = {}
+    own = {}
     settings = field_types(kind)
     try:
         preset, changes = read_changes(text)
+        rates = checked("learning_rate", changes.pop("learning_rate", ()), tuple[Positive, ...])
         for name, value in changes.items():
             if name in (*RESERVED, *SHARED, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
+            if name in CHOSEN["train"] and value is None:
+                raise Refused(f"{name} was given as None; give a value, or leave it out.")
             if name in AXES:
                 axes[name] = value
             elif name in settings:
-                changes_of_run[name] = value
+                own[name] = value
             else:
                 raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
-            if name in SWEPT:  # other settings are checked with those of a whole run
-                arguments(kind, {name: value})
-                if value is None:
-                    raise Refused(f"{name} was given as None; give a number, or leave it out.")
         estimator = Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
-    return Arm(text, {"estimator": changed_axes, **changes_of_run})
+    return Arm(text, {"estimator": changed_axes, **own}, tuple(dict.fromkeys(rates)))

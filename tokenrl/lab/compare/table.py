@@ -34,6 +34,8 @@ COUNTS = {
     "episodes": "episodes",
 }
 """The metric that counts samples, by the unit of the budget."""
+TRAINED = {"entropy": "entropy", "grad_clipped": "grad_clipped", "completions/clipped_ratio": "cut"}
+"""Metrics of training steps, with the names of their means in the table; entropy is the mean of the last tenth."""
 LOG_TAIL = 400
 
 
@@ -43,7 +45,8 @@ class RunTable(NamedTuple):
     Attributes:
         runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
             `reason` (why it did not finish), `failed` (also without a score, or by its reward at the end),
-            `learning_rate`, `samples`, the scores, means over training steps, and `path`.
+            `flags` (of its own verdict, as summary.json has them), `learning_rate`, `samples`, the scores, means
+            over training steps, and `path`.
         curves: one row for each run and number of samples: `problem`, `arm`, `role`, `path`, `samples` and
             the metrics of evaluations, interpolated between evaluations and constant after the last.
     """
@@ -82,30 +85,25 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         Refused: a file of a run is damaged, or runs differ in code, data or models.
     """
     problems = {problem.label: problem for problem in plan.problems}
-    first = dict[str, Any]()
+    hashes = dict[str, tuple[str, str]]()
     threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
     for run in runs:
         path = root / run.path
         recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
-        decisive = [run.settings.get(name) for name in DECISIVE]
-        for name, digest in (recorded.config.get("hashes", {}) if recorded else {}).items():
-            earlier = first.setdefault(f"{name} {decisive}", (digest, run.path))
-            if digest != earlier[0]:
-                raise Refused(
-                    f"The runs {earlier[1]} and {run.path} in {root} cannot be compared, as they differ in {name}. "
-                    "Make all runs with the same code, data and models, in an empty --output-dir."
-                )
         state, reason = _state(recorded, path)
         row = {
             **vars(run),
             "learning_rate": run.learning_rate,
             "state": state,
             "reason": reason,
+            "flags": " ".join(recorded.summary.get("flags", [])) if recorded else "",
             **dict.fromkeys(SCORES, math.nan),
             "curve": None,
         }
         del row["settings"]
+        if recorded:
+            _check_hashes(run, recorded, hashes)
         if recorded and recorded.metrics:
             scores, curve = _scores(recorded, problems[run.problem])
             labels = {name: row[name] for name in ("problem", "arm", "role", "path")}
@@ -119,78 +117,62 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
     return rows
 
 
+def _check_hashes(
+    run: PlannedRun, recorded: RecordedRun, hashes: dict[str, tuple[str, str]]
+) -> None:
+    """Refuse a run whose code, data or models differ from those of a run before it, whose hashes are kept."""
+    decisive = [run.settings.get(name) for name in DECISIVE]
+    for name, digest in recorded.config.get("hashes", {}).items():
+        first, path = hashes.setdefault(f"{name} {decisive}", (digest, run.path))
+        if digest != first:
+            raise Refused(
+                f"The runs {path} and {run.path} cannot be compared, as they differ in {name}. Make all runs with "
+                "the same code, data and models, in an empty --output-dir."
+            )
+
+
 def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
     """Return the scores and facts of a run, and its curve at the samples at which all arms are compared.
 
     Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
-    counts = pd.DataFrame(run.metrics, columns=["step", COUNTS[problem.unit]]).set_index("step")
-    counts = counts.squeeze(axis=1).astype(float).fillna(0.0)
+    count = COUNTS[problem.unit]
+    steps = pd.DataFrame(run.metrics, columns=["step", count, *TRAINED]).set_index("step")
+    steps = steps.astype(float)
+    counts = steps[count].fillna(0.0)
     samples = counts.cumsum() if problem.unit == "episodes" else counts.cummax()
     curve = pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
     for name in CURVES:
-        steps, values = series(run.evaluations, name)
-        if steps:
-            evaluated = samples.reindex(steps, method="ffill")
-            curve[name] = np.interp(curve["samples"], evaluated, values)
+        evaluated, values = series(run.evaluations, name)
+        if evaluated:
+            at = samples.reindex(evaluated, method="ffill")
+            curve[name] = np.interp(curve["samples"], at, values)
     scores = {"samples": samples.iloc[-1]}
     for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
         if name in curve:
             scores[area] = curve[name].iloc[1:].mean()
             scores[name] = curve[name].iloc[-1]
-    if "reward" in curve:
-        scores["gain"] = scores["reward"] - curve["reward"].iloc[0]
-    before_step = samples.shift(fill_value=0.0)
-    last_step = before_step.index[before_step < problem.budget][-1]
-    return scores | _training_facts(run, last_step), curve
+    trained = steps[(steps.index > 0) & (samples.shift(fill_value=0.0) < problem.budget)]
+    tenth = max(1, len(trained) // 10)
+    scores |= {name: trained[metric].mean() for metric, name in TRAINED.items()}
+    return scores | {"entropy": trained["entropy"][-tenth:].mean()}, curve
 
 
 def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
     summary = recorded.summary if recorded else {}
-    ending = summary.get("exit_reason")
-    if ended_by_itself(summary):
-        return "finished", ""
-    if ending in SIGNALS.values():
-        return "missing", f"It was stopped by {ending}; the same command continues it."
-    if summary:
-        return "failed", str(summary.get("error") or f"It ended as {ending}.")
     log = Path(f"{directory}.log")
     printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
-    if printed:
-        return "failed", " ".join(printed.split())
-    if recorded:
-        return "failed", "It was ended from outside, as for want of memory."
-    return "missing", "It has not been run."
+    if ended_by_itself(summary):
+        return "finished", ""
+    if summary.get("exit_reason") in SIGNALS.values() or not (recorded or printed):
+        return "missing", "It has not ended; the same command goes on with it."
+    error = summary.get("error") or " ".join(printed.split())
+    return "failed", str(error or "It was ended from outside, as for want of memory.")
 
 
 def is_done(run: PlannedRun, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
     summary = root / run.path / "summary.json"
     return summary.is_file() and ended_by_itself(read_config(summary))
-
-
-def _training_facts(run: RecordedRun, last_step: int) -> dict[str, float]:
-    """Return means up to a step: entropy in the last tenth of them, and what `tokenrl.runs.rules` read.
-
-    A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
-    """
-    metrics = ["entropy", "frac_reward_zero_std", "completions/clipped_ratio", "grad_clipped"]
-    metrics += ["skipped_steps"]
-    steps = pd.DataFrame(run.metrics).query("0 < step <= @last_step")
-    steps = steps.reindex(columns=metrics).astype(float)
-    tenth = max(1, len(steps) // 10)
-    early = steps[:tenth].mean()
-    whole = steps.mean()
-    updates_per_step = run.config.get("num_iterations", 1) * run.config.get("num_minibatches", 1)
-    counts = steps.max() / (max(1, len(steps)) * updates_per_step)
-    is_density = run.config.get("head") == "gaussian"
-    return {
-        "entropy": steps["entropy"][-tenth:].mean(),
-        "early_entropy": math.nan if is_density else early["entropy"],
-        "early_equal": early["frac_reward_zero_std"],
-        "recent_cut": whole["completions/clipped_ratio"],
-        "grad_clipped": whole["grad_clipped"],
-        "skipped": counts["skipped_steps"],
-    }
