@@ -13,7 +13,7 @@ import tokenrl
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
-    "tokenrl/control/agents.txt",
+    "tokenrl/control/agents.yaml",
     "tokenrl/core/presets.txt",
     "tokenrl/lab/exact/trl_config.txt",
     "tokenrl/foreign.txt",
