@@ -15,7 +15,7 @@ from folders import RECIPES, read_json
 from pages import blocks
 
 # by programs of a folder
-SHARED = {"own", "intervals", "first_questions", "later_questions", "curves"}
+SHARED = {"own", "intervals", "first_questions", "later_questions", "curves", "grid_values"}
 SHARED |= {"oracles", "tasks"}
 PROGRAMS = {
     path.stem: path
@@ -24,17 +24,18 @@ PROGRAMS = {
 }
 # tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
 # tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
-# tests/language/rollout/test_vllm_server.py, tests/test_toy_environments.py and tests/test_molecules.py
+# tests/language/rollout/test_vllm_server.py, tests/control/test_control_training.py,
+# tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"verify", "write_page", "compare_existing_runs", "openenv_client"}
-ELSEWHERE |= {"turns", "code_reward", "vllm_server", "prior", "molopt"}
+ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
         "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",
         r"0.0   0.2500 +\S+   0.0625  0.250          0.0250",
-        r"128  reward_to_go  timestep_mean +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +0\.5\d\d",
-        "total         none          exact  2.91",
-        "reward_to_go  timestep_mean exact  1.99",
+        r"128 reward_to_go timestep_mean +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +0\.5\d\d",
+        r"total +none +2.91",
+        r"timestep_mean +1.99",
         "figure: variance_horizon.png",
     ),
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
@@ -121,8 +122,8 @@ LEARNING = {
     "5_agents --env Acrobot-v1 --agent tuned --seeds 1": ("1 of 1 seeds reach",),
     "5_agents --env LunarLander-v3 --agent tuned --seeds 1": ("1 of 1 seeds reach",),
     "contrast --seeds 1 --updates 10 --steps 10": (
-        r"CartPole-v1: \|g\|² .*: \d",
-        r"sort_digits: \|g\|² ",
+        r"seed 0, CartPole-v1, without .*: reward \d",
+        r"\|g\|² is \S+ times as large on CartPole-v1 and \S+ .* sort_digits",
     ),
     "pass_at_k --task hidden --seeds 3 --max-steps 1": ("±",),
     "pass_at_k --task difficulty --seeds 3 --max-steps 1": ("±",),

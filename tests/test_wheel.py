@@ -13,7 +13,7 @@ import tokenrl
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 DATA = {
     "tokenrl/py.typed",
-    "tokenrl/control/agents.txt",
+    "tokenrl/control/agents.yaml",
     "tokenrl/core/presets.txt",
     "tokenrl/foreign.txt",
     "tokenrl/runs/metric_table.txt",

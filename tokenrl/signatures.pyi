@@ -291,7 +291,6 @@ def train_agent(
     value_coef: float = ...,
     value_learning_rate: float | None = ...,
     value_network: typing.Literal['separate', 'shared'] = ...,
-    video: bool = ...,
 ) -> ControlResult: ...
 
 @typing.overload
@@ -541,7 +540,6 @@ def compare(
     value_iterations: typing.Any = ...,
     value_learning_rate: typing.Any = ...,
     value_network: typing.Any = ...,
-    video: typing.Any = ...,
     warm_start: typing.Any = ...,
     warm_start_steps: typing.Any = ...,
     warmup_steps: typing.Any = ...,

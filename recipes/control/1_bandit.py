@@ -27,9 +27,10 @@ From T = 64 to 128 the exact slopes are 2.91, 2.89, 2.01 and 1.99.
 # ///
 
 from itertools import product
-from math import log
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 import tyro
 from curves import save
@@ -49,8 +50,7 @@ THETA = -1.0  # where the variance is measured over the horizon
 HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128)  # actions per episode in the third part
 SAMPLES = 100  # actions sampled at each theta in the second part
 EPISODES = 2000  # sampled for each horizon, and shared by the four estimators
-Variances = dict[tuple[int, str, str], tuple[float, float]]
-"""A variance and its standard error, by T, returns and baseline."""
+COLUMNS = ("Var[g]", "measured", "± 2 s.e.", "Var[g] / E[g]^2")
 
 
 def probability(theta: float | Tensor) -> Tensor:
@@ -152,31 +152,25 @@ def sampled_gradients(generator: torch.Generator) -> dict[float, Tensor]:
     return gradients
 
 
-def variances(generator: torch.Generator) -> Variances:
+def variances(generator: torch.Generator) -> pd.DataFrame:
     """Print the variance of each estimator over the horizon, exact and measured, and the slopes of the exact one."""
-    measured: Variances = {}
-    print(
-        "\n  T   returns       baseline            Var[g]     measured   ± 2 s.e.   Var[g] / E[g]^2"
-    )
+    rows = []
     for steps in HORIZONS:
         actions = sampled_actions(THETA, generator, EPISODES, steps)
-        for returns, baseline in KINDS:
+        signal = float(expected_gradient(THETA, steps))
+        for kind in KINDS:
+            returns, baseline = kind
             g = episode_gradients(Estimator(returns=returns, baseline=baseline), THETA, actions)
-            variance, error = with_error(g)
-            measured[steps, returns, baseline] = variance, error
-            exact = float(gradient_variance(THETA, steps, returns, baseline))
-            print(
-                f"{steps:4}  {returns:13} {baseline:13} {exact:12.4f} {variance:12.4f} {2 * error:10.4f} "
-                f"{exact / float(expected_gradient(THETA, steps)) ** 2:17.3f}"
-            )
-    short, long = HORIZONS[-2:]
-    print(f"\nslope of log Var[g] over log T, from T = {short} to {long}")
-    for returns, baseline in KINDS:
-        a = gradient_variance(THETA, short, returns, baseline)
-        b = gradient_variance(THETA, long, returns, baseline)
-        exact = float(torch.log(b / a)) / log(long / short)
-        print(f"{returns:13} {baseline:13} exact {exact:5.2f}")
-    return measured
+            measured, error = with_error(g)
+            exact = float(gradient_variance(THETA, steps, *kind))
+            rows.append((steps, *kind, exact, measured, 2 * error, exact / signal**2))
+    table = pd.DataFrame(rows, columns=["T", "returns", "baseline", *COLUMNS])
+    print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
+    exact = table.pivot(index="T", columns=["returns", "baseline"], values=COLUMNS[0])
+    slopes = np.log2(exact).diff().iloc[-1]  # the horizon doubles from row to row
+    print(f"\nslope of log Var[g] over log T, from T = {HORIZONS[-2]} to {HORIZONS[-1]}")
+    print(slopes.to_string(float_format="{:.2f}".format))
+    return table
 
 
 def with_error(g: Tensor) -> tuple[float, float]:
@@ -201,15 +195,14 @@ def draw_bandit(axes: Axes, gradients: dict[float, Tensor]) -> None:
     axes.legend(frameon=False, title=f"points: {SAMPLES} samples each, ± 2 standard errors")
 
 
-def draw_horizon(axes: Axes, measured: Variances) -> None:
+def draw_horizon(axes: Axes, table: pd.DataFrame) -> None:
     """Draw the variance over the horizon: lines by formula, points by sampling."""
-    for returns, baseline in KINDS:
+    exact, measured, error, _ = COLUMNS
+    for (returns, baseline), rows in table.groupby(["returns", "baseline"]):
         colour = ORANGE if baseline == "none" else BLUE
         line = "-" if returns == "total" else "--"
-        exact = [float(gradient_variance(THETA, t, returns, baseline)) for t in HORIZONS]
-        axes.plot(HORIZONS, exact, line, color=colour, label=f"{returns}, {baseline}")
-        values, errors = zip(*(measured[t, returns, baseline] for t in HORIZONS), strict=True)
-        axes.errorbar(HORIZONS, values, 2 * torch.tensor(errors), fmt="o", color=colour, capsize=3)
+        axes.plot(rows["T"], rows[exact], line, color=colour, label=f"{returns}, {baseline}")
+        axes.errorbar(rows["T"], rows[measured], rows[error], fmt="o", color=colour, capsize=3)
     axes.set(xscale="log", yscale="log", xlabel="T, actions per episode")
     axes.set_ylabel("Var[g] of one episode")
     axes.legend(frameon=False, title="points: measured, ± 2 standard errors")
@@ -223,13 +216,12 @@ def main(output_dir: Path = Path(".")) -> None:
     """
     single_updates()
     gradients = sampled_gradients(torch.Generator().manual_seed(0))
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    draw_bandit(figure.subplots(), gradients)
-    save(figure, output_dir / "bandit.png")
-    measured = variances(torch.Generator().manual_seed(0))
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    draw_horizon(figure.subplots(), measured)
-    save(figure, output_dir / "variance_horizon.png")
+    table = variances(torch.Generator().manual_seed(0))
+    parts = {"bandit": (draw_bandit, gradients), "variance_horizon": (draw_horizon, table)}
+    for name, (draw, numbers) in parts.items():
+        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+        draw(figure.subplots(), numbers)
+        save(figure, output_dir / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -43,23 +43,13 @@ from curves import (
     trained,
     with_interval,
 )
+from grid_values import values_of
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.control import (
-    GRIDWORLD_STEPS,
-    Environments,
-    GridWorld,
-    collect_episodes,
-    exact_return,
-    exact_values,
-)
+from tokenrl.control import Environments, GridWorld, collect_episodes
 
-# Okabe and Ito
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREEN = "#009E73"
-PURPLE = "#CC79A7"
+BLUE, GREEN = "#0072B2", "#009E73"  # Okabe and Ito
 BEST = 0.94
 NEAR = 0.02  # two wasted steps
 EPISODES = 10  # per update
@@ -72,7 +62,7 @@ ESTIMATORS = {
     "learned V": Estimator.preset("a2c"),
     "normalised": Estimator(baseline="none", returns="reward_to_go", scale="token_whiten"),
 }
-COLOURS = dict(zip(ESTIMATORS, (ORANGE, BLUE, GREEN, PURPLE), strict=True))
+COLOURS = dict(zip(ESTIMATORS, ("#D55E00", BLUE, GREEN, "#CC79A7"), strict=True))
 
 
 def run(name: str, folder: str, seed: int, updates: int):
@@ -80,7 +70,6 @@ def run(name: str, folder: str, seed: int, updates: int):
     return trained(
         RUNS / folder.replace(" ", "_") / f"seed_{seed}",
         env="gridworld",
-        max_episode_steps=GRIDWORLD_STEPS,
         estimator=ESTIMATORS[name],
         hidden=(),  # linear in the one-hot cell: a table, for the policy as for V
         num_envs=EPISODES,
@@ -133,15 +122,12 @@ def learning(seeds: int, length: int) -> tuple[dict, dict]:
 def measure(updates: int) -> tuple[float, dict[str, np.ndarray]]:
     """Return J of one policy, and the ratios of the vanilla gradient's variance to that with a baseline."""
     policy = run("running mean", f"stages/{updates}", 0, updates)[0].policy
-    envs = Environments("gridworld", GRADIENTS * EPISODES, GRIDWORLD_STEPS)
-    generator = torch.Generator().manual_seed(0)
-    rollout = collect_episodes(envs, policy, GRIDWORLD_STEPS, generator, seed=0)
-    envs.close()
+    envs = Environments("gridworld", GRADIENTS * EPISODES)
+    rollout = collect_episodes(envs, policy, torch.Generator().manual_seed(0), seed=0)
     with torch.no_grad():
         table = policy(torch.eye(16)).double().softmax(-1)
-    env = GridWorld()
-    j = exact_return(env, table.numpy(), horizon=GRIDWORLD_STEPS)
-    v = torch.from_numpy(exact_values(env, table.numpy(), horizon=GRIDWORLD_STEPS))
+    v = torch.from_numpy(values_of(GridWorld(), table.numpy()))
+    j = float(v[0])
     cells = rollout.observations.argmax(-1)
     mask = rollout.mask
     rewards = rollout.rewards.double()
@@ -155,10 +141,9 @@ def measure(updates: int) -> tuple[float, dict[str, np.ndarray]]:
         gradient = torch.zeros(GRADIENTS, 16, 4, dtype=torch.double)
         gradient.index_put_((batch, cells), terms, accumulate=True)
         samples[name] = gradient.reshape(GRADIENTS, -1).numpy()
-    print(f"after {updates:3} updates, J = {j:6.3f}:", end="")
     ratios = {name: variance_ratio(samples["vanilla"], samples[name]) for name in ("J", "V(s)")}
     words = [f"   vanilla / {name} {with_interval(x, '.2f')}" for name, x in ratios.items()]
-    print("".join(words))
+    print(f"after {updates:3} updates, J = {j:6.3f}:{''.join(words)}")
     return j, ratios
 
 

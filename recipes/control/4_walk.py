@@ -99,10 +99,11 @@ def textbook_return(seed: int, *, value_head: bool) -> float:
             [sum(GAMMA**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
         )
         returns = (returns - returns.mean()) / (returns.std() + 1e-8)
-        loss = -(torch.stack(logprobs) * returns).mean()
+        values = torch.zeros_like(returns)
         if value_head:
             values = heads[1](body(torch.from_numpy(np.stack(observations[:-1])))).squeeze(-1)
-            loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
+        loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
+        if value_head:
             loss = loss + 0.5 * (values - returns).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -6,7 +6,7 @@
 
 `classic` has one hidden layer of 16 ReLU units, Adam at 0.01 and one episode an update; the returns to go of
 each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviation 1 over its own steps.
-`tuned` has settings for each environment. Both are in tokenrl/control/arguments.py, where comments say what
+`tuned` has settings for each environment. Both are in tokenrl/control/agents.yaml, where comments say what
 each choice is for. Every trained policy is judged by fresh episodes with sampled actions.
 
 Look for: the spread of the classic agent over seeds, since nothing bounds its steps, and an episode is only
@@ -24,13 +24,12 @@ other numbers are on the page of `tokenrl control`, recipes/pages/reference/cont
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import tyro
 from curves import draw_band, draw_mean, mean_with_interval, save
 from matplotlib.axes import Axes
@@ -38,32 +37,15 @@ from matplotlib.figure import Figure
 
 from tokenrl import train_agent
 from tokenrl.control import agent_settings, describe
-from tokenrl.runs import read_metrics, smooth
+from tokenrl.runs import smooth
 
 COLOURS = {"classic": "#D55E00", "tuned": "#0072B2"}  # Okabe and Ito
 SMOOTHED = 20  # episodes, at least, in each value of a learning curve
 FRESH = 100  # episodes that a trained policy is judged by
 
 
-class Run(NamedTuple):
-    """A finished run: what it was, its summary.json, and the rows of its updates in metrics.jsonl."""
-
-    env: str
-    agent: str
-    seed: int
-    summary: dict[str, Any]
-    updates: list[dict[str, Any]]
-
-    def __str__(self) -> str:
-        after = self.summary["eval_after"]
-        steps = self.summary["env_steps"]
-        reward = f"{after['reward']:.1f} ± {after['reward_stderr']:.1f}"
-        best = f"with the best actions {after['reward_greedy']:.1f}"
-        return f"{self.env}, {self.agent}, seed {self.seed}: {reward}, {best}; {steps:,} environment steps"
-
-
-def train(env: str, agent: str, seed: int, max_steps: int | None) -> Run:
-    """Train one agent; a signal raises KeyboardInterrupt or SystemExit."""
+def train(env: str, agent: str, seed: int, max_steps: int | None) -> dict[str, Any]:
+    """Train one agent; returns what the table and the figure need. A signal ends the program."""
     settings = agent_settings(agent, env) | {"seed": seed, "eval_episodes": FRESH}
     settings["eval_every"] = 0  # only before and after training
     settings |= {} if max_steps is None else {"max_steps": max_steps}
@@ -71,68 +53,59 @@ def train(env: str, agent: str, seed: int, max_steps: int | None) -> Run:
     result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
     if result.exit_code:
         raise SystemExit(result.exit_code)
-    summary = json.loads((folder / "summary.json").read_text())
-    return Run(env, agent, seed, summary, read_metrics(folder / "metrics.jsonl")[1:])
+    print(f"{env}, {agent}, seed {seed}: {result.verdict}", flush=True)
+    updates = pd.DataFrame(result.metrics[1:])
+    return {
+        "env": env,
+        "agent": agent,
+        "reward": result.eval_after["reward"],
+        "solved": result.solved is True,
+        "episodes": updates["episodes"].sum(),
+        "steps": result.env_steps,
+        "cpu": result.train_cpu_seconds,
+        "updates": updates[updates["episodes"] > 0],
+    }
 
 
-Groups = dict[tuple[str, str], list[Run]]  # by environment and agent
-
-
-def ends(runs: list[Run]) -> np.ndarray:
-    """Return the mean return of the fresh episodes of each run, [S]."""
-    return np.array([run.summary["eval_after"]["reward"] for run in runs])
-
-
-def print_table(groups: Groups) -> None:
-    for (env, agent), runs in groups.items():
-        threshold = runs[0].summary["threshold"]
-        solved = sum(run.summary["solved"] is True for run in runs)
-        score = f", {solved} of {len(runs)} seeds reach {threshold:g}" if threshold else ""
-        steps, cpu = (
-            np.mean([run.summary[name] for run in runs])
-            for name in ("env_steps", "train_cpu_seconds")
-        )
-        episodes = np.mean([played(run) for run in runs])
-        print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
-        print(f"  mean {mean_with_interval(ends(runs), '.1f')}{score}")
+def print_table(runs: pd.DataFrame) -> None:
+    """Print the results of each agent in each environment."""
+    for (env, agent), group in runs.groupby(["env", "agent"], sort=False):
+        threshold = describe(env).solved
+        score = ""
+        if threshold is not None:
+            score = f", {group['solved'].sum()} of {len(group)} seeds reach {threshold:g}"
+        print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in group['reward'])}")
+        print(f"  mean {mean_with_interval(group['reward'], '.1f')}{score}")
+        episodes, steps, cpu = group[["episodes", "steps", "cpu"]].mean()
         print(
             f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training"
         )
 
 
-def played(run: Run) -> int:
-    """Return the number of episodes that ended in training."""
-    return sum(row["episodes"] for row in run.updates)
-
-
-def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return environment steps so far, and the mean return of at least `SMOOTHED` episodes around there."""
-    rows = [row for row in run.updates if row["episodes"]]
-    window = 2 * round(SMOOTHED / 2 / np.mean([row["episodes"] for row in rows])) + 1
-    steps = np.array([row["num_env_steps"] for row in rows])
-    return steps, np.array(smooth([row["reward"] for row in rows], window))
-
-
-def draw_agent(axes: Axes, agent: str, runs: list[Run]) -> None:
+def draw_agent(axes: Axes, agent: str, runs: pd.DataFrame) -> None:
     """Draw the mean learning curve, and the fresh episodes. A run that has ended keeps its last value."""
-    curves = [curve(run) for run in runs if played(run)]
+    curves = []
+    for rows in runs["updates"]:
+        if len(rows):
+            window = 2 * round(SMOOTHED / 2 / rows["episodes"].mean()) + 1
+            curves.append((rows["num_env_steps"], smooth(rows["reward"].tolist(), window)))
     if curves:
-        points = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
+        start, end = (max(x.iloc[i] for x, _ in curves) for i in (0, -1))
+        points = np.geomspace(start, end, 200)
         returns = np.array([np.interp(points, x, y) for x, y in curves])
         draw_band(axes, points, returns, COLOURS[agent], agent)
-    end = np.mean([run.summary["env_steps"] for run in runs])
-    draw_mean(axes, end, ends(runs), COLOURS[agent])
+    draw_mean(axes, runs["steps"].mean(), runs["reward"], COLOURS[agent])
 
 
-def draw(groups: Groups) -> Figure:
+def draw(runs: pd.DataFrame) -> Figure:
     """Draw the learning curves of each environment, by environment steps."""
-    envs = list(dict.fromkeys(env for env, _ in groups))
-    figure = Figure(figsize=(3.2 + 2.9 * len(envs), 4), dpi=90, layout="constrained")
-    for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0], strict=True):
-        agents = {agent: runs for (name, agent), runs in groups.items() if name == env}
-        for agent, runs in agents.items():
-            draw_agent(axes, agent, runs)
-        threshold = next(iter(agents.values()))[0].summary["threshold"]
+    groups = runs.groupby("env", sort=False)
+    figure = Figure(figsize=(3.2 + 2.9 * len(groups), 4), dpi=90, layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for (env, rows), axes in zip(groups, panels, strict=True):
+        for agent, group in rows.groupby("agent"):
+            draw_agent(axes, agent, group)
+        threshold = describe(env).solved
         if threshold is not None:
             axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
         axes.set(xscale="log", xlabel="environment steps", ylabel="return")
@@ -154,24 +127,19 @@ def main(
 
     Args:
         env: Environments.
-        agent: Agents.
+        agent: Agents. The classic agent gets a Gaussian head where actions are continuous.
         seeds: Number of seeds of each environment; the last number counts for all further ones.
         max_steps: Updates. Default: those of the agent.
         output: Where the figure goes.
     """
-    print(f"mean return of {FRESH} fresh episodes, sampled actions, ± standard error")
-    groups: Groups = defaultdict(list)
+    runs = []
     for number, name in enumerate(env):
-        if "classic" in agent and not describe(name).discrete:
-            print(
-                "The classic agent chooses among actions by softmax; here it gets the Gaussian head."
-            )
-        for seed, kind in product(range(seeds[min(number, len(seeds) - 1)]), agent):
-            run = train(name, kind, seed, max_steps)
-            print(run, flush=True)
-            groups[name, kind].append(run)
-    print_table(groups)
-    save(draw(groups), output)
+        count = seeds[min(number, len(seeds) - 1)]
+        for seed, kind in product(range(count), agent):
+            runs.append(train(name, kind, seed, max_steps))
+    table = pd.DataFrame(runs)
+    print_table(table)
+    save(draw(table), output)
 
 
 if __name__ == "__main__":

@@ -34,26 +34,19 @@ recipes/pages/reference/control.md.
 import copy
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
+import pandas as pd
 import torch
 import tyro
-from curves import (
-    GREY,
-    draw_mean,
-    draw_rolling,
-    interval,
-    mean_with_interval,
-    save,
-    trained,
-    with_interval,
-)
+from curves import GREY, draw_mean, draw_rolling, interval, mean_with_interval, save, trained
+from grid_values import STEPS, values_of
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.control import GRIDWORLD_STEPS, GridWorld, describe, exact_return, exact_values
+from tokenrl.control import GridWorld
 
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
 ENVIRONMENTS = ("trap", "gridworld")
@@ -61,52 +54,30 @@ EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
 
 
-class Sweep(NamedTuple):
-    """The runs of one environment; S seeds for each of B betas, in the order of the arguments."""
-
-    env: str
-    betas: tuple[float, ...]
-    rewards: np.ndarray  # [B, S, updates], mean return of the episodes of an update
-    entropies: np.ndarray  # [B, S, updates], nats per action
-    returns: np.ndarray  # [B, S], exact expected return of the final policy
-    chances: np.ndarray  # [B, S, 3], exact chances of its episodes to end at goal, decoy, neither
-    collapsed: np.ndarray  # [B, S], whether the run was flagged `entropy-collapsed`
-
-    @property
-    def best(self) -> int:
-        """Index of the beta with the highest mean return."""
-        return int(self.returns.mean(1).argmax())
-
-    def behind(self) -> np.ndarray:
-        """Return the mean difference of each beta to the best, over pairs of equal seeds, [3, B]."""
-        return interval((self.returns[self.best] - self.returns).T)
-
-
 def grid_of(env: str) -> GridWorld:
     """Return the grid itself, whose returns can be computed."""
-    return gymnasium.make(describe(env).env).unwrapped
+    return gymnasium.make(env).unwrapped
 
 
-def chances_of(grid: GridWorld, policy: np.ndarray) -> np.ndarray:
-    """Return the chances [3] that an episode ends at the goal, at the decoy, or is cut.
+def chances_of(grid: GridWorld, policy: np.ndarray) -> list[float]:
+    """Return the chances that an episode ends at the goal and, in `trap`, at the decoy.
 
     The chance of an end is the expected return where this end alone pays, and pays 1.
     """
-    chances = []
     alone = copy.copy(grid)
     alone.step_reward = 0.0
-    for end in (grid.goal, grid.decoy):
+    chances = []
+    for end in grid.ends:
         alone.ends = {cell: float(cell == end) for cell in grid.ends}
-        chances.append(exact_return(alone, policy, horizon=GRIDWORLD_STEPS))
-    return np.array([*chances, 1 - sum(chances)])
+        chances.append(values_of(alone, policy)[0])
+    return chances
 
 
-def train(env: str, beta: float, seed: int, updates: int):
-    """Train once; returns the result and the metrics of the updates."""
-    return trained(
+def train(env: str, beta: float, seed: int, updates: int) -> dict[str, Any]:
+    """Train once; returns the curves of the run, and exact facts about its final policy."""
+    result, metrics = trained(
         Path("runs/control_entropy") / env / f"beta_{beta:g}" / f"seed_{seed}",
         env=env,
-        max_episode_steps=GRIDWORLD_STEPS,
         estimator=Estimator(baseline="running_mean", returns="reward_to_go", entropy_coef=beta),
         entropy_schedule="linear",
         hidden=(),  # linear in the one-hot cell
@@ -115,95 +86,88 @@ def train(env: str, beta: float, seed: int, updates: int):
         learning_rate=0.2,
         seed=seed,
     )
-
-
-def sweep(env: str, betas: tuple[float, ...], seeds: int, updates: int) -> Sweep:
-    """Train with every beta and every seed."""
     grid = grid_of(env)
-    columns: dict[str, list] = {name: [] for name in Sweep._fields[2:]}
-    for beta, seed in itertools.product(betas, range(seeds)):
-        result, metrics = train(env, beta, seed, updates)
-        with torch.no_grad():
-            policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
-        columns["rewards"].append(metrics["reward"])
-        columns["entropies"].append(metrics["entropy"])
-        columns["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
-        columns["chances"].append(chances_of(grid, policy))
-        columns["collapsed"].append("entropy-collapsed" in result.flags)
-    shaped = {}
-    for name, values in columns.items():
-        shaped[name] = np.array(values).reshape(len(betas), seeds, *np.shape(values)[1:])
-    return Sweep(env, betas, **shaped)
+    with torch.no_grad():
+        policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
+    goal, *decoy = chances_of(grid, policy)
+    return {
+        "beta": beta,
+        "seed": seed,
+        "return": values_of(grid, policy)[0],
+        "goal": goal > 0.5,
+        "decoy": sum(decoy) > 0.5,
+        "flagged": "entropy-collapsed" in result.flags,
+        "rewards": metrics["reward"].to_numpy(),
+        "entropies": metrics["entropy"].to_numpy(),
+    }
 
 
 def print_start(env: str) -> None:
     """Print exact returns: of a uniform policy, where its episodes end, and after a step off the decoy."""
     grid = grid_of(env)
     uniform = np.full((grid.cells, 4), 0.25)
-    goal, decoy, _ = chances_of(grid, uniform)
-    mean = exact_return(grid, uniform, horizon=GRIDWORLD_STEPS)
-    print(
-        f"\n{env}: a uniform policy returns {mean:.3f} (ends: goal {goal:.1%}, decoy {decoy:.1%})"
-    )
-    if grid.decoy is not None:
-        later = exact_values(grid, uniform, horizon=GRIDWORLD_STEPS - 1)[grid.size]
-        print(
-            f"a first step down, away from the decoy, then uniform: {grid.step_reward + later:.3f}"
-        )
+    ends = zip(("goal", "decoy"), chances_of(grid, uniform), strict=False)
+    words = ", ".join(f"{end} {chance:.1%}" for end, chance in ends)
+    print(f"\n{env}: a uniform policy returns {values_of(grid, uniform)[0]:.3f} (ends: {words})")
+    if env == "trap":
+        later = grid.step_reward + values_of(grid, uniform, STEPS - 1)[grid.size]
+        print(f"a first step down, away from the decoy, then uniform: {later:.3f}")
 
 
-def print_table(s: Sweep) -> None:
-    """Print a line per beta, and the sweet spot with the betas that are as good."""
+def print_table(runs: pd.DataFrame) -> str:
+    """Print a line per beta, and the sweet spot with the betas that are as good; returns the sweet spot."""
     print(f"{'beta':>5}  {'final return':22}  {'behind the best':22}  entropy  flagged  ends at")
-    last = max(1, s.entropies.shape[2] // 10)
-    seeds = s.returns.shape[1]
-    for i, beta in enumerate(s.betas):
-        goal, decoy = (s.chances[i, :, :2] > 0.5).sum(0)
-        returns = mean_with_interval(s.returns[i], "6.3f")
-        behind = with_interval(s.behind()[:, i], "6.3f")
+    returns = runs.pivot(index="seed", columns="beta", values="return")
+    best = returns.mean().idxmax()
+    alike = []
+    for beta, group in runs.groupby("beta", sort=False):
+        behind = returns[best] - returns[beta]
+        if beta != best and interval(behind)[1] <= 0:
+            alike.append(beta)
+        seeds = len(group)
+        goal, decoy, flagged = group[["goal", "decoy", "flagged"]].sum()
+        entropies = np.stack(group["entropies"])
+        entropy = entropies[:, -max(1, entropies.shape[1] // 10) :].mean()
         print(
-            f"{beta:5g}  {returns}  {behind}  "
-            f"{s.entropies[i, :, -last:].mean():7.3f}  {s.collapsed[i].sum():2} of {seeds:2}  "
+            f"{beta:5g}  {mean_with_interval(returns[beta], '6.3f')}  {mean_with_interval(behind, '6.3f')}  "
+            f"{entropy:7.3f}  {flagged:2} of {seeds:2}  "
             f"goal {goal}, decoy {decoy}, neither {seeds - goal - decoy}"
         )
-    print(verdict(s))
-
-
-def verdict(s: Sweep) -> str:
-    """Name the sweet spot: the beta with the highest mean return, and those not told apart from it."""
-    best = s.betas[s.best]
-    low = s.behind()[1]
-    alike = [beta for beta, least in zip(s.betas, low, strict=True) if least <= 0 and beta != best]
+    spot = f"beta {best:g}"
+    if best == 0:
+        spot = "none; no bonus is best"
+    elif 0 in alike:
+        spot = f"none; beta {best:g} is highest, but no bonus is as good"
     names = ", ".join(f"{beta:g}" for beta in alike)
     remainder = f"not told apart from it: {names}" if alike else "all others are worse"
-    if best == 0:
-        return f"sweet spot: none; no bonus is best ({remainder})"
-    if 0 in alike:
-        return f"sweet spot: none; beta {best:g} is highest, but no bonus is as good ({remainder})"
-    return f"sweet spot: beta {best:g} ({remainder})"
+    verdict = f"sweet spot: {spot} ({remainder})"
+    print(verdict)
+    return verdict
 
 
-def draw(sweeps: list[Sweep]) -> Figure:
+def draw(sweeps: dict[str, pd.DataFrame]) -> Figure:
     """Draw rolling means of return and entropy, and the final return of every seed, by beta."""
     figure = Figure(figsize=(15, 8.4), dpi=100, layout="constrained")
     grid = figure.subplots(len(sweeps), 3, squeeze=False)
-    for s, (left, middle, right) in zip(sweeps, grid, strict=True):
-        for i, (beta, colour) in enumerate(zip(s.betas, itertools.cycle(COLOURS), strict=False)):
-            for axes, runs in ((left, s.rewards[i]), (middle, s.entropies[i])):
-                draw_rolling(axes, runs, WINDOW, colour, f"beta = {beta:g}", EPISODES)
-            seeds = np.linspace(-0.25, 0.25, s.returns.shape[1])
-            right.scatter(i + seeds, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
-            draw_mean(right, i, s.returns[i], "black", "_")
+    for (title, runs), (left, middle, right) in zip(sweeps.items(), grid, strict=True):
+        groups = runs.groupby("beta", sort=False)
+        for i, ((beta, group), colour) in enumerate(
+            zip(groups, itertools.cycle(COLOURS), strict=False)
+        ):
+            for axes, name in ((left, "rewards"), (middle, "entropies")):
+                curves = np.stack(group[name])
+                draw_rolling(axes, curves, WINDOW, colour, f"beta = {beta:g}", EPISODES)
+            seeds = np.linspace(-0.25, 0.25, len(group))
+            right.scatter(i + seeds, group["return"], s=14, color=colour, alpha=0.6, linewidth=0)
+            draw_mean(right, i, group["return"], "black", "_")
         left.set(xlabel="episodes (rolling mean of 100)", ylabel="mean return of an episode")
-        left.set_title(f"{s.env}, {verdict(s)}", loc="left", fontsize=11)
-        middle.set(
-            xlabel="episodes (rolling mean of 100)", ylabel="entropy, nats (dotted: uniform)"
-        )
+        left.set_title(title, loc="left", fontsize=11)
+        middle.set(xlabel="episodes (rolling mean of 100)")
+        middle.set_ylabel("entropy, nats (dotted: uniform)")
         middle.axhline(np.log(4), color=GREY, linestyle=":")
-        right.set(
-            xlabel="beta at the start", ylabel="return of the final policy (bars: mean, 95 %)"
-        )
-        right.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
+        right.set(xlabel="beta at the start")
+        right.set_ylabel("return of the final policy (bars: mean, 95 %)")
+        right.set_xticks(range(len(groups)), [f"{beta:g}" for beta in runs["beta"].unique()])
     grid[0][0].legend(frameon=False)
     return figure
 
@@ -223,12 +187,12 @@ def main(
         output: Where the figure goes.
     """
     print(f"{seeds} seeds, {updates * EPISODES} episodes each; mean [95 % interval over seeds]")
-    sweeps = []
+    sweeps = {}
     for env in ENVIRONMENTS:
         print_start(env)
-        sweeps.append(sweep(env, betas, seeds, updates))
-        print_table(sweeps[-1])
-    print()
+        kinds = itertools.product(betas, range(seeds))
+        runs = pd.DataFrame([train(env, beta, seed, updates) for beta, seed in kinds])
+        sweeps[f"{env}, {print_table(runs)}"] = runs
     save(draw(sweeps), output)
 
 

@@ -6,15 +6,13 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import signal
 from dataclasses import replace
-from pathlib import Path
 
-import gymnasium
 import pytest
 import torch
-from folders import read_json
-from gymnasium.envs.classic_control import CartPoleEnv
+from folders import RECIPES, read_json
 from refusals import refused
 
 from tokenrl.control import training
@@ -46,7 +44,7 @@ def once(tmp_path_factory):
         with using_threads(2):
             result = short(tmp_path_factory.mktemp("once"), learning_rate=0.4, **OFTEN, **options)
             assert torch.get_num_threads() == 2
-    return result, " ".join(out.getvalue().split())
+    return result, out.getvalue()
 
 
 def test_a_run_leaves_a_complete_directory(once):
@@ -65,7 +63,10 @@ def test_a_run_leaves_a_complete_directory(once):
     # by the clock, as in the progress, and not by the processor's time
     rates = summary["env_steps_per_second"], rows(result, "timings")[-1]["env_steps_per_second"]
     assert rates == pytest.approx([result.env_steps / result.train_seconds] * 2)
-    assert "threads 1 (fewer than 10 M parameters)" in output
+    assert "threads 1 (fewer than 10 M parameters)" in " ".join(output.split())
+    assert (summary["solved"], summary["threshold"]) == (False, 475)
+    assert output.splitlines()[-1] == summary["verdict"] != ""
+    assert summary["verdict"] in (folder / "report.html").read_text()
 
 
 def test_a_saved_policy_acts_as_it_did_and_a_second_run_needs_overwrite(once, tmp_path):
@@ -87,26 +88,6 @@ def test_a_run_depends_on_its_seed_and_not_on_evaluations_in_between(tmp_path):
         result = short(tmp_path, str(options), estimator="a2c", **options)
         entropies.append([line["entropy"] for line in rows(result)[1:]])
     assert entropies[0] == entropies[1] and entropies[1][0] != entropies[2][0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"estimator": "reinforce", "max_episode_steps": 501}, "500"),
-        ({"estimator": "rloo", "num_envs": 1}, "compares the rows of a .*(num_envs|step has 1)"),
-        ({"estimator": "rloo", "num_steps": 8}, "num_steps 8"),
-        ({"load": "nowhere"}, "No policy could be read from nowhere"),
-        ({"head": "gaussian"}, "gaussian"),
-        ({"env": "bandit", "video": True}, "cannot be filmed"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_refused_before_anything_is_written(workplace, options, message):
-    if "video" in options:
-        pytest.importorskip("moviepy")
-    with refused(message):
-        train(**({"output_dir": "run"} | SHORT | options))
-    assert not list(Path("run").glob("*.json*"))
 
 
 @pytest.fixture
@@ -137,51 +118,30 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, at_step):
     assert len(starts.unique(dim=0)) == 3 * 4  # every update has starting states of its own
 
 
-def test_a_bandit_that_is_solved_says_how_to_stop_there_and_its_entropy_collapses(
-    tmp_path, monkeypatch, said
-):
-    """Its rewards are 1 and 0; a mean of .8 is reached on the way, and is reported once."""
+def test_a_bandit_stops_once_it_is_solved_and_else_its_entropy_collapses(tmp_path, monkeypatch):
+    """Its rewards are 1 and 0; a mean of .8 is reached on the way."""
     spec = replace(describe("bandit"), solved=0.8)
     monkeypatch.setattr(training, "describe", lambda env, _: spec)
     options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
     options |= {"eval_every": 3, "eval_episodes": 40}
-    full = short(tmp_path, **options | {"quiet": False})
-    output = said()
-    assert full.steps == 40 and output.count("Solved at step") == 1
-    assert "Training goes on to step 40; with --stop-when-solved it ends here." in output
-    assert full.flags == ["entropy-collapsed"]
+    full = short(tmp_path, **options)
+    assert (full.steps, full.solved, full.flags) == (40, True, ["entropy-collapsed"])
     assert full.eval_before["reward_greedy_stderr"] == 0 < full.eval_before["reward_stderr"]
-    stopped = short(tmp_path, "stopped", stop_when_solved=True, **options)
-    assert stopped.exit_reason == "solved" and f"Solved at step {stopped.steps}," in output
+    options["stop_when_solved"] = True
+    stopped = short(tmp_path, "stopped", **options)
+    assert stopped.exit_reason == "solved" and 0 < stopped.steps < 40
     spec = replace(spec, solved=0.1)
-    at_once = short(tmp_path, "at once", stop_when_solved=True, **options)
+    at_once = short(tmp_path, "at once", **options)
     assert (at_once.exit_reason, at_once.steps, at_once.solved) == ("solved", 0, True)
 
 
-@pytest.mark.parametrize("driver", [None, "offscreen"])
-def test_a_film_opens_no_window_and_one_that_fails_does_not_cost_the_policy(
-    tmp_path, monkeypatch, said, driver
-):
-    drivers = []
-
-    class Watched(CartPoleEnv):
-        def render(self):
-            drivers.append(os.environ.get("SDL_VIDEODRIVER"))
-            if driver:
-                raise RuntimeError("no paint")
-            return super().render()
-
-    gymnasium.registry.pop("tokenrl-tests/Watched-v0", None)
-    gymnasium.register("tokenrl-tests/Watched-v0", entry_point=Watched, max_episode_steps=9)
-    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
-    if driver:
-        monkeypatch.setenv("SDL_VIDEODRIVER", driver)
-    run = short(tmp_path, env="tokenrl-tests/Watched-v0", video=True, quiet=False)
-    assert set(drivers) == {driver or "dummy"} and os.environ.get("SDL_VIDEODRIVER") == driver
-    assert (run.output_dir / "model" / "policy.safetensors").is_file()
-    failed = "it raised RuntimeError: no paint" in said()
-    assert failed == (driver is not None)
-    assert (run.output_dir / "videos" / "episode-episode-0.mp4").is_file() != failed
+def test_the_recipe_films_an_episode_of_a_run(once, said):
+    pytest.importorskip("moviepy")
+    pytest.importorskip("pygame")
+    result, _ = once
+    runpy.run_path(str(RECIPES / "control" / "film.py"))["main"](result.output_dir)
+    film = result.output_dir / "videos" / "episode-episode-0.mp4"
+    assert film.stat().st_size > 1000 and str(film) in said()
 
 
 @pytest.mark.slow

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from drawing import normals, seeded
-from refusals import refused, stopped
+from refusals import stopped
 from torch.testing import assert_close
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
-from tokenrl.control.setup import check_supported
 from tokenrl.control.update import Agent, learn, loss_units, scheduled
 from tokenrl.core import Estimator
 
@@ -101,8 +100,11 @@ def test_the_update_of_the_textbook_agent_of_the_walk(row):
     values = agent.policy.values(rollout.observations[0, :n])
     loss = -(logprobs * (returns - values.detach())).mean()
     slope = slope_of(agent, loss + 0.7 * 0.5 * (values - returns).square().mean())
-    expected = -slope * min(1.0, 0.5 / (float(slope.norm()) + 1e-6))
-    assert_close(moved(agent, rollout), expected)
+    norm = float(slope.norm())
+    before = weights(agent)
+    metrics = learn(agent, rollout, 1)
+    assert metrics["grad_norm"] == pytest.approx(norm) and metrics["grad_clipped"] == (norm > 0.5)
+    assert_close((weights(agent) - before) / 0.1, -slope * min(1.0, 0.5 / (norm + 1e-6)))
 
 
 EVERY = [
@@ -195,15 +197,6 @@ def test_running_mean_and_scale_of_observations_learn_after_their_use():
     assert learn(scaled, rollout_of(), 2)["baseline"] == pytest.approx(expected)
 
 
-def test_the_gradient_is_clipped_and_its_norm_reported_before():
-    agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
-    before = weights(agent)
-    metrics = learn(agent, rollout_of(), 1)
-    assert metrics["grad_norm"] > 0.05 and metrics["grad_clipped"] == 1
-    assert float((weights(agent) - before).norm()) == pytest.approx(0.01 * 0.1, rel=1e-3)
-    assert learn(agent_of(Estimator(baseline="none")), rollout_of(), 1)["grad_clipped"] == 0
-
-
 def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
     agent, broken = agent_of(Estimator(baseline="none"), stop_after_nonfinite=2), rollout_of()
     broken.rewards[0, 0] = math.inf
@@ -215,29 +208,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
     with stopped("2 updates in a row"):
         learn(agent, broken, 4)
     assert agent.skipped == 3
-
-
-@pytest.mark.parametrize(
-    ("fields", "num_steps", "message"),
-    [
-        ({"beta": 0.1}, None, "no reference policy"),
-        ({"baseline": "remax"}, None, "starts in the same state"),
-        ({"zero_spread": "drop"}, None, "no prompts"),
-        ({"truncations": "mask"}, None, "time limit"),
-        ({"overlong_buffer": 3}, None, "environment itself rewards length"),
-        ({"importance_centre": True}, None, "the policy that samples is the one that learns"),
-        ({"baseline": "none"}, 8, "only a critic"),
-        ({"baseline": "value", "returns": "episode_normalized"}, 8, "or normalised"),
-        (
-            {"baseline": "value", "returns": "reward_to_go", "scale": "batch_std"},
-            8,
-            "cannot be compared",
-        ),
-    ],
-)
-def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
-    with refused(message):
-        check_supported(Estimator(**fields), num_steps)
 
 
 def test_a_constant_that_all_rewards_hold_changes_no_advantage():

@@ -48,29 +48,6 @@ def test_log_std_stays_in_its_range(bias, limit):
     assert spread[0].tolist() == pytest.approx([math.exp(limit)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
-    policy = policy_of("softmax", 2, hidden=(5, 4), critic=critic, activation=activation)
-    x = observations()
-    before = x.clone()
-    inputs = policy.body(x) if critic == "shared" else x
-    pairs = [
-        (policy(x), policy.head(policy.body(x))),
-        (policy.values(x), policy.critic(inputs)[:, 0]),
-    ]
-    for output, expected in pairs:
-        assert torch.equal(output, expected)
-        slopes, expected_slopes = (
-            torch.autograd.grad(
-                y.sum(), policy.parameters(), materialize_grads=True, allow_unused=True
-            )
-            for y in (output, expected)
-        )
-        assert all(map(torch.equal, slopes, expected_slopes))
-    assert torch.equal(x, before)
-
-
 def test_observation_scale_is_mean_and_std_of_all_that_was_seen():
     scale, inputs = ObservationScale(3), 3 + 5 * observations(40).float()
     assert torch.equal(scale(inputs), inputs)  # before anything was seen

@@ -20,27 +20,15 @@ def policy_of(size=2, actions=2):
     return Policy(Shape(size, "softmax", actions, hidden=()), seeded(0))
 
 
-def test_unequal_episodes_are_not_mixed_with_those_that_follow():
-    envs = Environments("CartPole-v1", 16)
-    rollout = collect_episodes(envs, policy_of(4), 500, seeded(0), seed=3)
-    lengths = rollout.mask.sum(1)
-    assert lengths.unique().numel() > 3
-    assert torch.equal(rollout.rewards.sum(1), lengths.float())  # one point a step
-    assert torch.equal(rollout.mask, torch.arange(rollout.mask.shape[1]) < lengths[:, None])
-    beyond = (rollout.final_observations[:, 0].abs() > 2.4) | (
-        rollout.final_observations[:, 2].abs() > 0.209
-    )
-    assert beyond.all()  # the states in which poles fall, not the fresh ones after the reset
-
-
 def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
     """Two environments in pieces of 5 steps; the step after an end only resets.
 
     Episodes of the first have 3, 1 and 4 steps. A time limit of 7 steps cuts those of the second.
     """
     first, second = Counting((3, 1, 4)), TimeLimit(Counting((9,)), 7)
-    vector = SyncVectorEnv([lambda: first, lambda: second])
-    pieces = Pieces(Environments(register(), 2, vector=vector), 5, seed=0)
+    envs = Environments(register(), 2)
+    envs.vector = SyncVectorEnv([lambda: first, lambda: second])
+    pieces = Pieces(envs, 5, seed=0)
     rollout = pieces.collect(policy_of(), seeded(0))
     assert rollout.rewards.tolist() == [[1, 2, 3, 0, 0], [11, 0, 0, 0, 0], [1, 2, 3, 4, 5]]
     assert rollout.mask.sum(1).tolist() == [3, 1, 5]
@@ -53,7 +41,7 @@ def test_pieces_leave_idle_steps_out_and_go_on_where_they_were():
         policy_of(), seeded(0)
     )  # a reset and 4 steps; 2 steps, a reset and 2 steps
     assert rest.rewards.tolist() == [[21, 22, 23, 24], [6, 7, 0, 0], [11, 12, 0, 0]]
-    assert rest.env_steps == 8 and rest.observations[1, 0].tolist() == [0, 5]
+    assert rest.mask.sum() == 8 and rest.observations[1, 0].tolist() == [0, 5]
     assert rest.terminated.tolist() == [True, False, False]
     assert rest.truncated.tolist() == [False, True, False]
     assert sorted(rest.returns.tolist()) == [28, 90] and sorted(rest.lengths.tolist()) == [4, 7]
@@ -64,7 +52,7 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
     """The rewards of a rollout are those of `gymnasium.make` under the same actions from the same start."""
     spec = describe(env)
     policy = policy_of(spec.observation_size, spec.actions)
-    rollout = collect_episodes(Environments(env, 4), policy, spec.horizon, seeded(0), seed=11)
+    rollout = collect_episodes(Environments(env, 4), policy, seeded(0), seed=11)
     single = gymnasium.make(spec.env)
     for row, mask in enumerate(rollout.mask):
         single.reset(seed=11 + row)
@@ -80,5 +68,5 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
 def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
     envs, policy = Environments(register(limit=200, lengths=(200,)), 4), policy_of()
     policy.head.weight.data.zero_()  # the same distribution in every state
-    actions = collect_episodes(envs, policy, 200, seeded(0), seed=0).actions
+    actions = collect_episodes(envs, policy, seeded(0), seed=0).actions
     assert not torch.equal(actions[:, :64], actions[:, 64:128])

@@ -26,7 +26,7 @@ APPROACHES = {
     "critic": "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step",
     "continuous": "a critic on pieces of episodes (ppo): the actions are continuous",
 }
-"""Where the advice starts (see control/agents.txt), and why with this baseline."""
+"""Where the advice starts (see control/agents.yaml), and why with this baseline."""
 WHOLE = {
     "estimator.returns": "rewards that came before an action are left out of its advantage",
     "estimator.scale": "no division is exact; Adam's steps have one size, whatever the returns",
@@ -71,7 +71,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
     reason = APPROACHES[approach]
     names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
     control = ControlArguments(
-        **agents("advised")[approach] | {name: getattr(args, name) for name in names}
+        **agents()["advised"][approach] | {name: getattr(args, name) for name in names}
     )
     if args.baseline not in (None, "value"):
         control = replace(control, estimator=replace(control.estimator, baseline=args.baseline))
@@ -128,7 +128,7 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
     policy = Policy(shape, generator)
     try:
         with closing(Environments(args.env, episodes, args.max_episode_steps)) as copies:
-            rollout = collect_episodes(copies, policy, spec.horizon, generator, seed=args.seed)
+            rollout = collect_episodes(copies, policy, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
         raise Refused(str(error)) from error
     returns = rollout.returns.tolist()

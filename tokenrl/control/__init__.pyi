@@ -6,16 +6,13 @@ from tokenrl.control.arguments import (
 )
 from tokenrl.control.environments import Environments as Environments, describe as describe
 from tokenrl.control.evaluation import seed_of as seed_of
-from tokenrl.control.policies import Policy as Policy
+from tokenrl.control.policies import Policy as Policy, read_policy as read_policy
 from tokenrl.control.rollouts import collect_episodes as collect_episodes
 from tokenrl.control.run import ControlResult as ControlResult
 from tokenrl.control.worlds import (
-    GRIDWORLD_STEPS as GRIDWORLD_STEPS,
     Bandit as Bandit,
     GridWorld as GridWorld,
     Walk as Walk,
-    exact_return as exact_return,
-    exact_values as exact_values,
 )
 
 if typing.TYPE_CHECKING:

@@ -1,18 +1,18 @@
 """Settings of `tokenrl control`, and those of agents with a name. Imports no torch and no gymnasium.
 
-The agent `classic` has settings for any environment, `tuned` for those in `TUNED`. A name only chooses where
-the settings start. Every other setting may still be given, and config.json holds the settings themselves, so
-a run can be repeated without the name.
+The agents are in agents.yaml: `classic` has settings for any environment, `tuned` for some. A name only chooses
+where the settings start. Every other setting may still be given, and config.json holds the settings
+themselves, so a run can be repeated without the name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -37,8 +37,8 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
     For your own environment, name the file or module that registers it: my_envs.py:Mine-v0 or
     my_package.envs:Mine-v0.
-    Observations are a Box, flattened, or Discrete, one-hot. A Box with several axes is refused as a picture
-    if its numbers are bytes or more than 1,024."""
+    Observations are a Box, flattened, or Discrete, one-hot. A Box of bytes with several axes is refused, as it
+    is a picture."""
     estimator: Estimator = field(
         default_factory=lambda: Estimator.preset("reinforce_timestep_mean")
     )
@@ -101,8 +101,6 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Stop after this many updates in a row whose gradient is not finite."""
     load: str | None = None
     """Start from the policy that is saved in this directory."""
-    video: bool = False
-    """Film one episode of the trained policy into videos/."""
     allow_no_baseline: bool = False
     """Allow training without a baseline where episodes may be longer than 500 steps."""
     overwrite: bool = False
@@ -116,31 +114,20 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
 
 AGENTS = ("classic", "tuned")
 
-CLASSIC_EPISODES = {"CartPole-v1": 400, "Acrobot-v1": 300, "LunarLander-v3": 1000}
-"""Episodes that the classic agent trains on, by environment; one episode is one update."""
-OTHER_EPISODES = 1000
-"""Episodes of the classic agent in all other environments."""
-
-
-def agents(kind: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of a kind of agents in agents.txt, by environment."""
-    settings = {}
-    for line in Path(__file__).with_name("agents.txt").read_text(encoding="utf-8").splitlines():
-        agent, *columns = line.split(" | ")
-        if agent == kind:
-            env, estimator, changes = columns
-            settings[env] = {"estimator": Estimator.preset(estimator), **read_changes(changes)[1]}
-    return settings
-
-
-TUNED = agents("tuned")
-"""The settings of the tuned agent by environment."""
-
 ABOUT_AGENT = (
     "Start from the settings of an agent: classic (one episode an update) fits any environment, tuned has "
-    f"settings for {', '.join(TUNED)}. Flags override them."
+    "settings for CartPole-v1, Acrobot-v1, LunarLander-v3, LunarLanderContinuous-v3, Pendulum-v1. Flags "
+    "override them."
 )
 """Help of the flag --agent."""
+
+
+@cache
+def agents() -> dict[str, dict[str, Any]]:
+    """Return the settings in agents.yaml, by agent and environment."""
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_name("agents.yaml").read_text(encoding="utf-8"))
 
 
 def agent_settings(agent: str, env: str) -> dict[str, Any]:
@@ -158,12 +145,11 @@ def agent_settings(agent: str, env: str) -> dict[str, Any]:
         Refused: there is no such agent, or it has no settings for this environment.
     """
     check_choice("agent", agent, AGENTS)
-    if agent == "classic":
-        episodes = CLASSIC_EPISODES.get(env, OTHER_EPISODES)
-        return {"env": env, **agents("classic")["any"], "max_steps": episodes}
-    if env not in TUNED:
+    environments = agents()[agent]
+    settings = environments.get(env) or environments.get("any")
+    if settings is None:
         raise Refused(
-            f"The agent 'tuned' has no settings for {env!r}; it has settings for {', '.join(TUNED)}. "
+            f"The agent {agent!r} has no settings for {env!r}; it has settings for {', '.join(environments)}. "
             "The agent 'classic' fits any environment."
         )
-    return {"env": env, **TUNED[env]}
+    return {"env": env, **settings, "estimator": Estimator.preset(settings["estimator"])}

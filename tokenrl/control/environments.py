@@ -11,7 +11,6 @@ failure of that environment, by its name.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,48 +22,36 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised, refusing
 from tokenrl.names import import_source
 from tokenrl.settings import LARGEST
 from tokenrl.user_code import user_code
 
-WORLDS = "tokenrl.control.worlds"
-GRID = f"{WORLDS}:GridWorld"
-WALK = f"{WORLDS}:Walk"
 TRAP = {"size": 6, "decoy": 1, "decoy_reward": 0.5}
-OWN: dict[str, tuple[str, str, int, float | None, dict[str, Any]]] = {
+OWN: dict[str, tuple[str, int, float | None, dict[str, Any]]] = {
     # The threshold of the grid is the return of a path one step longer than the shortest.
-    "gridworld": ("tokenrl/GridWorld-v0", GRID, 50, 0.93, {}),
+    "gridworld": ("GridWorld", 50, 0.93, {}),
     # Between the return of the decoy, 0.49, and that of the goal, at most 0.9.
-    "trap": ("tokenrl/Trap-v0", GRID, 50, 0.8, TRAP),
+    "trap": ("GridWorld", 50, 0.8, TRAP),
     # The return of the straight path.
-    "walk": ("tokenrl/Walk-v0", WALK, 50, 1.1, {}),
+    "walk": ("Walk", 50, 1.1, {}),
     # The return of a path two steps longer than the shortest.
-    "costly_walk": (
-        "tokenrl/CostlyWalk-v0",
-        WALK,
-        50,
-        0.88,
-        {"step_reward": -0.01},
-    ),
-    "bandit": ("tokenrl/Bandit-v0", f"{WORLDS}:Bandit", 1, None, {}),
+    "costly_walk": ("Walk", 50, 0.88, {"step_reward": -0.01}),
+    "bandit": ("Bandit", 1, None, {}),
 }
-"""The environments of tokenrl by their short names: id, class, most steps, threshold, and its arguments."""
-PICTURE = 1024
-"""A Box with several axes is a picture if its numbers are bytes (uint8), or if they are more than these.
-
-A flattened picture is thousands of inputs, and the network cannot see which of them lie side by side. A Box
-with one axis is never a picture, so with `gymnasium.wrappers.FlattenObservation` a user can flatten any Box.
-"""
+"""The environments of tokenrl by their ids: class, most steps of an episode, threshold, and arguments."""
 REGISTER = (
-    "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers.{}."
+    "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers."
 )
 
-for _id, _class, _steps, _threshold, _arguments in OWN.values():
-    if _id not in gymnasium.registry:
-        gymnasium.register(
-            _id, _class, reward_threshold=_threshold, max_episode_steps=_steps, kwargs=_arguments
-        )
+for _id, (_class, _steps, _threshold, _arguments) in OWN.items():
+    gymnasium.register(
+        _id,
+        f"tokenrl.control.worlds:{_class}",
+        reward_threshold=_threshold,
+        max_episode_steps=_steps,
+        kwargs=_arguments,
+    )
 
 
 def find(env: str) -> EnvSpec:
@@ -78,30 +65,14 @@ def find(env: str) -> EnvSpec:
     Raises:
         Refused: there is no environment of that name, or the file or module cannot be imported.
     """
-    if not isinstance(env, str):
-        raise Refused(
-            f"env was given as a {type(env).__name__}; give the id under which it is registered."
-        )
-    if env in OWN:
-        return gymnasium.spec(OWN[env][0])
     source, _, name = env.rpartition(":")
+    remedy = f"Give a gymnasium id with its version (CartPole-v1), one of {', '.join(OWN)}, or my_envs.py:Mine-v0."
     if source:
         import_source(source, "env")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium warns of older versions
-            return gymnasium.spec(name)
-    except gymnasium.error.Error as error:
-        if source:
-            raise Refused(
-                f"env '{env}': {source} registers no environment {name!r}.{nearest(name, gymnasium.registry)} "
-                f"Call gymnasium.register({name!r}, ...) in it."
-            ) from error
-        reason = str(error).partition(" Did you mean")[0].rstrip(".")
-        raise Refused(
-            f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
-            f"gymnasium id with its version (CartPole-v1), one of {', '.join(OWN)}, or my_envs.py:Mine-v0."
-        ) from error
+        remedy = f"Call gymnasium.register({name!r}, ...) in {source}."
+    with warnings.catch_warnings(), refusing(f"There is no environment {env!r}", remedy):
+        warnings.simplefilter("ignore")  # gymnasium warns of older versions
+        return gymnasium.spec(name)
 
 
 @dataclass(frozen=True)
@@ -116,7 +87,6 @@ class Spec:
         horizon: number of steps after which an episode is truncated.
         solved: mean return from which the environment counts as solved; None if it has no such threshold.
         fast: whether one call steps many copies; else they are stepped one by one.
-        render_modes: how the environment can draw itself.
     """
 
     env: str
@@ -126,7 +96,6 @@ class Spec:
     horizon: int
     solved: float | None
     fast: bool
-    render_modes: tuple[str, ...] = ()
 
     @property
     def discrete(self) -> bool:
@@ -154,7 +123,6 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     with contextlib.closing(Environments(env, 1, max_episode_steps)) as envs:
         observations = envs.vector.single_observation_space
         actions = envs.vector.single_action_space
-        modes = envs.vector.metadata.get("render_modes", ())
     discrete = isinstance(actions, spaces.Discrete)
     size = int(spaces.flatdim(actions))
     return Spec(
@@ -162,94 +130,92 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
         observation_size=int(spaces.flatdim(observations)),
         actions=size if discrete else None,
         action_size=0 if discrete else size,
-        horizon=_horizon(spec, max_episode_steps),
-        solved=None if spec.reward_threshold is None else float(spec.reward_threshold),
+        horizon=envs.horizon,
+        solved=spec.reward_threshold,
         fast=spec.vector_entry_point is not None,
-        render_modes=tuple(modes),
     )
 
 
-def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> VectorEnv:
-    """Make `num_envs` copies that are stepped together, by the environment's own vector code if it has any.
+def check_spaces(env: str, vector: VectorEnv) -> None:
+    """Refuse an environment whose observations or actions no policy here can take or give.
+
+    Args:
+        env: its id.
+        vector: copies of it.
 
     Raises:
-        Refused: the environment cannot be made; see `describe`.
+        Refused: the message names the space, and what is supported.
     """
-    spec = find(env)
-    limit = _horizon(spec, max_episode_steps)
-    mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
-    try:
-        with warnings.catch_warnings(), user_code():
-            warnings.simplefilter("ignore")
-            vector = gymnasium.make_vec(
-                spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit
-            )
-    except USER_CODE_FAILED as error:
-        raise Refused(f"The environment {spec.id} could not be made: {raised(error)}.") from error
-    if vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
-        raise Refused(
-            f"The environment {spec.id} does not reset on the next step; give one that does."
-        )
-    observations = vector.single_observation_space
-    actions = vector.single_action_space
-    shape = observations.shape or ()
+    observations: Any = vector.single_observation_space
+    actions: Any = vector.single_action_space
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
         raise Refused(
-            f"Observations of {spec.id} are of kind {type(observations).__name__}; supported are Box "
-            f"(flattened), Discrete (one-hot). {REGISTER.format('FlattenObservation')}"
+            f"Observations of {env} are {observations!s:.200}; supported are Box (flattened) and Discrete "
+            f"(one-hot). {REGISTER}FlattenObservation."
         )
-    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
-        size = " x ".join(map(str, shape))
-        wrapper = "TransformObservation (features), or FlattenObservation if they are no picture"
+    if observations.dtype == np.uint8 and len(observations.shape or ()) > 1:
         raise Refused(
-            f"Observations of {spec.id} are pictures (Box, shape {size}, dtype {observations.dtype}), and no "
-            f"policy here has convolutional layers. {REGISTER.format(wrapper)}"
+            f"Observations of {env} are pictures ({observations!s:.200}), and no policy here has convolutional "
+            f"layers. {REGISTER}TransformObservation (features), or FlattenObservation if they are no picture."
         )
-    real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
-    is_vector = real and len(actions.shape or ()) == 1
-    if not (is_vector or isinstance(actions, spaces.Discrete)):
+    is_vector = isinstance(actions, spaces.Box) and actions.low.ndim == 1
+    if not (isinstance(actions, spaces.Discrete) or (is_vector and actions.dtype.kind == "f")):
         raise Refused(
-            f"Actions of {spec.id} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
-            f"one axis. {REGISTER.format('TransformAction')}"
+            f"Actions of {env} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
+            f"one axis. {REGISTER}TransformAction."
         )
-    return vector
-
-
-def _horizon(spec: EnvSpec, limit: int | None) -> int:
-    limit = limit or spec.max_episode_steps
-    if limit is None:
-        raise Refused(
-            f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200."
-        )
-    return limit
+    if vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
+        raise Refused(f"The environment {env} does not reset on the next step; give one that does.")
 
 
 class Environments:
     """Copies of one environment: observations are flat float32 vectors, actions come from a policy.
 
     gymnasium's own wrappers for vectors go over the copies one by one, or need bounds on both sides.
+
+    Attributes:
+        env: id of the environment.
+        num_envs: E, the number of copies.
+        horizon: number of steps after which an episode is truncated.
+        vector: the copies, which the environment's own vector code steps if it has any.
     """
 
-    def __init__(
-        self, env: str, num_envs: int, limit: int | None = None, *, vector: VectorEnv | None = None
-    ) -> None:
-        """Make the copies, of at most `limit` steps an episode (see `make`), or take those of a `vector`."""
-        self.vector = vector or make(env, num_envs, limit)
+    def __init__(self, env: str, num_envs: int, limit: int | None = None) -> None:
+        """Make the copies.
+
+        Args:
+            env: id of the environment; see `find`.
+            num_envs: number of copies.
+            limit: most steps of an episode. Default: the environment's own limit.
+
+        Raises:
+            Refused: the environment cannot be made; see `describe`.
+        """
         spec = find(env)
         self.env = spec.id
+        self.num_envs = num_envs
+        self.horizon = limit or spec.max_episode_steps or 0
+        if not self.horizon:
+            raise Refused(
+                f"Episodes of {env} have no limit in length. Set one: --max-episode-steps 200."
+            )
         # Those of gymnasium and tokenrl leave settings and processes alone, and a step should cost little.
         is_library = str(spec.entry_point).startswith(("gymnasium.", "tokenrl."))
         self._in_context = contextlib.nullcontext if is_library else user_code
-        self.num_envs = num_envs
+        mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
+        with warnings.catch_warnings(), self._failures("__init__", Refused):
+            warnings.simplefilter("ignore")
+            self.vector: Any = gymnasium.make_vec(
+                spec.id, num_envs, vectorization_mode=mode, max_episode_steps=self.horizon
+            )
+        check_spaces(self.env, self.vector)
         self._observations: Any = self.vector.single_observation_space
         self._actions: Any = self.vector.single_action_space
         if isinstance(self._actions, spaces.Box):
-            low = self._actions.low.astype(np.float64)
-            high = self._actions.high.astype(np.float64)
+            bounds = np.array([self._actions.low, self._actions.high], np.float64)
             # Where a bound is missing, -1 and 1 stand for themselves.
-            bounded = (np.abs(low) <= LARGEST) & (np.abs(high) <= LARGEST)
-            low = np.where(bounded, low, -1.0)
-            high = np.where(bounded, high, 1.0)
+            bounded = (np.abs(bounds) <= LARGEST).all(0)
+            low, high = np.where(bounded, bounds, [[-1.0], [1.0]])
             self._middle = (low + high) / 2
             self._half = (high - low) / 2
 
@@ -283,14 +249,15 @@ class Environments:
             return self.flat(observations), rewards, terminated, truncated
 
     @contextlib.contextmanager
-    def _failures(self, method: str) -> Iterator[None]:
+    def _failures(self, method: str, kind: type[TokenrlError] = Stopped) -> Iterator[None]:
         """Run the environment's own code, and report an error of it by its name."""
         try:
             with self._in_context():
                 yield
         except USER_CODE_FAILED as error:
-            text = f"The environment {self.env} failed in {method}(): {raised(error)}."
-            raise Stopped(text) from error
+            raise kind(
+                f"The environment {self.env} failed in {method}(): {raised(error)}."
+            ) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,26 +24,7 @@ from tokenrl.runs.files import model_directory, write_json
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """The log std of a Gaussian is clamped to this range, so that its density stays finite."""
-IN_PLACE: dict[type[nn.Module], Any] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
-"""The activation functions, overwriting their inputs."""
-
-
-def check_head(head: str, discrete: bool) -> None:
-    """Refuse a distribution that cannot give the actions of an environment; 'auto' fits any.
-
-    Args:
-        head: 'auto', 'softmax' or 'gaussian'.
-        discrete: Whether the actions are a finite list, rather than vectors of real numbers.
-
-    Raises:
-        Refused: The head is a softmax over continuous actions, or a Gaussian over discrete ones.
-    """
-    fitting = "softmax" if discrete else "gaussian"
-    if head not in ("auto", fitting):
-        actions = "choices from a finite list" if discrete else "vectors of real numbers"
-        raise Refused(
-            f"head {head!r} cannot give actions that are {actions}; use {fitting!r} or 'auto'."
-        )
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 @dataclass(frozen=True)
@@ -121,40 +101,41 @@ class Policy(nn.Module):
 
     Attributes:
         shape: its layers.
+        scale: shifts and scales the observations, or leaves them as they are.
+        body: the hidden layers.
+        head: the layer that gives the parameters of the distribution.
+        critic: a network of its own, or with `shared` a layer upon the body; None without a critic.
     """
 
     def __init__(self, shape: Shape, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights."""
         super().__init__()
         self.shape = shape
-        self.scale = (
-            ObservationScale(shape.observation_size) if shape.normalize_observations else None
-        )
+        self.scale: Any = nn.Identity()
+        if shape.normalize_observations:
+            self.scale = ObservationScale(shape.observation_size)
         width = shape.hidden[-1] if shape.hidden else shape.observation_size
         outputs = shape.action_size
         if shape.head == "gaussian":
             outputs *= 2  # means and log stds
         self.body = _layers(shape, generator)
         self.head = _linear(shape, width, outputs, 0.01, generator)
-        self.critic: nn.Module | None = None
+        self.critic: Any = None
         if shape.critic is not None:
-            top = _linear(shape, width, 1, 1.0, generator)
-            self.critic = top
-            if shape.critic == "separate":
-                self.critic = nn.Sequential(_layers(shape, generator), top)
+            self.critic = _linear(shape, width, 1, 1.0, generator)
+        if shape.critic == "separate":
+            self.critic = nn.Sequential(_layers(shape, generator), self.critic)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
-        return _function(self.body, self.head)(self._scaled(observations))
+        return self.head(self.body(self.scale(observations)))
 
     def values(self, observations: Tensor) -> Tensor:
         """Return the critic's value [M] of observations [M, O]."""
-        if self.critic is None:
-            raise ValueError("this policy has no critic")
-        layers = [self.critic]
+        inputs = self.scale(observations)
         if self.shape.critic == "shared":
-            layers.insert(0, self.body)
-        return _function(*layers)(self._scaled(observations)).squeeze(-1)
+            inputs = self.body(inputs)
+        return self.critic(inputs).squeeze(-1)
 
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
         """Draw actions: indices [M] or vectors [M, D].
@@ -163,23 +144,12 @@ class Policy(nn.Module):
             observations: [M, O].
             noise: random numbers from `noise`, [M, A] or [M, D]; None for the most probable actions.
         """
-        return self.actor()(observations, noise)
-
-    def actor(self) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """Return `act` for many calls in a row; it follows changes of the weights in place, and no others."""
-        forward = _function(self.body, self.head)
-        softmax = self.shape.head == "softmax"
-
-        def act(observations: Tensor, noise: Tensor | None) -> Tensor:
-            parameters = forward(self._scaled(observations))
-            if softmax and noise is not None:
-                parameters = parameters + noise  # the argmax of logits plus Gumbel noise is a draw
-            if softmax:
-                return parameters.argmax(-1)
-            mean, log_std = _mean_and_log_std(parameters)
-            return mean if noise is None else mean + log_std.exp() * noise
-
-        return act
+        parameters = self(observations)
+        if self.shape.head == "softmax":
+            # The argmax of logits plus Gumbel noise is a draw.
+            return (parameters if noise is None else parameters + noise).argmax(-1)
+        mean, log_std = _mean_and_log_std(parameters)
+        return mean if noise is None else mean + log_std.exp() * noise
 
     def noise(self, *count: int, generator: torch.Generator) -> Tensor:
         """Draw the random numbers that `act` needs, [*count, A] (Gumbel) or [*count, D] (standard normal)."""
@@ -217,17 +187,46 @@ class Policy(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return all parameters except a separate critic's."""
-        critic = set(self.value_parameters())
-        return [parameter for parameter in self.parameters() if parameter not in critic]
+        count = len(self.value_parameters())
+        parameters = list(self.parameters())
+        return parameters[: len(parameters) - count]  # those of the critic are the last
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of a separate critic."""
-        if self.critic is None or self.shape.critic == "shared":
-            return []
-        return list(self.critic.parameters())
+        return list(self.critic.parameters()) if self.shape.critic == "separate" else []
 
-    def _scaled(self, observations: Tensor) -> Tensor:
-        return observations if self.scale is None else self.scale(observations)
+    def write(self, folder: Path) -> None:
+        """Write the policy into an existing folder."""
+        write_json(folder / "policy.json", {"shape": self.shape})
+        save_file(self.state_dict(), folder / "policy.safetensors")
+
+    def read(self, folder: str | Path) -> None:
+        """Take exactly the weights, and the scale of observations, that were saved in a folder.
+
+        Raises:
+            Refused: the folder holds no policy, or one of another shape.
+        """
+        saved = read_policy(folder)
+        # The initial weights do not matter, because the loaded ones replace them.
+        if replace(saved.shape, initial_weights=self.shape.initial_weights) != self.shape:
+            raise Refused(
+                f"The policy in {folder} is a {saved.shape}, and not a {self.shape}. Give its settings, or leave "
+                "load out."
+            )
+        self.load_state_dict(saved.state_dict())
+
+    def check(self, folder: Path) -> None:
+        """Write the policy into an empty folder and read it back, before the first step."""
+        self.write(folder)
+        self.read(folder)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return all that `write` writes, which must be finite."""
+        return self.state_dict().values()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights and of all else that is saved."""
+        return hashlib.sha256(save(self.state_dict())).hexdigest()
 
 
 def _mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,32 +234,11 @@ def _mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
     return mean, log_std.clamp(*LOG_STD_RANGE)
 
 
-def _function(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what the layers compute one after the other, as a plain function of a tensor.
-
-    For the few observations of a step the bookkeeping of modules takes as long as the arithmetic. Activations
-    overwrite the outputs of the linear layers before them, which no gradient needs.
-    """
-    steps: list[Callable[[Tensor], Tensor]] = []
-    for layer in chain.from_iterable(each.modules() for each in layers):
-        if isinstance(layer, nn.Linear):
-            steps.append(partial(nn.functional.linear, weight=layer.weight, bias=layer.bias))
-        elif not isinstance(layer, nn.Sequential):
-            steps.append(IN_PLACE[type(layer)])
-
-    def computed(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return computed
-
-
 def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
-    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation]
     layers: list[nn.Module] = []
     for before, after in pairwise([shape.observation_size, *shape.hidden]):
-        layers += [_linear(shape, before, after, math.sqrt(2), generator), activation()]
+        layers.append(_linear(shape, before, after, math.sqrt(2), generator))
+        layers.append(ACTIVATIONS[shape.activation]())
     return nn.Sequential(*layers)
 
 
@@ -291,50 +269,3 @@ def read_policy(folder: str | Path) -> Policy:
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(model / "policy.safetensors"))
     return policy
-
-
-@dataclass(frozen=True)
-class SavedPolicy:
-    """A policy in the files of a run.
-
-    Attributes:
-        policy: the policy that is trained.
-        env: id of its environment.
-    """
-
-    policy: Policy
-    env: str
-
-    def write(self, folder: Path) -> None:
-        """Write the policy into an existing folder."""
-        write_json(folder / "policy.json", {"shape": self.policy.shape, "env": self.env})
-        save_file(self.policy.state_dict(), folder / "policy.safetensors")
-
-    def read(self, folder: str | Path) -> None:
-        """Give the policy exactly the weights, and the scale of observations, that were saved in a folder.
-
-        Raises:
-            Refused: the folder holds no policy, or one of another shape.
-        """
-        saved = read_policy(folder)
-        shape = self.policy.shape
-        # The initial weights do not matter, because the loaded ones replace them.
-        if replace(saved.shape, initial_weights=shape.initial_weights) != shape:
-            raise Refused(
-                f"The policy in {folder} is a {saved.shape}, and not a {shape}. Give its settings, or leave load "
-                "out."
-            )
-        self.policy.load_state_dict(saved.state_dict())
-
-    def check(self, folder: Path) -> None:
-        """Write the policy into an empty folder and read it back, before the first step."""
-        self.write(folder)
-        self.read(folder)
-
-    def tensors(self) -> Iterable[Tensor]:
-        """Return all that `write` writes, which must be finite."""
-        return self.policy.state_dict().values()
-
-    def fingerprint(self) -> str:
-        """Return a hash of the weights and of all else that is saved."""
-        return hashlib.sha256(save(self.policy.state_dict())).hexdigest()

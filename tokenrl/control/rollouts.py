@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy
@@ -43,30 +45,10 @@ class Rollout(NamedTuple):
     returns: Tensor
     lengths: Tensor
 
-    @property
-    def env_steps(self) -> int:
-        """Number of steps taken."""
-        return int(self.mask.sum())
-
-
-class Steps(NamedTuple):
-    """The n steps of E environments. Idle steps only reset, or come after the episode that counts.
-
-    Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, and [E, n] for all others.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    idle: Tensor
-
 
 def collect_episodes(
     envs: Environments,
     policy: Policy,
-    horizon: int,
     generator: torch.Generator | None,
     *,
     seed: int,
@@ -78,20 +60,14 @@ def collect_episodes(
     Args:
         envs: the environments, which are all reset.
         policy: chooses the actions.
-        horizon: the largest number of steps of an episode.
         generator: random numbers of the actions; None for the most probable actions.
         seed: seed of the starting states.
 
     Raises:
         Stopped: the environment raised an error, or gave a number that cannot be used.
     """
-    observation = envs.reset(seed)
     idle = np.zeros(envs.num_envs, bool)
-    steps, after, _ = _play(
-        envs, policy, observation, idle, horizon, generator, chunk=NOISE_CHUNK, once=True
-    )
-    rollout = into_rows(steps, after)
-    _check_numbers(envs.env, rollout, "an episode")
+    rollout, *_ = _play(envs, policy, envs.reset(seed), idle, envs.horizon, generator, once=True)
     return rollout._replace(truncated=~rollout.terminated)
 
 
@@ -100,12 +76,13 @@ class Pieces:
 
     def __init__(self, envs: Environments, num_steps: int, *, seed: int) -> None:
         """Start an episode in every environment."""
+        # gymnasium's wrapper adds up the rewards of each episode, also over several rollouts.
+        self._episodes = RecordEpisodeStatistics(envs.vector, num_steps * envs.num_envs)
+        envs.vector = self._episodes
         self.envs = envs
         self.num_steps = num_steps
         self._observation = envs.reset(seed)
         self._idle = np.zeros(envs.num_envs, bool)
-        self._returns = np.zeros(envs.num_envs)  # of the episodes so far
-        self._lengths = np.zeros(envs.num_envs, int)
 
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:
         """Take `num_steps` steps in every environment; every episode with a step among them gives a row.
@@ -113,34 +90,22 @@ class Pieces:
         Raises:
             Stopped: the environment raised an error, or gave a number that cannot be used.
         """
-        steps, after, self._idle = _play(
+        rollout, self._observation, self._idle = _play(
             self.envs,
             policy,
             self._observation,
             self._idle,
             self.num_steps,
             generator,
-            chunk=self.num_steps,
             once=False,
         )
-        self._observation = after.numpy()
-        rollout = into_rows(steps, after)
-        _check_numbers(self.envs.env, rollout, "a piece of an episode")
-        real = ~steps.idle.numpy()
-        ends = real & (steps.terminated | steps.truncated).numpy()
-        rewards = np.where(real, steps.rewards.double().numpy(), 0.0)
-        returns: list[float] = []
-        lengths: list[int] = []
-        for t in range(self.num_steps):
-            self._returns += rewards[:, t]
-            self._lengths += real[:, t]
-            ended = ends[:, t]
-            returns += self._returns[ended].tolist()
-            lengths += self._lengths[ended].tolist()
-            self._returns[ended] = 0.0
-            self._lengths[ended] = 0
-        totals = torch.tensor(returns, dtype=torch.float64)
-        return rollout._replace(returns=totals, lengths=torch.tensor(lengths))
+        returns, lengths = self._episodes.return_queue, self._episodes.length_queue
+        rollout = rollout._replace(
+            returns=torch.tensor([*returns], dtype=torch.float64), lengths=torch.tensor([*lengths])
+        )
+        returns.clear()
+        lengths.clear()
+        return rollout
 
 
 @torch.no_grad()
@@ -152,9 +117,8 @@ def _play(
     steps: int,
     generator: torch.Generator | None,
     *,
-    chunk: int,
     once: bool,
-) -> tuple[Steps, Tensor, np.ndarray]:
+) -> tuple[Rollout, np.ndarray, np.ndarray]:
     """Step all environments with the actions of a policy.
 
     Args:
@@ -164,21 +128,23 @@ def _play(
         idle: True for environments whose next step only resets [E].
         steps: the largest number of steps.
         generator: random numbers of the actions; None for the most probable actions.
-        chunk: steps for which random numbers are drawn at once.
         once: whether only one episode of each environment counts. It plays on, idle, until all have ended.
 
     Returns:
-        The steps, the observations after the last of them [E, O], and the next `idle`.
+        The rollout, the observations after the last step [E, O], and the next `idle`.
+
+    Raises:
+        Stopped: the environment raised an error, or gave a number that cannot be used.
     """
-    act = policy.actor()
     history = []
     noise = None
+    chunk = NOISE_CHUNK if once else steps
     for t in range(steps):
         if generator is not None and t % chunk == 0:
             count = min(chunk, steps - t)
             noise = policy.noise(count, envs.num_envs, generator=generator)
         before = torch.from_numpy(observation)
-        actions = act(before, None if noise is None else noise[t % chunk])
+        actions = policy.act(before, None if noise is None else noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
         history.append((before, actions, reward, terminated, truncated, idle))
         ended = terminated | truncated
@@ -188,71 +154,65 @@ def _play(
         idle = idle | ended
         if idle.all():
             break
-    columns = zip(*history, strict=True)
-    played = Steps(*(torch.stack([torch.as_tensor(x) for x in column], 1) for column in columns))
-    played = played._replace(rewards=played.rewards.double())
-    return played, torch.from_numpy(observation), idle
+    columns = (torch.stack(list(map(torch.as_tensor, x)), 1) for x in zip(*history, strict=True))
+    rollout = into_rows(*columns, after=torch.from_numpy(observation))
+    # A sum is finite only if all numbers are, and the maximum is nan if any reward is.
+    numbers = rollout.observations.sum() + rollout.final_observations.sum()
+    largest = rollout.rewards.abs().max()
+    if not (numbers.isfinite() and largest <= LARGEST_REWARD):
+        raise Stopped(
+            f"The environment {envs.env} gave an observation that is not finite, or a reward that is too large: "
+            f"the largest is {largest:g} in size. Observations must be finite, and rewards at most "
+            f"{LARGEST_REWARD:g} in size."
+        )
+    return rollout, observation, idle
 
 
-def into_rows(steps: Steps, after: Tensor) -> Rollout:
-    """Split the steps into rows at the ends of episodes, without the idle steps.
+def into_rows(
+    observations: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    idle: Tensor,
+    *,
+    after: Tensor,
+) -> Rollout:
+    """Split the n steps of E environments into rows at the ends of episodes, without the idle steps.
 
     Args:
-        steps: all steps of a rollout.
+        observations: the observation before each step [E, n, O].
+        actions: [E, n] or [E, n, D].
+        rewards: [E, n].
+        terminated: [E, n].
+        truncated: [E, n].
+        idle: True for steps that only reset, or come after the episode that counts, [E, n].
         after: observations after the last step, [E, O].
 
     Returns:
         The rollout, with the return and the length of each row as if each were an episode.
     """
-    real = ~steps.idle
-    first = real & pad(steps.idle[:, :-1], (1, 0), value=True)  # a row begins here, [E, n]
-    row = first.flatten().cumsum(0).reshape(first.shape) - 1  # [E, n]
-    count = int(first.sum())
-    time = torch.arange(real.shape[1]).expand(real.shape)
-    start = torch.zeros(count, dtype=torch.long).index_put((row[first],), time[first])
-    index = (row[real], time[real] - start[row[real]])
-    width = int(index[1].max()) + 1
+    real = ~idle
+    first = real & pad(idle[:, :-1], (1, 0), value=True)  # a row begins here, [E, n]
+    starts = first[real].nonzero()[:, 0]  # among the real steps
+    last = torch.cat([starts[1:], real.sum()[None]]) - 1
+    lengths = last - starts + 1
 
     def rows(x: Tensor) -> Tensor:
-        return x.new_zeros(count, width, *x.shape[2:]).index_put(index, x[real])
+        return pad_sequence(x[real].split(lengths.tolist()), batch_first=True)
 
     # The observation after each step. At the end of an episode that is its final observation, because
     # gymnasium resets one step later.
-    following = torch.cat([steps.observations[:, 1:], after[:, None]], 1)
-    rewards = rows(steps.rewards)
-    mask = rows(real)
-    lengths = mask.sum(1)
-    last = torch.arange(count), lengths - 1
+    following = torch.cat([observations[:, 1:], after[:, None]], 1)
+    padded = rows(rewards.double())
     return Rollout(
-        observations=rows(steps.observations),
-        actions=rows(steps.actions),
-        rewards=rewards,
-        mask=mask,
-        terminated=rows(steps.terminated)[last],
-        truncated=rows(steps.truncated)[last],
-        final_observations=rows(following)[last],
-        returns=rewards.sum(1),
+        observations=rows(observations),
+        actions=rows(actions),
+        rewards=padded,
+        mask=rows(real),
+        terminated=terminated[real][last],
+        truncated=truncated[real][last],
+        final_observations=following[real][last],
+        returns=padded.sum(1),
         lengths=lengths,
     )
-
-
-def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
-    """Stop the run at a number of the environment that cannot be used, before it spoils a gradient.
-
-    Raises:
-        Stopped: an observation or a reward is not finite, or a reward is larger than `LARGEST_REWARD`; the
-            message names the reward and its step in the row, which is a `unit`.
-    """
-    problem = ""
-    # One sum is many times faster than a check of every number, and it is finite only if all of them are.
-    if not (rollout.observations.sum() + rollout.final_observations.sum()).isfinite():
-        problem = "an observation that is not finite"
-    is_wrong = ~(rollout.rewards.abs() <= LARGEST_REWARD)  # not `>`, which is False for nan
-    if is_wrong.any():
-        row, t = is_wrong.nonzero()[0].tolist()
-        problem = f"the reward {float(rollout.rewards[row, t]):g} in step {t + 1} of {unit}"
-    if problem:
-        raise Stopped(
-            f"The environment {env} gave {problem}. "
-            f"Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size."
-        )

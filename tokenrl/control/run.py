@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
@@ -56,11 +55,6 @@ class ControlResult(Outcome):
     train_cpu_seconds: float
     train_seconds: float
     policy: Policy = field(repr=False)
-
-    @property
-    def env_steps_per_cpu_second(self) -> float:
-        """Environment steps per second of processor time of rollouts and updates."""
-        return self.env_steps / max(self.train_cpu_seconds, 1e-9)
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json, with the rate of training (by the clock) if there was any."""
@@ -135,9 +129,7 @@ class AgentRun:
             env_steps=self.env_steps,
             solved=self.solved(outcome["eval_after"]),
             threshold=self.spec.solved,
-            verdict=verdict(
-                self.spec, outcome["eval_after"], self.args.eval_episodes, session.step
-            ),
+            verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes),
             flags=[finding.flag for finding in self.findings(session)],
             train_cpu_seconds=self.cpu_seconds,
             train_seconds=session.training_seconds,
@@ -145,24 +137,22 @@ class AgentRun:
         )
 
 
-def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: int) -> str:
+def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int) -> str:
     """Return in words whether an environment is solved, and by which numbers.
 
     Args:
         spec: the environment, with its threshold if it has one.
         evaluation: metrics of the evaluation of the trained policy; empty if there was none.
         episodes: number of episodes of that evaluation.
-        step: number of updates made.
     """
     goal = f"{spec.env} has no threshold" if spec.solved is None else f"threshold {spec.solved:g}"
     if "reward" not in evaluation:
-        return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
+        return f"not evaluated: the run was ended before its evaluation; {goal}"
     mean = evaluation["reward"]
     error = evaluation["reward_stderr"]
-    sampled = measured(mean, error)
     greedy = measured(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
     result = (
-        f"mean return {sampled} of {episodes} fresh episodes, {goal} "
+        f"mean return {measured(mean, error)} of {episodes} fresh episodes, {goal} "
         f"(with the most probable actions {greedy})"
     )
     if spec.solved is None:
@@ -179,31 +169,17 @@ def header(run: AgentRun, directory: str) -> dict[str, Any]:
     args = run.args
     spec = run.spec
     estimator = args.estimator
-    environment = f"{spec.observation_size} observations, {spec.actions} actions"
-    if not spec.discrete:
-        environment = f"{spec.observation_size} observations, {spec.action_size} continuous actions"
-    if spec.solved is not None:
-        environment += f", solved at {spec.solved:g}"
-    layers = "linear"
-    if args.hidden:
-        layers = f"{' x '.join(map(str, args.hidden))} {args.activation}"
-    policy = f"{args.head}, {layers}, {_size(run.agent.policy.policy_parameters()):,} parameters"
-    if critic := run.agent.policy.value_parameters():
-        policy += f", critic {_size(critic):,}"
-    data = f"{args.num_steps} steps"
-    if args.num_steps is None:
-        data = f"one episode of up to {spec.horizon} steps"
+    kind = "actions" if spec.discrete else "continuous actions"
+    layers = " x ".join(map(str, args.hidden)) or "no hidden layer"
+    size = sum(parameter.numel() for parameter in run.agent.policy.parameters())
+    status = estimator_line(estimator, SHOWN, estimator.bias_status)
+    pieces = f"{args.num_steps or 'an episode of up to ' + str(spec.horizon)} steps"
     return {
-        "environment": environment,
-        "policy": policy,
-        "estimator": f"{estimator.preset_name}: "
-        f"{estimator_line(estimator, SHOWN, estimator.bias_status)}",
+        "environment": f"{spec.observation_size} observations, {spec.actions or spec.action_size} {kind}",
+        "policy": f"{args.head}, {layers}, {args.activation}, {size:,} parameters",
+        "estimator": f"{estimator.preset_name}: {status}",
         **objective_line(estimator),
-        "step": f"{args.num_envs} environments, {data} each, learning rate {args.learning_rate:g}, "
+        "step": f"{args.num_envs} environments, {pieces} each, learning rate {args.learning_rate:g}, "
         f"seed {args.seed}",
         "run": directory,
     }
-
-
-def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

@@ -9,8 +9,8 @@ import torch
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
-from tokenrl.control.evaluation import check_film, seed_of
-from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
+from tokenrl.control.evaluation import seed_of
+from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
 from tokenrl.core.estimator import Estimator
@@ -35,16 +35,16 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
     """Lay the settings that were given over the defaults; only threads and output_dir may stay open.
 
     Raises:
-        Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
-            baseline although episodes may be long, or it compares more episodes than `num_envs`; or a video
-            is asked for that cannot be made.
+        Refused: the head cannot give the actions; the estimator has no meaning for environments; or there is no
+            baseline although episodes may be long, or it compares more episodes than `num_envs`.
     """
     estimator = args.estimator
-    check_head(args.head, discrete=spec.discrete)
+    if args.head not in ("auto", spec.head):
+        raise Refused(
+            f"head {args.head!r} cannot give the actions of {args.env}; use {spec.head!r} or 'auto'."
+        )
     check_horizon(estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
     check_supported(estimator, args.num_steps)
-    if args.video:
-        check_film(spec)
     if args.num_steps is None:
         check_sizes(estimator, args.num_envs, args.num_envs)
     defaults = {
@@ -99,16 +99,19 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         spec.observation_size,
         spec.head,
         spec.actions or spec.action_size,
-        hidden=tuple(args.hidden),
+        hidden=args.hidden,
         critic=args.value_network if "values" in estimator.needs else None,
         activation=args.activation,
         normalize_observations=args.normalize_observations,
         initial_weights=args.initial_weights,
     )
+    initial, minibatches, actions = (
+        torch.Generator().manual_seed(seed_of(args.seed, purpose)) for purpose in (10, 11, 12)
+    )
     with using_threads(1):  # the weights must not depend on the number of threads
-        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
+        policy = Policy(shape, initial)
     if args.load is not None:
-        SavedPolicy(policy, spec.env).read(args.load)
+        policy.read(args.load)
     size = sum(weights.numel() for weights in policy.parameters())
     threads, reason = choose_threads(size, args.threads)
     args = replace(args, threads=threads)
@@ -122,7 +125,7 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         horizon=spec.horizon,
         optimizer=torch.optim.Adam(groups, lr=args.learning_rate, fused=True),
         memory=estimator.memory(),
-        generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
+        generator=minibatches,
     )
     return AgentRun(
         args=args,
@@ -130,6 +133,6 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         agent=agent,
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
-        actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
+        actions=actions,
         threads=f"{threads} ({reason})",
     )

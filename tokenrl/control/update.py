@@ -115,7 +115,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     if estimator.needs_memory:
         rewards = rollout.rewards * args.reward_scale
         metrics["baseline"] = update(agent.memory, keys_of(rollout), rewards)
-    if policy.scale is not None:
+    if policy.shape.normalize_observations:
         policy.scale.update(rollout.observations[rollout.mask])
     for name in updates[0]:
         metrics[name] = sum(values[name] for values in updates) / len(updates)
@@ -124,7 +124,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
 
 def scheduled(args: ControlArguments, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
-    if args.entropy_schedule == "constant" or not args.estimator.entropy_coef:
+    if args.entropy_schedule == "constant":
         return args.estimator
     share = 1 - (step - 1) / max(args.max_steps, 1)
     return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * share)
@@ -138,14 +138,15 @@ def loss_units(
     args = agent.args
     policy = agent.policy
     mask = rollout.mask
-    scored = None
-    values = None
-    bootstrap = None
-    needs = estimator.needs
-    if needs & {"old_logprobs", "sampling_logprobs", "score_norms"}:
-        scored = policy.score(rollout.observations[mask], rollout.actions[mask])
-    if "values" in needs:
-        values = in_rows(policy.values(rollout.observations[mask]), mask)
+    observations = rollout.observations[mask]
+    inputs: dict[str, Any] = {}
+    old_logprobs = None
+    if estimator.needs & {"old_logprobs", "sampling_logprobs", "score_norms"}:
+        scored = policy.score(observations, rollout.actions[mask])
+        old_logprobs = in_rows(scored.logprobs, mask)
+        inputs["score_norms"] = in_rows(scored.score_norms, mask)
+    if "values" in estimator.needs:
+        inputs["values"] = in_rows(policy.values(observations), mask)
         # A terminal state has value 0. A truncated episode would have gone on, so the critic's value is added
         # in place of its later rewards; except with gamma 1, where the return of an episode is the sum of its
         # own rewards. A value of normalised returns is in other units than rewards, so it is not added.
@@ -153,7 +154,9 @@ def loss_units(
         if estimator.gamma == 1 or args.time_limits == "end":
             ends = ends | rollout.truncated
         if "returns" not in estimator.within_rows:
-            bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
+            inputs["bootstrap"] = torch.where(ends, 0.0, policy.values(rollout.final_observations))
+    if estimator.needs_memory:
+        inputs["baseline_value"] = read(agent.memory, keys_of(rollout))
     check_rewards(estimator.objective, rollout.rewards, mask.any(-1))
     dtype = rollout.observations.dtype
     terms = estimator.loss_terms(
@@ -161,10 +164,7 @@ def loss_units(
         mask,
         group_size=len(mask) if estimator.needs_groups else None,
         max_length=agent.horizon,
-        values=values,
-        bootstrap=bootstrap,
-        score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
-        baseline_value=read(agent.memory, keys_of(rollout)) if estimator.needs_memory else None,
+        **inputs,
     ).to(dtype)
     advantages = terms.advantages
     if advantages.ndim == 1:
@@ -172,6 +172,7 @@ def loss_units(
     metrics = {"advantage_std": 0.0}
     if mask.sum() > 1:
         metrics["advantage_std"] = float(advantages[mask].std())
+    values = inputs.get("values")
     if values is not None:
         metrics["explained_variance"] = explained(values[mask], terms.returns[mask])
     units = Units(
@@ -181,7 +182,7 @@ def loss_units(
         advantages=advantages,
         weights=terms.weights,
         returns=terms.returns,
-        old_logprobs=None if scored is None else in_rows(scored.logprobs, mask),
+        old_logprobs=old_logprobs,
         old_values=values,
     )
     whole_rows = estimator.chosen("ratio").whole_row
@@ -208,23 +209,8 @@ def explained(values: Tensor, returns: Tensor) -> float:
 
 
 def _update(agent: Agent, estimator: Estimator, units: Units) -> dict[str, float]:
-    agent.optimizer.zero_grad()
-    objective, critic_loss, entropy = _losses(agent, estimator, units)
-    (objective + critic_loss).backward()
-    norm = _apply(agent)
-    metrics = {
-        "loss": float(objective.detach()),
-        "entropy": float(entropy),
-        "grad_norm": norm,
-        "grad_clipped": float(norm > (agent.args.max_grad_norm or math.inf)),
-    }
-    if agent.policy.critic is not None:
-        metrics["value_loss"] = float(critic_loss.detach())
-    return metrics
-
-
-def _losses(agent: Agent, estimator: Estimator, units: Units) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses of policy and critic, and the mean entropy of the actions."""
+    """Make an update of policy and critic; return its metrics."""
+    args = agent.args
     policy = agent.policy
     mask = units.mask
     observations = units.observations[mask]
@@ -241,17 +227,28 @@ def _losses(agent: Agent, estimator: Estimator, units: Units) -> tuple[Tensor, T
         entropy=in_rows(scored.entropy, mask),
     )
     count = float(mask.sum())
-    entropy = scored.entropy.detach().sum() / count
-    if policy.critic is None:
-        return objective, objective.new_zeros(()), entropy
-    # The loss of a shared critic has the policy's weights times value_coef, since both move the same layers.
-    # A separate critic has its own learning rate, and its loss is the mean over actions.
-    weights = mask / count
-    if policy.shape.critic == "shared":
-        weights = units.weights * agent.args.value_coef
-    values = in_rows(policy.values(observations), mask)
-    critic_loss = estimator.critic_loss(values, units.returns, weights, old_values=units.old_values)
-    return objective, critic_loss, entropy
+    critic_loss = torch.zeros(())
+    if policy.critic is not None:
+        # The loss of a shared critic has the policy's weights times value_coef, since both move the same layers.
+        # A separate critic has its own learning rate, and its loss is the mean over actions.
+        is_shared = policy.shape.critic == "shared"
+        weights = units.weights * args.value_coef if is_shared else mask / count
+        values = in_rows(policy.values(observations), mask)
+        critic_loss = estimator.critic_loss(
+            values, units.returns, weights, old_values=units.old_values
+        )
+    agent.optimizer.zero_grad()
+    (objective + critic_loss).backward()
+    norm = _apply(agent)
+    metrics = {
+        "loss": float(objective.detach()),
+        "entropy": float(scored.entropy.detach().sum() / count),
+        "grad_norm": norm,
+        "grad_clipped": float(norm > (args.max_grad_norm or math.inf)),
+    }
+    if policy.critic is not None:
+        metrics["value_loss"] = float(critic_loss.detach())
+    return metrics
 
 
 def _apply(agent: Agent) -> float:
@@ -260,13 +257,12 @@ def _apply(agent: Agent) -> float:
     An update whose gradient is not finite is skipped.
     """
     limit = agent.args.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(agent.policy.policy_parameters(), limit))
-    critic = agent.policy.value_parameters()
-    value_norm = float(nn.utils.clip_grad_norm_(critic, limit)) if critic else 0.0
-    if math.isfinite(norm) and math.isfinite(value_norm):
+    parts = agent.policy.policy_parameters(), agent.policy.value_parameters()
+    norms = [float(nn.utils.clip_grad_norm_(part, limit)) for part in parts]
+    if all(map(math.isfinite, norms)):
         agent.nonfinite = 0
         agent.optimizer.step()
-        return norm
+        return norms[0]
     agent.skipped += 1
     agent.nonfinite += 1
     if agent.nonfinite >= agent.args.stop_after_nonfinite:
@@ -274,4 +270,4 @@ def _apply(agent: Agent) -> float:
             f"The gradient was not finite in {agent.nonfinite} updates in a row, which were skipped. Lower "
             "the learning rate, or set reward_scale so that returns are about 1."
         )
-    return norm
+    return norms[0]

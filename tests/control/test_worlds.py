@@ -1,0 +1,120 @@
+"""The small environments: their moves, rewards and ends; and the exact values that recipes compute of them."""
+
+from __future__ import annotations
+
+import runpy
+from itertools import product
+from types import SimpleNamespace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from drawing import seeded
+from folders import RECIPES
+from gymnasium.utils.env_checker import check_env
+
+from tokenrl.control.environments import OWN, Environments, describe
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.rollouts import collect_episodes
+from tokenrl.core import Estimator
+
+UP, RIGHT, DOWN, LEFT = range(4)
+LINE = [*range(1, 12)]
+TO_THE_RIGHT, DOWNWARDS = np.eye(4)[[RIGHT] * 36], np.eye(4)[[DOWN] * 36]
+
+
+@pytest.mark.parametrize("env", OWN)
+def test_gymnasium_accepts_each_world(env):
+    assert check_env(gymnasium.make(env).unwrapped, skip_render_check=True) is None
+
+
+@pytest.mark.parametrize(
+    ("env", "actions", "states", "reward", "last"),
+    [
+        ("gridworld", [UP, LEFT, RIGHT, DOWN, UP, LEFT], [0, 0, 1, 5, 1, 0], -0.01, None),
+        ("gridworld", [RIGHT] * 4 + [DOWN] * 3, [1, 2, 3, 3, 7, 11, 15], -0.01, 0.99),
+        ("trap", [RIGHT], [1], -0.01, 0.49),
+        ("walk", [1] * 11, LINE, 0.01, 1),
+        ("costly_walk", [0] * 11, [-x for x in LINE], -0.01, -1),
+        ("bandit", [0], [0], 0, 1),
+        ("bandit", [1], [0], 0, 0),
+    ],
+)
+def test_moves_rewards_and_ends(env, actions, states, reward, last):
+    """Only the last step ends the episode, with another reward; without one, the time limit is far."""
+    world = gymnasium.make(env).unwrapped
+    for _ in range(2):
+        world.reset(seed=0)
+        steps = [(*world.step(action), world.state) for action in actions]
+        observations, rewards, terminated, truncated, _, visited = zip(*steps, strict=True)
+        assert visited == tuple(states)
+        ends = last is not None
+        assert terminated == (*[False] * (len(steps) - 1), ends) and not any(truncated)
+        expected = [reward] * len(steps)
+        assert rewards == pytest.approx([*expected[ends:], *[last] * ends])
+        if "walk" in env:
+            assert np.allclose(observations, [[state / 10, 0, 0, 0] for state in states])
+
+
+def program(name):
+    return SimpleNamespace(**runpy.run_path(str(RECIPES / "control" / f"{name}.py")))
+
+
+ENTROPY = program("entropy")
+
+
+def test_exact_values_are_the_mean_of_episodes():
+    """2000 episodes of the trap with some policy, within five standard errors."""
+    policy = Policy(Shape(36, "softmax", 4, hidden=()), seeded(1))
+    policy.head.weight.data.mul_(100)
+    policy.head.bias.data[DOWN] = 0.7
+    returns = collect_episodes(Environments("trap", 2000), policy, seeded(2), seed=5).returns
+    chances = policy(torch.eye(36)).softmax(-1).detach().double().numpy()
+    exact = ENTROPY.values_of(ENTROPY.grid_of("trap"), chances)[0]
+    error = float(returns.std()) / 2000**0.5
+    assert error < 0.012 and abs(float(returns.mean()) - exact) < 5 * error
+
+
+def test_numbers_of_the_trap(capsys):
+    """Those that the docstring of GridWorld states; only the goal reaches the threshold."""
+    ENTROPY.print_start("trap")
+    output = capsys.readouterr().out
+    assert "a uniform policy returns 0.340 (ends: goal 4.6%, decoy 83.9%" in output
+    assert "then uniform: 0.210" in output
+    grid = ENTROPY.grid_of("trap")
+    along_the_wall = np.concatenate([DOWNWARDS[:30], TO_THE_RIGHT[:6]])
+    for policy, value in ((along_the_wall, 0.9), (TO_THE_RIGHT, 0.49)):
+        assert ENTROPY.values_of(grid, policy)[0] == pytest.approx(value)
+    assert 0.49 < describe("trap").solved < 0.9
+
+
+BANDIT = program("1_bandit")
+
+
+@pytest.mark.parametrize("baseline", ["none", "timestep_mean"])
+@pytest.mark.parametrize("returns", ["total", "reward_to_go"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_mean_and_variance_of_the_bandit_are_those_of_all_episodes(steps, returns, baseline):
+    """Over all 2^T episodes, weighed by their chances, with the true mean for a baseline."""
+    actions = torch.tensor(list(product((0, 1), repeat=steps)))
+    rewards = torch.arange(steps, 0, -1).double()
+    if returns == "total":
+        rewards = torch.full_like(rewards, steps)
+    for theta in (-2.3, 0.0, 0.7):
+        s = BANDIT.probability(theta)
+        chances = torch.where(actions == 0, s, 1 - s).prod(-1)
+        exact = "none"
+        if baseline != "none":
+            exact = lambda totals, mask, b=s * rewards, **_: b.expand(mask.shape)  # noqa: E731
+        estimator = Estimator(returns=returns, baseline=exact)
+        g = BANDIT.episode_gradients(estimator, theta, actions)
+        mean = chances @ g
+        measured = torch.stack([mean, chances @ (g - mean).square()])
+        formulas = (
+            BANDIT.expected_gradient(theta, steps),
+            BANDIT.gradient_variance(theta, steps, returns, baseline),
+        )
+        assert measured.tolist() == pytest.approx(
+            [float(x) for x in formulas], rel=1e-10, abs=1e-12
+        )
