@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import random
 import signal
-import sys
 import types
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Refused, TokenrlError, describe
+from tokenrl.errors import TokenrlError, refusing
 from tokenrl.language.rewards.calls import Attempt, Overdue, await_all
 from tokenrl.user_code import own_process, user_code
 
@@ -93,18 +92,10 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
         if calling:
             raise Overdue(seconds)
 
-    mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
-    if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
-        raise Refused(
-            f"This system ({sys.platform}) has no timer for the calls of environments: {mend}."
-        )
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
-    try:
+    mend = "Leave reward_timeout out, or run on Linux or macOS in the main thread."
+    with refusing("No signal can bound the calls of environments here", mend):
+        timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
         before = signal.signal(signal.SIGALRM, interrupt)
-    except ValueError as error:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        problem = f"No signal can bound the calls of environments here ({describe(error)})"
-        raise Refused(f"{problem}: {mend}.") from error
     try:
         try:
             calling = True
