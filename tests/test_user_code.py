@@ -37,7 +37,6 @@ torch.set_num_threads(torch.get_num_threads() + 1)
 torch.set_grad_enabled(False)
 torch.use_deterministic_algorithms(True)
 torch.set_deterministic_debug_mode('warn')
-torch.autograd.set_detect_anomaly(True)
 torch.backends.cuda.enable_flash_sdp(False)
 torch.backends.cuda.enable_mem_efficient_sdp(False)
 torch.backends.cuda.enable_math_sdp(False)
@@ -51,7 +50,6 @@ torch.backends.cudnn.benchmark = True
 torch.backends.cudnn.deterministic = True
 torch.set_autocast_enabled('cpu', True)
 torch.set_autocast_dtype('cpu', torch.float16)
-torch.set_autocast_cache_enabled(False)
 torch.autocast('cpu', torch.bfloat16).__enter__()
 torch.no_grad().__enter__()
 kept.append(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)); kept[-1].__enter__()
@@ -64,7 +62,6 @@ torch.empty(0).device
 torch.get_num_threads()
 torch.is_grad_enabled()
 torch.get_deterministic_debug_mode()
-torch.is_anomaly_enabled()
 torch.backends.cuda.flash_sdp_enabled()
 torch.backends.cuda.mem_efficient_sdp_enabled()
 torch.backends.cuda.math_sdp_enabled()
@@ -78,7 +75,6 @@ torch.backends.cudnn.benchmark
 torch.backends.cudnn.deterministic
 torch.is_autocast_enabled('cpu')
 torch.get_autocast_dtype('cpu')
-torch.is_autocast_cache_enabled()
 np.geterr()""".splitlines()
 READ += [f"torch.{name}" for name in PRECISIONS]
 kept = []

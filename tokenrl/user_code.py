@@ -36,7 +36,6 @@ backends.cuda.mem_efficient_sdp_enabled backends.cuda.enable_mem_efficient_sdp
 backends.cuda.math_sdp_enabled backends.cuda.enable_math_sdp
 backends.cuda.cudnn_sdp_enabled backends.cuda.enable_cudnn_sdp
 backends.cuda.fp16_bf16_reduction_math_sdp_allowed backends.cuda.allow_fp16_bf16_reduction_math_sdp
-backends.cuda.preferred_linalg_library backends.cuda.preferred_linalg_library
 backends.cuda.preferred_blas_library backends.cuda.preferred_blas_library
 _C._get_sdp_priority_order _C._set_sdp_priority_order
 backends.mha.get_fastpath_enabled backends.mha.set_fastpath_enabled
@@ -45,17 +44,12 @@ backends.cudnn.benchmark
 backends.cudnn.deterministic
 backends.mkldnn.enabled
 backends.mkldnn.deterministic
-backends.opt_einsum.enabled
-backends.opt_einsum.strategy
-backends.quantized.engine
 is_autocast_enabled set_autocast_enabled cpu
 is_autocast_enabled set_autocast_enabled cuda
 is_autocast_enabled set_autocast_enabled mps
 get_autocast_dtype set_autocast_dtype cpu
 get_autocast_dtype set_autocast_dtype cuda
 get_autocast_dtype set_autocast_dtype mps
-is_autocast_cache_enabled set_autocast_cache_enabled
-is_anomaly_enabled set_anomaly_enabled
 is_grad_enabled set_grad_enabled
 get_default_dtype set_default_dtype
 get_num_threads set_num_threads

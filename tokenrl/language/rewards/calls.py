@@ -6,31 +6,20 @@ under a deadline runs in a process of its own (worker.py); all of these processe
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import copy
-import functools
 import inspect
 import numbers
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import (
-    Refused,
-    Stopped,
-    TokenrlError,
-    code_line,
-    describe,
-    suggest,
-    written,
-)
+from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
+from tokenrl.language.rewards.isolation import Attempt, await_all
 from tokenrl.settings import LARGEST_REWARD, shown
 from tokenrl.user_code import own_process, user_code
 
@@ -69,20 +58,6 @@ class TrainerState:
     epoch: float = 0.0
 
 
-class Attempt(NamedTuple):
-    """What one call of one reward function returned or raised.
-
-    Attributes:
-        output: what it returned, unchecked; None if it raised.
-        error: what it raised (`sys.exit` raises SystemExit); None if it returned.
-        seconds: the time that the call took.
-    """
-
-    output: Any
-    error: BaseException | None
-    seconds: float
-
-
 class Pending(NamedTuple):
     """What a function that runs in another process returns at once; `answer` waits for its output."""
 
@@ -95,10 +70,6 @@ class Late(Stopped):
 
 class Failed(Stopped):
     """A reward function raised an error."""
-
-
-class Overdue(BaseException):
-    """A call missed its deadline, of some seconds. User code that catches Exception does not catch it."""
 
 
 class CallResults(NamedTuple):
@@ -297,49 +268,6 @@ def call_once(
     except BaseException as error:
         return Attempt(None, error, time.perf_counter() - began)
     return Attempt(output, None, time.perf_counter() - began)
-
-
-def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None) -> list[Attempt]:
-    """Await all of them at the same time; return what came of each, in order.
-
-    Args:
-        awaitables: the N awaitables.
-        timeout: seconds after which those that are not done are cancelled, with the error `Overdue`.
-    """
-
-    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
-        began = time.perf_counter()
-        try:
-            with own_process():
-                output = await awaitable
-        except BaseException as error:  # never of Ctrl-C, which Python raises in the main thread
-            return Attempt(None, error, time.perf_counter() - began)
-        return Attempt(output, None, time.perf_counter() - began)
-
-    loop = _event_loop()
-    tasks = [asyncio.run_coroutine_threadsafe(attempt(x), loop) for x in awaitables]
-    concurrent.futures.wait(tasks, timeout)
-    overdue = Attempt(None, Overdue(timeout), 0.0)
-    # A task that is done cannot be cancelled.
-    return [overdue if task.cancel() else task.result() for task in tasks]
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return one event loop, in a thread of its own, for the life of the process.
-
-    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
-    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
-    """
-    loop = asyncio.new_event_loop()
-
-    def run() -> None:
-        while not loop.is_closed():  # SystemExit in a task that a reward started ends `run_forever`
-            with contextlib.suppress(BaseException):
-                loop.run_forever()
-
-    threading.Thread(target=run, name="tokenrl-rewards", daemon=True).start()
-    return loop
 
 
 def accepted_arguments(function: Reward, subject: str, available: Mapping[str, Any]) -> list[str]:

@@ -25,8 +25,8 @@ from tokenrl.errors import (
     with_places,
     written,
 )
-from tokenrl.language.rewards.calls import Overdue, copied, reward_number
-from tokenrl.language.rewards.isolation import RandomStreams, call_all
+from tokenrl.language.rewards.calls import copied, reward_number
+from tokenrl.language.rewards.isolation import Overdue, RandomStreams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, joined, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
