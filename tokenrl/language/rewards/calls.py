@@ -184,7 +184,8 @@ def attempt_each(
             subject = f"Reward function {name}"
             attempts[name] = call_once(function, subject, arguments, shared[name])
         waiting = {name: x.output for name, x in attempts.items() if inspect.isawaitable(x.output)}
-        attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
+        if waiting:
+            attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
     for name, attempt in attempts.items():
         if isinstance(attempt.output, Pending):
             attempts[name] = call_once(attempt.output.answer, name, {}, {})
