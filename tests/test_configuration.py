@@ -86,12 +86,6 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_sentence_unless_it_
         "seed": 4,
         "minutes": None,
         "on_reward_timeout": "stop",
-        "estimator": {
-            "entropy_form": "per_step",
-            "trust_sides": 1,
-            "objective": "log_success",
-            "baseline": "rloo",
-        },
     }
     write_json(file, old)
     assert configured(COMMANDS["train"].arguments, file, "train").seed == 4

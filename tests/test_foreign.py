@@ -267,11 +267,10 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("train --overwrite True", "--overwrite takes no value, not True"),
-        ("train --overwrite=True", "--overwrite takes no value, not True"),
-        ("train --no-quiet yes", "--no-quiet takes no value, not yes"),
-        ("train --prompt-template a b c", "--prompt-template takes one value, not a b c"),
-        ("compare --max-steps 5 6", "--max-steps takes one value, not 5 6"),
+        ("train --overwrite True", "no flag True. No flag takes this word"),
+        ("train --overwrite=True", "no flag True. No flag takes this word"),
+        ("train --prompt-template a b c", "no flag b. No flag takes this word"),
+        ("compare --max-steps 5 6", "no flag 6. No flag takes this word"),
         ("sample --greedy", "There is no flag --greedy. It is --num-generations 0"),
         ("train --reward own.py", "The file defines right, Game."),
         ("train --task own.py", "The file defines right, Game."),

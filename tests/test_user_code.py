@@ -37,8 +37,6 @@ torch.set_num_threads(torch.get_num_threads() + 1)
 torch.set_grad_enabled(False)
 torch.use_deterministic_algorithms(True)
 torch.set_deterministic_debug_mode('warn')
-torch.set_flush_denormal(True)
-torch.autograd.set_detect_anomaly(True)
 torch.backends.cuda.enable_flash_sdp(False)
 torch.backends.cuda.enable_mem_efficient_sdp(False)
 torch.backends.cuda.enable_math_sdp(False)
@@ -52,10 +50,8 @@ torch.backends.cudnn.benchmark = True
 torch.backends.cudnn.deterministic = True
 torch.set_autocast_enabled('cpu', True)
 torch.set_autocast_dtype('cpu', torch.float16)
-torch.set_autocast_cache_enabled(False)
 torch.autocast('cpu', torch.bfloat16).__enter__()
 torch.no_grad().__enter__()
-kept.append(torch.inference_mode()); kept[-1].__enter__()
 kept.append(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)); kept[-1].__enter__()
 np.seterr(all='raise')""".splitlines()
 READ = """torch.get_float32_matmul_precision()
@@ -66,8 +62,6 @@ torch.empty(0).device
 torch.get_num_threads()
 torch.is_grad_enabled()
 torch.get_deterministic_debug_mode()
-torch.is_anomaly_enabled()
-torch.is_inference_mode_enabled()
 torch.backends.cuda.flash_sdp_enabled()
 torch.backends.cuda.mem_efficient_sdp_enabled()
 torch.backends.cuda.math_sdp_enabled()
@@ -81,7 +75,6 @@ torch.backends.cudnn.benchmark
 torch.backends.cudnn.deterministic
 torch.is_autocast_enabled('cpu')
 torch.get_autocast_dtype('cpu')
-torch.is_autocast_cache_enabled()
 np.geterr()""".splitlines()
 READ += [f"torch.{name}" for name in PRECISIONS]
 kept = []
@@ -98,7 +91,6 @@ def settings():
             found[expression] = str(eval(expression))
         except (RuntimeError, AttributeError) as error:
             found[expression] = type(error).__name__
-    found["denormal"] = bool(torch.tensor(1e-310, dtype=torch.float64, device="cpu") * 1)
     return found
 
 

@@ -1,25 +1,21 @@
 """Reads settings from files: the config.json of a run, or settings in JSON or YAML. Imports no torch.
 
 The config.json of a run may name code: a task, rewards, an environment, a baseline, an engine. Whoever reads
-the run of somebody else must not execute it. So config.json also holds a signature of each file that the
-settings name, made of its content and a key that only this user can read. `check_code` refuses a name whose
-file has no such signature, has changed since, or lies in the directory of the run.
+the run of somebody else must not execute it. So each training notes hashes of the files that its settings
+name, among the settings of this user (`note_code`). `check_code` refuses a name whose file is not among them,
+has changed since, or lies in the directory of the run.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
 import re
-import stat
-import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from secrets import token_bytes
-from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused, read_file, refusing
@@ -27,12 +23,6 @@ from tokenrl.names import source_file
 from tokenrl.settings import Settings, arguments, field_types
 
 T = TypeVar("T")
-
-KEY_BYTES = 32
-EARLIER_AXES = [("entropy_form", "per_step"), ("trust_sides", 1)]
-"""Axes of the estimator, with their values, that runs of earlier versions record and that say nothing now.
-
-Nor does their baseline 'rloo' beside another objective, which makes the advantages by itself."""
 
 RECORDED = {
     "kind",
@@ -74,7 +64,7 @@ class TrustArguments(Settings, group="trust"):
     trust_run: bool = False
     """Execute whatever the config.json of a run names: task, rewards, environment, baseline, engine. Give it
     only for runs of people whom you trust. Without it, what you name yourself is executed, and of what the
-    run names only files outside of its directory with which you trained it yourself and that have not changed
+    run names only files outside of its directory with which you have trained and that have not changed
     since."""
 
 
@@ -112,12 +102,6 @@ def configured(
             earlier = stored.keys() - field_types(kind)  # type: ignore[arg-type]
             left_out |= {name for name in earlier if not stored[name]}
         values = {name: value for name, value in stored.items() if name not in left_out}
-        axes = values.get("estimator")
-        if of_a_run and isinstance(axes, Mapping):
-            axes = dict(axis for axis in axes.items() if axis not in EARLIER_AXES)
-            if axes.get("objective", "reward") != "reward":
-                axes["baseline"] = "none"
-            values["estimator"] = axes
         return arguments(kind, values, objects=False)
     except Refused as error:
         raise Refused(
@@ -217,10 +201,15 @@ def _from_yaml(text: str) -> Any:
     return config
 
 
-def signatures(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the signatures of the files that settings name, by the text that names each, for config.json."""
-    signed = {text: _signature(text) for text in code_in(settings)}
-    return {text: signature for text, signature in signed.items() if signature is not None}
+def note_code(settings: Mapping[str, Any]) -> None:
+    """Note the files that the settings of a training name, so that this user's runs may name them later."""
+    with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        new = {_print(text) for text in code_in(settings)} - {None, *_noted()}
+        file = _notes()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(0o600)
+        with file.open("a") as notes:
+            notes.writelines(f"{print_of_file}\n" for print_of_file in new)
 
 
 def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -238,53 +227,25 @@ def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _signature(text: str) -> str | None:
-    """Sign a name and the content of the file that importing it executes; None without a file or a key."""
+def _print(text: str) -> str | None:
+    """Return a hash of a name and the content of the file that importing it executes; None without a file."""
     file = source_file(text.rpartition(":")[0])
     if file is None:
         return None
-    with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
-        content = text.encode() + b"\0" + file.read_bytes()
-        return hmac.new(_key(), content, "sha256").hexdigest()
-    return None
+    return sha256(text.encode() + b"\0" + file.read_bytes()).hexdigest()
 
 
-def _key() -> bytes:
-    """Return the key of this user, which is made when it is first needed, or cannot be trusted any more."""
+def _noted() -> list[str]:
+    """Return the hashes of the code with which this user has trained."""
+    with suppress(OSError, RuntimeError):
+        return _notes().read_text().split()
+    return []
+
+
+def _notes() -> Path:
     settings = os.environ.get("XDG_CONFIG_HOME", "")
     folder = Path(settings) if os.path.isabs(settings) else Path.home() / ".config"
-    file = folder / "tokenrl" / "key"
-    with suppress(FileNotFoundError):
-        if key := _own_key(file):
-            return key
-        warnings.warn(
-            f"The key {file} is replaced: it must be a file of your own with {KEY_BYTES} bytes that only you can "
-            "read. Code that earlier runs name is executed with --trust-run only.",
-            stacklevel=2,
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    key = token_bytes(KEY_BYTES)
-    with NamedTemporaryFile(dir=file.parent, delete=False) as partial:  # only this user reads it
-        partial.write(key)
-        partial.flush()
-        os.fsync(partial.fileno())  # a power cut must not leave an empty key
-    os.replace(partial.name, file)
-    return key
-
-
-def _own_key(file: Path) -> bytes | None:
-    """Return the key in a file; None if others may know or have made it, or it is cut short.
-
-    Raises:
-        FileNotFoundError: there is no file.
-    """
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    if os.name != "nt" and (status.st_mode & 0o077 or status.st_uid != os.getuid()):
-        return None
-    key = file.read_bytes()
-    return key if len(key) == KEY_BYTES else None
+    return folder / "tokenrl" / "trained_code"
 
 
 def check_code(
@@ -300,7 +261,7 @@ def check_code(
     Args:
         settings: the settings that are taken from the configuration.
         path: the directory of the run, its config.json, or a file of settings, which may name any code.
-        stored: all that the configuration holds, with the signatures of the run.
+        stored: all that the configuration holds.
         typed: the settings that the user gave instead; `estimator` stands for all its axes.
         trusted: whether the user trusts the run (--trust-run).
 
@@ -310,14 +271,10 @@ def check_code(
     run = directory_of(path, stored)
     if trusted or run is None:
         return
-    recorded = stored.get("code")
-    if not isinstance(recorded, dict):
-        recorded = {}
     faults = [
         f"{name} {text!r:.200} {fault}"
         for text, name in code_in(settings).items()
-        if {name, name.partition(".")[0]}.isdisjoint(typed)
-        and (fault := _fault(text, run, recorded))
+        if {name, name.partition(".")[0]}.isdisjoint(typed) and (fault := _fault(text, run))
     ]
     if faults:
         raise Refused(
@@ -326,7 +283,7 @@ def check_code(
         )
 
 
-def _fault(text: str, run: Path, recorded: Mapping[str, Any]) -> str:
+def _fault(text: str, run: Path) -> str:
     """Say why code that a run names must not be executed; nothing if it may be."""
     source = text.rpartition(":")[0]
     file = source_file(source)
@@ -337,7 +294,6 @@ def _fault(text: str, run: Path, recorded: Mapping[str, Any]) -> str:
         paths.append(Path.cwd())
     if any(path.resolve().is_relative_to(run) for path in paths):
         return "is looked for in the directory of the run"
-    signature = _signature(text)
-    if signature is None or recorded.get(text) != signature:
-        return "is no file with which you trained this run, or it has changed since"
+    if _print(text) not in _noted():
+        return "is no file with which you have trained, or it has changed since"
     return ""

@@ -33,6 +33,7 @@ code 0. KeyboardInterrupt is not: it is the user who presses Ctrl-C.
 """
 
 
+PACKAGE = Path(__file__).parent
 STREAMS = ("/dev", "/dev/fd", "/dev/pts", "/proc/self/fd")
 """Folders in which a system shows each process its own pipes and terminals, such as /dev/stdin."""
 
@@ -183,12 +184,12 @@ def raised(error: BaseException) -> str:
     return f"it raised {describe(error)}{code_line(error)}"
 
 
-def code_line(error: BaseException, frame: int = -1) -> str:
-    """Return in which line a frame of the traceback is, as in ' (envs.py, line 7)'; by default the last."""
-    frames = traceback.extract_tb(error.__traceback__)[frame:]
-    if not frames:
-        return ""
-    return f" ({Path(frames[0].filename).name}, line {frames[0].lineno})"
+def code_line(error: BaseException, first: bool = False) -> str:
+    """Return where an error was raised, as in ' (envs.py, line 7)'; or the first line outside of tokenrl."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if first:
+        frames = [frame for frame in frames if PACKAGE not in Path(frame.filename).parents][:1]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def explain(error: BaseException) -> TokenrlError | None:

@@ -35,7 +35,7 @@ from tokenrl.settings import OR_FUNCTION, arguments, field_types, mentions
 
 ABOUT_CONFIG = (
     "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it. Code that a run "
-    "names is executed only if you trained the run with it yourself, or with --trust-run."
+    "names is executed only if you have trained with it yourself, or with --trust-run."
 )
 FRAME = re.compile("^.*[─-]{8}.*$|[│|]", re.MULTILINE)
 """The frame around tyro's errors, with its title: they are shown as plain text."""
@@ -135,11 +135,7 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
 
 
 def _collected(kind: Any, argv: list[str]) -> list[str]:
-    """Return the words of a command line, where a list flag that is repeated adds to its first values.
-
-    Raises:
-        Refused: More words stand behind a flag than it takes.
-    """
+    """Return the words of a command line, where a list flag that is repeated adds to its first values."""
     hints = {f"--{name}".replace("_", "-"): hint for name, hint in field_types(kind).items()}
     lists = {flag for flag, hint in hints.items() if mentions(hint, ...)}
     parts = defaultdict[Any, list[str]](list)
@@ -153,16 +149,6 @@ def _collected(kind: Any, argv: list[str]) -> list[str]:
                 parts[owner] += [value] if equals else []
                 continue
         parts[owner].append(word)
-    for flag, *values in parts.values():
-        flag, *of_flag = flag.split("=", 1)
-        hint = hints.get(flag.replace("_", "-").replace("--no-", "--"), tuple[str, ...])
-        count = "no" if hint in (bool, bool | None) else "one"
-        values = [*filter(None, of_flag), *values]
-        if values[count == "one" :] and not mentions(hint, ...):
-            raise Refused(
-                f"{flag} takes {count} value, not {' '.join(values)}. A text with spaces stands in "
-                "quotes, and a switch alone, as --quiet or --no-quiet."
-            )
     return [*chain.from_iterable(parts.values())]
 
 

@@ -174,6 +174,11 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
     sentences = {}
     for flag, value in values.items():
         sentence = meaning(flag[2:].replace("-", "_"), settings, value or "true", flags=True)
+        if not flag.startswith("--"):
+            sentence = (
+                "No flag takes this word: a text with spaces stands in quotes, and a switch alone, as --quiet or "
+                f"--no-quiet. See {prog} --help."
+            )
         sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
     _refuse("flag", sentences)
 

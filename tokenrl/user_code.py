@@ -36,7 +36,6 @@ backends.cuda.mem_efficient_sdp_enabled backends.cuda.enable_mem_efficient_sdp
 backends.cuda.math_sdp_enabled backends.cuda.enable_math_sdp
 backends.cuda.cudnn_sdp_enabled backends.cuda.enable_cudnn_sdp
 backends.cuda.fp16_bf16_reduction_math_sdp_allowed backends.cuda.allow_fp16_bf16_reduction_math_sdp
-backends.cuda.preferred_linalg_library backends.cuda.preferred_linalg_library
 backends.cuda.preferred_blas_library backends.cuda.preferred_blas_library
 _C._get_sdp_priority_order _C._set_sdp_priority_order
 backends.mha.get_fastpath_enabled backends.mha.set_fastpath_enabled
@@ -45,17 +44,12 @@ backends.cudnn.benchmark
 backends.cudnn.deterministic
 backends.mkldnn.enabled
 backends.mkldnn.deterministic
-backends.opt_einsum.enabled
-backends.opt_einsum.strategy
-backends.quantized.engine
 is_autocast_enabled set_autocast_enabled cpu
 is_autocast_enabled set_autocast_enabled cuda
 is_autocast_enabled set_autocast_enabled mps
 get_autocast_dtype set_autocast_dtype cpu
 get_autocast_dtype set_autocast_dtype cuda
 get_autocast_dtype set_autocast_dtype mps
-is_autocast_cache_enabled set_autocast_cache_enabled
-is_anomaly_enabled set_anomaly_enabled
 is_grad_enabled set_grad_enabled
 get_default_dtype set_default_dtype
 get_num_threads set_num_threads
@@ -83,10 +77,6 @@ def _values(settings: Iterable[Setting]) -> list[Any]:
     return values
 
 
-_guards = list[Any]()
-"""Whatever ended an inference mode that user code had left on: torch goes back to it without them."""
-
-
 @contextlib.contextmanager
 def user_code() -> Iterator[None]:
     """Give settings of torch and numpy back as they were after code of a user has run in the block.
@@ -101,7 +91,6 @@ def user_code() -> Iterator[None]:
     """
     settings = _settings()
     before = _values(settings)
-    inference = _inference_mode()
     errors = sys.modules["numpy"].errstate() if "numpy" in sys.modules else contextlib.nullcontext()
     try:
         with own_process(), errors:
@@ -113,19 +102,16 @@ def user_code() -> Iterator[None]:
         # contextlib raises the first error again if it is named as the cause
         raise Ended(describe(error)).with_traceback(error.__traceback__) from None
     finally:
-        if _values(settings) != before or _inference_mode() != inference:
-            _restore(settings, before, inference)
+        if _values(settings) != before:
+            _restore(settings, before)
 
 
-def _restore(settings: list[Setting], before: list[Any], inference: bool) -> None:
+def _restore(settings: list[Setting], before: list[Any]) -> None:
     """Give all settings their values, one after the other, since one may decide others.
 
     Raises:
         Stopped: a setting is still another.
     """
-    if _inference_mode() != inference:
-        _guards.append(sys.modules["torch"].inference_mode(inference))
-        _guards[-1].__enter__()
     for setting, value in zip(settings, before, strict=True):
         if value is not None and _values([setting]) != [value]:
             with contextlib.suppress(RuntimeError):
@@ -137,11 +123,6 @@ def _restore(settings: list[Setting], before: list[Any], inference: bool) -> Non
                 f"{setting.name} of torch from {value} to {left}, and left it so that it cannot be set "
                 "back. Let it change settings in a with statement."
             )
-
-
-def _inference_mode() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.is_inference_mode_enabled()
 
 
 def _settings() -> list[Setting]:
@@ -162,13 +143,7 @@ def _settings_of(torch: Any) -> list[Setting]:
         # The function of torch 2.6 does not return that of a context, nor one that was set to None.
         return torch.empty(0).device
 
-    def flushes() -> bool:
-        return bool(torch.tensor([5e-324], dtype=torch.float64, device="cpu").mul(1).item() == 0)
-
-    settings = [
-        Setting("default_device", device, set_device),
-        Setting("flush_denormal", flushes, torch.set_flush_denormal),
-    ]
+    settings = [Setting("default_device", device, set_device)]
     for entry in SETTINGS.splitlines():
         name, *setter = entry.split()
         owner, _, attribute = name.rpartition(".")

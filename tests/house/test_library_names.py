@@ -89,7 +89,6 @@ NAMES = {
     "gymnasium.envs.registration:EnvSpec.vector_entry_point": AGENTS,
     "gymnasium.vector:AutoresetMode.NEXT_STEP": AGENTS,
     "huggingface_hub.errors:GatedRepoError": "language/policy/loading.py",
-    "multiprocessing.pool:ExceptionWithTraceback": "language/rewards/worker.py",
     "vllm:LLM.collective_rpc": VLLM,
     "vllm:LLM.apply_model": VLLM,
     "vllm:LLM.reset_prefix_cache": VLLM,

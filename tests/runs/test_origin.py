@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from folders import ROOT
-from packaging.version import Version
 
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import NamedFunction, import_source
-from tokenrl.runs import origin as origins
-from tokenrl.runs.console import Console
-from tokenrl.runs.origin import TESTED, module_hashes, origin_of, repetition, versions
+from tokenrl.runs.origin import module_hashes, origin_of, repetition
 
 
 @dataclass
@@ -67,40 +61,6 @@ NAMELESS += [{"estimator": Inner(lambda rewards: rewards)}, {"task": SimpleNames
 def test_no_command_repeats_a_run_with_nameless_objects(options):
     assert origin(**options) == ""
     assert "started from Python" in repetition(origin(**options))[0]
-
-
-# ---- versions ----
-
-
-def test_the_tested_versions_are_those_of_the_constraints():
-    """The tests also ran with a release of torch that is newer, and not in the constraints for its size."""
-    text = (ROOT / "constraints.txt").read_text()
-    pins = dict(
-        re.findall(r'^(\w+)==(\d+\.\d+)\S*(?:; python_version >= "3.11")?$', text, re.MULTILINE)
-    )
-    assert Version(pins["torch"]) <= Version(TESTED["torch"])
-    assert {name: pins[name] for name in TESTED} == TESTED | {"torch": pins["torch"]}
-
-
-@pytest.fixture
-def header(monkeypatch):
-    """`header(name=version, ...)`: the header where these versions of libraries are used."""
-    for name in ("torch", "transformers"):
-        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-
-    def print_header(**installed):
-        monkeypatch.setattr(origins, "versions", lambda: versions() | TESTED | installed)
-        page = io.StringIO()
-        Console(file=page).start("tokenrl train", {"seed": 0})
-        return " ".join(page.getvalue().split())
-
-    return print_header
-
-
-def test_the_header_names_libraries_that_are_newer_than_any_that_were_tested(header):
-    text = header(peft="7.1", torch="3.0.0+cpu", transformers=TESTED["transformers"] + ".9")
-    newer = f"torch 3.0.0+cpu is newer than {TESTED['torch']}, the newest that was tested; peft 7.1 is newer"
-    assert f"versions {newer}" in text and "transformers" not in text
 
 
 @pytest.mark.parametrize("folder", ["tokenrl", "toy_tasks", "python3.11"])

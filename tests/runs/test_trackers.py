@@ -51,23 +51,18 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(trackers, tmp_pat
     assert "peak_memory_gib" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    ("when", "kind"),
-    [("at its start", ConnectionError), ("at step 0", SystemExit), ("at its end", ConnectionError)],
-)
+@pytest.mark.parametrize("method", ["start", "log", "finish"])
 def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
-    trackers, tmp_path, said, when, kind
+    trackers, tmp_path, said, method
 ):
-    fake, second = trackers["fake"], trackers["other"].return_value
-    tracker = fake.return_value
-    call = {"at its start": fake, "at step 0": tracker.log, "at its end": tracker.finish}[when]
-    call.side_effect = kind("no network")
+    fake, second = (trackers[name].return_value for name in ("fake", "other"))
+    getattr(fake, method).side_effect = SystemExit("no network")
     live(tmp_path / "run", report_to=("fake", "other"), quiet=False)
     text = said()
-    assert text.count("tracker fake failed") == 1 and "tracker other" not in text
-    assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in text
+    assert text.count("tracker fake failed (SystemExit: no network)") == 1
+    assert "tracker other" not in text
     assert read_json(tmp_path / "run" / "summary.json")["exit_reason"] == "finished"
-    assert call.call_count in (1, 2)  # a run that did not end is asked to end once more
+    assert getattr(fake, method).call_count == 1
     assert second.log.call_count == 6 and second.finish.call_count == 1
 
 
@@ -75,7 +70,7 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     ("names", "words"),
     [
         (("fak",), r"report_to was given as 'fak'.*Did you mean 'fake'"),
-        (("comet_ml",), "'comet_ml', but that tracker is not installed: pip install comet-ml"),
+        (("comet_ml",), "a tracker of accelerate whose package is installed"),
     ],
 )
 def test_one_that_is_missing_is_refused_before_the_directory_is_made(

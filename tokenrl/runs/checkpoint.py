@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tokenrl.configuration import TrustArguments
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised, refusing
 from tokenrl.runs.best import Best, SelectionArguments
-from tokenrl.runs.directory import STEP, remove_debris
+from tokenrl.runs.directory import remove_debris
 from tokenrl.runs.files import State, atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
 from tokenrl.user_code import user_code
@@ -217,7 +217,8 @@ class Saver:
 def checkpoints(folder: Path, suffix: str = "") -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
     paths = folder.glob(f"step_*{suffix}")
-    return sorted((path for path in paths if re.fullmatch(STEP + suffix, path.name)), key=step_of)
+    numbered = [path for path in paths if path.name[5:].removesuffix(suffix).isdecimal()]
+    return sorted(numbered, key=step_of)
 
 
 def tables(folder: Path) -> list[Path]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.metric_table import Row, Rows, is_rounding, metric_of
-from tokenrl.runs.origin import untested_versions
 from tokenrl.runs.output import drop_output, harmless, quantity, rich_console, rich_table, visible
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ class Console:
         self._timed_from: tuple[int, float] | None = None
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
-        """Print the header: a table of facts about the run and of untested libraries, and a note below it."""
-        self.facts(title, {**facts, **untested_versions()})
+        """Print the header: a table of facts about the run, and a note below it."""
+        self.facts(title, facts)
         self.print(note, style="italic dim")
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:

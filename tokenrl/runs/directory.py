@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,20 @@ from tokenrl.runs.files import appending, recover, remove
 
 TRAINED_PROMPTS = "trained_prompts.txt"
 """A hash of each prompt that the model of a run was trained on, there and before, one in a line."""
+_FOLDERS = ("videos", "completions", "checkpoints", "warm_start", "tensorboard")
 _FILES = (
+    *_FOLDERS,
     "learning_curve.png",
     "report.html",
     "summary.json",
     "timings.jsonl",
     "metrics.jsonl",
-    "warm_start",
     "model",
-    "tensorboard",
     TRAINED_PROMPTS,
     "config.json",
 )
 """What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""
 _PARTIAL = tuple(f".{name}.partial" for name in _FILES)
-STEP = r"step_[0-9]{6,}"
-DEBRIS = rf"\.{STEP}(\.parquet)?\.(partial|old)"
-"""The name of what a crash leaves of a checkpoint or of a table of completions."""
-_FOLDERS = {
-    "videos": r"episode-episode-[0-9]+\.mp4",
-    "completions": rf"{STEP}\.parquet|{DEBRIS}",
-    "checkpoints": f"{STEP}|{DEBRIS}",
-}
-"""What a run writes into folders that may hold files of others too."""
 
 
 class RunDirectory:
@@ -88,7 +78,7 @@ class RunDirectory:
         """Remove what a crash or an interrupt left while something was replaced or removed."""
         with contextlib.suppress(OSError):
             recover(self.path / "model")
-            for name in _FOLDERS:
+            for name in ("completions", "checkpoints"):
                 remove_debris(self.path / name)
             for name in _PARTIAL:
                 remove(self.path / name)
@@ -140,8 +130,7 @@ def _refuse_content(run: Path, may_hold_run: bool) -> None:
 
     A saved model also has a config.json.
     """
-    folders = [run / name for name in (*_FOLDERS, "warm_start", "tensorboard")]
-    for link in filter(Path.is_symlink, folders):
+    for link in filter(Path.is_symlink, (run / name for name in _FOLDERS)):
         raise Refused(
             f"{link} is a link, and a run writes and removes files in its own directory only. Put a folder there, or "
             "give another output directory."
@@ -166,9 +155,8 @@ def _refuse_content(run: Path, may_hold_run: bool) -> None:
 def remove_debris(folder: Path) -> None:
     """Remove what a crash left of checkpoints or tables in a folder, in which no other process writes."""
     for path in list(folder.glob(".step_*")):
-        if re.fullmatch(DEBRIS, path.name):
-            with contextlib.suppress(OSError):
-                remove(path)
+        with contextlib.suppress(OSError):
+            remove(path)
 
 
 def acquire_lock(folder: Path, busy: str) -> Any:
@@ -209,18 +197,12 @@ def in_use(run: Path) -> bool:
 
 
 def remove_run_files(run: Path, keep: Collection[str] = ()) -> None:
-    """Remove what a run has written but for what `keep` names; a link is removed, never followed.
+    """Remove the files and folders of a run but for what `keep` names; a link is removed, never followed.
 
     Raises:
         Refused: a file cannot be removed.
     """
     with refusing(f"The run in {run} cannot be replaced", "Give another directory."):
-        for name, written in _FOLDERS.items():
-            for path in list((run / name).glob("*")):
-                if re.fullmatch(written, path.name):
-                    remove(path)
-            with contextlib.suppress(OSError):  # it is not there, or holds files of others
-                (run / name).rmdir()
         for name in (*_PARTIAL, *_FILES):
             if name not in keep:
                 remove(run / name)

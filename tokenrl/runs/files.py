@@ -35,7 +35,6 @@ from tokenrl.user_code import own_process
 State = dict[str, Any]
 """What a part of a run saves: dicts and lists of plain values, tensors and arrays."""
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-FORMLESS = " whose contents cannot be compared"
 PLAIN_JSON = json.JSONEncoder(sort_keys=True, allow_nan=False)
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """Flags with which a link is no way to another file, and nothing waits for the reader of a pipe."""
@@ -79,15 +78,9 @@ def check_place(path: str | os.PathLike[str]) -> None:
             of this process.
     """
     target = Path(path).absolute()
-    if not os.path.isdir(target.parent):
-        raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
-    if os.path.isdir(target):
+    if not os.path.isdir(target.parent) or os.path.isdir(target) or is_special(target):
         raise Refused(
-            f"{target} cannot be written: it is a directory. Give the name of a file in it."
-        )
-    if is_special(target):
-        raise Refused(
-            f"{target} cannot be written: it is a pipe or a device. Give the name of a file, or /dev/stdout."
+            f"{target} cannot be written: give the name of a file in a directory that exists, or /dev/stdout."
         )
 
 
@@ -168,12 +161,11 @@ def canonical(value: Any) -> str:
     """Return JSON that equal values share in every process, also where JSON has no form for them.
 
     Sets have no order of their own, and the text of an object without a `__repr__` holds its address in
-    memory: in its stead stands `FORMLESS`.
+    memory, which is left out.
     """
     with suppress(TypeError, ValueError):  # JSON has a form for most data, and writes it faster
         return PLAIN_JSON.encode(value)
-    without_address = plain(value, lambda item: ADDRESS.sub(FORMLESS, written(item, str)))
-    return json.dumps(without_address, sort_keys=True)
+    return json.dumps(plain(value), sort_keys=True)
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

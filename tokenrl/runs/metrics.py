@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, describe, read_file, refusing
+from tokenrl.errors import Refused, Stopped, describe, read_file, refusing, suggest
 from tokenrl.runs.files import appending, flat, plain, replacing, writing
 from tokenrl.runs.metric_table import Row, Rows
-from tokenrl.settings import Settings, check_choice
+from tokenrl.settings import Settings
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
 """The files of a run to which each step appends a line."""
@@ -173,7 +173,7 @@ class TrackerArguments(Settings, group="trackers"):
 
 
 class Trackers:
-    """The trackers of one run; each of them is left out from its first error on."""
+    """The trackers of one run, which are those of accelerate; each is left out from its first error on."""
 
     def __init__(self, args: TrackerArguments, every: int, warn: Callable[[str], None]) -> None:
         """Look the trackers up; none is started yet.
@@ -195,7 +195,7 @@ class Trackers:
     def start(self, config: Mapping[str, Any], output_dir: Path) -> None:
         """Start the trackers and send them the configuration, flattened to `estimator.baseline` and so on."""
         for name in self._names:
-            with self._attempt(name, "at its start"):
+            with self._attempt(name):
                 from accelerate import PartialState
                 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -220,27 +220,26 @@ class Trackers:
         values = plain(metrics)
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         for name, tracker in list(self._started.items()) if numbers else []:
-            with self._attempt(name, f"at step {step}"):
+            with self._attempt(name):
                 tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """End the runs of the trackers; a second call does nothing."""
         for name in list(self._started):
-            with self._attempt(name, "at its end"):
+            with self._attempt(name):
                 self._started.pop(name).finish()
 
     @contextmanager
-    def _attempt(self, name: str, when: str) -> Iterator[None]:
+    def _attempt(self, name: str) -> Iterator[None]:
         """Call a tracker; one that fails, for instance for want of a network, is told of and left out."""
         try:
             yield
         except (Exception, SystemExit) as error:  # a tracker must never end a run
+            self._started.pop(name, None)
             self._warn(
-                f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes on, and "
+                f"The tracker {name} failed ({describe(error)}) and gets nothing more. The run goes on, and "
                 "its own files have everything."
             )
-            with suppress(Exception, SystemExit):
-                self._started.pop(name).finish()  # keep what it has already got
 
 
 def _installed(names: tuple[str, ...]) -> list[str]:
@@ -249,21 +248,20 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     Raises:
         Refused: there is no such tracker, or its package is not installed.
     """
-    names = tuple(name for name in names if name != "none")
-    if not names:
+    if names in ((), ("none",)):
         return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import get_available_trackers
 
     installed = list(map(str, get_available_trackers()))
+    if names == ("all",):
+        return installed
     for name in names:
-        check_choice("report_to", name, (*sorted(LOGGER_TYPE_TO_CLASS), "all", "none"))
-        if name not in (*installed, "all"):
-            package = name.replace("_", "-")
+        if name not in installed:
             raise Refused(
-                f"report_to was given as {name!r}, but that tracker is not installed: pip install {package}, or "
-                "leave report_to out."
+                f"report_to was given as {name!r}; it must be all, none, or a tracker of accelerate whose package is "
+                f"installed.{suggest(name, installed)}"
             )
-    return installed if "all" in names else list(dict.fromkeys(names))
+    return list(dict.fromkeys(names))
 
 
 def of_evaluation(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -17,8 +17,6 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
 from tokenrl.names import source_file
 from tokenrl.runs.files import plain
 
@@ -33,17 +31,6 @@ _PACKAGES = (
     "numpy",
     "safetensors",
 )
-TESTED = {
-    "torch": "2.15",
-    "transformers": "5.24",
-    "accelerate": "1.15",
-    "datasets": "5.2",
-    "peft": "0.21",
-    "gymnasium": "1.4",
-}
-"""The newest release of each library with which the tests passed, without the number of its last mending."""
-_BROUGHT = {"datasets": "transformers", "peft": "transformers"}
-"""Libraries that a run with a model may import later, after its header."""
 _INSTALLED = {"site-packages", "dist-packages"}
 _PYTHON = Path(os.__file__).parent
 _NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
@@ -173,17 +160,3 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             by_name[package] = metadata.version(package)
     return by_name
-
-
-def untested_versions() -> dict[str, str]:
-    """Return a line of the header about libraries that are newer than any that was tested; none if none is.
-
-    Only what this process uses counts: what it has imported, and what models bring along.
-    """
-    newer = []
-    for package, tested in TESTED.items():
-        is_used = _BROUGHT.get(package, package) in sys.modules
-        version = versions().get(package, tested)
-        if is_used and Version(version).release[:2] > Version(tested).release:
-            newer.append(f"{package} {version} is newer than {tested}, the newest that was tested")
-    return {"versions": "; ".join(newer)} if newer else {}

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import signatures
+from tokenrl.configuration import note_code
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
@@ -46,7 +46,7 @@ from tokenrl.runs.metrics import (
 from tokenrl.runs.origin import code_of, module_hashes, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
-from tokenrl.runs.reader import Outcome, read_run
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
@@ -179,8 +179,9 @@ class Session:
         self.provenance = provenance
         provenance.settings = settings
         provenance.code = code_of(settings, provenance.code)  # before a file of it can change
-        signed = {"command": self.command, "code": signatures(plain(settings))}
-        self._config = {"versions": versions(), **settings, **facts, **signed}
+        if self.main:
+            note_code(plain(settings))
+        self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
@@ -215,8 +216,6 @@ class Session:
             self.console.warnings += self._warned.values()
             if self.ended or self.step >= self.args.max_steps:
                 self._wall_seconds = self.wall_seconds
-                with contextlib.suppress(Refused, KeyError):
-                    self._wall_seconds = read_run(self.output_dir).summary["wall_seconds"]
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
         self._has_begun = True

@@ -47,8 +47,7 @@ def test_one_bad_value_stops_the_run_and_names_its_row(value, words):
         (1.0, r"a float \(1.0\)"), (torch.tensor(2.0), "Tensor"), ("abcd", r"a str \('abcd'\)"),
         (None, r"NoneType.* Is a return missing\?"), ((x for x in [1, 2, 3, 4]), "generator"),
         (np.ones((4, 1)), r"\[1.0\] \(list\) for the completion 'one'"),
-        ([], r"0 rewards for 4 completions \(the completion 'one' of"),
-        ([1.0], r"1 .* \(the completion 'three' of the prompt 'p1' has none"), (np.ones(5), r"5 .*too many"),
+        ([], "0 rewards for 4 completions;"), ([1.0], "1 rewards for 4"), (np.ones(5), "5 rewards for 4"),
         (torch.zeros(4, device="meta"), r"a Tensor \(tensor\(..., device='meta'"),
     ],
 )  # fmt: skip
@@ -61,7 +60,7 @@ def test_a_sum_that_is_too_large_is_named():
     half = returning([0.5] * 4)
     growing = returning([None, 1.0, 10.0, 100.0])
     assert call([half, growing], [1e12, 0.0]).total.tolist() == [5e11] * 4
-    message = r"the prompt 'p2' is 2e\+12 = 2 x 0.5 \(answer\) \+ 2e\+11 x 10 \(answer_2\).*reward_weights"
+    message = r"the prompt 'p2' is 2e\+12, beyond 1e\+12: give smaller reward_weights"
     with stopped(message):
         call([half, growing], [2.0, 2e11])
     with stopped("the prompt 'p2' is nan"):  # inf - inf

@@ -100,9 +100,14 @@ def moody(completions, prompts, **_):
         time.sleep(600)
     return [1.0 + i for i, _ in enumerate(completions)]
 
-async def later(completions, **_):
-    await asyncio.sleep(600 if "three" in completions else 0)
+def meets(completions, trainer_state, **_):
+    with open("met", "a") as file:
+        file.write("x")
+    while os.path.getsize("met") < 2:
+        time.sleep(0.01)
     return [1.0] * len(completions)
+
+others = meets
 """
 
 
@@ -144,16 +149,16 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
     assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
 
 
-def test_one_process_serves_every_call_and_keeps_its_own_state():
+def test_a_process_serves_every_call_of_its_function_and_keeps_its_own_state():
     points = Points(0)
     rewards = Rewards(["worked.py:judge", points], timeout=60.0)
     totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}).values for _ in range(2)]
     # an object with a lock, made there by its name
     assert totals[0][0, 0] == totals[1][0, 0] != os.getpid()
     assert [values[0, 1] for values in totals] == [1, 2] and points.value == 0
-    process = rewards._worker._process
+    processes = [caller._process for caller in rewards._callers.values()]
     del rewards
-    assert process.exitcode is not None  # nothing is left over
+    assert all(process.exitcode is not None for process in processes)  # nothing is left over
 
 
 def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(tmp_path):
@@ -167,19 +172,14 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     wait_for(lambda: not any(map(running, started(tmp_path))))
 
 
-LATER = pytest.param("later", [1.0] * 4, marks=pytest.mark.slow)  # the async functions
-
-
-@pytest.mark.parametrize(("name", "values"), [("sometimes", LENGTHS), LATER])
-def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted(name, values):
-    names = ("worked.py:length", f"worked.py:{name}")
+def test_a_completion_whose_call_is_late_gets_no_reward_and_is_counted():
+    names = ("worked.py:length", "worked.py:sometimes")
     rewards = Rewards(names, timeout=0.5, abstains=True)
     result = rewards(PROMPTS, COMPLETIONS, IDS, {}, locations=["a", "b", "c", "d"])
     assert result.valid.tolist() == [True, False, True, True]
-    assert result.values[[0, 2, 3]].T.tolist() == [[3, 0, 4], [values[0], values[2], values[3]]]
-    assert result.total[1] == 0 and result.logged["frac_rows_late"] == 0.25 and rewards.late == 1
-    if name == "sometimes":
-        assert result.extra == {"size": [3, None, 0, 4]} and result.logged["calls"] == 1
+    assert result.values[[0, 2, 3]].T.tolist() == [[3, 0, 4]] * 2
+    assert np.isnan(result.values[1]).all() and result.total[1] == 0 and result.extra == {}
+    assert result.logged["frac_rows_late"] == 0.25 and rewards.late == 1
     in_time = rewards(PROMPTS[:1], COMPLETIONS[:1], IDS[:1], {})
     assert in_time.logged["frac_rows_late"] == 0 and rewards.late == 1
     with stopped(r"strict raised ZeroDivisionError"):
@@ -202,10 +202,10 @@ def test_a_run_goes_on_without_the_rewards_that_are_late_and_says_how_many(said)
 def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
     """The function holds the interpreter of its process, and has started a program of its own."""
     program = (
-        "from tokenrl.language.rewards.worker import RewardWorker\nif __name__ == '__main__':\n"
+        "from tokenrl.language.rewards.worker import RewardProcess\nif __name__ == '__main__':\n"
     )
-    program += "    worker = RewardWorker({'bad': 'worked.py:backtracks'}, 600)\n"
-    program += "    worker({'prompts': ['p'], 'completions': ['c']}, {})\n"
+    program += "    worker = RewardProcess('bad', 'worked.py:backtracks', None, 600)\n"
+    program += "    worker(completions=['c']).answer()\n"
     (tmp_path / "trainer.py").write_text(program)
     with subprocess.Popen([sys.executable, "trainer.py"]) as trainer:
         wait_for((tmp_path / "started").exists)
@@ -243,26 +243,28 @@ def running(pid):
 FAULTS = {
     "strict": r"strict raised ZeroDivisionError: .*\(worked.py, line 25\)",
     "leaves": r"leaves ended the process that it ran in \(exit code 0\)",
-    "unsendable": r"log_extra cannot be sent back \(TypeError: .*lock",
+    "unsendable": r"gave to log_extra cannot be sent back \(TypeError: .*lock",
     "exits": r"exits raised SystemExit: 0 \(worked.py, line 31\)",
     "infinite": r"infinite returned inf .* for the completion '' of the prompt 'p2'",
     "gone": r"gone ended the process that it ran in \(signal 9\)",
-    "awaits": "Of the async reward functions awaits at least one did not return within 0.5 s",
+    "awaits": "Reward function awaits did not return within 0.5 s",
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_come_back_with_function_row_and_cause(name):
-    with stopped(FAULTS[name]) as caught:
+    with stopped(FAULTS[name]):
         call(["length", name], timeout=0.5 if name == "awaits" else 60.0)
-    if name == "strict":
-        assert "1 / len(text)" in str(caught.value.__cause__)
+
+
+def test_processes_work_at_the_same_time():
+    assert call(["meets", "others"]).values.tolist() == [[1.0, 1.0]] * 4
 
 
 def test_arguments_that_are_missing_or_cannot_be_sent_are_named():
     with refused("half has a parameter 'level'"):
         call(["half"], columns={"column": [0] * 4})
-    with stopped(r"arguments of the reward functions .*lock.* cannot be sent"):
+    with stopped(r"length raised TypeError: cannot pickle '_thread.lock' object"):
         call(["length"], columns={"lock": [threading.Lock()] * 4})
 
 
@@ -296,14 +298,15 @@ def test_a_reward_model_stays_in_this_process():
 
 def refusal(name):
     with pytest.raises(Refused) as caught:
-        Rewards(name, timeout=5.0)
+        Rewards(name, timeout=5.0)(PROMPTS, COMPLETIONS, IDS, {})
     return str(caught.value)
 
 
 def test_a_process_that_may_have_none_of_its_own_is_told():
     with multiprocessing.get_context("fork").Pool(1) as pool:
         (text,) = pool.map(refusal, ["worked.py:length"])
-    assert "a daemon of multiprocessing" in text and "leave reward_timeout out" in text
+    assert "daemonic processes are not allowed to have children" in text
+    assert "Leave reward_timeout out" in text
 
 
 PROGRAM = """

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from refusals import refused, stopped
 
-from tokenrl.language.rewards.calls import Overdue
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.isolation import RandomStreams, call_all
+from tokenrl.language.rewards.isolation import Overdue, RandomStreams, call_all
 from tokenrl.language.rewards.rewards import Rewards
 
 

@@ -42,8 +42,8 @@ class SampleArguments(
     length of completions are the run's unless you give them. With --task for another task only the length is
     the run's, unless that task has a limit. If the run's task or reward cannot be used, completions have no
     rewards. Prompts that are none of the task's are answered too, without a reward where it needs more than
-    the prompt; --reward also works without a task. Code that the run names is executed only if you trained
-    the run with it yourself, or with --trust-run.
+    the prompt; --reward also works without a task. Code that the run names is executed only if you have
+    trained with it yourself, or with --trust-run.
     """
 
     model: str = ""
@@ -69,8 +69,8 @@ class EvaluateArguments(
     others. They are the task with its data, its reward, the length of completions, the distribution of tokens
     (temperature, top_k, top_p, min_p) and the seed. With --task for another task only the distribution, the
     seed and the length are the run's; a limit of that task replaces the length. Several runs must agree,
-    except in their seeds: the first seed counts. Code that a run names is executed only if you trained the
-    run with it yourself, or with --trust-run.
+    except in their seeds: the first seed counts. Code that a run names is executed only if you have
+    trained with it yourself, or with --trust-run.
     """
 
     model: str | tuple[str, ...] = ""

@@ -33,7 +33,6 @@ from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
-from tokenrl.runs.directory import STEP
 from tokenrl.runs.files import check_place, plain, write_json
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import rich_console, rich_table, visible
@@ -209,7 +208,7 @@ def state_of(model: str) -> TrainerState:
     run = read_run(path)
     name = Path(model).resolve().name
     last = len(run.metrics) - 1
-    step = int(name.removeprefix("step_")) if re.fullmatch(STEP, name) else last
+    step = int(name.removeprefix("step_")) if re.fullmatch("step_[0-9]+", name) else last
     epoch = run.metrics[step].get("epoch", 0.0)
     return TrainerState(step, run.config.get("max_steps") or 1, epoch)
 

@@ -1,21 +1,17 @@
 """Calls reward functions: passes to each the arguments that it takes, times it, and checks its output.
 
-Results are checked and never repaired, because a NaN that passes here would ruin the policy later. Functions
-under a deadline run in a process of their own (worker.py), which calls them with the code of this module.
+Results are checked and never repaired, because a NaN that passes here would ruin the policy later. A function
+under a deadline runs in a process of its own (worker.py); all of these processes work at the same time.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import copy
-import functools
 import inspect
 import numbers
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
+from tokenrl.language.rewards.isolation import Attempt, await_all
 from tokenrl.settings import LARGEST_REWARD, shown
 from tokenrl.user_code import own_process, user_code
 
@@ -61,22 +58,18 @@ class TrainerState:
     epoch: float = 0.0
 
 
-class Attempt(NamedTuple):
-    """What one call of one reward function returned or raised.
+class Pending(NamedTuple):
+    """What a function that runs in another process returns at once; `answer` waits for its output."""
 
-    Attributes:
-        output: what it returned, unchecked; None if it raised.
-        error: what it raised (`sys.exit` raises SystemExit); None if it returned.
-        seconds: the time that the call took.
-    """
-
-    output: Any
-    error: BaseException | None
-    seconds: float
+    answer: Callable[[], Any]
 
 
-class Overdue(BaseException):
-    """A call missed its deadline, of some seconds. User code that catches Exception does not catch it."""
+class Late(Stopped):
+    """A reward function missed its deadline."""
+
+
+class Failed(Stopped):
+    """A reward function raised an error."""
 
 
 class CallResults(NamedTuple):
@@ -84,6 +77,7 @@ class CallResults(NamedTuple):
 
     Attributes:
         values: rewards by name of the function, float64 [N], nan where it abstained.
+        late: bool [N], True where a function missed its deadline.
         extra: the columns that functions gave to `log_extra`, by name.
         logged: the values that functions gave to `log_metric`, by name.
         seconds: the time that each function took, by its name; async functions share theirs.
@@ -91,6 +85,7 @@ class CallResults(NamedTuple):
     """
 
     values: dict[str, np.ndarray]
+    late: np.ndarray
     extra: dict[str, list[Any]]
     logged: dict[str, list[float]]
     seconds: dict[str, float]
@@ -102,10 +97,9 @@ def call_rewards(
     rows: Mapping[str, list[Any]],
     state: TrainerState,
     locations: Sequence[str] = (),
-    announce: Callable[[str], None] = lambda stage: None,
     objects: Mapping[str, list[Any]] | None = None,
     *,
-    abstains: bool = False,
+    excused: tuple[type[Stopped], ...] = (),
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
@@ -116,15 +110,14 @@ def call_rewards(
         rows: arguments with one value per completion, "completions" among them.
         state: how far the run is.
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
-        announce: called before every stage with the function that is waited for, so that the message of a
-            missed deadline can name it.
         objects: further arguments with one value per completion, which are passed as they are.
-        abstains: whether a function that fails is called again for each completion alone, and gives none to those
-            for which it fails again. What it gives to `log_extra` is then dropped.
+        excused: `Failed` or `Late` or both. A function to which it happens is called again for each completion
+            alone, and gives none to those to which it happens again. What it then logs is dropped.
 
     Raises:
-        Stopped: a function raised anything (SystemExit too) and may not abstain, or did not return a number
-            within `LARGEST_REWARD` or None for each row; the message names it, and what it raised or the row.
+        Stopped: a function raised anything (SystemExit too) or missed its deadline, and this is not excused; or
+            it did not return a number within `LARGEST_REWARD` or None for each row. The message names it, and
+            what it raised or the row.
         Refused: a function has a parameter for a column that does not exist.
     """
     extra: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
@@ -145,29 +138,30 @@ def call_rewards(
     for name in named:
         logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
         shared[name] = {**logs, **objects}
-    attempts = _attempts(named, arguments, shared, announce)
+    attempts = attempt_each(named, arguments, shared)
 
     def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
-        one = {name: named[name]}
-        return call_rewards(one, own, state, locations[row], announce, others, abstains=True)
+        return call_rewards(
+            {name: named[name]}, own, state, locations[row], others, excused=excused
+        )
 
+    count = len(rows["prompts"])
+    late = np.zeros(count, dtype=bool)
     values = {}
     faults: dict[str, str] = {}
     for name, (output, error, _) in attempts.items():
-        if isinstance(error, TokenrlError):
-            raise error
         if error is None:
             values[name] = checked_rewards(name, output, described)
             continue
         fault = _failure(name, error, described)
-        if not abstains:
-            raise fault from error
-        count = len(rows["prompts"])
+        if not isinstance(fault, excused):
+            raise fault
         parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
         texts = [part.faults[name] for part in parts if part.faults]
         faults[name] = next(iter(texts), str(fault))
         values[name] = np.concatenate([part.values[name] for part in parts] or [np.full(1, np.nan)])
+        late |= [part.late[0] for part in parts] or [isinstance(fault, Late)]
         extra[name] = {}
     columns: dict[str, list[Any]] = {}
     for own in extra.values():
@@ -175,26 +169,26 @@ def call_rewards(
             # the values of two functions are too many for the rows, and so refused
             columns.setdefault(column, []).extend(items)
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
-    return CallResults(values, columns, logged, seconds, faults)
+    return CallResults(values, late, columns, logged, seconds, faults)
 
 
-def _attempts(
+def attempt_each(
     named: Mapping[str, Reward],
     arguments: Mapping[str, Any],
     shared: Mapping[str, Mapping[str, Any]],
-    announce: Callable[[str], None],
 ) -> dict[str, Attempt]:
     """Call each function once with copies of `arguments` and its `shared` ones; return what each gave."""
     attempts: dict[str, Attempt] = {}
     with user_code():
         for name, function in named.items():
             subject = f"Reward function {name}"
-            announce(subject)
             attempts[name] = call_once(function, subject, arguments, shared[name])
         waiting = {name: x.output for name, x in attempts.items() if inspect.isawaitable(x.output)}
         if waiting:
-            announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, await_all(list(waiting.values())), strict=True)
+    for name, attempt in attempts.items():
+        if isinstance(attempt.output, Pending):
+            attempts[name] = call_once(attempt.output.answer, name, {}, {})
     return attempts
 
 
@@ -223,16 +217,19 @@ def row_in_words(
     return f"{words} ({locations[row]})" if locations else words
 
 
-def _failure(name: str, error: BaseException, described: partial[str]) -> Stopped:
+def _failure(name: str, error: BaseException, described: partial[str]) -> TokenrlError:
     """Say what a reward function raised and at which of its lines; of a call with one completion also for which."""
-    line = code_line(error, 1)  # frame 0 is the call in this file
+    if isinstance(error, TokenrlError):
+        return error
     completions = described.args[1]
     row = f" for {described(0)}" if len(completions) == 1 else ""
-    problem = f"Reward function {name} raised {describe(error)}{line}{row}."
+    problem = f"Reward function {name} raised {describe(error)}{code_line(error, first=True)}{row}."
     is_chat = not all(isinstance(completion, str) for completion in completions)
     if is_chat and isinstance(error, AttributeError | TypeError):
         problem += ' A completion of a chat is a list of one message; its text is completion[0]["content"].'
-    return Stopped(problem)
+    failure = Failed(problem)
+    failure.__cause__ = error
+    return failure
 
 
 def copied(value: Any) -> Any:
@@ -274,49 +271,6 @@ def call_once(
     return Attempt(output, None, time.perf_counter() - began)
 
 
-def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None) -> list[Attempt]:
-    """Await all of them at the same time; return what came of each, in order.
-
-    Args:
-        awaitables: the N awaitables.
-        timeout: seconds after which those that are not done are cancelled, with the error `Overdue`.
-    """
-
-    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
-        began = time.perf_counter()
-        try:
-            with own_process():
-                output = await awaitable
-        except BaseException as error:  # never of Ctrl-C, which Python raises in the main thread
-            return Attempt(None, error, time.perf_counter() - began)
-        return Attempt(output, None, time.perf_counter() - began)
-
-    loop = _event_loop()
-    tasks = [asyncio.run_coroutine_threadsafe(attempt(x), loop) for x in awaitables]
-    concurrent.futures.wait(tasks, timeout)
-    overdue = Attempt(None, Overdue(timeout), 0.0)
-    # A task that is done cannot be cancelled.
-    return [overdue if task.cancel() else task.result() for task in tasks]
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return one event loop, in a thread of its own, for the life of the process.
-
-    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
-    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
-    """
-    loop = asyncio.new_event_loop()
-
-    def run() -> None:
-        while not loop.is_closed():  # SystemExit in a task that a reward started ends `run_forever`
-            with contextlib.suppress(BaseException):
-                loop.run_forever()
-
-    threading.Thread(target=run, name="tokenrl-rewards", daemon=True).start()
-    return loop
-
-
 def accepted_arguments(function: Reward, subject: str, available: Mapping[str, Any]) -> list[str]:
     """Return the names among `available` that the function has parameters for: all if it takes **kwargs.
 
@@ -352,9 +306,7 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
             single number is never broadcast to all rows.
     """
     count = len(described.args[0])
-    items = output
-    with contextlib.suppress(Exception):  # an array or tensor; a meta or sparse one has no list
-        items = output.tolist()
+    items = listed(output)
     if not isinstance(items, list | tuple):
         description = f"a {type(output).__name__} ({written(output):.80}) for {count} completions"
         hint = " Is a return missing?" if output is None else ""
@@ -362,11 +314,9 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
             f"Reward function {name} returned {description}; it must return a list of {count} numbers.{hint}"
         )
     if len(items) != count:
-        row = min(len(items), count)
-        beyond = f"{described(row)} has none" if row < count else "too many"
-        description = f"{len(items)} rewards for {count} completions ({beyond})"
         raise Stopped(
-            f"Reward function {name} returned {description}; it must return one for each, or None."
+            f"Reward function {name} returned {len(items)} rewards for {count} completions; it must return one for "
+            "each, or None."
         )
     rewards = np.full(count, np.nan)
     for row, item in enumerate(items):
@@ -380,6 +330,13 @@ def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarr
             problem = f"returned {description}; a reward is {allowed}"
             raise Stopped(f"Reward function {name} {problem}.") from error
     return rewards
+
+
+def listed(output: Any) -> Any:
+    """Return an array or a tensor as a list, and anything else as it is."""
+    with contextlib.suppress(Exception):  # a meta or sparse tensor has no list
+        return output.tolist()
+    return output
 
 
 def reward_number(item: Any) -> float:

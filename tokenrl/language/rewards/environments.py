@@ -10,12 +10,9 @@ tools, and `get_reward()` rewards the whole episode. An object with `step`, whos
 from __future__ import annotations
 
 import inspect
-import itertools
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import (
@@ -28,8 +25,8 @@ from tokenrl.errors import (
     with_places,
     written,
 )
-from tokenrl.language.rewards.calls import Overdue, copied, reward_number
-from tokenrl.language.rewards.isolation import RandomStreams, call_all
+from tokenrl.language.rewards.calls import copied, reward_number
+from tokenrl.language.rewards.isolation import Overdue, RandomStreams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, joined, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
 
@@ -37,7 +34,6 @@ REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"
 RESET = "(text, info) in gymnasium's interface, and None or text in TRL's"
 NO_TOOLS = {"reset", "get_reward"}
-ROOM = Path(__file__).parent
 
 
 class Answer(NamedTuple):
@@ -94,9 +90,9 @@ class Episode:
             fault = f"returned {problem}"
         elif isinstance(problem, Overdue):
             mend = "make it faster, or raise reward_timeout"
-            fault = f"did not return within {problem} s{_line(problem)}: {mend}"
+            fault = f"did not return within {problem} s{code_line(problem, first=True)}: {mend}"
         else:
-            fault = f"raised {describe(problem)}{_line(problem)}"
+            fault = f"raised {describe(problem)}{code_line(problem, first=True)}"
         self.failure = encodable(f"{call} {fault}.")
         return Answer([], 0.0, self.ending, self.failure)
 
@@ -354,13 +350,6 @@ class Environments:
                     answers[episode] = episode.fail(episode.name_of(name), error)
                 else:
                     answers[episode].messages.append(reply(name, output, error))
-
-
-def _line(error: BaseException) -> str:
-    """Return the line at which the code of an environment raised an error, for a message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = itertools.takewhile(lambda frame: Path(frame.filename).parent == ROOM, frames)
-    return code_line(error, len(list(ours)))
 
 
 def _opened(episode: Episode, output: Any) -> Answer:

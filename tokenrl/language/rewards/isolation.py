@@ -1,4 +1,4 @@
-"""Calls code of environments: in the random state of its episode, with a deadline, async calls together.
+"""Calls code of environments in the random state of its episode, with a deadline; awaits async calls together.
 
 Environments draw from the global streams of `random` and `numpy.random`. Each episode has its own state of
 both, which depends on its seed alone. Otherwise the order of a batch would change its episodes, and a run
@@ -10,20 +10,42 @@ An async method that blocks its thread instead of awaiting holds all others, whi
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
 import inspect
 import random
 import signal
-import sys
+import threading
+import time
 import types
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, TokenrlError, describe
-from tokenrl.language.rewards.calls import Attempt, Overdue, await_all
+from tokenrl.errors import TokenrlError, refusing
 from tokenrl.user_code import own_process, user_code
+
+
+class Attempt(NamedTuple):
+    """What one call of a function of the user returned or raised.
+
+    Attributes:
+        output: what it returned, unchecked; None if it raised.
+        error: what it raised (`sys.exit` raises SystemExit); None if it returned.
+        seconds: the time that the call took.
+    """
+
+    output: Any
+    error: BaseException | None
+    seconds: float
+
+
+class Overdue(BaseException):
+    """A call missed its deadline, of some seconds. User code that catches Exception does not catch it."""
 
 
 class RandomStreams:
@@ -93,18 +115,10 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
         if calling:
             raise Overdue(seconds)
 
-    mend = "leave reward_timeout out, or run on Linux or macOS in the main thread"
-    if not (hasattr(signal, "SIGALRM") and hasattr(signal, "setitimer")):
-        raise Refused(
-            f"This system ({sys.platform}) has no timer for the calls of environments: {mend}."
-        )
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
-    try:
+    mend = "Leave reward_timeout out, or run on Linux or macOS in the main thread."
+    with refusing("No signal can bound the calls of environments here", mend):
+        timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
         before = signal.signal(signal.SIGALRM, interrupt)
-    except ValueError as error:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        problem = f"No signal can bound the calls of environments here ({describe(error)})"
-        raise Refused(f"{problem}: {mend}.") from error
     try:
         try:
             calling = True
@@ -134,3 +148,46 @@ def _driven(awaitable: Awaitable[Any], streams: RandomStreams) -> Generator[Any,
             resume = partial(steps.send, (yield pending))
         except BaseException as error:  # such as the cancellation at the deadline
             resume = partial(steps.throw, error)
+
+
+def await_all(awaitables: Sequence[Awaitable[Any]], timeout: float | None = None) -> list[Attempt]:
+    """Await all of them at the same time; return what came of each, in order.
+
+    Args:
+        awaitables: the N awaitables.
+        timeout: seconds after which those that are not done are cancelled, with the error `Overdue`.
+    """
+
+    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
+        began = time.perf_counter()
+        try:
+            with own_process():
+                output = await awaitable
+        except BaseException as error:  # never of Ctrl-C, which Python raises in the main thread
+            return Attempt(None, error, time.perf_counter() - began)
+        return Attempt(output, None, time.perf_counter() - began)
+
+    loop = _event_loop()
+    tasks = [asyncio.run_coroutine_threadsafe(attempt(x), loop) for x in awaitables]
+    concurrent.futures.wait(tasks, timeout)
+    overdue = Attempt(None, Overdue(timeout), 0.0)
+    # A task that is done cannot be cancelled.
+    return [overdue if task.cancel() else task.result() for task in tasks]
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return one event loop, in a thread of its own, for the life of the process.
+
+    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
+    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
+    """
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        while not loop.is_closed():  # SystemExit in a task that a reward started ends `run_forever`
+            with contextlib.suppress(BaseException):
+                loop.run_forever()
+
+    threading.Thread(target=run, name="tokenrl-rewards", daemon=True).start()
+    return loop

@@ -24,14 +24,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import (
-    CallResults,
+    Failed,
+    Late,
     TrainerState,
     accepted_arguments,
     call_rewards,
@@ -47,7 +47,7 @@ from tokenrl.language.rewards.loading import (
     original,
 )
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rewards.worker import RewardWorker
+from tokenrl.language.rewards.worker import RewardProcess
 from tokenrl.settings import LARGEST_REWARD
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
@@ -92,6 +92,7 @@ class Rewards:
         seconds: the time that each function has taken in all calls so far, by its name.
         keepers: the objects that have a state to be saved, by the names of their functions.
         faults: in words, the first error or missed deadline of each function that abstained because of it.
+        late: the number of completions so far whose reward missed the deadline.
         state: how far the run is, which every call passes on as `trainer_state`; the run sets it.
     """
 
@@ -115,8 +116,8 @@ class Rewards:
         Args:
             functions: one reward or a sequence of them: callables, or anything that `load_reward` takes.
             weights: one finite number per function; None means 1 for each.
-            timeout: seconds that one call of a function may take. The functions then run in a process of
-                their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
+            timeout: seconds that one call of a function may take. Each function then runs in a process of
+                its own, which is killed at the deadline. A `RewardModel` stays in this process, where the
                 accelerator is, and has no deadline. None: all functions run here, without a deadline.
             abstains: whether a completion whose call misses the deadline gets no reward; else the run stops.
             abstains_on_error: whether a completion for which a function raises an error gets no reward from it.
@@ -170,23 +171,21 @@ class Rewards:
         counted = np.flatnonzero(self.weights)
         self._counted = counted if len(counted) else slice(None)  # no function has a weight
         self._leaves_out = leaves_out
-        self._abstains_on_error = abstains_on_error
         self.faults = dict[str, str]()
-        self._here = dict(zip(self.names, self.functions, strict=True))
-        self._worker: RewardWorker | None = None
+        self.late = 0
+        self._callers: dict[str, Any] = dict(zip(self.names, self.functions, strict=True))
+        self._excused: tuple[type[Stopped], ...] = (Failed,) if abstains_on_error else ()
         if timeout is not None:
-            moved = self._moved(sources or specs)
-            if moved:
-                self._worker = RewardWorker(moved, timeout, abstains, abstains_on_error)
+            self._excused += (Late,) if abstains else ()
+            self._move(sources or specs, timeout)
 
-    def _moved(self, sources: Sequence[Any]) -> dict[str, Any]:
-        """Take out the functions that a process of their own calls; return where they come from, by name.
+    def _move(self, sources: Sequence[Any], timeout: float) -> None:
+        """Let each function be called in a process of its own, with a deadline in seconds.
 
         Reward models and the rewards of environments stay. The latter are the last and have no source.
         """
-        moved = {}
         for name, source in zip(self.names, sources, strict=False):
-            function = self._here[name]
+            function = self._callers[name]
             if isinstance(function, RewardModel | Environments):
                 continue
             if self.environments and "environments" in inspect.signature(function).parameters:
@@ -199,9 +198,7 @@ class Rewards:
                     f"Reward function {name} has a state_dict, and would be called in another process, which does "
                     "not save its state: leave reward_timeout out."
                 )
-            moved[name] = source
-            del self._here[name]
-        return moved
+            self._callers[name] = RewardProcess(name, source, function, timeout)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of each function that has one, by its name."""
@@ -211,11 +208,6 @@ class Rewards:
         """Continue from what `state_dict` returned."""
         for name, owner in self.keepers.items():
             owner.load_state_dict(state[name])
-
-    @property
-    def late(self) -> int:
-        """The number of completions so far whose reward missed the deadline."""
-        return 0 if self._worker is None else self._worker.late
 
     @property
     def range(self) -> Range | None:
@@ -302,17 +294,15 @@ class Rewards:
         objects: dict[str, Any] = {}
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
-        abstains = self._abstains_on_error
         results = call_rewards(
-            self._here, rows, self.state, locations, objects=objects, abstains=abstains
+            self._callers, rows, self.state, locations, objects, excused=self._excused
         )
-        late = self.late
-        if self._worker is not None:
-            results = CallResults(*map(or_, results, self._worker(rows, self.state, locations)))
+        self.late += int(results.late.sum())
         self.faults = results.faults | self.faults
         for name, spent in results.seconds.items():
             self.seconds[name] += spent
         values = np.stack([results.values[name] for name in self.names], axis=1)
+        values[results.late] = np.nan  # a part of the sum would be another reward
         described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
         self._check_declared(values, described)
         counts = ~np.isnan(values[:, self._counted])
@@ -327,8 +317,8 @@ class Rewards:
                 counts = f"{len(items)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
         means = {name: float(np.mean(numbers)) for name, numbers in results.logged.items()}
-        if self._worker is not None and self._worker.abstains:
-            means["frac_rows_late"] = (self.late - late) / len(valid)
+        if Late in self._excused:
+            means["frac_rows_late"] = float(results.late.mean())
         total = np.where(valid, self._total(values, described), 0.0)
         return RewardResult(values, total, valid, means, results.extra)
 
@@ -344,13 +334,9 @@ class Rewards:
         large = ~(np.abs(total) <= LARGEST_REWARD)  # not `>`, which is False for nan
         if large.any():
             row = int(large.argmax())
-            parts = []
-            for weight, name, value in zip(self.weights, self.names, values[row], strict=True):
-                parts.append(f"{weight:g} x {value:g} ({name})")
-            problem = f"{total[row]:g} = {' + '.join(parts)}, beyond {LARGEST_REWARD:g}"
             raise Stopped(
-                f"The weighted sum of the rewards of {described(row)} is {problem}: "
-                "give smaller reward_weights."
+                f"The weighted sum of the rewards of {described(row)} is {total[row]:g}, beyond "
+                f"{LARGEST_REWARD:g}: give smaller reward_weights."
             )
         return total
 
@@ -377,12 +363,11 @@ class Rewards:
 
 
 def unique_names(functions: Sequence[Any]) -> list[str]:
-    """Return a distinct printable name for each function, for metrics; a repeated name gets a number."""
+    """Return a distinct name for each function, for metrics; a repeated name gets a number."""
     names: list[str] = []
     for function in map(original, functions):
         whole = str(getattr(function, "__name__", type(function).__name__))
-        letters = [letter if letter.isprintable() else "_" for letter in whole]
-        name = unique = "".join(letters).replace("<lambda>", "reward")
+        name = unique = whole.replace("<lambda>", "reward")
         number = 1
         while unique in names:
             number += 1

@@ -1,9 +1,9 @@
-"""Runs reward functions under a deadline, in a process of their own, because only a process can be killed.
+"""Runs a reward function under a deadline, in a process of its own, because only a process can be killed.
 
 A signal of this process would interrupt most functions, but a reward may use SIGALRM itself, as math-verify
 does, and code of a library may run for ever without returning to Python. The process is a freshly spawned
 interpreter, since a fork would inherit the locks and thread pools of a process that runs torch. It imports the
-program only where a function is defined in it; otherwise the program would do its work again. Data is
+program only where the function is defined in it; otherwise the program would do its work again. Data is
 pickled through a pipe, which only this program and its child use. When this program ends, the child reads the
 end of the pipe and exits. If a function changes globals or its own attributes, the change stays in that
 process.
@@ -17,131 +17,84 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import numpy as np
-
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, refusing
-from tokenrl.language.rewards.calls import CallResults, TrainerState, call_rewards
+from tokenrl.errors import (
+    USER_CODE_FAILED,
+    Ended,
+    Refused,
+    Stopped,
+    TokenrlError,
+    code_line,
+    describe,
+    refusing,
+)
+from tokenrl.language.rewards.calls import Late, Pending, attempt_each, listed
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import OWN_MODULES, import_source
 from tokenrl.runs.signals import GracefulStop
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
-NEEDED = ("fork", "killpg", "setsid")
-"""Functions of the module os that Windows lacks."""
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
-class Late(Stopped):
-    """A call of reward functions missed its deadline."""
-
-
-class RewardWorker:
-    """Several reward functions in one process that can be killed; the first call starts it.
-
-    Attributes:
-        timeout: seconds for one call of a function.
-        abstains: whether completions whose call missed the deadline get no reward, instead of an error.
-        late: number of such completions so far.
-        abstains_on_error: whether completions for which a function raises an error get no reward from it.
-    """
+class RewardProcess:
+    """A reward function in a process that can be killed; the first call starts it."""
 
     def __init__(
-        self,
-        sources: Mapping[str, Any],
-        timeout: float,
-        abstains: bool = False,
-        abstains_on_error: bool = False,
+        self, name: str, source: Any, function: Callable[..., Any], timeout: float
     ) -> None:
-        """Take the functions; nothing is started yet.
+        """Take the function; nothing is started yet.
 
         Args:
-            sources: by name, anything that `load_reward` takes. A spec is loaded in the process; a callable
-                is pickled, and a pickled function is only the name of its module and its own.
-            timeout: seconds for one call of a function. Async functions run together, and the timeout is for
-                all of them.
-            abstains: give completions whose call missed the deadline no reward.
-            abstains_on_error: see `call_rewards`.
+            name: what messages call it.
+            source: anything that `load_reward` takes. A spec is loaded in the process; a callable is pickled,
+                and a pickled function is only the name of its module and its own.
+            function: the function itself, the parameters of which count.
+            timeout: seconds for one call.
 
         Raises:
-            Refused: a function cannot be pickled, the system is Windows, or this process is a daemon.
+            Refused: the function cannot be pickled.
         """
-        if not all(hasattr(os, name) for name in NEEDED):
-            raise Refused(
-                f"This system ({sys.platform}) cannot end a reward function with all that it has started, as "
-                "reward_timeout does: leave reward_timeout out, or run on Linux or macOS."
-            )
-        if multiprocessing.current_process().daemon:
-            raise Refused(
-                "This process is a daemon of multiprocessing, which may have no process of its own, as reward_timeout "
-                "needs: leave reward_timeout out, or start this process with daemon=False."
-            )
-        self.timeout = timeout
-        self.abstains = abstains
-        self.late = 0
-        self.abstains_on_error = abstains_on_error
-        self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
+        self.__wrapped__ = function
+        self._timeout = timeout
+        self._subject = f"Reward function {name}"
+        fault = (
+            f"{self._subject} cannot run under reward_timeout, as it cannot be sent to a process"
+        )
+        with refusing(fault, "Write it in a file, and name it as in rewards.py:function."):
+            self._pickled = bytes(ForkingPickler.dumps(source))
         self._process: Any = None
 
     def __call__(
-        self, rows: Mapping[str, list[Any]], state: TrainerState, locations: Sequence[str] = ()
-    ) -> CallResults:
-        """Do what `call_rewards` does, in the process and with a deadline for each function.
-
-        If `abstains`, a call that misses it is made again for each completion alone.
+        self, *, log_extra: Any = None, log_metric: Any = None, **arguments: Any
+    ) -> Pending:
+        """Begin a call, with the arguments that a reward gets; its `answer` may raise what `_receive` does.
 
         Raises:
-            Stopped: as in `call_rewards`, or a function took too long or ended the process.
-            Refused: the process cannot be started with these functions.
+            Refused: the process cannot be started with this function.
         """
-        try:
-            return self._called(rows, state, locations)
-        except Late:
-            if not self.abstains:
-                raise
-        count = len(rows["prompts"])
-        if count == 1:
-            self.late += 1
-            spent = dict.fromkeys(self._pickled, self.timeout)
-            nothing = {name: np.full(1, np.nan) for name in self._pickled}
-            return CallResults(nothing, {}, {}, spent, {})
-        parts = []
-        for i in range(count):
-            row = {name: column[i : i + 1] for name, column in rows.items()}
-            parts.append(self(row, state, locations[i : i + 1]))
-        names = dict.fromkeys(name for part in parts for name in part.extra)
-        logged: dict[str, list[float]] = {}
-        for part in parts:
-            for name, values in part.logged.items():
-                logged.setdefault(name, []).extend(values)
-        return CallResults(
-            {name: np.concatenate([part.values[name] for part in parts]) for name in self._pickled},
-            {name: [part.extra.get(name, [None])[0] for part in parts] for name in names},
-            logged,
-            {name: sum(part.seconds[name] for part in parts) for name in self._pickled},
-            parts[0].faults,
-        )
-
-    def _called(
-        self, rows: Mapping[str, list[Any]], state: TrainerState, locations: Sequence[str]
-    ) -> CallResults:
         if self._process is None:
             self._start()
-        fault = f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process"
-        remedy = "Keep plain values in the columns, or leave reward_timeout out."
-        # `_answer` says how the process ended
-        with refusing(fault, remedy, Stopped), contextlib.suppress(*GONE):
-            self._pipe.send((dict(rows), state, locations))
-        answer: CallResults = self._answer("The reward functions", self.timeout, Stopped)
-        return answer
+        logs = {"log_extra": log_extra, "log_metric": log_metric}
+        with contextlib.suppress(*GONE):  # `_receive` says how the process ended
+            self._pipe.send(arguments)
+        deadline = time.monotonic() + self._timeout
+
+        def answer() -> Any:
+            output, records = self._receive(max(0.0, deadline - time.monotonic()), Stopped)
+            for log, *values in records:
+                logs[log](*values)
+            return output
+
+        return Pending(answer)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -149,75 +102,70 @@ class RewardWorker:
         # An import statement cannot find some modules of files, so the paths of all are sent along.
         files = [str(file) for file, _ in OWN_MODULES.values()]
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
-        arguments = (theirs, files, self._pickled, self.abstains_on_error)
-        self._process = context.Process(target=_serve, args=arguments)
+        process = context.Process(target=_serve, args=(theirs, files, self._pickled))
         program = sys.modules["__main__"]
-        if not any(b"__main__" in data for data in self._pickled.values()):
-            sys.modules["__main__"] = types.ModuleType(
-                "__main__"
-            )  # so that it is not imported there
+        if b"__main__" not in self._pickled:
+            # so that it is not imported there
+            sys.modules["__main__"] = types.ModuleType("__main__")
+        fault = f"{self._subject} cannot have a process of its own"
         try:
-            self._process.start()
+            with refusing(fault, "Leave reward_timeout out."):
+                process.start()
         finally:
             sys.modules["__main__"] = program
+        self._process = process
         theirs.close()  # else the pipe stays open when the process ends
-        self._end = weakref.finalize(self, _end, self._process, self._pipe)
-        stage = f"The process of the reward functions {', '.join(self._pickled)}"
-        self._answer(stage, max(START_SECONDS, self.timeout), Refused)
+        self._end = weakref.finalize(self, _end, process, self._pipe)
+        self._receive(max(START_SECONDS, self._timeout), Refused)
 
-    def _answer(self, stage: str, seconds: float, fault: type[TokenrlError]) -> Any:
-        """Wait for the next result; each stage that the process announces restarts the deadline."""
+    def _receive(self, seconds: float, fault: type[TokenrlError]) -> Any:
+        """Return the next result of the process.
+
+        Raises:
+            Ended: the function raised an error.
+            Late: there is no result after these seconds.
+            TokenrlError: the function raised it, or the process cannot work or ended, which is a `fault`.
+        """
         try:
-            while self._pipe.poll(seconds):
-                answer = self._pipe.recv()
-                if isinstance(answer, TokenrlError):
-                    raise answer
-                if not isinstance(answer, str):
-                    return answer
-                stage = answer
+            if self._pipe.poll(seconds):
+                result = self._pipe.recv()
+                if isinstance(result, BaseException):
+                    raise result
+                return result
         except GONE:
             self._process.join(5)
             code = self._process.exitcode
             self.close()
             end = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             raise fault(
-                f"{stage} ended the process that it ran in ({end}). A program that defines a reward and calls "
-                "tokenrl.train with reward_timeout needs `if __name__ == '__main__':`, as the process imports it."
+                f"{self._subject} ended the process that it ran in ({end}). A program that defines a reward and "
+                "calls tokenrl.train with reward_timeout needs `if __name__ == '__main__':`, as the process imports "
+                "it."
             ) from None
         self.close()
         raise (Late if fault is Stopped else fault)(
-            f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed: "
-            "make it faster (nested repetition in a pattern can take for ever), raise reward_timeout, or give such "
-            "completions no reward with on_reward_timeout abstain."
+            f"{self._subject} did not return within {self._timeout:g} s (reward_timeout={self._timeout:g}) and was "
+            "killed: make it faster (nested repetition in a pattern can take for ever), raise reward_timeout, or "
+            "give such completions no reward with on_reward_timeout abstain."
         )
 
     def close(self) -> None:
         """Kill the process and all that it started; the next call starts a new one."""
-        if self._process is not None:
-            self._end()
+        self._end()
         self._process = None
-
-
-def _pickled(name: str, source: Any) -> bytes:
-    fault = (
-        f"Reward function {name} cannot run under reward_timeout, as it cannot be sent to a process"
-    )
-    with refusing(fault, "Write it in a file, and name it as in rewards.py:function."):
-        return bytes(ForkingPickler.dumps(source))
 
 
 def _end(process: Any, pipe: Connection) -> None:
     pipe.close()
+    # its group, where the system has groups: also what the function started
     with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)  # its group: also what the functions started
+        os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join(10)
 
 
-def _serve(
-    pipe: Connection, files: list[str], pickled: Mapping[str, bytes], abstains: bool
-) -> None:
-    """Run in the process: load the functions, then answer calls until the pipe closes."""
+def _serve(pipe: Connection, files: list[str], pickled: bytes) -> None:
+    """Run in the process: load the function, then answer calls until the pipe closes."""
     with contextlib.suppress(AttributeError, OSError):  # as on Windows
         os.setsid()
         # Linux alone: killed with the training, whatever hangs here.
@@ -231,29 +179,37 @@ def _serve(
             import_source(file, "reward")
     with contextlib.suppress(*GONE):  # the training has ended
         try:
-            functions = {
-                name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()
-            }
+            function = load_reward(ForkingPickler.loads(pickled))
         except USER_CODE_FAILED as error:
-            problem = (
-                f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
-            )
-            pipe.send(
-                Refused(
-                    f"{problem}: write them in a file, and name them as in rewards.py:function."
-                )
-            )
+            problem = f"A reward cannot be loaded under reward_timeout ({describe(error)})"
+            remedy = "write it in a file, and name it as in rewards.py:function"
+            pipe.send(Refused(f"{problem}: {remedy}."))
             return
         pipe.send(None)
         while True:
-            rows, state, locations = pipe.recv()
+            result: Any = _result(function, pipe.recv())
             try:
-                answer = ForkingPickler.dumps(
-                    call_rewards(functions, rows, state, locations, pipe.send, abstains=abstains)
-                )
-            except TokenrlError as error:  # is to be raised in the training
-                answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
+                answer = ForkingPickler.dumps(result)
             except Exception as error:
-                problem = f"What was given to log_extra cannot be sent back ({describe(error)})."
+                problem = f"What a reward returned or gave to log_extra cannot be sent back ({describe(error)})."
                 answer = ForkingPickler.dumps(Stopped(problem))
             pipe.send_bytes(answer)
+
+
+def _result(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call the function; return its output and what it logged, or an error that pickle can write."""
+    records: list[tuple[Any, ...]] = []
+
+    def log_extra(column: str, values: Iterable[Any]) -> None:
+        records.append(("log_extra", column, list(values)))
+
+    def log_metric(name: str, value: float) -> None:
+        records.append(("log_metric", name, float(value)))
+
+    logs = {"log_extra": log_extra, "log_metric": log_metric}
+    output, error, _ = attempt_each({"": function}, arguments, {"": logs})[""]
+    if error is None:
+        return listed(output), records
+    if isinstance(error, TokenrlError):
+        return error
+    return Ended(f"{describe(error)}{code_line(error, first=True)}")

@@ -39,13 +39,13 @@ class DataArguments(Settings, group="data"):
     reward_weights: tuple[Number, ...] = ()
     """One weight per reward. Default: 1 for each."""
     reward_timeout: Annotated[float, Bounds(above=0, at_most=1e6)] | None = None
-    """Seconds that one call of a reward function may take. The functions then run in a process of their own,
+    """Seconds that one call of a reward function may take. Each function then runs in a process of its own,
     which is killed at the deadline; on_reward_timeout says what follows. Reward models are exempt. It also
     bounds one call of an environment, whose episode then ends as timeout, and the run goes on. Default: no
     deadline."""
     on_reward_timeout: Literal["stop", "abstain"] = "stop"
-    """What follows on a call of reward functions that misses the deadline. stop: the run stops. abstain: they
-    are called again for each completion alone, and one that misses the deadline gets no reward from them; it
+    """What follows on a reward function that misses the deadline. stop: the run stops. abstain: it is called
+    again for each completion alone, and one that misses the deadline again gets no reward, from no function; it
     counts in frac_rows_late."""
     on_reward_error: Literal["stop", "abstain"] = "stop"
     """What follows on a reward function that raises an error. stop: the run stops. abstain: it is called again
