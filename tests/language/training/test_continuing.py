@@ -245,12 +245,12 @@ SAVED = {"max_steps": 4, "learning_rate": 0.01, "save_every": 2, "keep_checkpoin
 SAVED |= {"eval_every": 2, "warmup_steps": 3, "threads": 1, "quiet": True}
 
 
-def continues(run, train):
-    """Check that a run which goes on in the middle leaves what it had left as a whole."""
+def continues(run, train) -> bool:
+    """Whether a run that goes on in the middle leaves what it had left as a whole."""
     train(output_dir=run)
     whole = files_of(run, 4)
     train(output_dir=run, resume=run / "checkpoints" / "step_000002")
-    assert files_of(run, 4) == whole
+    return files_of(run, 4) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,7 +262,7 @@ def test_every_part_of_a_training_continues_bit_for_bit(tmp_path, kind):
         settings |= {"prompts_per_step": 3, "num_generations": 2, "stop_after_zero_spread": 0}
         tokenrl.train(max_completion_length=6, **SAVED, **settings | KINDS[kind])
 
-    continues(tmp_path / "run", train)
+    assert continues(tmp_path / "run", train)
 
 
 def test_a_supervised_training_continues_bit_for_bit(tmp_path):
@@ -271,6 +271,6 @@ def test_a_supervised_training_continues_bit_for_bit(tmp_path):
     def train(**settings):
         tokenrl.sft(model=make_policy(), task=rows, batch_size=3, **SAVED, **settings)
 
-    continues(tmp_path / "run", train)
+    assert continues(tmp_path / "run", train)
     with refused("seed: 0, now 5"):
         train(output_dir=tmp_path / "run", resume="auto", seed=5)
