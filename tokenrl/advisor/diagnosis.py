@@ -28,7 +28,7 @@ from tokenrl.runs.signals import ended_by_itself
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
-ERRORS_OF_CHANCE = 1.96
+SURE = 1.96
 """Standard errors of a difference beyond which a reward is said to have risen: by chance in 2.5 % of runs."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
@@ -98,8 +98,8 @@ def status_of(run: RecordedRun, steps: int) -> str:
     summary = run.summary
     step = run.metrics[-1]["step"]
     ended = "still running" if not summary and in_use(run.path) else ending(summary)
-    error = f"; {summary['error']}" if "error" in summary else ""
-    return f"{step} of {steps} steps ({step / steps:.0%}); {ended}{error}"
+    parts = [f"{step} of {steps} steps ({step / steps:.0%})", ended, summary.get("error")]
+    return "; ".join(filter(None, parts))
 
 
 def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
@@ -115,7 +115,7 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
-    gained = evaluated and evaluated[-1].exceeds(evaluated[0], ERRORS_OF_CHANCE)
+    gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
     if is_language and ended_by_itself(run.summary) and "flags" in run.summary:
         gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
@@ -125,5 +125,5 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved=is_solved,
         whole=recent,
         skipped=skipped / updates,
-        latest=None if gained and run.summary else observed.latest,
+        latest=None if gained else observed.latest,
     )

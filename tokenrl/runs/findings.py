@@ -131,20 +131,6 @@ class Gain:
         return self.value <= 2 * self.error
 
 
-class Abstention(NamedTuple):
-    """A reward function that gave no reward to more than a few completions.
-
-    Attributes:
-        name: its name.
-        share: the share of completions without its reward.
-        fault: in words, its first error; empty if it raised none.
-    """
-
-    name: str
-    share: float
-    fault: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What rules read of a training: its settings, its numbers, and what is known of its task and its model.
@@ -252,12 +238,13 @@ class Observed:
         return usual if usual < self.learning_rate else self.learning_rate / 4
 
     @property
-    def abstention(self) -> Abstention | None:
-        """The first reward function that gave no reward to more than a few completions; None without any."""
+    def abstention(self) -> str:
+        """In words, the first reward function that gave too few rewards, and its first error; empty without any."""
         for name, share in self.abstained.items():
             if share > MAX_ABSTAINED:
-                return Abstention(name, share, self.faults.get(name, ""))
-        return None
+                fault = self.faults.get(name, "")
+                return f"The reward function {name} gave no reward to {share:.0%} of the completions. {fault}"
+        return ""
 
 
 def observe(rows: Rows, settings: Any) -> Observed:

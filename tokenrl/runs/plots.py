@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FEW = 50
 """Points of a curve up to which each is a dot; a curve of more is drawn faintly, with its running mean."""
 
+COLOURS = {"better": "C2", "worse": "C1", "equivalent": "C0"}
+"""Colours of verdicts by their places in the cycle of colours; the others are grey."""
+
 
 class Chart(NamedTuple):
     """Curves over a common axis.
@@ -71,9 +74,9 @@ class Forest(NamedTuple):
     Attributes:
         name: heading of the plot.
         unit: what the differences are of, and what the bars show.
-        rows: the differences by the names of what is compared, from the top: the `result` in words, the mean
-            `value`, the ends `low` and `high` of its thick bar, `least` and `most` of its thin bar, which
-            decides, the single differences as `points`, and a `colour` of matplotlib.
+        rows: the differences from the top: the `name` of what is compared, the `result` in words, the `verdict`
+            that gives the colour, the `mean`, the ends `mean_low` and `mean_high` of its thick bar,
+            `adjusted_low` and `adjusted_high` of its thin bar, which decides, and single differences, `points`.
         margin: differences up to this size count as equivalent, drawn as a band; None for none.
     """
 
@@ -99,13 +102,13 @@ class Forest(NamedTuple):
             axes.axvspan(-self.margin, self.margin, color="0.85", alpha=0.6, linewidth=0)
         axes.axvline(0, color="0.35", linewidth=1)
         for line, row in enumerate(self.rows.itertuples()):
-            look: dict[str, Any] = {"color": row.colour, "clip_on": False}
-            _write(axes, str(row.Index), line, (0, -14), weight="bold")
-            _write(axes, str(row.result), line, (0, -29), color=row.colour)
+            look: dict[str, Any] = {"color": COLOURS.get(row.verdict, "0.45"), "clip_on": False}
+            _write(axes, str(row.name), line, (0, -14), weight="bold")
+            _write(axes, str(row.result), line, (0, -29), color=look["color"])
             bars = [line + 0.72] * 2
-            axes.plot([row.least, row.most], bars, **look)
-            axes.plot([row.low, row.high], bars, linewidth=6, alpha=0.55, **look)
-            axes.plot(row.value, bars[0], "o", markersize=9, **look)
+            axes.plot([row.adjusted_low, row.adjusted_high], bars, **look)
+            axes.plot([row.mean_low, row.mean_high], bars, linewidth=6, alpha=0.55, **look)
+            axes.plot(row.mean, bars[0], "o", markersize=9, **look)
             dots = [line + 0.9] * len(row.points)
             axes.plot(row.points, dots, "o", markersize=4, alpha=0.5, **look)
 

@@ -22,8 +22,8 @@ def make_run(folder, end, **settings):
 
 def rows_of(text, heading):
     part = text[text.index(f"<h2>{heading}") :]
-    rows = re.findall("<tr.*?</tr>", part[: part.index("</table>")])
-    return [[Page(cell).text for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
+    rows = re.findall("<tr.*?</tr>", part[: part.index("</table>")], flags=re.DOTALL)
+    return [[Page(cell).text for cell in re.findall("<t[hd]>.*?</t[hd]>", row)] for row in rows]
 
 
 def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys):

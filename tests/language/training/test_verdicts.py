@@ -96,28 +96,6 @@ class Falling:
         return [float("a" in text) * (self.left >= 0) for text in completions]
 
 
-class Flickering(Falling):
-    """After the fall one completion in every third step is right."""
-
-    __name__ = "flickering"
-
-    def __call__(self, completions, **_):
-        rewards = super().__call__(completions)
-        return [1.0, *rewards[1:]] if self.left < 0 and self.left % 3 == 0 else rewards
-
-
-def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
-    with stopped(r"At step \d+: The policy is destroyed"):
-        train(
-            tmp_path / "run",
-            Flickering(6),
-            learning_rate=1e-9,
-            stop_after_zero_spread=8,
-            max_steps=40,
-        )
-    assert summary_of(tmp_path / "run")["steps"] < 20
-
-
 def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_path, capsys):
     model, tokenizer = letters()
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None

@@ -23,11 +23,6 @@ from tokenrl.runs.plots import Chart, Forest
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import curve, is_shown
 
-CITATION = """@software{{tokenrl,
-  title = {{tokenrl: policy gradients on language models, with declared bias}},
-  version = {{{tokenrl}}},
-  year = {{2026}},
-}}"""
 FROM_PYTHON = (
     "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
 )
@@ -37,8 +32,6 @@ INTERVALS = {
     "interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
 }
 """What the intervals of a comparison are, by heading."""
-COLOURS = {"better": "C2", "worse": "C1", "equivalent": "C0"}
-"""Colours of the verdicts, by their places in the cycle of colours; the others are grey."""
 CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
     "so a difference between two runs says nothing yet about their settings: repeat them with several seeds. "
@@ -67,9 +60,8 @@ def write_comparison(comparison: Comparison) -> Path:
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     packages = versions()
-    citation = CITATION.format(**packages)
     verdicts = {label: words._asdict() for label, words in comparison.words.items()}
-    facts = {"plan": asdict(plan), "verdicts": verdicts, "versions": packages, "citation": citation}
+    facts = {"plan": asdict(plan), "verdicts": verdicts, "versions": packages}
     write_json(folder / "comparison.json", facts)
     context = pd.Series(plan.describe() | INTERVALS).rename(str.capitalize)
     sections: dict[str, dict[str, Any]] = {"What was compared": {"table": context.to_frame("")}}
@@ -84,7 +76,7 @@ def write_comparison(comparison: Comparison) -> Path:
         sections=sections,
         details={
             "Every run": [runs.set_index("arm")],
-            "To repeat, and to cite": [plan.command or FROM_PYTHON, citation, packages],
+            "To repeat": [plan.command or FROM_PYTHON, packages],
             "The plan": [asdict(plan)],
         },
     )
@@ -134,27 +126,15 @@ def _forest(comparison: Comparison, family: Family) -> Forest:
     )
     if family.margin is not None:
         words += f"The band is the margin of equivalence, {digits(family.margin)}. "
-    bars = {}
+    bars = []
     for difference in family.differences:
         points = list(difference.differences.values())
-        if not points:
-            continue
-        name = difference.arm
-        if difference.reference != family.reference:
-            name += f" - {difference.reference}"
-        value, low, high = difference.mean
-        bars[name] = {
-            "result": f"{difference.verdict}, {difference.interval}",
-            "value": value,
-            "low": low,
-            "high": high,
-            "least": difference.adjusted[1],
-            "most": difference.adjusted[2],
-            "points": points,
-            "colour": COLOURS.get(difference.verdict, "0.45"),
-        }
-    rows = pd.DataFrame.from_dict(bars, orient="index")
-    return Forest(f"Difference to {family.reference}", words, rows, family.margin)
+        against = "" if difference.reference == family.reference else f" - {difference.reference}"
+        name = f"{difference.arm}{against}"
+        result = f"{difference.verdict}, {difference.interval}"
+        if points:
+            bars.append({**difference.row(), "name": name, "result": result, "points": points})
+    return Forest(f"Difference to {family.reference}", words, pd.DataFrame(bars), family.margin)
 
 
 def _charts(
