@@ -49,7 +49,8 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
     ("rewards-abstain", "watch", Observed(abstained={"judge": 0.25}), {}, {"abstained": {"judge": 0.02}}),
     ("no-signal", "void", TRIAL, {}, {"step": Means(reward=0.5, equal=0.8)}),
     ("no-signal", "watch", replace(TRIAL, others_differ=True), {}, {"groups": ""}),
-    ("no-signal", "void", IDLE, {}, {"idle_steps": 0}),
+    ("no-signal", "void", IDLE, {}, {"idle_steps": 2}),
+    ("no-signal", "void", replace(IDLE, idle_steps=2, stop_after_zero_spread=2), {}, {"idle_steps": 1}),
     ("no-signal", "void", replace(IDLE, sampled=[Mean(0.9, 0.01, 0)]), {}, {"idle_steps": 0}),
     ("no-signal", "act", Observed(early=Means(equal=0.6), gain_of_arm=-0.1), {}, {"gain_of_arm": 0.2}),
     ("no-signal", "act", EQUAL, {"num_generations": 8}, {"whole": Means(equal=0.25)}),
@@ -111,7 +112,8 @@ def test_fields_that_are_filled_by_name_are_settings():
         for field in fields(kind)
     }
     assert named == {"learning_rate", "max_completion_length", "num_generations", "num_envs", "keep", "scale",
-                     "eval_generations", "reward_scale", "importance_centre", "sync_every", "entropy_coef"}  # fmt: skip
+                     "eval_generations", "reward_scale", "importance_centre", "sync_every", "entropy_coef",
+                     "stop_after_zero_spread"}  # fmt: skip
 
 
 def row(step, reward, error=0.03, equal=0.2):

@@ -20,6 +20,8 @@ LONGEST_TENTH = 100
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+IDLE_STEPS = 3
+"""Steps in a row without a signal from which on a run says so."""
 MAX_ABSTAINED = 0.02
 """Largest share of completions to which a reward function may give no reward."""
 ENDLESS = (
@@ -158,7 +160,7 @@ class Observed:
         others_differ: whether other samples of the same policy have unequal rewards.
         abstained: the recent metrics `rewards/{name}/abstained`, by the names of the reward functions.
         faults: in words, the first error of each function that gave none because of it.
-        idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
+        idle_steps: the number of steps in a row, up to now, in which no rewards differed.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
         pass_mark: the mean reward from which the task counts as solved, or else the reward of a right completion.
@@ -175,6 +177,7 @@ class Observed:
     keep: str = ""
     scale: str = ""
     reward_scale: float = math.nan
+    stop_after_zero_spread: int = 0
     sync_every: int = 1
     importance_centre: bool = False
     entropy_coef: float = 0.0
@@ -220,6 +223,11 @@ class Observed:
     def last_greedy(self) -> Mean:
         """The latest evaluation of greedy completions."""
         return self.greedy[-1]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there was nothing to learn from in so many steps in a row that the run says so, or ends."""
+        return self.idle_steps >= min(IDLE_STEPS, self.stop_after_zero_spread or IDLE_STEPS)
 
     @property
     def usual_rate(self) -> float:

@@ -68,7 +68,7 @@ def _table(frame: pd.DataFrame) -> str:
 
     cells = frame.astype(object).where(frame.notna(), "-").rename_axis(None)
     with pd.option_context("display.max_colwidth", None):
-        return cells.to_html(border=0, float_format="{:.4g}".format)
+        return str(cells.to_html(border=0, float_format="{:.4g}".format))
 
 
 def _last(curve: pd.DataFrame) -> str:

@@ -140,7 +140,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
     import pandas as pd
 
-    return pd.Series(values).rolling(window, center=True, min_periods=1).mean().tolist()
+    return list(pd.Series(values).rolling(window, center=True, min_periods=1).mean())
 
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame) -> None:
@@ -165,5 +165,5 @@ def _scale(axes: Axes, axis: Any, count: int, integer: bool = False) -> None:
 
 def _write(axes: Axes, text: str, height: float, shift: tuple[int, int], **look: Any) -> None:
     """Write a text at the left end of a height of the data, shifted by points to the right and up."""
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate(text, (0, height), shift, **place, **look)

@@ -50,7 +50,7 @@ class Tabled:
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        return self._table().to_html() + "<br>".join(map(escape, self._ending()))
+        return f"{self._table().to_html()}{'<br>'.join(map(escape, self._ending()))}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -134,7 +134,7 @@ def sampling_differs(run: Observed) -> Any:
 def remedy(run: Observed) -> str:
     """Return in words what helps most where rewards do not differ."""
     cut = run.step.cut
-    reward = run.step.reward if run.groups or run.idle_steps else nan  # else one step says little
+    reward = run.step.reward if run.groups or run.is_idle else nan  # else one step says little
     if run.num_envs:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
     if reward >= run.pass_mark:
@@ -221,14 +221,14 @@ RULES = (
     Rule(
         "no-signal",
         lambda run: (
-            run.idle_steps
+            run.is_idle
             and run.sampled
             and run.step.reward < run.sampled[0].value - 3 * run.sampled[0].error
             and "void"
         ),
         IDLE + ", down from {run.sampled[0].value:.3g} before training. " + TOO_FAST,
     ),
-    Rule("no-signal", lambda run: run.idle_steps and "void", IDLE + ". {remedy}"),
+    Rule("no-signal", lambda run: run.is_idle and "void", IDLE + ". {remedy}"),
     # Where nothing was gained, the first tenth of the steps shows why: a low entropy alone is no fault.
     Rule(
         "entropy-collapsed",

@@ -192,14 +192,6 @@ def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_pa
         assert train(tmp_path, settled, **options).exit_reason == reason
 
 
-@pytest.mark.parametrize("solved", [-1.0, 2.0])
-def test_a_run_that_ends_early_is_judged_by_its_last_evaluation(tmp_path, monkeypatch, solved):
-    monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
-    options = {"eval_generations": 0, "callback": lambda step, _: True}
-    flags = train(tmp_path, first_letter, {"solved": solved}, **options).flags
-    assert ("entropy-collapsed" in flags) == (solved == 2.0)
-
-
 @pytest.mark.parametrize("on_abstain", ["zero", "leave-out"])
 def test_a_judge_that_abstains_is_counted_and_told(tmp_path, on_abstain):
     """Of four completions of a prompt it answers three; leaving the fourth out changes the mean reward."""

@@ -28,9 +28,6 @@ from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-TOLD_STEPS = 3
-"""Steps in a row without a signal after which it is told."""
-
 
 def judge_start(run: TrainingRun, session: Session) -> None:
     """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
@@ -48,8 +45,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     start = f"step {session.step}:"
     limit = run.args.stop_after_zero_spread
     idle = steps_without_signal(run, session)
-    is_told = idle >= min(TOLD_STEPS, limit or TOLD_STEPS)
-    observed = replace(observe_run(run, session.rows), idle_steps=idle if is_told else 0)
+    observed = replace(observe_run(run, session.rows), idle_steps=idle)
     findings = {finding.flag: finding for finding in judge(observed)}
     for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
         if flag in findings:
