@@ -129,14 +129,6 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
     )
 
 
-@pytest.mark.parametrize(("flags", "flagged"), [(["policy-destroyed"], True), ([], False)])
-def test_a_run_that_has_ended_is_destroyed_if_it_says_so_itself(made_up, flags, flagged):
-    path = made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.0}})
-    summary = {"exit_reason": "finished", "steps": 40, "flags": flags}
-    write_json(path / "summary.json", summary)
-    assert ("policy-destroyed" in findings_of(path)) is flagged
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

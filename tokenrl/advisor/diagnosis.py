@@ -19,12 +19,11 @@ from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.console import FAILURES, ending
+from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
-from tokenrl.runs.signals import ended_by_itself
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
@@ -116,8 +115,6 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
-    if is_language and ended_by_itself(run.summary) and "flags" in run.summary:
-        gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     return replace(

@@ -224,11 +224,10 @@ def with_errors(metrics: Row | None) -> dict[str, str]:
     those that repeat them (see `distinct`).
     """
     metrics = distinct(metrics)
-    errors = {f"{name}_stderr" for name in metrics}
     return {
         name: measured(metrics[name], metrics.get(f"{name}_stderr"))
         for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward")
-        if name not in errors
+        if not name.endswith("_stderr")
     }
 
 

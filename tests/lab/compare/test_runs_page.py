@@ -45,7 +45,8 @@ def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys
     assert "says nothing yet about their settings" in words
     caption = "mean reward of the sampled completions or episodes one 0.5 two 0.75"
     assert f"reward {caption}" in words and f"eval_reward {caption}" in words
-    assert len(page.all("svg")) == 3 * 2, "nothing else changes, and each has two sizes"
+    # Three rewards in two sizes; entropy and the share of clipped updates, which are not 0.
+    assert len(page.all("svg")) == 3 * 2 + 2
     assert text.count("<script") == 1
 
 
