@@ -118,7 +118,7 @@ def test_the_command_repeats_the_run_with_the_changes(made_up):
     path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3, settings=settings)
     advice = advise_run(str(path))
     assert advice.line == (
-        f"Run it: tokenrl train --config {path}/config.json --max-completion-length 32 --estimator.entropy-coef 0.01"
+        f"Run it: tokenrl train --config {path}/config.json --estimator.entropy-coef 0.01 --max-completion-length 32"
     )
     name, *argv = shlex.split(advice.line)[3:]
     arguments = parse(name, COMMANDS[name], argv)

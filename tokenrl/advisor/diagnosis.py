@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tokenrl.advisor.advice import LEVELS, Advice, flags
+from tokenrl.advisor.advice import Advice, flags
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
@@ -76,14 +76,13 @@ def advise_run(path: str) -> Advice:
 def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]) -> str:
     """Return the command that repeats a run with the changes of its findings, or why there is none.
 
-    The changes of the gravest finding come last. All else may be the consequence of a destroyed policy, so
-    beside it no other finding's changes count.
+    All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
     """
     if observed.is_solved:
         return SOLVED
     causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
     changes: dict[str, Any] = {}
-    for finding in sorted(causes or findings, key=lambda f: list(LEVELS).index(f.weight))[::-1]:
+    for finding in causes or findings:
         changes |= finding.changes
     if not changes:
         return UNCHANGED
