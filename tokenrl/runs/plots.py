@@ -30,8 +30,8 @@ class Chart(NamedTuple):
     Attributes:
         name: heading of the chart.
         unit: unit or meaning of the values.
-        curves: the curves by their names in the legend, each with its `value` by step (or whatever x counts)
-            and, where a band is drawn around it, the edges `low` and `high`; an `error` is that of the value.
+        curves: the curves by their names in the legend. Each has a `value` by step, or by whatever x counts.
+            The columns `low` and `high` are the edges of a band; `error` is the standard error of the value.
         large: as wide as the page, else one of several in a row.
         mark: name and value of a horizontal line.
         log: whether x is a rate, whose values are named and have equal ratios, instead of a count from 0.
@@ -74,9 +74,10 @@ class Forest(NamedTuple):
     Attributes:
         name: heading of the plot.
         unit: what the differences are of, and what the bars show.
-        rows: the differences from the top: the `name` of what is compared, the `result` in words, the `verdict`
-            that gives the colour, the `mean`, the ends `mean_low` and `mean_high` of its thick bar,
-            `adjusted_low` and `adjusted_high` of its thin bar, which decides, and single differences, `points`.
+        rows: the differences from the top. `name` says what is compared, `result` is the result in words, and
+            the `verdict` gives the colour. The `mean` is a dot, `points` are single differences. The thick bar
+            reaches from `mean_low` to `mean_high`, the thin one, which decides, from `adjusted_low` to
+            `adjusted_high`.
         margin: differences up to this size count as equivalent, drawn as a band; None for none.
     """
 
