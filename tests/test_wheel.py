@@ -17,7 +17,8 @@ DATA = {
     "tokenrl/core/presets.txt",
     "tokenrl/foreign.txt",
     "tokenrl/runs/metric_table.txt",
-    *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js", "mplstyle")),
+    *(f"tokenrl/runs/{page}.html" for page in ("page", "run", "comparison")),
+    *(f"tokenrl/runs/page.{kind}" for kind in ("css", "js", "mplstyle")),
 }
 
 

@@ -66,14 +66,14 @@ def test_a_result_is_a_small_table(tmp_path):
     after = {"reward": 1.0, "rewards/<a>/mean": 3.5}
     ended = Outcome(tmp_path, "finished", 0, 3, before, after, 61.2)
     assert repr(ended).splitlines() == [
-        "Outcome                before  after",
-        "reward            0.25 ± 0.12      1",
-        "rewards/<a>/mean            -    3.5",
+        "Outcome                before after",
+        "reward            0.25 ± 0.12     1",
+        "rewards/<a>/mean            -   3.5",
         "finished, 3 steps, 1:01",
         str(tmp_path),
     ]
-    page = ended._repr_html_()
-    assert "<td>rewards/&lt;a&gt;/mean</td><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
+    page = "".join(ended._repr_html_().split())
+    assert "<th>rewards/&lt;a&gt;/mean</th><td>-</td><td>3.5</td>" in page and str(tmp_path) in page
     assert ended.metrics == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert ended.metrics == [{"step": 1, "reward": 0.5}]

@@ -12,7 +12,6 @@ from refusals import refused
 
 from runs.pages import EVIL, Page
 from tokenrl.runs.files import write_json
-from tokenrl.runs.markup import Section, completions, write_page
 from tokenrl.runs.metrics import append_rows, write_completions
 from tokenrl.runs.origin import versions
 from tokenrl.runs.report import report_from_directory
@@ -48,12 +47,11 @@ def page_of(run):
     return Page(report_from_directory(run).read_text("utf-8"))
 
 
-def page_with(path, *blocks):
-    return Page(
-        write_page(
-            path / "p.html", EVIL, [Section(EVIL, blocks), Section("none", [{}])]
-        ).read_text()
-    )
+def page_with(path, *rows):
+    """The page of a run with completions and nothing else."""
+    append_rows(path, 1, {})
+    write_completions(path / "completions", 1, rows)
+    return page_of(path)
 
 
 @pytest.mark.drawn
@@ -75,7 +73,7 @@ def test_all_text_is_escaped_and_the_policy_lets_one_script_run_and_nothing_load
     count = page.text.replace('\\"', '"').count(EVIL)
     assert count >= 2 + 1 + 1 + 10 + 30 + 1  # headings, card, texts, command
     assert not [name for _, names in page.tags for name in names if name.startswith("on")]
-    inside = re.sub(r'xlink:href="#', "", text.replace("</", ""))
+    inside = re.sub(r'xlink:href="#|xmlns[^"]*"[^"]*"', "", text.replace("</", ""))
     assert not re.search(r"""(src|href)=|@import|url\((?!#)|https?:|//[a-z]""", inside)
     script = text[text.index("<script>") + 8 : text.index("</script>")]
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -94,7 +92,7 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
         {"prompt": '[{"role": 1}]', "completion": "[{no"},
         {"prompt": "1", "completion": json.dumps(turns)},
     ]
-    page = page_with(tmp_path, completions(rows))
+    page = page_with(tmp_path, *rows)
     assert len(page.all("div", "message")) == 2 * 4  # those that are open, and all
     assert len(page.all("div", "tool")) == 2
     texts = ("system", "be_brief", "a\\x1b", '[{"role": 1}]', "[{no", json.dumps(calls[0]), "<3>")
@@ -104,7 +102,7 @@ def test_a_chat_is_shown_as_messages_with_roles_and_other_texts_as_they_are(tmp_
 def test_a_drawing_of_a_reward_is_an_image_and_no_markup(tmp_path):
     drawing = "<?xml version='1.0'?><svg onload='alarm(1)'><script>alarm(2)</script></svg>"
     rows = [{"prompt": "1", "completion": "<svg/>", "molecule": drawing, "answer": "C"}]
-    page = page_with(tmp_path, completions(rows))
+    page = page_with(tmp_path, *rows)
     images = [image["src"] for image in page.all("img")]
     kind, _, content = images[0].partition(",")
     assert len(images) == 2  # the one that is open, and all

@@ -14,21 +14,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tokenrl.advisor.advice import LEVELS, Advice, flags
+from tokenrl.advisor.advice import Advice, flags
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.console import FAILURES, ending
+from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
-from tokenrl.runs.signals import ended_by_itself
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
-ERRORS_OF_CHANCE = 1.96
+SURE = 1.96
 """Standard errors of a difference beyond which a reward is said to have risen: by chance in 2.5 % of runs."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
@@ -77,14 +76,13 @@ def advise_run(path: str) -> Advice:
 def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]) -> str:
     """Return the command that repeats a run with the changes of its findings, or why there is none.
 
-    The changes of the gravest finding come last. All else may be the consequence of a destroyed policy, so
-    beside it no other finding's changes count.
+    All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
     """
     if observed.is_solved:
         return SOLVED
     causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
     changes: dict[str, Any] = {}
-    for finding in sorted(causes or findings, key=lambda f: list(LEVELS).index(f.weight))[::-1]:
+    for finding in causes or findings:
         changes |= finding.changes
     if not changes:
         return UNCHANGED
@@ -98,8 +96,8 @@ def status_of(run: RecordedRun, steps: int) -> str:
     summary = run.summary
     step = run.metrics[-1]["step"]
     ended = "still running" if not summary and in_use(run.path) else ending(summary)
-    error = f"; {summary['error']}" if "error" in summary else ""
-    return f"{step} of {steps} steps ({step / steps:.0%}); {ended}{error}"
+    parts = [f"{step} of {steps} steps ({step / steps:.0%})", ended, summary.get("error")]
+    return "; ".join(filter(None, parts))
 
 
 def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
@@ -115,9 +113,7 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
         is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
-    gained = evaluated and evaluated[-1].exceeds(evaluated[0], ERRORS_OF_CHANCE)
-    if is_language and ended_by_itself(run.summary) and "flags" in run.summary:
-        gained = not set(FAILURES) & set(run.summary["flags"])  # it compared the same prompts
+    gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     return replace(
@@ -125,5 +121,5 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved=is_solved,
         whole=recent,
         skipped=skipped / updates,
-        latest=None if gained and run.summary else observed.latest,
+        latest=None if gained else observed.latest,
     )

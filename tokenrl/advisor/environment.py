@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, replace
-from statistics import fmean, stdev
 
 import torch
 
@@ -55,8 +53,6 @@ SLOW_STEPS = 10_000
 """Steps per update that are cheap even where environments are stepped one by one."""
 MEASURED_STEPS = 20_000
 """Largest number of steps of a measurement, which still takes at least ten episodes."""
-RARE = 0.1
-"""The reward is sparse if at least 90 % of the episodes have the same return."""
 
 
 def advise_environment(args: AdviseArguments) -> Advice:
@@ -131,22 +127,21 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
             rollout = collect_episodes(copies, policy, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
         raise Refused(str(error)) from error
-    returns = rollout.returns.tolist()
+    returns = rollout.returns
+    frequent = returns.mode().values
     return {
         "episodes": len(returns),
-        "mean": fmean(returns),
-        "sd": stdev(returns),
-        "unusual": 1 - max(Counter(returns).values()) / len(returns),
-        "truncated": fmean(rollout.truncated.tolist()),
+        "mean": returns.mean().item(),
+        "sd": returns.std().item(),
+        "unusual": (returns != frequent).double().mean().item(),
+        "truncated": rollout.truncated.double().mean().item(),
     }
 
 
 def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> ControlArguments:
-    """Set what follows from the returns: reward scale, discount, entropy bonus, number of environments."""
+    """Set what follows from the returns: reward scale, discount, entropy bonus."""
     estimator = control.estimator
     spread = returns["sd"] or max(1.0, abs(returns["mean"]))
-    if estimator.baseline == "running_mean":  # it starts at the mean of other episodes
-        estimator = replace(estimator, running_mean_init=rounded(returns["mean"], 2))
     if "values" in estimator.needs:
         control = replace(control, reward_scale=rounded(1 / spread))
         spread = 1.0  # returns are scaled to it
@@ -155,10 +150,4 @@ def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> 
     if spec.discrete:
         estimator = replace(estimator, entropy_coef=rounded(ENTROPY * spread))
         control = replace(control, entropy_schedule="linear")
-    envs = control.num_envs
-    is_slow = not spec.fast and spec.horizon * envs > SLOW_STEPS
-    if is_slow and control.num_steps is None:
-        envs = 16
-    if returns["unusual"] < RARE:
-        envs *= 2
-    return replace(control, estimator=estimator, num_envs=envs)
+    return replace(control, estimator=estimator)

@@ -28,10 +28,8 @@ MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _MAX_DECIMALS = 6  # of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
-_CELL = 60  # characters of a prompt or completion shown in a table, of which many are of its end
-_EPISODE = 300  # the same of an episode, of which half are of its end
-# The same of what an episode begins with: tools, and then the question, of which two thirds.
-_OPENING = 150
+_CELL = 60  # characters of a prompt or completion shown in a table, of which half are of its end
+_EPISODE = 300  # the same of an episode, whose answer comes after the calls of tools
 
 
 class Console:
@@ -78,13 +76,10 @@ class Console:
         for column in numbers:
             table.add_column(column.removeprefix("rewards/"), justify="right", no_wrap=True)
         for row in rows:
-            prompt = str(row.get("prompt", ""))
-            completion = str(row.get("completion", ""))
-            # the answer of an episode comes after the calls of tools
-            opening, most = (_OPENING, _EPISODE) if "messages" in row else (_CELL, _CELL)
+            most = _EPISODE if "messages" in row else _CELL
+            texts = [str(row.get(name, "")) for name in ("prompt", "completion")]
             table.add_row(
-                visible(prompt, opening, end=opening * 2 // 3),
-                visible(completion, most, end=most // 2),
+                *(visible(text, most, end=most // 2) for text in texts),
                 *(number(row.get(key)) for key in numbers),
             )
         self.print(table)
@@ -121,8 +116,8 @@ class Console:
                 `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        names = [name for name in ("reward", "kl", "loss") if name in metrics]
-        parts = [f"{name} {number(metrics[name])}" for name in names[:1]]
+        names = [name for name in ("reward", "kl", "loss") if name in metrics][:1]
+        parts = [f"{name} {number(metrics[name])}" for name in names]
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = [f"eval {number(evaluated)}"]
@@ -228,11 +223,10 @@ def with_errors(metrics: Row | None) -> dict[str, str]:
     those that repeat them (see `distinct`).
     """
     metrics = distinct(metrics)
-    errors = {f"{name}_stderr" for name in metrics}
     return {
         name: measured(metrics[name], metrics.get(f"{name}_stderr"))
         for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward")
-        if name not in errors
+        if not name.endswith("_stderr")
     }
 
 

@@ -20,6 +20,8 @@ LONGEST_TENTH = 100
 LATEST_STEPS = 3
 LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+IDLE_STEPS = 3
+"""Steps in a row without a signal from which on a run says so."""
 MAX_ABSTAINED = 0.02
 """Largest share of completions to which a reward function may give no reward."""
 ENDLESS = (
@@ -131,20 +133,6 @@ class Gain:
         return self.value <= 2 * self.error
 
 
-class Abstention(NamedTuple):
-    """A reward function that gave no reward to more than a few completions.
-
-    Attributes:
-        name: its name.
-        share: the share of completions without its reward.
-        fault: in words, its first error; empty if it raised none.
-    """
-
-    name: str
-    share: float
-    fault: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What rules read of a training: its settings, its numbers, and what is known of its task and its model.
@@ -172,7 +160,7 @@ class Observed:
         others_differ: whether other samples of the same policy have unequal rewards.
         abstained: the recent metrics `rewards/{name}/abstained`, by the names of the reward functions.
         faults: in words, the first error of each function that gave none because of it.
-        idle_steps: the number of steps in a row, up to now, in which no rewards differed, if it is large.
+        idle_steps: the number of steps in a row, up to now, in which no rewards differed.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
         pass_mark: the mean reward from which the task counts as solved, or else the reward of a right completion.
@@ -189,6 +177,7 @@ class Observed:
     keep: str = ""
     scale: str = ""
     reward_scale: float = math.nan
+    stop_after_zero_spread: int = 0
     sync_every: int = 1
     importance_centre: bool = False
     entropy_coef: float = 0.0
@@ -236,6 +225,11 @@ class Observed:
         return self.greedy[-1]
 
     @property
+    def is_idle(self) -> bool:
+        """Whether there was nothing to learn from in so many steps in a row that the run says so, or ends."""
+        return self.idle_steps >= min(IDLE_STEPS, self.stop_after_zero_spread or IDLE_STEPS)
+
+    @property
     def usual_rate(self) -> float:
         """The usual learning rate that is nearest to the run's own."""
         return min(max(self.learning_rate, self.lowest_rate), self.highest_rate)
@@ -252,12 +246,13 @@ class Observed:
         return usual if usual < self.learning_rate else self.learning_rate / 4
 
     @property
-    def abstention(self) -> Abstention | None:
-        """The first reward function that gave no reward to more than a few completions; None without any."""
+    def abstention(self) -> str:
+        """In words, the first reward function that gave too few rewards, and its first error; empty without any."""
         for name, share in self.abstained.items():
             if share > MAX_ABSTAINED:
-                return Abstention(name, share, self.faults.get(name, ""))
-        return None
+                fault = self.faults.get(name, "")
+                return f"The reward function {name} gave no reward to {share:.0%} of the completions. {fault}"
+        return ""
 
 
 def observe(rows: Rows, settings: Any) -> Observed:

@@ -6,6 +6,10 @@ for (const samples of document.querySelectorAll(".samples")) {
     numbers: JSON.parse(element.dataset.numbers),
     text: element.querySelector(".texts").textContent.toLowerCase(),
   }));
+  const names = new Set(items.flatMap((item) => Object.keys(item.numbers)));
+  for (const select of [form.elements.by, form.elements.column]) {
+    select.append(...[...names].map((name) => new Option(name)));
+  }
   const update = () => {
     const { search, by, order, column, least, most } = form.elements;
     const sign = order.value === "descending" ? -1 : 1;

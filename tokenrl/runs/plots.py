@@ -1,94 +1,27 @@
-"""Draws curves and forest plots with matplotlib as SVG, whose colours follow the page around it.
+"""Draws curves and forest plots with matplotlib as SVG, in the look of page.mplstyle.
 
-matplotlib is imported when something is drawn, and never pyplot, which would change the state of the process.
+On a dark page, page.css inverts them. matplotlib and pandas are imported when something is drawn, and never
+pyplot, which would change the state of the process.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenrl.runs.console import measured, number
-from tokenrl.runs.output import harmless
+from tokenrl.runs.console import number
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
-# The palette of Okabe and Ito, darkened so that it can be read as text; it differs for every colour vision.
-PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777f", "c1": "#0072b2",
-           "c2": "#c24e00", "c3": "#007a58", "c4": "#9b3d7a", "c5": "#806200", "c6": "#3b4cc0"}  # fmt: skip
-"""Colours on white by the names that page.css gives them; c0 is grey, c1 to c6 tell curves apart."""
-COLOURS = 6
-MARKER = 5  # pixels of a dot
+FEW = 50
+"""Points of a curve up to which each is a dot; a curve of more is drawn faintly, with its running mean."""
 
-
-def _variable(colour: int) -> str:
-    """Return the name of a colour in the palette; 0 is grey."""
-    if colour == 0:
-        return "c0"
-    return f"c{(colour - 1) % COLOURS + 1}"
-
-
-class Curve(NamedTuple):
-    """One curve of a chart.
-
-    Attributes:
-        x: places of the points, ascending.
-        y: their values, all finite.
-        name: its name in the legend; a curve without a name is in no legend.
-        colour: place in the palette, from 1; those beyond the palette are dashed. 0 is grey.
-        dots: draw each value as a dot and join them; else draw the values faintly, and their running mean.
-        band: the lower and the upper edge of a band around the values.
-        error: the standard error of the last value.
-    """
-
-    x: Sequence[float]
-    y: Sequence[float]
-    name: str = ""
-    colour: int = 1
-    dots: bool = False
-    band: tuple[Sequence[float], Sequence[float]] | None = None
-    error: float | None = None
-
-    @property
-    def dashed(self) -> bool:
-        """Whether the curve repeats a colour of the palette, and is dashed to tell the two apart."""
-        return self.colour > COLOURS
-
-    @property
-    def variable(self) -> str:
-        """The name of the curve's colour in the palette."""
-        return _variable(self.colour)
-
-    @property
-    def last(self) -> str:
-        """The last value with its standard error, as text."""
-        return measured(self.y[-1], self.error)
-
-    def draw(self, axes: Axes) -> None:
-        """Draw the band, and the values or their running mean, as far as a screen shows them apart."""
-        import numpy as np
-
-        look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
-        columns = axes.bbox.width / (MARKER if self.dots else 1)
-        places = extremes(self.x, [self.y, *(self.band or ())], columns)
-        x, y = np.take([self.x, self.y], places, 1)
-        if self.band is not None:
-            low, high = np.take(self.band, places, 1)
-            axes.fill_between(x, low, high, alpha=0.2, linewidth=0, **look)
-        if not self.dots:
-            axes.plot(x, y, linewidth=1, alpha=0.35, **look)
-            window = 2 * (len(self.y) // 40) + 1  # odd, and about a twentieth of the run
-            y = smooth(self.y, window, places)
-        (line,) = axes.plot(x, y, linewidth=2, **look)
-        if self.dashed:
-            line.set_linestyle((0, (4, 2)))
-        if self.dots or len(self.y) == 1:  # a line through one point would not be seen
-            line.set(marker="o", markersize=MARKER, markeredgewidth=0)
+COLOURS = {"better": "C2", "worse": "C1", "equivalent": "C0"}
+"""Colours of verdicts by their places in the cycle of colours; the others are grey."""
 
 
 class Chart(NamedTuple):
@@ -97,82 +30,42 @@ class Chart(NamedTuple):
     Attributes:
         name: heading of the chart.
         unit: unit or meaning of the values.
-        curves: the curves; those without points are not drawn.
+        curves: the curves by their names in the legend. Each has a `value` by step, or by whatever x counts.
+            The columns `low` and `high` are the edges of a band; `error` is the standard error of the value.
         large: as wide as the page, else one of several in a row.
         mark: name and value of a horizontal line.
-        whole: whether x counts something from 0, such as steps.
-        ticks: texts below the x axis by their positions; None for numbers.
-        last: whether the legend tells the last value of each curve.
+        log: whether x is a rate, whose values are named and have equal ratios, instead of a count from 0.
     """
 
     name: str
     unit: str
-    curves: Sequence[Curve]
-    large: bool = False
+    curves: Mapping[str, pd.DataFrame]
+    large: bool = True
     mark: tuple[str, float] | None = None
-    whole: bool = True
-    ticks: Mapping[float, str] | None = None
-    last: bool = True
+    log: bool = False
 
     @property
-    def drawn(self) -> list[Curve]:
-        """The curves that have points."""
-        return [curve for curve in self.curves if len(curve.x)]
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and height in pixels on a screen and on a phone."""
+        return {"broad": (1000, 300), "narrow": (360, 230)} if self.large else {"small": (280, 140)}
 
     def draw(self, axes: Axes) -> None:
         """Draw scales, curves and mark; a scale of values that are never negative starts at 0."""
         _scale(axes, "y", 5 if self.large else 4)
-        _scale(axes, "x", 8 if self.large else 4, self.whole)
-        axes.margins(0, 0.06)
-        if self.ticks is not None:
-            axes.set_xticks(list(self.ticks), list(self.ticks.values()))
-        for curve in self.drawn:
-            curve.draw(axes)
-        if self.mark is not None:
-            name, mark = self.mark
-            axes.axhline(
-                mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False
-            )
-            _write(axes, f"{name}: {number(mark)}", mark, (4, 4), "c3")
-        if self.whole:
+        _scale(axes, "x", 8 if self.large else 4, integer=True)
+        for curve in self.curves.values():
+            _draw_curve(axes, curve)
+        if self.log:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(curve.index, [f"{rate:.3g}" for rate in curve.index])
+        else:
             axes.set_xlim(left=0)
+        if self.mark is not None:
+            name, height = self.mark
+            axes.axhline(height, color="0.35", linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False)
+            _write(axes, f"{name}: {number(height)}", height, (4, 4), color="0.35")
         if axes.dataLim.y0 >= 0:
             axes.set_ylim(bottom=0)
-
-
-class Bars(NamedTuple):
-    """One line of a forest plot.
-
-    Attributes:
-        name: what is compared.
-        result: the result in words, with its numbers.
-        value: the mean difference.
-        inner: ends of its thick bar.
-        outer: ends of its thin bar, which decides.
-        points: single differences, drawn as small dots.
-        colour: place in the palette of `Curve`; 0 is grey.
-    """
-
-    name: str
-    result: str
-    value: float
-    inner: tuple[float, float]
-    outer: tuple[float, float]
-    points: Sequence[float] = ()
-    colour: int = 0
-
-    def draw(self, axes: Axes, line: float) -> None:
-        """Draw name and result above the bars, in the line of a forest plot that begins at a height."""
-        colour = _variable(self.colour)
-        _write(axes, self.name, line, (0, -14), "ink", weight="bold")
-        _write(axes, self.result, line, (0, -29), colour)
-        look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
-        height = line + 0.72
-        axes.plot(self.outer, [height, height], linewidth=2, **look)
-        axes.plot(self.inner, [height, height], linewidth=6, alpha=0.55, **look)
-        axes.plot(self.value, height, "o", markersize=9, **look)
-        for point in self.points:
-            axes.plot(point, line + 0.9, "o", markersize=4, alpha=0.5, **look)
 
 
 class Forest(NamedTuple):
@@ -181,15 +74,24 @@ class Forest(NamedTuple):
     Attributes:
         name: heading of the plot.
         unit: what the differences are of, and what the bars show.
-        rows: the differences, from the top.
+        rows: the differences from the top. `name` says what is compared, `result` is the result in words, and
+            the `verdict` gives the colour. The `mean` is a dot, `points` are single differences. The thick bar
+            reaches from `mean_low` to `mean_high`, the thin one, which decides, from `adjusted_low` to
+            `adjusted_high`.
         margin: differences up to this size count as equivalent, drawn as a band; None for none.
     """
 
     name: str
     unit: str
-    rows: Sequence[Bars]
+    rows: pd.DataFrame
     margin: float | None = None
     large: bool = True
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and height in pixels on a screen and on a phone."""
+        height = 40 + 60 * len(self.rows)
+        return {"broad": (1000, height), "narrow": (360, height)}
 
     def draw(self, axes: Axes) -> None:
         """Draw each difference below its name and its result; ends that are not finite are left out."""
@@ -198,95 +100,71 @@ class Forest(NamedTuple):
         _scale(axes, "x", 5)
         axes.set_yticks([])
         if self.margin is not None:
-            axes.axvspan(-self.margin, self.margin, color=PALETTE["line"], alpha=0.6, linewidth=0)
-        axes.axvline(0, color=PALETTE["soft"], linewidth=1)
-        for line, row in enumerate(self.rows):
-            row.draw(axes, line)
+            axes.axvspan(-self.margin, self.margin, color="0.85", alpha=0.6, linewidth=0)
+        axes.axvline(0, color="0.35", linewidth=1)
+        for line, row in enumerate(self.rows.itertuples()):
+            look: dict[str, Any] = {"color": COLOURS.get(row.verdict, "0.45"), "clip_on": False}
+            _write(axes, str(row.name), line, (0, -14), weight="bold")
+            _write(axes, str(row.result), line, (0, -29), color=look["color"])
+            bars = [line + 0.72] * 2
+            axes.plot([row.adjusted_low, row.adjusted_high], bars, **look)
+            axes.plot([row.mean_low, row.mean_high], bars, linewidth=6, alpha=0.55, **look)
+            axes.plot(row.mean, bars[0], "o", markersize=9, **look)
+            dots = [line + 0.9] * len(row.points)
+            axes.plot(row.points, dots, "o", markersize=4, alpha=0.5, **look)
 
 
 def svg(drawing: Chart | Forest, width: int, height: int) -> str:
-    """Draw a chart or a forest plot as an SVG element that names its colours as page.css does.
+    """Draw a chart or a forest plot as an SVG element, which fits any width.
 
     Args:
         drawing: what to draw.
-        width: its width in pixels; the element itself fits any width.
+        width: its width in pixels.
         height: its height in pixels.
     """
     from matplotlib import rc_context, rc_params_from_file
     from matplotlib.figure import Figure
 
-    margin = 44 if isinstance(drawing, Chart) else 4  # at the left, in pixels
-    box = (margin / width, 24 / height, 1 - (margin + 14) / width, 1 - 34 / height)
+    style = Path(__file__).with_name("page.mplstyle")
+    left = 44 if isinstance(drawing, Chart) else 4  # pixels of a margin
     file = StringIO()
-    look = rc_params_from_file(
-        Path(__file__).with_name("page.mplstyle"), use_default_template=False
-    )
-    with rc_context(look):
+    with rc_context(rc_params_from_file(style, use_default_template=False)):
         figure = Figure((width / 72, height / 72), dpi=72)
+        box = (left / width, 24 / height, 1 - (left + 14) / width, 1 - 34 / height)
         drawing.draw(figure.add_axes(box))
         unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=unnamed)
-    inside = file.getvalue().partition("<svg")[2].partition(">")[2]
-    for name, colour in PALETTE.items():
-        inside = inside.replace(colour, f"var(--{name})")
-    inside = re.sub(r"<g id=[^>]*?(/?)>", r"<g\1>", inside)
-    return f'<svg viewBox="0 0 {width} {height}">{inside}'
+    return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def extremes(x: Sequence[float], curves: Iterable[Sequence[float]], columns: float) -> list[int]:
-    """Return the places of the points that a picture shows apart, in ascending order.
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
+    import pandas as pd
 
-    Args:
-        x: the points, ascending.
-        curves: values at these points; the least and the greatest of each in every column are kept.
-        columns: how many columns of pixels the picture has.
-    """
-    import numpy as np
-
-    last = len(x) - 1
-    column = np.floor((np.asarray(x) - x[0]) * (columns / max(x[-1] - x[0], 1e-300)))
-    indices = {0, last}
-    for values in curves:
-        order = np.lexsort((np.asarray(values), column))  # by column, and in it by value
-        ends = np.flatnonzero(np.diff(column[order]))
-        indices.update(order[[0, *(ends + 1), *ends, last]].tolist())
-    return sorted(indices)
+    return list(pd.Series(values).rolling(window, center=True, min_periods=1).mean())
 
 
-def smooth(
-    values: Sequence[float], window: int, places: Iterable[int] | None = None
-) -> list[float]:
-    """Return the centred running mean over `window` values (odd); the window shrinks at the ends.
-
-    Args:
-        values: the values.
-        window: how many of them a mean has.
-        places: where means are wanted; None for everywhere.
-    """
-    half = window // 2
-    return [
-        fmean(values[max(0, index - half) : index + half + 1])
-        for index in (range(len(values)) if places is None else places)
-    ]
+def _draw_curve(axes: Axes, curve: pd.DataFrame) -> None:
+    """Draw the band, and the values as dots or with their running mean, in the next colour."""
+    values = curve["value"].tolist()
+    few = len(values) <= FEW
+    window = 2 * (len(values) // 40) + 1  # odd, and about a twentieth of the run
+    line = values if few else smooth(values, window)
+    (drawn,) = axes.plot(curve.index, line, marker="o" if few else "", clip_on=False)
+    look: dict[str, Any] = {"color": drawn.get_color(), "clip_on": False}
+    if not few:
+        axes.plot(curve.index, values, "-", linewidth=1, alpha=0.35, **look)
+    if "low" in curve:
+        axes.fill_between(curve.index, curve["low"], curve["high"], alpha=0.2, linewidth=0, **look)
 
 
-def _scale(axes: Axes, axis: Any, count: int, whole: bool = False) -> None:
+def _scale(axes: Axes, axis: Any, count: int, integer: bool = False) -> None:
     """Let an axis name about `count` round numbers, or whole numbers only."""
-    axes.locator_params(axis, nbins=count, integer=whole)
+    axes.locator_params(axis, nbins=count, integer=integer)
     getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
 
 
-def _write(
-    axes: Axes, text: str, height: float, shift: tuple[float, float], colour: str, **look: Any
-) -> None:
+def _write(axes: Axes, text: str, height: float, shift: tuple[int, int], **look: Any) -> None:
     """Write a text at the left end of a height of the data, shifted by points to the right and up."""
-    axes.annotate(
-        harmless(text).replace("$", r"\$"),  # which matplotlib would read as mathematics
-        (0, height),
-        shift,
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        annotation_clip=False,
-        color=PALETTE[colour],
-        **look,
-    )
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (0, height), shift, **place, **look)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
@@ -22,6 +22,9 @@ from tokenrl.runs.console import ending, evaluations as before_and_after
 from tokenrl.runs.findings import evaluations
 from tokenrl.runs.metric_table import Rows, finite
 from tokenrl.runs.metrics import read_completions, read_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Tabled:
@@ -35,20 +38,19 @@ class Tabled:
         """Return the lines below the table."""
         return []
 
+    def _table(self) -> pd.DataFrame:
+        import pandas as pd
+
+        header, *rows = self._rows()
+        table = pd.DataFrame(rows, columns=header).set_index(header[0])
+        return table.rename_axis(index=None, columns=header[0])
+
     def __repr__(self) -> str:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
-            for name, *numbers in rows
-        ]
-        return "\n".join([*lines, *self._ending()])
+        return "\n".join([self._table().to_string(), *self._ending()])
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in self._rows()]
-        rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-        return f"<table>{rows}</table>{'<br>'.join(map(escape, self._ending()))}"
+        return f"{self._table().to_html()}{'<br>'.join(map(escape, self._ending()))}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,17 +1,14 @@
 """One table of rules about what the numbers of a training mean.
 
 A rule is a flag, a predicate and a sentence. The predicate reads one record (see `runs.findings`) and weighs
-what it means; rules keep no state. A rule is silent if a number that it needs was not observed: no comparison
-with nan holds, and no sentence and no change lacks a number. Several rules may have the same flag; the first
-that applies speaks for it.
+what it means; rules keep no state. A rule is silent if a number that it compares was not observed, because no
+comparison with nan holds. Several rules may have the same flag; the first that applies speaks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from math import nan
-from string import Formatter
 from typing import Any, NamedTuple
 
 from tokenrl.runs.findings import ENDLESS, LOST_SHARE, Finding, Observed
@@ -78,36 +75,16 @@ class Rule(NamedTuple):
     changes: Callable[[Observed], Mapping[str, Any]] = lambda run: {}
 
 
-class Unobserved(LookupError):
-    """A sentence has a number that was not observed, so it is not told."""
-
-
-class Sentences(Formatter):
-    """Puts numbers into sentences, as `str.format` does."""
-
-    def format_field(self, value: Any, format_spec: str) -> Any:
-        """Return a value as text.
-
-        Raises:
-            Unobserved: it was not observed, so it is None or nan.
-        """
-        if value is None or value != value:
-            raise Unobserved
-        return super().format_field(value, format_spec)
-
-
 def judge(observed: Observed, *flags: str) -> list[Finding]:
     """Return the findings of all rules, or of some flags, at most one of each flag."""
     findings: dict[str, Finding] = {}
     for rule in RULES:
-        weight = rule.weigh(observed)
-        if weight and (not flags or rule.flag in flags):
-            with suppress(Unobserved):
-                text = Sentences().format(rule.sentence, run=observed, remedy=remedy(observed))
-                changes = {} if weight == "watch" else rule.changes(observed)
-                if all(value == value for value in changes.values()):  # none is nan
-                    finding = Finding(rule.flag, weight, text.rstrip(), changes)
-                    findings.setdefault(rule.flag, finding)
+        if rule.flag in findings or (flags and rule.flag not in flags):
+            continue
+        if weight := rule.weigh(observed):
+            text = rule.sentence.format(run=observed, remedy=remedy(observed)).rstrip()
+            changes = {} if weight == "watch" else rule.changes(observed)
+            findings[rule.flag] = Finding(rule.flag, weight, text, changes)
     return list(findings.values())
 
 
@@ -157,7 +134,7 @@ def sampling_differs(run: Observed) -> Any:
 def remedy(run: Observed) -> str:
     """Return in words what helps most where rewards do not differ."""
     cut = run.step.cut
-    reward = run.step.reward if run.groups or run.idle_steps else nan  # else one step says little
+    reward = run.step.reward if run.groups or run.is_idle else nan  # else one step says little
     if run.num_envs:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
     if reward >= run.pass_mark:
@@ -223,10 +200,8 @@ RULES = (
     Rule(
         "rewards-abstain",
         lambda run: run.abstention and "watch",
-        "The reward function {run.abstention.name} gave no reward to {run.abstention.share:.0%} of the "
-        "completions. Where others give one, it counts as 0 in their sum, so right completions are pushed "
-        "down too, unless --on-abstain leave-out leaves these completions out of their groups. "
-        "{run.abstention.fault}",
+        "{run.abstention} Where others give one, it counts as 0 in their sum, so right completions are pushed "
+        "down too, unless --on-abstain leave-out leaves these completions out of their groups.",
     ),
     # Before training, in the step of a check.
     Rule(
@@ -246,14 +221,14 @@ RULES = (
     Rule(
         "no-signal",
         lambda run: (
-            run.idle_steps
+            run.is_idle
             and run.sampled
             and run.step.reward < run.sampled[0].value - 3 * run.sampled[0].error
             and "void"
         ),
         IDLE + ", down from {run.sampled[0].value:.3g} before training. " + TOO_FAST,
     ),
-    Rule("no-signal", lambda run: run.idle_steps and "void", IDLE + ". {remedy}"),
+    Rule("no-signal", lambda run: run.is_idle and "void", IDLE + ". {remedy}"),
     # Where nothing was gained, the first tenth of the steps shows why: a low entropy alone is no fault.
     Rule(
         "entropy-collapsed",

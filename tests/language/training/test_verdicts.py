@@ -86,18 +86,6 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     assert "In 100% of the steps no two rewards" in output
 
 
-def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
-    def flickering(call, texts):
-        """After a fall as if the policy had been lost, one completion in every third step is right."""
-        if call > 6 and call % 3 == 0:
-            return [1.0, *[0.0] * (len(texts) - 1)]
-        return [float("a" in text and call <= 6) for text in texts]
-
-    options = {"learning_rate": 1e-9, "stop_after_zero_spread": 8, "max_steps": 40}
-    with stopped(r"At step 1?\d: The policy is destroyed"):
-        train(tmp_path, Scripted(flickering), **options)
-
-
 def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     falling = Scripted(lambda call, texts: [float("a" in text and call <= 5) for text in texts])
     lost = r"nothing to learn from: the mean reward is 0, down from 0\.\d+ before training\. The learning rat"
@@ -169,14 +157,6 @@ def test_without_sampled_evaluations_the_first_step_shows_what_was_learnt(tmp_pa
         return
     with stopped("no two rewards that are compared differed"):
         train(tmp_path, Scripted(settled), **options)
-
-
-@pytest.mark.parametrize("solved", [-1.0, 2.0])
-def test_a_run_that_ends_early_is_judged_by_its_last_evaluation(tmp_path, monkeypatch, solved):
-    monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
-    options = {"eval_generations": 0, "callback": lambda step, _: True}
-    flags = train(tmp_path, first_letter, {"solved": solved}, **options).flags
-    assert ("entropy-collapsed" in flags) == (solved == 2.0)
 
 
 @pytest.mark.parametrize("on_abstain", ["zero", "leave-out"])

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-import tokenrl.runs.markup as markup
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import check_place, flat, write_json, write_text
+from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.origin import versions
-from tokenrl.runs.plots import Bars, Chart, Curve, Forest
+from tokenrl.runs.plots import Chart, Forest
 from tokenrl.runs.reader import read_run
+from tokenrl.runs.report import curve, is_shown
 
-CITATION = """@software{{tokenrl,
-  title = {{tokenrl: policy gradients on language models, with declared bias}},
-  version = {{{tokenrl}}},
-  year = {{2026}},
-}}"""
 FROM_PYTHON = (
     "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
 )
@@ -36,10 +32,6 @@ INTERVALS = {
     "interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
 }
 """What the intervals of a comparison are, by heading."""
-COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
-"""Colours of the verdicts in the palette of the charts; the others are grey."""
-MOST_DOTS = 50
-"""A curve of more points is drawn as its running mean."""
 CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
     "so a difference between two runs says nothing yet about their settings: repeat them with several seeds. "
@@ -68,58 +60,62 @@ def write_comparison(comparison: Comparison) -> Path:
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     packages = versions()
-    citation = CITATION.format(**packages)
     verdicts = {label: words._asdict() for label, words in comparison.words.items()}
-    values = {
-        "plan": asdict(plan),
-        "verdicts": verdicts,
-        "versions": packages,
-        "citation": citation,
-    }
-    write_json(folder / "comparison.json", values)
-    sections = [
-        markup.Section(f"Verdict on {label}", [markup.verdict(*words)])
-        for label, words in comparison.words.items()
-    ]
-    context = (plan.describe() | INTERVALS).items()
-    table = markup.table(["", ""], [[name.capitalize(), fact] for name, fact in context], "words")
-    sections.append(markup.Section("What was compared", [table]))
+    facts = {"plan": asdict(plan), "verdicts": verdicts, "versions": packages}
+    write_json(folder / "comparison.json", facts)
+    context = pd.Series(plan.describe() | INTERVALS).rename(str.capitalize)
+    sections: dict[str, dict[str, Any]] = {"What was compared": {"table": context.to_frame("")}}
     for problem in plan.problems:
-        sections += _of_problem(comparison, problem)
-    closed: dict[str, list[object]] = {
-        "To repeat, and to cite": [plan.command or FROM_PYTHON, citation, packages],
-        "The plan": [asdict(plan)],
-    }
-    sections.append(markup.Section("Every run", [_table(runs)], closed=True))
-    for heading, parts in closed.items():
-        blocks = [markup.preformatted(part) for part in parts]
-        sections.append(markup.Section(heading, blocks, closed=True))
-    title = f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}"
-    return markup.write_page(folder / "report.html", title, sections)
+        parts = _of_problem(comparison, problem)
+        sections |= {f"{heading} on {problem.label}": part for heading, part in parts.items()}
+    return write_page(
+        folder / "report.html",
+        "comparison.html",
+        title=f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}",
+        verdicts=comparison.words,
+        sections=sections,
+        details={
+            "Every run": [runs.set_index("arm")],
+            "To repeat": [plan.command or FROM_PYTHON, packages],
+            "The plan": [asdict(plan)],
+        },
+    )
 
 
-def _of_problem(comparison: Comparison, problem: Problem) -> list[markup.Section]:
+def _of_problem(comparison: Comparison, problem: Problem) -> dict[str, dict[str, Any]]:
     """Return the sections on one problem: differences, curves, a table of the arms, and tuned rates."""
     label = problem.label
+    metric = comparison.plan.metric
     mark = None if problem.solved is None else ("solved", problem.solved)
-    words = f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest."
     of_problem = comparison.table.curves.query("problem == @label and role == 'comparison'")
-    curves = markup.drawings(_charts(of_problem, mark))
+    runs = {str(arm): rows for arm, rows in of_problem.groupby("arm", sort=False)}
     tuning = comparison.table.of(label, "tuning")
     unit = (
         "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     )
-    ticks = {math.log2(rate): f"{rate:.3g}" for rate in tuning["learning_rate"]}
-    by_rate = tuning.assign(samples=np.log2(tuning["learning_rate"]))
-    lines = _curves(by_rate, comparison.plan.metric)  # none unless rates were tuned
-    rates = Chart("Score by learning rate", unit, lines, True, None, False, ticks, False)
-    blocks = {
-        "Differences": [markup.drawings([_forest(comparison, comparison.judgement.of(label))])],
-        "Learning": [markup.paragraph(words, "soft"), curves],
-        "Arms": [_table(_arm_summary(comparison, label), "wide fit")],
-        "Learning rates": [markup.drawings([rates])],
+    scores = {
+        str(arm): _spread(rows, metric, "learning_rate")
+        for arm, rows in tuning.groupby("arm", sort=False)
     }
-    return [markup.Section(f"{heading} on {label}", parts) for heading, parts in blocks.items()]
+    parts: dict[str, dict[str, Any]] = {
+        "Differences": {"charts": [_forest(comparison, comparison.judgement.of(label))]},
+        "Learning": {
+            "note": f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest.",
+            "charts": _charts(runs, partial(_spread, by="samples"), mark),
+        },
+        "Arms": {"table": _arm_summary(comparison, label)},
+    }
+    if scores:  # only if rates were tuned
+        parts["Learning rates"] = {
+            "charts": [Chart("Score by learning rate", unit, scores, log=True)]
+        }
+    return parts
+
+
+def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
+    """Return the mean of a metric over the rows with the same value of a column, and its lowest and highest."""
+    values = rows.reindex(columns=[by, metric]).astype(float).groupby(by)[metric]
+    return values.agg(value="mean", low="min", high="max").dropna()
 
 
 def _forest(comparison: Comparison, family: Family) -> Forest:
@@ -132,58 +128,41 @@ def _forest(comparison: Comparison, family: Family) -> Forest:
         words += f"The band is the margin of equivalence, {digits(family.margin)}. "
     bars = []
     for difference in family.differences:
-        values = list(difference.differences.values())
-        if not values:
-            continue
-        name = difference.arm
-        if difference.reference != family.reference:
-            name += f" - {difference.reference}"
-        line = Bars(
-            name=name,
-            result=f"{difference.verdict}, {difference.interval}",
-            value=difference.mean.value,
-            inner=difference.mean[1:],
-            outer=difference.adjusted[1:],
-            points=values,
-            colour=COLOURS.get(difference.verdict, 0),
-        )
-        bars.append(line)
-    return Forest(f"Difference to {family.reference}", words, bars, family.margin)
+        points = list(difference.differences.values())
+        against = "" if difference.reference == family.reference else f" - {difference.reference}"
+        name = f"{difference.arm}{against}"
+        result = f"{difference.verdict}, {difference.interval}"
+        if points:
+            bars.append({**difference.row(), "name": name, "result": result, "points": points})
+    return Forest(f"Difference to {family.reference}", words, pd.DataFrame(bars), family.margin)
 
 
-def _charts(curves: pd.DataFrame, mark: tuple[str, float] | None) -> list[Chart]:
-    """Draw each metric that has a panel, the reward first; those of health only where they change.
+def _charts(
+    arms: Mapping[str, Any],
+    curve_of: Callable[[Any, str], pd.DataFrame],
+    mark: tuple[str, float] | None,
+) -> list[Chart]:
+    """Return a chart of each metric that has a panel, with a curve of each arm; the reward comes first.
 
     Args:
-        curves: rows with `arm`, `samples` and metrics. A curve is the mean over the rows of an arm, with a
-            band from the lowest to the highest.
+        arms: what `curve_of` makes the curve of a metric from, by the names of the arms.
+        curve_of: returns the curve of a metric, which may be empty.
         mark: name and value of a horizontal line in the charts of rewards and accuracies.
     """
+    charts: list[Chart] = []
     metrics = [metric for metric in all_metrics() if metric.panel]
-    if "reward" in curves:  # beside which a loss of policy gradients says nothing
-        metrics = [metric for metric in metrics if metric.panel != "loss"]
-    charts = []
     for metric in sorted(metrics, key=lambda metric: metric.name != "reward"):
-        is_health = metric.panel == "health"
+        # Beside a reward a loss of policy gradients says nothing.
+        if metric.panel == "loss" and charts and charts[0].name == "reward":
+            continue
+        line = mark if metric.panel in ("reward", "accuracy") else None
         for name in (metric.name, f"eval_{metric.name}"):
-            if name not in curves or curves[name].nunique() <= is_health:
-                continue
-            line = mark if metric.panel in ("reward", "accuracy") else None
-            drawn = _curves(curves, name)
-            charts.append(Chart(name, metric.caption, drawn, large=not is_health, mark=line))
+            curves = {arm: curve_of(rows, name) for arm, rows in arms.items()}
+            curves = {arm: values for arm, values in curves.items() if len(values)}
+            if is_shown(metric, curves):
+                large = metric.panel != "health"
+                charts.append(Chart(name, metric.caption, curves, large, line))
     return charts
-
-
-def _curves(curves: pd.DataFrame, metric: str) -> list[Curve]:
-    """Return the curve of a metric for each arm."""
-    drawn = []
-    for colour, (arm, rows) in enumerate(curves.groupby("arm", sort=False), start=1):
-        points = rows.groupby("samples")[metric].agg(["mean", "min", "max"]).dropna()
-        mean, low, high = points.to_numpy().T.tolist()
-        band = (low, high) if low != high else None
-        dots = len(points) <= MOST_DOTS
-        drawn.append(Curve(list(points.index), mean, str(arm), colour, dots, band))
-    return drawn
 
 
 def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
@@ -197,18 +176,7 @@ def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
     frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
     numbers = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
     frame = frame.join(numbers.dropna(axis=1, how="all"))
-    return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
-
-
-def _table(frame: pd.DataFrame, style: str = "wide") -> markup.Block:
-    rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
-    return markup.table(list(map(str, frame.columns)), rows, style)
-
-
-def _cell(value: object) -> str:
-    if pd.isna(value):
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return frame.rename(columns=lambda name: str(name).replace("_", " "))
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -231,29 +199,19 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     check_place(output)
     numbers = {}
     settings = {}
-    curves = []
     for name, run in recorded.items():
         numbers[name] = {"title": run.title, "ended": ending(run.summary)}
         numbers[name] |= with_errors(run.summary.get("eval_after"))
         compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
         settings[name] = {key: str(value) for key, value in flat(compared).items()}
-        curves.append(
-            pd.DataFrame(run.metrics).rename(columns={"step": "samples"}).assign(arm=name)
-        )
     differing = pd.DataFrame(settings).fillna("-")
-    differing = differing[differing.nunique(axis=1) > 1]
     marks = {run.mark for run in recorded.values()}
-    charts = _charts(pd.concat(curves), marks.pop() if len(marks) == 1 else None)
+    mark = marks.pop() if len(marks) == 1 else None
+    rows = {name: run.metrics for name, run in recorded.items()}
     sections = {
-        "": [markup.paragraph(CAUTION, "soft")],
-        "Final numbers (± standard error)": [_table(_named(pd.DataFrame(numbers)))],
-        "Settings that differ": [_table(_named(differing))],
-        "Learning curves": [markup.paragraph(BY_STEP, "soft"), markup.drawings(charts)],
+        "Final numbers (± standard error)": {"table": pd.DataFrame(numbers)},
+        "Settings that differ": {"table": differing[differing.nunique(axis=1) > 1]},
+        "Learning curves": {"note": BY_STEP, "charts": _charts(rows, curve, mark)},
     }
     title = f"Comparison of {len(recorded)} runs"
-    return markup.write_page(output, title, [markup.Section(*part) for part in sections.items()])
-
-
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with the names of its rows as its first column."""
-    return frame.rename_axis("").reset_index()
+    return write_page(output, "comparison.html", title=title, caution=CAUTION, sections=sections)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import takewhile
 from statistics import fmean
 
 from tokenrl.errors import Stopped
@@ -27,9 +28,6 @@ from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-TOLD_STEPS = 3
-"""Steps in a row without a signal after which it is told."""
-
 
 def judge_start(run: TrainingRun, session: Session) -> None:
     """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
@@ -47,8 +45,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     start = f"step {session.step}:"
     limit = run.args.stop_after_zero_spread
     idle = steps_without_signal(run, session)
-    is_told = idle >= min(TOLD_STEPS, limit or TOLD_STEPS)
-    observed = replace(observe_run(run, session.rows), idle_steps=idle if is_told else 0)
+    observed = replace(observe_run(run, session.rows), idle_steps=idle)
     findings = {finding.flag: finding for finding in judge(observed)}
     for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
         if flag in findings:
@@ -142,25 +139,10 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
 
 
 def steps_without_signal(run: TrainingRun, session: Session) -> int:
-    """Return how many steps in a row, up to now, had no rewards that differ; 0 if a teacher teaches.
-
-    A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
-    what was lost, does not end the row.
-    """
-    if run.args.teacher is not None:
-        return 0
-    rows = session.rows[1:]
-    middle = -math.inf
-    if "policy-destroyed" in session.flags:
-        best = max(evaluations(session.rows, "eval_reward")).value
-        middle = (best + min(row["reward"] for row in rows)) / 2
-    count = 0
-    for row in reversed(rows):
-        if share_equal(row, run.args.estimator.needs_groups) == 1:
-            count += 1
-        elif row["reward"] >= middle:
-            break
-    return count
+    """Return how many steps in a row, up to now, had no rewards that differ; 0 if a teacher teaches."""
+    groups = run.args.estimator.needs_groups
+    rows = [] if run.args.teacher is not None else session.rows[:0:-1]
+    return len(list(takewhile(lambda row: share_equal(row, groups) == 1, rows)))
 
 
 def _end_learning(run: TrainingRun, session: Session, steps: int) -> None:
