@@ -41,7 +41,6 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
      {"recent": Means(entropy=0.1)}),
     ("entropy-collapsed", "act", Observed(recent=Means(entropy=-1)), {"estimator.entropy_coef": 0.01},
      {"entropy_coef": 0.01}),
-    ("entropy-collapsed", "act", Observed(early=Means(entropy=0.05), gain_of_arm=0), {}, {"gain_of_arm": 0.1}),
 
     ("sampling-differs", "act", FAR, {}, {"recent": NEAR}),
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)), {},
@@ -52,7 +51,6 @@ CASES = [  # flag, weight, what was observed, changes advised, and what of it ma
     ("no-signal", "void", IDLE, {}, {"idle_steps": 2}),
     ("no-signal", "void", replace(IDLE, idle_steps=2, stop_after_zero_spread=2), {}, {"idle_steps": 1}),
     ("no-signal", "void", replace(IDLE, sampled=[Mean(0.9, 0.01, 0)]), {}, {"idle_steps": 0}),
-    ("no-signal", "act", Observed(early=Means(equal=0.6), gain_of_arm=-0.1), {}, {"gain_of_arm": 0.2}),
     ("no-signal", "act", EQUAL, {"num_generations": 8}, {"whole": Means(equal=0.25)}),
     ("no-signal", "act", replace(EQUAL, num_envs=4), {"num_envs": 8}, {"whole": Means(equal=0.25)}),
     ("nothing-learnt", "act", ENDED, {}, {"gain": replace(GAIN, value=0.05)}),

@@ -153,7 +153,6 @@ class Observed:
             completions, and of the best of several samples.
 
         gain: how much the reward of held-out prompts gained.
-        gain_of_arm: the same of an arm of a comparison, whose first steps are judged.
         is_solved: whether the last evaluation reaches the threshold.
 
         groups: in words, what was compared before training, in the step of a check; else empty.
@@ -193,7 +192,6 @@ class Observed:
     most: Sequence[Mean] = ()
 
     gain: Gain = Gain()
-    gain_of_arm: float = math.nan
     is_solved: bool = False
 
     groups: str = ""

@@ -229,22 +229,6 @@ RULES = (
         IDLE + ", down from {run.sampled[0].value:.3g} before training. " + TOO_FAST,
     ),
     Rule("no-signal", lambda run: run.is_idle and "void", IDLE + ". {remedy}"),
-    # Where nothing was gained, the first tenth of the steps shows why: a low entropy alone is no fault.
-    Rule(
-        "entropy-collapsed",
-        lambda run: run.gain_of_arm <= 0 and is_certain(run, run.early.entropy) and "act",
-        "Nothing was gained, and the entropy was {run.early.entropy:.3g} nats from the start on.",
-    ),
-    Rule(
-        "no-signal",
-        lambda run: (
-            run.gain_of_arm <= 0
-            and run.early.equal > LOST_SHARE
-            and not is_certain(run, run.early.entropy)
-            and "act"
-        ),
-        "Nothing was gained: {run.early.equal:.0%} of the first groups had equal rewards.",
-    ),
     # In a run that is judged as a whole.
     Rule(
         "no-signal",
