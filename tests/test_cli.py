@@ -334,7 +334,7 @@ train --epsilon 0.3 | There is no flag --epsilon. It is an axis of the estimator
 train --max-steps | Missing value for argument '--max-steps'
 train --output-dir --quiet | Missing value for argument '--output-dir'
 train --warm-start often | warm_start was given as 'often'; it must be True or False, or one of auto.
-train extra | There is no flag extra. See tokenrl train --help.
+train extra | There is no flag extra. No flag takes this word: a text with spaces stands in quotes
 train --task good.jsonl --model MODEL | --reward
 train --task vowels --reward made_up_rewards:fails --eval-size 2 --model MODEL | KeyError
 report | Name the output directory

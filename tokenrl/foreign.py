@@ -176,8 +176,8 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
         sentence = meaning(flag[2:].replace("-", "_"), settings, value or "true", flags=True)
         if not flag.startswith("--"):
             sentence = (
-                "No flag takes this word: a text with spaces stands in quotes, and a switch alone, as --quiet or "
-                f"--no-quiet. See {prog} --help."
+                "No flag takes this word: a text with spaces stands in quotes, and a switch takes no value, as "
+                f"--quiet or --no-quiet. See {prog} --help."
             )
         sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
     _refuse("flag", sentences)

@@ -91,7 +91,7 @@ def test_what_was_tried_is_said_for_each_estimator(said):
     ("arguments", "words"),
     [
         (["--estimators", "rlo"], "knows no estimator 'rlo'. Did you mean 'rloo'?"),
-        (["--json", "missing/lab.json"], "directory does not exist"),
+        (["--json", "missing/lab.json"], "name of a file in a directory that exists"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(
