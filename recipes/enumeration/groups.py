@@ -37,10 +37,13 @@ LONG = 6
 """Tokens of a long answer; a short one has one token."""
 STEPS, RATE = 400, 0.1
 DIVISORS = {
-    "sum": "#0072B2",
-    "mean over all tokens": "#009E73",
-    "mean of each completion": "#D55E00",
+    "sum": ("#0072B2", "-"),
+    "mean over all tokens": ("#E69F00", ":"),
+    "mean of each completion": ("#D55E00", "-"),
 }
+"""The divisors of a sum over tokens, with the colours and lines of the figure."""
+LENGTHS = torch.tensor([1.0, LONG, 1.0, LONG], dtype=torch.double)
+"""Tokens of the four answers: short and long ones, twice."""
 
 
 def bias(_: int) -> None:
@@ -161,7 +164,6 @@ def ascent(rewards: Tensor, divisor: str) -> Tensor:
     The answers are short and long ones, of which `rewards` [4] says which are right. A policy chooses between the
     four at once, so that an answer's score counts once. The baseline is the mean reward.
     """
-    lengths = torch.tensor([1.0, LONG, 1.0, LONG], dtype=torch.double)
     logits = torch.zeros(4, dtype=torch.double)
     path = []
     for _ in range(STEPS):
@@ -169,8 +171,8 @@ def ascent(rewards: Tensor, divisor: str) -> Tensor:
         path.append(p)
         divisors = {
             "sum": torch.ones_like(p),
-            "mean over all tokens": (p @ lengths).expand(4),
-            "mean of each completion": lengths,
+            "mean over all tokens": (p @ LENGTHS).expand(4),
+            "mean of each completion": LENGTHS,
         }
         weights = p * (rewards - p @ rewards) / divisors[divisor]
         logits = logits + RATE * (weights - p * weights.sum())
@@ -206,18 +208,18 @@ def means(_: int) -> None:
 
 
 def draw() -> Figure:
-    """Draw the probability of a right answer by step, for each divisor."""
+    """Draw the mean length by the probability of a right answer, along the ascent of each divisor."""
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
-    for axes, (case, rewards) in zip(
-        figure.subplots(1, 3, sharey=True), CASES.items(), strict=True
-    ):
-        for divisor, colour in DIVISORS.items():
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (case, rewards) in zip(panels, CASES.items(), strict=True):
+        for divisor, (colour, line) in DIVISORS.items():
             path = ascent(torch.tensor(rewards, dtype=torch.double), divisor)
-            axes.plot(path @ torch.tensor(rewards, dtype=torch.double), color=colour, label=divisor)
-        axes.set(xlabel="step", title=case)
+            right = path @ torch.tensor(rewards, dtype=torch.double)
+            axes.plot(right, path @ LENGTHS, line, color=colour, label=divisor, linewidth=2)
+        axes.set(xlabel="probability to be right", title=case, xlim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set(ylabel="probability to be right", ylim=(0, 1))
-    figure.axes[0].legend(frameon=False)
+    panels[0].set(ylabel="mean length, tokens", ylim=(0, LONG))
+    panels[0].legend(frameon=False)
     return figure
 
 
