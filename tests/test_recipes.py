@@ -53,9 +53,17 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
     "figures map --estimators rloo dr_grpo loo_std grpo": (
         "rloo +angle +0.00 .* exact\ndr_grpo +angle +0.00 .*\nloo_std +angle +4.60 .*\ngrpo +angle +29.61 ",
     ),
-    "figures kl": (
-        # only k1 in the reward and what uses the whole completion, in the loss, have the right gradient
-        r"\n 0.114( +\S+e\+00)( +\S+e-1\d)( +\S+e-0\d)( +\S+e\+00)( +\S+e-0\d)( +\S+e\+00)( +\S+e-1\d){2}",
+    "kl_gradients --problems 2": (
+        r"k1 in the reward +0.000 +0.000",
+        r"k1 in the loss +1.000",
+        r"k3 times the ratio +0\.[1-9]",
+        r"the same, discount 1 .* 0.000\n",
+        r"beta 0.05, rewards 1 and 2 +0.000",
+    ),
+    "groups --problems 2": (
+        r"p 0.1, group of 4 +0.676 +0.900 +-0.277 +-0.100 +1.000",
+        r"at most 4 tokens .* 1.000\n",
+        r"are right, mean of each completion +0.949 +0.076 +0.743",
     ),
     "samplers --noises 0 --problems 5 --sampler.noise 0.5": (
         "none +0.459 ",

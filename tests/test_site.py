@@ -92,6 +92,10 @@ ERRANDS = {
     "reference/train.html": ("flag that bounds completions",),
     "guides/compare.html": ("how many seeds",),
     "reference/metrics.html": ("units of metrics",),
+    "answers/kl.html": ("unbiased KL", "k3 or k1"),
+    "answers/token_mean.html": ("token mean or sequence mean",),
+    "answers/group_advantage.html": ("group advantage biased",),
+    "answers/branching.html": ("vineppo",),
     "run_directory.html": ("Hugging Face format",),
     "evaluate.html": ("compare two rewards",),
 }

@@ -1,6 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map   (or kl, objectives, grpo-difficulty)
+    python recipes/enumeration/figures.py map   (or objectives, grpo-difficulty)
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -14,19 +14,16 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 
 import math
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from tokenrl import Estimator
 from tokenrl.core import PRESETS
 from tokenrl.lab import (
     Moments,
-    all_completions,
     exact_moments,
     prompt_weight,
     tabular_problem,
@@ -38,11 +35,6 @@ SKY, GREY = "#56B4E9", "#555555"
 GRPO = Estimator.preset("grpo")
 PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
-EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
-PLACED = [*product(("k1", "k2", "k3"), ("loss", "reward"))]
-PLACED += [("k2_sequence", "loss"), ("full_path", "loss")]
-"""Estimates of the KL, and where they are placed; the last two are for the loss only."""
-ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "full_path": PINK, "k2_sequence": GREEN}
 STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
     "exact": (GREEN, "exact"),
     "exact_up_to_scale": (BLUE, "exact up to one factor"),
@@ -58,77 +50,6 @@ def save(figure: Figure, output: Path) -> None:
         axes.grid(color="#EAEAEA", linewidth=0.8)
     figure.savefig(output)
     print(f"figure: {output}")
-
-
-def measure_kl(
-    logits: Tensor, reference: Tensor
-) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
-    """Return the KL, and by (estimate, placement) the expected value and the relative error of the gradient."""
-    logits = logits.clone().requires_grad_()
-    tables = torch.stack([logits, reference]).log_softmax(-1)
-    logprobs, ref = tables[:, EVERY.prefix, EVERY.ids] * EVERY.mask
-    chances = logprobs.sum(-1).exp()
-    kl = (chances * (logprobs - ref).sum(-1)).sum()
-    (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
-    measured = {}
-    nothing = torch.zeros_like(logprobs)
-    weights = chances.detach()[:, None] * EVERY.mask
-    inputs = {"logprobs": logprobs, "mask": EVERY.mask, "ref_logprobs": ref}
-    for name, placement in PLACED:
-        estimator = Estimator("none", beta=1.0, kl_placement=placement, kl_estimator=name)
-        if placement == "loss":  # it is differentiated at fixed completions
-            objective = estimator.loss(advantages=nothing, weights=weights, **inputs)
-        else:  # it is a number
-            advantages = estimator.advantages(nothing, group_size=None, **inputs)
-            objective = -(chances * advantages.policy).sum()
-        (slope,) = torch.autograd.grad(objective, logits, retain_graph=True)
-        error = float((slope - truth).norm() / truth.norm())
-        measured[name, placement] = float(objective.detach()), error
-    return float(kl.detach()), measured
-
-
-def kl(output: Path = Path("kl.png")) -> None:
-    """The value and the gradient of estimates of KL(pi || ref), as the policy leaves its reference.
-
-    With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 + l (Schulman's names);
-    `k2_sequence` squares the sum of l over the completion; `full_path` gives each token the sum of l from
-    there on. All expectations are sums over every completion, of the functions that training calls.
-
-    Look for: a good estimate of the value need not have the right gradient. In the loss (differentiated),
-    k1 has the right value, and its expected gradient is 0. k2 and k3 miss what an action does to later
-    tokens, and k3 (GRPO) has the gradient of another divergence, KL(ref || pi) at each token. Only the two
-    estimates that use the whole completion are exact. In the reward (a number), k1 is exact, and near the
-    reference k2 and k3 have hardly any gradient.
-    """
-    draw = torch.Generator().manual_seed(1)
-    reference, line = torch.randn(2, len(EVERY.prefixes), 3, generator=draw, dtype=torch.double)
-    steps = torch.logspace(-1.1, 0.55, 60, dtype=torch.double)
-    kls, points = zip(
-        *(measure_kl(reference + step * line, reference) for step in steps), strict=True
-    )
-    headings = " ".join(f"{name + ' ' + placement:>18}" for name, placement in points[0])
-    print(f"relative error of the gradient:\n    KL {headings}")
-    for step in range(4, len(kls), 11):
-        errors = " ".join(f"{error:18.2e}" for _, error in points[step].values())
-        print(f"{kls[step]:6.3f} {errors}")
-    figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
-    value, *gradients = figure.subplots(1, 3)
-    for name, colour in ESTIMATES.items():
-        ratios = [
-            point[name, "loss"][0] / true_kl for point, true_kl in zip(points, kls, strict=True)
-        ]
-        value.plot(kls, ratios, color=colour, linewidth=2.2, label=name)
-        for axes, placement in zip(gradients, ("loss", "reward"), strict=True):
-            axes.set_title(f"Gradient, in the {placement}: relative error", loc="left")
-            if (name, placement) in points[0]:
-                errors = [point[name, placement][1] for point in points]
-                axes.plot(kls, errors, color=colour, linewidth=2.2)
-    value.set_title("Value: expectation / KL", loc="left")
-    for axes in figure.axes:
-        axes.set(xscale="log", xlabel="true KL(π ‖ ref), nats a completion")
-        axes.set_ylim(bottom=-0.03)
-    figure.legend(loc="outside lower center", ncols=len(ESTIMATES), frameon=False)
-    save(figure, output)
 
 
 def angle(moments: Moments) -> float:
@@ -261,5 +182,5 @@ def objectives(output: Path = Path("objectives.png")) -> None:
 
 
 if __name__ == "__main__":
-    figures = {"kl": kl, "map": map_of_presets, "objectives": objectives}
+    figures = {"map": map_of_presets, "objectives": objectives}
     tyro.extras.subcommand_cli_from_dict({**figures, "grpo-difficulty": grpo_difficulty})

@@ -1,0 +1,240 @@
+"""Answers three questions on groups of completions by exact sums, in float64, and draws a figure.
+
+    python recipes/enumeration/groups.py
+
+`bias` asks what the advantage of a row is on average, and what that does to the gradient. `branches` asks whether
+values of prefixes from sampled continuations are worth their tokens. `means` follows the exact gradient of three
+divisors where right answers are short, long, or both; `--figure` draws it. The pages are `group_advantage.md`,
+`branching.md` and `token_mean.md` in `recipes/pages/explain/answers`.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from answers import groups, head, levels_of, moments_of, rloo, row
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tokenrl.lab import Problem, tabular_problem
+
+FIGURE = Path(__file__).parents[1] / "figures" / "token_mean.png"
+SIZE = 8
+"""Completions of a group of RLOO that is compared with branches."""
+LONG = 6
+"""Tokens of a long answer; a short one has one token."""
+STEPS, RATE = 400, 0.1
+DIVISORS = {
+    "sum": ("#0072B2", "-"),
+    "mean over all tokens": ("#E69F00", ":"),
+    "mean of each completion": ("#D55E00", "-"),
+}
+"""The divisors of a sum over tokens, with the colours and lines of the figure."""
+LENGTHS = torch.tensor([1.0, LONG, 1.0, LONG], dtype=torch.double)
+"""Tokens of the four answers: short and long ones, twice."""
+
+
+def bias(_: int) -> None:
+    """The advantage of a row on average, in groups whose rewards differ; and the factor beside grad p."""
+    names = ("right", "1 - p", "wrong", "-p", "/ grad p")
+    head("Reward less the mean of the group, where rewards of 0 and 1 differ", *names, width=20)
+    for p, size in ((0.1, 4), (0.1, 8), (0.5, 4), (0.9, 4), (0.02, 16)):
+        right = mixed_mean(p, size)
+        wrong = -mixed_mean(1 - p, size)
+        columns = [[right], [1 - p], [wrong], [-p], [factor(p, size)]]
+        row(f"p {p:g}, group of {size}", columns, width=20)
+
+
+def mixed_mean(p: float, size: int) -> float:
+    """Return the mean of 1 less the group's mean for a right row of a group that has a wrong one."""
+    chances = [comb(size - 1, k) * p**k * (1 - p) ** (size - 1 - k) for k in range(size - 1)]
+    advantages = [1 - (k + 1) / size for k in range(size - 1)]
+    return sum(map(float.__mul__, chances, advantages)) / sum(chances)
+
+
+def factor(p: float, size: int) -> float:
+    """Return the factor beside grad p of RLOO's expected gradient.
+
+    The mean score of a right completion is grad p / p, that of a wrong one -grad p / (1 - p).
+    """
+    total = 0.0
+    for k in range(size + 1):
+        chance = comb(size, k) * p**k * (1 - p) ** (size - k)
+        weights = rloo((1.0,) * k + (0.0,) * (size - k))
+        total += chance * (sum(weights[:k]) / p - sum(weights[k:]) / (1 - p))
+    return total
+
+
+class Prefixes(NamedTuple):
+    """What a completion has at each of its prefixes; each is a tensor [M, T].
+
+    Attributes:
+        value: the mean reward of completions that begin with the prefix.
+        variance: the variance of that reward.
+        remaining: the mean number of tokens that follow.
+    """
+
+    value: Tensor
+    variance: Tensor
+    remaining: Tensor
+
+
+def prefixes_of(problem: Problem, ids: Tensor) -> Prefixes:
+    """Sum over the completions that share each prefix; `ids` [M, T] number the prefixes."""
+    chances, lengths = problem.chances[0], problem.mask.sum(-1)
+    rewards = problem.totals[0]
+    sums = torch.zeros(4, int(ids.max()) + 1, dtype=torch.double)
+    for t in range(ids.shape[1]):
+        columns = torch.stack([torch.ones_like(rewards), rewards, rewards**2, lengths - t])
+        sums.index_add_(1, ids[:, t], columns * chances * problem.mask[:, t])
+    value, square, remaining = (sums[1:] / sums[0])[:, ids] * problem.mask
+    return Prefixes(value, square - value**2, remaining)
+
+
+def numbered(problem: Problem) -> Tensor:
+    """Return a number for the prefix before each token [M, T], by its chance of being sampled."""
+    before = (problem.logprobs[0].cumsum(-1) - problem.logprobs[0]) * problem.mask
+    depth = torch.arange(before.shape[1], dtype=torch.double) * problem.mask
+    _, ids = (1e3 * depth + before).round(decimals=9).unique(return_inverse=True)
+    return ids
+
+
+def branch_cost(problem: Problem, branches: int) -> float:
+    """Return noise times tokens of a completion whose prefixes are valued by sampled continuations.
+
+    The advantage of a token is the value after it less the value before it. Each value is the mean reward of
+    `branches` continuations of its own; with 0 branches values are exact and cost nothing.
+    """
+    chances, scores = problem.chances[0], problem.scores[0]
+    prefixes = prefixes_of(problem, numbered(problem))
+    following = torch.zeros_like(prefixes.value)
+    following[:, :-1] = prefixes.value[:, 1:]
+    last = problem.mask.sum(-1).long() - 1
+    following[torch.arange(len(last)), last] = problem.totals[0]
+    advantages = (following - prefixes.value) * problem.mask
+    gradients = torch.einsum("mt,mtd->md", advantages, scores)
+    signal = float((chances @ gradients).square().sum())
+    variance = float(chances @ gradients.square().sum(-1)) - signal
+    tokens = float(chances @ problem.mask.sum(-1))
+    if branches:
+        slopes = scores.clone()  # of the negative value of each prefix
+        slopes[:, 1:] -= scores[:, :-1]
+        slopes = slopes * problem.mask[..., None]
+        spread = prefixes.variance / branches * slopes.square().sum(-1)
+        variance += float(chances @ spread.sum(-1))
+        tokens += branches * float(chances @ prefixes.remaining.sum(-1))
+    return variance / signal * tokens
+
+
+def group_cost(problem: Problem) -> float:
+    """Return noise times tokens of a group of RLOO."""
+    moments, size = moments_of(rloo, groups(levels_of(problem), SIZE), problem)
+    return moments.noise * size * float(problem.chances[0] @ problem.mask.sum(-1))
+
+
+def branches(problems: int) -> None:
+    """Noise times sampled tokens: the tokens that a signal-to-noise ratio of 1 takes."""
+    names = (f"RLOO of {SIZE}", "1 branch", "4 branches", "exact", "share worse")
+    head("Values of prefixes from sampled continuations", *names, width=20)
+    for length in (3, 4, 6):
+        listed = [
+            tabular_problem(seed, length=length, rewards="binary") for seed in range(problems)
+        ]
+        costs = [[group_cost(problem) for problem in listed]]
+        costs += [[branch_cost(problem, count) for problem in listed] for count in (1, 4, 0)]
+        worse = sum(one > group for group, one in zip(*costs[:2], strict=True)) / problems
+        row(f"at most {length} tokens", [*costs, [worse]], width=20)
+
+
+def ascent(rewards: Tensor, divisor: str) -> Tensor:
+    """Follow the exact gradient of a divisor on four answers; returns their probabilities by step [S, 4].
+
+    The answers are short and long ones, of which `rewards` [4] says which are right. A policy chooses between the
+    four at once, so that an answer's score counts once. The baseline is the mean reward.
+    """
+    logits = torch.zeros(4, dtype=torch.double)
+    path = []
+    for _ in range(STEPS):
+        p = logits.softmax(0)
+        path.append(p)
+        divisors = {
+            "sum": torch.ones_like(p),
+            "mean over all tokens": (p @ LENGTHS).expand(4),
+            "mean of each completion": LENGTHS,
+        }
+        weights = p * (rewards - p @ rewards) / divisors[divisor]
+        logits = logits + RATE * (weights - p * weights.sum())
+    return torch.stack(path)
+
+
+CASES = {
+    "right answers are short": (1.0, 0.0, 0.0, 0.0),
+    "right answers are long": (0.0, 1.0, 0.0, 0.0),
+    "short and long ones are right": (1.0, 1.0, 0.0, 0.0),
+}
+"""The rewards of a short and a long answer, then of a short and a long wrong one."""
+
+
+def means(_: int) -> None:
+    """What each divisor makes of four answers after 400 steps of its exact gradient."""
+    names = ("right", "long | right", "long | wrong")
+    head(f"After {STEPS} steps of the expected gradient", *names, width=60)
+    for case, rewards in CASES.items():
+        for divisor in DIVISORS:
+            p = ascent(torch.tensor(rewards, dtype=torch.double), divisor)[-1]
+            right = torch.tensor(rewards).bool()
+            is_long = torch.tensor([False, True, False, True])
+            shares = [
+                p[right & is_long].sum() / p[right].sum(),
+                p[~right & is_long].sum() / p[~right].sum(),
+            ]
+            row(
+                f"{case}, {divisor}",
+                [[float(p[right].sum())], *([float(x)] for x in shares)],
+                width=60,
+            )
+
+
+def draw() -> Figure:
+    """Draw the mean length by the probability of a right answer, along the ascent of each divisor."""
+    figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (case, rewards) in zip(panels, CASES.items(), strict=True):
+        for divisor, (colour, line) in DIVISORS.items():
+            path = ascent(torch.tensor(rewards, dtype=torch.double), divisor)
+            right = path @ torch.tensor(rewards, dtype=torch.double)
+            axes.plot(right, path @ LENGTHS, line, color=colour, label=divisor, linewidth=2)
+        axes.set(xlabel="probability to be right", title=case, xlim=(0, 1))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="mean length, tokens", ylim=(0, LONG))
+    panels[0].legend(frameon=False)
+    return figure
+
+
+SECTIONS = {"bias": bias, "branches": branches, "means": means}
+
+
+def main(
+    sections: Sequence[str] = tuple(SECTIONS), problems: int = 20, figure: bool = False
+) -> None:
+    """Print the tables of some sections, or of all; with `figure` draw the figure too."""
+    for section in sections:
+        SECTIONS[section](problems)
+    if figure:
+        draw().savefig(FIGURE)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,231 @@
+"""Compares what toolkits add to the loss for a KL with the gradient of the KL of whole completions, in float64.
+
+    python recipes/enumeration/kl_gradients.py
+
+A completion has up to three tokens of three, and its policy is a random distance away from the reference. Each row
+has the medians over 20 such problems, whose prefixes have logits of their own, and the worst problem. Look at the
+error: the length of the difference between the expected gradient and the true one, over the length of the true one.
+The figure shows how the error grows with the distance. The pages are `recipes/pages/explain/answers/kl.md`,
+`kl_per_token.md` and `recipes/pages/explain/squares.md`.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+from answers import head, row
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tokenrl import Estimator
+from tokenrl.lab import Problem, exact_moments, tabular_problem
+
+FIGURE = Path(__file__).parents[1] / "figures" / "kl_gradients.png"
+DISTANCES = (0.03, 0.1, 0.3, 1.0, 2.0)
+"""Standard deviations of the difference between the logits of policy and reference."""
+PLACES = {
+    "k1 in the reward": {"kl_estimator": "k1", "kl_placement": "reward"},
+    "k1 in the loss": {"kl_estimator": "k1", "kl_placement": "loss"},
+    "k2 in the loss": {"kl_estimator": "k2", "kl_placement": "loss"},
+    "k3 in the loss": {"kl_estimator": "k3", "kl_placement": "loss"},
+    "closed form, with its path": {"kl_estimator": "closed_form_path", "kl_placement": "loss"},
+}
+SIZE = 4
+"""Completions of a group, for the noise."""
+
+
+def apart(seed: int, distance: float = 1.0, length: int = 3) -> Problem:
+    """List the completions of a random policy at a distance from its reference, with rewards of 0 and 1."""
+    draw = torch.Generator().manual_seed(seed)
+    logits, change = torch.randn(2, 2**length - 1, 3, generator=draw, dtype=torch.double)
+    reference = logits + distance * change
+    options = {"logits": logits, "reference": reference, "rewards": "binary"}
+    return tabular_problem(seed, length=length, **options)
+
+
+def kl_gradient(problem: Problem) -> Tensor:
+    """Return the gradient [D] of the KL of whole completions to the reference."""
+    return (problem.gradient(beta=0.0) - problem.gradient(beta=1.0))[0]
+
+
+def log_ratios(problem: Problem) -> Tensor:
+    """Return k1 of each token [M, T], the log-probability under the policy less that under the reference."""
+    return (problem.logprobs - problem.ref_logprobs)[0]
+
+
+def descent(problem: Problem, weights: Tensor) -> Tensor:
+    """Return the expectation [D] of the scores of all tokens, times their weights [M, T]."""
+    return torch.einsum(
+        "m,mt,mtd->d", problem.chances[0], weights * problem.mask, problem.scores[0]
+    )
+
+
+def of_estimator(problem: Problem, place: str) -> Tensor:
+    """Return what an estimator of tokenrl descends in expectation if it has a KL and no reward [D]."""
+    estimator = Estimator(baseline="none", beta=1.0, **PLACES[place])
+    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
+    return -exact_moments(estimator, problem, group_size=1).mean[0]
+
+
+def with_ratio(problem: Problem) -> Tensor:
+    """Return the expected gradient [D] of k3 times the ratio to the sampling policy, at a ratio of 1."""
+    ratios = (-log_ratios(problem)).exp()
+    k3 = ratios - 1 + log_ratios(problem)
+    return descent(problem, k3 + 1 - ratios)  # of the ratio, then of k3
+
+
+def discounted(values: Tensor, gamma: float) -> Tensor:
+    """Return for each token [..., T] the sum of its value and later ones, discounted by their distance."""
+    sums = [values[..., -1]]
+    for step in range(values.shape[-1] - 2, -1, -1):
+        sums.append(values[..., step] + gamma * sums[-1])
+    return torch.stack(sums[::-1], dim=-1)
+
+
+def centred(problem: Problem, gamma: float) -> Tensor:
+    """Return the expected gradient [D] of k1 in the advantage, less its mean over all tokens of a large batch."""
+    k1, chances = log_ratios(problem), problem.chances[0]
+    mean = (chances @ k1.sum(-1)) / (chances @ problem.mask.sum(-1))
+    return descent(problem, discounted((k1 - mean) * problem.mask, gamma))
+
+
+def per_token(problem: Problem) -> Tensor:
+    """Return the gradient [D] of the KL per token, times the mean length."""
+    chances, lengths = problem.chances[0], problem.mask.sum(-1, keepdim=True)
+    mean = (chances @ log_ratios(problem).sum(-1)) / (chances @ lengths[:, 0])
+    return kl_gradient(problem) - mean * descent(problem, lengths.expand_as(problem.mask))
+
+
+FORMS: dict[str, Callable[[Problem], Tensor]] = {
+    place: lambda problem, place=place: of_estimator(problem, place) for place in PLACES
+}
+FORMS |= {
+    "k3 times the ratio": with_ratio,
+    "mean - k1 in the advantage": lambda problem: centred(problem, 0.0),
+    "the same, discount 0.9": lambda problem: centred(problem, 0.9),
+    "the same, discount 1": lambda problem: centred(problem, 1.0),
+}
+
+
+def error(gradient: Tensor, target: Tensor) -> float:
+    """Return the length of the difference, over that of the target."""
+    return float((gradient - target).norm() / target.norm())
+
+
+def forms(problems: int) -> None:
+    """The gradient of each form, beside that of the KL of whole completions and of the KL per token."""
+    names = ("error", "worst", "least cosine", "to per token")
+    head("What descends the KL to the reference", *names, width=30)
+    listed = [apart(seed) for seed in range(problems)]
+    targets = [kl_gradient(problem) for problem in listed]
+    tokens = [per_token(problem) for problem in listed]
+    for name, form in FORMS.items():
+        gradients = [form(problem) for problem in listed]
+        errors = [*map(error, gradients, targets)]
+        cosines = [
+            float(torch.cosine_similarity(gradient, target, dim=0))
+            for gradient, target in zip(gradients, targets, strict=True)
+        ]
+        beside = [*map(error, gradients, tokens)]
+        row(name, [errors, [max(errors)], [min(cosines)], beside], width=30)
+
+
+def noise(problems: int) -> None:
+    """Reward and KL together, by RLOO in groups of four: bias and noise of the whole gradient."""
+    for beta in (0.05, 0.5):
+        head(f"Reward and KL, beta {beta:g}", "error", "worst", "noise", width=30)
+        for place in (
+            "k1 in the reward",
+            "k2 in the loss",
+            "k3 in the loss",
+            "closed form, with its path",
+        ):
+            estimator = Estimator(beta=beta, **PLACES[place])
+            moments = [
+                exact_moments(estimator, apart(seed), group_size=SIZE) for seed in range(problems)
+            ]
+            biases = [moment.relative_bias for moment in moments]
+            row(place, [biases, [max(biases)], [moment.noise for moment in moments]], width=30)
+
+
+def squares(problems: int) -> None:
+    """Square losses of the log ratio: what a mean of the other completions does to the noise.
+
+    The loss of a completion is half of `(r / beta - l - c)` squared, with l its log ratio to the reference. On fresh
+    samples its gradient is `(l + c - r / beta)` times the score, as that of the KL in the reward. The constant c is
+    0, or the mean of the other completions' `r / beta - l`.
+    """
+    title = "Square losses: noise with c = 0, and with the mean of the others"
+    head(title, "error", "c = 0", "mean", "ratio", width=30)
+    for beta, zero in itertools.product((0.05, 0.5), (0.0, 1.0)):
+        measured = []
+        for problem in (apart(seed) for seed in range(problems)):
+            problem = replace(problem, rewards=problem.rewards + zero)
+            plain, mean = (
+                exact_moments(
+                    Estimator(baseline=baseline, beta=beta, **PLACES["k1 in the reward"]),
+                    problem,
+                    group_size=SIZE,
+                )
+                for baseline in ("none", "rloo")
+            )
+            biases = max(plain.relative_bias, mean.relative_bias)
+            measured.append((biases, plain.noise, mean.noise, plain.noise / mean.noise))
+        title = f"beta {beta:g}, rewards {zero:g} and {zero + 1:g}"
+        row(title, [*zip(*measured, strict=True)], width=30)
+
+
+def draw(problems: int) -> Figure:
+    """Draw the error of three forms by the KL of a completion, for two lengths."""
+    figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    shown = {
+        "k3 in the loss": "#D55E00",
+        "k3 times the ratio": "#0072B2",
+        "the same, discount 1": "#009E73",
+    }
+    for axes, length in zip(panels, (3, 6), strict=True):
+        for name, colour in shown.items():
+            points = []
+            for distance in DISTANCES:
+                listed = [apart(seed, distance, length) for seed in range(problems)]
+                kls = [float(p.chances[0] @ log_ratios(p).sum(-1)) for p in listed]
+                errors = [error(FORMS[name](p), kl_gradient(p)) for p in listed]
+                points.append((median(kls), median(errors)))
+            label = "mean - k1, discount 1" if "same" in name else name
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+        axes.set(xscale="log", xlabel="KL of a completion, nats", title=f"at most {length} tokens")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="error of the gradient, median", ylim=(0, None))
+    panels[0].legend(frameon=False)
+    return figure
+
+
+SECTIONS = {"forms": forms, "noise": noise, "squares": squares}
+
+
+def main(
+    sections: Sequence[str] = tuple(SECTIONS), problems: int = 20, figure: bool = False
+) -> None:
+    """Print the tables of some sections, or of all; with `figure` draw the figure too."""
+    for section in sections:
+        SECTIONS[section](problems)
+    if figure:
+        draw(problems).savefig(FIGURE)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

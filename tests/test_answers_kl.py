@@ -1,0 +1,186 @@
+"""The answers on the KL, groups and branches, computed a second time: by autograd and by listing what is drawn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from folders import RECIPES
+from torch.testing import assert_close
+
+from tokenrl.lab import tabular_problem
+
+LENGTH, TOKENS = 2, 3
+
+
+@pytest.fixture(scope="module")
+def recipes(monkeypatch_module):
+    """The two programs, as modules."""
+    import groups
+    import kl_gradients
+
+    return groups, kl_gradients
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES / "enumeration"))
+        yield patch
+
+
+def listed(logits):
+    """All completions of at most two tokens, of which 0 is the end: for each its tokens' log-probabilities."""
+    table = logits.log_softmax(-1)  # prefixes: nothing, 1, 2
+    ended = [[table[0, 0]]]
+    return ended + [
+        [table[0, first], table[first, second]] for first in (1, 2) for second in range(TOKENS)
+    ]
+
+
+def logits_of(seed, distance):
+    draw = torch.Generator().manual_seed(seed)
+    logits, change = torch.randn(2, 3, TOKENS, generator=draw, dtype=torch.double)
+    return logits.requires_grad_(), logits + distance * change
+
+
+def sampled(rows, ref_rows, loss):
+    """The expectation of a loss of completions, whose probabilities carry no gradient."""
+    total = 0.0
+    for row, ref_row in zip(rows, ref_rows, strict=True):
+        total = total + sum(row).exp().detach() * loss(row, ref_row)
+    return total
+
+
+def k3(row, ref_row):
+    return sum(torch.exp(r - x) - (r - x) - 1 for x, r in zip(row, ref_row, strict=True))
+
+
+def k3_with_ratio(row, ref_row):
+    return sum(
+        torch.exp(x - x.detach()) * (torch.exp(r - x) - (r - x) - 1)
+        for x, r in zip(row, ref_row, strict=True)
+    )
+
+
+def k2(row, ref_row):
+    return sum((x - r) ** 2 / 2 for x, r in zip(row, ref_row, strict=True))
+
+
+def k1_as_reward(row, ref_row):
+    return (sum(row) - sum(ref_row)).detach() * sum(row)
+
+
+LOSSES = {
+    "k1 in the reward": k1_as_reward,
+    "k2 in the loss": k2,
+    "k3 in the loss": k3,
+    "k3 times the ratio": k3_with_ratio,
+}
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_forms_of_the_kl_have_the_gradients_that_autograd_gives(recipes, seed):
+    module = recipes[1]
+    logits, reference = logits_of(seed, 1.0)
+    problem = module.apart(seed, 1.0, LENGTH)
+    rows, ref_rows = listed(logits), listed(reference.detach())
+    pairs = list(zip(rows, ref_rows, strict=True))
+    kl = sum(sum(row).exp() * (sum(row) - sum(ref)) for row, ref in pairs)
+    length = sum(sum(row).exp() * len(row) for row in rows)
+    (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    assert_close(module.kl_gradient(problem), truth.flatten())
+    (of_mean,) = torch.autograd.grad(kl / length, logits, retain_graph=True)
+    per_token = of_mean.flatten() * length.detach()
+    assert_close(module.per_token(problem), per_token)
+    assert_close(module.FORMS["the same, discount 1"](problem), per_token)
+    for name, loss in LOSSES.items():
+        (gradient,) = torch.autograd.grad(sampled(rows, ref_rows, loss), logits, retain_graph=True)
+        assert_close(module.FORMS[name](problem), gradient.flatten())
+    assert_close(module.FORMS["closed form, with its path"](problem), truth.flatten())
+    assert module.FORMS["k1 in the loss"](problem).norm() < 1e-12
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_mean_of_k1_in_the_advantage_is_a_loop_over_tokens(recipes, gamma):
+    module = recipes[1]
+    logits, reference = logits_of(1, 1.0)
+    pairs = list(zip(listed(logits), listed(reference.detach()), strict=True))
+    chances = [sum(row).exp().detach() for row, _ in pairs]
+    ratios = [[(x - r).detach() for x, r in zip(*pair, strict=True)] for pair in pairs]
+    tokens = sum(p * len(k1) for p, k1 in zip(chances, ratios, strict=True))
+    mean = sum(p * sum(k1) for p, k1 in zip(chances, ratios, strict=True)) / tokens
+    loss = 0.0
+    for (row, _), p, k1 in zip(pairs, chances, ratios, strict=True):
+        for t, x in enumerate(row):
+            later = sum(gamma ** (u - t) * (k1[u] - mean) for u in range(t, len(row)))
+            loss = loss + p * later * x
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert_close(module.centred(module.apart(1, 1.0, LENGTH), gamma), gradient.flatten())
+
+
+@pytest.mark.parametrize(("p", "size"), [(0.1, 4), (0.9, 3)])
+def test_the_mean_advantage_of_mixed_groups_is_a_sum_over_groups(recipes, p, size):
+    module = recipes[0]
+    chance, advantage, gradient = 0.0, 0.0, 0.0
+    for rewards in itertools.product((0.0, 1.0), repeat=size):
+        probability = math.prod(p if r else 1 - p for r in rewards)
+        for r, weight in zip(rewards, module.rloo(rewards), strict=True):
+            gradient += probability * weight * (1 / p if r else -1 / (1 - p))
+        if rewards[0] and not all(rewards):
+            chance += probability
+            advantage += probability * (1 - sum(rewards) / size)
+    assert module.mixed_mean(p, size) == pytest.approx(advantage / chance)
+    assert module.factor(p, size) == pytest.approx(gradient) == pytest.approx(1)
+
+
+def test_the_noise_of_one_branch_is_a_sum_over_all_its_outcomes(recipes):
+    """The value of each prefix is 1 or 0 by a draw of its own, which is listed here."""
+    module = recipes[0]
+    problem = tabular_problem(4, length=LENGTH, rewards="binary")
+    chances, rewards, scores = problem.chances[0], problem.totals[0], problem.scores[0]
+    tokens = problem.mask.sum(-1)
+    start = float(chances @ rewards)
+    assert 0 < start < 1
+    mean, second, cost = 0.0, 0.0, float(chances @ tokens)
+    cost += float(chances @ tokens)  # a continuation of the empty prefix
+    for row, chance in enumerate(chances):
+        later = scores[row, 0]  # of the rows that begin with the same token
+        same = [
+            m for m in range(len(chances)) if tokens[m] == 2 and bool((scores[m, 0] == later).all())
+        ]
+        following = (
+            float(rewards[same] @ chances[same] / chances[same].sum()) if tokens[row] == 2 else None
+        )
+        cost += float(chance) if following is not None else 0.0
+        values = [start] if following is None else [start, following]
+        for drawn in itertools.product((0.0, 1.0), repeat=len(values)):
+            weight = float(chance) * math.prod(
+                v if x else 1 - v for v, x in zip(values, drawn, strict=True)
+            )
+            after = [*drawn[1:], float(rewards[row])]
+            gradient = sum((after[t] - drawn[t]) * scores[row, t] for t in range(int(tokens[row])))
+            mean = mean + weight * gradient
+            second += weight * float(gradient @ gradient)
+    assert_close(mean, problem.gradient()[0])
+    signal = float(mean @ mean)
+    assert module.branch_cost(problem, 1) == pytest.approx((second - signal) / signal * cost)
+
+
+@pytest.mark.parametrize("divisor", ["sum", "mean over all tokens", "mean of each completion"])
+def test_a_step_of_ascent_follows_the_expectation_of_the_surrogate(recipes, divisor):
+    module = recipes[0]
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.double)
+    lengths = torch.tensor([1.0, module.LONG, 1.0, module.LONG], dtype=torch.double)
+    logits = torch.zeros(4, dtype=torch.double, requires_grad=True)
+    p = logits.softmax(0)
+    weights = {"sum": 1.0, "mean over all tokens": 1 / float(p.detach() @ lengths)}.get(
+        divisor, 1 / lengths
+    )
+    gain = (p * (rewards - float(p.detach() @ rewards)) * weights).sum()
+    (gradient,) = torch.autograd.grad(gain, logits)
+    path = module.ascent(rewards, divisor)
+    assert_close(path[0], torch.full((4,), 0.25, dtype=torch.double))
+    assert_close(path[1], (module.RATE * gradient).softmax(0))
