@@ -24,30 +24,30 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_470,
+    "top": 12_940,
     "core": 19_440,
-    "runs": 26_650,
-    "control": 13_840,
-    "advisor": 2_700,
+    "runs": 24_480,
+    "control": 10_700,
+    "advisor": 2_530,
     "language": 100,
     "language/policy": 11_680,
-    "language/rewards": 14_600,
+    "language/rewards": 14_000,
     "language/tasks": 10_100,
     "language/rollout": 26_790,
-    "language/training": 22_450,
+    "language/training": 22_360,
     "language/supervised": 7_870,
     "language/commands": 4_210,
     "language/preferences": 6_740,
     "language/evaluation": 3_680,
     "lab": 100,
-    "lab/exact": 14_930,
-    "lab/measure": 5_590,
-    "lab/compare": 16_040,
+    "lab/exact": 12_380,
+    "lab/measure": 5_180,
+    "lab/compare": 13_300,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 220_740, 187, 89_300, 253_470, 67_660, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 208_350, 186, 88_460, 229_680, 67_230, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
