@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from folders import RECIPES
 
-from tokenrl.language import load_task
+import toy_tasks
 
 FOLDER = RECIPES / "benchmarks"
 TINY = {"prompts": 2, "group": 4, "length": 4, "layers": 1, "hidden": 16, "intermediate": 16}
@@ -135,7 +135,7 @@ def test_turns_are_measured_beside_trl_or_without_it(tmp_path):
 @pytest.mark.parametrize("target", [0.0, 2.0])
 def test_a_racer_stops_at_the_target_or_at_the_end(who, target, tmp_path, cache):
     pytest.importorskip(who)
-    for part in load_task("sort_digits").build(0):
+    for part in toy_tasks.load("sort_digits").build(0):
         part.save_pretrained(tmp_path / "model")
     spec = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
     ended = measured(
