@@ -28,7 +28,7 @@ from answers import groups, head, levels_of, moments_of, rloo, row
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokenrl.lab import Problem, tabular_problem
+from tokenrl.lab import Problem, all_completions, tabular_problem
 
 FIGURE = Path(__file__).parents[1] / "figures" / "token_mean.png"
 SIZE = 8
@@ -103,14 +103,6 @@ def prefixes_of(problem: Problem, ids: Tensor) -> Prefixes:
     return Prefixes(value, square - value**2, remaining)
 
 
-def numbered(problem: Problem) -> Tensor:
-    """Return a number for the prefix before each token [M, T], by its chance of being sampled."""
-    before = (problem.logprobs[0].cumsum(-1) - problem.logprobs[0]) * problem.mask
-    depth = torch.arange(before.shape[1], dtype=torch.double) * problem.mask
-    _, ids = (1e3 * depth + before).round(decimals=9).unique(return_inverse=True)
-    return ids
-
-
 def branch_cost(problem: Problem, branches: int) -> float:
     """Return noise times tokens of a completion whose prefixes are valued by sampled continuations.
 
@@ -118,7 +110,7 @@ def branch_cost(problem: Problem, branches: int) -> float:
     `branches` continuations of its own; with 0 branches values are exact and cost nothing.
     """
     chances, scores = problem.chances[0], problem.scores[0]
-    prefixes = prefixes_of(problem, numbered(problem))
+    prefixes = prefixes_of(problem, all_completions(3, problem.mask.shape[1]).prefix)
     following = torch.zeros_like(prefixes.value)
     following[:, :-1] = prefixes.value[:, 1:]
     last = problem.mask.sum(-1).long() - 1

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
@@ -73,11 +74,15 @@ def descent(problem: Problem, weights: Tensor) -> Tensor:
     )
 
 
-def of_estimator(problem: Problem, place: str) -> Tensor:
+def of_estimator(problem: Problem, rewards: Tensor, **fields: Any) -> Tensor:
+    """Return what an estimator without a baseline descends in expectation, with these rewards [D]."""
+    estimator = Estimator(baseline="none", **fields)
+    return -exact_moments(estimator, replace(problem, rewards=rewards), group_size=1).mean[0]
+
+
+def placed(problem: Problem, place: str) -> Tensor:
     """Return what an estimator of tokenrl descends in expectation if it has a KL and no reward [D]."""
-    estimator = Estimator(baseline="none", beta=1.0, **PLACES[place])
-    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
-    return -exact_moments(estimator, problem, group_size=1).mean[0]
+    return of_estimator(problem, torch.zeros_like(problem.rewards), beta=1.0, **PLACES[place])
 
 
 def with_ratio(problem: Problem) -> Tensor:
@@ -87,19 +92,11 @@ def with_ratio(problem: Problem) -> Tensor:
     return descent(problem, k3 + 1 - ratios)  # of the ratio, then of k3
 
 
-def discounted(values: Tensor, gamma: float) -> Tensor:
-    """Return for each token [..., T] the sum of its value and later ones, discounted by their distance."""
-    sums = [values[..., -1]]
-    for step in range(values.shape[-1] - 2, -1, -1):
-        sums.append(values[..., step] + gamma * sums[-1])
-    return torch.stack(sums[::-1], dim=-1)
-
-
-def centred(problem: Problem, gamma: float) -> Tensor:
+def centred(problem: Problem, **credit: Any) -> Tensor:
     """Return the expected gradient [D] of k1 in the advantage, less its mean over all tokens of a large batch."""
     k1, chances = log_ratios(problem), problem.chances[0]
     mean = (chances @ k1.sum(-1)) / (chances @ problem.mask.sum(-1))
-    return descent(problem, discounted((k1 - mean) * problem.mask, gamma))
+    return of_estimator(problem, ((mean - k1) * problem.mask)[None], **credit)
 
 
 def per_token(problem: Problem) -> Tensor:
@@ -110,13 +107,15 @@ def per_token(problem: Problem) -> Tensor:
 
 
 FORMS: dict[str, Callable[[Problem], Tensor]] = {
-    place: lambda problem, place=place: of_estimator(problem, place) for place in PLACES
+    place: lambda problem, place=place: placed(problem, place) for place in PLACES
 }
 FORMS |= {
     "k3 times the ratio": with_ratio,
-    "mean - k1 in the advantage": lambda problem: centred(problem, 0.0),
-    "the same, discount 0.9": lambda problem: centred(problem, 0.9),
-    "the same, discount 1": lambda problem: centred(problem, 1.0),
+    "mean - k1 in the advantage": lambda problem: centred(
+        problem, returns="blame_window", window=1
+    ),
+    "the same, discount 0.9": lambda problem: centred(problem, returns="reward_to_go", gamma=0.9),
+    "the same, discount 1": lambda problem: centred(problem, returns="reward_to_go"),
 }
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_940,
     "core": 19_440,
-    "runs": 24_480,
+    "runs": 24_470,
     "control": 10_700,
     "advisor": 2_530,
     "language": 100,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 208_350, 186, 88_460, 230_350, 67_230, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 208_350, 186, 88_460, 230_350, 67_080, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

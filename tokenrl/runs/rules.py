@@ -109,9 +109,9 @@ def is_destroyed(run: Observed) -> bool:
     return is_fall and 2 * lost > max(best.value - reward.value, learnt)
 
 
-def is_certain(run: Observed, entropy: float) -> bool:
-    """Whether a policy of this entropy chooses nearly always the same action, and nothing works against it."""
-    return entropy < LEAST_ENTROPY and not run.entropy_coef
+def is_certain(run: Observed) -> bool:
+    """Whether the policy chooses nearly always the same action of late, and nothing works against it."""
+    return run.recent.entropy < LEAST_ENTROPY and not run.entropy_coef
 
 
 def entropy_bonus(run: Observed) -> float:
@@ -169,12 +169,12 @@ RULES = (
     # At the end of a run.
     Rule(
         "entropy-collapsed",
-        lambda run: is_certain(run, run.recent.entropy) and run.is_solved and "watch",
+        lambda run: is_certain(run) and run.is_solved and "watch",
         LOW_ENTROPY,
     ),
     Rule(
         "entropy-collapsed",
-        lambda run: is_certain(run, run.recent.entropy) and "act",
+        lambda run: is_certain(run) and "act",
         LOW_ENTROPY,
         lambda run: {"estimator.entropy_coef": entropy_bonus(run)},
     ),
