@@ -85,7 +85,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateArguments, "tokenrl.language.commands.evaluate:print_evaluation"),
     "sample": Command(SampleArguments, "tokenrl.language.commands.sample:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
-    "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare"),
+    "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare_each"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
     "lab exact": Command(LabArguments, "tokenrl.lab.exact.report:exact"),

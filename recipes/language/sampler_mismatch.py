@@ -128,9 +128,9 @@ def main(
     axes.legend(frameon=False)
     figure.savefig(output_dir / "sampler_mismatch.png")
     for difference in judge_scores(scores, margin=0.02).families[0].differences:
-        bounds, mean = difference.adjusted, difference.mean.value
+        bounds = difference.adjusted
         interval = f"[{bounds.low:+.3f}, {bounds.high:+.3f}]"
-        print(f"{difference.arm} - same: {mean:+.3f} {interval} {difference.verdict}")
+        print(f"{difference.arm} - same: {bounds.value:+.3f} {interval} {difference.verdict}")
 
 
 if __name__ == "__main__":

@@ -75,9 +75,8 @@ class Forest(NamedTuple):
         name: heading of the plot.
         unit: what the differences are of, and what the bars show.
         rows: the differences from the top. `name` says what is compared, `result` is the result in words, and
-            the `verdict` gives the colour. The `mean` is a dot, `points` are single differences. The thick bar
-            reaches from `mean_low` to `mean_high`, the thin one, which decides, from `adjusted_low` to
-            `adjusted_high`.
+            the `verdict` gives the colour. The `value` is a dot, `points` are single differences. The bar reaches
+            from `low` to `high`.
         margin: differences up to this size count as equivalent, drawn as a band; None for none.
     """
 
@@ -107,9 +106,8 @@ class Forest(NamedTuple):
             _write(axes, str(row.name), line, (0, -14), weight="bold")
             _write(axes, str(row.result), line, (0, -29), color=look["color"])
             bars = [line + 0.72] * 2
-            axes.plot([row.adjusted_low, row.adjusted_high], bars, **look)
-            axes.plot([row.mean_low, row.mean_high], bars, linewidth=6, alpha=0.55, **look)
-            axes.plot(row.mean, bars[0], "o", markersize=9, **look)
+            axes.plot([row.low, row.high], bars, linewidth=3, **look)
+            axes.plot(row.value, bars[0], "o", markersize=9, **look)
             dots = [line + 0.9] * len(row.points)
             axes.plot(row.points, dots, "o", markersize=4, alpha=0.5, **look)
 

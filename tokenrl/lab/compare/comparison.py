@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
-from tokenrl.lab.compare.plan import Plan, Problem
-from tokenrl.lab.compare.table import RunTable
+from tokenrl.lab.compare.plan import Plan, Role
 from tokenrl.runs.findings import LOST_SHARE
 
 LOST = {
@@ -32,7 +33,7 @@ LOST = {
 
 
 class Words(NamedTuple):
-    """The verdicts on a problem in words.
+    """The verdicts in words.
 
     Attributes:
         headline: all verdicts in a sentence or two, with what qualifies them.
@@ -52,93 +53,90 @@ class Comparison:
     Attributes:
         output_dir: the directory.
         plan: what was planned before anything was run.
-        table: the rows and curves of all runs.
+        runs: a row for each run (see `table.read_runs`).
         judgement: failures, paired differences and verdicts, by the score of the plan.
     """
 
     output_dir: Path
     plan: Plan
-    table: RunTable
+    runs: pd.DataFrame
     judgement: Judgement
 
+    @property
+    def family(self) -> Family:
+        """All comparisons of the arms."""
+        return self.judgement.families[0]
+
     @cached_property
-    def words(self) -> dict[str, Words]:
-        """The verdicts on each problem in words."""
-        words = {}
-        for problem in self.plan.problems:
-            family = self.judgement.of(problem.label)
-            caveats = dict(_caveats(problem, self.plan, self.table))
-            headline = family.headline([*filter(None, caveats.values())])
-            words[problem.label] = Words(headline, family.sentences(), [*caveats])
-        return words
+    def words(self) -> Words:
+        """The verdicts in words."""
+        caveats = dict(self._caveats())
+        headline = self.family.headline([*filter(None, caveats.values())])
+        return Words(headline, self.family.sentences(), [*caveats])
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
-        compared = self.table.runs.query("role == 'comparison'")
-        return int((compared["state"] != "finished").any())
+        return int((self.of("comparison")["state"] != "finished").any())
+
+    def of(self, role: Role) -> pd.DataFrame:
+        """Return the rows of the runs that are compared, or of those that choose learning rates."""
+        return self.runs[self.runs["role"] == role]
+
+    def _caveats(self) -> Iterator[tuple[str, str]]:
+        """Yield what the verdicts do not mean, and what of it belongs in the headline; else empty."""
+        by_arm = self.of("comparison").groupby("arm", sort=False)
+        least = by_arm["reward"].mean().min(skipna=False)
+        ceiling = math.inf if self.plan.ceiling is None else self.plan.ceiling
+        if least >= ceiling:
+            yield (
+                f"Ceiling: every arm ends at {digits(least)} or above. From {digits(ceiling)} on little is left to "
+                "gain, so the reward at the end hardly separates the arms. Compare at a smaller budget (--max-steps), "
+                "with other seeds.",
+                "every arm ends at the ceiling",
+            )
+        for metric, (text, headline) in LOST.items():
+            shares = by_arm[metric].mean()
+            arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
+            if arms:
+                yield text.format(arms=joined(arms)), headline
+        for arm, of_arm in by_arm:
+            counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
+            for flag in counts[counts > LOST_SHARE * len(of_arm)].index:
+                yield f"Training of {arm}: {flag} in most of its runs.", ""
+        best = by_arm["learning_rate"].first()
+        for arm in self.plan.arms:
+            rates = sorted(arm.rates)
+            if len(rates) > 1 and best[arm.label] in (rates[0], rates[-1]):
+                yield (
+                    f"Learning rate: the best rate of {arm.label}, {best[arm.label]:g}, is the least or the greatest "
+                    "that was tried, so a better rate may lie beyond it.",
+                    "",
+                )
 
 
-def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
+def judge_runs(output_dir: Path, plan: Plan, runs: pd.DataFrame) -> Comparison:
     """Judge the runs of a comparison; those that have not been made are left out.
 
     Args:
         output_dir: its directory.
         plan: the plan.
-        table: the rows and curves of all runs.
+        runs: a row for each run.
 
     Raises:
-        Stopped: on a problem no run has the score that decides.
+        Stopped: no run has the score that decides.
     """
-    families = list[Family]()
-    for problem in plan.problems:
-        runs = table.of(problem.label).query("state != 'missing'")
-        if runs[plan.metric].isna().all():
-            reason = "".join(runs["reason"][:1])
-            raise Stopped(
-                f"Nothing can be judged on {problem.label}: no run has {plan.metric}. {reason}"
-            )
-        judgement = judge_scores(
-            runs,
-            metric=plan.metric,
-            reference=plan.reference,
-            margin=problem.margin,
-            all_pairs=plan.all_pairs,
+    made = runs.query("role == 'comparison' and state != 'missing'")
+    if made[plan.metric].isna().all():
+        reason = "".join(made["reason"][:1])
+        raise Stopped(
+            f"Nothing can be judged on {plan.problem}: no run has {plan.metric}. {reason}"
         )
-        families += judgement.families
-    return Comparison(output_dir, plan, table, Judgement(plan.metric, tuple(families)))
-
-
-def _caveats(problem: Problem, plan: Plan, table: RunTable) -> Iterator[tuple[str, str]]:
-    """Yield what the verdicts on a problem do not mean, and what of it belongs in the headline; else empty."""
-    runs = table.of(problem.label)
-    by_arm = runs.groupby("arm", sort=False)
-    least = by_arm["reward"].mean().min(skipna=False)
-    ceiling = math.inf if problem.solved is None else problem.solved
-    if problem.margin is not None and problem.reward_range:
-        ceiling = min(ceiling, problem.reward_range[1] - problem.margin)
-    if least >= ceiling:
-        yield (
-            f"Ceiling: every arm ends at {digits(least)} or above. From {digits(ceiling)} on little is left to gain, "
-            "so the reward at the end hardly separates the arms. Compare at a smaller budget (--max-steps), with other "
-            "seeds.",
-            "every arm ends at the ceiling",
-        )
-    for metric, (text, headline) in LOST.items():
-        shares = by_arm[metric].mean()
-        arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
-        if arms:
-            yield text.format(arms=joined(arms)), headline
-    for arm, of_arm in by_arm:
-        counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
-        for flag in counts[counts > LOST_SHARE * len(of_arm)].index:
-            yield f"Training of {arm}: {flag} in most of its runs.", ""
-    tuned = table.of(problem.label, "tuning").groupby("arm", sort=False)["learning_rate"]
-    rates = by_arm["learning_rate"].first()
-    for label, edges in tuned.agg(["min", "max"]).iterrows():
-        if rates[label] in edges.to_numpy():
-            yield (
-                f"Learning rate: the best rate of {label}, {rates[label]:g}, is the least or the greatest that "
-                "was tried, so a better rate may lie beyond it.",
-                "",
-            )
+    judgement = judge_scores(
+        made,
+        metric=plan.metric,
+        reference=plan.reference,
+        margin=plan.margin,
+        all_pairs=plan.all_pairs,
+    )
+    return Comparison(output_dir, plan, runs, judgement)

@@ -164,7 +164,6 @@ def _compare_pair(
         arm=arm.arm,
         reference=reference.arm,
         differences=differences,
-        mean=mean_interval(values),
         adjusted=adjusted,
         level=level,
         p_failures=p_failures,

@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused, refusing
-from tokenrl.lab.compare.plan import PlannedRun
+from tokenrl.lab.compare.plan import PlannedRun, differing
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import MANIFEST, appending, atomic_directory, plain, remove, write_json
+from tokenrl.runs.files import MANIFEST, appending, atomic_directory, remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
 TICK = 0.2
@@ -36,12 +37,6 @@ class Process(Protocol):
 
     def terminate(self) -> None:
         """Ask it to save and stop."""
-
-
-def _settings(run: PlannedRun) -> dict[str, Any]:
-    """Return the settings of a run as its command reads them from a file."""
-    settings = {name: value for name, value in run.settings.items() if value is not None}
-    return plain({"kind": run.kind, **settings})  # type: ignore[no-any-return]
 
 
 def collect(
@@ -69,15 +64,13 @@ def collect(
             )
         ended = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
         for run in ended:
-            settings = _settings(run)
-            theirs = read_config(source / f"{run.path}.json")
-            names = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
-            if names:
-                raise Refused(
-                    f"{source / run.path} was made with other settings than this comparison has: "
-                    f"{', '.join(sorted(names))}. Give the settings that it was made with, or leave it out of collect."
-                )
             _write_settings(run, root)
+            theirs = read_config(source / f"{run.path}.json")
+            if changes := differing(theirs, read_config(root / f"{run.path}.json")):
+                raise Refused(
+                    f"{source / run.path} was made with other settings than this comparison has: {changes}. Give "
+                    "the settings that it was made with, or leave it out of collect."
+                )
             with atomic_directory(root / run.path) as folder:
                 # a link stays a link, so that nothing outside of the run is copied
                 shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
@@ -89,7 +82,8 @@ def _write_settings(run: PlannedRun, root: Path) -> Path:
     """Write the settings of a run into a file beside its directory, and return the file."""
     path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, _settings(run))
+    settings = {name: value for name, value in run.settings.items() if value is not None}
+    write_json(path, {"kind": run.kind, **settings})
     return path
 
 
@@ -121,40 +115,49 @@ def execute(
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if executor == "ray":
         start, processors = connect_to_ray()
-    # a run can import what this program can, such as rewards
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     waiting = [run for run in runs if not is_done(run, root)]
-    under_way: dict[str, Process] = {}
-    is_stopping = False
-    with GracefulStop(quiet=console.rich.quiet) as stop:
-        while under_way or (waiting and not stop.requested):
-            free = 0 if stop.requested else (workers or processors) - len(under_way)
-            # a run of a comparison that was killed may still be saving itself
-            startable = [run for run in waiting if not in_use(root / run.path)]
-            for run in startable[:free]:
-                waiting.remove(run)
-                settings = _write_settings(run, root)
-                path = f"{root / run.path}"
-                words = [run.kind, "--config", str(settings), "--output-dir", path, "--quiet"]
-                process = start([*words, "--resume", "auto"], f"{path}.log", environment)
-                under_way[path] = process
-            time.sleep(TICK)
-            if stop.requested and not is_stopping:
-                is_stopping = True
-                for process in under_way.values():
-                    process.terminate()
-            for path, process in [*under_way.items()]:
-                code = process.poll()
+    with (
+        GracefulStop(quiet=console.rich.quiet) as stop,
+        ThreadPoolExecutor(workers or processors) as pool,
+    ):
+        paths = {pool.submit(_make, run, root, start, stop): root / run.path for run in waiting}
+        pending = {*paths}
+        while pending:
+            done, pending = wait(pending, TICK, FIRST_COMPLETED)
+            for future in done:
+                code = future.result()
+                left = len(runs) - len(pending)
+                path = paths[future]
+                ending = "ended" if code == 0 else f"failed (exit code {code}; {path}.log)"
                 if code is not None:
-                    del under_way[path]
-                    left = len(waiting) + len(under_way)
-                    ending = "ended" if code == 0 else f"failed (exit code {code}; {path}.log)"
-                    console.note(f"run {len(runs) - left}/{len(runs)}  {path}: {ending}")
+                    console.note(f"run {left}/{len(runs)}  {path}: {ending}")
     if stop.requested:
         raise Interrupted(
             f"{signal.Signals(stop.requested).name}: the runs under way were saved. The same command goes on.",
             stop.exit_code,
         )
+
+
+def _make(
+    run: PlannedRun, root: Path, start: Callable[..., Process], stop: GracefulStop
+) -> int | None:
+    """Make a run, which is asked to save and stop when this process is; return its exit code, None if not begun."""
+    path = root / run.path
+    while in_use(path) and not stop.requested:
+        time.sleep(TICK)  # a run of a comparison that was killed may still be saving itself
+    if stop.requested:
+        return None
+    words = [run.kind, "--config", str(_write_settings(run, root)), "--output-dir", str(path)]
+    # a run can import what this program can, such as rewards
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = start([*words, "--quiet", "--resume", "auto"], f"{path}.log", environment)
+    is_stopping = False
+    while (code := process.poll()) is None:
+        if stop.requested and not is_stopping:
+            process.terminate()
+            is_stopping = True
+        time.sleep(TICK)
+    return code
 
 
 def start_process(

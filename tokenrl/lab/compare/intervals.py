@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
@@ -20,8 +21,8 @@ ALPHA = 0.05
 POWER = 0.8
 LEAST_PAIRS = 6
 """Fewer pairs give no verdict: even if all of them agree in sign, that happens by chance in more than 5 %."""
-LARGEST_EFFECT = 1_000.0
-"""Upper bound of the detectable difference, in standard deviations of a difference."""
+LARGEST_SHIFT = 30.0
+"""Upper bound of the detectable difference, in standard errors of a mean difference of six pairs or more."""
 DIGITS = 12
 """Digits, relative to the largest score, that count in a difference."""
 
@@ -49,10 +50,11 @@ def differences_by_seed(
     They are rounded to 12 digits of the largest score, so that differences that are equal but for the
     rounding of floating-point numbers are equal (.29 - .17 is not .12 in binary).
     """
-    largest = max(map(abs, [0.0, *arm.values(), *reference.values()]))
-    digits = DIGITS - math.floor(math.log10(largest or 1.0))
-    pairs = sorted(arm.keys() & reference.keys())
-    return {seed: round(arm[seed] - reference[seed], digits) for seed in pairs}
+    scores = pd.DataFrame({"arm": arm, "reference": reference}, dtype=float)
+    largest = scores.abs().max().max()
+    decimals = DIGITS - math.floor(math.log10(largest)) if largest > 0 else DIGITS
+    differences = (scores["arm"] - scores["reference"]).dropna().sort_index()
+    return dict(differences.round(decimals))
 
 
 def mean_interval(values: Array, level: float = 0.95) -> Estimate:
@@ -87,35 +89,19 @@ def failures_differ(failed: int, runs: int, other_failed: int, other_runs: int) 
     return float(stats.fisher_exact(table).pvalue)
 
 
-def power(pairs: int, effect: float, level: float) -> float:
-    """Return the probability that the interval of a mean difference lies above 0.
-
-    Args:
-        pairs: number of pairs, at least 2.
-        effect: the true mean difference over the standard deviation of a difference.
-        level: level of the two-sided interval.
-    """
-    critical = stats.t.ppf((1 + level) / 2, pairs - 1)
-    shift = effect * math.sqrt(pairs)
-    probability = stats.nct.sf(critical, pairs - 1, shift)
-    if not math.isfinite(probability):  # far out in the tail
-        probability = stats.norm.sf(critical - shift)
-    return float(probability)
-
-
 def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
-    """Return the mean difference whose interval excludes 0 with a probability of 80 %.
+    """Return the mean difference whose interval lies above 0 with a probability of 80 %.
 
     A verdict of better or worse is as probable only if no margin is set, or if the interval then also ends
     beyond it: an interval within the margin is equivalent, whether it excludes 0 or not.
 
     Args:
-        pairs: number of pairs (seeds), at least 2.
+        pairs: number of pairs (seeds), at least 6.
         sd: standard deviation of a paired difference, in the units of the score.
         comparisons: number of comparisons in the family.
     """
-    level = level_of(comparisons)
-    deviations = optimize.brentq(
-        lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST_EFFECT
+    critical = stats.t.ppf((1 + level_of(comparisons)) / 2, pairs - 1)
+    shift = optimize.brentq(
+        lambda shift: stats.nct.sf(critical, pairs - 1, shift) - POWER, 0.0, LARGEST_SHIFT
     )
-    return sd * float(deviations)
+    return sd * float(shift) / math.sqrt(pairs)

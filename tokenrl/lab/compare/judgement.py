@@ -80,8 +80,7 @@ class PairedDifference:
         arm: the arm.
         reference: the arm with which it is compared.
         differences: score of the arm minus score of the reference by seed, where neither run failed.
-        mean: mean difference with a 95 % Student-t interval.
-        adjusted: the same at the level that decides.
+        adjusted: their mean with its Student-t interval at the level that decides.
         level: that level: .05 shared by all comparisons of the family, and where a run of the two arms
             failed, by the two parts of the verdict.
         p_failures: two-sided p of Fisher's exact test that both fail equally often.
@@ -94,7 +93,6 @@ class PairedDifference:
     arm: str
     reference: str
     differences: dict[int, float]
-    mean: Estimate
     adjusted: Estimate
     level: float
     p_failures: float
@@ -108,7 +106,7 @@ class PairedDifference:
         """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
         if not self.differences:
             return "-"
-        return f"{self.mean.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
+        return f"{self.adjusted.value:+.3g} [{digits(self.adjusted.low)}, {digits(self.adjusted.high)}]"
 
     @property
     def finding(self) -> str:
@@ -137,17 +135,9 @@ class PairedDifference:
             return f"by {self.interval}"
         if self.adjusted.low == self.adjusted.high:
             return (
-                f"all differences are {digits(self.mean.value)}, which does not show how they vary"
+                f"all differences are {digits(self.adjusted.value)}, which does not show how they vary"
             )
         return f"the difference, {self.interval}, may have either sign; more seeds would narrow it"
-
-    def row(self) -> dict[str, Any]:
-        """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
-        cells = {**vars(self), "unpaired": " ".join(map(str, self.unpaired))}
-        del cells["differences"]
-        for name in ("mean", "adjusted"):
-            cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = cells[name]
-        return {"pairs": len(self.differences), **cells}
 
 
 @dataclass(frozen=True)
@@ -172,6 +162,19 @@ class Family:
     def against_reference(self) -> dict[str, PairedDifference]:
         """The differences to the reference, by arm."""
         return {d.arm: d for d in self.differences if d.reference == self.reference}
+
+    def table(self) -> pd.DataFrame:
+        """Return by arm its failed runs, its mean score, and its difference to the reference."""
+        rows = {}
+        for arm in self.arms:
+            difference = self.against_reference.get(arm.arm)
+            rows[arm.arm] = {
+                "failed": arm.count,
+                "score": arm.mean,
+                f"against {self.reference}": difference.interval if difference else "",
+                "verdict": difference.verdict if difference else "reference",
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def headline(self, qualified: Sequence[str] = ()) -> str:
         """Return all verdicts against the reference in a sentence or two, with what qualifies them.
@@ -218,10 +221,6 @@ class Judgement:
     metric: str
     families: tuple[Family, ...]
 
-    def of(self, problem: str) -> Family:
-        """Return the family of a problem."""
-        return next(family for family in self.families if family.problem == problem)
-
     def verdicts(self) -> dict[tuple[str, str], VerdictWord]:
         """Return the verdict against the reference by problem and arm."""
         return {
@@ -233,11 +232,17 @@ class Judgement:
     def table(self) -> pd.DataFrame:
         """Return a row for each difference."""
         rows = [
-            {"problem": family.problem, "metric": self.metric} | difference.row()
+            {
+                "problem": family.problem,
+                "metric": self.metric,
+                "pairs": len(difference.differences),
+                **vars(difference),
+                **difference.adjusted._asdict(),
+            }
             for family in self.families
             for difference in family.differences
         ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).drop(columns=["differences", "adjusted"])
 
 
 def _failures(difference: PairedDifference, arm: ArmScores, reference: ArmScores) -> str:

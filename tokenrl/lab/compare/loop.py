@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,16 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import collect, execute
 from tokenrl.lab.compare.page import write_comparison
-from tokenrl.lab.compare.plan import Plan, PlannedRun, check_plan, read_plan, start_plan
+from tokenrl.lab.compare.plan import (
+    Plan,
+    PlannedRun,
+    check_plan,
+    folder_of,
+    read_plan,
+    start_plan,
+)
 from tokenrl.lab.compare.problems import make_plan
-from tokenrl.lab.compare.table import RunTable, read_runs
+from tokenrl.lab.compare.table import read_runs
 from tokenrl.runs.console import Console, number
 from tokenrl.runs.directory import directory_path
 from tokenrl.runs.output import rich_table
@@ -47,7 +55,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         The result; its directory holds the same in files, with a report. With `dry_run` the plan.
 
     Raises:
-        Refused: an argument cannot be used; raised before anything is run.
+        Refused: an argument cannot be used, or several tasks are given; raised before anything is run.
         Interrupted: a signal ended the comparison; the same call goes on with it.
         Stopped: no run has a score, so that nothing can be judged.
 
@@ -84,15 +92,34 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     return comparison
 
 
+def compare_each(args: CompareArguments) -> int:
+    """Compare on each task or environment, each of several in a directory of its own; return the exit code.
+
+    All are planned before the first is run, so that what cannot work is refused then.
+    """
+    kind = "env" if args.env else "task"
+    names = getattr(args, kind)
+    parts = [args]
+    if len(names) > 1:
+        root = args.output_dir
+        parts = [
+            replace(args, **{kind: (name,), "output_dir": f"{root}/{folder_of(name)}"})
+            for name in names
+        ]
+        for part in parts:
+            compare(replace(part, dry_run=True, quiet=True))
+    return max(getattr(compare(part), "exit_code", 0) for part in parts)
+
+
 def _judged(root: Path, plan: Plan, rows_of: Callable[[Sequence[PlannedRun]], Rows]) -> Comparison:
     """Choose the learning rates of the arms, and judge the runs at these rates."""
     rows = rows_of(plan.tuning_runs())
     rows += rows_of(plan.runs(best_rates(rows, plan.metric)))
-    return judge_runs(root, plan, RunTable.of_rows(rows))
+    return judge_runs(root, plan, pd.DataFrame(rows))
 
 
-def best_rates(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, str], float]:
-    """Return by problem and arm the learning rate with the best mean score; of equal rates the smallest.
+def best_rates(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Return by arm the learning rate with the best mean score; of equal rates the smallest.
 
     A run that failed keeps the score that it had at its end, so a rate that destroys the policy is a bad rate and
     not a missing one. A run without a score is the worst.
@@ -104,9 +131,8 @@ def best_rates(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str
     if not rows:
         return {}
     scores = pd.DataFrame(rows).fillna({metric: -math.inf})
-    means = scores.groupby(["problem", "arm", "learning_rate"])[metric].mean()
-    best = means.groupby(level=["problem", "arm"]).idxmax()
-    return {(problem, arm): rate for problem, arm, rate in best}
+    means = scores.groupby(["arm", "learning_rate"])[metric].mean()
+    return dict(means.groupby(level="arm").idxmax().to_list())
 
 
 def judge_directory(output_dir: str | Path) -> Comparison:
@@ -125,18 +151,16 @@ def judge_directory(output_dir: str | Path) -> Comparison:
 
 
 def _print_result(comparison: Comparison, console: Console) -> None:
-    """Print scores and verdicts on each problem, what they do not mean, and the path of the report."""
-    for family in comparison.judgement.families:
-        title = f"{family.problem}: {comparison.plan.metric}, mean over the seeds that did not fail"
-        columns = ("failed", "score", f"against {family.reference}", "verdict")
-        table = rich_table(title, ("arm",), columns)
-        for arm in family.arms:
-            difference = family.against_reference.get(arm.arm)
-            cells = (difference.interval, difference.verdict) if difference else ("", "reference")
-            table.add_row(arm.arm, arm.count, number(arm.mean), *cells)
-        console.rich.print(table)
-        headline, sentences, caveats = comparison.words[family.problem]
-        console.note("\n- ".join([headline, *sentences, *caveats]))
-    for run in comparison.table.runs.query("failed").itertuples():
+    """Print scores and verdicts, what they do not mean, and the path of the report."""
+    plan = comparison.plan
+    arms = comparison.family.table()
+    title = f"{plan.problem}: {plan.metric}, mean over the seeds that did not fail"
+    table = rich_table(title, ("arm",), [*arms])
+    for cells in arms.itertuples():
+        table.add_row(*map(number, cells))
+    console.rich.print(table)
+    headline, sentences, caveats = comparison.words
+    console.note("\n- ".join([headline, *sentences, *caveats]))
+    for run in comparison.runs.query("failed").itertuples():
         console.warn(f"{run.path} failed: {run.reason}")
     console.note(f"report  {comparison.output_dir / 'report.html'}")

@@ -13,7 +13,7 @@ import pandas as pd
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, digits
-from tokenrl.lab.compare.plan import SCORES, Problem
+from tokenrl.lab.compare.plan import SCORES
 from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import check_place, flat, write_json, write_text
 from tokenrl.runs.markup import write_page
@@ -28,8 +28,8 @@ FROM_PYTHON = (
 )
 INTERVALS = {
     "failure rates": "with exact limits, each of which holds with 95 %, and compared by Fisher's test",
-    "intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The thin "
-    "interval decides: its level is such that with 95 % all verdicts on a problem hold together.",
+    "intervals": "Student-t, of the mean difference paired by seed between runs that did not fail, at a level such "
+    "that with 95 % all verdicts hold together.",
 }
 """What the intervals of a comparison are, by heading."""
 CAUTION = (
@@ -37,6 +37,7 @@ CAUTION = (
     "so a difference between two runs says nothing yet about their settings: repeat them with several seeds. "
     "Where runs differ in task, reward, env or data, their numbers do not measure the same."
 )
+TUNED = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
 BY_STEP = (
     "By step (update; 0 is before training). Metrics with eval_ are held-out, others of training."
 )
@@ -56,60 +57,44 @@ def write_comparison(comparison: Comparison) -> Path:
     """
     folder = comparison.output_dir
     plan = comparison.plan
-    runs = comparison.table.runs
+    runs = comparison.runs.drop(columns="curve")
+    family = comparison.family
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
-    packages = versions()
-    verdicts = {label: words._asdict() for label, words in comparison.words.items()}
-    facts = {"plan": asdict(plan), "verdicts": verdicts, "versions": packages}
+    facts = {"plan": asdict(plan), "verdicts": comparison.words._asdict(), "versions": versions()}
     write_json(folder / "comparison.json", facts)
     context = pd.Series(plan.describe() | INTERVALS).rename(str.capitalize)
-    sections: dict[str, dict[str, Any]] = {"What was compared": {"table": context.to_frame("")}}
-    for problem in plan.problems:
-        parts = _of_problem(comparison, problem)
-        sections |= {f"{heading} on {problem.label}": part for heading, part in parts.items()}
+    compared = comparison.of("comparison").groupby("arm", sort=False)
+    curves = {str(arm): pd.concat([*rows["curve"]]) for arm, rows in compared}
+    mark = None if plan.solved is None else ("solved", plan.solved)
+    sections: dict[str, dict[str, Any]] = {
+        "What was compared": {"table": context.to_frame("")},
+        "Differences": {"charts": [_forest(family, SCORES[plan.metric])]},
+        "Learning": {
+            "note": f"Held-out, by {plan.unit}: mean over seeds, band from the lowest to the highest.",
+            "charts": _charts(curves, partial(_spread, by="samples"), mark),
+        },
+        "Arms": {"table": _arm_summary(comparison)},
+    }
+    tuning = {
+        str(arm): _spread(rows, plan.metric, "learning_rate")
+        for arm, rows in comparison.of("tuning").groupby("arm", sort=False)
+    }
+    if tuning:
+        chart = Chart("Score by learning rate", TUNED, tuning, log=True)
+        sections["Learning rates"] = {"charts": [chart]}
     return write_page(
         folder / "report.html",
         "comparison.html",
-        title=f"Comparison of {len(plan.arms)} arms on {', '.join(plan.margins)}",
-        verdicts=comparison.words,
+        title=f"Comparison of {len(plan.arms)} arms on {plan.problem}",
+        verdict=comparison.words,
         sections=sections,
         details={
             "Every run": [runs.set_index("arm")],
-            "To repeat": [plan.command or FROM_PYTHON, packages],
-            "The plan": [asdict(plan)],
+            "To repeat": [plan.command or FROM_PYTHON, facts["versions"]],
+            "The plan": [facts["plan"]],
         },
     )
-
-
-def _of_problem(comparison: Comparison, problem: Problem) -> dict[str, dict[str, Any]]:
-    """Return the sections on one problem: differences, curves, a table of the arms, and tuned rates."""
-    label = problem.label
-    metric = comparison.plan.metric
-    mark = None if problem.solved is None else ("solved", problem.solved)
-    of_problem = comparison.table.curves.query("problem == @label and role == 'comparison'")
-    runs = {str(arm): rows for arm, rows in of_problem.groupby("arm", sort=False)}
-    tuning = comparison.table.of(label, "tuning")
-    unit = (
-        "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
-    )
-    scores = {
-        str(arm): _spread(rows, metric, "learning_rate")
-        for arm, rows in tuning.groupby("arm", sort=False)
-    }
-    parts: dict[str, dict[str, Any]] = {
-        "Differences": {"charts": [_forest(comparison, comparison.judgement.of(label))]},
-        "Learning": {
-            "note": f"Held-out, by {problem.unit}: mean over seeds, band from the lowest to the highest.",
-            "charts": _charts(runs, partial(_spread, by="samples"), mark),
-        },
-        "Arms": {"table": _arm_summary(comparison, label)},
-    }
-    if scores:  # only if rates were tuned
-        parts["Learning rates"] = {
-            "charts": [Chart("Score by learning rate", unit, scores, log=True)]
-        }
-    return parts
 
 
 def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
@@ -118,23 +103,25 @@ def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     return values.agg(value="mean", low="min", high="max").dropna()
 
 
-def _forest(comparison: Comparison, family: Family) -> Forest:
-    """Draw the differences of a family."""
+def _forest(family: Family, score: str) -> Forest:
+    """Return the differences of a family as a forest plot."""
     words = (
-        f"in the {SCORES[comparison.plan.metric]}, paired by seed, of runs that did not fail. Small dots are "
-        "seeds, the dot is their mean, the thick bar its 95 % interval, the thin one decides. "
+        f"in the {score}, paired by seed, of runs that did not fail. Small dots are seeds, the large one is their "
+        "mean; the bar is the interval that decides. "
     )
     if family.margin is not None:
         words += f"The band is the margin of equivalence, {digits(family.margin)}. "
-    bars = []
-    for difference in family.differences:
-        points = list(difference.differences.values())
-        against = "" if difference.reference == family.reference else f" - {difference.reference}"
-        name = f"{difference.arm}{against}"
-        result = f"{difference.verdict}, {difference.interval}"
-        if points:
-            bars.append({**difference.row(), "name": name, "result": result, "points": points})
-    return Forest(f"Difference to {family.reference}", words, pd.DataFrame(bars), family.margin)
+    bars = [
+        {
+            "name": f"{difference.arm} - {difference.reference}",
+            "result": f"{difference.verdict}, {difference.interval}",
+            "verdict": difference.verdict,
+            "points": list(difference.differences.values()),
+            **difference.adjusted._asdict(),
+        }
+        for difference in family.differences
+    ]
+    return Forest("Difference", words, pd.DataFrame(bars), family.margin)
 
 
 def _charts(
@@ -165,17 +152,11 @@ def _charts(
     return charts
 
 
-def _arm_summary(comparison: Comparison, label: str) -> pd.DataFrame:
+def _arm_summary(comparison: Comparison) -> pd.DataFrame:
     """Return each arm's failures, mean scores, share of clipped updates and learning rate."""
-    sound = comparison.table.of(label).query("not failed")
-    means = sound.groupby("arm").mean(numeric_only=True)
-    failures = {
-        arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]"
-        for arm in comparison.judgement.of(label).arms
-    }
-    frame = pd.DataFrame({"failed": failures}).rename_axis("arm")
-    numbers = means.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
-    frame = frame.join(numbers.dropna(axis=1, how="all"))
+    sound = comparison.of("comparison").query("not failed").groupby("arm").mean(numeric_only=True)
+    means = sound.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
+    frame = comparison.family.table()[["failed"]].join(means.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " "))
 
 

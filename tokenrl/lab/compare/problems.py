@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import product
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
@@ -15,7 +15,7 @@ from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, Problem
+from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, folder_of
 from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
@@ -78,8 +78,9 @@ FIXED: dict[Kind, dict[str, Any]] = {
         "mixed_precision": "no",
         "training_attention": "as_loaded",
         "stop_after_zero_spread": 0,
+        "keep_checkpoints": 1,
     },
-    "control": {"threads": 1},
+    "control": {"threads": 1, "keep_checkpoints": 1},
 }
 """Settings of every run unless a user sets them."""
 CHOSEN: dict[Kind, list[str]] = {
@@ -92,12 +93,15 @@ CHOSEN: dict[Kind, list[str]] = {
 def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     """Plan a comparison; everything that can be refused without running is refused here.
 
+    What users leave open is chosen as for a single run. In control the budget is counted in episodes, or, if
+    `num_steps` is set, in steps of the environment, of which all arms then generate equally many per update.
+
     Args:
         args: the arguments.
         announce: prints a line, such as that a model is being warm-started.
 
     Raises:
-        Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
+        Refused: an argument cannot be used, two contradict each other, or an arm cannot train on the problem.
     """
     first = args.first_seed
     tuning = first + TUNING_OFFSET
@@ -114,36 +118,75 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         raise Refused(
             f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}."
         )
-    names = args.env or args.task or [shared.get("environment") or "sort_digits"]
-    problems = [_problem(name, kind, shared, args, announce) for name in names]
+    check_choice("reference", args.reference or arms[0].label, [arm.label for arm in arms])
+    names = (*args.env, *args.task, shared.get("environment"), "sort_digits")
+    problem = next(filter(None, names))
+    own = {**shared, "env" if kind == "control" else "task": problem}
+    run, task, reward_range = _single_run(own, kind, announce)
+    every = run.eval_every
+    if own.get("eval_every") is None:
+        every = max(1, run.max_steps // EVALUATIONS)
+    settings = FIXED[kind] | own | {setting: getattr(run, setting) for setting in CHOSEN[kind]}
+    per_step = _samples_per_step(settings, Estimator())
+    margin = args.margin
+    ceiling = task.solved
+    if reward_range:
+        low, high = reward_range
+        margin = margin or MARGIN * (high - low)
+        ceiling = min(high - margin, math.inf if ceiling is None else ceiling)
+    rate = args.learning_rate[0]
+    factors = FACTORS.get(rate)
+    rates = [factor * run.learning_rate for factor in factors] if factors else [rate]
+    budget = run.max_steps * per_step
     plan = Plan(
-        problems=tuple(problems),
-        arms=tuple(arms),
+        problem=problem,
+        arms=tuple(_planned(arm, settings, rates, budget, every * per_step) for arm in arms),
         reference=args.reference or arms[0].label,
         metric=args.metric,
         seeds=tuple(range(first, first + args.seeds)),
         tuning_seeds=tuple(range(tuning, tuning + TUNING_SEEDS)),
+        budget=budget,
+        unit=_unit(settings),
+        every=every * per_step,
+        margin=margin,
+        solved=task.solved,
+        ceiling=ceiling,
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         command=typed_command(),
     )
-    check_choice("reference", plan.reference, [arm.label for arm in arms])
-    paths = set()
-    for problem, arm in product(problems, arms):
-        run = plan.run(problem, arm, first, problem.rates_of(arm)[0])
-        if run.path.lower() in paths:
+    _check_arms(plan)
+    return plan
+
+
+def _planned(
+    arm: Arm, settings: Mapping[str, Any], rates: Sequence[float], budget: int, every: int
+) -> Arm:
+    """Return an arm with all settings of its runs, whose length and evaluations follow from the samples."""
+    own = {**settings, **arm.settings}
+    samples = _samples_per_step(own, arm.estimator)
+    own["max_steps"] = math.ceil(budget / samples)
+    own["eval_every"] = max(1, round(every / samples)) if every else 0
+    return Arm(arm.label, plain(own), arm.rates or tuple(rates))
+
+
+def _check_arms(plan: Plan) -> None:
+    """Refuse two arms in one directory, and an arm that cannot train."""
+    folders = set()
+    for arm in plan.arms:
+        folder = folder_of(arm.label)
+        if folder.lower() in folders:
             raise Refused(
-                f"Two arms, or two tasks, would have the same directory, {run.path}. Leave one out, or write it in "
-                "another way, such as with its settings in another order."
+                f"Two arms would have the same directory, {folder}. Leave one out, or write it in another way, "
+                "such as with its settings in another order."
             )
-        paths.add(run.path.lower())
+        folders.add(folder.lower())
         try:
-            _check_settings(run)
+            _check_settings(plan.run(arm, plan.seeds[0], arm.rates[0]))
         except Refused as error:
             raise Refused(
-                f"The arm {arm.label!r} cannot train on {problem.label}: {error}"
+                f"The arm {arm.label!r} cannot train on {plan.problem}: {error}"
             ) from error
-    return plan
 
 
 def _check_settings(run: PlannedRun) -> None:
@@ -160,8 +203,11 @@ def _check_settings(run: PlannedRun) -> None:
 
 def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
     """Return the settings that all runs share, without those that are left open."""
-    if args.env and args.task:
-        raise Refused("Tasks and environments have different runs; give either --task or --env.")
+    if len(args.env) + len(args.task) > 1:
+        raise Refused(
+            "A call of compare has one task or one environment; call it for each. tokenrl compare takes several "
+            "of a kind."
+        )
     if len(args.learning_rate) != 1:
         raise Refused(
             "learning_rate takes one value: fixed, tuned or a number. The rates that an arm tries stand with the "
@@ -177,64 +223,40 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
     return {name: value for name, value in args.shared.items() if value is not None}
 
 
-def _problem(
-    name: str,
-    kind: Kind,
-    shared: Mapping[str, Any],
-    args: CompareArguments,
-    announce: Callable[[str], None],
-) -> Problem:
-    """Make the problem of a task or environment; what users leave open is chosen as for a single run.
-
-    In control the budget is counted in episodes, or, if `num_steps` is set, in steps of the environment, of
-    which all arms then generate equally many per update.
-    """
-    own = {**shared, "env" if kind == "control" else "task": name}
+def _single_run(
+    own: Mapping[str, Any], kind: Kind, announce: Callable[[str], None]
+) -> tuple[Any, Any, tuple[float, float] | None]:
+    """Return the arguments of a single run, with what users leave open; its task; and the range of its reward."""
     run: Any = arguments(KINDS[kind], own)
-    every = run.eval_every
-    reward_range = None
     if kind == "control":
-        task: Any = describe(run.env, run.max_episode_steps)
-        unit = "environment steps" if run.num_steps else "episodes"
-        per_step = run.num_envs * (run.num_steps or 1)
-    else:
-        # an estimator that fits every shape, as an arm's may not
-        estimator = Estimator(baseline="running_mean", ratio="token", beta=1.0)
-        run = fill_form(replace(run, estimator=estimator))
-        task, reward = find_task(run, may_lack_rewards=True)
-        policy = read_models(run, task)
-        for warning in division_of(task, run.eval_size, {"the model": policy})[1]:
-            announce(f"warning: {name}: {warning}")
-        check_choices(run, task)
-        run = settle(run, task, policy).args
-        unit = "completions"
-        per_step = run.prompts_per_step * run.num_generations
-        reward_range = reward.range
-    if every is None:
-        every = max(1, run.max_steps // EVALUATIONS)
-    settings = {**FIXED[kind], **own, "eval_every": every}
-    settings |= {setting: getattr(run, setting) for setting in CHOSEN[kind]}
-    if kind == "train":
-        settings = {"log_completions": every} | settings
-    settings.pop("max_steps", None)  # which follow from the budget and the arm
-    margin = args.margin
-    if margin is None and reward_range:
-        margin = MARGIN * (reward_range[1] - reward_range[0])
-    rates = [rate for rate in args.learning_rate if not isinstance(rate, str)]
-    for chosen in FACTORS.keys() & set(args.learning_rate):
-        rates += [factor * run.learning_rate for factor in FACTORS[chosen]]
-    return Problem(
-        label=name,
-        settings=plain(settings),
-        rates=tuple(rates),
-        budget=run.max_steps * per_step,
-        unit=unit,
-        per_step=per_step,
-        every=per_step * every,
-        margin=margin,
-        reward_range=reward_range,
-        solved=task.solved,
-    )
+        return run, describe(run.env, run.max_episode_steps), None
+    # an estimator that fits every shape, as an arm's may not
+    estimator = Estimator(baseline="running_mean", ratio="token", beta=1.0)
+    run = fill_form(replace(run, estimator=estimator))
+    task, reward = find_task(run, may_lack_rewards=True)
+    policy = read_models(run, task)
+    for warning in division_of(task, run.eval_size, {"the model": policy})[1]:
+        announce(f"warning: {warning}")
+    check_choices(run, task)
+    return settle(run, task, policy).args, task, reward.range
+
+
+def _unit(settings: Mapping[str, Any]) -> str:
+    """Return what a sample of a run with these settings is."""
+    if "env" not in settings:
+        return "completions"
+    return "environment steps" if settings.get("num_steps") else "episodes"
+
+
+def _samples_per_step(settings: Mapping[str, Any], estimator: Estimator) -> int:
+    """Return the samples of a training step, without the refills of DAPO.
+
+    An estimator with a greedy baseline generates one more completion for each prompt.
+    """
+    if "env" in settings:
+        return int(settings["num_envs"] * (settings.get("num_steps") or 1))
+    per_prompt = settings["num_generations"] + ("greedy_rewards" in estimator.needs)
+    return int(settings["prompts_per_step"] * per_prompt)
 
 
 def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:

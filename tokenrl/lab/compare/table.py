@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun, Problem
+from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
@@ -39,34 +39,6 @@ TRAINED = {"entropy": "entropy", "grad_clipped": "grad_clipped", "completions/cl
 LOG_TAIL = 400
 
 
-class RunTable(NamedTuple):
-    """All runs of a comparison.
-
-    Attributes:
-        runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
-            `reason` (why it did not finish), `failed` (also without a score, or by its reward at the end),
-            `flags` (of its own verdict, as summary.json has them), `learning_rate`, `samples`, the scores, means
-            over training steps, and `path`.
-        curves: one row for each run and number of samples: `problem`, `arm`, `role`, `path`, `samples` and
-            the metrics of evaluations, interpolated between evaluations and constant after the last.
-    """
-
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> RunTable:
-        """Make the table from the rows that `read_runs` returns."""
-        curves = [pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])]
-        curves += [row["curve"] for row in rows if row["curve"] is not None]
-        runs = pd.DataFrame(rows).drop(columns="curve")
-        return cls(runs, pd.concat(curves, ignore_index=True))
-
-    def of(self, problem: str, role: str = "comparison") -> pd.DataFrame:
-        """Return the rows of the runs on a problem."""
-        return self.runs.query("problem == @problem and role == @role")
-
-
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
@@ -79,12 +51,15 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         root: its directory.
 
     Returns:
-        A row for each run, as `RunTable.runs` has them, and its `curve`: None, or rows of `RunTable.curves`.
+        For each run `problem`, `arm`, `seed`, `role`, `path`, `state` (`finished`, `failed` or `missing`),
+        `reason` (why it did not finish), `failed` (also without a score, or by its reward at the end), `flags`
+        (of its own verdict, as summary.json has them), `learning_rate`, `samples`, the scores, means over
+        training steps, and its `curve`: a frame of the metrics of evaluations by `samples`, interpolated
+        between evaluations and constant after the last; None without any.
 
     Raises:
         Refused: a file of a run is damaged, or runs differ in code, data or models.
     """
-    problems = {problem.label: problem for problem in plan.problems}
     hashes = dict[str, tuple[str, str]]()
     threshold = -math.inf if plan.failure_below is None else plan.failure_below
     rows = []
@@ -96,7 +71,6 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
             **vars(run),
             "learning_rate": run.learning_rate,
             "state": state,
-            "reason": reason,
             "flags": " ".join(recorded.summary.get("flags", [])) if recorded else "",
             **dict.fromkeys(SCORES, math.nan),
             "curve": None,
@@ -105,15 +79,12 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         if recorded:
             _check_hashes(run, recorded, hashes)
         if recorded and recorded.metrics:
-            scores, curve = _scores(recorded, problems[run.problem])
-            labels = {name: row[name] for name in ("problem", "arm", "role", "path")}
-            row |= scores | {"curve": curve.assign(**labels)}
+            row |= _scores(recorded, plan)
         if state == "finished" and math.isnan(row[plan.metric]):
-            row["reason"] = f"It has no {plan.metric}."
+            reason = f"It has no {plan.metric}."
         elif state == "finished" and row["reward"] < threshold:
-            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
-        row["failed"] = state != "missing" and row["reason"] != ""
-        rows.append(row)
+            reason = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
+        rows.append(row | {"reason": reason, "failed": state != "missing" and reason != ""})
     return rows
 
 
@@ -131,32 +102,31 @@ def _check_hashes(
             )
 
 
-def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
+def _scores(run: RecordedRun, plan: Plan) -> dict[str, Any]:
     """Return the scores and facts of a run, and its curve at the samples at which all arms are compared.
 
     Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
     example, has more of them. Between two evaluations a curve is interpolated linearly.
     """
-    count = COUNTS[problem.unit]
+    count = COUNTS[plan.unit]
     steps = pd.DataFrame(run.metrics, columns=["step", count, *TRAINED]).set_index("step")
     steps = steps.astype(float)
     counts = steps[count].fillna(0.0)
-    samples = counts.cumsum() if problem.unit == "episodes" else counts.cummax()
-    curve = pd.DataFrame({"samples": [0.0, *problem.evaluated_at]})
+    samples = counts.cumsum() if plan.unit == "episodes" else counts.cummax()
+    curve = pd.DataFrame({"samples": [0.0, *plan.evaluated_at]})
     for name in CURVES:
         evaluated, values = series(run.evaluations, name)
         if evaluated:
             at = samples.reindex(evaluated, method="ffill")
             curve[name] = np.interp(curve["samples"], at, values)
-    scores = {"samples": samples.iloc[-1]}
-    for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
-        if name in curve:
-            scores[area] = curve[name].iloc[1:].mean()
-            scores[name] = curve[name].iloc[-1]
-    trained = steps[(steps.index > 0) & (samples.shift(fill_value=0.0) < problem.budget)]
+    scores = {"samples": samples.iloc[-1], "curve": curve}
+    for name in curve.columns.intersection(["reward", "reward_greedy"]):
+        scores[name.replace("reward", "area")] = curve[name].iloc[1:].mean()
+        scores[name] = curve[name].iloc[-1]
+    trained = steps[(steps.index > 0) & (samples.shift(fill_value=0.0) < plan.budget)]
     tenth = max(1, len(trained) // 10)
-    scores |= {name: trained[metric].mean() for metric, name in TRAINED.items()}
-    return scores | {"entropy": trained["entropy"][-tenth:].mean()}, curve
+    scores |= trained[[*TRAINED]].mean().rename(TRAINED)
+    return scores | {"entropy": trained["entropy"][-tenth:].mean()}
 
 
 def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
