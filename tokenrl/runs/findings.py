@@ -22,8 +22,6 @@ LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
 IDLE_STEPS = 3
 """Steps in a row without a signal from which on a run says so."""
-MAX_ABSTAINED = 0.02
-"""Largest share of completions to which a reward function may give no reward."""
 ENDLESS = (
     "A model that never ends by itself, as one with random weights, has to learn that first (--warm-start, or "
     "tokenrl sft), or needs strings that end completions (--stop)."
@@ -127,11 +125,6 @@ class Gain:
     before: float = math.nan
     equal: float = math.nan
 
-    @property
-    def is_noise(self) -> bool:
-        """Whether the gain is at most two standard errors."""
-        return self.value <= 2 * self.error
-
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
@@ -157,8 +150,7 @@ class Observed:
 
         groups: in words, what was compared before training, in the step of a check; else empty.
         others_differ: whether other samples of the same policy have unequal rewards.
-        abstained: the recent metrics `rewards/{name}/abstained`, by the names of the reward functions.
-        faults: in words, the first error of each function that gave none because of it.
+        abstention: in words, a reward function that gave too few rewards, and its first error; empty without any.
         idle_steps: the number of steps in a row, up to now, in which no rewards differed.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
@@ -177,7 +169,6 @@ class Observed:
     scale: str = ""
     reward_scale: float = math.nan
     stop_after_zero_spread: int = 0
-    sync_every: int = 1
     importance_centre: bool = False
     entropy_coef: float = 0.0
 
@@ -196,8 +187,7 @@ class Observed:
 
     groups: str = ""
     others_differ: bool = False
-    abstained: Mapping[str, float] = field(default_factory=dict)
-    faults: Mapping[str, str] = field(default_factory=dict)
+    abstention: str = ""
     idle_steps: int = 0
 
     lowest_rate: float = math.nan
@@ -243,15 +233,6 @@ class Observed:
         usual = self.highest_rate
         return usual if usual < self.learning_rate else self.learning_rate / 4
 
-    @property
-    def abstention(self) -> str:
-        """In words, the first reward function that gave too few rewards, and its first error; empty without any."""
-        for name, share in self.abstained.items():
-            if share > MAX_ABSTAINED:
-                fault = self.faults.get(name, "")
-                return f"The reward function {name} gave no reward to {share:.0%} of the completions. {fault}"
-        return ""
-
 
 def observe(rows: Rows, settings: Any) -> Observed:
     """Return the settings of a run, its evaluations, and the numbers of its steps.
@@ -276,13 +257,6 @@ def observe(rows: Rows, settings: Any) -> Observed:
         recent=_means(recent, settings),
         early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
-        abstained={
-            metric.removeprefix("rewards/").removesuffix("/abstained"): _mean(
-                _number(row, metric) for row in recent
-            )
-            for metric in (rows[-1] if rows else ())
-            if metric.endswith("/abstained")
-        },
         sampled=evaluations(rows, "eval_reward"),
         greedy=evaluations(rows, "eval_reward_greedy"),
         most=evaluations(start, f"eval_best@{count}") or evaluations(start, f"eval_pass@{count}"),
@@ -345,17 +319,18 @@ def _latest(steps: Rows, settings: Any) -> Latest | None:
         return None
     first = _means(steps[:1], settings)
     now = _means(rows, settings)
-    signs = []
-    if now.equal >= 0.75:
-        signs.append(f"{now.equal:.0%} of the groups had equal rewards")
-    if now.entropy < first.entropy / 4:
-        signs.append(f"the entropy was {now.entropy:.2g} nats, down from {first.entropy:.2g}")
-    if now.cut >= max(LOST_SHARE, (1 + 3 * first.cut) / 4):
-        signs.append(f"{now.cut:.0%} of the completions were cut")
+    fallen = f"the entropy was {now.entropy:.2g} nats, down from {first.entropy:.2g}"
+    signs = {
+        f"{now.equal:.0%} of the groups had equal rewards": now.equal >= 0.75,
+        fallen: now.entropy < first.entropy / 4,
+        f"{now.cut:.0%} of the completions were cut": now.cut
+        >= max(LOST_SHARE, (1 + 3 * first.cut) / 4),
+    }
     first_error = _number(steps[0], "reward_stderr")
     error = math.hypot(*(_number(row, "reward_stderr") for row in rows)) / count
+    reward = Mean(now.reward, max(error, first_error / math.sqrt(count)), steps[-1]["step"])
     return Latest(
         first=first.reward,
-        reward=Mean(now.reward, max(error, first_error / math.sqrt(count)), steps[-1]["step"]),
-        signs=" and ".join(signs),
+        reward=reward,
+        signs=" and ".join(sign for sign, is_seen in signs.items() if is_seen),
     )

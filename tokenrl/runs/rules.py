@@ -8,10 +8,10 @@ comparison with nan holds. Several rules may have the same flag; the first that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import nan
+from math import inf
 from typing import Any, NamedTuple
 
-from tokenrl.runs.findings import ENDLESS, LOST_SHARE, Finding, Observed
+from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
@@ -23,8 +23,6 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
-OTHER_MODEL = 0.5
-"""Nats per token that no rounding reaches: bfloat16 changes log-probabilities by .01 to .1."""
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 
 SOLVED_ADVICE = (
@@ -34,27 +32,13 @@ TOO_FAST = (
     "The learning rate, {run.learning_rate:g}, is the likely cause: try --learning-rate "
     "{run.lower_rate:g}."
 )
-LOW_ENTROPY = (
-    "The policy has an entropy of {run.recent.entropy:.3g} nats per action: it makes nearly always the same "
-    "choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate."
-)
-DIFFERENT = (
-    "Log-probabilities of sampling and training differ by {run.recent.logp_difference:.2g} nats per token; "
-    "the effective sample size is {run.recent.effective_samples:.0%} of the completions. "
-)
 IDLE = (
     "In {run.idle_steps} steps in a row no two rewards that are compared differed, so there is nothing to "
     "learn from: the mean reward is {run.step.reward:.3g}"
 )
-EQUAL = "{run.whole.equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient. "
 GAIN = (
     "The held-out reward was {run.gain.before:.3g} before training, and has changed by {run.gain.value:.2g} "
     "± {run.gain.error:.1g}. "
-)
-NO_GAIN = f"{GAIN}It is no gain beyond noise. "
-CUT = (
-    "{run.whole.cut:.0%} of the completions are cut off at {run.max_completion_length} tokens. Raise "
-    "--max-completion-length. "
 )
 """Sentences, or their beginnings, that several rules share."""
 
@@ -109,11 +93,6 @@ def is_destroyed(run: Observed) -> bool:
     return is_fall and 2 * lost > max(best.value - reward.value, learnt)
 
 
-def is_certain(run: Observed) -> bool:
-    """Whether the policy chooses nearly always the same action of late, and nothing works against it."""
-    return run.recent.entropy < LEAST_ENTROPY and not run.entropy_coef
-
-
 def entropy_bonus(run: Observed) -> float:
     """Return a bonus to begin with, in the units of the advantages; nan if these are unknown.
 
@@ -124,26 +103,21 @@ def entropy_bonus(run: Observed) -> float:
     return rounded(BONUS * (run.early.spread * run.reward_scale or 1.0))
 
 
-def sampling_differs(run: Observed) -> Any:
-    """Weigh how far the log-probabilities of sampler and trainer differ: in bfloat16 by .01 to .1."""
-    is_lost = run.recent.effective_samples < LOST_SHARE
-    weight = above(run.recent.logp_difference, act=MAX_DIFFERENCE)
-    return not run.importance_centre and ("void" if is_lost else weight)
-
-
 def remedy(run: Observed) -> str:
-    """Return in words what helps most where rewards do not differ."""
-    cut = run.step.cut
-    reward = run.step.reward if run.groups or run.is_idle else nan  # else one step says little
+    """Return in words what helps most where rewards do not differ, or do not rise."""
+    # else one step says little
+    reward = run.step.reward if run.groups or run.is_idle else run.gain.before
     if run.num_envs:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
-    if reward >= run.pass_mark:
+    if run.is_solved or reward >= run.pass_mark:
         return SOLVED_ADVICE
+    if run.gain.equal < LOST_SHARE:
+        return "More steps, more completions a step or a higher rate may give one."
     if run.can_warm_start:
         return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
-    if cut >= LOST_SHARE:
+    if run.step.cut >= LOST_SHARE:
         limit = run.max_completion_length
-        return f"{cut:.0%} of completions are cut at {limit} tokens, before an end: {run.uncut}"
+        return f"{run.step.cut:.0%} of completions are cut at {limit} tokens, before an end: {run.uncut}"
     advice = (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
         "or more generations per prompt."
@@ -169,33 +143,28 @@ RULES = (
     # At the end of a run.
     Rule(
         "entropy-collapsed",
-        lambda run: is_certain(run) and run.is_solved and "watch",
-        LOW_ENTROPY,
-    ),
-    Rule(
-        "entropy-collapsed",
-        lambda run: is_certain(run) and "act",
-        LOW_ENTROPY,
+        lambda run: (
+            run.recent.entropy < LEAST_ENTROPY
+            and not run.entropy_coef
+            and ("watch" if run.is_solved else "act")
+        ),
+        "The policy has an entropy of {run.recent.entropy:.3g} nats per action: it makes nearly always the same "
+        "choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate.",
         lambda run: {"estimator.entropy_coef": entropy_bonus(run)},
     ),
     Rule(
         "sampling-differs",
-        lambda run: run.sync_every > 1 and sampling_differs(run),
-        DIFFERENT
-        + "The sampler has weights of earlier steps: lower --sync-every or the learning rate, or "
-        "correct for them by --estimator.importance.",
-    ),
-    Rule(
-        "sampling-differs",
-        lambda run: run.recent.logp_difference > OTHER_MODEL and sampling_differs(run),
-        DIFFERENT
-        + "No precision differs so much: the sampler has another model, other weights, or another "
-        "prompt or temperature. Check what it loads, and that it takes over the weights after each update.",
-    ),
-    Rule(
-        "sampling-differs",
-        sampling_differs,
-        DIFFERENT + "Sample and train in one precision, or change --estimator.importance.",
+        lambda run: (
+            not run.importance_centre
+            and (
+                above(LOST_SHARE - run.recent.effective_samples, void=0)
+                or above(run.recent.logp_difference, act=MAX_DIFFERENCE)
+            )
+        ),
+        "Log-probabilities of sampling and training differ by {run.recent.logp_difference:.2g} nats per token; "
+        "the effective sample size is {run.recent.effective_samples:.0%} of the completions. Sample and train in "
+        "one precision, with one model, prompt and temperature: bfloat16 makes .01 to .1. Where the sampler has "
+        "weights of earlier steps, lower --sync-every or the learning rate, or set --estimator.importance.",
     ),
     Rule(
         "rewards-abstain",
@@ -232,13 +201,11 @@ RULES = (
     # In a run that is judged as a whole.
     Rule(
         "no-signal",
-        lambda run: run.whole.equal > LOST_SHARE and run.is_solved and "watch",
-        EQUAL + "The task is too easy by now: take a harder one.",
-    ),
-    Rule(
-        "no-signal",
-        lambda run: above(run.whole.equal, act=LOST_SHARE, watch=LOST_SHARE / 2),
-        EQUAL + "{remedy}",
+        lambda run: above(
+            run.whole.equal, act=inf if run.is_solved else LOST_SHARE, watch=LOST_SHARE / 2
+        ),
+        "{run.whole.equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient. "
+        "{remedy}",
         lambda run: (
             {"num_envs": 2 * run.num_envs}
             if run.num_envs
@@ -253,19 +220,10 @@ RULES = (
     ),
     Rule(
         "nothing-learnt",
-        lambda run: run.gain.is_noise and run.gain.before >= run.pass_mark and "act",
-        NO_GAIN + "Little was left to gain. " + SOLVED_ADVICE,
-    ),
-    Rule(
-        "nothing-learnt",
-        lambda run: run.gain.is_noise and run.gain.equal >= LOST_SHARE and "act",
-        NO_GAIN
-        + "In {run.gain.equal:.0%} of the steps no two rewards that are compared differed. {remedy}",
-    ),
-    Rule(
-        "nothing-learnt",
-        lambda run: run.gain.is_noise and "act",
-        NO_GAIN + "More steps, more completions a step or a higher rate may give one.",
+        lambda run: run.gain.value <= 2 * run.gain.error and "act",
+        GAIN
+        + "It is no gain beyond noise. {remedy} In {run.gain.equal:.0%} of the steps no two rewards that are "
+        "compared differed.",
     ),
     # Whatever the reward of samples: the weights of the best evaluation are lost.
     Rule(
@@ -300,14 +258,8 @@ RULES = (
     ),
     Rule(
         "truncation",
-        lambda run: run.whole.cut > LOST_SHARE and "void",
-        CUT + ENDLESS,
-        lambda run: {"max_completion_length": 2 * run.max_completion_length},
-    ),
-    Rule(
-        "truncation",
-        lambda run: above(run.whole.cut, act=0.1, watch=0.05),
-        CUT,
+        lambda run: above(run.whole.cut, void=LOST_SHARE, act=0.1, watch=0.05),
+        "{run.whole.cut:.0%} of the completions are cut off at {run.max_completion_length} tokens: {run.uncut}",
         lambda run: {"max_completion_length": 2 * run.max_completion_length},
     ),
     Rule(

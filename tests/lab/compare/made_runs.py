@@ -112,6 +112,5 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
 
 
 def caveats_of(comparison: Comparison, opening: str) -> list[str]:
-    """The caveats on the first problem that begin with a word."""
-    caveats = comparison.words[comparison.plan.problems[0].label].caveats
-    return [text for text in caveats if text.startswith(opening)]
+    """The caveats that begin with a word."""
+    return [text for text in comparison.words.caveats if text.startswith(opening)]

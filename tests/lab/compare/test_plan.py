@@ -59,28 +59,26 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
         "rloo,learning_rate=1e-3",
         "dapo",
     )
-    (problem,) = planned.problems
-    assert (problem.budget, problem.unit) == (40 * 16 * 8, "completions")
-    assert problem.evaluated_at[-1] == problem.budget
+    assert (planned.budget, planned.unit) == (40 * 16 * 8, "completions")
+    assert planned.evaluated_at[-1] == planned.budget
     runs = [run.settings for run in planned.runs({})[: len(planned.arms)]]
     every = runs[0]["eval_every"]
     assert [run["max_steps"] for run in runs] == [40, math.ceil(40 * 8 / 9), 80, 20, 40, 40]
     evaluations = [every, round(every * 8 / 9), 2 * every, every // 2, every, every]
     assert [run["eval_every"] for run in runs] == evaluations, "after the same samples"
     assert [run["learning_rate"] for run in runs] == [2e-4] * 4 + [1e-3, 2e-4]
-    rates = {("sort_digits", "rloo"): 5e-4}
+    rates = {"rloo": 5e-4}
     assert [run.learning_rate for run in planned.runs(rates)[:2]] == [5e-4, 2e-4]
-    assert planned.describe()["length on sort_digits"] == (
-        "rloo: 40 steps of 128; remax: 36 steps of 144; grpo,num_generations=4: 80 steps of 64; "
-        "rloo,prompts_per_step=32: 20 steps of 256; rloo,learning_rate=1e-3: 40 steps of 128; "
-        "dapo: 40 steps of 128"
+    assert planned.describe()["steps"] == (
+        "rloo: 40; remax: 36; grpo,num_generations=4: 80; rloo,prompts_per_step=32: 20; "
+        "rloo,learning_rate=1e-3: 40; dapo: 40"
     )
 
 
 def test_the_margin_is_a_share_of_the_declared_range():
-    assert toy("rloo", "grpo").margins == {"sort_digits": pytest.approx(0.02)}
-    assert toy("rloo", "grpo", margin=0.1).margins == {"sort_digits": 0.1}
-    assert plan().margins == {"walk": None}, "without a declared range there is no margin"
+    assert toy("rloo", "grpo").margin == pytest.approx(0.02)
+    assert toy("rloo", "grpo", margin=0.1).margin == 0.1
+    assert plan().margin is None, "without a declared range there is no margin"
     assert "no arm is called as good as another (--margin" in plan().describe()["on walk"]
     assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("margin 0.02")
 
@@ -106,8 +104,7 @@ def test_arms_that_sample_from_earlier_weights_are_declared_off_policy():
 def test_an_arm_has_its_own_rates_or_those_of_all(rate, rates, words):
     arms = ("rloo", "grpo,learning_rate=(1e-4,4e-4)", "remax,learning_rate=1")
     planned = toy(*arms, learning_rate=rate, first_seed=3)
-    (problem,) = planned.problems
-    assert [list(problem.rates_of(arm)) for arm in planned.arms] == rates
+    assert [list(arm.rates) for arm in planned.arms] == rates
     tried = {(run.arm, run.learning_rate, run.seed) for run in planned.tuning_runs()}
     expected = set()
     for arm, of_arm in zip(arms, rates, strict=True):
@@ -130,7 +127,7 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
     of_task = toy("rloo", "grpo", task=name, shared=shared)
     alone = toy("rloo", "grpo", task=(), shared={**shared, "environment": name})
     for planned in (of_task, alone):
-        assert [problem.label for problem in planned.problems] == [name]
+        assert planned.problem == name
         settings = planned.runs({})[1].settings
         assert (settings["task"], settings["max_turns"]) == (name, 3)
     with refused("max_turns must be the same for all arms"):
@@ -141,7 +138,7 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
     ("options", "words"),
     [
         ({"arms": ["rloo"]}, "two or more"),
-        ({"arms": ["rloo", "rloo"]}, "would have the same directory, runs/walk/rloo/seed_0"),
+        ({"arms": ["rloo", "rloo"]}, "would have the same directory, rloo"),
         (
             {"arms": ["a2c,stop='a,b'", "a2c,stop='a;b'"], "env": ()},
             "would have the same directory",
@@ -167,7 +164,7 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
-        ({"task": ("sort_digits",)}, "either --task or --env"),
+        ({"task": ("sort_digits",)}, "one task or one environment"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(options, words):
@@ -191,10 +188,10 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"shared": {"max_steps": 5}}, "problems.walk.budget is 32 there and 40 here"),
+        ({"shared": {"max_steps": 5}}, "budget is 32 there and 40 here"),
         (
             {"shared": {"max_grad_norm": 5}},
-            "problems.walk.settings.max_grad_norm is None there and 5 ",
+            "arms.reinforce.settings.max_grad_norm is None there and 5 ",
         ),
         ({"seeds": 5}, r"seeds is \[0, 1, 2\] there and \[0, 1, 2, 3, 4\] here"),
         ({"arms": (*WALK["arms"], "a2c")}, "arms.a2c.label is None there and a2c here"),
@@ -277,10 +274,9 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
     usual = TrainArguments().stop_after_zero_spread
     typed = parsed(f"--arms rloo grpo --stop-after-zero-spread {usual}")
     planned = make_plan(typed, print)
-    assert planned.problems[0].settings["stop_after_zero_spread"] == usual
+    assert planned.arms[0].settings["stop_after_zero_spread"] == usual
     assert (
-        make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"]
-        == 0
+        make_plan(parsed("--arms rloo grpo"), print).arms[0].settings["stop_after_zero_spread"] == 0
     )
 
 

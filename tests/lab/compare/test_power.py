@@ -7,18 +7,13 @@ import pytest
 from folders import RECIPES
 from scipy import stats
 
-from tokenrl.lab.compare.intervals import (
-    detectable_difference,
-    level_of,
-    power,
-)
+from tokenrl.lab.compare.intervals import detectable_difference, level_of
 
 
 def test_power_is_that_of_the_tables():
     """Cohen (1988): 34 pairs for an effect of .5, 15 for .8, at a level of .05 and a power of .8."""
-    assert power(33, 0.5, 0.95) < 0.8 <= power(34, 0.5, 0.95)
-    assert power(14, 0.8, 0.95) < 0.8 <= power(15, 0.8, 0.95)
-    assert power(40, 50.0, 0.95) == 1, "also where the distribution of t overflows"
+    assert detectable_difference(34, 1.0) <= 0.5 < detectable_difference(33, 1.0)
+    assert detectable_difference(15, 1.0) <= 0.8 < detectable_difference(14, 1.0)
 
 
 def same_arms(pairs, comparisons):

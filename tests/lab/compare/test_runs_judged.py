@@ -20,13 +20,12 @@ def rewards(*values, **options):
 
 
 def row(comparison, arm, seed=0):
-    runs = comparison.table.of(comparison.plan.problems[0].label).query("arm == @arm")
-    return runs[runs["seed"] == seed].iloc[0]
+    runs = comparison.of("comparison")
+    return runs[(runs["arm"] == arm) & (runs["seed"] == seed)].iloc[0]
 
 
 def curve(comparison, arm, seed=0):
-    curves = comparison.table.curves
-    return list(curves["reward"][curves["path"] == row(comparison, arm, seed)["path"]])
+    return list(row(comparison, arm, seed)["curve"]["reward"])
 
 
 def test_scores_are_those_of_the_evaluations_without_that_before_training(tmp_path):
@@ -102,7 +101,7 @@ def test_a_run_below_a_stated_reward_failed(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": lambda seed: rising(0.1 if seed else 0.9)(seed)}
     comparison = compared(tmp_path, arms, seeds=6, failure_below=0.2)
     assert comparison.judgement.verdicts() == {("walk", "a2c"): "worse"}
-    assert "because it fails more often" in comparison.judgement.of("walk").sentences()[0]
+    assert "because it fails more often" in comparison.family.sentences()[0]
     assert row(comparison, "a2c", 1)["reason"].startswith("Its reward at the end, ")
     assert comparison.exit_code == 0, "a run that ended is no error"
 
@@ -118,10 +117,7 @@ def test_clipped_updates_qualify_the_headline(tmp_path):
     assert caveats_of(comparison, "Ceiling") == [], (
         "500 counts as solved there, and nothing was declared as the best"
     )
-    assert (
-        "Worse than reinforce: a2c. But most updates were clipped"
-        in comparison.words["CartPole-v1"].headline
-    )
+    assert "Worse than reinforce: a2c. But most updates were clipped" in comparison.words.headline
 
 
 def test_each_arm_is_compared_at_its_best_rate_and_an_edge_is_told(tmp_path):
@@ -129,7 +125,7 @@ def test_each_arm_is_compared_at_its_best_rate_and_an_edge_is_told(tmp_path):
     arms = ("reinforce", "a2c,learning_rate=(.1,.2,.4)", "rloo,learning_rate=.3")
     options = {**WALK, "learning_rate": "tuned", "seeds": 2, "arms": arms}
     plan = planned({**options, "output_dir": str(tmp_path)})
-    usual = plan.problems[0].rates[2]
+    usual = plan.arms[0].rates[2]
     best = {"reinforce": 4 * usual, arms[1]: 0.2, arms[2]: 0.3}
 
     def make(runs):
@@ -158,12 +154,12 @@ def test_each_arm_is_compared_at_its_best_rate_and_an_edge_is_told(tmp_path):
 )
 def test_the_best_rate_has_the_best_mean(scores, best):
     rows = [
-        {"problem": "p", "arm": "a", "learning_rate": rate, "area": score}
+        {"arm": "a", "learning_rate": rate, "area": score}
         for rate in scores
         for score in scores[rate]
     ]
-    other = {"problem": "q", "arm": "a", "learning_rate": 7.0, "area": 0.0}
-    assert best_rates([*rows, other], "area") == {("p", "a"): best, ("q", "a"): 7.0}
+    other = {"arm": "b", "learning_rate": 7.0, "area": 0.0}
+    assert best_rates([*rows, other], "area") == {"a": best, "b": 7.0}
     assert best_rates([], "area") == {}
 
 
@@ -217,11 +213,11 @@ def test_a_run_without_a_score_failed_and_an_arm_that_has_none_is_worse(tmp_path
     assert list(comparison.judgement.verdicts().values()) == ["better", "worse"]
     a2c, rloo = comparison.judgement.families[0].differences
     assert {1, 4}.isdisjoint(a2c.differences) and not rloo.differences
-    headline = comparison.words["walk"].headline
+    headline = comparison.words.headline
     assert "Runs failed: a2c in 2 of 8 runs and rloo in 8 of 8 runs" in headline
     assert comparison.exit_code == 1
     assert row(comparison, "a2c", 4)["reason"] == "It has no area."
-    sentences = comparison.judgement.of("walk").sentences()
+    sentences = comparison.family.sentences()
     assert "2 of 8 runs of a2c failed" in sentences[0]
     assert "rloo is worse than reinforce, because it fails more often." in sentences[1]
 
@@ -234,4 +230,4 @@ def test_at_a_ceiling_the_headline_says_so(tmp_path):
     comparison = compared(tmp_path, arms, env="CartPole-v1", margin=5.0)
     (text,) = caveats_of(comparison, "Ceiling")
     assert "From 475 on" in text and "Compare at a smaller budget" in text
-    assert "every arm ends at the ceiling" in comparison.words["CartPole-v1"].headline
+    assert "every arm ends at the ceiling" in comparison.words.headline

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
@@ -134,9 +134,7 @@ class PairedDifference:
         if not is_undecided:
             return f"by {self.interval}"
         if self.adjusted.low == self.adjusted.high:
-            return (
-                f"all differences are {digits(self.adjusted.value)}, which does not show how they vary"
-            )
+            return f"all differences are {digits(self.adjusted.value)}, which does not show how they vary"
         return f"the difference, {self.interval}, may have either sign; more seeds would narrow it"
 
 

@@ -23,10 +23,13 @@ from tokenrl.runs.findings import (
     observe,
     share_equal,
 )
-from tokenrl.runs.metric_table import Rows
+from tokenrl.runs.metric_table import Rows, finite
 from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
+
+MAX_ABSTAINED = 0.02
+"""Largest share of completions to which a reward function may give no reward."""
 
 
 def judge_start(run: TrainingRun, session: Session) -> None:
@@ -46,30 +49,28 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     limit = run.args.stop_after_zero_spread
     idle = steps_without_signal(run, session)
     observed = replace(observe_run(run, session.rows), idle_steps=idle)
-    findings = {finding.flag: finding for finding in judge(observed)}
+    texts = {finding.flag: finding.text for finding in judge(observed)}
     for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
-        if flag in findings:
-            session.warn_once(flag, f"{start} {findings[flag].text}")
+        if flag in texts:
+            session.warn_once(flag, f"{start} {texts[flag]}")
     if remark := run.learner.generator.remark:
         session.warn_once("sampling-differs", f"{start} {remark}")
-    if "policy-destroyed" in findings and "policy-destroyed" not in session.flags:
+    if "policy-destroyed" in texts and "policy-destroyed" not in session.flags:
         session.flags.append("policy-destroyed")
-    if "no-signal" not in findings:
+    if "no-signal" not in texts:
         return
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
     if observed.step.reward > before:
         if ends:
-            _end_learning(run, session, idle)
+            _end_learning(run, session, observed)
         return
-    text = findings["no-signal"].text
     if "policy-destroyed" not in session.flags:
-        session.warn_once("flat", f"{start} {text}")
+        session.warn_once("flat", f"{start} {texts['no-signal']}")
     if ends:
         session.flags = session.flags or ["nothing-learnt"]
-        if "policy-destroyed" in findings:
-            text = findings["policy-destroyed"].text
+        text = texts.get("policy-destroyed", texts["no-signal"])
         raise Stopped(f"{text} (--stop-after-zero-spread 0 lets such a run continue.)")
 
 
@@ -127,12 +128,20 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     mark = run.rewards.pass_threshold if solved is None else solved
     usual = run.plan.usual_rate
     last = evaluations(rows[-1:], "eval_reward") or evaluations(rows[-1:], "eval_reward_greedy")
+    step = {} if not rows else rows[-1]
+    shares = {name: finite(step.get(f"rewards/{name}/abstained")) for name in run.rewards.names}
+    abstentions = [
+        f"The reward function {name} gave no reward to {share:.0%} of the completions. "
+        f"{run.rewards.faults.get(name, '')}"
+        for name, share in shares.items()
+        if share > MAX_ABSTAINED
+    ]
     return replace(
         observed,
         is_solved=any(mean.value >= (solved or math.inf) for mean in last),
         lowest_rate=usual,
         highest_rate=usual,
-        faults=run.rewards.faults,
+        abstention="".join(abstentions[:1]),
         pass_mark=math.inf if mark is None else mark,
         can_warm_start=bool(task.demonstrations) and not is_ready,
     )
@@ -145,11 +154,11 @@ def steps_without_signal(run: TrainingRun, session: Session) -> int:
     return len(list(takewhile(lambda row: share_equal(row, groups) == 1, rows)))
 
 
-def _end_learning(run: TrainingRun, session: Session, steps: int) -> None:
+def _end_learning(run: TrainingRun, session: Session, observed: Observed) -> None:
     """End a run whose rewards are all equal and higher than before, and print why."""
     solved = run.task.solved
-    reward = session.rows[-1]["reward"]
-    text = f"In {steps} steps in a row no two rewards that are compared differed"
+    reward = observed.step.reward
+    text = f"In {observed.idle_steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
         session.console.note(f"{text}: the task is learnt.")
         session.end("learnt")
