@@ -342,7 +342,6 @@ evaluate --task vowels | Name the model
 evaluate --model MODEL --json absent/file.json | cannot be written
 lab exact --estimators rloo --json . | cannot be written
 lab measure --json absent/file.json | cannot be written
-advise --env bandit --json . | cannot be written
 sample | model
 """
 """What is typed, and what it is refused with before anything is done."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import pytest
 from command_line import completes
 
 from tokenrl.advisor.advice import command_line
-from tokenrl.advisor.environment import choose_approach
+from tokenrl.advisor.environment import advise_environment, choose_approach
 from tokenrl.cli import COMMANDS
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
@@ -32,11 +31,10 @@ def parsed(line: str):
     return parse(name, COMMANDS[name], argv)
 
 
-def advised(capsys, *argv) -> tuple[str, dict]:
-    """What the command printed, and the record that it wrote beside the settings."""
-    completes("advise", *argv, "--json", "a.json", "--config", "c.json")
-    with open("a.json") as file:
-        return capsys.readouterr().out, json.load(file)
+def advised(*argv):
+    """The advice, and the arguments of the command that it shows."""
+    advice = advise_environment(parsed(shlex.join(["tokenrl", "advise", *argv])))
+    return advice, parsed(advice.line.removeprefix("Run it: "))
 
 
 @pytest.mark.parametrize(
@@ -56,29 +54,27 @@ def test_the_approach_follows_from_horizon_speed_and_actions(spec, baseline, app
     assert choose_approach(spec, baseline) == approach
 
 
-def test_an_environment_is_measured_and_the_files_can_be_run(capsys, refusal):
-    output, advice = advised(capsys, "--env", "CartPole-v1")
-    assert "timestep_mean" in output and "tokenrl control --config c.json" in output
-    returns = advice["measured"]
+def test_an_environment_is_measured_and_the_command_can_be_run(capsys):
+    advice, arguments = advised("--env", "CartPole-v1")
     # Random play of CartPole lasts about 22 steps and pays 1 a step; 40 episodes give a standard error of 2.
-    assert 14 < returns["mean"] < 32
-    arguments = parsed("tokenrl control --config c.json")
+    assert 14 < float(advice.measured["mean"]) < 32
     assert arguments.estimator.baseline == "timestep_mean"
     # measured, and rounded to a digit
     assert arguments.estimator.entropy_coef == pytest.approx(0.1, rel=0.2)
     assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
-    completes("control --config c.json --eval-episodes 2 --check --quiet")
-    assert "is for `tokenrl control`" in refusal("train --config c.json")
+    completes("advise --env CartPole-v1")
+    printed = capsys.readouterr().out
+    assert "timestep_mean" in printed and "tokenrl control" in printed
+    words = advice.line.removeprefix("Run it: tokenrl ")
+    completes(f"{words} --eval-episodes 2 --check --quiet")
 
 
-def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):
-    _, advice = advised(capsys, "--env", "Pendulum-v1", "--episodes", "2")
-    arguments = parsed("tokenrl control --config c.json")
+def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards():
+    advice, arguments = advised("--env", "Pendulum-v1", "--episodes", "2")
     assert arguments.head == "gaussian" and arguments.reward_scale < 1
     assert arguments.estimator.gamma == 0.95  # no episode of Pendulum ends by itself
-    reasons = advice["reasons"]
-    assert {"estimator.baseline", "reward_scale", "num_iterations"} <= reasons.keys()
-    assert "GAE" in reasons["estimator.returns"]
+    assert {"estimator.baseline", "reward_scale", "num_iterations"} <= advice.reasons.keys()
+    assert "GAE" in advice.reasons["estimator.returns"][1]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +86,9 @@ def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsy
         (["CartPole-v1", "--episodes", "20"], []),
     ],
 )
-def test_returns_that_do_not_differ_are_doubted(argv, flags, capsys):
-    _, advice = advised(capsys, "--env", *argv)
-    assert [finding["flag"] for finding in advice["findings"]] == flags
+def test_returns_that_do_not_differ_are_doubted(argv, flags):
+    advice, _ = advised("--env", *argv)
+    assert [finding.flag for finding in advice.findings] == flags
 
 
 @pytest.mark.parametrize(
@@ -118,7 +114,6 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
     [
         ([], "--env ID for an agent"),
         (["--env", "CartPole-v1", "--run", "runs/a"], "--env ID for an agent"),
-        (["--run", "runs/a", "--config", "c.json"], "--config goes with --env"),
         (
             ["--task", "vowels", "--num-prompts", "8"],
             "--task or --num-prompts. Advice for a language task",
@@ -127,7 +122,6 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
         (["--env", "CartPole-v1", "--head", "gaussian"], "head 'gaussian'"),
         ([*LONG, "--baseline", "none"], "--allow-no-baseline"),
         ([*LONG, "--baseline", "remax"], "baseline 'remax' cannot be set"),
-        (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
     ],
 )
 def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, refusal):

@@ -6,15 +6,15 @@ Imports no torch and no gymnasium.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tokenrl.core.axes import Baseline
 from tokenrl.lab.exact.explanation import written
-from tokenrl.runs.files import flat
+from tokenrl.runs.console import Console
 from tokenrl.runs.findings import Finding
-from tokenrl.runs.output import rich_console, rich_table
+from tokenrl.runs.output import rich_table
 from tokenrl.settings import Count, Seed, Settings, Several
 
 LEVELS = {"void": "grave problem", "act": "problem", "watch": "remark"}
@@ -42,10 +42,6 @@ class AdviseArguments(Settings):
     """Number of random episodes that are measured; fewer if they are long."""
     seed: Seed = 0
     """Seed of the measurement, and of the recommended training."""
-    config: str | None = None
-    """Write the settings for an environment to this file, for --config of `tokenrl control`."""
-    json: str | None = None
-    """Write settings, reasons and measurements to this file, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -54,43 +50,31 @@ class Advice:
 
     Attributes:
         subject: the environment, or the run that is diagnosed.
-        command: the command that trains, `control` or `train`.
         line: the command line that carries the advice out; or why there is nothing to change.
-        measured: what was measured, by name.
+        measured: what was measured, in words by name.
         findings: what the table of rules says about it.
-        arguments: the recommended arguments of the command, as its dataclass; None for a run.
-        reasons: the reason of each recommended setting by its name, such as `estimator.baseline`.
+        reasons: the value of each recommended setting, with its reason, by its name, such as
+            `estimator.baseline`; empty for a run.
     """
 
     subject: str
-    command: str
     line: str
-    measured: Mapping[str, Any]
+    measured: Mapping[str, str]
     findings: Sequence[Finding]
-    arguments: Any = None
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     def show(self) -> None:
         """Print what was measured, the findings, the settings and the command."""
-        console = rich_console()
-        console.print(f"tokenrl advise: {self.subject}", style="bold")
-        settings = flat(vars(self.arguments)) if self.reasons else {}
-        tables: dict[tuple[str, ...], Iterable[Iterable[Any]]] = {
-            ("measured", ""): self.measured.items(),
-            ("kind", "finding", "what it is"): [
-                (LEVELS[finding.weight], finding.flag, finding.text) for finding in self.findings
-            ],
-            ("setting", "value", "reason"): [
-                (name, settings[name], reason) for name, reason in self.reasons.items()
-            ],
-        }
-        for header, rows in tables.items():
-            table = rich_table("", header, overflow="fold")
-            for row in rows:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
-            if table.rows:
-                console.print(table)
-        console.print(self.line, soft_wrap=True)
+        console = Console()
+        console.facts(f"tokenrl advise: {self.subject}", self.measured)
+        for finding in self.findings:
+            console.note(f"{LEVELS[finding.weight]}: {finding}")
+        table = rich_table("", ("setting", "value", "reason"), overflow="fold")
+        for name, (value, reason) in self.reasons.items():
+            table.add_row(name, str(value), reason)
+        if self.reasons:
+            console.print(table)
+        console.note(self.line)
 
 
 def command_line(command: str, arguments: Any) -> str:

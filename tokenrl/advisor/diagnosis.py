@@ -62,7 +62,6 @@ def advise_run(path: str) -> Advice:
         findings = judge(observed)
         return Advice(
             f"{run.path}: {run.title}",
-            run.kind,
             command_of(run, observed, findings),
             {"status": status_of(run, arguments.max_steps)},
             findings,
