@@ -42,7 +42,9 @@ def test_a_plan_can_be_run_or_is_refused(path, monkeypatch):
     else:
         args = parse("compare", COMMANDS["compare"], words)
         assert args.output_dir == f"runs/study/{path.stem}"
-        assert [arm.label for arm in problems.make_plan(args, print).arms] == list(args.arms)
+        for task in [(name,) for name in args.task] or [()]:
+            arms = problems.make_plan(replace(args, task=task), print).arms
+            assert [arm.label for arm in arms] == list(args.arms)
     assert path.read_text().startswith("# Question ")
 
 

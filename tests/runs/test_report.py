@@ -58,9 +58,9 @@ def page_with(path, *rows):
 def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
     page = page_of(run)
     for part in ("completed, 4 steps, 1:01, 99 tokens/s", "reward0.125 ± 0.010 → 0.877 ± 0.012", "pass@4- → 0.5",
-                 "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
-                 "gradient before clipping last 2", "max_grad_norm scaled down; 1 means all last 1", '"chat": true',
-                 "a middle and the last step"):  # fmt: skip
+                 "held out 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
+                 "gradient before clipping training 2", "max_grad_norm scaled down; 1 means all training 1",
+                 '"chat": true', "a middle and the last step"):  # fmt: skip
         assert part in " ".join(page.text.split())
     assert len(page.all("svg")) == 4  # two sizes, the norm, and whether it was clipped
 

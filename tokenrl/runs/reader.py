@@ -20,7 +20,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations as before_and_after
 from tokenrl.runs.findings import evaluations
-from tokenrl.runs.metric_table import Rows, finite
+from tokenrl.runs.metric_table import finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 if TYPE_CHECKING:
@@ -133,6 +133,11 @@ class RecordedRun:
         return str(self.config.get("kind", "train"))
 
     @property
+    def learns_by_loss(self) -> bool:
+        """Whether its loss is a measure of progress, as that of policy gradients is not."""
+        return self.kind not in ("train", "control")
+
+    @property
     def mark(self) -> tuple[str, float] | None:
         """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
         ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
@@ -172,7 +177,8 @@ class RecordedRun:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric is a finite number, and those numbers."""
-        return series(self.metrics, name)
+        means = evaluations(self.metrics, name)
+        return [mean.step for mean in means], [mean.value for mean in means]
 
     def completions(self, steps: int = 1, most: int | None = None) -> list[dict[str, Any]]:
         """Return rows of completions, each with its `step`: of the newest table, or of several steps.
@@ -217,9 +223,3 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
 def _rows_of(log: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl or timings.jsonl; none of a file that is missing."""
     return read_metrics(log) if log.exists() else []
-
-
-def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
-    """Return the steps at which a metric is a finite number, and those numbers."""
-    means = evaluations(rows, name)
-    return [mean.step for mean in means], [mean.value for mean in means]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
 from tokenrl.runs.findings import Mean, evaluations
 from tokenrl.runs.markup import write_page
-from tokenrl.runs.metric_table import Metric, Rows, all_metrics, metric_of
+from tokenrl.runs.metric_table import Rows, all_metrics
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart
 from tokenrl.runs.reader import RecordedRun, read_run
@@ -20,15 +21,6 @@ from tokenrl.runs.reader import RecordedRun, read_run
 if TYPE_CHECKING:
     import pandas as pd
 
-_REWARD = {
-    "reward": "training",
-    "eval_reward": "held-out sampled",
-    "eval_reward_greedy": "held-out greedy",
-}
-_LOSS = {"loss": "training"}
-_ACCURACY = {"accuracy": "training batch", "eval_accuracy": "held out"}
-_LARGE = {"sft": (_LOSS, _REWARD), "reward-model": (_ACCURACY,)}
-"""The large charts of a kind of run (of other kinds the reward): metrics with the names of their curves."""
 _ROUNDING = 1e-4
 """A diagnostic that never differs more from its best value, 0 or 1, is not drawn."""
 _MAX_NUMBER = 1e300  # beyond it means and ranges of axes would overflow
@@ -49,25 +41,22 @@ def report_from_directory(run: str | Path) -> Path:
     if os.path.isfile(Path(run) / "plan.json") and page.is_file():
         return page
     recorded = read_run(run)
-    summary = recorded.summary
-    failure = [summary[name] for name in ("error", "remedy") if summary.get(name)]
     evaluated = {row["step"]: row for row in recorded.evaluations}
     last = max(evaluated, default=0)
     both = {"eval_before": evaluated.get(0), "eval_after": evaluated[last] if last else None}
+    learning = [*charts(partial(_curves, recorded), recorded.mark, recorded.learns_by_loss)]
     return write_page(
         page,
         "run.html",
         run=recorded,
-        warnings=[*failure, *summary.get("warnings", ())],
-        ending=ending(summary),
-        weights=kept_weights(summary),
+        ending=ending(recorded.summary),
+        weights=kept_weights(recorded.summary),
         last_step=last,
         evaluated=[row for row in before_and_after(both) if row[0] != "step"],
         learning={
             "Warm start": list(_warm_start(recorded)),
-            "Learning curve": list(_charts(recorded)),
+            "Learning curve": learning + list(_rewards(recorded)),
         },
-        settings={k: v for k, v in recorded.config.items() if k not in ("versions", "command")},
         rows=_completions(recorded),
     )
 
@@ -84,13 +73,31 @@ def curve(rows: Rows, metric: str) -> pd.DataFrame:
     return frame.assign(low=frame["value"] - error, high=frame["value"] + error)
 
 
-def is_shown(metric: Metric, curves: Mapping[str, pd.DataFrame]) -> bool:
-    """Return whether there are curves, and, of a metric of health, one that leaves its best value, 0 or 1."""
-    best = 1.0 if metric.better == "more" else 0.0
-    return any(
-        metric.panel != "health" or ((values["value"] - best).abs() > _ROUNDING).any()
-        for values in curves.values()
-    )
+def charts(
+    drawn: Callable[[str], Mapping[str, Mapping[str, pd.DataFrame]]],
+    mark: tuple[str, float] | None,
+    loss: bool = False,
+) -> Iterator[Chart]:
+    """Yield a chart of each metric that has a panel and values; the reward comes first, and health last.
+
+    A metric of health is drawn if it leaves its best value, 0 or 1.
+
+    Args:
+        drawn: returns by heading the curves of a metric, which may be empty, by their labels.
+        mark: name and value of a horizontal line in the charts of rewards and accuracies.
+        loss: whether the loss is drawn; that of policy gradients says nothing.
+    """
+    panels = ("reward", "accuracy", *["loss"] * loss, "health")
+    metrics = [metric for metric in all_metrics() if metric.panel in panels]
+    for metric in sorted(metrics, key=lambda metric: (panels.index(metric.panel), metric.name)):
+        best = 1.0 if metric.better == "more" else 0.0
+        is_large = metric.panel != "health"
+        line = mark if metric.panel in ("reward", "accuracy") else None
+        for heading, curves in drawn(metric.name).items():
+            full = {label: values for label, values in curves.items() if len(values)}
+            leaves = [((x["value"] - best).abs() > _ROUNDING).any() for x in full.values()]
+            if full and (is_large or any(leaves)):
+                yield Chart(heading, metric.caption, full, is_large, line)
 
 
 def _warm_start(run: RecordedRun) -> Iterator[Chart]:
@@ -100,30 +107,27 @@ def _warm_start(run: RecordedRun) -> Iterator[Chart]:
         yield Chart("Warm start", "nats per token, by update", loss)
 
 
-def _charts(run: RecordedRun) -> Iterator[Chart]:
-    """Yield the large charts of a kind of run, then small ones of its rewards and of its health."""
-    for labels in _LARGE.get(run.kind, (_REWARD,)):
-        name = next(iter(labels))
-        curves = _curves(run, labels)
-        mark = None if name == "loss" else run.mark
-        if curves:
-            yield Chart(name, metric_of(name).unit or "mean", curves, mark=mark)
-    # Where the mean of one reward rises while another falls, the policy trades the one for the other.
+def _rewards(run: RecordedRun) -> Iterator[Chart]:
+    """Yield the mean of each reward: where one rises while another falls, the policy trades the one for the other."""
     names = dict.fromkeys(name for row in run.metrics for name in row)
     means = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
     for name in means if len(means) > 1 else ():
-        curves = _curves(run, {name: "training", f"eval_{name}": "held out"})
+        curves = {
+            label: values for label, values in _curves(run, name)[name].items() if len(values)
+        }
         yield Chart(name.removesuffix("/mean"), "mean, before its weight", curves, large=False)
-    for metric in all_metrics():
-        curves = _curves(run, {metric.name: "last"} if metric.panel == "health" else {})
-        if is_shown(metric, curves):
-            yield Chart(metric.name, metric.caption, curves, large=False)
 
 
-def _curves(run: RecordedRun, labels: Mapping[str, str]) -> dict[str, pd.DataFrame]:
-    """Return the curves of metrics that have values, by their labels."""
-    curves = {label: curve(run.metrics, name) for name, label in labels.items()}
-    return {label: values for label, values in curves.items() if len(values)}
+def _curves(run: RecordedRun, name: str) -> dict[str, dict[str, pd.DataFrame]]:
+    """Return the curves of a metric in training and on held-out prompts, which may be empty, under its name."""
+    if name.endswith("_greedy"):  # which stands beside the reward of samples
+        return {}
+    names = {
+        "training": name,
+        "held out": f"eval_{name}",
+        "held out, greedy": f"eval_{name}_greedy",
+    }
+    return {name: {label: curve(run.metrics, metric) for label, metric in names.items()}}
 
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:

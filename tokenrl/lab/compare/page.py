@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.judgement import Family, digits
+from tokenrl.lab.compare.judgement import Family
 from tokenrl.lab.compare.plan import SCORES
 from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import check_place, flat, write_json, write_text
 from tokenrl.runs.markup import write_page
-from tokenrl.runs.metric_table import all_metrics
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Forest
 from tokenrl.runs.reader import read_run
-from tokenrl.runs.report import curve, is_shown
+from tokenrl.runs.report import charts, curve
 
-FROM_PYTHON = (
-    "Started from Python: the same call of tokenrl.compare continues it, or shows it again."
-)
-INTERVALS = {
-    "failure rates": "with exact limits, each of which holds with 95 %, and compared by Fisher's test",
-    "intervals": "Student-t, of the mean difference paired by seed between runs that did not fail, at a level such "
-    "that with 95 % all verdicts hold together.",
-}
-"""What the intervals of a comparison are, by heading."""
-CAUTION = (
-    "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
-    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds. "
-    "Where runs differ in task, reward, env or data, their numbers do not measure the same."
-)
-TUNED = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
-BY_STEP = (
-    "By step (update; 0 is before training). Metrics with eval_ are held-out, others of training."
-)
 NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
@@ -58,42 +37,33 @@ def write_comparison(comparison: Comparison) -> Path:
     folder = comparison.output_dir
     plan = comparison.plan
     runs = comparison.runs.drop(columns="curve")
-    family = comparison.family
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     facts = {"plan": asdict(plan), "verdicts": comparison.words._asdict(), "versions": versions()}
     write_json(folder / "comparison.json", facts)
-    context = pd.Series(plan.describe() | INTERVALS).rename(str.capitalize)
     compared = comparison.of("comparison").groupby("arm", sort=False)
     curves = {str(arm): pd.concat([*rows["curve"]]) for arm, rows in compared}
-    mark = None if plan.solved is None else ("solved", plan.solved)
-    sections: dict[str, dict[str, Any]] = {
-        "What was compared": {"table": context.to_frame("")},
-        "Differences": {"charts": [_forest(family, SCORES[plan.metric])]},
-        "Learning": {
-            "note": f"Held-out, by {plan.unit}: mean over seeds, band from the lowest to the highest.",
-            "charts": _charts(curves, partial(_spread, by="samples"), mark),
-        },
-        "Arms": {"table": _arm_summary(comparison)},
-    }
+
+    def drawn(name: str) -> dict[str, dict[str, pd.DataFrame]]:
+        """Return the curves of a metric over the seeds, by arm."""
+        return {name: {arm: _spread(rows, name, "samples") for arm, rows in curves.items()}}
+
     tuning = {
         str(arm): _spread(rows, plan.metric, "learning_rate")
         for arm, rows in comparison.of("tuning").groupby("arm", sort=False)
     }
-    if tuning:
-        chart = Chart("Score by learning rate", TUNED, tuning, log=True)
-        sections["Learning rates"] = {"charts": [chart]}
     return write_page(
         folder / "report.html",
         "comparison.html",
         title=f"Comparison of {len(plan.arms)} arms on {plan.problem}",
-        verdict=comparison.words,
-        sections=sections,
-        details={
-            "Every run": [runs.set_index("arm")],
-            "To repeat": [plan.command or FROM_PYTHON, facts["versions"]],
-            "The plan": [facts["plan"]],
-        },
+        comparison=comparison,
+        described=pd.Series(plan.describe()).rename(str.capitalize).to_frame(""),
+        forest=_forest(comparison.family, SCORES[plan.metric]),
+        learning=[*charts(drawn, None if plan.solved is None else ("solved", plan.solved))],
+        arms=_arm_summary(comparison),
+        tuning=[Chart("Score by learning rate", plan.metric, tuning, log=True)] if tuning else [],
+        runs=runs.set_index("arm"),
+        facts=facts,
     )
 
 
@@ -105,12 +75,6 @@ def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
 
 def _forest(family: Family, score: str) -> Forest:
     """Return the differences of a family as a forest plot."""
-    words = (
-        f"in the {score}, paired by seed, of runs that did not fail. Small dots are seeds, the large one is their "
-        "mean; the bar is the interval that decides. "
-    )
-    if family.margin is not None:
-        words += f"The band is the margin of equivalence, {digits(family.margin)}. "
     bars = [
         {
             "name": f"{difference.arm} - {difference.reference}",
@@ -121,35 +85,7 @@ def _forest(family: Family, score: str) -> Forest:
         }
         for difference in family.differences
     ]
-    return Forest("Difference", words, pd.DataFrame(bars), family.margin)
-
-
-def _charts(
-    arms: Mapping[str, Any],
-    curve_of: Callable[[Any, str], pd.DataFrame],
-    mark: tuple[str, float] | None,
-) -> list[Chart]:
-    """Return a chart of each metric that has a panel, with a curve of each arm; the reward comes first.
-
-    Args:
-        arms: what `curve_of` makes the curve of a metric from, by the names of the arms.
-        curve_of: returns the curve of a metric, which may be empty.
-        mark: name and value of a horizontal line in the charts of rewards and accuracies.
-    """
-    charts: list[Chart] = []
-    metrics = [metric for metric in all_metrics() if metric.panel]
-    for metric in sorted(metrics, key=lambda metric: metric.name != "reward"):
-        # Beside a reward a loss of policy gradients says nothing.
-        if metric.panel == "loss" and charts and charts[0].name == "reward":
-            continue
-        line = mark if metric.panel in ("reward", "accuracy") else None
-        for name in (metric.name, f"eval_{metric.name}"):
-            curves = {arm: curve_of(rows, name) for arm, rows in arms.items()}
-            curves = {arm: values for arm, values in curves.items() if len(values)}
-            if is_shown(metric, curves):
-                large = metric.panel != "health"
-                charts.append(Chart(name, metric.caption, curves, large, line))
-    return charts
+    return Forest("Difference", f"in the {score}", pd.DataFrame(bars), family.margin)
 
 
 def _arm_summary(comparison: Comparison) -> pd.DataFrame:
@@ -187,12 +123,20 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         settings[name] = {key: str(value) for key, value in flat(compared).items()}
     differing = pd.DataFrame(settings).fillna("-")
     marks = {run.mark for run in recorded.values()}
-    mark = marks.pop() if len(marks) == 1 else None
-    rows = {name: run.metrics for name, run in recorded.items()}
-    sections = {
-        "Final numbers (± standard error)": {"table": pd.DataFrame(numbers)},
-        "Settings that differ": {"table": differing[differing.nunique(axis=1) > 1]},
-        "Learning curves": {"note": BY_STEP, "charts": _charts(rows, curve, mark)},
-    }
-    title = f"Comparison of {len(recorded)} runs"
-    return write_page(output, "comparison.html", title=title, caution=CAUTION, sections=sections)
+    loss = all(run.learns_by_loss for run in recorded.values())
+
+    def drawn(name: str) -> dict[str, dict[str, pd.DataFrame]]:
+        """Return the curves of a metric in training and of evaluations, by run."""
+        return {
+            metric: {label: curve(run.metrics, metric) for label, run in recorded.items()}
+            for metric in (name, f"eval_{name}")
+        }
+
+    return write_page(
+        output,
+        "comparison.html",
+        title=f"Comparison of {len(recorded)} runs",
+        numbers=pd.DataFrame(numbers),
+        settings=differing[differing.nunique(axis=1) > 1],
+        learning=[*charts(drawn, marks.pop() if len(marks) == 1 else None, loss)],
+    )

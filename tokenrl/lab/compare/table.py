@@ -13,7 +13,8 @@ import pandas as pd
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
-from tokenrl.runs.reader import RecordedRun, read_run, series
+from tokenrl.runs.findings import Mean, evaluations
+from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
 DECISIVE = (
@@ -115,10 +116,10 @@ def _scores(run: RecordedRun, plan: Plan) -> dict[str, Any]:
     samples = counts.cumsum() if plan.unit == "episodes" else counts.cummax()
     curve = pd.DataFrame({"samples": [0.0, *plan.evaluated_at]})
     for name in CURVES:
-        evaluated, values = series(run.evaluations, name)
-        if evaluated:
-            at = samples.reindex(evaluated, method="ffill")
-            curve[name] = np.interp(curve["samples"], at, values)
+        means = pd.DataFrame(evaluations(run.evaluations, name), columns=Mean._fields)
+        if len(means):
+            at = samples.reindex(means["step"], method="ffill")
+            curve[name] = np.interp(curve["samples"], at, means["value"])
     scores = {"samples": samples.iloc[-1], "curve": curve}
     for name in curve.columns.intersection(["reward", "reward_greedy"]):
         scores[name.replace("reward", "area")] = curve[name].iloc[1:].mean()
