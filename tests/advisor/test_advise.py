@@ -44,7 +44,7 @@ def advised(*argv):
         (replace(CARTPOLE, horizon=501), None, "critic"),
         (replace(CARTPOLE, fast=False), None, "critic"),
         (replace(CARTPOLE, fast=False, horizon=100), None, "episodes"),
-        (CARTPOLE, "value", "critic_episodes"),
+        (CARTPOLE, "value", "critic"),
         (LANDER, "value", "critic"),
         (LANDER, "running_mean", "episodes"),
         (PENDULUM, None, "continuous"),

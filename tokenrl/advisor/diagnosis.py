@@ -80,9 +80,7 @@ def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]
     if observed.is_solved:
         return SOLVED
     causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
-    changes: dict[str, Any] = {}
-    for finding in causes or findings:
-        changes |= finding.changes
+    changes = {name: x for finding in causes or findings for name, x in finding.changes.items()}
     if not changes:
         return UNCHANGED
     config = str(run.path / "config.json")
@@ -106,11 +104,10 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     recent = observed.recent
     rows = run.evaluations
     solved = run.config.get("solved")
-    # All rewards are 1, or nearly.
-    is_solved = EASY_REWARD <= recent.reward <= 1 and recent.equal > LOST_SHARE and is_language
-    if solved is not None:
-        last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
-        is_solved = any(mean.value >= float(solved) for mean in last)  # "Infinity" too
+    last = evaluations(rows, "reward_greedy" if is_language else "reward")[-1:]
+    is_solved = any(mean.value >= float(solved) for mean in last if solved is not None)
+    if solved is None and is_language:  # all rewards are 1, or nearly
+        is_solved = EASY_REWARD <= recent.reward <= 1 and recent.equal > LOST_SHARE
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]

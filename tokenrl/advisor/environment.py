@@ -22,7 +22,6 @@ from tokenrl.runs.rules import judge, rounded
 
 APPROACHES = {
     "episodes": "the mean of the other episodes at the same step needs no critic",
-    "critic_episodes": "a critic, as you asked, on whole episodes (a2c): its errors are no bias",
     "critic": "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step",
     "continuous": "a critic on pieces of episodes (ppo): the actions are continuous",
 }
@@ -100,7 +99,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
 
 
 def choose_approach(spec: Spec, baseline: str | None) -> str:
-    """Choose a key of `APPROACHES`: whole episodes with or without a critic, or pieces of episodes with one.
+    """Choose a key of `APPROACHES`: whole episodes without a critic, or pieces of episodes with one.
 
     A baseline that was given decides about the critic; the environment decides whether episodes stay whole.
     Beyond 500 steps pieces learn faster also where steps are cheap: on CartPole with 1000 steps, in the same
@@ -108,9 +107,7 @@ def choose_approach(spec: Spec, baseline: str | None) -> str:
     """
     cheap = spec.fast or spec.horizon * ControlArguments.num_envs <= SLOW_STEPS
     whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
-    if baseline == "value" and whole:
-        return "critic_episodes"
-    if whole or baseline not in (None, "value"):
+    if baseline != "value" and (whole or baseline):
         return "episodes"
     return "critic" if spec.discrete else "continuous"
 

@@ -105,11 +105,10 @@ class Forest(NamedTuple):
             look: dict[str, Any] = {"color": COLOURS.get(row.verdict, "0.45"), "clip_on": False}
             _write(axes, str(row.name), line, (0, -14), weight="bold")
             _write(axes, str(row.result), line, (0, -29), color=look["color"])
-            bars = [line + 0.72] * 2
-            axes.plot([row.low, row.high], bars, linewidth=3, **look)
-            axes.plot(row.value, bars[0], "o", markersize=9, **look)
-            dots = [line + 0.9] * len(row.points)
-            axes.plot(row.points, dots, "o", markersize=4, alpha=0.5, **look)
+            ends = [row.low, row.value, row.high]
+            axes.plot(ends, [line + 0.72] * 3, "-o", markevery=[1], markersize=9, **look)
+            for point in row.points:
+                axes.plot(point, line + 0.9, "o", markersize=4, alpha=0.5, **look)
 
 
 def svg(drawing: Chart | Forest, width: int, height: int) -> str:

@@ -14,7 +14,6 @@ from tokenrl.runs.console import distinct, ending, evaluations as before_and_aft
 from tokenrl.runs.findings import Mean, evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Rows, all_metrics
-from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart
 from tokenrl.runs.reader import RecordedRun, read_run
 
@@ -44,7 +43,7 @@ def report_from_directory(run: str | Path) -> Path:
     evaluated = {row["step"]: row for row in recorded.evaluations}
     last = max(evaluated, default=0)
     both = {"eval_before": evaluated.get(0), "eval_after": evaluated[last] if last else None}
-    learning = [*charts(partial(_curves, recorded), recorded.mark, recorded.learns_by_loss)]
+    learning = charts(partial(_curves, recorded), recorded.mark, recorded.learns_by_loss)
     return write_page(
         page,
         "run.html",
@@ -53,10 +52,7 @@ def report_from_directory(run: str | Path) -> Path:
         weights=kept_weights(recorded.summary),
         last_step=last,
         evaluated=[row for row in before_and_after(both) if row[0] != "step"],
-        learning={
-            "Warm start": list(_warm_start(recorded)),
-            "Learning curve": learning + list(_rewards(recorded)),
-        },
+        learning=[*learning, *_rewards(recorded)],
         rows=_completions(recorded),
     )
 
@@ -98,13 +94,6 @@ def charts(
             leaves = [((x["value"] - best).abs() > _ROUNDING).any() for x in full.values()]
             if full and (is_large or any(leaves)):
                 yield Chart(heading, metric.caption, full, is_large, line)
-
-
-def _warm_start(run: RecordedRun) -> Iterator[Chart]:
-    stage = run.path / "warm_start" / "metrics.jsonl"
-    if run.config.get("warm_started") and stage.is_file():
-        loss = {"loss of demonstrations": curve(read_metrics(stage), "loss")}
-        yield Chart("Warm start", "nats per token, by update", loss)
 
 
 def _rewards(run: RecordedRun) -> Iterator[Chart]:

@@ -95,11 +95,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             raise Refused(
                 f"shared was given as {shown(self.shared)}; it must map settings to their values."
             )
-        shared = {name: self.shared.get(name) or "" for name in ("model", "reward")}
+        shared = {name: self.shared.get(name) for name in ("model", "reward")}
         for name, value in {"task": self.task, "arms": self.arms, **shared}.items():
-            is_list = isinstance(value, tuple | list) and name != "model"
-            parts = value if is_list else [value]
-            if not all(isinstance(part, str) for part in parts):
+            parts = value if isinstance(value, tuple | list) else [value]
+            if not all(isinstance(part, str | None) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
 
@@ -107,9 +106,9 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """Put the options that are settings of the runs, and not of the comparison itself, under `shared`."""
     fields = field_types(CompareArguments)
-    own_options = {name: value for name, value in options.items() if name in fields}
+    own = {name: value for name, value in options.items() if name in fields}
     of_runs = {name: value for name, value in options.items() if name not in fields}
-    shared = own_options.get("shared", {})
-    if of_runs and isinstance(shared, Mapping):  # which the arguments refuse if it is none
-        own_options["shared"] = {**shared, **of_runs}
-    return own_options
+    shared = own.get("shared", {})
+    if isinstance(shared, Mapping):  # which the arguments refuse if it is none
+        own["shared"] = {**shared, **of_runs}
+    return own

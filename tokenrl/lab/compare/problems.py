@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
@@ -15,7 +15,7 @@ from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, PlannedRun, folder_of
+from tokenrl.lab.compare.plan import Arm, Kind, Plan, folder_of
 from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
@@ -36,6 +36,8 @@ TUNING_OFFSET = 20_000
 EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
+FITTING = Estimator(baseline="running_mean", ratio="token", beta=1.0)
+"""An estimator that fits every shape of a language task, as an arm's may not."""
 RESERVED = [
     "task",
     "env",
@@ -109,20 +111,14 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     kind: Kind = "control" if args.env else "train"
     shared = _shared_settings(args, kind)
     axes = shared.pop("estimator", {})
-    if not isinstance(axes, Mapping):
-        raise Refused(
-            "Name estimators as arms; only single axes can be shared, as estimator.aggregation."
-        )
     arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
-    if len(arms) < 2:
-        raise Refused(
-            f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}."
-        )
-    check_choice("reference", args.reference or arms[0].label, [arm.label for arm in arms])
+    reference = args.reference or args.arms[0]
+    check_choice("reference", reference, args.arms)
     names = (*args.env, *args.task, shared.get("environment"), "sort_digits")
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
-    run, task, reward_range = _single_run(own, kind, announce)
+    usual = own if kind == "control" else {**own, "estimator": FITTING}
+    run, task, reward_range = _settled(usual, kind, announce)
     every = run.eval_every
     if own.get("eval_every") is None:
         every = max(1, run.max_steps // EVALUATIONS)
@@ -141,7 +137,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     plan = Plan(
         problem=problem,
         arms=tuple(_planned(arm, settings, rates, budget, every * per_step) for arm in arms),
-        reference=args.reference or arms[0].label,
+        reference=reference,
         metric=args.metric,
         seeds=tuple(range(first, first + args.seeds)),
         tuning_seeds=tuple(range(tuning, tuning + TUNING_SEEDS)),
@@ -182,27 +178,20 @@ def _check_arms(plan: Plan) -> None:
             )
         folders.add(folder.lower())
         try:
-            _check_settings(plan.run(arm, plan.seeds[0], arm.rates[0]))
+            run = plan.run(arm, plan.seeds[0], arm.rates[0])
+            _settled(run.settings, run.kind)
         except Refused as error:
             raise Refused(
                 f"The arm {arm.label!r} cannot train on {plan.problem}: {error}"
             ) from error
 
 
-def _check_settings(run: PlannedRun) -> None:
-    """Refuse settings of a run that contradict each other, as far as they are known without its model."""
-    if run.kind == "control":
-        agent = arguments(ControlArguments, run.settings)
-        control_settings(agent, describe(agent.env, agent.max_episode_steps))
-    else:
-        args = fill_form(arguments(TrainArguments, run.settings))
-        task = find_task(args, may_lack_rewards=True)[0]
-        check_choices(args, task)
-        settle(args, task, read_models(args, task))
-
-
 def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
-    """Return the settings that all runs share, without those that are left open."""
+    """Return the settings that all runs share, without those that are left open.
+
+    Raises:
+        Refused: what the arguments say, whatever the arms, cannot be compared.
+    """
     if len(args.env) + len(args.task) > 1:
         raise Refused(
             "A call of compare has one task or one environment; call it for each. tokenrl compare takes several "
@@ -212,6 +201,14 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
         raise Refused(
             "learning_rate takes one value: fixed, tuned or a number. The rates that an arm tries stand with the "
             'arm, as in "rloo,learning_rate=(1e-4,2e-4)".'
+        )
+    if len(args.arms) < 2:
+        raise Refused(
+            f"A comparison needs two or more arms, such as rloo grpo; arms names {len(args.arms)}."
+        )
+    if not isinstance(args.shared.get("estimator", {}), Mapping):
+        raise Refused(
+            "Name estimators as arms; only single axes can be shared, as estimator.aggregation."
         )
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
     for name in args.shared:
@@ -223,16 +220,21 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
     return {name: value for name, value in args.shared.items() if value is not None}
 
 
-def _single_run(
-    own: Mapping[str, Any], kind: Kind, announce: Callable[[str], None]
+def _settled(
+    settings: Mapping[str, Any], kind: Kind, announce: Callable[[str], None] = lambda text: None
 ) -> tuple[Any, Any, tuple[float, float] | None]:
-    """Return the arguments of a single run, with what users leave open; its task; and the range of its reward."""
-    run: Any = arguments(KINDS[kind], own)
+    """Return the arguments of a run, with what was left open; its task; and the range of its reward.
+
+    Raises:
+        Refused: settings contradict each other, as far as that is known before the run.
+    """
+    run: Any = arguments(KINDS[kind], settings)
     if kind == "control":
-        return run, describe(run.env, run.max_episode_steps), None
-    # an estimator that fits every shape, as an arm's may not
-    estimator = Estimator(baseline="running_mean", ratio="token", beta=1.0)
-    run = fill_form(replace(run, estimator=estimator))
+        spec = describe(run.env, run.max_episode_steps)
+        if "estimator" in settings:
+            control_settings(run, spec)
+        return run, spec, None
+    run = fill_form(run)
     task, reward = find_task(run, may_lack_rewards=True)
     policy = read_models(run, task)
     for warning in division_of(task, run.eval_size, {"the model": policy})[1]:
