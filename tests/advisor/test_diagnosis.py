@@ -25,25 +25,27 @@ def entropy_of(value):
     return lambda step: value if step > 36 else 1.0
 
 
-CASES = [  # the kind of run and its metrics; flag, weight and changes of the finding
-    ("train", {"entropy": entropy_of(0.05)}, "entropy-collapsed", "act", {"estimator.entropy_coef": 0.01}),
-    ("control", {"entropy": 0.01, "reward_std": 12.0}, "entropy-collapsed", "act",
-     {"estimator.entropy_coef": 0.1}),
-    ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "no-signal", "watch", {}),
-    ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "no-signal", "watch", {}),
-    ("control", {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}}, "skipped", "watch", {}),
-]  # fmt: skip
+CASES = [  # the kind of run and its metrics; flag and weight of the finding
+    ("train", {"entropy": entropy_of(0.05)}, "entropy-collapsed", "act"),
+    ("control", {"entropy": 0.01, "reward_std": 12.0}, "entropy-collapsed", "act"),
+    ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "no-signal", "watch"),
+    ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "no-signal", "watch"),
+    (
+        "control",
+        {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}},
+        "skipped",
+        "watch",
+    ),
+]
 
 
 def findings_of(path):
     return {finding.flag: finding for finding in advise_run(str(path)).findings}
 
 
-@pytest.mark.parametrize(("kind", "run", "flag", "weight", "changes"), CASES)
-def test_findings_in_a_run(made_up, kind, run, flag, weight, changes):
-    advice = advise_run(str(made_up(kind, **run)))
-    finding = {finding.flag: finding for finding in advice.findings}[flag]
-    assert (finding.weight, dict(finding.changes)) == (weight, changes), finding.text
+@pytest.mark.parametrize(("kind", "run", "flag", "weight"), CASES)
+def test_findings_in_a_run(made_up, kind, run, flag, weight):
+    assert findings_of(made_up(kind, **run))[flag].weight == weight
 
 
 @pytest.mark.parametrize(
@@ -73,9 +75,8 @@ LOST = {
 
 
 def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up):
-    advice = advise_run(str(made_up("train", settings={"learning_rate": 8e-4}, **LOST)))
-    assert "policy-destroyed" in [finding.flag for finding in advice.findings]
-    assert advice.line.endswith(".json --learning-rate 0.0002")  # and no other change
+    findings = findings_of(made_up("train", settings={"learning_rate": 8e-4}, **LOST))
+    assert findings["policy-destroyed"].text.endswith("try --learning-rate 0.0002.")
     assert "policy-destroyed" not in findings_of(
         made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.9}})
     )
@@ -113,17 +114,16 @@ def test_a_finished_a_running_and_a_killed_run_have_their_status(made_up):
     assert status_of(killed).endswith("; unfinished")
 
 
-def test_the_command_repeats_the_run_with_the_changes(made_up):
+def test_the_command_repeats_the_run(made_up):
     settings = {"resume": "auto"}  # of the run that is diagnosed
     path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3, settings=settings)
     advice = advise_run(str(path))
-    assert advice.line == (
-        f"Run it: tokenrl train --config {path}/config.json --estimator.entropy-coef 0.01 --max-completion-length 32"
-    )
-    name, *argv = shlex.split(advice.line)[3:]
-    arguments = parse(name, COMMANDS[name], argv)
-    assert arguments.estimator == Estimator(entropy_coef=0.01)
-    assert arguments.max_completion_length == 32 and arguments.learning_rate == 1e-3
+    texts = " ".join(finding.text for finding in advice.findings)
+    assert "--estimator.entropy-coef" in texts and "--max-completion-length" in texts
+    command = f"tokenrl train --config {path}/config.json"
+    assert advice.line.endswith(f": {command}")
+    arguments = parse("train", COMMANDS["train"], shlex.split(command)[2:])
+    assert arguments.max_completion_length == 16 and arguments.learning_rate == 1e-3
     assert arguments.output_dir is None and arguments.resume is None, (
         "another run, in a new directory"
     )
@@ -177,9 +177,8 @@ def test_a_real_run_from_end_to_end(kind, workplace, cache, capsys):
     completes("advise --run run")
     output = capsys.readouterr().out
     assert "4 of 4 steps (100%)" in output and "finished" in output
-    line = output.partition("Run it: ")[2].partition("\n")[0]
-    unchanged = "No setting needs a change" in output
-    assert unchanged or main([*shlex.split(line)[1:], "--check"]) in (0, 2)
+    line = output.partition("should change: tokenrl ")[2].partition("\n")[0]
+    assert main([*shlex.split(line), "--check"]) in (0, 2)
     assert not (workplace / "runs").exists()
 
 

@@ -50,7 +50,7 @@ class Advice:
 
     Attributes:
         subject: the environment, or the run that is diagnosed.
-        line: the command line that carries the advice out; or why there is nothing to change.
+        line: the command line that carries the advice out, or repeats the run.
         measured: what was measured, in words by name.
         findings: what the table of rules says about it.
         reasons: the value of each recommended setting, with its reason, by its name, such as
@@ -84,14 +84,9 @@ def command_line(command: str, arguments: Any) -> str:
         value = getattr(arguments, part.name)
         if part.name != "estimator" and value != part.default:
             changes[part.name] = value
-    return shlex.join(["tokenrl", command, *flags(changes)])
-
-
-def flags(values: Mapping[str, Any]) -> list[str]:
-    """Return the words of the command line for settings by name, such as `estimator.entropy_coef`."""
-    words = []
-    for name, value in values.items():
+    words = ["tokenrl", command]
+    for name, value in changes.items():
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else [value])
-    return words
+    return shlex.join(words)

@@ -1,4 +1,4 @@
-"""Diagnoses a run from what it has recorded, and recommends what to change when it is run again.
+"""Diagnoses a run from what it has recorded.
 
 The rules about numbers (`runs.rules`) say what is wrong; this module reads what they need from a run directory.
 Whether the reward gains or falls is tested on evaluations, which are of the same held-out prompts or starting
@@ -10,18 +10,17 @@ biased upwards.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tokenrl.advisor.advice import Advice, flags
+from tokenrl.advisor.advice import Advice
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import LOST_SHARE, Finding, Observed, evaluations, observe
+from tokenrl.runs.findings import LOST_SHARE, Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 
@@ -31,12 +30,7 @@ SURE = 1.96
 """Standard errors of a difference beyond which a reward is said to have risen: by chance in 2.5 % of runs."""
 EASY_REWARD = 0.95
 """Without a threshold of its own, a task is easy from this mean reward on, which is then a success rate."""
-SOLVED = """The run solves its task: its last evaluation (greedy, of a language model) counts as solved, or
-nearly all rewards are 1. So there is nothing to change, and no command. Take a harder task; or, if the
-answers do not deserve their rewards, correct the reward."""
-UNCHANGED = (
-    "No setting needs a change, so there is no command. Longer training (--max-steps) may yet gain."
-)
+SOLVED = "The run solves its task, or nearly all rewards are 1: take a harder task, or correct the reward."
 
 
 def advise_run(path: str) -> Advice:
@@ -59,33 +53,19 @@ def advise_run(path: str) -> Advice:
     arguments = configured(COMMANDS[run.kind], run.path, run.kind, anew=True)
     try:
         observed = observe_recorded(run, arguments)
-        findings = judge(observed)
+        repeated = shlex.join(["tokenrl", run.kind, "--config", str(run.path / "config.json")])
         return Advice(
             f"{run.path}: {run.title}",
-            command_of(run, observed, findings),
+            SOLVED
+            if observed.is_solved
+            else f"Repeat it, with flags for what should change: {repeated}",
             {"status": status_of(run, arguments.max_steps)},
-            findings,
+            judge(observed),
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise Refused(
             f"{path} cannot be diagnosed: a file of it is damaged or was changed ({describe(error)})."
         ) from error
-
-
-def command_of(run: RecordedRun, observed: Observed, findings: Sequence[Finding]) -> str:
-    """Return the command that repeats a run with the changes of its findings, or why there is none.
-
-    All else may be the consequence of a destroyed policy, so beside it no other finding's changes count.
-    """
-    if observed.is_solved:
-        return SOLVED
-    causes = [finding for finding in findings if finding.flag == "policy-destroyed"]
-    changes = {name: x for finding in causes or findings for name, x in finding.changes.items()}
-    if not changes:
-        return UNCHANGED
-    config = str(run.path / "config.json")
-    line = shlex.join(["tokenrl", run.kind, "--config", config, *flags(changes)])
-    return f"Run it: {line}"
 
 
 def status_of(run: RecordedRun, steps: int) -> str:

@@ -18,7 +18,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.console import number
 from tokenrl.runs.files import flat
 from tokenrl.runs.findings import Means, observe
-from tokenrl.runs.rules import judge, rounded
+from tokenrl.runs.rules import judge
 
 APPROACHES = {
     "episodes": "the mean of the other episodes at the same step needs no critic",
@@ -144,11 +144,11 @@ def fitted(control: ControlArguments, spec: Spec, returns: dict[str, float]) -> 
     estimator = control.estimator
     spread = returns["sd"] or max(1.0, abs(returns["mean"]))
     if "values" in estimator.needs:
-        control = replace(control, reward_scale=rounded(1 / spread))
+        control = replace(control, reward_scale=float(f"{1 / spread:.1g}"))
         spread = 1.0  # returns are scaled to it
         if returns["truncated"] == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
     if spec.discrete:
-        estimator = replace(estimator, entropy_coef=rounded(ENTROPY * spread))
+        estimator = replace(estimator, entropy_coef=float(f"{ENTROPY * spread:.1g}"))
         control = replace(control, entropy_schedule="linear")
     return replace(control, estimator=estimator)

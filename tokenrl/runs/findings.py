@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ LATEST_GROUPS = 48
 """Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
 IDLE_STEPS = 3
 """Steps in a row without a signal from which on a run says so."""
+MAX_ABSTAINED = 0.02
+"""Largest share of completions to which a reward function may give no reward."""
 ENDLESS = (
     "A model that never ends by itself, as one with random weights, has to learn that first (--warm-start, or "
     "tokenrl sft), or needs strings that end completions (--stop)."
@@ -29,7 +31,6 @@ ENDLESS = (
 """What helps where the limit cuts most completions, and a higher limit may not."""
 METRICS = {
     "reward": "reward",
-    "spread": "reward_std",
     "entropy": "entropy",
     "cut": "completions/clipped_ratio",
     "logp_difference": "sampling/logp_difference/mean",
@@ -48,13 +49,11 @@ class Finding:
             mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
             the same, with the finding beside it.
         text: one or more whole sentences, with the numbers.
-        changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`; a remark has none.
     """
 
     flag: str
     weight: Weight
     text: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return the finding as one line, its flag first."""
@@ -79,7 +78,6 @@ class Means:
 
     Attributes:
         reward: the mean reward of the samples.
-        spread: the standard deviation of the rewards of a step.
         entropy: in nats per action; nan for a density, whose entropy may well be negative.
         cut: the share of completions that the limit cuts.
         logp_difference: nats per token between the log-probabilities of sampler and trainer.
@@ -88,7 +86,6 @@ class Means:
     """
 
     reward: float = math.nan
-    spread: float = math.nan
     entropy: float = math.nan
     cut: float = math.nan
     logp_difference: float = math.nan
@@ -138,7 +135,7 @@ class Observed:
         learning_rate ... entropy_coef: settings of the run, and axes of its estimator.
 
         step: the numbers of the last step.
-        recent, early: means of the last and of the first tenth of the steps, of at most 100.
+        recent: means of the last tenth of the steps, of at most 100.
         whole: the same as `recent`, of a run that is judged as a whole.
         latest: the last steps, beside the first one.
         skipped: the share of updates that were skipped because their gradient was not finite.
@@ -150,7 +147,7 @@ class Observed:
 
         groups: in words, what was compared before training, in the step of a check; else empty.
         others_differ: whether other samples of the same policy have unequal rewards.
-        abstention: in words, a reward function that gave too few rewards, and its first error; empty without any.
+        abstention: in words, the reward functions that gave too few rewards, and their first errors; else empty.
         idle_steps: the number of steps in a row, up to now, in which no rewards differed.
 
         lowest_rate, highest_rate: the bounds of usual learning rates.
@@ -162,12 +159,9 @@ class Observed:
 
     learning_rate: float = math.nan
     max_completion_length: float = math.nan
-    num_generations: int = 1
     num_envs: int = 0
     eval_generations: float = math.nan
     keep: str = ""
-    scale: str = ""
-    reward_scale: float = math.nan
     stop_after_zero_spread: int = 0
     importance_centre: bool = False
     entropy_coef: float = 0.0
@@ -175,7 +169,6 @@ class Observed:
     step: Means = Means()
     recent: Means = Means()
     whole: Means = Means()
-    early: Means = Means()
     latest: Latest | None = None
     skipped: float = math.nan
     sampled: Sequence[Mean] = ()
@@ -255,8 +248,12 @@ def observe(rows: Rows, settings: Any) -> Observed:
         **{name: named[name] for name in names if named.get(name) is not None},
         step=_means(steps[-1:], settings),
         recent=_means(recent, settings),
-        early=_means(steps[:tenth], settings),
         latest=_latest(steps, settings),
+        abstention=" ".join(
+            f"The reward function {name.split('/')[1]} gave no reward to {value:.0%} of the completions."
+            for name, value in (rows[-1] if rows else {}).items()
+            if name.endswith("/abstained") and finite(value) > MAX_ABSTAINED
+        ),
         sampled=evaluations(rows, "eval_reward"),
         greedy=evaluations(rows, "eval_reward_greedy"),
         most=evaluations(start, f"eval_best@{count}") or evaluations(start, f"eval_pass@{count}"),

@@ -7,7 +7,7 @@ comparison with nan holds. Several rules may have the same flag; the first that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
@@ -23,8 +23,6 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
-BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
-
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 )
@@ -50,13 +48,11 @@ class Rule(NamedTuple):
         flag: the flag of its finding.
         weigh: the predicate. It returns the weight of the finding, or something false where there is none.
         sentence: whole sentences, with attributes of the record `run` in braces, and {remedy}.
-        changes: the settings to change, by name, unless the finding is a remark.
     """
 
     flag: str
     weigh: Callable[[Observed], Any]
     sentence: str
-    changes: Callable[[Observed], Mapping[str, Any]] = lambda run: {}
 
 
 def judge(observed: Observed, *flags: str) -> list[Finding]:
@@ -67,8 +63,7 @@ def judge(observed: Observed, *flags: str) -> list[Finding]:
             continue
         if weight := rule.weigh(observed):
             text = rule.sentence.format(run=observed, remedy=remedy(observed)).rstrip()
-            changes = {} if weight == "watch" else rule.changes(observed)
-            findings[rule.flag] = Finding(rule.flag, weight, text, changes)
+            findings[rule.flag] = Finding(rule.flag, weight, text)
     return list(findings.values())
 
 
@@ -91,16 +86,6 @@ def is_destroyed(run: Observed) -> bool:
     lost = run.latest.first + learnt - reward.value
     is_fall = best.exceeds(reward, MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS)
     return is_fall and 2 * lost > max(best.value - reward.value, learnt)
-
-
-def entropy_bonus(run: Observed) -> float:
-    """Return a bonus to begin with, in the units of the advantages; nan if these are unknown.
-
-    Advantages have the units of the spread of rewards, where they are not divided by it.
-    """
-    if not run.num_envs or run.scale != "none":
-        return BONUS
-    return rounded(BONUS * (run.early.spread * run.reward_scale or 1.0))
 
 
 def remedy(run: Observed) -> str:
@@ -127,18 +112,12 @@ def remedy(run: Observed) -> str:
     return advice
 
 
-def rounded(number: float, figures: int = 1) -> float:
-    """Round to a few significant figures, where only the order of magnitude matters."""
-    return float(f"{number:.{figures}g}")
-
-
 RULES = (
     Rule(
         "policy-destroyed",
         lambda run: is_destroyed(run) and "void",
         "The policy is destroyed: the mean reward fell from {run.best_sampled.value:.3g} to "
         "{run.latest.reward.value:.3g}, and {run.latest.signs}. " + TOO_FAST,
-        lambda run: {"learning_rate": run.lower_rate},
     ),
     # At the end of a run.
     Rule(
@@ -149,8 +128,8 @@ RULES = (
             and ("watch" if run.is_solved else "act")
         ),
         "The policy has an entropy of {run.recent.entropy:.3g} nats per action: it makes nearly always the same "
-        "choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate.",
-        lambda run: {"estimator.entropy_coef": entropy_bonus(run)},
+        "choice. Unless that is right, set a lower learning rate or --estimator.entropy-coef, to begin with .01 in the "
+        "units of the advantages.",
     ),
     Rule(
         "sampling-differs",
@@ -206,11 +185,6 @@ RULES = (
         ),
         "{run.whole.equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient. "
         "{remedy}",
-        lambda run: (
-            {"num_envs": 2 * run.num_envs}
-            if run.num_envs
-            else {"num_generations": 2 * (run.num_generations or 1)}
-        ),
     ),
     # On held-out prompts.
     Rule(
@@ -239,7 +213,6 @@ RULES = (
         "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. No update follows it: samples or "
         "demonstrations may get better at the same time. With --keep best model/ gets the weights of the best "
         "evaluation.",
-        lambda run: {"keep": "best"},
     ),
     Rule(
         "greedy-gap",
@@ -260,7 +233,6 @@ RULES = (
         "truncation",
         lambda run: above(run.whole.cut, void=LOST_SHARE, act=0.1, watch=0.05),
         "{run.whole.cut:.0%} of the completions are cut off at {run.max_completion_length} tokens: {run.uncut}",
-        lambda run: {"max_completion_length": 2 * run.max_completion_length},
     ),
     Rule(
         "truncation",
@@ -283,7 +255,6 @@ RULES = (
         lambda run: above(run.skipped, void=LOST_SHARE, act=0.01, watch=0),
         "{run.skipped:.1%} of the updates were skipped because the gradient was not finite. Scale the rewards "
         "down, lower the learning rate, or try float32.",
-        lambda run: {"learning_rate": run.learning_rate / 2},
     ),
 )
 """In the order of the findings."""

@@ -211,6 +211,6 @@ def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(
     assert (gap in output) == (before == 0.8)
     fall = "warning: greedy-fell: The greedy reward has fallen from its best, 0.8"
     assert (fall in output) == bool(flags)
-    assert ("--keep best" in advise_run(str(tmp_path)).line) == bool(flags)
+    assert ("--keep best" in str(advise_run(str(tmp_path)).findings)) == bool(flags)
     page = (tmp_path / "report.html").read_text()
     assert ("greedy reward has fallen" in page) == bool(flags)

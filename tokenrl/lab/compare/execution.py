@@ -122,15 +122,16 @@ def execute(
     ):
         paths = {pool.submit(_make, run, root, start, stop): root / run.path for run in waiting}
         pending = {*paths}
+        ended = len(runs) - len(paths)
         while pending:
             done, pending = wait(pending, TICK, FIRST_COMPLETED)
             for future in done:
-                code = future.result()
-                left = len(runs) - len(pending)
                 path = paths[future]
-                ending = "ended" if code == 0 else f"failed (exit code {code}; {path}.log)"
+                code = future.result()
                 if code is not None:
-                    console.note(f"run {left}/{len(runs)}  {path}: {ending}")
+                    ended += 1
+                    result = "ended" if code == 0 else f"failed (exit code {code}; {path}.log)"
+                    console.note(f"run {ended}/{len(runs)}  {path}: {result}")
     if stop.requested:
         raise Interrupted(
             f"{signal.Signals(stop.requested).name}: the runs under way were saved. The same command goes on.",

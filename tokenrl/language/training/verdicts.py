@@ -19,7 +19,6 @@ from tokenrl.runs.findings import (
     Finding,
     Gain,
     Observed,
-    evaluations,
     observe,
     share_equal,
 )
@@ -27,9 +26,6 @@ from tokenrl.runs.metric_table import Rows, finite
 from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
-
-MAX_ABSTAINED = 0.02
-"""Largest share of completions to which a reward function may give no reward."""
 
 
 def judge_start(run: TrainingRun, session: Session) -> None:
@@ -125,24 +121,16 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         words = "the model has a chat template, so ask it in chat messages, with --chat."
         observed = replace(observed, uncut=words)
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
-    mark = run.rewards.pass_threshold if solved is None else solved
-    usual = run.plan.usual_rate
-    last = evaluations(rows[-1:], "eval_reward") or evaluations(rows[-1:], "eval_reward_greedy")
     step = {} if not rows else rows[-1]
-    shares = {name: finite(step.get(f"rewards/{name}/abstained")) for name in run.rewards.names}
-    abstentions = [
-        f"The reward function {name} gave no reward to {share:.0%} of the completions. "
-        f"{run.rewards.faults.get(name, '')}"
-        for name, share in shares.items()
-        if share > MAX_ABSTAINED
-    ]
+    reward = finite(step.get("eval_reward", step.get("eval_reward_greedy")))
+    faults = run.rewards.faults.values()
     return replace(
         observed,
-        is_solved=any(mean.value >= (solved or math.inf) for mean in last),
-        lowest_rate=usual,
-        highest_rate=usual,
-        abstention="".join(abstentions[:1]),
-        pass_mark=math.inf if mark is None else mark,
+        is_solved=solved is not None and reward >= solved,
+        lowest_rate=run.plan.usual_rate,
+        highest_rate=run.plan.usual_rate,
+        abstention=observed.abstention and " ".join([observed.abstention, *faults]),
+        pass_mark=finite(run.rewards.pass_threshold if solved is None else solved),
         can_warm_start=bool(task.demonstrations) and not is_ready,
     )
 
@@ -162,12 +150,12 @@ def _end_learning(run: TrainingRun, session: Session, observed: Observed) -> Non
     if solved is None or reward >= solved:
         session.console.note(f"{text}: the task is learnt.")
         session.end("learnt")
-        return
-    session.console.warn(
-        f"{text}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as solved. Try "
-        "a lower --learning-rate, or a bonus for entropy (--estimator.entropy-coef)."
-    )
-    session.end("stuck")
+    else:
+        session.console.warn(
+            f"{text}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as solved. Try "
+            "a lower --learning-rate, or a bonus for entropy (--estimator.entropy-coef)."
+        )
+        session.end("stuck")
 
 
 def asks_in_text(run: TrainingRun) -> bool:
