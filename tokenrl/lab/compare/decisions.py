@@ -11,11 +11,11 @@ import pandas as pd
 
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import (
+    ALPHA,
     LEAST_PAIRS,
     Estimate,
     differences_by_seed,
     failures_differ,
-    level_of,
     mean_interval,
 )
 from tokenrl.lab.compare.judgement import (
@@ -101,7 +101,8 @@ def _family(
     pairs = [(arm, label) for arm in rivals]
     if all_pairs:
         pairs += [(later, earlier) for earlier, later in combinations(rivals, 2)]
-    differences = [_compare_pair(arms[a], arms[b], margin, len(pairs)) for a, b in pairs]
+    alpha = ALPHA / len(pairs)
+    differences = [_compare_pair(arms[a], arms[b], margin, alpha) for a, b in pairs]
     return Family(problem, label, margin, tuple(arms.values()), tuple(differences))
 
 
@@ -137,9 +138,9 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
 
 
 def _compare_pair(
-    arm: ArmScores, reference: ArmScores, margin: float | None, comparisons: int
+    arm: ArmScores, reference: ArmScores, margin: float | None, alpha: float
 ) -> PairedDifference:
-    """Compare an arm with the reference in two parts, failures and scores."""
+    """Compare an arm with the reference in two parts, failures and scores, which share the level alpha."""
     pairs = arm.seeds & reference.seeds
     if not pairs:
         raise Refused(
@@ -148,14 +149,14 @@ def _compare_pair(
     differences = differences_by_seed(arm.scores, reference.scores)
     values = np.array(list(differences.values()))
     parts = 2 if arm.failed or reference.failed else 1  # each of which can err
-    level = level_of(comparisons * parts)
+    level = 1 - alpha / parts
     adjusted = mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
     p_failures = failures_differ(
         len(arm.failed), len(arm.seeds), len(reference.failed), len(reference.seeds)
     )
     more_failures = ""
-    if p_failures <= 1 - level + 1e-12 and len(pairs) >= LEAST_PAIRS:
+    if p_failures <= alpha / parts and len(pairs) >= LEAST_PAIRS:
         more_failures = max(arm, reference, key=lambda scores: scores.failures.value).arm
         by_failures: VerdictWord = "worse" if more_failures == arm.arm else "better"
         contradicts = {by_failures, verdict} == {"better", "worse"}

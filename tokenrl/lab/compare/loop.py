@@ -101,11 +101,10 @@ def compare_each(args: CompareArguments) -> int:
     names = getattr(args, kind)
     parts = [args]
     if len(names) > 1:
-        root = args.output_dir
-        parts = [
-            replace(args, **{kind: (name,), "output_dir": f"{root}/{folder_of(name)}"})
-            for name in names
+        changes: list[dict[str, Any]] = [
+            {kind: (name,), "output_dir": f"{args.output_dir}/{folder_of(name)}"} for name in names
         ]
+        parts = [replace(args, **of_one) for of_one in changes]
         for part in parts:
             compare(replace(part, dry_run=True, quiet=True))
     return max(getattr(compare(part), "exit_code", 0) for part in parts)

@@ -130,7 +130,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         low, high = reward_range
         margin = margin or MARGIN * (high - low)
         ceiling = min(high - margin, math.inf if ceiling is None else ceiling)
-    rate = args.learning_rate[0]
+    rate: Any = args.learning_rate[0]
     factors = FACTORS.get(rate)
     rates = [factor * run.learning_rate for factor in factors] if factors else [rate]
     budget = run.max_steps * per_step
