@@ -84,6 +84,23 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
     assert set(tokenrl.compare(**settings).runs["state"]) == {"finished"}
 
 
+def test_several_problems_are_planned_before_the_first_and_each_has_its_directory(
+    workplace, monkeypatch, refusal
+):
+    def execute(runs, root, **options):
+        for run in runs:
+            write_run(root / run.path, **rising(0.5)(run.seed))
+
+    monkeypatch.setattr(loop, "execute", execute)
+    flags = "--arms reinforce a2c --seeds 2 --max-steps 3 --num-envs 4 --output-dir all --env walk"
+    assert "CartPole-v7" in refusal("compare", *flags.split(), "CartPole-v7")
+    assert not Path("all").exists()
+    completes(f"compare {flags} bandit")
+    assert {path.parent.name for path in Path("all").glob("*/report.html")} == {"walk", "bandit"}
+    with refused("one task or one environment"):
+        tokenrl.compare(env=("walk", "bandit"))
+
+
 @pytest.fixture
 def halves(workplace, monkeypatch):
     """Comparisons m0 and m1 of two seeds each that have ended, and `gathered(**options)` of all four seeds."""

@@ -18,7 +18,7 @@ BY_NAME = (
 
 @dataclass(frozen=True)
 class ProblemArguments(Settings, group="problems"):
-    """What the arms are compared on. Each of several tasks or environments has verdicts of its own."""
+    """What the arms are compared on. Of several tasks or environments each has a comparison of its own."""
 
     task: tuple[str, ...] = ()
     """Tasks, by the names that tokenrl train takes. Default, without an env: sort_digits."""
@@ -83,7 +83,7 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     """The first seed; the others follow it."""
     output_dir: str = "runs/compare"
     """Directory of the comparison: plan.json, runs/, runs.csv, comparisons.csv, comparison.json and
-    report.html."""
+    report.html; of several tasks each has such a directory in it."""
     quiet: bool = False
     """Print nothing but errors."""
     shared: Mapping[Any, Any] = field(default_factory=dict, metadata={"flag": False})
