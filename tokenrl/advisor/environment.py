@@ -15,7 +15,6 @@ from tokenrl.control.rollouts import collect_episodes
 from tokenrl.control.setup import control_settings
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.console import number
 from tokenrl.runs.files import flat
 from tokenrl.runs.findings import Means, observe
 from tokenrl.runs.rules import judge
@@ -92,7 +91,10 @@ def advise_environment(args: AdviseArguments) -> Advice:
     if "values" in control.estimator.needs:
         reasons["reward_scale"] = "about 1 / sd of returns: a critic learns targets of size 1"
     line = f"Run it: {command_line('control', control)}"
-    measured = {name: number(value) for name, value in (asdict(spec) | returns).items()}
+    measured = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in (asdict(spec) | returns).items()
+    }
     settings = flat(vars(control))
     table = {name: (settings[name], reason) for name, reason in reasons.items()}
     return Advice(spec.env, line, measured, judge(observed), table)
