@@ -163,7 +163,9 @@ def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy)
     gaps = (logprobs.detach() - reference) * part.mask
     to_go = gaps.flip(1).cumsum(1).flip(1)  # of each token with those after it
     wanted = {"opd": gaps, "opd_to_go": to_go}
-    seen = torch.cat([project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2)])
+    seen = torch.cat(
+        [project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2)]
+    )
     for name, signal in wanted.items():
         loss = (signal * logprobs * part.mask).sum() / len(part)
         grads = torch.autograd.grad(loss, policy.trainable_parameters(), retain_graph=True)
@@ -198,7 +200,9 @@ def test_a_teacher_is_measured_beside_the_reward_and_not_with_it(policy: Policy)
     measured = measure_gradients(model=policy, teacher=teacher, **FEW)
     rloo, opd, to_go = measured.estimators
     assert [rloo.estimator, opd.estimator, to_go.estimator] == ["rloo", "opd", "opd_to_go"]
-    task = SimpleNamespace(**vars(TASK) | {"reward": lambda prompts, **_: [float(len(p)) for p in prompts]})
+    task = SimpleNamespace(
+        **vars(TASK) | {"reward": lambda prompts, **_: [float(len(p)) for p in prompts]}
+    )
     again = measure_gradients(model=policy, teacher=teacher, **FEW | {"task": task}).estimators
     assert again[1].variance == opd.variance and again[0].variance != rloo.variance
 

@@ -144,7 +144,9 @@ def test_tokens_of_completions_are_text_with_their_numbers(tmp_path):
     page = page_with(tmp_path, row | tokens, row)
     (container,) = {part["data-names"] for part in page.all("div", "tokens")}
     assert container == "logprob weight reference k1"
-    values = [part["data-values"] for tag, part in page.tags if tag == "span" and "data-values" in part]
+    values = [
+        part["data-values"] for tag, part in page.tags if tag == "span" and "data-values" in part
+    ]
     assert values[:4] == ["-0.5 2 -0.75 0.25", "nan nan nan nan", "-0.25 -1 -0.25 0", "-1 0 -1 0"]
     assert len(page.all("span", "given")) == len(page.all("span", "special")) == len(values) / 4
     assert page.text.count(EVIL) >= 2 and "tokens/" not in page.text

@@ -199,7 +199,6 @@ class RecordedRun:
             rows += [{"step": step_of(file), **row} for row in table]
         return rows
 
-
     def tokens(self, step: int | None = None, row: int = 0) -> pd.DataFrame:
         """Return what each token of a completion carried, a row for a token.
 
@@ -221,11 +220,15 @@ class RecordedRun:
         step = max(files, default=0) if step is None else step
         if step not in files:
             kept = ", ".join(map(str, files)) or "none"
-            raise Refused(f"No completions of step {step} were kept (--log-completions); steps: {kept}.")
+            raise Refused(
+                f"No completions of step {step} were kept (--log-completions); steps: {kept}."
+            )
         kept_rows = [*map(token_table, read_completions(files[step]))]
         frames = [frame for frame in kept_rows if frame is not None]
         if not 0 <= row < len(frames):
-            raise Refused(f"Step {step} has the tokens of {len(frames)} completions, from row 0; give one of them.")
+            raise Refused(
+                f"Step {step} has the tokens of {len(frames)} completions, from row 0; give one of them."
+            )
         return frames[row]
 
 

@@ -23,7 +23,12 @@ def trained(tmp_path_factory):
     """A run of one step with two updates, a KL and a mean over the tokens of each row."""
     folder = tmp_path_factory.mktemp("tokens") / "run"
     task = letter_task(share_of_a, train_prompts=[{"prompt": text} for text in LETTERS])
-    options = {"estimator": "grpo,beta=0.1", "num_iterations": 2, "max_steps": 1, "log_completions": 1}
+    options = {
+        "estimator": "grpo,beta=0.1",
+        "num_iterations": 2,
+        "max_steps": 1,
+        "log_completions": 1,
+    }
     return letters_trained(folder, task, eval_every=0, share_seed=False, **options)
 
 
@@ -44,7 +49,9 @@ def test_the_numbers_are_those_of_the_model_and_of_the_estimator(trained):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         assert table["entropy"].to_list() == pytest.approx(entropy.tolist(), abs=1e-5)
         assert table["k1"].abs().max() < 1e-5  # the reference is the start
-        assert table["weight"].to_list() == pytest.approx([row["advantage"] / len(table)] * len(table))
+        assert table["weight"].to_list() == pytest.approx(
+            [row["advantage"] / len(table)] * len(table)
+        )
         text = "".join(table["text"][~table["special"]])
         assert text == row["completion"]
         weights.append(abs(row["advantage"]))
