@@ -97,7 +97,7 @@ def lambda_return(
     values: Float[Tensor, "N T"],
     actions: Bool[Tensor, "N T"],
     gamma: float,
-    lam: float,
+    lam: float | Float[Tensor, " N"],
     length_lam: float = 0.0,
 ) -> Float[Tensor, "N T"]:
     """Return `G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1})`, with V and G 0 after the end.

@@ -36,6 +36,7 @@ METRICS = {
     "cut": "completions/clipped_ratio",
     "logp_difference": "sampling/logp_difference/mean",
     "effective_samples": "sampling/effective_sample_size",
+    "explained": "explained_variance",
 }
 """The metric behind each field of `Means` but `equal`."""
 
@@ -86,6 +87,7 @@ class Means:
         cut: the share of completions that the limit cuts.
         logp_difference: nats per token between the log-probabilities of sampler and trainer.
         effective_samples: the effective sample size, as a share of the completions.
+        explained: the share of the variance of the returns that the critic explains.
         equal: the share of groups with equal rewards; where no groups are compared, of steps.
     """
 
@@ -95,6 +97,7 @@ class Means:
     cut: float = math.nan
     logp_difference: float = math.nan
     effective_samples: float = math.nan
+    explained: float = math.nan
     equal: float = math.nan
 
 
@@ -169,6 +172,7 @@ class Observed:
     """
 
     learning_rate: float = math.nan
+    value_learning_rate: float = math.nan
     max_completion_length: float = math.nan
     num_generations: int = 1
     num_envs: int = 0

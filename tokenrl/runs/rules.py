@@ -25,6 +25,7 @@ MAX_DIFFERENCE = 0.05
 completions of 100 tokens spread by a factor of 1.9 around 1."""
 OTHER_MODEL = 0.5
 """Nats per token that no rounding reaches: bfloat16 changes log-probabilities by .01 to .1."""
+LEAST_EXPLAINED = 0.05  # of the variance of the returns, by a critic that is of use
 BONUS = 0.01  # of entropy, to begin with, for advantages of a size near 1
 
 SOLVED_ADVICE = (
@@ -244,6 +245,14 @@ RULES = (
             if run.num_envs
             else {"num_generations": 2 * (run.num_generations or 1)}
         ),
+    ),
+    Rule(
+        "critic-useless",
+        lambda run: run.recent.explained < LEAST_EXPLAINED and "act",
+        "The critic explains {run.recent.explained:.0%} of the variance of the returns, hardly more than a constant "
+        "would. Its values are noise in the baseline, and with lam below 1 a bias too: raise --value-learning-rate, "
+        "or let it learn alone at first (--value-warmup).",
+        lambda run: {"value_learning_rate": 3 * run.value_learning_rate},
     ),
     # On held-out prompts.
     Rule(

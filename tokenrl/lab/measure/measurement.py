@@ -155,8 +155,9 @@ def _policy(args: MeasureArguments, task: PromptTask, console: Console) -> Polic
     if args.teacher is not None:
         teacher = load_teacher(KlArguments(teacher=args.teacher), args, policy)
         console.note(f"Teacher: {teacher.line}.")
+        assert teacher.policy is not None  # as the name is that of a model
         policy = with_teacher(policy, teacher.policy)
-        policy.reference.to(device)
+        teacher.policy.model.to(device)
     adapt(args, policy)
     policy.model.to(device)
     return policy

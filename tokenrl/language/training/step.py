@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
-from tokenrl.core.statistics import generator_of
+from tokenrl.core.statistics import explained, generator_of
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.training.experience import (
@@ -102,6 +102,7 @@ def training_step(
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
         learning = learning_rows(learner, terms, chosen)  # [N]
+        learning &= step > learner.args.value_warmup  # before that the critic alone learns
         sums: list[Tensor] = []
         scored.append([])
         learner.optimizer.zero_grad()
@@ -169,8 +170,9 @@ def update_baselines(
         returns: the critic's targets [N, T].
 
     Returns:
-        `baseline`, the mean value that this step read from the memory, and `value_loss`, the critic's loss
-        before its update; each only where the estimator has it.
+        `baseline`, the mean value that this step read from the memory; `value_loss`, the critic's loss before
+        its update; and `explained_variance`, what its values explained of the returns. Each only where the
+        estimator has it.
     """
     metrics = {}
     if learner.replay is not None:
@@ -178,6 +180,7 @@ def update_baselines(
     if learner.estimator.needs_memory:
         metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
+        assert whole.values is not None  # which a critic has computed
         accelerator = learner.accelerator
         states = (whole.mask & whole.rewarded[:, None]).to(returns.dtype)
         weights = states / states.sum().clamp(min=1)
@@ -186,4 +189,6 @@ def update_baselines(
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, accelerator
         )
+        seen = states > 0
+        metrics["explained_variance"] = explained(whole.values[seen], returns[seen])
     return metrics
