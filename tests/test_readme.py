@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections import Counter
 
 import pytest
 from folders import RECIPES, ROOT
@@ -55,6 +56,9 @@ def test_the_pages_count_what_the_code_has():
     assert f"There are {len(PRESETS)} presets: [{len(PAPERS)} that learn from rewards]" in README
     assert f"[{words[teachers]} that learn from a teacher]" in README
     assert f"[{words[others]} defaults of other toolkits]" in README
+    origins = Counter(preset.origin for preset in PRESETS.values())
+    counted = f"[{origins['paper']} are of papers, {origins['toolkit']} of toolkits, and "
+    assert f"{counted}{words[origins['nobody']]} nobody else has]" in README
     problems = len(default_problems())
     assert (
         f"over {words[problems]} problems" in README

@@ -133,8 +133,10 @@ def presets_page() -> str:
     for name, preset in PRESETS.items():
         changes = ", ".join(f"{axis}={value}" for axis, value in preset.fields.items())
         paper = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", preset.paper)  # paths may break between lines
-        rows.append((f"`{name}`", paper, changes, Estimator.preset(name).bias_status))
-    head = ("preset", "paper or toolkit", "fields that differ from rloo", "expected gradient")
+        bias = Estimator.preset(name).bias_status
+        rows.append((f"`{name}`", preset.origin, paper, changes, bias))
+    fields = ("fields that differ from rloo", "expected gradient")
+    head = ("preset", "who has it", "paper or toolkit", *fields)
     beyond = [(f"`{name}`", preset.beyond) for name, preset in PRESETS.items() if preset.beyond]
     about = "## What no axis expresses\n\nWhat the toolkits do beside these fields, and what it changes."
     words = ("preset", "what no axis expresses, and what it changes")

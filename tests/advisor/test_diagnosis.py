@@ -31,6 +31,12 @@ CASES = [  # the kind of run and its metrics; flag and weight of the finding
     ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "no-signal", "watch"),
     ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "no-signal", "watch"),
     (
+        "train",
+        {"explained_variance": 0.01, "settings": {"estimator": Estimator.preset("a2c")}},
+        "critic-useless",
+        "act",
+    ),
+    (
         "control",
         {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}},
         "skipped",

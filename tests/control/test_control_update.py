@@ -197,6 +197,19 @@ def test_running_mean_and_scale_of_observations_learn_after_their_use():
     assert learn(scaled, rollout_of(), 2)["baseline"] == pytest.approx(expected)
 
 
+def test_the_critic_alone_learns_in_its_warm_up():
+    agent = agent_of(Estimator.preset("a2c"), value_warmup=1)
+    parts = agent.policy.policy_parameters(), agent.policy.value_parameters()
+    before = [[p.detach().clone() for p in part] for part in parts]
+    for step, moves in ((1, False), (2, True)):
+        learn(agent, rollout_of(), step)
+        policy, critic = (
+            any(not torch.equal(p, old) for p, old in zip(part, olds, strict=True))
+            for part, olds in zip(parts, before, strict=True)
+        )
+        assert (policy, critic) == (moves, True)
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_two_in_a_row_stop():
     agent, broken = agent_of(Estimator(baseline="none"), stop_after_nonfinite=2), rollout_of()
     broken.rewards[0, 0] = math.inf

@@ -24,6 +24,7 @@ from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
 
 torch.set_num_threads(1)
@@ -149,6 +150,30 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
+def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy):
+    """The KL of whole completions to another model, once by autograd and once from projections."""
+    teacher = tiny_policy(seed=1)
+    taught = with_teacher(policy, teacher)
+    rows = [{"prompt": word} for word in WORDS]
+    samples = collect(taught, Rewards(points), rows, Sampling(2, 4, seed=3)).unrewarded()
+    part = samples.parts[0]
+    logprobs = score(policy.model, part).logprobs
+    reference = score(teacher.model, part).logprobs.detach()
+    assert_close(samples.ref_logprobs[:, : part.mask.shape[1]], reference * part.mask)
+    gaps = (logprobs.detach() - reference) * part.mask
+    to_go = gaps.flip(1).cumsum(1).flip(1)  # of each token with those after it
+    wanted = {"opd": gaps, "opd_to_go": to_go}
+    seen = torch.cat(
+        [project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2)]
+    )
+    for name, signal in wanted.items():
+        loss = (signal * logprobs * part.mask).sum() / len(part)
+        grads = torch.autograd.grad(loss, policy.trainable_parameters(), retain_graph=True)
+        expected = -directions(policy, 9) @ torch.cat([g.flatten() for g in grads])
+        units = contributions(Estimator.preset(name), samples, seen, prompts_per_step=2)
+        assert_close(units.values.mean(0), expected, rtol=1e-8, atol=1e-10)
+
+
 ROWS = [{"prompt": word} for word in WORDS * 8]
 TASK = SimpleNamespace(
     name="points", train_prompts=ROWS, eval_prompts=ROWS, reward=points, max_completion_length=2
@@ -168,6 +193,18 @@ def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys):
     assert again.estimators[0].variance.value == pytest.approx(
         found.estimators[0].variance.value, rel=1e-9
     )
+
+
+def test_a_teacher_is_measured_beside_the_reward_and_not_with_it(policy: Policy):
+    teacher = (tiny_policy(seed=1).model, policy.tokenizer)
+    measured = measure_gradients(model=policy, teacher=teacher, **FEW)
+    rloo, opd, to_go = measured.estimators
+    assert [rloo.estimator, opd.estimator, to_go.estimator] == ["rloo", "opd", "opd_to_go"]
+    task = SimpleNamespace(
+        **vars(TASK) | {"reward": lambda prompts, **_: [float(len(p)) for p in prompts]}
+    )
+    again = measure_gradients(model=policy, teacher=teacher, **FEW | {"task": task}).estimators
+    assert again[1].variance == opd.variance and again[0].variance != rloo.variance
 
 
 def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy):

@@ -206,6 +206,27 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
         assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
 
 
+@pytest.mark.parametrize(("lam", "length_lam", "value_lam"), [(0.7, 0, 1.0), (0.7, 0.4, 0.3)])
+def test_the_critic_may_have_a_lambda_of_its_own_and_lengths_decide_that_of_the_policy(
+    lam, length_lam, value_lam
+):
+    """A loop over the actions of each row, from the last to the first."""
+    rewards, values = normals(seeded(4), 2, 3, 5)
+    lengths = [5, 3, 1]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    fields = {"lam": lam, "length_lam": length_lam, "value_lam": value_lam}
+    e = Estimator(baseline="value", returns="gae", gamma=0.9, **fields)
+    policy, targets = e.advantages(rewards * mask, mask, group_size=None, values=values)
+    for row, n in enumerate(lengths):
+        of_policy = max(0.0, 1 - 1 / (length_lam * n)) if length_lam else lam
+        for mixing, column in ((of_policy, policy + values), (value_lam, targets)):
+            after = value_after = 0.0
+            for t in reversed(range(n)):
+                after = rewards[row, t] + 0.9 * ((1 - mixing) * value_after + mixing * after)
+                value_after = values[row, t]
+                assert_close(column[row, t], after)
+
+
 def test_gae_passes_through_positions_that_are_no_actions():
     e = Estimator(baseline="value", returns="gae", lam=0.7)
     rewards, values = normals(seeded(4), 2, 3, 5)

@@ -130,3 +130,23 @@ def test_a_damaged_table_of_completions_is_named_with_what_to_do(run):
     (run / "completions/step_000001.parquet").write_text("PAR1")
     with refused(r"step_000001.parquet.*Remove"):
         report_from_directory(run)
+
+
+def test_tokens_of_completions_are_text_with_their_numbers(tmp_path):
+    tokens = {
+        "tokens/text": [EVIL, "\n", "b", "<eos>"],
+        "tokens/special": [False, False, False, True],
+        "tokens/logprob": [-0.5, math.nan, -0.25, -1.0],
+        "tokens/weight": [2.0, math.nan, -1.0, 0.0],
+        "tokens/reference": [-0.75, math.nan, -0.25, -1.0],
+    }
+    row = {"prompt": "p", "completion": EVIL, "reward": 1.0}
+    page = page_with(tmp_path, row | tokens, row)
+    (container,) = {part["data-names"] for part in page.all("div", "tokens")}
+    assert container == "logprob weight reference k1"
+    values = [
+        part["data-values"] for tag, part in page.tags if tag == "span" and "data-values" in part
+    ]
+    assert values[:4] == ["-0.5 2 -0.75 0.25", "nan nan nan nan", "-0.25 -1 -0.25 0", "-1 0 -1 0"]
+    assert len(page.all("span", "given")) == len(page.all("span", "special")) == len(values) / 4
+    assert page.text.count(EVIL) >= 2 and "tokens/" not in page.text

@@ -77,6 +77,8 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Adam's learning rate."""
     value_learning_rate: Positive = OPEN
     """Learning rate of a separate critic. Default: learning_rate."""
+    value_warmup: Natural = 0
+    """Steps at the beginning in which a separate critic alone learns."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """Keep the learning rates constant, or let them fall linearly to 0 over the run."""
     entropy_schedule: Literal["constant", "linear"] = "constant"

@@ -18,6 +18,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, unrounded
+from tokenrl.core.statistics import explained
 from tokenrl.errors import Stopped
 
 
@@ -99,18 +100,20 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     policy = agent.policy
     estimator = scheduled(args, step)
     units, metrics = loss_units(agent, estimator, rollout)
+    of_critic = step <= args.value_warmup  # the critic alone learns
     count = len(units.mask)
     updates: list[dict[str, float]] = []
     for _ in range(args.num_iterations):
         if args.num_minibatches == 1:
-            updates.append(_update(agent, estimator, units))
+            updates.append(_update(agent, estimator, units, of_critic))
             continue
         order = torch.randperm(count, generator=agent.generator)
         for index in order.tensor_split(min(args.num_minibatches, count)):
             part = units.each(itemgetter(index))
             # With these weights a minibatch has the expected gradient of the whole rollout.
             weights = part.weights * (count / len(index))
-            updates.append(_update(agent, estimator, part._replace(weights=weights)))
+            part = part._replace(weights=weights)
+            updates.append(_update(agent, estimator, part, of_critic))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
     if estimator.needs_memory:
         rewards = rollout.rewards * args.reward_scale
@@ -199,17 +202,8 @@ def one_by_one(rows: Units) -> Units:
     return rows.each(lambda x: x[rows.mask][:, None])
 
 
-def explained(values: Tensor, returns: Tensor) -> float:
-    """Return the share of the variance of the returns that the critic explains, at most 1.
-
-    Below 0 the critic is worse than a constant.
-    """
-    spread = float(returns.var())
-    return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
-
-
-def _update(agent: Agent, estimator: Estimator, units: Units) -> dict[str, float]:
-    """Make an update of policy and critic; return its metrics."""
+def _update(agent: Agent, estimator: Estimator, units: Units, of_critic: bool) -> dict[str, float]:
+    """Make an update of policy and critic, or `of_critic` alone; return its metrics."""
     args = agent.args
     policy = agent.policy
     mask = units.mask
@@ -238,7 +232,7 @@ def _update(agent: Agent, estimator: Estimator, units: Units) -> dict[str, float
             values, units.returns, weights, old_values=units.old_values
         )
     agent.optimizer.zero_grad()
-    (objective + critic_loss).backward()
+    (critic_loss if of_critic else objective + critic_loss).backward()
     norm = _apply(agent)
     metrics = {
         "loss": float(objective.detach()),

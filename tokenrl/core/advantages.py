@@ -10,6 +10,7 @@ or a turn.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -162,7 +163,10 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
         column = torch.as_tensor(value, dtype=rewards.dtype, device=rewards.device).detach()
         needed[name] = column if column.ndim else column.expand(len(valid))
     columns = needed
-    targets = axes.computed(returns.formula, columns)  # [N, T]
+    targets = learnt = axes.computed(returns.formula, columns)  # [N, T]
+    if axes.value_lam is not None:
+        of_critic = replace(axes, lam=axes.value_lam, length_lam=0.0)
+        learnt = of_critic.computed(returns.formula, columns)
     is_to_go = returns.formula == "returns.reward_to_go"
     totals = (targets if is_to_go else reward_to_go(rewards, axes.gamma))[:, 0]
     credit = totals[:, None] if axes.shares_return else targets
@@ -181,9 +185,9 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
     # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
     # be far larger than the advantages of all other rows.
     if axes.shares_return and advantages.shape[1] == 1:
-        return Advantages(zero_outside(advantages[:, 0], usable), targets)
+        return Advantages(zero_outside(advantages[:, 0], usable), learnt)
     counted = usable[:, None] & actions
-    return Advantages(zero_outside(advantages.expand_as(actions), counted), targets)
+    return Advantages(zero_outside(advantages.expand_as(actions), counted), learnt)
 
 
 def from_function(

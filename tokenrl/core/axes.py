@@ -193,6 +193,10 @@ class Axes(Settings):
     """Steps of reward that 'blame_window' credits to an action, its own step included."""
     lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95
     """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
+    value_lam: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
+    """Lambda of the returns that the critic learns; None for that of the advantages."""
+    length_lam: NonNegative = 0.0
+    """Above 0, lambda of the advantages is 1 - 1 / (length_lam x tokens of the completion), at least 0."""
     gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
     components: Literal["summed", "separate"] = "summed"

@@ -142,7 +142,7 @@ def baseline_effect(axes: Axes, of_reward: bool = False) -> Effect:
 
 def returns_effect(axes: Axes) -> Effect:
     """Return the effect of the returns; GAE with lam 1 is the reward to go."""
-    is_reward_to_go = axes.returns == "gae" and axes.lam == 1.0
+    is_reward_to_go = axes.returns == "gae" and axes.lam == 1.0 and not axes.length_lam
     choice = CHOICES["returns"]["reward_to_go"] if is_reward_to_go else axes.chosen("returns")
     return choice if axes.gamma == 1.0 or choice.discounted is None else choice.discounted
 

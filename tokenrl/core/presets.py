@@ -25,13 +25,21 @@ class Preset(NamedTuple):
 
     Attributes:
         fields: the fields with their values.
-        paper: the paper; for the default of another toolkit its name, version and file.
-        beyond: what that toolkit does and no axis expresses, with what it changes; empty for a paper.
+        paper: the paper; for the default of another toolkit its name, version and file. What no paper has begins
+            with `an option of` toolkits or `nobody`, and names the nearest paper.
+        beyond: what that toolkit does and no axis expresses, with what it changes; empty for others.
     """
 
     fields: Fields
     paper: str
     beyond: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Who has it: a `paper`, a `toolkit`, or `nobody` but this project."""
+        if self.paper.startswith("nobody"):
+            return "nobody"
+        return "toolkit" if self.beyond or self.paper.startswith("an option of") else "paper"
 
 
 def read_changes(text: str) -> tuple[str, dict[str, Any]]:

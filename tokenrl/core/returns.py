@@ -97,7 +97,8 @@ def lambda_return(
     values: Float[Tensor, "N T"],
     actions: Bool[Tensor, "N T"],
     gamma: float,
-    lam: float,
+    lam: float | Float[Tensor, " N"],
+    length_lam: float = 0.0,
 ) -> Float[Tensor, "N T"]:
     """Return `G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1})`, with V and G 0 after the end.
 
@@ -111,8 +112,12 @@ def lambda_return(
         actions: True where the position is an action [N, T].
         gamma: Discount per position.
         lam: Weight of the observed return against the value, from 0 to 1.
+        length_lam: Above 0, lam of a row of l actions is `1 - 1 / (length_lam l)`, at least 0 (VAPO, arXiv
+            2504.05118, eq. 8).
     """
-    if lam == 1.0:
+    if length_lam:
+        lam = (1 - 1 / (length_lam * actions.sum(-1))).clamp(min=0).to(rewards)  # [N]
+    elif lam == 1.0:
         return reward_to_go(rewards, gamma)
     values = zero_outside(values, actions)
     after = value_after = torch.zeros_like(rewards[:, 0])

@@ -48,6 +48,15 @@ def mean_and_error(
     return values.mean(), units.std(correction=1) / len(units) ** 0.5
 
 
+def explained(values: Float[Tensor, " N"], returns: Float[Tensor, " N"]) -> float:
+    """Return the share of the variance of the returns that a critic's values explain, at most 1; nan without any.
+
+    Below 0 the critic is worse than a constant.
+    """
+    spread = float(returns.var())
+    return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
+
+
 def generator_of(seed: int, purpose: str, number: int = 0) -> torch.Generator:
     """Return a random generator on the CPU for one purpose of a run, and for one step or draw of it.
 

@@ -35,6 +35,7 @@ METRICS = {
     "cut": "completions/clipped_ratio",
     "logp_difference": "sampling/logp_difference/mean",
     "effective_samples": "sampling/effective_sample_size",
+    "explained": "explained_variance",
 }
 """The metric behind each field of `Means` but `equal`."""
 
@@ -82,6 +83,7 @@ class Means:
         cut: the share of completions that the limit cuts.
         logp_difference: nats per token between the log-probabilities of sampler and trainer.
         effective_samples: the effective sample size, as a share of the completions.
+        explained: the share of the variance of the returns that the critic explains.
         equal: the share of groups with equal rewards; where no groups are compared, of steps.
     """
 
@@ -90,6 +92,7 @@ class Means:
     cut: float = math.nan
     logp_difference: float = math.nan
     effective_samples: float = math.nan
+    explained: float = math.nan
     equal: float = math.nan
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tokenrl.runs.console import measured, message_text, number
 from tokenrl.runs.files import plain, write_text
-from tokenrl.runs.metric_table import Row
+from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.runs.output import harmless
 from tokenrl.runs.plots import svg
 
@@ -53,6 +56,9 @@ def _templates() -> Environment:
         "number": number,
         "numbers": _numbers,
         "messages": _messages,
+        "names": _names_of_tokens,
+        "tokens": _tokens,
+        "heaviest": _heaviest,
         "table": _table,
         "indented": _indented,
         "last": _last,
@@ -101,3 +107,26 @@ def _messages(text: str) -> list[tuple[str, str]]:
         return [(str(message["role"]), message_text(message)) for message in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         return [("", text)]
+
+
+def _names_of_tokens(table: pd.DataFrame) -> list[str]:
+    """Return the columns of a table of tokens that hold numbers."""
+    return [name for name in table if name not in ("text", "special")]
+
+
+def _tokens(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """Yield each token's text, `special` or `given` by an environment or neither, and its numbers in words."""
+    numbers = table[_names_of_tokens(table)].itertuples(index=False)
+    kinds = np.select([table["special"], table["logprob"].isna()], ["special", "given"], "")
+    for text, kind, values in zip(table["text"], kinds, numbers, strict=True):
+        yield text, kind, " ".join(f"{value:.4g}" for value in values)
+
+
+def _heaviest(rows: Rows) -> list[Row]:
+    """Return the three completions that have tokens with the largest weights in the gradient."""
+    sizes = {
+        index: row["tokens"]["weight"].abs().max()
+        for index, row in enumerate(rows)
+        if row.get("tokens") is not None
+    }
+    return [rows[index] for index in sorted(sizes, key=lambda index: -sizes[index])[:3]]

@@ -81,8 +81,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def write_completions(folder: Path, step: int, rows: Rows) -> Path:
     """Write sample rows (prompt, completion, rewards, advantage, ...) to a file such as step_000100.parquet.
 
-    A column of text, of numbers or of booleans keeps its type. Any other (chat messages, lists, a mixture)
-    is stored as JSON text. A key that a row lacks is null.
+    A column of text, of numbers or of booleans keeps its type, and so does one of lists of these whose name begins
+    with `tokens/`. Any other (chat messages, other lists, a mixture) is stored as JSON text. A key that a row
+    lacks is null.
 
     Raises:
         Stopped: the disk is full, the folder cannot be written, or a value is none that a table can hold.
@@ -94,7 +95,13 @@ def write_completions(folder: Path, step: int, rows: Rows) -> Path:
     fault = "The completions cannot be written as a table"
     # values may be nested without end, or have methods that fail
     with refusing(fault, "Give log_extra numbers and text.", Stopped):
-        table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        table = pyarrow.table(
+            {
+                name: pyarrow.array(cells) if name.startswith("tokens/") else _column(cells)
+                for name, cells in columns.items()
+            }
+        )
     path = folder / f"step_{step:06d}.parquet"
     with writing(path):
         folder.mkdir(exist_ok=True)

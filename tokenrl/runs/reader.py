@@ -20,7 +20,7 @@ from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations as before_and_after
 from tokenrl.runs.findings import evaluations
-from tokenrl.runs.metric_table import finite
+from tokenrl.runs.metric_table import Row, finite
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class Outcome(Tabled):
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in order, each with its `step`; empty if the run wrote none."""
         return _rows_of(self.output_dir / "metrics.jsonl")
+
+    def tokens(self, step: int | None = None, row: int = 0) -> pd.DataFrame:
+        """Return the tokens of a completion that was kept; see `RecordedRun.tokens`."""
+        return read_run(self.output_dir).tokens(step, row)
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table: evaluations before and after training."""
@@ -200,6 +204,57 @@ class RecordedRun:
                 table = table[:: max(1, math.ceil(len(table) / most))]
             rows += [{"step": step_of(file), **row} for row in table]
         return rows
+
+    def tokens(self, step: int | None = None, row: int = 0) -> pd.DataFrame:
+        """Return what each token of a completion carried, a row for a token.
+
+        Args:
+            step: the step, of which `completions/` has a table; by default the newest.
+            row: which of the completions of that table whose tokens were kept, in its order.
+
+        Returns:
+            The columns `text` and `special`, True on special tokens. Then, in nats, NaN on tokens that an
+            environment wrote: `logprob` under the policy and its `entropy`. `weight` is the weight of the
+            token's score in the gradient, in units of the advantage of a row, before ratios. `reference` or
+            `teacher` is the log-probability under that model, and `k1` is `logprob` minus it. With several
+            updates a step, `ratio` is the probability at its last update over the one at sampling.
+
+        Raises:
+            Refused: nothing was kept of that step, or its table has fewer such completions.
+        """
+        files = {step_of(file): file for file in tables(self.path / "completions")}
+        step = max(files, default=0) if step is None else step
+        if step not in files:
+            kept = ", ".join(map(str, files)) or "none"
+            raise Refused(
+                f"No completions of step {step} were kept (--log-completions); steps: {kept}."
+            )
+        kept_rows = [*map(token_table, read_completions(files[step]))]
+        frames = [frame for frame in kept_rows if frame is not None]
+        if not 0 <= row < len(frames):
+            raise Refused(
+                f"Step {step} has the tokens of {len(frames)} completions, from row 0; give one of them."
+            )
+        return frames[row]
+
+
+def token_table(row: Row) -> pd.DataFrame | None:
+    """Return the tokens of a row of completions, as `RecordedRun.tokens` does; None where they were not kept."""
+    import pandas as pd
+
+    beginning = "tokens/"
+    columns = {
+        name.removeprefix(beginning): values
+        for name, values in row.items()
+        if name.startswith(beginning) and values is not None
+    }
+    if not columns:
+        return None
+    frame = pd.DataFrame(columns)
+    for name in ("reference", "teacher"):
+        if name in frame:
+            frame["k1"] = frame["logprob"] - frame[name]
+    return frame
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:

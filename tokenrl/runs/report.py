@@ -15,7 +15,7 @@ from tokenrl.runs.findings import Mean, evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Rows, all_metrics
 from tokenrl.runs.plots import Chart
-from tokenrl.runs.reader import RecordedRun, read_run
+from tokenrl.runs.reader import RecordedRun, read_run, token_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,4 +125,6 @@ def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     for row in rows:
         if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
-    return [distinct(row) for row in rows]
+    tables = [token_table(row) for row in rows]
+    texts = [{k: v for k, v in row.items() if not k.startswith("tokens/")} for row in rows]
+    return [distinct(row) | {"tokens": table} for row, table in zip(texts, tables, strict=True)]

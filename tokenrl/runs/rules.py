@@ -23,6 +23,9 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
+LEAST_EXPLAINED = 0.05
+"""Share of the variance of the returns that a critic which is of use explains."""
+
 SOLVED_ADVICE = (
     "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 )
@@ -185,6 +188,13 @@ RULES = (
         ),
         "{run.whole.equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient. "
         "{remedy}",
+    ),
+    Rule(
+        "critic-useless",
+        lambda run: run.recent.explained < LEAST_EXPLAINED and "act",
+        "The critic explains {run.recent.explained:.0%} of the variance of the returns, hardly more than a constant "
+        "would. Its values are noise in the baseline, and with lam below 1 a bias too: raise --value-learning-rate, "
+        "or let it learn alone at first (--value-warmup).",
     ),
     # On held-out prompts.
     Rule(

@@ -20,9 +20,9 @@ def test_only_prompts_of_the_task_are_rewarded(name, tmp_path, capsys):
     row = task.train_prompts[1]
     sampler = Sampler(args)
     strange, defaults, other = (sampler(prompt) for prompt in ("1", row["prompt"], "2"))
-    assert [reward for _, reward in strange + other] == [None] * 6
+    assert [completion.reward for completion in strange + other] == [None] * 6
     columns = {key: [value] * 3 for key, value in row.items() if key != "prompt"}
-    texts, rewards = zip(*defaults, strict=True)
+    texts, rewards, _ = zip(*defaults, strict=True)
     expected = task.reward([row["prompt"]] * 3, [*texts], **columns)
     assert [*rewards] == pytest.approx(expected)
     output = capsys.readouterr().err

@@ -29,6 +29,7 @@ def coarse(completion_ids, **_):
 
 KINDS = {
     "critic": {"estimator": "ppo", "prompts_per_step": 4, "top_p": 0.9, "num_minibatches": 2},
+    "critic that learns alone": {"estimator": "vapo", "value_warmup": 3},
     "refills, KL control": {
         "estimator": REFILLING,
         "target_kl": 0.3,

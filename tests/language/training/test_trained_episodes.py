@@ -257,6 +257,10 @@ def test_a_run_records_episodes_and_its_page_shows_them_as_chats(run):
     opened = '<div class="message user"><span class="label">user</span><div class="text">&lt;b&gt;'
     assert opened in page and '<div class="message assistant">' in page and "<b>\n" not in page
     assert recorded.metrics[-1]["eval_episodes/turns"] > 0
+    tokens = recorded.tokens()
+    is_given = tokens["logprob"].isna()
+    assert "<b>\n" in "".join(tokens["text"][is_given]) and not is_given.iloc[-1]
+    assert tokens["entropy"].isna().equals(is_given) and '<span class="given"' in page
 
 
 def test_it_is_evaluated_and_sampled_as_it_was_trained(run, capsys, said, monkeypatch):

@@ -45,6 +45,7 @@ QUICK = (
     "rloo",
     "dapo",
     "ppo",
+    "vapo",
     "remax",
     "optimal",
     "gspo",
@@ -188,6 +189,19 @@ def test_the_norm_is_clipped_and_reported_as_it_was_beside_the_share_of_clipped_
     several = make_learner(make_policy(), "grpo", num_minibatches=4, max_grad_norm=1e-9)
     metrics = one_step(several, reward=flat_second_prompt).metrics
     assert metrics["grad_clipped"] == 0.75 and several.idle == 1  # a prompt of equal rewards
+
+
+def test_the_critic_alone_learns_in_its_warm_up():
+    learner = make_learner(make_policy(), "a2c", value_warmup=2)
+    start, head = weights(learner.policy.model), copy.deepcopy(learner.critic.head.state_dict())
+    records = [one_step(learner, step=step) for step in (1, 2)]
+    assert torch.equal(weights(learner.policy.model), start)
+    moved = learner.critic.head.state_dict()
+    assert not any(torch.equal(moved[name], head[name]) for name in ("1.weight", "1.bias"))
+    assert records[0].metrics["num_tokens"] > 0 and records[0].metrics["explained_variance"] == 0
+    assert records[1].metrics["explained_variance"] != 0
+    one_step(learner, step=3)
+    assert not torch.equal(weights(learner.policy.model), start)
 
 
 def test_a_row_that_abstains_is_not_in_the_running_mean():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.settings import Count, Seed, Several
+from tokenrl.settings import OR_OBJECT, Count, Seed, Several
 
 DEFAULT_ESTIMATORS = (
     "reinforce",
@@ -27,12 +28,18 @@ DEFAULT_ESTIMATORS = (
 )
 
 
+OF_TEACHER = ("rloo", "opd", "opd_to_go")
+
+
 @dataclass(frozen=True)
 class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArguments):
     """Measure signal, noise and direction of the gradients of estimators, on the same completions."""
 
-    estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
-    """Presets to measure."""
+    estimators: tuple[str, ...] = ()
+    """Presets to measure. Default: fourteen without a KL; with a teacher rloo, opd and opd_to_go."""
+    teacher: Annotated[str, OR_OBJECT] | None = None
+    """A model whose signal is measured beside that of the rewards, as in train. Estimators with a KL are
+    measured on the KL to it alone, all rewards being 0; their cosine is that to the gradient of the reward."""
     num_prompts: Count = 128
     """Number of training prompts; more make the intervals narrower. With fewer than some 20 groups of unequal
     rewards the intervals are too narrow."""

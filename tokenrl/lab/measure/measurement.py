@@ -22,7 +22,7 @@ from tokenrl.core.rows import zero_spread
 from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.keywords import takes
-from tokenrl.lab.measure.arguments import MeasureArguments
+from tokenrl.lab.measure.arguments import DEFAULT_ESTIMATORS, OF_TEACHER, MeasureArguments
 from tokenrl.lab.measure.noise import Measurement, measure_estimators
 from tokenrl.lab.measure.projections import (
     AT_ONCE,
@@ -92,7 +92,8 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     from tokenrl.language.supervised.defaults import completion_limit
     from tokenrl.language.tasks.task import check_single_turn, find_task
 
-    estimators = {name: Estimator.preset(name) for name in args.estimators}
+    names = args.estimators or (DEFAULT_ESTIMATORS if args.teacher is None else OF_TEACHER)
+    estimators = {name: Estimator.preset(name) for name in names}
     args = _checked(args, console.note)
     task, rewards = find_task(args)
     check_single_turn(rewards, "lab measure")
@@ -120,6 +121,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
         samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
+        samples = replace(samples, has_teacher=args.teacher is not None)
         projections = _projections(policy, samples, parameters, args, console)
         measurements = measure_estimators(
             samples,
@@ -136,6 +138,8 @@ def _policy(args: MeasureArguments, task: PromptTask, console: Console) -> Polic
     from tokenrl.language.policy.loading import device_for
     from tokenrl.language.policy.model import load_policy
     from tokenrl.language.supervised.base import adapt, load_base
+    from tokenrl.language.training.arguments import KlArguments
+    from tokenrl.language.training.teacher import load_teacher, with_teacher
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
@@ -147,8 +151,15 @@ def _policy(args: MeasureArguments, task: PromptTask, console: Console) -> Polic
         )
         args = replace(args, model=trained)  # type: ignore[arg-type]
     policy = load_base(args, task, console.note)
+    device = device_for(policy.size, args.cpu)
+    if args.teacher is not None:
+        teacher = load_teacher(KlArguments(teacher=args.teacher), args, policy)
+        console.note(f"Teacher: {teacher.line}.")
+        assert teacher.policy is not None  # as the name is that of a model
+        policy = with_teacher(policy, teacher.policy)
+        teacher.policy.model.to(device)
     adapt(args, policy)
-    policy.model.to(device_for(policy.size, args.cpu))
+    policy.model.to(device)
     return policy
 
 

@@ -60,7 +60,8 @@ def measure_estimators(
     """Measure estimators on the same rows.
 
     All estimates use products of distinct units only, so a unit's own noise biases none of them, and the
-    direction is compared with that of RLOO on other rows. Estimators declared exact have the same expectation
+    direction is compared with that of RLOO on other rows. With a teacher, estimators with a KL are measured on
+    that KL alone. Estimators declared exact have the same expectation
     as RLOO, so RLOO's signal, which has the least error, is used for their signal-to-noise ratio.
 
     Intervals are 95 % bootstrap intervals over units and probes together. In simulations (256 probes, G = 8,
@@ -85,7 +86,8 @@ def measure_estimators(
     measurements = []
     for name, estimator in estimators.items():
         check_rewards(estimator.objective, samples.rewards, samples.valid)
-        units = measured(estimator)
+        of_teacher = samples.has_teacher and estimator.beta > 0
+        units = measured(estimator, samples=samples.unrewarded() if of_teacher else samples)
         draw = resampling(len(units.values))
         rloo = _in_units_of(units, of_rloo)
         none = _in_units_of(units, without_baseline)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenrl.errors import Refused
@@ -31,6 +32,7 @@ class Samples(Experience):
         parts: The same rows in order as they were sampled, each part of some prompts.
         group_size: Completions per prompt, G.
         regime: How the policy is scored.
+        has_teacher: Whether the reference is a teacher, whose KL is a signal of its own.
     """
 
     greedy_rewards: Tensor
@@ -38,6 +40,12 @@ class Samples(Experience):
     parts: Sequence[Rollout]
     group_size: int
     regime: Regime = USUAL
+    has_teacher: bool = False
+
+    def unrewarded(self) -> Samples:
+        """Return the same rows with rewards of 0."""
+        nothing = torch.zeros_like(self.rewards)
+        return replace(self, rewards=nothing, greedy_rewards=nothing)
 
 
 def collect(

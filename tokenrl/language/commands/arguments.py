@@ -57,6 +57,8 @@ class SampleArguments(
     context leaves."""
     seed: Seed = 0
     """Seed of sampling."""
+    tokens: bool = False
+    """Print below each completion its tokens, one a line, with log-probability and entropy under the model."""
 
 
 @dataclass(frozen=True)

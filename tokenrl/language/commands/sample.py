@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
@@ -29,11 +29,28 @@ from tokenrl.language.rollout.rewarded import (
 )
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import with_missing_fields
 from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask, find_task
-from tokenrl.runs.output import harmless, visible
+from tokenrl.language.training.tokens import token_lists
+from tokenrl.runs.console import number
+from tokenrl.runs.output import harmless, rich_console, rich_table, visible
 from tokenrl.runs.threads import choose_threads, using_threads
+
+
+class Completion(NamedTuple):
+    """A completion of a prompt, or an episode with the words of the environment.
+
+    Attributes:
+        text: the text.
+        reward: None if it is not rewarded, nan if every reward function abstained.
+        tokens: lists with an entry for each token, as `token_lists` returns them; empty unless they were asked for.
+    """
+
+    text: str
+    reward: float | None
+    tokens: dict[str, Any]
 
 
 class Sampler:
@@ -97,13 +114,11 @@ class Sampler:
         rewards = Rewards(args.reward or (), args.reward_weights or None, optional=True)
         return PromptTask("", (), (), max_completion_length=length), rewards, fill_form(args)
 
-    def __call__(self, text: str) -> list[tuple[str, float | None]]:
+    def __call__(self, text: str) -> list[Completion]:
         """Complete a prompt; each one gets random numbers of its own.
 
-        Returns:
-            Its completions, or its episodes with the words of the environment, each with its reward: None if
-            it is not rewarded, nan if every reward function abstained. A prompt that is none of the task's
-            is answered without a reward if a reward function needs a column of the task or fails on it.
+        A prompt that is none of the task's is answered without a reward if a reward function needs a column of
+        the task or fails on it.
 
         Raises:
             Refused: the prompt cannot be completed.
@@ -133,7 +148,12 @@ class Sampler:
         if self.environments is not None:
             columns = rollout.messages, rollout.endings, rollout.failures
             texts = list(map(transcript, prompts_of(policy, rollout, []), *columns))
-        return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
+        tokens: list[dict[str, Any]] = [{}] * len(texts)
+        if args.tokens:
+            scored = with_missing_fields(policy, rollout, self._generator.regime, sampling)
+            numbers = {"logprob": scored.logprobs, "entropy": scored.entropy}
+            tokens = token_lists(policy, rollout, numbers, range(len(texts)))
+        return [*map(Completion, texts, self._rewarded(text, row, rollout), tokens)]
 
     def asked(self, text: str) -> str:
         """Return a text as a prompt: the empty one where an environment begins all its episodes itself."""
@@ -196,7 +216,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     if not args.prompt:
         raise Refused("Give a prompt to complete: prompt (--prompt), a text.")
     sampler = Sampler(args)
-    return [[text for text, _ in sampler(prompt)] for prompt in args.prompt]
+    return [[completion.text for completion in sampler(prompt)] for prompt in args.prompt]
 
 
 def print_samples(args: SampleArguments) -> int:
@@ -219,17 +239,31 @@ def print_samples(args: SampleArguments) -> int:
             print(f"prompt     {visible(prompt)}")
             if prompt in sampler.rows:
                 print(f"target     {visible(sampler.target(prompt))}")
-            for text, reward in completions:
+            for text, reward, tokens in completions:
                 label = ""
                 if sampler.rewards.functions:
                     is_missing = reward is None or math.isnan(reward)
                     label = "reward none  " if is_missing else f"reward {reward:.4f}  "
                 print(harmless(f"{label}{kind}{text}"), flush=True)
+                if tokens:
+                    print_tokens(tokens)
         except TokenrlError as error:
             if args.prompt:
                 raise
             print(harmless(f"tokenrl: {error}"), file=sys.stderr, flush=True)
     return 0
+
+
+def print_tokens(tokens: dict[str, Any]) -> None:
+    """Print a table with a line for each token; what the environment wrote is dim, and has no numbers."""
+    names = [name for name in tokens if name not in ("tokens/text", "tokens/special")]
+    table = rich_table("", ("token",), [name.removeprefix("tokens/") for name in names])
+    rows = zip(tokens["tokens/text"], *(tokens[name].tolist() for name in names), strict=True)
+    for text, *values in rows:
+        is_given = all(map(math.isnan, values))
+        cells = [*map(number, values)]
+        table.add_row(visible(text), *cells, style="dim" if is_given else None)
+    rich_console().print(table)
 
 
 def _lines(rows: Collection[str]) -> Iterator[str]:

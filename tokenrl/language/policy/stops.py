@@ -151,3 +151,18 @@ def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> li
         known_ids = set(tokenizer.get_vocab().values())
         rows = [[i for i in row if i in known_ids] for row in rows]
         return list(tokenizer.batch_decode(rows, **DECODING | changes))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each of T ids adds to the text of those before it, special tokens by their names.
+
+    Of ids that make a character together, all but the last add nothing.
+    """
+    windows = [ids[max(0, t - MARGIN) : t + 1] for t in range(len(ids))]
+    before = decoded(tokenizer, [window[:-1] for window in windows], skip_special_tokens=False)
+    after = decoded(tokenizer, windows, skip_special_tokens=False)
+    added = []
+    for old, new in zip(before, after, strict=True):
+        # The bytes of a character that is not whole are written as a replacement.
+        added.append(new.rstrip("\ufffd")[len(old.rstrip("\ufffd")) :])
+    return added

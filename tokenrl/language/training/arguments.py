@@ -105,6 +105,9 @@ class OptimiserArguments(PassArguments, group="optimiser"):
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4
     """Updates of the critic per step."""
+    value_warmup: Natural = 0
+    """Steps at the beginning in which the critic alone learns, from completions of the policy as it starts. They
+    are among max_steps; the learning rate's schedule begins after them."""
 
     @property
     def updates(self) -> int:

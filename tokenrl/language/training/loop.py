@@ -270,7 +270,11 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     learner = run.learner
     args = run.args
     run.tell(step - 1)
-    share = share_of_rate(args.lr_scheduler_type, step - 1, args.max_steps, args.warmup_steps)
+    done_by_policy = max(0, step - 1 - args.value_warmup)
+    steps_of_policy = args.max_steps - args.value_warmup
+    share = share_of_rate(
+        args.lr_scheduler_type, done_by_policy, steps_of_policy, args.warmup_steps
+    )
     set_rates(learner.optimizer, share)
     are_known = args.estimator.zero_spread != "refill" and run.rewards.environments is None
     if args.sync_every > 1 and are_known and step < args.max_steps:

@@ -284,10 +284,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    if args.warmup_steps >= args.max_steps:
+    if args.value_warmup + args.warmup_steps >= args.max_steps:
         yield (
-            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning rate "
-            "stays below its peak."
+            f"value_warmup={args.value_warmup} and warmup_steps={args.warmup_steps} are together not less than "
+            f"max_steps={args.max_steps}, so the learning rate stays below its peak."
         )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
@@ -295,6 +295,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
+        "value_warmup": critic,
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
@@ -386,5 +387,6 @@ def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dic
         "training": line(" x ", **sizes),
         "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
+        **({"critic": f"learns alone for {args.value_warmup} steps"} if args.value_warmup else {}),
         **form_line(policy.form, args.model),
     }

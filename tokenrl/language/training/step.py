@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
-from tokenrl.core.statistics import generator_of
-from tokenrl.language.rollout.rewarded import averaged, completion_rows, unread_tokens
+from tokenrl.core.statistics import explained, generator_of
+from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.training.experience import (
     Experience,
@@ -38,6 +38,7 @@ from tokenrl.language.training.rows import (
     rows_of_step,
     update_weights,
 )
+from tokenrl.language.training.tokens import step_table
 from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
@@ -97,11 +98,13 @@ def training_step(
     advantages = local(accelerator, terms.advantages)
 
     updates: list[dict[str, float]] = []
-    scored: list[tuple[Tensor, Tensor]] = []
+    scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
         learning = learning_rows(learner, terms, chosen)  # [N]
+        learning &= step > learner.args.value_warmup  # before that the critic alone learns
         sums: list[Tensor] = []
+        scored.append([])
         learner.optimizer.zero_grad()
         for index in learner.micro_batches(rows, computed=local(accelerator, learning)):
             part = rows.take(index)
@@ -111,8 +114,7 @@ def training_step(
             accelerator.backward(loss)
             learner.forward.accumulate_gradients()
             sums.append(loss_statistics(learner, loss, inputs))
-            if not updates:  # the sampler is compared with the policy before its first update
-                scored.append((index, scores.logprobs.detach()))
+            scored[-1].append((index, scores.logprobs.detach()))
         sum_gradients(accelerator, parameters)
         norm = accelerator.clip_grad_norm_(parameters, learner.largest_norm)
         norm, *sums = to_host([norm, *sums])
@@ -127,13 +129,12 @@ def training_step(
     metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(rows, scored)
+    metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    of_rows = rewards.names, advantages, rows.teacher_prompts
-    table = partial(completion_rows, learner.policy, rewarded, *of_rows)
+    table = partial(step_table, learner, rewarded, rows, terms, rewards.names, scored)
     return Record(metrics, table, timings, failures, unread_tokens(learner.policy, rewarded))
 
 
@@ -169,8 +170,9 @@ def update_baselines(
         returns: the critic's targets [N, T].
 
     Returns:
-        `baseline`, the mean value that this step read from the memory, and `value_loss`, the critic's loss
-        before its update; each only where the estimator has it.
+        `baseline`, the mean value that this step read from the memory; `value_loss`, the critic's loss before
+        its update; and `explained_variance`, what its values explained of the returns. Each only where the
+        estimator has it.
     """
     metrics = {}
     if learner.replay is not None:
@@ -178,6 +180,7 @@ def update_baselines(
     if learner.estimator.needs_memory:
         metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
+        assert whole.values is not None  # which a critic has computed
         accelerator = learner.accelerator
         states = (whole.mask & whole.rewarded[:, None]).to(returns.dtype)
         weights = states / states.sum().clamp(min=1)
@@ -186,4 +189,6 @@ def update_baselines(
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, accelerator
         )
+        seen = states > 0
+        metrics["explained_variance"] = explained(whole.values[seen], returns[seen])
     return metrics

@@ -87,7 +87,9 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
-    for finding in judge(observed, "nothing-learnt", "entropy-collapsed", "greedy-fell"):
+    for finding in judge(
+        observed, "nothing-learnt", "critic-useless", "entropy-collapsed", "greedy-fell"
+    ):
         if flags and finding.flag == "nothing-learnt":
             finding = replace(finding, flag="policy-destroyed")
         if finding.weight != "watch":
