@@ -19,6 +19,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import integrate, optimize, stats
 
+from tokenrl.lab.compare.intervals import Array
+
 GRID = 801
 """Points at which the density of the sums that go on is held; it must be odd."""
 
@@ -98,9 +100,9 @@ class Sums:
         )
         return float(self._integral(tails))
 
-    def _integral(self, values: np.ndarray) -> np.ndarray:
+    def _integral(self, values: Array) -> Array:
         """Return the integral over the grid of values [..., points] times the density."""
         weighted = values * self.density
         if len(self.points) == 1:
-            return weighted[..., 0]
-        return integrate.simpson(weighted, x=self.points, axis=-1)
+            return np.asarray(weighted[..., 0])
+        return np.asarray(integrate.simpson(weighted, x=self.points, axis=-1))
