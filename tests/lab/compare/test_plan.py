@@ -230,7 +230,7 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own():
     )
     assert args.task == ("sort_digits", "reverse_text")
     assert args.arms == ("rloo", "grpo,scale=none")
-    assert args.seeds == 8 and args.learning_rate == (1e-4,)
+    assert args.seeds == (8,) and args.learning_rate == (1e-4,)
     shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
     assert args.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
@@ -244,7 +244,7 @@ def test_a_file_of_flags_has_shared_settings_too(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]")
     args = parsed(f"--config {file} --seeds 9 --max-steps 20")
-    assert (args.env, args.seeds, args.arms) == (("walk",), 9, ("a2c", "rloo"))
+    assert (args.env, args.seeds, args.arms) == (("walk",), (9,), ("a2c", "rloo"))
     assert args.shared == {"max_steps": 20, "lr": 0.9}
     with refused("There is no setting 'lr'"):
         make_plan(args, print)

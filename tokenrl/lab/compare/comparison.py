@@ -72,7 +72,15 @@ class Comparison:
         """The verdicts in words."""
         caveats = dict(self._caveats())
         headline = self.family.headline([*filter(None, caveats.values())])
-        return Words(headline, self.family.sentences(), [*caveats])
+        return Words(f"{headline}{self._saved}", self.family.sentences(), [*caveats])
+
+    @property
+    def _saved(self) -> str:
+        """How many runs the looks saved, in words; empty where there was one look."""
+        planned = len(self.plan.seeds) * len(self.plan.arms)
+        if len(self.plan.looks) == 1 or self.family.undecided:
+            return ""
+        return f" {len(self.of('comparison'))} of {planned} runs were made."
 
     @property
     def exit_code(self) -> int:
@@ -138,5 +146,6 @@ def judge_runs(output_dir: Path, plan: Plan, runs: pd.DataFrame) -> Comparison:
         reference=plan.reference,
         margin=plan.margin,
         all_pairs=plan.all_pairs,
+        looks=plan.looks,
     )
     return Comparison(output_dir, plan, runs, judgement)

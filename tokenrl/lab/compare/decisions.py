@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -25,6 +27,7 @@ from tokenrl.lab.compare.judgement import (
     PairedDifference,
     VerdictWord,
 )
+from tokenrl.lab.compare.looks import levels_of_looks
 from tokenrl.settings import check_choice, check_number
 
 
@@ -36,6 +39,7 @@ def judge_scores(
     margin: float | None = None,
     failure_below: float | None = None,
     all_pairs: bool = False,
+    looks: Sequence[int] = (),
 ) -> Judgement:
     """Judge scores of several arms over seeds; the scores may come from any tool.
 
@@ -59,6 +63,9 @@ def judge_scores(
         margin: smaller differences count as none; None for no equivalence.
         failure_below: runs with a lower score failed too.
         all_pairs: compare all arms with each other, and not only with the reference.
+        looks: numbers of seeds, in the order of the seeds, after which the arms were looked at, fixed before the
+            first run; the last is that of all seeds. The first look with a verdict decides, and all share the
+            error (see `looks`). None for a single look at all.
 
     Returns:
         Families of comparisons, one per problem.
@@ -78,14 +85,19 @@ def judge_scores(
     if failure_below is not None:
         frame["failed"] |= frame["score"] < failure_below
     families = [
-        _family(str(problem), runs, reference, margin, all_pairs)
+        _family(str(problem), runs, reference, margin, all_pairs, tuple(looks))
         for problem, runs in frame.groupby("problem", sort=False)
     ]
     return Judgement(metric, tuple(families))
 
 
 def _family(
-    problem: str, runs: pd.DataFrame, reference: str | None, margin: float | None, all_pairs: bool
+    problem: str,
+    runs: pd.DataFrame,
+    reference: str | None,
+    margin: float | None,
+    all_pairs: bool,
+    looks: tuple[int, ...],
 ) -> Family:
     """Judge the runs on one problem: each other arm with the reference, then all other pairs if asked for."""
     arms = {}
@@ -102,7 +114,10 @@ def _family(
     if all_pairs:
         pairs += [(later, earlier) for earlier, later in combinations(rivals, 2)]
     alpha = ALPHA / len(pairs)
-    differences = [_compare_pair(arms[a], arms[b], margin, alpha) for a, b in pairs]
+    seeds = sorted(runs["seed"].unique())
+    differences = [
+        _compare_at_looks(arms[a], arms[b], margin, alpha, looks, seeds) for a, b in pairs
+    ]
     return Family(problem, label, margin, tuple(arms.values()), tuple(differences))
 
 
@@ -137,10 +152,53 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
     return runs.astype({"seed": int})
 
 
-def _compare_pair(
-    arm: ArmScores, reference: ArmScores, margin: float | None, alpha: float
+def _compare_at_looks(
+    arm: ArmScores,
+    reference: ArmScores,
+    margin: float | None,
+    alpha: float,
+    looks: tuple[int, ...],
+    seeds: Sequence[int],
 ) -> PairedDifference:
-    """Compare an arm with the reference in two parts, failures and scores, which share the level alpha."""
+    """Compare an arm with the reference at the first look that decides, or at the last that both have reached."""
+    if len(looks) < 2:
+        return _compare_pair(arm, reference, margin, alpha, lambda error: error)
+    testing = tuple(look for look in looks if look >= LEAST_PAIRS) or looks
+    difference = None
+    for look in looks:
+        first = {*seeds[:look]}
+        is_reached = len(first) == look and first <= arm.seeds & reference.seeds
+        if difference is not None and (difference.is_decided or not is_reached):
+            break
+        number = testing.index(max(look, testing[0]))
+        level_of_look = partial(_level_of_look, testing, number)
+        parts = arm.on(first), reference.on(first)
+        difference = replace(_compare_pair(*parts, margin, alpha, level_of_look), look=look)
+    assert difference is not None  # as there are looks
+    return difference
+
+
+def _level_of_look(looks: tuple[int, ...], number: int, error: float) -> float:
+    """Return the level of a look, of an error over all looks."""
+    return levels_of_looks(looks, error)[number]
+
+
+def _compare_pair(
+    arm: ArmScores,
+    reference: ArmScores,
+    margin: float | None,
+    alpha: float,
+    level_of_look: Callable[[float], float],
+) -> PairedDifference:
+    """Compare an arm with the reference in two parts, failures and scores, which share the error alpha.
+
+    Args:
+        arm: the scores of the arm.
+        reference: those of the reference.
+        margin: smaller differences count as none.
+        alpha: the error of the comparison, over all its looks.
+        level_of_look: the level of this look, of an error over all looks.
+    """
     pairs = arm.seeds & reference.seeds
     if not pairs:
         raise Refused(
@@ -149,14 +207,15 @@ def _compare_pair(
     differences = differences_by_seed(arm.scores, reference.scores)
     values = np.array(list(differences.values()))
     parts = 2 if arm.failed or reference.failed else 1  # each of which can err
-    level = 1 - alpha / parts
+    error = level_of_look(alpha / parts)
+    level = 1 - error
     adjusted = mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
     p_failures = failures_differ(
         len(arm.failed), len(arm.seeds), len(reference.failed), len(reference.seeds)
     )
     more_failures = ""
-    if p_failures <= alpha / parts and len(pairs) >= LEAST_PAIRS:
+    if p_failures <= error and len(pairs) >= LEAST_PAIRS:
         more_failures = max(arm, reference, key=lambda scores: scores.failures.value).arm
         by_failures: VerdictWord = "worse" if more_failures == arm.arm else "better"
         contradicts = {by_failures, verdict} == {"better", "worse"}

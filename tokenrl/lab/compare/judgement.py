@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -53,6 +53,11 @@ class ArmScores:
         """The seeds of all its runs."""
         return {*self.scores, *self.failed}
 
+    def on(self, seeds: Collection[int]) -> ArmScores:
+        """Return what it has on some seeds."""
+        scores = {seed: score for seed, score in self.scores.items() if seed in seeds}
+        return ArmScores(self.arm, scores, tuple(seed for seed in self.failed if seed in seeds))
+
     @property
     def mean(self) -> float:
         """The mean score of the runs that did not fail; nan if all failed.
@@ -88,6 +93,8 @@ class PairedDifference:
         verdict: the verdict.
         unpaired: seeds that only one of the two has; they are left out.
         margin: differences smaller than this count as none; None if equivalence is not judged.
+        look: of several looks, the number of seeds at the one that is told: where the verdict fell, or the last
+            that was made; else 0.
     """
 
     arm: str
@@ -100,6 +107,12 @@ class PairedDifference:
     verdict: VerdictWord
     unpaired: tuple[int, ...]
     margin: float | None
+    look: int = 0
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether no more runs are needed."""
+        return self.verdict not in ("undecided", "descriptive")
 
     @property
     def interval(self) -> str:
@@ -157,6 +170,12 @@ class Family:
     differences: tuple[PairedDifference, ...]
 
     @property
+    def undecided(self) -> set[str]:
+        """The arms, the reference among them, of differences that more runs could decide."""
+        open_ones = [d for d in self.differences if not d.is_decided]
+        return {arm for d in open_ones for arm in (d.arm, d.reference)}
+
+    @property
     def against_reference(self) -> dict[str, PairedDifference]:
         """The differences to the reference, by arm."""
         return {d.arm: d for d in self.differences if d.reference == self.reference}
@@ -202,9 +221,12 @@ class Family:
         Seeds that only one of two arms has are named.
         """
         arms = {arm.arm: arm for arm in self.arms}
-        return [
-            f"{d.finding} {_failures(d, arms[d.arm], arms[d.reference])}" for d in self.differences
-        ]
+        seeds = sorted(set().union(*(arm.seeds for arm in self.arms)))
+        sentences = []
+        for d in self.differences:
+            both = (arms[name].on(seeds[: d.look or None]) for name in (d.arm, d.reference))
+            sentences.append(f"{d.finding}{_look(d)} {_failures(d, *both)}")
+        return sentences
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,14 @@ class Judgement:
             for difference in family.differences
         ]
         return pd.DataFrame(rows).drop(columns=["differences", "adjusted"])
+
+
+def _look(difference: PairedDifference) -> str:
+    """Say at which of several looks a verdict fell."""
+    if not difference.look:
+        return ""
+    word = "Decided" if difference.is_decided else "Looked at last"
+    return f" {word} after {difference.look} seeds."
 
 
 def _failures(difference: PairedDifference, arm: ArmScores, reference: ArmScores) -> str:

@@ -111,10 +111,18 @@ def compare_each(args: CompareArguments) -> int:
 
 
 def _judged(root: Path, plan: Plan, rows_of: Callable[[Sequence[PlannedRun]], Rows]) -> Comparison:
-    """Choose the learning rates of the arms, and judge the runs at these rates."""
+    """Choose the learning rates of the arms, and judge the runs at these rates, look by look."""
     rows = rows_of(plan.tuning_runs())
-    rows += rows_of(plan.runs(best_rates(rows, plan.metric)))
-    return judge_runs(root, plan, pd.DataFrame(rows))
+    runs = plan.runs(best_rates(rows, plan.metric))
+    undecided = {arm.label for arm in plan.arms}
+    seen = 0
+    for look in plan.looks:
+        seeds = plan.seeds[seen:look]
+        rows += rows_of([run for run in runs if run.seed in seeds and run.arm in undecided])
+        comparison = judge_runs(root, plan, pd.DataFrame(rows))
+        undecided = comparison.family.undecided
+        seen = look
+    return comparison
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:

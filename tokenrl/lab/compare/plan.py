@@ -100,6 +100,7 @@ class Plan:
         reference: label of the arm that the others are compared with.
         metric: name of the score that decides.
         seeds: seeds of the comparison.
+        looks: the numbers of seeds after which the arms are judged; the last is that of all seeds.
         tuning_seeds: seeds on which an arm with several learning rates tries each of them.
         budget: number of samples at which all runs are compared.
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
@@ -117,6 +118,7 @@ class Plan:
     reference: str
     metric: str
     seeds: tuple[int, ...]
+    looks: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     budget: int
     unit: str
@@ -169,6 +171,10 @@ class Plan:
         if self.margin is not None:
             margin = f"margin {self.margin:g}"
         tuning = self.tuning_runs()
+        earlier = ", ".join(map(str, self.looks[:-1]))
+        looks = (
+            f"; arms that are decided after {earlier} of them make no more runs" if earlier else ""
+        )
         rates = sorted({rate for arm in self.arms for rate in arm.rates})
         facts = {
             "arms": ", ".join(arm.declared for arm in self.arms),
@@ -176,9 +182,9 @@ class Plan:
             "metric": f"{self.metric}: {SCORES[self.metric]}",
             f"on {self.problem}": f"{self.budget:,} {self.unit}, {margin}",
             "steps": "; ".join(f"{arm.label}: {arm.settings['max_steps']}" for arm in self.arms),
-            "seeds": f"{self.seeds[0]} to {self.seeds[-1]}",
+            "seeds": f"{self.seeds[0]} to {self.seeds[-1]}{looks}",
             "learning rate": ", ".join(f"{rate:g}" for rate in rates),
-            "runs": f"{len(self.seeds) * len(self.arms)}",
+            "runs": f"{'at most ' if earlier else ''}{len(self.seeds) * len(self.arms)}",
             "can show": f"{len(self.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more",
         }
         if tuning:

@@ -24,7 +24,15 @@ from tokenrl.language.training.settings import check_choices, settle
 from tokenrl.language.training.teacher import read_models
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
-from tokenrl.settings import Positive, arguments, check_choice, check_seed, checked, field_types
+from tokenrl.settings import (
+    Positive,
+    arguments,
+    check_choice,
+    check_seed,
+    checked,
+    field_types,
+    shown,
+)
 
 MARGIN = 0.02
 """Differences smaller than this share of the reward's declared range count as none."""
@@ -107,7 +115,13 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     """
     first = args.first_seed
     tuning = first + TUNING_OFFSET
-    check_seed(tuning + args.seeds)
+    looks = args.seeds
+    if not looks or [*looks] != sorted({*looks}):
+        raise Refused(
+            f"seeds was given as {shown(looks)}; give the number of runs of each arm, or several that rise, such as "
+            "8 12 16, after which the arms are judged."
+        )
+    check_seed(tuning + looks[-1])
     kind: Kind = "control" if args.env else "train"
     shared = _shared_settings(args, kind)
     axes = shared.pop("estimator", {})
@@ -139,7 +153,8 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         arms=tuple(_planned(arm, settings, rates, budget, every * per_step) for arm in arms),
         reference=reference,
         metric=args.metric,
-        seeds=tuple(range(first, first + args.seeds)),
+        seeds=tuple(range(first, first + looks[-1])),
+        looks=looks,
         tuning_seeds=tuple(range(tuning, tuning + TUNING_SEEDS)),
         budget=budget,
         unit=_unit(settings),

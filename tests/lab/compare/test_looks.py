@@ -1,0 +1,127 @@
+"""Looks that share the error of a comparison: their levels by two ways, and comparisons that stop early."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_runs import WALK, rising, write_run
+from refusals import refused
+from scipy import stats
+
+import tokenrl
+from tokenrl.lab import judge_scores
+from tokenrl.lab.compare import loop
+from tokenrl.lab.compare.intervals import ALPHA
+from tokenrl.lab.compare.looks import error_of_looks, levels_of_looks, spent
+from tokenrl.lab.compare.loop import judge_directory
+
+FOUR = (4, 8, 12, 16)
+
+
+def test_the_bounds_are_those_of_the_literature():
+    """Four looks at .05 with the spending function of O'Brien and Fleming; two and four looks at .05 each."""
+    bounds = stats.norm.isf(np.array(levels_of_looks(FOUR, 0.05)) / 2)
+    assert bounds == pytest.approx([4.3326, 2.9631, 2.3590, 2.0141], abs=1e-4)
+    assert error_of_looks((8, 16), 0.05) == pytest.approx(0.0831, abs=1e-4)
+    assert error_of_looks(FOUR, 0.05) == pytest.approx(0.126, abs=5e-4)
+    assert levels_of_looks((7,), 0.05) == (0.05,)
+
+
+@pytest.mark.parametrize("looks", [FOUR, (6, 7, 20), (8, 12)], ids=str)
+def test_what_is_spent_is_what_simulated_sums_find(looks):
+    """The integration, against sums of normal numbers that are drawn."""
+    draw = np.random.default_rng(0)
+    sums = draw.standard_normal((400_000, looks[-1])).cumsum(axis=1)
+    stopped = np.zeros(len(sums), dtype=bool)
+    for look, level in zip(looks, levels_of_looks(looks, 0.05), strict=True):
+        stopped |= abs(sums[:, look - 1]) > stats.norm.isf(level / 2) * look**0.5
+        expected = spent(look / looks[-1], 0.05)
+        error = 4 * (expected * (1 - expected) / len(sums)) ** 0.5
+        assert stopped.mean() == pytest.approx(expected, abs=error)
+    assert spent(1.0, 0.05) == pytest.approx(0.05)
+
+
+def scores(*arms):
+    """Rows of arms whose scores by seed are given."""
+    return [(f"arm{i}", seed, x) for i, arm in enumerate(arms) for seed, x in enumerate(arm)]
+
+
+def test_the_first_look_that_decides_stands_and_its_interval_has_its_level():
+    draw = np.random.default_rng(1)
+    reference = draw.normal(size=16)
+    clear = reference + 2 + 0.1 * draw.normal(size=16)
+    unclear = reference + draw.normal(size=16)
+    later = clear.copy()
+    later[8:] -= 9  # what comes after the verdict does not count
+    looks = (8, 16)
+    (family,) = judge_scores(scores(reference, later, unclear), looks=looks).families
+    first, second = family.differences
+    assert (first.verdict, first.look) == ("better", 8)
+    assert second.look == 16 and family.undecided == {"arm0", "arm2"}
+    assert "Decided after 8 seeds." in family.sentences()[0]
+    assert "Looked at last after 16 seeds." in family.sentences()[1]
+    for difference, number in ((first, 0), (second, 1)):
+        level = 1 - levels_of_looks(looks, ALPHA / 2)[number]
+        values = np.array([*difference.differences.values()])
+        interval = stats.ttest_1samp(values, 0).confidence_interval(level)
+        assert difference.adjusted[1:] == pytest.approx((interval.low, interval.high))
+
+
+def test_with_one_look_the_rule_is_that_of_fixed_seeds():
+    draw = np.random.default_rng(2)
+    table = scores(draw.normal(size=9), draw.normal(size=9) + 1)
+    assert judge_scores(table, looks=(9,)) == judge_scores(table)
+
+
+def test_a_look_at_fewer_than_six_seeds_decides_nothing_and_spends_nothing():
+    draw = np.random.default_rng(3)
+    reference = draw.normal(size=12)
+    table = scores(reference, reference + 0.5 + 0.1 * draw.normal(size=12))
+    with_early, without = (
+        judge_scores(table, looks=looks).families[0].differences[0]
+        for looks in ((4, 8, 12), (8, 12))
+    )
+    assert with_early == without and with_early.look == 8
+
+
+def test_decided_arms_make_no_more_runs_and_a_killed_comparison_goes_on_to_the_same(
+    tmp_path, monkeypatch
+):
+    settings = WALK | {"arms": ("reinforce", "a2c", "rloo"), "seeds": (6, 9, 12)}
+    made = []
+    kill_at = [0]
+
+    def end_of(run):
+        noise = 0.01 * np.random.default_rng([run.seed, len(run.arm)]).normal()
+        return {"reinforce": 0.5, "a2c": 0.9, "rloo": 0.5 + 0.004 * run.seed}[run.arm] + noise
+
+    def execute(runs, root, **options):
+        for run in runs:
+            if 0 < kill_at[0] <= run.seed:
+                raise KeyboardInterrupt
+            if not (root / run.path).exists():
+                made.append((run.arm, run.seed))
+                write_run(root / run.path, **rising(end_of(run))(run.seed))
+
+    monkeypatch.setattr(loop, "execute", execute)
+    results = []
+    for name, moments in (("whole", [0]), ("killed", [8, 0])):
+        made.clear()
+        for kill_at[0] in moments:
+            try:
+                results.append(tokenrl.compare(**settings, output_dir=tmp_path / name))
+            except KeyboardInterrupt:
+                partly = judge_directory(tmp_path / name)
+                assert partly.family.differences[1].look == 6
+        seeds = {arm: sum(1 for other, _ in made if other == arm) for arm in settings["arms"]}
+        assert seeds["a2c"] == 6 and seeds["reinforce"] == seeds["rloo"] > 6
+    whole, killed = results
+    assert whole.judgement == killed.judgement
+    assert whole.judgement.verdicts()["walk", "a2c"] == "better"
+    assert "of 36 runs were made" in whole.words.headline
+
+
+@pytest.mark.parametrize("seeds", [(8, 6), (6, 6), ()], ids=str)
+def test_looks_that_do_not_rise_are_refused(seeds, tmp_path):
+    with refused("seeds was given as .*that rise"):
+        tokenrl.compare(**WALK | {"seeds": seeds}, output_dir=tmp_path / "run", dry_run=True)
