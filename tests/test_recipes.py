@@ -15,7 +15,7 @@ from folders import RECIPES, read_json
 from pages import blocks
 
 # by programs of a folder
-SHARED = {"own", "intervals", "first_questions", "later_questions", "curves", "grid_values"}
+SHARED = {"own", "intervals", "curves", "grid_values"}
 SHARED |= {"oracles", "tasks"}
 PROGRAMS = {
     path.stem: path
@@ -27,7 +27,7 @@ PROGRAMS = {
 # tests/language/rollout/test_vllm_server.py, tests/control/test_control_training.py,
 # tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
-ELSEWHERE |= {"verify", "write_page", "compare_existing_runs", "openenv_client"}
+ELSEWHERE |= {"verify", "compare_existing_runs", "openenv_client"}
 ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
