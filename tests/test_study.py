@@ -158,7 +158,7 @@ def test_differences_are_split_into_bases_and_seeds():
         of_base = draws.normal(0.1, 0.5, (6, 1))
         of_seed = draws.normal(0, 0.3, (1, 10))
         table = of_base + of_seed + draws.normal(0, 0.2, (6, 10))
-        mean, of_table = verify.bases_at_large(table)
+        mean, of_table = intervals.bases_at_large(table)
         variances.append(of_table)
         covered.append(mean.low <= 0.1 <= mean.high)
     assert np.mean(variances, axis=0) == pytest.approx([0.25, 0.09, 0.04], rel=0.1)

@@ -66,6 +66,27 @@ def student(values: pd.Series, comparisons: int = 1) -> Interval:
     return around(values.mean(), half_width(values.std(), len(values), comparisons))
 
 
+def bases_at_large(table: np.ndarray) -> tuple[Interval, np.ndarray]:
+    """Split differences by base and seed, [bases, seeds], as zero_sort_digits.yaml says.
+
+    Returns:
+        The interval of the mean; and the variances of bases, of seeds and of the rest.
+    """
+    bases, seeds = table.shape
+    mean, of_base, of_seed = table.mean(), table.mean(1), table.mean(0)
+    rest = table - of_base[:, None] - of_seed + mean
+    freedom = np.array([bases - 1, seeds - 1, (bases - 1) * (seeds - 1)])
+    sums = [seeds * (of_base - mean) ** 2, bases * (of_seed - mean) ** 2, rest**2]
+    squares = np.array([part.sum() for part in sums]) / freedom
+    total = squares[0] + squares[1] - squares[2]
+    degrees = total**2 / (squares**2 / freedom).sum()
+    if total < squares[0]:
+        total, degrees = squares[0], freedom[0]
+    half = stats.t.ppf(1 - 0.05 / 4, degrees) * np.sqrt(total / table.size)
+    variances = np.append(np.maximum(squares[:2] - squares[2], 0) / (seeds, bases), squares[2])
+    return around(mean, half), variances
+
+
 def at_best_rates_of_others(scores: np.ndarray) -> np.ndarray:
     """Return an arm's score in each unit, at the rate that is best in the other units.
 

@@ -31,14 +31,13 @@ import tyro
 from intervals import (
     MARGIN,
     Interval,
-    around,
     at_best_rates_of_others,
+    bases_at_large,
     chosen,
     half_width,
     half_widths,
     student,
 )
-from scipy import stats
 
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
@@ -234,27 +233,6 @@ def zero_gaps() -> pd.DataFrame:
 def side(low: float, high: float) -> int:
     """Return on which side of 0 an interval lies: 1, -1, or 0 if it contains 0."""
     return int(low > 0) - int(high < 0)
-
-
-def bases_at_large(table: np.ndarray) -> tuple[Interval, np.ndarray]:
-    """Split differences by base and seed, [bases, seeds], as zero_sort_digits.yaml says.
-
-    Returns:
-        The interval of the mean; and the variances of bases, of seeds and of the rest.
-    """
-    bases, seeds = table.shape
-    mean, of_base, of_seed = table.mean(), table.mean(1), table.mean(0)
-    rest = table - of_base[:, None] - of_seed + mean
-    freedom = np.array([bases - 1, seeds - 1, (bases - 1) * (seeds - 1)])
-    sums = [seeds * (of_base - mean) ** 2, bases * (of_seed - mean) ** 2, rest**2]
-    squares = np.array([part.sum() for part in sums]) / freedom
-    total = squares[0] + squares[1] - squares[2]
-    degrees = total**2 / (squares**2 / freedom).sum()
-    if total < squares[0]:
-        total, degrees = squares[0], freedom[0]
-    half = stats.t.ppf(1 - 0.05 / 4, degrees) * np.sqrt(total / table.size)
-    variances = np.append(np.maximum(squares[:2] - squares[2], 0) / (seeds, bases), squares[2])
-    return around(mean, half), variances
 
 
 def zero() -> Numbers:
