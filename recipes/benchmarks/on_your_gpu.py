@@ -38,7 +38,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from itertools import takewhile
+from functools import partial
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ import tyro
 from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
 from step_against_trl import (
     COLUMNS,
-    SETTINGS,
     TRAINER,
     print_heading,
     print_row,
@@ -175,6 +175,8 @@ def main(seed: int = 0, tiny: bool = False) -> int:
         tiny: Tiny shapes and few steps, as a trial.
     """
     ends, program = time.monotonic() + SECONDS, Path(__file__)
+    turns, shapes = (2, ["tiny"]) if tiny else (12, [*GPU_WORK])
+    speeds = [partial(shape_row, name) for name in shapes]
     args = Namespace(steps=2 if tiny else 6, rounds=1, tokenrl={})
     job = {"tiny": tiny, "seed": seed, "steps": args.steps}
     about = run(TRAINER, {"part": "device"})
@@ -190,22 +192,17 @@ def main(seed: int = 0, tiny: bool = False) -> int:
     print_heading(GAPS, f"Gaps to float32, model {'tiny' if tiny else 'gpu-135m'}")
     for name, gaps in run(program, job | {"part": "gaps"}).items():
         print_row([name, gaps] if name == "error" else [name, *(f"{gap:.1e}" for gap in gaps)])
-    print_heading(COLUMNS, f"Speed of GRPO, {args.steps} steps")
-    for name in ["tiny"] if tiny else GPU_WORK:
-        for options in ({}, {"capture": "auto"}):
-            if time.monotonic() > ends:
-                break
-            args.tokenrl = options
-            settings = [] if options else [{"bf16": about["bf16"], "attention": "sdpa"}]
-            row = shape_row(name, args, settings)
-            print_row(["captured", *row[1:]] if options else row)
-    print_heading(TURN_COLUMNS, "Episodes of GRPO, in float32")
-    for options in ({}, {"capture": "auto"}):
-        if time.monotonic() > ends:
-            break
-        args.tokenrl = options
-        row = turns_row(2 if tiny else 12, 0, args, [] if options else SETTINGS[:1])
-        print_row(["captured", *row[1:]] if options else row)
+    tables = (
+        (COLUMNS, f"Speed of GRPO, {args.steps} steps", bool(about["bf16"]), speeds),
+        (TURN_COLUMNS, "Episodes of GRPO, in float32", False, [partial(turns_row, turns, 0)]),
+    )
+    for columns, heading, bf16, rows in tables:
+        print_heading(columns, heading)
+        for row, options in product(rows, ({}, {"capture": "auto"})):
+            if time.monotonic() < ends:
+                args.tokenrl = options
+                cells = row(args, [] if options else [{"bf16": bf16, "attention": "sdpa"}])
+                print_row(["captured", *cells[1:]] if options else cells)
     return 0
 
 
