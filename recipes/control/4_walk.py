@@ -36,12 +36,9 @@ import numpy as np
 import torch
 import tyro
 from curves import draw_mean, draw_rolling, mean_with_interval, save, trained
-from gymnasium.wrappers import TimeLimit
 from matplotlib.figure import Figure
-from torch import nn
 
 from tokenrl import Estimator
-from tokenrl.control import Walk
 
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
@@ -70,47 +67,6 @@ def ten_steps() -> None:
             "more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t])
         )
         print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
-
-
-def textbook_return(seed: int, *, value_head: bool) -> float:
-    """Train by a plain loop, without tokenrl's trainer; returns the mean return of the last 100 episodes."""
-    torch.manual_seed(seed)
-    body = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
-    heads = [nn.Linear(128, 2), *([nn.Linear(128, 1)] if value_head else [])]
-    parameters = [p for module in (body, *heads) for p in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=3e-4)
-    env = TimeLimit(Walk(), 50)
-    episode_returns = []
-    for _ in range(400):
-        observations = [env.reset()[0]]
-        logprobs = []
-        rewards = []
-        ended = False
-        while not ended:
-            logits = heads[0](body(torch.from_numpy(observations[-1])))
-            policy = torch.distributions.Categorical(logits=logits)
-            action = policy.sample()
-            logprobs.append(policy.log_prob(action))
-            observation, reward, terminated, truncated, _ = env.step(int(action))
-            ended = terminated or truncated
-            observations.append(observation)
-            rewards.append(reward)
-        returns = torch.tensor(
-            [sum(GAMMA**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
-        )
-        returns = (returns - returns.mean()) / (returns.std() + 1e-8)
-        values = torch.zeros_like(returns)
-        if value_head:
-            values = heads[1](body(torch.from_numpy(np.stack(observations[:-1])))).squeeze(-1)
-        loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
-        if value_head:
-            loss = loss + 0.5 * (values - returns).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.step()
-        episode_returns.append(sum(rewards))
-    return float(np.mean(episode_returns[-100:]))
 
 
 def returns_of(name: str, seeds: int, **settings: Any) -> np.ndarray:
@@ -158,7 +114,6 @@ def main(
     seeds: int = 10,
     episodes: int = 400,
     initial_weights: Literal["orthogonal", "uniform"] = "uniform",
-    textbook: bool = False,
     output: Path = Path("walk.png"),
 ) -> None:
     """Print the table of returns of ten steps, then learn the walk in four ways.
@@ -168,14 +123,9 @@ def main(
         seeds: Runs of each kind.
         episodes: Episodes of a run, one an update.
         initial_weights: Uniform are PyTorch's own.
-        textbook: Also train by a loop of the textbook's, in plain PyTorch with its seed 42.
         output: Where the figure goes.
     """
     ten_steps()
-    if textbook:
-        for words, value_head in (("without", False), ("with", True)):
-            mean = textbook_return(42, value_head=value_head)
-            print(f"textbook's loop, seed 42, {words} the value head: {mean:.4f}")
     print(f"\n{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
     runs: dict[str, np.ndarray] = {}
     last: dict[str, np.ndarray] = {}
