@@ -154,7 +154,10 @@ def earlier(rewards: Rewards) -> list[float]:
 
 
 def show(
-    title: str, rows: Mapping[str, Callable[[int], Mapping[str, float]]], problems: int
+    title: str,
+    rows: Mapping[str, Callable[[int], Mapping[str, float]]],
+    problems: int,
+    form: str = "{:.3f}",
 ) -> None:
     """Print a table of what functions of a problem's seed measure, each in a row.
 
@@ -165,7 +168,7 @@ def show(
     for name, measure in rows.items():
         measured = pd.DataFrame([measure(seed) for seed in range(problems)])
         table[name] = measured.agg({x: kinds.get(x.split()[0], "median") for x in measured})
-    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format='{:.3f}'.format)}")
+    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
 
 
 def summary(moments: Moments, expected: float) -> dict[str, float]:

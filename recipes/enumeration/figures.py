@@ -1,6 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map   (or objectives, grpo-difficulty)
+    python recipes/enumeration/figures.py objectives   (or grpo-difficulty)
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -12,7 +12,6 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,27 +20,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.core import PRESETS
-from tokenrl.lab import (
-    Moments,
-    exact_moments,
-    prompt_weight,
-    tabular_problem,
-)
+from tokenrl.lab import exact_moments, prompt_weight, tabular_problem
 
 # The palette of Okabe and Ito.
 BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 SKY, GREY = "#56B4E9", "#555555"
 GRPO = Estimator.preset("grpo")
-PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
-STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
-    "exact": (GREEN, "exact"),
-    "exact_up_to_scale": (BLUE, "exact up to one factor"),
-    "exact_per_prompt": (PINK, "exact for each prompt by itself"),
-    "asymptotic": (YELLOW, "exact in the limit of many rows a step"),
-    "biased": (RED, "biased"),
-}
 
 
 def save(figure: Figure, output: Path) -> None:
@@ -50,49 +35,6 @@ def save(figure: Figure, output: Path) -> None:
         axes.grid(color="#EAEAEA", linewidth=0.8)
     figure.savefig(output)
     print(f"figure: {output}")
-
-
-def angle(moments: Moments) -> float:
-    """Degrees between E[g] and grad J."""
-    return math.degrees(math.acos(max(-1.0, min(1.0, moments.cosine))))
-
-
-def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = PAPERS) -> None:
-    """Presets of papers for the mean reward, by the angle of their expected gradient, and their noise.
-
-    One small problem: two prompts, four completions of each, rewards of any size. Every step that can be
-    drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
-
-    Look for: the exact presets differ only in noise, and RLOO has the least of them here. The few presets
-    with less noise have an angle; GRPO is both noisier and biased. Where a point lies depends on the
-    problem; that the exact ones lie at 0 degrees does not.
-    """
-    problem = tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous")
-    measured = {name: exact_moments(Estimator.preset(name), problem) for name in estimators}
-    figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    names: dict[tuple[float, float], list[str]] = {}  # presets whose points coincide
-    for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
-        status = Estimator.preset(name).bias_status
-        print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
-        axes.scatter([angle(moments)], [moments.noise], color=STATUSES[status][0], s=55, zorder=3)
-        point = round(angle(moments), 1), float(f"{moments.noise:.2g}")
-        names.setdefault(point, []).append(name)
-    exact_before = 0
-    for point, alike in sorted(names.items(), key=lambda item: item[0][1]):
-        exact_before += point[0] < 1  # labels of the exact presets stand left and right in turn
-        look = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
-        shift, side = ((-7, 0), "right") if point[0] < 1 and exact_before % 2 else ((7, 0), "left")
-        axes.annotate(", ".join(alike), point, shift, ha=side, **look)
-    axes.set(yscale="log", xlim=(-10, 33), xticks=range(0, 31, 5))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="angle between the expected gradient and that of J, degrees")
-    axes.set_ylabel("noise: tr Var g / |E g|²")
-    for colour, meaning in STATUSES.values():
-        axes.scatter([], [], color=colour, s=45, label=meaning)
-    axes.legend(frameon=False, fontsize=9)
-    save(figure, output)
 
 
 def weight_by_enumeration(seed: int, size: int) -> tuple[float, float]:
@@ -182,5 +124,5 @@ def objectives(output: Path = Path("objectives.png")) -> None:
 
 
 if __name__ == "__main__":
-    figures = {"map": map_of_presets, "objectives": objectives}
-    tyro.extras.subcommand_cli_from_dict({**figures, "grpo-difficulty": grpo_difficulty})
+    figures = {"objectives": objectives, "grpo-difficulty": grpo_difficulty}
+    tyro.extras.subcommand_cli_from_dict(figures)
