@@ -39,10 +39,12 @@ import tempfile
 import time
 from argparse import Namespace
 from functools import partial
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import tyro
 from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
 from step_against_trl import (
@@ -144,27 +146,24 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return PARTS[job["part"]](job)
 
 
-def agree(pair: tuple[dict[str, Any], dict[str, Any]]) -> bool:
-    """Whether two steps have equal rewards and lengths of completions."""
-    names = ("reward", "completions/mean_length")
-    return all(math.isclose(*(side[name] for side in pair), rel_tol=1e-6) for name in names)
-
-
 def verdict(here: Rows, there: Rows) -> list[str]:
-    """Whether two trainings are equal up to rounding, for how many steps, and how far their metrics are apart."""
-    steps = [*takewhile(agree, zip(here, there, strict=True))]
+    """Whether two trainings are equal up to rounding, for how many steps, and how far their metrics are apart.
+
+    Steps agree for as long as rewards and lengths of completions are equal.
+    """
+    names = [*here[-1]]
+    ours, theirs = (pd.DataFrame(rows, columns=names, dtype=float) for rows in (here, there))
+    decided = ["reward", "completions/mean_length"]
+    agree = np.isclose(ours[decided], theirs[decided], rtol=1e-6).all(1)
+    steps = int(agree.cumprod().sum())
+    ours, theirs = ours[:steps], theirs[:steps]
+    gaps = (ours - theirs).abs().where(ours.isna() == theirs.isna(), math.inf).max().fillna(0)
+    beyond = gaps > RELATIVE * ours.abs().max().fillna(0) + ABSOLUTE
     judged = "equal up to rounding" if steps else "not equal: the first completions differ"
-    largest = {}
-    for name in here[-1]:
-        pairs = [(a.get(name), b.get(name)) for a, b in steps]
-        gaps = [math.inf if None in (a, b) else abs(a - b) for a, b in pairs if a != b]
-        largest[name] = max(gaps, default=0.0)
-        size = max((abs(a or 0) for a, _ in pairs), default=0.0)
-        if largest[name] > RELATIVE * size + ABSOLUTE:
-            judged = f"not equal: {name}"
-    differ = sum(gap > 0 for gap in largest.values())
-    counts = f"{len(steps)} of {len(here)}", f"{differ} of {len(largest)}"
-    return [judged, *counts, f"{max(largest.values()):.1e}"]
+    if beyond.any():
+        judged = f"not equal: {gaps.index[beyond][-1]}"
+    differ = f"{(gaps > 0).sum()} of {len(names)}"
+    return [judged, f"{steps} of {len(here)}", differ, f"{gaps.max():.1e}"]
 
 
 def main(seed: int = 0, tiny: bool = False) -> int:
