@@ -41,9 +41,10 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
     "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
     "figures grpo-difficulty": (
-        r"2      0.707    0.707    0.707           1.000 .*e-1\d",
-        r"8      2.471    2.177    1.735           1.254 .*e-1\d",
-        "64 .* 1.640 +-\nlim     31.639",
+        r"limit of large G +31.639 +3.333 +2.000\n",
+        r"G = 2 +0.707 +0.707 +0.707\n",
+        r"G = 8 +2.471 +2.177 +1.735\n",
+        r"G = 64 +7.731 +3.228 +1.968\n",
     ),
     "figures objectives": (
         r"mean reward \(rloo\)  ( +1.000){5}",
