@@ -114,11 +114,7 @@ LEARNING = {
         "REINFORCE, 2 seeds: a mean of 475 in 0 of 2 seeds, median never",
         "gamma=1,standardise=False, 2",
     ),
-    "4_walk --seeds 1 --episodes 8": (
-        r"0       0   0.9135      -1.5",
-        r"9       1   1.0000       1.5",
-        "raw, V         last ",
-    ),
+    "4_walk --seeds 1 --episodes 8": ("raw, V         last ",),
     "5_agents --env CartPole-v1 Pendulum-v1 --seeds 2 1 --max-steps 1": (
         r"\nCartPole-v1, classic: .*\n  mean .*, 0 of 2 seeds reach 475\n",
         r"\nPendulum-v1, tuned: -\S+\n  mean [^,]+, [^,]+\n",

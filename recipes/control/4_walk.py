@@ -1,17 +1,12 @@
 """A walk on a line, with a value head and without, and with returns normalised in each episode or not.
 
-First a table. An episode of ten steps has a reward of 1 at the end and 0 before; with gamma 0.99 the return
-of the action at step t is G_t = 0.99^(9 - t). A positive return makes the action taken more likely, and all
-ten raw returns are positive, whatever was done. Normalised to mean 0 and sd 1, they make the first five
-actions less likely and the last five more likely. Both are the estimator's own numbers; ddof of the sd is 0.
-
-Then the walk. x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
+x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
 a reward of 1 on the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
 cut. Standing about returns 0.5, the straight path to the right 1.1. The agent is a textbook's: two tanh
 layers of 128, PyTorch's initial weights, Adam 3e-4, one episode an update, a mean over its steps, gradients
 clipped at norm 0.5, 400 episodes, and a time limit that counts as an end. With a value head on the same
 layers the advantage is G_t - V(x), and the head learns G_t by half its squared error. "Normalised" means that
-G_t is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
+G_t, the return from step t on with gamma 0.99, is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
 the textbook's choice.
 
 Look for: normalised in itself, every episode gets a credit that sums to 0, and V cannot bring back what was
@@ -33,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from curves import draw_mean, draw_rolling, mean_with_interval, save, trained
 from matplotlib.figure import Figure
@@ -51,22 +45,6 @@ KINDS = {
 }
 # Okabe and Ito
 COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))
-
-
-def ten_steps() -> None:
-    """Print the returns of ten actions, raw and normalised."""
-    rewards = torch.zeros(1, 10, dtype=torch.double)
-    rewards[0, -1] = 1.0
-    mask = torch.ones(1, 10, dtype=torch.bool)
-    exact = replace(NORMALISED, scale_ddof=0, scale_eps=0)
-    raw = PLAIN.advantages(rewards, mask, group_size=None).policy[0]
-    normalised = exact.advantages(rewards, mask, group_size=None).policy[0]
-    print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
-    for t in range(10):
-        words = " / ".join(
-            "more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t])
-        )
-        print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
 
 
 def returns_of(name: str, seeds: int, **settings: Any) -> np.ndarray:
@@ -116,7 +94,7 @@ def main(
     initial_weights: Literal["orthogonal", "uniform"] = "uniform",
     output: Path = Path("walk.png"),
 ) -> None:
-    """Print the table of returns of ten steps, then learn the walk in four ways.
+    """Learn the walk in four ways.
 
     Args:
         env: Whether a step pays 0.01 or costs it.
@@ -125,8 +103,7 @@ def main(
         initial_weights: Uniform are PyTorch's own.
         output: Where the figure goes.
     """
-    ten_steps()
-    print(f"\n{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
+    print(f"{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
     runs: dict[str, np.ndarray] = {}
     last: dict[str, np.ndarray] = {}
     settings = {"env": env, "initial_weights": initial_weights, "max_steps": episodes}

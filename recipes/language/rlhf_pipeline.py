@@ -9,8 +9,8 @@ model chooses among n samples of the base, without training.
 
 Look for: the gold reward at the end, above that of the base and of best-of-4, and its cost in KL. The KL of
 the policy is the log ratio summed over fresh completions (k1). That of best-of-n comes from the shares of the
-pool, with ties; the curves of the run are in runs/rlhf/policy/report.html. Errors are standard errors over held-out prompts. The results are in
-recipes/README.md, section "Reward models".
+pool, with ties; the curves of the run are in runs/rlhf/policy/report.html. Errors are standard errors over
+held-out prompts. The results are in recipes/README.md, section "Reward models".
 """
 
 # /// script
