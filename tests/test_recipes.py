@@ -23,11 +23,11 @@ PROGRAMS = {
     if path.parent.name != "benchmarks" and path.stem not in SHARED
 }
 # tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
-# tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
+# tests/test_study.py, tests/language/rollout/test_openenv_client.py,
 # tests/language/rollout/test_vllm_server.py, tests/control/test_control_training.py,
 # tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
-ELSEWHERE |= {"verify", "compare_existing_runs", "openenv_client"}
+ELSEWHERE |= {"verify", "openenv_client"}
 ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (

@@ -1,13 +1,13 @@
 """A walk on a line, with a value head and without, and with returns normalised in each episode or not.
 
-x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
-a reward of 1 on the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
+x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with a reward of 1 on
+the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
 cut. Standing about returns 0.5, the straight path to the right 1.1. The agent is a textbook's: two tanh
 layers of 128, PyTorch's initial weights, Adam 3e-4, one episode an update, a mean over its steps, gradients
 clipped at norm 0.5, 400 episodes, and a time limit that counts as an end. With a value head on the same
 layers the advantage is G_t - V(x), and the head learns G_t by half its squared error. "Normalised" means that
-G_t, the return from step t on with gamma 0.99, is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
-the textbook's choice.
+G_t, the return from step t on with gamma 0.99, is first shifted and scaled to mean 0 and sd 1 within its episode;
+V then learns those numbers. This is the textbook's choice.
 
 Look for: normalised in itself, every episode gets a credit that sums to 0, and V cannot bring back what was
 divided out. With raw returns V is worth what the textbook says. Without V the policy walks straight to the
