@@ -108,9 +108,6 @@ def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
     for name in ("rloo", "grpo, KL in the loss", "ppo, with a critic"):
         assert table[name][:2] == ["equal up to rounding", "2 of 2"]
         assert table[name][2].startswith("0 of ")
-    assert table["float32 again"] == ["0.0e+00", "0.0e+00"]
-    mean, most = map(float, table["bfloat16"])
-    assert 0 < mean < most < 0.2
     _, theirs, seconds, ratio, _, peak = table["tiny"]
     assert float(seconds) > 0 and float(peak.replace(",", "")) > 50
     assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed" and ratio == ""
