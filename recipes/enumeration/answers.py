@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 import tyro
+from figures import show
 from torch import Tensor
 
 from tokenrl import Estimator
@@ -151,24 +151,6 @@ def earlier(rewards: Rewards) -> list[float]:
     """Return the reward of each row but the first, less the mean of the rewards of the rows before it."""
     later = [rewards[i] - sum(rewards[:i]) / i for i in range(1, len(rewards))]
     return [0.0, *later]
-
-
-def show(
-    title: str,
-    rows: Mapping[str, Callable[[int], Mapping[str, float]]],
-    problems: int,
-    form: str = "{:.3f}",
-) -> None:
-    """Print a table of what functions of a problem's seed measure, each in a row.
-
-    A column holds medians over problems, or the largest number ("worst"), the least ("least ..."), the mean ("share").
-    """
-    kinds = {"worst": "max", "least": "min", "share": "mean"}
-    table = {}
-    for name, measure in rows.items():
-        measured = pd.DataFrame([measure(seed) for seed in range(problems)])
-        table[name] = measured.agg({x: kinds.get(x.split()[0], "median") for x in measured})
-    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
 
 
 def summary(moments: Moments, expected: float) -> dict[str, float]:

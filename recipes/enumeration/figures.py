@@ -12,11 +12,12 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -36,6 +37,24 @@ def save(figure: Figure, output: Path) -> None:
         axes.grid(color="#EAEAEA", linewidth=0.8)
     figure.savefig(output)
     print(f"figure: {output}")
+
+
+def show(
+    title: str,
+    rows: Mapping[str, Callable[[int], Mapping[str, float]]],
+    problems: int,
+    form: str = "{:.3f}",
+) -> None:
+    """Print a table of what functions of a problem's seed measure, each in a row.
+
+    A column holds medians over problems, or the largest number ("worst"), the least ("least ..."), the mean ("share").
+    """
+    kinds = {"worst": "max", "least": "min", "share": "mean"}
+    table = {}
+    for name, measure in rows.items():
+        measured = pd.DataFrame([measure(seed) for seed in range(problems)])
+        table[name] = measured.agg({x: kinds.get(x.split()[0], "median") for x in measured})
+    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
 
 
 Curves = dict[str, tuple[Callable[[Tensor], Tensor], str, str]]

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 import tyro
-from answers import of_groups, rloo, show
-from figures import save
+from answers import of_groups, rloo
+from figures import save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 

@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 import tyro
-from answers import show
-from figures import save
+from figures import save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 import tyro
-from answers import show
+from figures import show
 
 from tokenrl import Estimator
 from tokenrl.lab import Perturbation, Problem, exact_moments, tabular_problem

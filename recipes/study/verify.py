@@ -2,10 +2,8 @@
 
     python recipes/study/verify.py     each row of the tables of questions, in a minute
 
-This is a second way to the verdicts. It shares nothing with `tokenrl compare`: intervals are scipy's, and the rates
-of questions 7, 12 and 13 have simulated critical values (`intervals.py`). The function of a page yields pairs: the
-label of a row, and the next cell of that row that is not empty. Numbers are compared with the digits that the page
-has, but for a sign of + and a 0 before the point.
+It shares nothing with `tokenrl compare`: intervals are scipy's, and simulated for questions 7, 12 and 13
+(`intervals.py`). A page's function yields pairs: the label of a row, and the next cell of that row that is not empty.
 """
 
 # /// script
@@ -247,9 +245,8 @@ def zero() -> Numbers:
         measured = f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, gap.text()
         yield from ((label, x) for x in (*measured, outcome if predicted else "none made"))
     for task in ("sort_digits", "reverse_text"):
-        mean, variances = bases_at_large(
-            table.xs("0", level=1).filter(like=task, axis=0).to_numpy()
-        )
+        of_task = table.xs("0", level=1).filter(like=task, axis=0)
+        mean, variances = bases_at_large(of_task.to_numpy())
         yield task, f"{mean.text()}, {mean.verdict()}"
         yield from ((task, f"{x:.3f}") for x in np.sqrt(variances[[0, 2]]))
     measured = pd.read_csv(TABLES / "zero" / "noise_pretrained.csv").iloc[0]
@@ -368,7 +365,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 
 def bare(cells: list[str]) -> list[str]:
-    """Return cells without signs of + before numbers, and without zeros before a point."""
+    """Return cells without the + and the 0 before the point of numbers."""
     return [re.sub(r"\+(?=[\d.])|\b0(?=\.)", "", cell) for cell in cells]
 
 
