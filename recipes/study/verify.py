@@ -40,8 +40,7 @@ from intervals import (
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
 """The parts of question 1 that questions 3, 6 and 10 take up again."""
-CLIPS = ("none", ".2", ".2/.28", "CISPO", "sequence")
-"""The names of question 5 for its arms, in the order of the plans."""
+CLIPS = ("none", ".2", ".2/.28", "CISPO", "sequence")  # the arms of question 5, as planned
 COPY = re.compile(r" [=≈] [a-z]\w*")
 """The mark of an arm whose gradient is that of another arm, up to a factor."""
 Numbers = Iterator[tuple[str, str]]
