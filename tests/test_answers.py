@@ -62,7 +62,7 @@ def until_two_differ(rows, most):
 def test_levels_give_the_moments_of_whole_completions(recipe, name, seed):
     problem = recipe["shared_problem"](seed)
     weights = recipe[name]
-    drawn = recipe["groups"](recipe["levels_of"](problem), 3)
+    drawn = itertools.product(recipe["levels_of"](problem), repeat=3)
     moments, size = recipe["moments_of"](weights, drawn, problem)
     mean, second = expected(weights, itertools.product(rows_of(problem), repeat=3))
     assert size == pytest.approx(3)
@@ -122,7 +122,9 @@ def test_the_errors_of_answers_with_more_of_the_squared_scores_are_noisier(recip
         noises = []
         for errors in ((0.2, 0.0), (0.0, 0.2)):
             noisy = recipe["levels_of"](recipe["flipped"](problem, *errors, False))
-            moments, _ = recipe["moments_of"](recipe["rloo"], recipe["groups"](noisy, 4), problem)
+            moments, _ = recipe["moments_of"](
+                recipe["rloo"], itertools.product(noisy, repeat=4), problem
+            )
             noises.append(moments.noise)
         of_wrong = wrong.chance * wrong.norm > right.chance * right.norm
         assert (noises[0] > noises[1]) == of_wrong

@@ -8,14 +8,11 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from folders import RECIPES
-
-import toy_tasks
 
 FOLDER = RECIPES / "benchmarks"
 TINY = {"prompts": 2, "group": 4, "length": 4, "layers": 1, "hidden": 16, "intermediate": 16}
@@ -111,9 +108,6 @@ def test_the_program_for_a_gpu_finds_a_cpu_equal_to_itself(tmp_path):
     for name in ("rloo", "grpo, KL in the loss", "ppo, with a critic"):
         assert table[name][:2] == ["equal up to rounding", "2 of 2"]
         assert table[name][2].startswith("0 of ")
-    assert table["float32 again"] == ["0.0e+00", "0.0e+00"]
-    mean, most = map(float, table["bfloat16"])
-    assert 0 < mean < most < 0.2
     _, theirs, seconds, ratio, _, peak = table["tiny"]
     assert float(seconds) > 0 and float(peak.replace(",", "")) > 50
     assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed" and ratio == ""
@@ -128,22 +122,6 @@ def test_turns_are_measured_beside_trl_or_without_it(tmp_path):
     ]
     assert wait == "1" and float(ours) > 0 and "3,840" in others
     assert float(theirs) > 0 if find_spec("trl") else theirs == "not installed"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("who", ["tokenrl", "trl"])
-@pytest.mark.parametrize("target", [0.0, 2.0])
-def test_a_racer_stops_at_the_target_or_at_the_end(who, target, tmp_path, cache):
-    pytest.importorskip(who)
-    for part in toy_tasks.load("sort_digits").build(0):
-        part.save_pretrained(tmp_path / "model")
-    spec = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
-    ended = measured(
-        "one_race.py", spec | {"steps": 26, "round": 1, "started": time.time()}, tmp_path
-    )
-    assert target == 0 or "at last" in ended["error"]
-    if target == 0:
-        assert ended["steps"] == 15 and 0 < ended["seconds"] < 120 and 0 <= ended["start"] <= 1
 
 
 @pytest.mark.slow

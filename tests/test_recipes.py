@@ -15,7 +15,7 @@ from folders import RECIPES, read_json
 from pages import blocks
 
 # by programs of a folder
-SHARED = {"own", "intervals", "first_questions", "later_questions", "curves", "grid_values"}
+SHARED = {"own", "intervals", "curves", "grid_values"}
 SHARED |= {"oracles", "tasks"}
 PROGRAMS = {
     path.stem: path
@@ -23,11 +23,11 @@ PROGRAMS = {
     if path.parent.name != "benchmarks" and path.stem not in SHARED
 }
 # tests/test_distillation_forms.py, tests/test_pretrained_recipe.py, tests/test_trl_estimator.py, tests/test_site.py,
-# tests/test_study.py, tests/lab/compare/, tests/language/rollout/test_openenv_client.py,
+# tests/test_study.py, tests/language/rollout/test_openenv_client.py,
 # tests/language/rollout/test_vllm_server.py, tests/control/test_control_training.py,
 # tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
-ELSEWHERE |= {"verify", "write_page", "compare_existing_runs", "openenv_client"}
+ELSEWHERE |= {"verify", "openenv_client"}
 ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt"}
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
@@ -41,17 +41,15 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
     "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
     "figures grpo-difficulty": (
-        r"2      0.707    0.707    0.707           1.000 .*e-1\d",
-        r"8      2.471    2.177    1.735           1.254 .*e-1\d",
-        "64 .* 1.640 +-\nlim     31.639",
+        r"limit of large G +31.639 +3.333 +2.000\n",
+        r"G = 2 +0.707 +0.707 +0.707\n",
+        r"G = 8 +2.471 +2.177 +1.735\n",
+        r"G = 64 +7.731 +3.228 +1.968\n",
     ),
     "figures objectives": (
         r"mean reward \(rloo\)  ( +1.000){5}",
         r"pass@4 \(max_at_k\) +3.765 +2.916",
         r"log of success \(maxrl\) +6.594 +5.217",
-    ),
-    "figures map --estimators rloo dr_grpo loo_std grpo": (
-        "rloo +angle +0.00 .* exact\ndr_grpo +angle +0.00 .*\nloo_std +angle +4.60 .*\ngrpo +angle +29.61 ",
     ),
     "kl_gradients --problems 2": (
         r"k1 in the reward +0.000 +0.000",
@@ -82,9 +80,9 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "environment's +0.[1-9]",
     ),
     "top_tokens --samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2": (
-        "-       0.0608",
-        "1       0.0389",
-        "3       0.0000",
+        r"top 0 0.0608 ",
+        r"top 1 0.0389 ",
+        r"top 3 0.0000 ",
     ),
 }
 LADDER = {
@@ -116,13 +114,7 @@ LEARNING = {
         "REINFORCE, 2 seeds: a mean of 475 in 0 of 2 seeds, median never",
         "gamma=1,standardise=False, 2",
     ),
-    "3_numpy --seeds 0 --episodes 100 --dqn --dqn-steps 2500": ("DQN, 1 seeds: .* 0 of 1 seeds",),
-    "4_walk --seeds 1 --episodes 8 --textbook": (
-        r"0       0   0.9135      -1.5",
-        r"9       1   1.0000       1.5",
-        "seed 42, without the value head: 0.4872\n.*, with the value head: 1.1734",
-        "raw, V         last ",
-    ),
+    "4_walk --seeds 1 --episodes 8": ("raw, V         last ",),
     "5_agents --env CartPole-v1 Pendulum-v1 --seeds 2 1 --max-steps 1": (
         r"\nCartPole-v1, classic: .*\n  mean .*, 0 of 2 seeds reach 475\n",
         r"\nPendulum-v1, tuned: -\S+\n  mean [^,]+, [^,]+\n",
@@ -153,7 +145,7 @@ LEARNING = {
     ),
     "overoptimisation --seeds 2 --max-steps 5 --pool 16": ("seed 1: accuracy", "best-of-n "),
 }
-NEEDED = {"--dqn": "stable_baselines3", "LunarLander-v3": "Box2D"}
+NEEDED = {"LunarLander-v3": "Box2D"}
 AGAIN = ("distillation", "sampler_mismatch")  # read the runs that they have made
 
 
@@ -287,7 +279,7 @@ def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, said):
 
 def test_the_table_of_estimators_has_the_rows_of_the_page(run, tmp_path):
     path = tmp_path / "table.md"
-    run(f"estimators_table --output {path} --estimators rloo grpo")
+    run(f"estimators_table --output {path} --figure {tmp_path / 'm.png'} --estimators rloo grpo")
     page = (RECIPES / "pages" / "explain" / "estimators.md").read_text().splitlines()
     rows = [line for line in page if line.startswith("| `")]
     others = [line for line in rows if not re.match(r"\| `(rloo|grpo)` ", line)]

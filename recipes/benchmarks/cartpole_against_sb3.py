@@ -10,7 +10,8 @@ The time is processor time of rollouts and updates, without imports, making of n
 evaluation. All are evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at last),
 the others after every 1,024 steps. All have one thread, so that none waits for another, and OpenMP's spin
 count, which the command tokenrl sets, plays no part. They take turns, seed by seed, so that a machine that
-slows down slows all of them. The program prints medians over seeds, and ratios to tokenrl with the same seed.
+slows down slows all of them. The program prints medians over seeds, and ratios of runs with the same seed;
+what was not solved counts until it gave up. Without stable-baselines3 tokenrl is measured alone.
 
     pip install -c constraints.txt stable-baselines3 -e .
     python recipes/benchmarks/cartpole_against_sb3.py
@@ -28,23 +29,26 @@ updates where PPO makes many small ones, and steps 64 environments in one call.
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import tyro
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-
-from tokenrl import train_agent
-from tokenrl.control import Environments, seed_of
-from tokenrl.runs import read_metrics
+from one_trainer import print_measurement
+from step_against_trl import (
+    TRAINER,
+    alternate,
+    middle,
+    print_heading,
+    print_row,
+    run,
+    times,
+    versions,
+)
 
 ENV, SOLVED, EPISODES = "CartPole-v1", 475.0, 100
 EVALUATE_EVERY = 1024  # steps of stable-baselines3
@@ -59,17 +63,15 @@ ZOO = {
 }
 PPO_ENVS, PPO_STEPS = 8, 100_000  # environments, and steps after which PPO gives up
 MAX_UPDATES = 100  # after which tokenrl gives up
+COLUMNS = ("solved: PPO", "tokenrl", "PPO, s", "tokenrl, s", "ratio of a seed (range)")
+COLUMNS += ("steps: PPO", "tokenrl")
 
 
-class Outcome(NamedTuple):
-    """The result of one agent with one seed."""
+def time_tokenrl(seed: int) -> dict[str, float]:
+    """Train by tokenrl; returns the processor time and the steps until it was solved or given up."""
+    from tokenrl import train_agent
+    from tokenrl.runs import read_metrics
 
-    seconds: float  # of processor time, until solved or given up
-    steps: int
-    solved: bool
-
-
-def time_tokenrl(seed: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         result = train_agent(
             env=ENV,
@@ -83,45 +85,16 @@ def time_tokenrl(seed: int) -> Outcome:
         )
         rows = read_metrics(result.output_dir / "metrics.jsonl")[1:]
         clocks = read_metrics(result.output_dir / "timings.jsonl")
-    at = next((i for i, row in enumerate(rows) if row["eval_reward"] >= SOLVED), None)
-    last = -1 if at is None else at
-    return Outcome(clocks[last]["cpu_seconds"], int(rows[last]["num_env_steps"]), at is not None)
+    solved = [row["eval_reward"] >= SOLVED for row in rows]
+    last = solved.index(True) if any(solved) else -1
+    steps = rows[last]["num_env_steps"]
+    return {"seconds": clocks[last]["cpu_seconds"], "steps": steps, "solved": any(solved)}
 
 
-class Watch(BaseCallback):
-    """Counts the processor time of training, and stops it once an evaluation says that it is solved.
-
-    Evaluations happen between the updates of one rollout and the start of the next, with the clock stopped.
-    """
-
-    def __init__(self, evaluate: Callable[[], float]) -> None:
-        super().__init__()
-        self.evaluate = evaluate
-        self.seconds, self.began, self.evaluated, self.solved = 0.0, 0.0, 0, False
-
-    def _on_training_start(self) -> None:
-        self.began = time.process_time()
-
-    def _on_rollout_start(self) -> None:
-        if self.num_timesteps - self.evaluated >= EVALUATE_EVERY:
-            self.pause()
-
-    def _on_step(self) -> bool:
-        return not self.solved
-
-    def _on_training_end(self) -> None:
-        if not self.solved:
-            self.pause()
-
-    def pause(self) -> None:
-        self.seconds += time.process_time() - self.began
-        self.evaluated = self.num_timesteps
-        self.solved = self.evaluate() >= SOLVED
-        self.began = time.process_time()
-
-
-def mean_return(model: Any, envs: Environments, seed: int) -> float:
+def mean_return(model: Any, envs: Any, seed: int) -> float:
     """Play one whole episode in every environment, from the starting states that tokenrl is evaluated on."""
+    from tokenrl.control import seed_of
+
     observations = envs.reset(seed_of(seed, 1, evaluation=True))
     alive, returns = np.ones(EPISODES, bool), np.zeros(EPISODES)
     while alive.any():
@@ -132,17 +105,55 @@ def mean_return(model: Any, envs: Environments, seed: int) -> float:
     return float(returns.mean())
 
 
-def time_ppo(seed: int) -> Outcome:
+def time_ppo(seed: int) -> dict[str, float]:
+    """Train by stable-baselines3; returns the same.
+
+    Evaluations happen between the updates of one rollout and the start of the next, with the clock stopped.
+    """
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from tokenrl.control import Environments
+
+    class Watch(BaseCallback):
+        """Counts the processor time of training, and stops it once an evaluation says that it is solved."""
+
+        seconds, began, evaluated, solved = 0.0, 0.0, 0, False
+
+        def _on_training_start(self) -> None:
+            self.began = time.process_time()
+
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps - self.evaluated >= EVALUATE_EVERY:
+                self.pause()
+
+        def _on_step(self) -> bool:
+            return not self.solved
+
+        def _on_training_end(self) -> None:
+            if not self.solved:
+                self.pause()
+
+        def pause(self) -> None:
+            self.seconds += time.process_time() - self.began
+            self.evaluated = self.num_timesteps
+            self.solved = mean_return(self.model, envs, seed) >= SOLVED
+            self.began = time.process_time()
+
     model = PPO("MlpPolicy", make_vec_env(ENV, PPO_ENVS, seed=seed), seed=seed, device="cpu", **ZOO)
     envs = Environments(ENV, EPISODES)
-    watch = Watch(lambda: mean_return(model, envs, seed))
+    watch = Watch()
     model.learn(PPO_STEPS, callback=watch, log_interval=None)
-    return Outcome(watch.seconds, watch.evaluated, watch.solved)
+    return {"seconds": watch.seconds, "steps": watch.evaluated, "solved": watch.solved}
 
 
-def spread(values: list[float], form: str) -> str:
-    """Median, and the range in brackets."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+def measure(spec: dict[str, Any]) -> dict[str, float]:
+    """Measure one agent with a seed, which is the number of the round."""
+    import torch
+
+    torch.set_num_threads(1)
+    return (time_tokenrl if spec["who"] == "tokenrl" else time_ppo)(spec["round"])
 
 
 def main(seeds: int = 3) -> None:
@@ -151,24 +162,16 @@ def main(seeds: int = 3) -> None:
     Args:
         seeds: Seeds 0, 1, ...; each is one turn of both.
     """
-    torch.set_num_threads(1)
-    names = "torch", "gymnasium", "stable-baselines3"
-    print(f"{', '.join(f'{name} {version(name)}' for name in names)}; 1 thread; {ENV}")
-    outcomes: dict[str, list[Outcome]] = {"tokenrl": [], "ppo_zoo": []}
-    for seed in range(seeds):
-        outcomes["tokenrl"].append(time_tokenrl(seed))
-        outcomes["ppo_zoo"].append(time_ppo(seed))
-        for name, measured in outcomes.items():
-            print(f"  seed {seed} {name}: {measured[-1]}", flush=True)
-    print("\nmedian (range); seconds of processor time; unsolved runs count until they gave up")
-    for name, measured in outcomes.items():
-        print(f"{name} ({sum(outcome.solved for outcome in measured)} of {seeds} solved)")
-        print(f"  seconds until solved       {spread([o.seconds for o in measured], '.2f')}")
-        print(f"  steps until solved         {spread([o.steps for o in measured], ',.0f')}")
-        pairs = zip(measured, outcomes["tokenrl"], strict=True)
-        ratios = [theirs.seconds / ours.seconds for theirs, ours in pairs]
-        print(f"  seconds, times tokenrl's   {spread(ratios, '.2f')}")
+    about = versions(run(TRAINER, {"part": "device"}), "gymnasium", "stable_baselines3")
+    print_heading(COLUMNS, f"{about}; 1 thread; {ENV}")
+    args = argparse.Namespace(rounds=seeds, tokenrl={})
+    _, *both = alternate(Path(__file__), {}, [{}], args, "stable_baselines3")
+    solved = [str(sum(result.get("solved", False) for result in results)) for results in both]
+    print_row([*solved, *times(*both, ".2f"), *(middle(x, "steps", ",.0f") for x in both)])
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    if "--measure" in sys.argv:  # in a process of its own
+        print_measurement(measure)
+    else:
+        tyro.cli(main)

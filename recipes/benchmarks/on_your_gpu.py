@@ -8,20 +8,17 @@ says why and the rest goes on.
 1. Numbers: the same training in float32 (without TF32), with the same seed, on the CPU and on the GPU, for
    three estimators. Rounding alone may lie between them. It can also flip a token, which changes all that
    follows, so metrics are compared for as long as the completions agree (if that is not long, `--seed 1`).
-2. Precision: how far log-probabilities of the same tokens in TF32 and bfloat16 are from those in float32.
-   The logits of random weights are nearly equal, so they are scaled to a standard deviation of 3.
-3. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
+2. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
    flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it. The
    line below each is tokenrl with `--capture auto`.
    `step_against_trl.py --work gpu-1m` also tries TRL's other settings.
-4. Episodes: seconds of a step of 8 x 8 episodes of 12 turns, as in `turns_against_trl.py`, alike.
+3. Episodes: seconds of a step of 8 x 8 episodes of 12 turns, as in `turns_against_trl.py`, alike.
 
     python recipes/benchmarks/on_your_gpu.py | tee table.md
     pip install -c constraints.txt -e '.[benchmarks]'        # for TRL beside it
     python recipes/benchmarks/on_your_gpu.py --tiny          # tries the program out, also without a GPU
 
-Look for: the verdict "equal up to rounding" three times. "float32 again" says whether the device repeats its
-own numbers. On a CPU, the gaps of bfloat16 are .035 nats in the mean and .19 at most.
+Look for: the verdict "equal up to rounding" three times.
 """
 
 # /// script
@@ -38,15 +35,17 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from itertools import takewhile
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import tyro
-from one_trainer import GPU_WORK, SHAPES, device, make_model, print_measurement
+from one_trainer import GPU_WORK, device, print_measurement
 from step_against_trl import (
     COLUMNS,
-    SETTINGS,
     TRAINER,
     print_heading,
     print_row,
@@ -70,16 +69,17 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 TRAININGS = ("training", "verdict", "steps with equal completions", "metrics that differ at all")
 TRAININGS += ("largest difference",)
-GAPS = ("precision", "mean, nats", "largest, nats")
 Rows = list[dict[str, float | None]]
 
 
-def train_with(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train with an estimator in float32; returns the rows of its metrics."""
-    import tokenrl  # before torch, as the command does
+    import tokenrl  # isort: skip  # before torch, as the command does
+    import torch
+
     from tokenrl.runs import read_metrics
 
-    full_precision()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     settings = {"max_steps": job["steps"], "seed": job["seed"], "cpu": device(job) == "cpu"}
     settings |= {"mixed_precision": "no", "training_attention": "as_loaded", "quiet": True}
     # with the task's own, ratios at the clip's edge amplify rounding
@@ -92,79 +92,24 @@ def train_with(job: dict[str, Any]) -> dict[str, Any]:
         return {"rows": read_metrics(Path(folder, "run", "metrics.jsonl"))[1:]}
 
 
-def full_precision(tf32: bool = False) -> None:
-    """Compute products of float32 matrices on a GPU as such, or in TF32."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
-def measure_gaps(job: dict[str, Any]) -> dict[str, Any]:
-    """Mean and largest difference from float32 of log-probabilities of the same tokens, by precision."""
-    import torch
-
-    shape, kind = SHAPES["tiny" if job["tiny"] else "gpu-135m"], device(job)
-    full_precision()
-    model = make_model(shape, kind=kind)[0].eval()
-    random = torch.Generator().manual_seed(job["seed"])
-    size = (shape.group, shape.prompt + shape.length)
-    ids = torch.randint(2, shape.vocabulary, size, generator=random).to(kind)
-
-    @torch.inference_mode()
-    def distribution() -> torch.Tensor:
-        return model(ids).logits.float().log_softmax(-1).cpu().flatten(0, 1)
-
-    with torch.inference_mode():
-        scale = 3 / model(ids).logits.std()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(scale)
-    exact = distribution()
-    tokens = torch.multinomial(exact.exp(), 1, generator=random)
-    exact = exact.gather(1, tokens)
-
-    def gap() -> list[float]:
-        differences = (distribution().gather(1, tokens) - exact).abs()
-        return [float(differences.mean()), float(differences.max())]
-
-    gaps = {"float32 again": gap()}
-    if kind == "cuda":
-        full_precision(tf32=True)
-        gaps["TF32"] = gap()
-        full_precision()
-    for weight in model.parameters():  # buffers stay as they are, as in a run
-        weight.data = weight.data.bfloat16()
-    return gaps | {"bfloat16": gap()}
-
-
-PARTS = {"train": train_with, "gaps": measure_gaps}
-
-
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    return PARTS[job["part"]](job)
-
-
-def agree(pair: tuple[dict[str, Any], dict[str, Any]]) -> bool:
-    """Whether two steps have equal rewards and lengths of completions."""
-    names = ("reward", "completions/mean_length")
-    return all(math.isclose(*(side[name] for side in pair), rel_tol=1e-6) for name in names)
-
-
 def verdict(here: Rows, there: Rows) -> list[str]:
-    """Whether two trainings are equal up to rounding, for how many steps, and how far their metrics are apart."""
-    steps = [*takewhile(agree, zip(here, there, strict=True))]
+    """Whether two trainings are equal up to rounding, for how many steps, and how far their metrics are apart.
+
+    Steps agree for as long as rewards and lengths of completions are equal.
+    """
+    names = [*here[-1]]
+    ours, theirs = (pd.DataFrame(rows, columns=names, dtype=float) for rows in (here, there))
+    decided = ["reward", "completions/mean_length"]
+    agree = np.isclose(ours[decided], theirs[decided], rtol=1e-6).all(1)
+    steps = int(agree.cumprod().sum())
+    ours, theirs = ours[:steps], theirs[:steps]
+    gaps = (ours - theirs).abs().where(ours.isna() == theirs.isna(), math.inf).max().fillna(0)
+    beyond = gaps > RELATIVE * ours.abs().max().fillna(0) + ABSOLUTE
     judged = "equal up to rounding" if steps else "not equal: the first completions differ"
-    largest = {}
-    for name in here[-1]:
-        pairs = [(a.get(name), b.get(name)) for a, b in steps]
-        gaps = [math.inf if None in (a, b) else abs(a - b) for a, b in pairs if a != b]
-        largest[name] = max(gaps, default=0.0)
-        size = max((abs(a or 0) for a, _ in pairs), default=0.0)
-        if largest[name] > RELATIVE * size + ABSOLUTE:
-            judged = f"not equal: {name}"
-    differ = sum(gap > 0 for gap in largest.values())
-    counts = f"{len(steps)} of {len(here)}", f"{differ} of {len(largest)}"
-    return [judged, *counts, f"{max(largest.values()):.1e}"]
+    if beyond.any():
+        judged = f"not equal: {gaps.index[beyond][-1]}"
+    differ = f"{(gaps > 0).sum()} of {len(names)}"
+    return [judged, f"{steps} of {len(here)}", differ, f"{gaps.max():.1e}"]
 
 
 def main(seed: int = 0, tiny: bool = False) -> int:
@@ -175,6 +120,8 @@ def main(seed: int = 0, tiny: bool = False) -> int:
         tiny: Tiny shapes and few steps, as a trial.
     """
     ends, program = time.monotonic() + SECONDS, Path(__file__)
+    turns, shapes = (2, ["tiny"]) if tiny else (12, [*GPU_WORK])
+    speeds = [partial(shape_row, name) for name in shapes]
     args = Namespace(steps=2 if tiny else 6, rounds=1, tokenrl={})
     job = {"tiny": tiny, "seed": seed, "steps": args.steps}
     about = run(TRAINER, {"part": "device"})
@@ -183,29 +130,21 @@ def main(seed: int = 0, tiny: bool = False) -> int:
         return 2
     print_heading(TRAININGS, f"{versions(about)}; task vowels in float32, beside the CPU")
     for name in ESTIMATORS:
-        training = job | {"part": "train", "name": name}
+        training = job | {"name": name}
         here, there = (run(program, training | {"cpu": cpu}) for cpu in (True, False))
         error = here.get("error") or there.get("error")
         print_row([name, error] if error else [name, *verdict(here["rows"], there["rows"])])
-    print_heading(GAPS, f"Gaps to float32, model {'tiny' if tiny else 'gpu-135m'}")
-    for name, gaps in run(program, job | {"part": "gaps"}).items():
-        print_row([name, gaps] if name == "error" else [name, *(f"{gap:.1e}" for gap in gaps)])
-    print_heading(COLUMNS, f"Speed of GRPO, {args.steps} steps")
-    for name in ["tiny"] if tiny else GPU_WORK:
-        for options in ({}, {"capture": "auto"}):
-            if time.monotonic() > ends:
-                break
-            args.tokenrl = options
-            settings = [] if options else [{"bf16": about["bf16"], "attention": "sdpa"}]
-            row = shape_row(name, args, settings)
-            print_row(["captured", *row[1:]] if options else row)
-    print_heading(TURN_COLUMNS, "Episodes of GRPO, in float32")
-    for options in ({}, {"capture": "auto"}):
-        if time.monotonic() > ends:
-            break
-        args.tokenrl = options
-        row = turns_row(2 if tiny else 12, 0, args, [] if options else SETTINGS[:1])
-        print_row(["captured", *row[1:]] if options else row)
+    tables = (
+        (COLUMNS, f"Speed of GRPO, {args.steps} steps", bool(about["bf16"]), speeds),
+        (TURN_COLUMNS, "Episodes of GRPO, in float32", False, [partial(turns_row, turns, 0)]),
+    )
+    for columns, heading, bf16, rows in tables:
+        print_heading(columns, heading)
+        for row, options in product(rows, ({}, {"capture": "auto"})):
+            if time.monotonic() < ends:
+                args.tokenrl = options
+                cells = row(args, [] if options else [{"bf16": bf16, "attention": "sdpa"}])
+                print_row(["captured", *cells[1:]] if options else cells)
     return 0
 
 

@@ -11,15 +11,10 @@ measurement is a process of its own (`one_trainer.py`, which holds the shapes), 
 out (of fewer than 6 steps, the first). The table has medians over rounds, the ratio of the seconds with its
 range, and the most memory of any round: of the process, or on a GPU of its tensors.
 
-With `--until-reward`, both start from the same warm-started model of a toy task and train until the mean of
-four evaluations reaches a held-out reward, with the round as the seed. The seconds count from the start of
-the process, with imports and loading, without the evaluations. TRL then has float32 and `sdpa`.
-
     pip install -c constraints.txt -e '.[benchmarks]'
     python recipes/benchmarks/step_against_trl.py
     python recipes/benchmarks/step_against_trl.py --work fixed lora
     python recipes/benchmarks/step_against_trl.py --work 135m --tokenrl '{"mixed_precision": "bf16", "seed": 1}'
-    python recipes/benchmarks/step_against_trl.py --until-reward sort_digits reverse_text
 
 Look for: ratios above 1, where tokenrl takes less. They should grow with the prompt, which tokenrl reads once
 for its group, and with the vocabulary. Measure on a quiet machine: on a busy one, threads that wait for each
@@ -53,9 +48,7 @@ from typing import Any
 
 from one_trainer import SHAPES, WORK
 
-FOLDER = Path(__file__).parent
-TRAINER = FOLDER / "one_trainer.py"
-RACER = FOLDER / "one_race.py"
+TRAINER = Path(__file__).with_name("one_trainer.py")
 SETTINGS: list[dict[str, Any]] = [
     {"bf16": bf16, "attention": attention}
     for bf16 in (False, True)
@@ -63,10 +56,6 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 COLUMNS = ("shape", "TRL at its best", "TRL, s", "tokenrl, s", "ratio of a round (range)")
 COLUMNS += ("peak MB: TRL", "tokenrl")
-TARGETS = {"sort_digits": 0.95, "reverse_text": 0.85}
-"""Tasks, and the held-out reward of greedy completions that is to be reached."""
-RACE_COLUMNS = ("task", "held-out reward", "TRL, s", "tokenrl, s", "ratio of a seed (range)")
-RACE_COLUMNS += ("steps: TRL", "tokenrl")
 Results = list[dict[str, Any]]
 """What a trainer's processes print by round; `error` where one failed."""
 
@@ -74,15 +63,13 @@ Results = list[dict[str, Any]]
 def run(program: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """What a program measures in a new process, or its `error` in a line; progress goes to stderr."""
     began = time.monotonic()
-    spec = spec | {"started": time.time()}
     process = subprocess.run(
         [sys.executable, str(program), "--measure", json.dumps(spec)],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    label = ", ".join(f"{name} {spec[name]}" for name in spec if name in LABELS)
-    print(f"  {label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"  {json.dumps(spec)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if process.returncode == 0:
         return dict(json.loads(process.stdout.splitlines()[-1]))
     print(process.stderr[-3000:], file=sys.stderr, flush=True)
@@ -92,29 +79,27 @@ def run(program: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return {"error": (errors or ["failed"])[-1].replace("|", "/")}
 
 
-LABELS = ("part", "who", "work", "task", "turns", "wait", "name", "round", "bf16", "attention")
-
-
 def alternate(
     program: Path,
     spec: dict[str, Any],
     settings: Sequence[dict[str, Any]],
     args: argparse.Namespace,
+    rival: str = "trl",
 ) -> tuple[dict[str, Any], Results, Results]:
-    """Measure TRL and tokenrl in turn.
+    """Measure a rival and tokenrl in turn.
 
-    The first round tries all settings of TRL, and the later ones only the fastest. Without TRL only tokenrl
-    is measured.
+    The first round tries all settings of the rival, and the later ones only the fastest. Without the rival's package
+    only tokenrl is measured.
 
     Returns:
-        The fastest setting of TRL, and the results of TRL and of tokenrl by round.
+        The fastest setting of the rival, and the results of both by round.
     """
     theirs: Results = []
     ours: Results = []
-    settings = list(settings) if find_spec("trl") else []
+    settings = list(settings) if find_spec(rival) else []
     for number in range(args.rounds):
         spec = spec | {"round": number}
-        results = [run(program, spec | {"who": "trl"} | setting) for setting in settings]
+        results = [run(program, spec | {"who": rival} | setting) for setting in settings]
         times = [result.get("seconds", math.inf) for result in results]
         fastest = times.index(min(times)) if times else 0
         settings = settings[fastest : fastest + 1]
@@ -154,11 +139,11 @@ def print_heading(columns: Sequence[str], heading: str) -> None:
     print(f"|{'---|' * len(columns)}", flush=True)
 
 
-def versions(device: dict[str, Any]) -> str:
+def versions(device: dict[str, Any], *names: str) -> str:
     """The device, as `one_trainer.py` describes it, and the versions of what is measured."""
-    names = "tokenrl-lm", "torch", "transformers", "trl"
-    installed = [f"{name} {version(name)}" for name in names if find_spec(name.split("-")[0])]
-    return f"{device['name']}; {', '.join(installed)}"
+    names = ("tokenrl", "torch", *(names or ("transformers", "trl")))
+    found = [name.replace("tokenrl", "tokenrl-lm") for name in names if find_spec(name)]
+    return f"{device['name']}; {', '.join(f'{name} {version(name)}' for name in found)}"
 
 
 def shape_row(
@@ -170,20 +155,6 @@ def shape_row(
     precision = {True: "bfloat16", False: "float32", None: ""}[setting.get("bf16")]
     best = f"{precision} {setting.get('attention', '')}".strip()
     return [name, best, *times(*both), *peaks(*both)]
-
-
-def race_row(name: str, args: argparse.Namespace) -> list[str]:
-    """Train with both in turn until the held-out reward, with a seed for each round; returns a row."""
-    import torch  # noqa: F401  # before tokenrl, which then sets no variable that both would inherit
-
-    import tokenrl.language as language
-
-    model = str(language.warm_started_base(language.load_task(name)))
-    spec = {"task": name, "model": model, "target": TARGETS[name], "steps": 200}
-    _, *both = alternate(RACER, spec, SETTINGS[:1], args)
-    start = middle(both[1], "start", ".2f")
-    steps = [middle(results, "steps", ".0f") for results in both]
-    return [name, f"{start} to {TARGETS[name]:.2f}", *times(*both, ".1f"), *steps]
 
 
 def parsed(parser: argparse.ArgumentParser, steps: int) -> argparse.Namespace:
@@ -199,13 +170,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", nargs="+", choices=SHAPES, default=list(WORK), metavar="NAME")
-    until = "instead: the seconds until a held-out reward of these tasks"
-    parser.add_argument("--until-reward", nargs="+", choices=TARGETS, metavar="TASK", help=until)
     args = parsed(parser, steps=10)
-    heading = versions(run(TRAINER, {"part": "device"}))
-    print_heading(RACE_COLUMNS if args.until_reward else COLUMNS, heading)
-    for name in args.until_reward or args.work:
-        print_row(race_row(name, args) if args.until_reward else shape_row(name, args))
+    print_heading(COLUMNS, versions(run(TRAINER, {"part": "device"})))
+    for name in args.work:
+        print_row(shape_row(name, args))
 
 
 if __name__ == "__main__":

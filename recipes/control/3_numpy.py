@@ -1,6 +1,5 @@
-"""REINFORCE on CartPole-v1 in NumPy alone: the agent, beside DQN, and with its settings changed.
+"""REINFORCE on CartPole-v1 in NumPy alone: the agent, and beside it the agent with its settings changed.
 
-    python recipes/control/3_numpy.py --dqn                              # beside DQN of stable-baselines3
     python recipes/control/3_numpy.py --vary gamma=0.8 gamma=0.95 window=5 standardise=False
 
 The agent comes first, as one page: 100 ReLU units, a gradient written by hand, RMSProp, five episodes an
@@ -28,8 +27,7 @@ or fewer stays behind. The numbers are in recipes/pages/tutorials/learn_reinforc
 # ///
 
 import ast
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -38,7 +36,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import tyro
-from curves import GREY, draw_band, mean_with_interval, rolling, save
+from curves import GREY, draw_rolling, mean_with_interval, rolling, save
 from matplotlib.figure import Figure
 
 from tokenrl.control import seed_of
@@ -176,117 +174,47 @@ COLOURS = (
 THRESHOLD = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
 WIDTH = 100  # episodes in a rolling mean and in the evaluation
 TAIL = 500  # episodes at the end by which settings are compared
-# Network, batch and buffer are rl-baselines3-zoo's. Its other settings are for 50,000 steps. These converge in
-# longer runs too: a smaller rate that falls to 0, and slower target networks, chosen by a trial with seed 0.
-DQN = {
-    "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99, "train_freq": 4,
-    "gradient_steps": 2, "target_update_interval": 500, "exploration_fraction": 0.1,
-    "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]},
-}  # fmt: skip
 
 
-class Run(NamedTuple):
-    """The results of a run; each step has a reward of 1, so that returns are numbers of steps too."""
-
-    returns: np.ndarray  # of each training episode
-    greedy: np.ndarray  # of 100 fresh episodes afterwards, always with the best action
-    seconds: float  # of CPU time
-
-    def means(self) -> np.ndarray:
-        """Return the mean of the last 100 episodes, from the hundredth on."""
-        return rolling(self.returns[None], WIDTH)[0]
-
-    def solved(self) -> tuple[float, float]:
-        """Return episodes and steps until a mean of 475, or infinities if there is none."""
-        above = self.means() >= THRESHOLD
-        episodes = int(above.argmax()) + WIDTH
-        steps = float(self.returns[:episodes].sum())
-        return (episodes, steps) if above.any() else (np.inf, np.inf)
-
-
-def reinforce(settings: Settings, episodes: int) -> Run:
-    """Train the NumPy agent; the best action is the one with the larger probability."""
-    start = time.process_time()
+def reinforce(settings: Settings, episodes: int) -> tuple[list[float], float]:
+    """Train; returns the return of each episode, and the mean of fresh ones, always with the best action."""
     returns: list[float] = []
-    for weights, batch in train(settings):  # noqa: B007  the last weights are evaluated
+    for weights, batch in train(settings):
         returns += [float(episode.rewards.sum()) for episode in batch]
         if len(returns) >= episodes:
-            break
-    greedy = evaluate(lambda x: (forward(weights, x)[1] > 0.5).astype(int), settings.seed)
-    return Run(np.array(returns[:episodes]), greedy, time.process_time() - start)
+            return returns[:episodes], evaluate(weights, settings.seed)
 
 
-def train_dqn(seed: int, steps: int) -> Run:
-    """Train DQN; 4 % of its training actions stay random."""
-    import torch
-    from stable_baselines3 import DQN as Agent
-    from stable_baselines3.common.monitor import Monitor
-
-    torch.set_num_threads(1)  # networks so small gain nothing from more
-    start = time.process_time()
-    env = Monitor(gymnasium.make("CartPole-v1"))
-    agent = Agent("MlpPolicy", env, lambda share: 5e-4 * share, seed=seed, device="cpu", **DQN)
-    agent.learn(steps)
-    greedy = evaluate(lambda x: agent.predict(x, deterministic=True)[0], seed)
-    return Run(np.array(env.get_episode_rewards()), greedy, time.process_time() - start)
-
-
-def evaluate(act: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
-    """Return the returns of 100 fresh episodes, which start alike for both agents."""
+def evaluate(weights: Weights, seed: int) -> float:
+    """Return the mean return of 100 fresh episodes, which start alike for all agents."""
     envs = gymnasium.make_vec("CartPole-v1", WIDTH, vectorization_mode="sync")
     observations, _ = envs.reset(seed=seed_of(seed, 1, evaluation=True))
     returns = np.zeros(WIDTH)
     playing = np.ones(WIDTH, dtype=bool)
     while playing.any():
-        observations, rewards, terminated, truncated, _ = envs.step(act(observations))
+        actions = (forward(weights, observations)[1] > 0.5).astype(int)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminated | truncated)
-    return returns
+    return returns.mean()
 
 
-def report(kind: str, runs: list[Run], usual: list[Run]) -> str:
-    """Print the results of one kind, beside the usual agent's with equal seeds; returns a label for the figure."""
-    episodes, steps = np.array([run.solved() for run in runs]).T
-    solved = f"475 in {np.isfinite(episodes).sum()} of {len(runs)} seeds"
-    median = "never"
-    if np.isfinite(np.median(steps)):
-        median = f"{np.median(episodes):,.0f} episodes, {np.median(steps):,.0f} steps"
-    print(f"{kind}, {len(runs)} seeds: a mean of {solved}, median {median}")
+def report(kind: str, returns: np.ndarray, greedy: list[float], usual: np.ndarray) -> str:
+    """Print the results [seeds, episodes] of one kind, beside the usual agent's; returns a label for the figure."""
+    above = rolling(returns, WIDTH) >= THRESHOLD
+    first = above.argmax(1) + WIDTH  # a step has a reward of 1: returns are numbers of steps too
+    steps = np.cumsum(returns, 1)[range(len(returns)), first - 1]
+    episodes, steps = (np.median(np.where(above.any(1), x, np.inf)) for x in (first, steps))
+    solved = f"475 in {above.any(1).sum()} of {len(returns)} seeds"
+    median = f"{episodes:,.0f} episodes, {steps:,.0f} steps" if np.isfinite(steps) else "never"
+    print(f"{kind}, {len(returns)} seeds: a mean of {solved}, median {median}")
     for label, count in ((f"the last {TAIL}", TAIL), ("the last 100", 100), ("all", 0)):
-        means = np.array([run.returns[-count:].mean() for run in runs])
-        gains = means - [run.returns[-count:].mean() for run in usual]
-        gain = mean_with_interval(gains, "+.0f")
-        against = "" if runs is usual else f"; against the usual agent {gain}"
+        means, others = (x[:, -count:].mean(1) for x in (returns, usual))
+        gain = mean_with_interval(means - others, "+.0f")
+        against = "" if returns is usual else f"; against the usual agent {gain}"
         print(f"  {label} training episodes {mean_with_interval(means, '.0f')}{against}")
-    greedy = [run.greedy.mean() for run in runs]
     print(f"  100 fresh episodes with the best actions {mean_with_interval(greedy, '.0f')}")
-    print(f"  CPU seconds {mean_with_interval([run.seconds for run in runs], '.0f')}")
     return f"{kind}: {solved}, median {median}"
-
-
-def draw(runs: dict[str, list[Run]], labels: list[str]) -> Figure:
-    """Draw each kind by episodes, and by environment steps as far as every seed goes."""
-    figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for seeds, label, colour in zip(runs.values(), labels, cycle(COLOURS), strict=False):
-        means = [run.means() for run in seeds]
-        episodes = [np.arange(len(mean)) + WIDTH for mean in means]
-        steps = [np.cumsum(run.returns)[WIDTH - 1 :] for run in seeds]
-        for axes, x in ((left, episodes), (right, steps)):
-            for curve in zip(x, means, strict=True):
-                axes.plot(*curve, color=colour, linewidth=0.7, alpha=0.4)
-            grid = np.geomspace(max(part[0] for part in x), min(part[-1] for part in x), 2000)
-            curves = [np.interp(grid, *curve) for curve in zip(x, means, strict=True)]
-            draw_band(axes, grid, np.array(curves), colour, label)
-    for axes, label in ((left, "episodes"), (right, "environment steps")):
-        axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
-        axes.set(xlabel=label, ylim=(0, 540))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    left.set(xlim=(0, None), ylabel="training return, mean of the last 100 episodes")
-    right.set_xscale("log")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", frameon=False)
-    figure.supxlabel("bands: 95 % of the mean over seeds; thin lines: each seed", fontsize=9)
-    return figure
 
 
 def varied(text: str) -> Settings:
@@ -299,30 +227,29 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     episodes: int = 3000,
     vary: tuple[str, ...] = (),
-    dqn: bool = False,
-    dqn_steps: int = 150_000,
     output: Path = Path("numpy_cartpole.png"),
 ) -> None:
-    """Train the NumPy agent over seeds; beside DQN, or beside itself with other settings.
+    """Train the NumPy agent over seeds; beside itself with other settings where `vary` names some.
 
     Args:
         seeds: Seeds; one run of each kind for each.
         episodes: Episodes of each run of REINFORCE, 100 or more.
         vary: Settings to train beside the usual ones, as gamma=0.8, window=5 or gamma=1,standardise=False.
-        dqn: Train DQN (stable-baselines3) too.
-        dqn_steps: Environment steps of each run of DQN.
         output: Where the figure goes.
     """
-    runs: dict[str, list[Run]] = {}
-    labels = []
-    for kind in ("REINFORCE", *vary, *(["DQN"] if dqn else [])):
-        if kind == "DQN":
-            runs[kind] = [train_dqn(seed, dqn_steps) for seed in seeds]
-        else:
-            settings = Settings() if kind == "REINFORCE" else varied(kind)
-            runs[kind] = [reinforce(replace(settings, seed=seed), episodes) for seed in seeds]
-        labels.append(report(kind, runs[kind], runs["REINFORCE"]))
-    save(draw(runs, labels), output)
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in zip(("REINFORCE", *vary), cycle(COLOURS), strict=False):
+        settings = Settings() if kind == "REINFORCE" else varied(kind)
+        runs = [reinforce(replace(settings, seed=seed), episodes) for seed in seeds]
+        returns, greedy = (np.array(x) for x in zip(*runs, strict=True))
+        usual = returns if kind == "REINFORCE" else usual
+        draw_rolling(axes, returns, WIDTH, colour, report(kind, returns, greedy, usual))
+    axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
+    axes.set(xlim=(0, None), ylim=(0, 540), xlabel="episodes; bands: 95 % of the mean over seeds")
+    axes.set_ylabel("training return, mean of the last 100 episodes")
+    figure.legend(loc="outside upper left", frameon=False)
+    save(figure, output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
 """A walk on a line, with a value head and without, and with returns normalised in each episode or not.
 
-First a table. An episode of ten steps has a reward of 1 at the end and 0 before; with gamma 0.99 the return
-of the action at step t is G_t = 0.99^(9 - t). A positive return makes the action taken more likely, and all
-ten raw returns are positive, whatever was done. Normalised to mean 0 and sd 1, they make the first five
-actions less likely and the last five more likely. Both are the estimator's own numbers; ddof of the sd is 0.
-
-Then the walk. x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
-a reward of 1 on the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
+x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with a reward of 1 on
+the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
 cut. Standing about returns 0.5, the straight path to the right 1.1. The agent is a textbook's: two tanh
 layers of 128, PyTorch's initial weights, Adam 3e-4, one episode an update, a mean over its steps, gradients
 clipped at norm 0.5, 400 episodes, and a time limit that counts as an end. With a value head on the same
 layers the advantage is G_t - V(x), and the head learns G_t by half its squared error. "Normalised" means that
-G_t is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
-the textbook's choice.
+G_t, the return from step t on with gamma 0.99, is first shifted and scaled to mean 0 and sd 1 within its episode;
+V then learns those numbers. This is the textbook's choice.
 
 Look for: normalised in itself, every episode gets a credit that sums to 0, and V cannot bring back what was
 divided out. With raw returns V is worth what the textbook says. Without V the policy walks straight to the
@@ -33,15 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from curves import draw_mean, draw_rolling, mean_with_interval, save, trained
-from gymnasium.wrappers import TimeLimit
 from matplotlib.figure import Figure
-from torch import nn
 
 from tokenrl import Estimator
-from tokenrl.control import Walk
 
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
@@ -54,63 +45,6 @@ KINDS = {
 }
 # Okabe and Ito
 COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))
-
-
-def ten_steps() -> None:
-    """Print the returns of ten actions, raw and normalised."""
-    rewards = torch.zeros(1, 10, dtype=torch.double)
-    rewards[0, -1] = 1.0
-    mask = torch.ones(1, 10, dtype=torch.bool)
-    exact = replace(NORMALISED, scale_ddof=0, scale_eps=0)
-    raw = PLAIN.advantages(rewards, mask, group_size=None).policy[0]
-    normalised = exact.advantages(rewards, mask, group_size=None).policy[0]
-    print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
-    for t in range(10):
-        words = " / ".join(
-            "more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t])
-        )
-        print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
-
-
-def textbook_return(seed: int, *, value_head: bool) -> float:
-    """Train by a plain loop, without tokenrl's trainer; returns the mean return of the last 100 episodes."""
-    torch.manual_seed(seed)
-    body = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
-    heads = [nn.Linear(128, 2), *([nn.Linear(128, 1)] if value_head else [])]
-    parameters = [p for module in (body, *heads) for p in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=3e-4)
-    env = TimeLimit(Walk(), 50)
-    episode_returns = []
-    for _ in range(400):
-        observations = [env.reset()[0]]
-        logprobs = []
-        rewards = []
-        ended = False
-        while not ended:
-            logits = heads[0](body(torch.from_numpy(observations[-1])))
-            policy = torch.distributions.Categorical(logits=logits)
-            action = policy.sample()
-            logprobs.append(policy.log_prob(action))
-            observation, reward, terminated, truncated, _ = env.step(int(action))
-            ended = terminated or truncated
-            observations.append(observation)
-            rewards.append(reward)
-        returns = torch.tensor(
-            [sum(GAMMA**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
-        )
-        returns = (returns - returns.mean()) / (returns.std() + 1e-8)
-        values = torch.zeros_like(returns)
-        if value_head:
-            values = heads[1](body(torch.from_numpy(np.stack(observations[:-1])))).squeeze(-1)
-        loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
-        if value_head:
-            loss = loss + 0.5 * (values - returns).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.step()
-        episode_returns.append(sum(rewards))
-    return float(np.mean(episode_returns[-100:]))
 
 
 def returns_of(name: str, seeds: int, **settings: Any) -> np.ndarray:
@@ -158,25 +92,18 @@ def main(
     seeds: int = 10,
     episodes: int = 400,
     initial_weights: Literal["orthogonal", "uniform"] = "uniform",
-    textbook: bool = False,
     output: Path = Path("walk.png"),
 ) -> None:
-    """Print the table of returns of ten steps, then learn the walk in four ways.
+    """Learn the walk in four ways.
 
     Args:
         env: Whether a step pays 0.01 or costs it.
         seeds: Runs of each kind.
         episodes: Episodes of a run, one an update.
         initial_weights: Uniform are PyTorch's own.
-        textbook: Also train by a loop of the textbook's, in plain PyTorch with its seed 42.
         output: Where the figure goes.
     """
-    ten_steps()
-    if textbook:
-        for words, value_head in (("without", False), ("with", True)):
-            mean = textbook_return(42, value_head=value_head)
-            print(f"textbook's loop, seed 42, {words} the value head: {mean:.4f}")
-    print(f"\n{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
+    print(f"{env}: mean returns over {seeds} seeds [95 % interval], last 100 episodes")
     runs: dict[str, np.ndarray] = {}
     last: dict[str, np.ndarray] = {}
     settings = {"env": env, "initial_weights": initial_weights, "max_steps": episodes}

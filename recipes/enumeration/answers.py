@@ -21,11 +21,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from statistics import median
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import tyro
+from figures import show
 from torch import Tensor
 
 from tokenrl import Estimator
@@ -96,11 +97,6 @@ def levels_of(problem: Problem) -> list[Level]:
     return levels
 
 
-def groups(levels: Sequence[Level], size: int) -> Iterator[tuple[Level, ...]]:
-    """Yield all groups of a size."""
-    yield from itertools.product(levels, repeat=size)
-
-
 def adaptive_groups(levels: Sequence[Level], most: int = MOST) -> Iterator[tuple[Level, ...]]:
     """Yield all groups that are sampled until two rewards differ, of at most so many completions."""
     drawn: list[tuple[Level, ...]] = [(level,) for level in levels]
@@ -157,19 +153,10 @@ def earlier(rewards: Rewards) -> list[float]:
     return [0.0, *later]
 
 
-def row(name: str, columns: Sequence[Sequence[float]], width: int = 34) -> None:
-    """Print a row of a table: medians over problems."""
-    print(f"{name:{width}}" + "".join(f"{median(column):12.3f}" for column in columns), flush=True)
-
-
-def head(title: str, *names: str, width: int = 34) -> None:
-    """Print a question and the names of the columns of its table."""
-    print(f"\n{title}\n{'':{width}}" + "".join(f"{name:>12}" for name in names))
-
-
-def summary(moments: Moments) -> tuple[float, float, float]:
-    """Return the factor beside the true gradient, the bias in direction, and the noise."""
-    return moments.scale, sine(moments.cosine), moments.noise
+def summary(moments: Moments, expected: float) -> dict[str, float]:
+    """Return the factor beside the true gradient, the bias in direction, the noise, and the expected factor."""
+    bias = sine(moments.cosine)
+    return {"/ grad p": moments.scale, "bias": bias, "noise": moments.noise, "expected": expected}
 
 
 def sine(cosine: float) -> float:
@@ -179,18 +166,25 @@ def sine(cosine: float) -> float:
 
 def signs(problems: int) -> None:
     """Positive samples alone, or negative ones: with rewards 0 and 1."""
-    names = "/ grad p", "bias", "noise", "expected"
-    head("Positive or negative samples alone (rewards 0 and 1)", *names)
-    listed = [shared_problem(seed) for seed in range(problems)]
-    chances = [float(problem.chances[0] @ problem.totals[0]) for problem in listed]
-    for name, constant in (("weights r", 0.0), ("weights r - 1", 1.0)):
-        estimator = Estimator(baseline="constant", baseline_constant=constant)
-        moments = [exact_moments(estimator, problem, group_size=1) for problem in listed]
-        row(name, [*zip(*map(summary, moments), strict=True), [1.0] * problems])
-    for name, weights in (("RLOO's positive half", positive), ("RLOO's negative half", negative)):
-        moments = [moments_of(weights, groups(levels_of(x), GROUP), x)[0] for x in listed]
-        expected = [1 - p if weights is positive else p for p in chances]
-        row(name, [*zip(*map(summary, moments), strict=True), expected])
+
+    def constant(value: float, seed: int) -> dict[str, float]:
+        estimator = Estimator(baseline="constant", baseline_constant=value)
+        return summary(exact_moments(estimator, shared_problem(seed), group_size=1), 1.0)
+
+    def half(weights: Weights, seed: int) -> dict[str, float]:
+        problem = shared_problem(seed)
+        p = float(problem.chances[0] @ problem.totals[0])
+        return summary(of_groups(weights, problem), 1 - p if weights is positive else p)
+
+    rows = {"weights r": partial(constant, 0.0), "weights r - 1": partial(constant, 1.0)}
+    rows["RLOO's positive half"] = partial(half, positive)
+    rows["RLOO's negative half"] = partial(half, negative)
+    show("Positive or negative samples alone (rewards 0 and 1)", rows, problems)
+
+
+def of_groups(weights: Weights, problem: Problem, size: int = GROUP) -> Moments:
+    """Return the moments of weights in groups of a size."""
+    return moments_of(weights, itertools.product(levels_of(problem), repeat=size), problem)[0]
 
 
 def flipped(
@@ -240,8 +234,14 @@ def standardised(rewards: Rewards) -> list[float]:
 
 def verifier(problems: int) -> None:
     """A verifier that errs: what is left of the gradient of the probability to be right."""
-    names = "/ without", "bias", "noise"
-    head("A noisy verifier, beside one that never errs", *names, width=48)
+
+    def noisy(weights: Weights, errors: tuple[Any, ...], seed: int) -> dict[str, float]:
+        problem = shared_problem(seed)
+        drawn = itertools.product(levels_of(flipped(problem, *errors)), repeat=GROUP)
+        moments, _ = moments_of(weights, drawn, problem)
+        without = moments.scale / of_groups(weights, problem).scale
+        return {"/ without": without, "bias": sine(moments.cosine), "noise": moments.noise}
+
     cases = {
         "FP 0, FN 0": (0.0, 0.0, False),
         "FP 0.2, FN 0": (0.2, 0.0, False),
@@ -250,34 +250,29 @@ def verifier(problems: int) -> None:
         "FP 0.2, FN 0, only where long": (0.2, 0.0, True),
         "the same, corrected": (0.2, 0.0, True, True),
     }
-    for name, weights in (("RLOO", rloo), ("divided by the std", standardised)):
-        for title, case in cases.items():
-            columns = []
-            for seed in range(problems):
-                problem = shared_problem(seed)
-                noisy = flipped(problem, *case)
-                both = [
-                    moments_of(weights, groups(levels_of(x), GROUP), problem)[0]
-                    for x in (problem, noisy)
-                ]
-                scale, bias, noise = summary(both[1])
-                columns.append((scale / both[0].scale, bias, noise))
-            row(f"{name}, {title}", [*zip(*columns, strict=True)], width=48)
+    rows = {
+        f"{name}, {title}": partial(noisy, weights, errors)
+        for name, weights in {"RLOO": rloo, "divided by the std": standardised}.items()
+        for title, errors in cases.items()
+    }
+    show("A noisy verifier, beside one that never errs", rows, problems)
 
 
 def adaptive(problems: int) -> None:
     """Sampling a prompt until two rewards differ."""
-    names = "/ grad J", "bias", "worst", "E n - 1"
-    head(f"Sampling until two rewards differ, at most {MOST}", *names, width=48)
-    for rewards in ("binary", "graded"):
-        for name, weights in (("RLOO", rloo), ("the mean of earlier rows", earlier)):
-            columns = []
-            for seed in range(problems):
-                problem = shared_problem(seed, rewards)
-                moments, size = moments_of(weights, adaptive_groups(levels_of(problem)), problem)
-                columns.append((moments.scale, sine(moments.cosine), size - 1))
-            scales, biases, sizes = zip(*columns, strict=True)
-            row(f"{name}, {rewards} rewards", [scales, biases, [max(biases)], sizes], width=48)
+
+    def sampled(weights: Weights, rewards: str, seed: int) -> dict[str, float]:
+        problem = shared_problem(seed, rewards)
+        moments, size = moments_of(weights, adaptive_groups(levels_of(problem)), problem)
+        bias = sine(moments.cosine)
+        return {"/ grad J": moments.scale, "bias": bias, "worst": bias, "E n - 1": size - 1}
+
+    rows = {
+        f"{name}, {rewards} rewards": partial(sampled, weights, rewards)
+        for rewards in ("binary", "graded")
+        for name, weights in {"RLOO": rloo, "the mean of earlier rows": earlier}.items()
+    }
+    show(f"Sampling until two rewards differ, at most {MOST}", rows, problems)
 
 
 def teachers_of(seed: int) -> tuple[Problem, Problem, Problem]:
@@ -297,28 +292,30 @@ def teachers_of(seed: int) -> tuple[Problem, Problem, Problem]:
 
 def informed(problems: int) -> None:
     """A teacher that has seen the prompt, another completion of it, or the row itself."""
-    head("A teacher that has seen something", "distance", "worst", "cosine", width=44)
-    forms = [Estimator.preset(name) for name in ("opd_to_go", "opd_full_path")]
-    cases: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(problems):
-        failure, success, own = teachers_of(seed)
-        p = float(own.chances[0] @ own.totals[0])
-        contexts = {
-            "the prompt alone": [(1.0, failure)],
-            "the reward of a sibling": [(1 - p, failure), (p, success)],
-            "the reward of the row itself": [(1.0, own)],
-        }
-        for name, parts in contexts.items():
-            sampled, closed = (
-                sum(chance * distilled(form, problem) for chance, problem in parts)
-                for form in forms
+
+    def teacher(
+        parts: Callable[[float], tuple[float, float, float]], seed: int
+    ) -> dict[str, float]:
+        """Compare two forms, where failure, success and the row itself have been seen with these chances."""
+        teachers = teachers_of(seed)
+        chances = parts(float(teachers[2].chances[0] @ teachers[2].totals[0]))
+        sampled, closed = (
+            sum(
+                p * distilled(Estimator.preset(form), x)
+                for p, x in zip(chances, teachers, strict=True)
             )
-            distance = float((sampled - closed).norm() / closed.norm())
-            cosine = float(torch.cosine_similarity(sampled, closed, dim=0))
-            cases.setdefault(name, []).append((distance, cosine))
-    for name, measured in cases.items():
-        distances, cosines = zip(*measured, strict=True)
-        row(name, [distances, [max(distances)], cosines], width=44)
+            for form in ("opd_to_go", "opd_full_path")
+        )
+        distance = float((sampled - closed).norm() / closed.norm())
+        cosine = float(torch.cosine_similarity(sampled, closed, dim=0))
+        return {"distance": distance, "worst": distance, "cosine": cosine}
+
+    rows = {
+        "the prompt alone": partial(teacher, lambda p: (1.0, 0.0, 0.0)),
+        "the reward of a sibling": partial(teacher, lambda p: (1 - p, p, 0.0)),
+        "the reward of the row itself": partial(teacher, lambda p: (0.0, 0.0, 1.0)),
+    }
+    show("A teacher that has seen something", rows, problems)
 
 
 def distilled(form: Estimator, problem: Problem) -> Any:
@@ -329,21 +326,19 @@ def distilled(form: Estimator, problem: Problem) -> Any:
 
 def entropies(problems: int) -> None:
     """The gradient of the tokens with the highest entropies alone."""
-    head("Keeping the tokens of the highest entropies", "kept", "bias", "cosine", "worst")
-    for share in (1.0, 0.8, 0.5, 0.2):
-        shares, cosines = [], []
-        for seed in range(problems):
-            problem = shared_problem(seed, "continuous")
-            target = problem.gradient()[0]
-            kept = most_uncertain(problem, share)  # [M, T]
-            shares.append(
-                float((problem.chances[0] @ kept).sum() / (problem.chances[0] @ problem.mask).sum())
-            )
-            centred = problem.totals[0] - problem.chances[0] @ problem.totals[0]
-            weights = (problem.chances[0] * centred)[:, None] * kept
-            mean = torch.einsum("mt,mtd->d", weights, problem.scores[0])
-            cosines.append(float(torch.cosine_similarity(mean, target, dim=0)))
-        row(f"share {share:g}", [shares, [*map(sine, cosines)], cosines, [min(cosines)]])
+
+    def keeping(share: float, seed: int) -> dict[str, float]:
+        problem = shared_problem(seed, "continuous")
+        chances, totals = problem.chances[0], problem.totals[0]
+        kept = most_uncertain(problem, share)  # [M, T]
+        weights = (chances * (totals - chances @ totals))[:, None] * kept
+        mean = torch.einsum("mt,mtd->d", weights, problem.scores[0])
+        cosine = float(torch.cosine_similarity(mean, problem.gradient()[0], dim=0))
+        tokens = float((chances @ kept).sum() / (chances @ problem.mask).sum())
+        return {"kept": tokens, "bias": sine(cosine), "cosine": cosine, "least cosine": cosine}
+
+    rows = {f"share {share:g}": partial(keeping, share) for share in (1.0, 0.8, 0.5, 0.2)}
+    show("Keeping the tokens of the highest entropies", rows, problems)
 
 
 def most_uncertain(problem: Problem, share: float) -> Tensor:
@@ -369,14 +364,18 @@ def lagged_problem(seed: int, lag: int) -> Problem:
 
 def stale(problems: int) -> None:
     """A sampler with the weights of earlier steps: what corrections leave, by the number of steps."""
-    head("A sampler that is some steps behind", "bias", "worst", "noise", width=44)
-    for lag in (1, 4, 16):
-        listed = [lagged_problem(seed, lag) for seed in range(problems)]
-        for name, fields in CORRECTIONS.items():
-            moments = [off_policy_moments(Estimator(**fields), problem)[0] for problem in listed]
-            biases = [m.relative_bias for m in moments]
-            noises = [m.noise for m in moments]
-            row(f"{lag} steps, {name}", [biases, [max(biases)], noises], width=44)
+
+    def behind(lag: int, fields: dict[str, Any], seed: int) -> dict[str, float]:
+        moments, _ = off_policy_moments(Estimator(**fields), lagged_problem(seed, lag))
+        bias = moments.relative_bias
+        return {"bias": bias, "worst": bias, "noise": moments.noise}
+
+    rows = {
+        f"{lag} steps, {name}": partial(behind, lag, fields)
+        for lag in (1, 4, 16)
+        for name, fields in CORRECTIONS.items()
+    }
+    show("A sampler that is some steps behind", rows, problems)
 
 
 SECTIONS: dict[str, Callable[[int], None]] = {

@@ -13,9 +13,7 @@ It makes `recipes/pages/explain/defaults.md`, of which only the table is replace
 from pathlib import Path
 
 import tyro
-from estimators_table import beside_rloo, numbers
-from figures import STATUSES, angle, save
-from matplotlib.figure import Figure
+from estimators_table import draw, numbers
 
 from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
@@ -36,29 +34,6 @@ def row(name: str, verdict: Verdict, rloo: Verdict) -> str:
         f"| `{name}` | {e.baseline} / {e.scale} | {aggregation} | {e.ratio} | {kl} "
         f"| {verdict.found} | {numbers(verdict, rloo)}"
     )
-
-
-def draw(verdicts: dict[str, Verdict], rloo: Verdict, output: Path) -> None:
-    """Draw the angle between E[g] and grad J on each problem, and the noise over that of RLOO."""
-    figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    for height, verdict in enumerate(reversed(verdicts.values())):
-        colour, _ = STATUSES[verdict.found]
-        look = {"color": colour, "linewidth": 1.2, "marker": "o", "markersize": 7, "mec": "white"}
-        for axes, values in (
-            (left, [angle(moments) for moments in verdict.measurements]),
-            (right, beside_rloo(verdict, rloo)),
-        ):
-            axes.plot(values, [height] * len(values), **look)
-    left.set_yticks(range(len(verdicts)), list(reversed(verdicts)))
-    left.set_xlabel("degrees between E[g] and grad J: a point a problem, steps of 2 to 8 rows")
-    right.set(xscale="log", xlabel="noise over that of RLOO, by problem")
-    right.xaxis.set_major_formatter("{x:g}")
-    for status in dict.fromkeys(verdict.found for verdict in verdicts.values()):
-        remark = ": shrinks as more rows are divided together" * (status == "asymptotic")
-        left.scatter([], [], color=STATUSES[status][0], label=status + remark)
-    left.legend(frameon=False, loc="lower right", fontsize=9)
-    save(figure, output)
 
 
 def main(

@@ -16,12 +16,12 @@ not lower the error below the bias.
 # ///
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 
+import pandas as pd
 import torch
 import tyro
 from figures import save
@@ -164,56 +164,38 @@ def bias_of(moments: list[Moments]) -> str:
     return f"{short(median(biases))} ({short(max(biases))}), {min(m.cosine for m in moments):.2f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def label(case: Case) -> str:
-    """Return the heading of a case in the tables."""
-    distance, length = case
-    return f"T = {length}" if distance == 1 else f"T = {length}, distance {distance:g}"
+def table(corner: str, columns: Mapping[str, Mapping[str, object]]) -> str:
+    """Return a table in Markdown of cells by column and row."""
+    frame = pd.DataFrame(columns)
+    lines = [[corner, *frame], ["---"] * (1 + len(columns)), *frame.reset_index().to_numpy()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def tables(results: Results) -> Iterator[str]:
     """Yield the tables of bias, of noise and of crossings; each column is a case."""
-    cases = [label(case) for case in results]
-    rows = []
-    for heading, name in (("opd, vopd, opd_full", "opd"), ("iw_opd of TRL", "iw_opd of TRL")):
-        rows.append([heading, *(bias_of(forms[name]) for forms in results.values())])
-    yield table(["bias: median (worst), least cosine", *cases], rows)
-    rows = []
-    for name in (*PRESETS, *OTHERS):
-        noises = [median(m.noise for m in forms[name]) for forms in results.values()]
-        rows.append([name, *map(short, noises)])
-    yield table(["noise: median", *cases], rows)
-    longer = [case for case in results if case[1] > 1]
-    rows = []
-    for exact, biased in PAIRS:
-        row = [f"{exact}, {biased}"]
-        for case in longer:
-            pairs = zip(results[case][exact], results[case][biased], strict=True)
-            row.append(f"{math.ceil(median(crossing(*pair) for pair in pairs))}")
-        rows.append(row)
-    yield table(["same error: exact form, biased form", *map(label, longer)], rows)
+    heads = {"opd, vopd, opd_full": "opd", "iw_opd of TRL": "iw_opd of TRL"}
+    biases, noises, crossings = {}, {}, {}
+    for (distance, length), forms in results.items():
+        label = f"T = {length}" if distance == 1 else f"T = {length}, distance {distance:g}"
+        biases[label] = {head: bias_of(forms[name]) for head, name in heads.items()}
+        noises[label] = {name: short(median(m.noise for m in forms[name])) for name in forms}
+        if length > 1:
+            crossings[label] = {
+                f"{exact}, {biased}": math.ceil(median(map(crossing, forms[exact], forms[biased])))
+                for exact, biased in PAIRS
+            }
+    yield table("bias: median (worst), least cosine", biases)
+    yield table("noise: median", noises)
+    yield table("same error: exact form, biased form", crossings)
 
 
-def baseline_table(problems: int, sizes: tuple[int, ...]) -> str:
-    """Return how vopd changes the variance of opd at one position, by vocabulary and distance."""
-    rows = []
-    for vocabulary in sizes:
-        row = [f"vocabulary of {vocabulary}"]
-        for distance in DISTANCES:
-            ratios = []
-            for seed in range(problems):
-                problem = distillation_problem(seed, distance, 1, vocabulary)
-                moments = measure(problem, ("opd", "vopd"))
-                ratios.append(moments["vopd"].variance / moments["opd"].variance)
-            row.append(f"{median(ratios):.2f} ({max(ratios):.2f})")
-        rows.append(row)
-    headings = [f"distance {distance:g}" for distance in DISTANCES]
-    return table(["vopd / opd: median (worst)", *headings], rows)
+def baseline_cell(problems: int, distance: float, vocabulary: int) -> str:
+    """Return how vopd changes the variance of opd at one position: the median, and the worst."""
+    ratios = []
+    for seed in range(problems):
+        moments = measure(distillation_problem(seed, distance, 1, vocabulary), ("vopd", "opd"))
+        ratios.append(moments["vopd"].variance / moments["opd"].variance)
+    return f"{median(ratios):.2f} ({max(ratios):.2f})"
 
 
 def draw(results: dict[str, Results], output: Path) -> None:
@@ -245,23 +227,29 @@ def main(
     """Write the tables and the figure. Print vopd's variance at one position."""
     cases = [(1.0, length) for length in lengths]
     cases += [(distance, lengths[-1]) for distance in DISTANCES if distance != 1]
-    results: dict[str, Results] = {kind: {} for kind in KINDS}
-    for (kind, ends), (distance, length) in product(KINDS.items(), cases):
-        listed = [
-            distillation_problem(seed, distance, length, ends=ends) for seed in range(problems)
-        ]
-        measured = [measure(problem) for problem in listed]
-        forms = {name: [moments[name] for moments in measured] for name in PRESETS}
-        others = {name: [form(problem) for problem in listed] for name, form in OTHERS.items()}
-        results[kind][distance, length] = forms | others
-    above, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    results: dict[str, Results] = {}
     parts = [BEGIN]
-    for kind, of_kind in results.items():
+    for kind, ends in KINDS.items():
+        of_kind = results[kind] = {}
+        for distance, length in cases:
+            listed = [
+                distillation_problem(seed, distance, length, ends=ends) for seed in range(problems)
+            ]
+            measured = pd.DataFrame([measure(problem) for problem in listed]).to_dict("list")
+            others = {name: [*map(form, listed)] for name, form in OTHERS.items()}
+            of_kind[distance, length] = measured | others
         parts += [f"**{kind}:**", *tables(of_kind)]
+    above, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     below = rest.partition(END)[2]
     output.write_text(above + "\n\n".join([*parts, END]) + below, encoding="utf-8")
     draw(results, figure)
-    print(baseline_table(problems, vocabularies))
+    columns = {
+        f"distance {x:g}": {
+            f"vocabulary of {n}": baseline_cell(problems, x, n) for n in vocabularies
+        }
+        for x in DISTANCES
+    }
+    print(table("vopd / opd: median (worst)", columns))
     shared = [f"{name} {moments.variance:.3g}" for name, moments in one_logit().items()]
     print(f"variances with one logit for both tokens: {', '.join(shared)}")
     print(f"{output}: {problems} problems of each kind")

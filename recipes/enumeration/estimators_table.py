@@ -1,6 +1,7 @@
-"""Writes the numbers of the table of presets: what each declares of its gradient, and what enumeration finds.
+"""Writes the numbers of the table of presets, and draws them: what each declares, and what enumeration finds.
 
-`recipes/pages/explain/estimators.md` is its output. Only the last three cells of each preset's row are replaced.
+`recipes/pages/explain/estimators.md`, where only the last three cells of each preset's row are replaced, and
+`recipes/figures/map.png` are its output.
 With `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
@@ -15,13 +16,24 @@ import re
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import tyro
+from figures import save
+from matplotlib.figure import Figure
 
 from tokenrl import measure_bias
 from tokenrl.core import PRESETS
 from tokenrl.lab import Verdict
 
-PAGE = Path(__file__).parents[1] / "pages" / "explain" / "estimators.md"
+RECIPES = Path(__file__).parents[1]
+PAGE = RECIPES / "pages" / "explain" / "estimators.md"
+COLOURS = {  # of Okabe and Ito
+    "exact": "#009E73",
+    "exact_up_to_scale": "#0072B2",
+    "exact_per_prompt": "#CC79A7",
+    "asymptotic": "#E69F00",
+    "biased": "#D55E00",
+}
 # The presets of toolkits are in defaults.md, those with a KL to a teacher in distillation.md.
 PAPERS = tuple(
     name
@@ -46,18 +58,46 @@ def numbers(verdict: Verdict, rloo: Verdict) -> str:
     return f"{verdict.cosine:.3f} | {noise} |"
 
 
-def main(output: Path = PAGE, estimators: tuple[str, ...] = PAPERS) -> None:
-    """Write the page. The name and the formula of each preset are in the page already."""
+def draw(verdicts: dict[str, Verdict], rloo: Verdict, output: Path) -> None:
+    """Draw the angle between E[g] and grad J on each problem, and the noise over that of RLOO."""
+    figure = Figure(figsize=(11, 1.4 + 0.24 * len(verdicts)), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    for height, verdict in enumerate(reversed(verdicts.values())):
+        look = {"color": COLOURS[verdict.found], "linewidth": 1.2, "marker": "o", "mec": "white"}
+        cosines = np.clip([moments.cosine for moments in verdict.measurements], -1, 1)
+        for axes, values in (
+            (left, np.degrees(np.arccos(cosines))),
+            (right, beside_rloo(verdict, rloo)),
+        ):
+            axes.plot(values, [height] * len(values), markersize=7, **look)
+    left.set_yticks(range(len(verdicts)), list(reversed(verdicts)))
+    left.set_xlabel("degrees between E[g] and grad J: a point a problem, steps of 2 to 8 rows")
+    right.set(xscale="log", xlabel="noise over that of RLOO, by problem")
+    right.xaxis.set_major_formatter("{x:g}")
+    for status in dict.fromkeys(verdict.found for verdict in verdicts.values()):
+        left.scatter([], [], color=COLOURS[status], label=status)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=9)
+    save(figure, output)
+
+
+def main(
+    output: Path = PAGE,
+    figure: Path = RECIPES / "figures" / "map.png",
+    estimators: tuple[str, ...] = PAPERS,
+) -> None:
+    """Write the page and the figure. The name and the formula of each preset are in the page already."""
     rloo = measure_bias("rloo")
+    verdicts = {name: measure_bias(name) for name in estimators}
     lines = []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         found = ROW.fullmatch(line)
         if found is None:
             lines.append(line)
-        elif found[2] in estimators:
-            verdict = measure_bias(found[2])
+        elif found[2] in verdicts:
+            verdict = verdicts[found[2]]
             lines.append(f"{found[1]} {verdict.declared} | {numbers(verdict, rloo)}")
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw({name: x for name, x in verdicts.items() if x.of_reward is None}, rloo, figure)
     print(f"{output}: {len(estimators)} presets")
 
 

@@ -1,6 +1,6 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/enumeration/figures.py map   (or objectives, grpo-difficulty)
+    python recipes/enumeration/figures.py objectives   (or grpo-difficulty)
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -12,36 +12,23 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import math
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from tokenrl import Estimator
-from tokenrl.core import PRESETS
-from tokenrl.lab import (
-    Moments,
-    exact_moments,
-    prompt_weight,
-    tabular_problem,
-)
+from tokenrl.lab import prompt_weight
 
 # The palette of Okabe and Ito.
 BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 SKY, GREY = "#56B4E9", "#555555"
-GRPO = Estimator.preset("grpo")
-PAPERS = tuple(n for n, p in PRESETS.items() if not p.beyond and "objective" not in p.fields)
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
-STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
-    "exact": (GREEN, "exact"),
-    "exact_up_to_scale": (BLUE, "exact up to one factor"),
-    "exact_per_prompt": (PINK, "exact for each prompt by itself"),
-    "asymptotic": (YELLOW, "exact in the limit of many rows a step"),
-    "biased": (RED, "biased"),
-}
 
 
 def save(figure: Figure, output: Path) -> None:
@@ -52,54 +39,41 @@ def save(figure: Figure, output: Path) -> None:
     print(f"figure: {output}")
 
 
-def angle(moments: Moments) -> float:
-    """Degrees between E[g] and grad J."""
-    return math.degrees(math.acos(max(-1.0, min(1.0, moments.cosine))))
+def show(
+    title: str,
+    rows: Mapping[str, Callable[[int], Mapping[str, float]]],
+    problems: int,
+    form: str = "{:.3f}",
+) -> None:
+    """Print a table of what functions of a problem's seed measure, each in a row.
 
-
-def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = PAPERS) -> None:
-    """Presets of papers for the mean reward, by the angle of their expected gradient, and their noise.
-
-    One small problem: two prompts, four completions of each, rewards of any size. Every step that can be
-    drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
-
-    Look for: the exact presets differ only in noise, and RLOO has the least of them here. The few presets
-    with less noise have an angle; GRPO is both noisier and biased. Where a point lies depends on the
-    problem; that the exact ones lie at 0 degrees does not.
+    A column holds medians over problems, or the largest number ("worst"), the least ("least ..."), the mean ("share").
     """
-    problem = tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous")
-    measured = {name: exact_moments(Estimator.preset(name), problem) for name in estimators}
-    figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
+    kinds = {"worst": "max", "least": "min", "share": "mean"}
+    table = {}
+    for name, measure in rows.items():
+        measured = pd.DataFrame([measure(seed) for seed in range(problems)])
+        table[name] = measured.agg({x: kinds.get(x.split()[0], "median") for x in measured})
+    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
+
+
+Curves = dict[str, tuple[Callable[[Tensor], Tensor], str, str]]
+"""The weight of a prompt by its success rate, with a colour and a line, by name."""
+
+
+def draw(curves: Curves, rates: tuple[float, ...], p: Tensor, output: Path, **look: Any) -> None:
+    """Print the weights of prompts at some success rates, and draw them over all rates p."""
+    figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    names: dict[tuple[float, float], list[str]] = {}  # presets whose points coincide
-    for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
-        status = Estimator.preset(name).bias_status
-        print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
-        axes.scatter([angle(moments)], [moments.noise], color=STATUSES[status][0], s=55, zorder=3)
-        point = round(angle(moments), 1), float(f"{moments.noise:.2g}")
-        names.setdefault(point, []).append(name)
-    exact_before = 0
-    for point, alike in sorted(names.items(), key=lambda item: item[0][1]):
-        exact_before += point[0] < 1  # labels of the exact presets stand left and right in turn
-        look = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
-        shift, side = ((-7, 0), "right") if point[0] < 1 and exact_before % 2 else ((7, 0), "left")
-        axes.annotate(", ".join(alike), point, shift, ha=side, **look)
-    axes.set(yscale="log", xlim=(-10, 33), xticks=range(0, 31, 5))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="angle between the expected gradient and that of J, degrees")
-    axes.set_ylabel("noise: tr Var g / |E g|²")
-    for colour, meaning in STATUSES.values():
-        axes.scatter([], [], color=colour, s=45, label=meaning)
+    print(f"{'weight w(p)':26}" + "".join(f"{f'p = {x:g}':>10}" for x in rates))
+    for name, (weight, colour, line) in curves.items():
+        axes.plot(p, weight(p), line, color=colour, linewidth=2.2, label=name)
+        weights = weight(torch.tensor(rates, dtype=torch.double)).tolist()
+        print(f"{name:26}" + "".join(f"{weight:10.3f}" for weight in weights))
+    axes.set(yscale="log", ylabel="weight w of the prompt's grad p", **look)
+    axes.set_xlabel("p, the probability that a completion of the prompt is right")
     axes.legend(frameon=False, fontsize=9)
     save(figure, output)
-
-
-def weight_by_enumeration(seed: int, size: int) -> tuple[float, float]:
-    """Return p and w of a prompt with one right and one wrong answer, from all 2^G groups."""
-    problem = tabular_problem(seed, vocabulary=2, length=1, group_size=size)
-    problem = replace(problem, rewards=torch.tensor([[0.0, 1.0]]).double())
-    return float(problem.chances[0, 1]), exact_moments(GRPO, problem).scale
 
 
 def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
@@ -112,39 +86,17 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     Look for: with two completions per prompt all prompts have the same weight, and only the step is
     smaller. More completions raise the weight of rare successes and rare failures, up to about sqrt(G). The
     limit 1/sqrt(p (1 - p)), as if the objective were 2 arcsin sqrt(p) (Davis and Recht 2025, arXiv
-    2510.13651), is reached only where G is well above 1/p. Lines come from the preset's own advantages;
-    dots are its whole gradient, summed over all groups that can be drawn.
+    2510.13651), is reached only where G is well above 1/p. Lines come from the preset's own advantages.
     """
-    p = torch.linspace(-6.9067, 6.9067, 141, dtype=torch.double).sigmoid().tolist()
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    limit = [(x * (1 - x)) ** -0.5 for x in p]
-    axes.plot(p, limit, color="black", linestyle="--", linewidth=1.3, label="limit of large G")
-    axes.axhline(1, color=GREY, linewidth=1, label="the gradient of J (RLOO)")
-    print("  G   w(0.001)   w(0.1)   w(0.5)   w(0.1)/w(0.5)   off the enumeration")
+    curves: Curves = {
+        "limit of large G": (lambda p: (p * (1 - p)) ** -0.5, "black", "--"),
+        "the gradient of J (RLOO)": (torch.ones_like, GREY, "-"),
+    }
     for size, colour in SIZES.items():
-        weights = prompt_weight(GRPO, torch.tensor(p).double(), size)
-        axes.plot(p, weights, color=colour, linewidth=2.2, label=f"G = {size}")
-        dots = (
-            [weight_by_enumeration(seed, size) for seed in (48, 0, 1, 6, 49)] if size <= 8 else []
-        )
-        for x, weight in dots:
-            axes.scatter([x], [weight], s=34, zorder=3, color=colour, edgecolors="white")
-        rare, tenth, half = (float(prompt_weight(GRPO, x, size)) for x in (0.001, 0.1, 0.5))
-        away = [abs(w - float(prompt_weight(GRPO, x, size))) for x, w in dots]
-        enumeration = f"{max(away):.1e}" if away else "-"
-        row = f"{size:3}   {rare:8.3f} {tenth:8.3f} {half:8.3f} {tenth / half:15.3f}"
-        print(f"{row} {enumeration:>21}")
-    print(
-        f"lim   {0.001**-0.5 / 0.999**0.5:8.3f} {0.09**-0.5:8.3f} {2:8.3f} {0.09**-0.5 / 2:15.3f}"
-    )
-    axes.set(xscale="logit", yscale="log", xlim=(0.001, 0.999), ylabel="weight w of the prompt's grad p",
-             xlabel="chance p that a completion of the prompt is right")  # fmt: skip
-    axes.legend(frameon=False, loc="upper center", title="dots: all groups enumerated")
-    axes.set_title(
-        "GRPO lifts prompts that are nearly always failed or solved, if G is large", loc="left"
-    )
-    save(figure, output)
+        curves[f"G = {size}"] = partial(prompt_weight, "grpo", group_size=size), colour, "-"
+    p = torch.linspace(-6.9067, 6.9067, 141, dtype=torch.double).sigmoid()
+    title = "GRPO lifts prompts that are nearly always failed or solved, if G is large"
+    draw(curves, (0.001, 0.1, 0.5), p, output, xscale="logit", xlim=(0.001, 0.999), title=title)
 
 
 WEIGHED = {  # what is ascended on rewards of 0 and 1, by the estimator
@@ -165,22 +117,16 @@ def objectives(output: Path = Path("objectives.png")) -> None:
     weighs a prompt that is hardly ever solved by k. The log of success weighs it by G - 1, or by G if failed
     groups are kept; its leave-one-out form learns nothing from a lone success, so hard prompts lose.
     """
+    curves: Curves = {
+        name: (partial(prompt_weight, preset, group_size=8), colour, "-")
+        for name, (preset, colour) in WEIGHED.items()
+    }
     p = torch.linspace(0.005, 0.995, 199, dtype=torch.double)
-    figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    rates = (0.02, 0.1, 0.3, 0.6, 0.9)
-    print(f"{'w(p), G = 8':28}" + "".join(f"p = {x:<8g}" for x in rates))
-    for name, (preset, colour) in WEIGHED.items():
-        axes.plot(p, prompt_weight(preset, p, 8), color=colour, linewidth=2.2, label=name)
-        weights = [float(prompt_weight(preset, x, 8)) for x in rates]
-        print(f"{name:28}" + "".join(f"{weight:<12.3f}" for weight in weights))
-    axes.set(xlim=(0, 1), yscale="log", ylim=(0.02, 10), ylabel="weight w of the prompt's grad p",
-             xlabel="p, the success rate of the prompt")  # fmt: skip
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
-    axes.set_title("Which prompts an objective learns from, G = 8", loc="left")
-    save(figure, output)
+    title = "Which prompts an objective learns from, G = 8"
+    look = {"xlim": (0, 1), "ylim": (0.02, 10), "title": title}
+    draw(curves, (0.02, 0.1, 0.3, 0.6, 0.9), p, output, **look)
 
 
 if __name__ == "__main__":
-    figures = {"map": map_of_presets, "objectives": objectives}
-    tyro.extras.subcommand_cli_from_dict({**figures, "grpo-difficulty": grpo_difficulty})
+    figures = {"objectives": objectives, "grpo-difficulty": grpo_difficulty}
+    tyro.extras.subcommand_cli_from_dict(figures)

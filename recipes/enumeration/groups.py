@@ -17,14 +17,15 @@ divisors where right answers are short, long, or both; `--figure` draws it. The 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import tyro
-from answers import groups, head, levels_of, moments_of, rloo, row
+from answers import of_groups, rloo
+from figures import save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -48,13 +49,20 @@ LENGTHS = torch.tensor([1.0, LONG, 1.0, LONG], dtype=torch.double)
 
 def bias(_: int) -> None:
     """The advantage of a row on average, in groups whose rewards differ; and the factor beside grad p."""
-    names = ("right", "1 - p", "wrong", "-p", "/ grad p")
-    head("Reward less the mean of the group, where rewards of 0 and 1 differ", *names, width=20)
-    for p, size in ((0.1, 4), (0.1, 8), (0.5, 4), (0.9, 4), (0.02, 16)):
-        right = mixed_mean(p, size)
-        wrong = -mixed_mean(1 - p, size)
-        columns = [[right], [1 - p], [wrong], [-p], [factor(p, size)]]
-        row(f"p {p:g}, group of {size}", columns, width=20)
+
+    def advantages(p: float, size: int, _: int) -> dict[str, float]:
+        right, wrong = mixed_mean(p, size), -mixed_mean(1 - p, size)
+        return {
+            "right": right,
+            "1 - p": 1 - p,
+            "wrong": wrong,
+            "-p": -p,
+            "/ grad p": factor(p, size),
+        }
+
+    sizes = ((0.1, 4), (0.1, 8), (0.5, 4), (0.9, 4), (0.02, 16))
+    rows = {f"p {p:g}, group of {size}": partial(advantages, p, size) for p, size in sizes}
+    show("Reward less the mean of the group, where rewards of 0 and 1 differ", rows, 1)
 
 
 def mixed_mean(p: float, size: int) -> float:
@@ -130,24 +138,19 @@ def branch_cost(problem: Problem, branches: int) -> float:
     return variance / signal * tokens
 
 
-def group_cost(problem: Problem) -> float:
-    """Return noise times tokens of a group of RLOO."""
-    moments, size = moments_of(rloo, groups(levels_of(problem), SIZE), problem)
-    return moments.noise * size * float(problem.chances[0] @ problem.mask.sum(-1))
-
-
 def branches(problems: int) -> None:
     """Noise times sampled tokens: the tokens that a signal-to-noise ratio of 1 takes."""
-    names = (f"RLOO of {SIZE}", "1 branch", "4 branches", "exact", "share worse")
-    head("Values of prefixes from sampled continuations", *names, width=20)
-    for length in (3, 4, 6):
-        listed = [
-            tabular_problem(seed, length=length, rewards="binary") for seed in range(problems)
-        ]
-        costs = [[group_cost(problem) for problem in listed]]
-        costs += [[branch_cost(problem, count) for problem in listed] for count in (1, 4, 0)]
-        worse = sum(one > group for group, one in zip(*costs[:2], strict=True)) / problems
-        row(f"at most {length} tokens", [*costs, [worse]], width=20)
+
+    def costs(length: int, seed: int) -> dict[str, float]:
+        problem = tabular_problem(seed, length=length, rewards="binary")
+        tokens = SIZE * float(problem.chances[0] @ problem.mask.sum(-1))
+        group = of_groups(rloo, problem, SIZE).noise * tokens
+        one, four, exact = (branch_cost(problem, count) for count in (1, 4, 0))
+        named = {f"RLOO of {SIZE}": group, "1 branch": one, "4 branches": four, "exact": exact}
+        return named | {"share worse": one > group}
+
+    rows = {f"at most {length} tokens": partial(costs, length) for length in (3, 4, 6)}
+    show("Values of prefixes from sampled continuations", rows, problems)
 
 
 def ascent(rewards: Tensor, divisor: str) -> Tensor:
@@ -181,25 +184,25 @@ CASES = {
 
 def means(_: int) -> None:
     """What each divisor makes of four answers after 400 steps of its exact gradient."""
-    names = ("right", "long | right", "long | wrong")
-    head(f"After {STEPS} steps of the expected gradient", *names, width=60)
-    for case, rewards in CASES.items():
-        for divisor in DIVISORS:
-            p = ascent(torch.tensor(rewards, dtype=torch.double), divisor)[-1]
-            right = torch.tensor(rewards).bool()
-            is_long = torch.tensor([False, True, False, True])
-            shares = [
-                p[right & is_long].sum() / p[right].sum(),
-                p[~right & is_long].sum() / p[~right].sum(),
-            ]
-            row(
-                f"{case}, {divisor}",
-                [[float(p[right].sum())], *([float(x)] for x in shares)],
-                width=60,
-            )
+
+    def shares(rewards: tuple[float, ...], divisor: str, _: int) -> dict[str, float]:
+        p = ascent(torch.tensor(rewards, dtype=torch.double), divisor)[-1]
+        right = torch.tensor(rewards).bool()
+        is_long = LENGTHS == LONG
+        named = {"right": p[right].sum()}
+        named["long | right"] = p[right & is_long].sum() / p[right].sum()
+        named["long | wrong"] = p[~right & is_long].sum() / p[~right].sum()
+        return {name: float(share) for name, share in named.items()}
+
+    rows = {
+        f"{case}, {divisor}": partial(shares, rewards, divisor)
+        for case, rewards in CASES.items()
+        for divisor in DIVISORS
+    }
+    show(f"After {STEPS} steps of the expected gradient", rows, 1)
 
 
-def draw() -> Figure:
+def draw() -> None:
     """Draw the mean length by the probability of a right answer, along the ascent of each divisor."""
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -209,23 +212,22 @@ def draw() -> Figure:
             right = path @ torch.tensor(rewards, dtype=torch.double)
             axes.plot(right, path @ LENGTHS, line, color=colour, label=divisor, linewidth=2)
         axes.set(xlabel="probability to be right", title=case, xlim=(0, 1))
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="mean length, tokens", ylim=(0, LONG))
     panels[0].legend(frameon=False)
-    return figure
+    save(figure, FIGURE)
 
 
 SECTIONS = {"bias": bias, "branches": branches, "means": means}
 
 
 def main(
-    sections: Sequence[str] = tuple(SECTIONS), problems: int = 20, figure: bool = False
+    sections: tuple[str, ...] = (*SECTIONS,), problems: int = 20, figure: bool = False
 ) -> None:
     """Print the tables of some sections, or of all; with `figure` draw the figure too."""
     for section in sections:
         SECTIONS[section](problems)
     if figure:
-        draw().savefig(FIGURE)
+        draw()
 
 
 if __name__ == "__main__":

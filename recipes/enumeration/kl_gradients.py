@@ -18,21 +18,21 @@ The figure shows how the error grows with the distance. The pages are `recipes/p
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import tyro
-from answers import head, row
+from figures import save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.lab import Problem, exact_moments, tabular_problem
+from tokenrl.lab import Moments, Problem, exact_moments, tabular_problem
 
 FIGURE = Path(__file__).parents[1] / "figures" / "kl_gradients.png"
 DISTANCES = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -126,38 +126,41 @@ def error(gradient: Tensor, target: Tensor) -> float:
 
 def forms(problems: int) -> None:
     """The gradient of each form, beside that of the KL of whole completions and of the KL per token."""
-    names = ("error", "worst", "least cosine", "to per token")
-    head("What descends the KL to the reference", *names, width=30)
-    listed = [apart(seed) for seed in range(problems)]
-    targets = [kl_gradient(problem) for problem in listed]
-    tokens = [per_token(problem) for problem in listed]
-    for name, form in FORMS.items():
-        gradients = [form(problem) for problem in listed]
-        errors = [*map(error, gradients, targets)]
-        cosines = [
-            float(torch.cosine_similarity(gradient, target, dim=0))
-            for gradient, target in zip(gradients, targets, strict=True)
-        ]
-        beside = [*map(error, gradients, tokens)]
-        row(name, [errors, [max(errors)], [min(cosines)], beside], width=30)
+
+    def beside(form: Callable[[Problem], Tensor], seed: int) -> dict[str, float]:
+        problem = apart(seed)
+        gradient, target = form(problem), kl_gradient(problem)
+        off, cosine = error(gradient, target), float(torch.cosine_similarity(gradient, target, 0))
+        named = {"error": off, "worst": off, "least cosine": cosine}
+        return named | {"to per token": error(gradient, per_token(problem))}
+
+    rows = {name: partial(beside, form) for name, form in FORMS.items()}
+    show("What descends the KL to the reference", rows, problems)
+
+
+def with_rewards(
+    place: str, beta: float, seed: int, baseline: str = "rloo", zero: float = 0.0
+) -> Moments:
+    """Return the moments of reward and KL together, in groups of four."""
+    problem = apart(seed)
+    estimator = Estimator(baseline=baseline, beta=beta, **PLACES[place])
+    problem = replace(problem, rewards=problem.rewards + zero)
+    return exact_moments(estimator, problem, group_size=SIZE)
 
 
 def noise(problems: int) -> None:
     """Reward and KL together, by RLOO in groups of four: bias and noise of the whole gradient."""
+
+    def measured(place: str, beta: float, seed: int) -> dict[str, float]:
+        moments = with_rewards(place, beta, seed)
+        bias = moments.relative_bias
+        return {"error": bias, "worst": bias, "noise": moments.noise}
+
     for beta in (0.05, 0.5):
-        head(f"Reward and KL, beta {beta:g}", "error", "worst", "noise", width=30)
-        for place in (
-            "k1 in the reward",
-            "k2 in the loss",
-            "k3 in the loss",
-            "closed form, with its path",
-        ):
-            estimator = Estimator(beta=beta, **PLACES[place])
-            moments = [
-                exact_moments(estimator, apart(seed), group_size=SIZE) for seed in range(problems)
-            ]
-            biases = [moment.relative_bias for moment in moments]
-            row(place, [biases, [max(biases)], [moment.noise for moment in moments]], width=30)
+        rows = {
+            place: partial(measured, place, beta) for place in PLACES if place != "k1 in the loss"
+        }
+        show(f"Reward and KL, beta {beta:g}", rows, problems)
 
 
 def squares(problems: int) -> None:
@@ -167,27 +170,25 @@ def squares(problems: int) -> None:
     samples its gradient is `(l + c - r / beta)` times the score, as that of the KL in the reward. The constant c is
     0, or the mean of the other completions' `r / beta - l`.
     """
-    title = "Square losses: noise with c = 0, and with the mean of the others"
-    head(title, "error", "c = 0", "mean", "ratio", width=30)
-    for beta, zero in itertools.product((0.05, 0.5), (0.0, 1.0)):
-        measured = []
-        for problem in (apart(seed) for seed in range(problems)):
-            problem = replace(problem, rewards=problem.rewards + zero)
-            plain, mean = (
-                exact_moments(
-                    Estimator(baseline=baseline, beta=beta, **PLACES["k1 in the reward"]),
-                    problem,
-                    group_size=SIZE,
-                )
-                for baseline in ("none", "rloo")
-            )
-            biases = max(plain.relative_bias, mean.relative_bias)
-            measured.append((biases, plain.noise, mean.noise, plain.noise / mean.noise))
-        title = f"beta {beta:g}, rewards {zero:g} and {zero + 1:g}"
-        row(title, [*zip(*measured, strict=True)], width=30)
+
+    def noises(beta: float, zero: float, seed: int) -> dict[str, float]:
+        plain, mean = (
+            with_rewards("k1 in the reward", beta, seed, baseline, zero)
+            for baseline in ("none", "rloo")
+        )
+        bias = max(plain.relative_bias, mean.relative_bias)
+        ratio = plain.noise / mean.noise
+        return {"error": bias, "c = 0": plain.noise, "mean": mean.noise, "ratio": ratio}
+
+    rows = {
+        f"beta {beta:g}, rewards {zero:g} and {zero + 1:g}": partial(noises, beta, zero)
+        for beta in (0.05, 0.5)
+        for zero in (0.0, 1.0)
+    }
+    show("Square losses: noise with c = 0, and with the mean of the others", rows, problems)
 
 
-def draw(problems: int) -> Figure:
+def draw(problems: int) -> None:
     """Draw the error of three forms by the KL of a completion, for two lengths."""
     figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -207,23 +208,22 @@ def draw(problems: int) -> Figure:
             label = "mean - k1, discount 1" if "same" in name else name
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
         axes.set(xscale="log", xlabel="KL of a completion, nats", title=f"at most {length} tokens")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="error of the gradient, median", ylim=(0, None))
     panels[0].legend(frameon=False)
-    return figure
+    save(figure, FIGURE)
 
 
 SECTIONS = {"forms": forms, "noise": noise, "squares": squares}
 
 
 def main(
-    sections: Sequence[str] = tuple(SECTIONS), problems: int = 20, figure: bool = False
+    sections: tuple[str, ...] = (*SECTIONS,), problems: int = 20, figure: bool = False
 ) -> None:
     """Print the tables of some sections, or of all; with `figure` draw the figure too."""
     for section in sections:
         SECTIONS[section](problems)
     if figure:
-        draw(problems).savefig(FIGURE)
+        draw(problems)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ times as large. `recipes/pages/explain/off_policy.md` has the text.
 
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Literal
 
 import torch
 import tyro
+from figures import show
 
 from tokenrl import Estimator
 from tokenrl.lab import Perturbation, Problem, exact_moments, tabular_problem
@@ -48,6 +48,25 @@ def problem_of(sampler: Sampler, seed: int, vocabulary: int) -> Problem:
     return make(logits=logits, sampler=lambda z: SAMPLERS[sampler].logits(z, seed + 1000))
 
 
+def measured(sampler: Sampler, vocabulary: int, top: int, seed: int) -> dict[str, float]:
+    """Return how far the gradient with `top` tokens is from that with all, and the probability of the others."""
+    problem = problem_of(sampler, seed, vocabulary)
+    chances = problem.of_sampler.chances
+    # The baseline that RLOO has in the mean, with one completion per step in place of two.
+    mean_reward = float((chances * problem.totals).sum())
+    base = Estimator(baseline="constant", baseline_constant=mean_reward)
+    centred = replace(base, importance_centre=True)
+    listed = replace(centred, importance_centre_top=top) if top else base
+    whole, part, without = (exact_moments(x, problem).mean.sum(0) for x in (centred, listed, base))
+    ordered = problem.sampler.vocabulary.exp().sort(-1, descending=True).values
+    visits = chances[..., None] * problem.mask
+    left_out = float((visits * ordered[..., top:].sum(-1)).sum() / visits.sum())
+    off = float((part - whole).norm() / whole.norm())
+    left = float((part - whole).norm() / (without - whole).norm())
+    named = {"off": off, "worst": off, "left out": left_out}
+    return named | {"of the bias": left, "worst of the bias": left}
+
+
 def main(
     samplers: tuple[Sampler, ...] = ("temperature=0.8", "noise=0.3", "older"),
     tops: tuple[int, ...] = (1, 2, 4, 8, 12),
@@ -55,34 +74,9 @@ def main(
     problems: int = 10,
 ) -> None:
     """Print the distance to the gradient with all tokens, over the length of that gradient, and its share."""
-    print("sampler            top   off, median   worst   left out   share, median   worst")
     for sampler in samplers:
-        off: dict[str, list[float]] = {}
-        left_out: dict[str, list[float]] = {}
-        for seed in range(problems):
-            problem = problem_of(sampler, seed, vocabulary)
-            chances = problem.of_sampler.chances
-            # The baseline that RLOO has in the mean, with one completion per step in place of two.
-            mean_reward = float((chances * problem.totals).sum())
-            base = Estimator(baseline="constant", baseline_constant=mean_reward)
-            centred = replace(base, importance_centre=True)
-            whole = exact_moments(centred, problem).mean.sum(0)
-            visits = chances[..., None] * problem.mask
-            ordered = problem.sampler.vocabulary.exp().sort(-1, descending=True).values
-            for top in (0, *tops):
-                estimator = replace(centred, importance_centre_top=top) if top else base
-                listed = exact_moments(estimator, problem).mean.sum(0)
-                rest = ordered[..., top:].sum(-1)
-                name = str(top or "-")
-                off.setdefault(name, []).append(float((listed - whole).norm() / whole.norm()))
-                left_out.setdefault(name, []).append(float((visits * rest).sum() / visits.sum()))
-        for name, distances in off.items():
-            shares = [part / whole for part, whole in zip(distances, off["-"], strict=True)]
-            columns = (
-                f"{median(distances):11.4f} {max(distances):9.4f} {median(left_out[name]):10.3f}"
-            )
-            columns += f" {median(shares):15.3f} {max(shares):7.3f}"
-            print(f"{sampler:18} {name:>3}  {columns}", flush=True)
+        rows = {f"top {top}": partial(measured, sampler, vocabulary, top) for top in (0, *tops)}
+        show(sampler, rows, problems, "{:.4f}")
 
 
 if __name__ == "__main__":

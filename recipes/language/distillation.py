@@ -6,8 +6,8 @@
 
 First a teacher of 2 million weights learns the task by RLOO. Then each arm starts from the task's base model and
 samples the same number of completions: RLOO on the reward, three forms of on-policy distillation without a
-reward, and RLOO with the KL to the teacher. `--cold` starts students from random weights instead. Runs that have
-ended are read, not made again.
+reward, and RLOO with the KL to the teacher. Runs that have ended are
+read, not made again.
 
 With `--own` the student is its own teacher, which reads the right answer before the prompt. The model that both
 begin with has learnt from demonstrations to copy such an answer, and to guess without one, mostly wrongly. The task
@@ -34,6 +34,7 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
@@ -51,9 +52,8 @@ ARMS = {
     "rloo_opd": "#D55E00",
 }
 """The presets that are compared, and their colours."""
-
-
 RUNS = Path("runs/distillation")
+Runs = dict[tuple[str, int], Any]  # by arm and seed
 
 
 def sort_digits(prompt: str) -> str:
@@ -149,33 +149,34 @@ def own_settings(
     }  # fmt: skip
 
 
-def after_equal_seconds(runs: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
-    """Return the score of each run up to the seconds that the cheapest arm takes."""
-    arms, seeds = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
-    seconds = {}
-    for key, run in runs.items():
-        seconds[key] = median(row["step_seconds"] for row in run.timings if "step_seconds" in row)
-    costs = {}
-    for arm in arms:
-        costs[arm] = median(seconds[arm, seed] / seconds[arms[0], seed] for seed in seeds)
-        print(f"{arm:14} a step takes {costs[arm]:.2f} of {arms[0]}'s")
+def after_equal_seconds(
+    runs: Runs, curves: dict[tuple[str, int], Any]
+) -> list[tuple[str, int, float]]:
+    """Return arm, seed and score of each run up to the seconds that the cheapest arm takes."""
+    seconds = {
+        key: median(row["step_seconds"] for row in run.timings if "step_seconds" in row)
+        for key, run in runs.items()
+    }
+    first, _ = next(iter(runs))
+    by_seed = pd.Series(seconds).unstack(0)
+    costs = by_seed.div(by_seed[first], axis="index").median()
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        print(f"{arm:14} a step takes {costs[arm]:.2f} of {first}'s")
     rows = []
-    for (arm, seed), run in runs.items():
-        steps = np.array([row["step"] for row in run.evaluations])
-        rewards = [row["reward"] for row in run.evaluations]
-        curve = np.interp(steps[1:] * min(costs.values()), steps * costs[arm], rewards)
-        rows.append({"arm": arm, "seed": seed, "score": float(curve.mean())})
+    for (arm, seed), (steps, rewards) in curves.items():
+        steps = np.array(steps)
+        curve = np.interp(steps[1:] * costs.min(), steps * costs[arm], rewards)
+        rows.append((arm, seed, curve.mean()))
     return rows
 
 
 def main(
     task: Literal["sort_digits", "calculator", "reverse_text", "four_digits"] = "sort_digits",
     model: str | None = None,
-    arms: tuple[str, ...] = (),
+    arms: tuple[str, ...] = tuple(ARMS),
     seeds: int = 6,
     max_steps: int = 100,
     teacher_steps: int = 450,
-    cold: bool = False,
     own: bool = False,
 ) -> None:
     """Make the runs, print mean scores with verdicts against the first arm, and draw the curves.
@@ -183,24 +184,19 @@ def main(
     Args:
         task: The task of the teacher and of the students.
         model: With `four_digits`, the pretrained model.
-        arms: The presets; those without opd in their name have no teacher. Default: all, and with --cold those
-            that need no reward, which a student with random weights never gets.
+        arms: The presets; those without opd in their name have no teacher.
         seeds: Students of each arm.
         max_steps: Updates of a student.
         teacher_steps: Updates of the teacher.
-        cold: Start the students from random weights.
         own: Let the students be their own teachers, of any task but calculator.
     """
     if (task == "four_digits") != bool(model) or (model and not own):
         raise SystemExit("--task four_digits and --model need each other, and --own.")
-    arms = arms or tuple(arm for arm in ARMS if arm.startswith("opd") or not cold)
-    name = f"{task}_cold" if cold else task
+    name = f"{task}_own" if own else task
     shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
-    shared |= {"model": "tiny"} if cold else {}
     if own:
         if task not in CONTEXTS:
             raise SystemExit(f"--own was given with --task {task}; it takes {', '.join(CONTEXTS)}.")
-        name = f"{task}_own"
         shared |= own_settings(task, model, teacher_steps, max_steps)
         context = f"{os.path.relpath(__file__)}:{task}"
         teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
@@ -213,23 +209,18 @@ def main(
             settings |= {"reward": "none"} if arm.startswith("opd") else {}
             folder = train(f"{name}_{arm}_{seed}", estimator=arm, seed=seed, **settings)
             runs[arm, seed] = read_run(folder)
-    rows = []
+    curves = {key: run.series("eval_reward") for key, run in runs.items()}
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
     for arm in arms:
-        curves = []
-        for seed in range(seeds):
-            evaluations = runs[arm, seed].evaluations
-            curves.append([row["reward"] for row in evaluations])
-            rows.append({"arm": arm, "seed": seed, "score": fmean(curves[-1][1:])})
-        mean = np.mean(curves, 0)
-        steps = [row["step"] for row in evaluations]
-        axes.plot(steps, np.transpose(curves), color=ARMS[arm], alpha=0.2, linewidth=1)
-        axes.plot(steps, mean, color=ARMS[arm], label=arm)
-        print(f"{arm:14} reward at the end {mean[-1]:.3f}")
+        steps, rewards = np.transpose([curves[arm, seed] for seed in range(seeds)], (1, 2, 0))
+        axes.plot(steps, rewards, color=ARMS[arm], alpha=0.2, linewidth=1)
+        axes.plot(steps[:, 0], rewards.mean(1), color=ARMS[arm], label=arm)
+        print(f"{arm:14} reward at the end {rewards[-1].mean():.3f}")
     axes.set(xlabel="updates", ylabel="reward on held-out prompts", title=name)
     axes.legend(frameon=False)
     figure.savefig(RUNS / f"{name}.png", dpi=150)
-    for title, scores in (("completions", rows), ("seconds", after_equal_seconds(runs))):
+    rows = [(*key, fmean(rewards[1:])) for key, (_, rewards) in curves.items()]
+    for title, scores in (("completions", rows), ("seconds", after_equal_seconds(runs, curves))):
         print(f"\nAfter equal {title}:")
         (family,) = judge_scores(scores, margin=0.02).families
         for of_arm in family.arms:

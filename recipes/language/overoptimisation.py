@@ -5,8 +5,7 @@ a balance above 2 is gushing: each further word costs 2; the reward is at least 
 model, trained on 300 pairs of the base policy's reviews that the gold reward labelled, with noise
 (temperature 0.5). The base gushes in 1 review of 20, so the pairs hardly show it.
 
-RL is RLOO with a KL weight of 1e-3, which only makes the run measure the KL (k1 of fresh samples); `--arms` and
-`--betas` take other presets and weights, and all curves are in runs/overoptimisation/curves.csv. Best-of-n
+RL is RLOO with a KL weight of 1e-3, which only makes the run measure the KL (k1 of fresh samples). Best-of-n
 takes the proxy's choice among n samples of a pool of the base: gold without bias by order statistics, KL from
 the shares of the pool. Proxy and gold are given as gains over the base, in its standard deviations, by
 d = sqrt(KL).
@@ -28,10 +27,8 @@ recipes/README.md, section "Reward models".
 # ///
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import toy_tasks
-from tokenrl import Estimator, RewardModel, load_policy, train
+from tokenrl import RewardModel, load_policy, train
 from tokenrl.language import (
     Pair,
     RewardModelArguments,
@@ -85,9 +82,7 @@ class Base:
 
     task: toy_tasks.Task
     path: str
-    rows: list[dict[str, Any]]  # 8 held-out prompts
-    texts: list[list[str]]  # for each of them, N samples
-    gold: Pool  # the gold rewards of the samples
+    gold: Pool  # the gold rewards of N samples for each of 8 held-out prompts
 
 
 def standardise(values: Any, pool: Pool) -> np.ndarray:
@@ -142,9 +137,7 @@ def best_of(base: Base, proxies: Pool) -> np.ndarray:
     return np.array(points)
 
 
-def pursue(
-    judge: RewardModel, base: Base, proxies: Pool, estimator: Estimator, max_steps: int, seed: int
-) -> np.ndarray:
+def pursue(judge: RewardModel, base: Base, proxies: Pool, max_steps: int, seed: int) -> np.ndarray:
     """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -152,7 +145,7 @@ def pursue(
 
     result = train(
         task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
-        estimator=estimator, max_steps=max_steps,
+        estimator="rloo,beta=1e-3", max_steps=max_steps,
         learning_rate=3e-4, lr_scheduler_type="constant", eval_every=0, eval_generations=1,
         log_completions=0, stop_after_zero_spread=0, seed=seed,
         output_dir=str(RUNS / f"seed_{seed}"), overwrite=True, quiet=True,
@@ -207,20 +200,14 @@ def draw(curves: dict[str, tuple[np.ndarray, ...]], turns: dict[str, dict[str, A
 
 
 def main(
-    arms: tuple[str, ...] = ("rloo",),
-    betas: tuple[float, ...] = (1e-3,),
     seeds: int = 6,
-    first_seed: int = 0,
     max_steps: int = 150,
     pool: int = 2048,
 ) -> None:
     """Maximise a reward model of 300 pairs for each seed, by RL and by best-of-n.
 
     Args:
-        arms: Presets of RL.
-        betas: Weights of the KL, each for every arm.
         seeds: Reward models and RL runs.
-        first_seed: The first seed; the others follow it.
         max_steps: Steps of an RL run.
         pool: Samples of the base for each of 8 held-out prompts; n goes up to half of that.
     """
@@ -229,20 +216,12 @@ def main(
     rows = task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     sampling = Sampling(MAX_TOKENS, num_generations=pool)
     texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
-    base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
-    points = defaultdict[str, list[np.ndarray]](list)
-    tables = {}
-    for seed in range(first_seed, first_seed + seeds):
+    base = Base(task, path, best_of_n.pool_rewards(gold, rows, texts))
+    points: dict[str, list[np.ndarray]] = {"rloo": [], "best-of-n": []}
+    for seed in range(seeds):
         judge = train_judge(base, seed)
-        proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
-        for arm, beta in product(arms, betas):
-            estimator = Estimator.preset(arm, beta=beta)
-            curve = pursue(judge, base, proxies, estimator, max_steps, seed)
-            points[f"{arm}, beta {beta:g}"].append(curve)
-            steps = pd.RangeIndex(1, len(curve) + 1) * STEPS_PER_POINT
-            tables[arm, beta, seed] = pd.DataFrame(curve, steps, ["kl", "proxy", "gold"])
-        whole = pd.concat(tables, names=["arm", "beta", "seed", "step"])
-        whole.to_csv(RUNS / "curves.csv", float_format="%.4g")
+        proxies = best_of_n.pool_rewards(judge, rows, texts)
+        points["rloo"].append(pursue(judge, base, proxies, max_steps, seed))
         points["best-of-n"].append(best_of(base, proxies))
     curves, turns = {}, {}
     print(f"\n{'':33}d of turn      gold after    proxy after  fell")

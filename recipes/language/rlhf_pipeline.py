@@ -9,8 +9,8 @@ model chooses among n samples of the base, without training.
 
 Look for: the gold reward at the end, above that of the base and of best-of-4, and its cost in KL. The KL of
 the policy is the log ratio summed over fresh completions (k1). That of best-of-n comes from the shares of the
-pool, with ties. Errors are standard errors over held-out prompts. The results are in
-recipes/README.md, section "Reward models".
+pool, with ties; the curves of the run are in runs/rlhf/policy/report.html. Errors are standard errors over
+held-out prompts. The results are in recipes/README.md, section "Reward models".
 """
 
 # /// script
@@ -24,9 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
 import tokenrl
 import toy_tasks
@@ -39,9 +37,7 @@ from tokenrl.language import (
     make_preferences,
     warm_started_base,
 )
-from tokenrl.runs import read_metrics, smooth
 
-BLUE, GREEN, GREY = "#0072B2", "#009E73", "#8A8A8A"
 SIZES = (1, 4, 16, 64)  # n of best-of-n
 POOL = 128  # samples of the base for each held-out prompt, from which best-of-n chooses
 HELD_OUT = 2**32  # added to the seed of the held-out preferences
@@ -141,29 +137,6 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Rows, metrics: list[dict[str, Any]], task: str) -> Figure:
-    """Draw gold reward against the KL; the curves of the run are in policy/report.html."""
-    steps = [row for row in metrics if "rewards/gold/mean" in row]
-    kl, gold = (smooth([row[name] for row in steps], 5) for name in ("kl", "rewards/gold/mean"))
-    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(np.sqrt(np.maximum(kl, 0)), gold, color=BLUE, alpha=0.5)
-    colours = {"best of": GREEN, "RL, sam": BLUE, "base, s": GREY}
-    for name, row in rows.items():
-        if "kl" in row and name != "best of 1":  # which is the base
-            colour = colours[name[:7]]
-            at = np.sqrt(max(row["kl"], 0)), row["gold"]
-            axes.errorbar(*at, yerr=2 * row["gold_stderr"], color=colour, marker="o", capsize=3)
-            look = {"ha": "right", "color": colour, "fontsize": 9, "textcoords": "offset points"}
-            axes.annotate(name.removesuffix(", sampled"), at, (-7, 5), **look)
-    axes.margins(0.14)
-    axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", ylabel="gold reward, held-out prompts")
-    axes.set_title(f"{task}; line: RL in training; bars: 2 standard errors", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EAEAEA", linewidth=0.8)
-    return figure
-
-
 def main(
     task: str = "sentiment",
     pairs: int = 2000,
@@ -194,8 +167,6 @@ def main(
     print(
         f"reward model: accuracy {accuracy:.3f} on held-out pairs; the gold reward reaches {most:.3f}"
     )
-    draw(rows, read_metrics(run / "metrics.jsonl"), task).savefig(RUNS / "rlhf_pipeline.png")
-    print(f"figure: {RUNS / 'rlhf_pipeline.png'}")
 
 
 if __name__ == "__main__":

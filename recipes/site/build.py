@@ -151,19 +151,6 @@ def replace_search(site: Path, asked: dict[str, str]) -> None:
     (site / "search.json").write_text(text, encoding="utf-8")
 
 
-def titles(pages: list[Path], docs: Path) -> list[str]:
-    """Return a line of llms.txt for each page: its title as a link, and its first sentence."""
-    lines = []
-    for path in pages:
-        text = (docs / path).read_text(encoding="utf-8")
-        title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        sentence = re.search(r"^[A-Z][^\n#|]+?\.(?= |$)", text.partition("\n\n")[2], re.MULTILINE)
-        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence[0]) if sentence else ""
-        about = f": {plain}" if plain else ""
-        lines.append(f"- [{title[1] if title else path.stem}]({path}){about}")
-    return lines
-
-
 def main(output: Path = ROOT / "build") -> None:
     """Build the site into the folder `site` of the output."""
     docs = output / "docs"
@@ -193,8 +180,10 @@ def main(output: Path = ROOT / "build") -> None:
         shutil.copy(docs / path, output / "site" / path)
     sentence = "Policy gradients on small language models, with the bias of each estimator checked."
     about = f"# tokenrl\n\n> {sentence}\n\n"
-    listing = titles([path.with_suffix(".md") for path in pages], docs)
-    (output / "site" / "llms.txt").write_text(about + "\n".join(listing) + "\n", encoding="utf-8")
+    for path in (path.with_suffix(".md") for path in pages):
+        title = re.search(r"^# (.+)$", (docs / path).read_text(encoding="utf-8"), re.MULTILINE)
+        about += f"- [{title[1] if title else path.stem}]({path})\n"
+    (output / "site" / "llms.txt").write_text(about, encoding="utf-8")
     print(f"{output / 'site' / 'index.html'}: {len(markdown)} pages")
 
 

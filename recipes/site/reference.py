@@ -1,7 +1,7 @@
 """Writes the reference: commands and their flags, axes and presets, metrics, Python's public names.
 
 `recipes/pages/reference/` is its output, made of the code itself; a test compares the two. Pages of the reference
-that are written by hand (`run_directory.md`, `glossary.md`) lie beside these.
+that are written by hand (`run_directory.md`, `glossary.md`, `papers.md`) lie beside these.
 """
 
 # /// script
@@ -44,7 +44,6 @@ FLAGS = ("flag", "default", "allowed", "meaning")
 MAX_KEYWORDS = 8
 """A function with more settings of a command among its keywords is shown without them."""
 LINE_LENGTH = 88
-ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 GENERATED = "<!-- Made by recipes/site/reference.py of the code; change it there. -->"
 
 
@@ -143,42 +142,6 @@ def presets_page() -> str:
     return page("The presets", table(head, rows), about, table(words, beyond))
 
 
-def papers_page() -> str:
-    """Return the index by paper: claim, difference, declared bias, noise and the study's words on each preset."""
-    text = Path(__file__).with_name("papers.txt").read_text(encoding="utf-8")
-    introduction, lines = text.partition("## Introduction\n")[2].split("\n## Rows\n")
-    estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
-    measured = dict(
-        re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [^|]+) \|$", estimators, re.MULTILINE)
-    )
-    rows = []
-    for line in lines.splitlines():
-        name, claim, difference, notes = line.split(" | ")
-        bias = Estimator.preset(name).bias_status
-        # The presets of distillation are compared on problems without a reward.
-        numbers = measured.get(name, "[of its own](../explain/distillation.md)")
-        cells = (
-            PRESETS[name].paper,
-            claim,
-            difference,
-            bias,
-            numbers.replace(" | ", ", "),
-            notes,
-        )
-        linked = [ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", text) or "-" for text in cells]
-        rows.append((f"`{name}`", *linked))
-    head = (
-        "preset",
-        "paper",
-        "claim",
-        "what differs here",
-        "expected gradient",
-        "cosine, noise / RLOO's",
-        "what this project's tables say",
-    )
-    return page("Index by paper", introduction.strip(), cards("papers", head, rows))
-
-
 def metrics_page() -> str:
     """Return the page of all metrics."""
     rows = [
@@ -258,7 +221,6 @@ def pages() -> dict[str, str]:
     """Return all pages by the name of their files."""
     named = {f"{name.replace(' ', '_')}.md": command_page(name) for name in COMMANDS}
     named |= {"axes.md": axes_page(), "presets.md": presets_page(), "metrics.md": metrics_page()}
-    named["papers.md"] = papers_page()
     return named | {f"{room.replace('.', '_')}.md": python_page(room) for room in ROOMS}
 
 

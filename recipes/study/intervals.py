@@ -14,7 +14,6 @@ equal rates. The largest quantile counts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +24,6 @@ MARGIN = 0.02
 SHARES = (1, 0.75, 0.5, 0.25, 0)
 """Parts of the measured gaps between the rates of an arm that are simulated."""
 DRAWS = 50_000
-
-
-def prose(number: float, decimals: int = 3) -> str:
-    """Return a number as sentences have it, such as -.072."""
-    text = f"{number:.{decimals}f}"
-    return text.replace("0.", ".", 1) if abs(number) < 1 else text
 
 
 class Interval(NamedTuple):
@@ -48,34 +41,14 @@ class Interval(NamedTuple):
             return "better"
         return "worse" if self.high < 0 else "undecided"
 
-    @property
-    def numbers(self) -> str:
-        """The mean with its sign and the interval, to three digits."""
-        return f"{self.mean:+.3g} [{self.low:.3g}, {self.high:.3g}]"
+    def text(self, form: str = ".3f") -> str:
+        """Return the mean, with the ends in brackets."""
+        mean, low, high = (format(number, form) for number in self)
+        return f"{mean} [{low}, {high}]"
 
     def cell(self, margin: float = MARGIN) -> str:
         """Return the numbers and the verdict."""
-        return f"{self.numbers} {self.verdict(margin)}"
-
-    def signed(self, decimals: int = 3) -> str:
-        """Return the mean and the interval with the sign of each number."""
-        return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*self, d=decimals)
-
-    def text(self, decimals: int = 3) -> str:
-        """Return the mean and the interval as sentences have them."""
-        mean, low, high = (prose(number, decimals) for number in self)
-        return f"{mean} [{low}, {high}]"
-
-    @property
-    def by(self) -> str:
-        """The size of the difference in a sentence: by .045."""
-        return f"by {prose(abs(self.mean))}"
-
-    @property
-    def by_interval(self) -> str:
-        """The size of the difference with its interval: by .036 [.027, .045]."""
-        size = Interval(-self.mean, -self.high, -self.low) if self.mean < 0 else self
-        return f"by {size.text()}"
+        return f"{self.text('.3g')} {self.verdict(margin)}"
 
 
 def around(mean: float, half: float) -> Interval:
@@ -93,21 +66,25 @@ def student(values: pd.Series, comparisons: int = 1) -> Interval:
     return around(values.mean(), half_width(values.std(), len(values), comparisons))
 
 
-def rank_correlation(x: pd.Series, y: pd.Series) -> Interval:
-    """Return Spearman's correlation over the arms of both, with a 95 % interval from all resamplings of arms."""
-    arms = x.index.intersection(y.index)
-    n = len(arms)
-    samples = np.array(list(combinations_with_replacement(range(n), n)))
-    counts = (samples[:, :, None] == np.arange(n)).sum(1)
-    chances = stats.multinomial.pmf(counts, n, np.full(n, 1 / n))
-    a, b = (stats.rankdata(z[arms].to_numpy()[samples], axis=1) - (n + 1) / 2 for z in (x, y))
-    spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    defined = spread > 0  # where a resampling has only equal arms, there is no correlation
-    values = (a * b).sum(1)[defined] / spread[defined]
-    order = values.argsort()
-    shares = chances[defined][order].cumsum() / chances[defined].sum()
-    low, high = values[order][np.searchsorted(shares, [0.025, 0.975])]
-    return Interval(stats.spearmanr(x[arms], y[arms])[0], low, high)
+def bases_at_large(table: np.ndarray) -> tuple[Interval, np.ndarray]:
+    """Split differences by base and seed, [bases, seeds], as zero_sort_digits.yaml says.
+
+    Returns:
+        The interval of the mean; and the variances of bases, of seeds and of the rest.
+    """
+    bases, seeds = table.shape
+    mean, of_base, of_seed = table.mean(), table.mean(1), table.mean(0)
+    rest = table - of_base[:, None] - of_seed + mean
+    freedom = np.array([bases - 1, seeds - 1, (bases - 1) * (seeds - 1)])
+    sums = [seeds * (of_base - mean) ** 2, bases * (of_seed - mean) ** 2, rest**2]
+    squares = np.array([part.sum() for part in sums]) / freedom
+    total = squares[0] + squares[1] - squares[2]
+    degrees = total**2 / (squares**2 / freedom).sum()
+    if total < squares[0]:
+        total, degrees = squares[0], freedom[0]
+    half = stats.t.ppf(1 - 0.05 / 4, degrees) * np.sqrt(total / table.size)
+    variances = np.append(np.maximum(squares[:2] - squares[2], 0) / (seeds, bases), squares[2])
+    return around(mean, half), variances
 
 
 def at_best_rates_of_others(scores: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_rmsprop_is_that_of_torch():
 def test_cartpole_is_learnt_within_3000_episodes():
     best = []
     for seed in range(5):
-        run = R.reinforce(R.Settings(seed=seed), 3000)
-        best.append(run.means().max())
-        assert run.returns.max() == 500
+        returns, _ = R.reinforce(R.Settings(seed=seed), 3000)
+        best.append(R.rolling(np.array([returns]), 100).max())
+        assert max(returns) == 500
     assert sum(mean >= 475 for mean in best) >= 4, best

@@ -33,7 +33,7 @@ KEY, BY_NAME = "a-key-of-the-test", f"{RECIPE}:VllmServer"
 
 
 class Engine(runpy.run_path(str(RECIPE))["VllmServer"]):
-    patience, pause, largest = 2.0, 0.01, 10**6
+    patience, pause = 2.0, 0.01
 
 
 def adapted():
@@ -214,10 +214,9 @@ UNUSABLE = [
     (completion(token_ids=[2], logprobs=ONE, finish_reason="length"), "truncated must be True"),
     (completion(finish_reason="abort"), "ended a completion by 'abort'"),
     (lambda answer: (200, answer | {"model": "base"}), "answers 'base' instead of '"),
-    (lambda answer: (400, {"error": "odd" + KEY}), r"answers 'code 400: .*odd\(key\)"),
+    (lambda answer: (400, {"error": "odd"}), r"answers 'code 400: .*odd"),
     (lambda answer: (500, {"error": "dead"}), r"no answer of .* in 2 s .*dead.* --resume auto"),
     (lambda answer: time.sleep(2.5), r"no answer of .* in 2 s \("),
-    (lambda answer: (200, answer | {"more": "x" * 2**20}), "sends more than 1,000,000 bytes"),
 ]
 
 
@@ -241,14 +240,6 @@ def without_adapters(fake, monkeypatch):
     fake.answer = lambda path, body: (404, {"detail": "Not Found"})
 
 
-def secret_key(fake, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", "a-secret\nkey")
-
-
-def secret_url(fake, monkeypatch):
-    monkeypatch.setenv("VLLM_SERVER_URL", "http://me:a-secret@127.0.0.1:9")
-
-
 def no_host(fake, monkeypatch):
     monkeypatch.setenv("VLLM_SERVER_URL", "http://no.such.host.invalid:9")
 
@@ -264,8 +255,6 @@ def no_program(fake, monkeypatch):
         (another_base, {}, "differ from the trainer's by"),
         (without_adapters, {}, r"does not load .*Not Found.*--enable-lora"),
         (no_program, {}, "the server has ended; its log: "),
-        (secret_key, {}, "VLLM_API_KEY holds a line break"),
-        (secret_url, {}, "must be like http://host:8000"),
         (no_host, {}, "names no host"),
         (without_adapters, {"lora_r": 0}, "set lora_r"),
         (without_adapters, {"temperature": 3.0, "generator": BY_NAME}, "samples from 0.01 to 2"),
@@ -276,7 +265,6 @@ def test_a_server_or_a_setting_that_does_not_fit_ends_the_run_and_leaves_nothing
 ):
     change(fake, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises((Refused, Stopped), match=words) as caught:
+    with pytest.raises((Refused, Stopped), match=words):
         trained(tmp_path / "run", **options)
-    assert "a-secret" not in str(caught.value)
     assert not list(tmp_path.glob("tokenrl-*"))
