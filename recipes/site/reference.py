@@ -149,7 +149,7 @@ def papers_page() -> str:
     introduction, lines = text.partition("## Introduction\n")[2].split("\n## Rows\n")
     estimators = (PAGES.parent / "explain" / "estimators.md").read_text(encoding="utf-8")
     measured = dict(
-        re.findall(r"^\| `(\w+)` \|.* \| ([\d.]+ \| [^|]+) \|$", estimators, re.MULTILINE)
+        re.findall(r"^\| `(\w+)` \|.* \| (-?[\d.]+ \| [^|]+) \|$", estimators, re.MULTILINE)
     )
     rows = []
     for line in lines.splitlines():
