@@ -37,7 +37,7 @@ PAPERS = [
 
 def measured(name):
     """The declared bias, the cosine and the noise beside RLOO's of a preset, as the page has them."""
-    (row,) = re.findall(rf"^\| `{name}` \| .* \| (\w+ \| [\d.]+ \| [^|]+ \|)$", ALL, re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{name}` \| .* \| (\w+ \| -?[\d.]+ \| [^|]+ \|)$", ALL, re.MULTILINE)
     return row
 
 
