@@ -118,6 +118,7 @@ def train(
     trust_run: bool = ...,
     value_iterations: int = ...,
     value_learning_rate: float = ...,
+    value_warmup: int = ...,
     warm_start: bool | typing.Literal['auto'] = ...,
     warm_start_steps: int = ...,
     warmup_steps: int = ...,
@@ -291,6 +292,7 @@ def train_agent(
     value_coef: float = ...,
     value_learning_rate: float | None = ...,
     value_network: typing.Literal['separate', 'shared'] = ...,
+    value_warmup: int = ...,
 ) -> ControlResult: ...
 
 @typing.overload
@@ -410,6 +412,7 @@ def sample(
     system_prompt: str | os.PathLike[str] | None = ...,
     task: typing.Any | None = ...,
     temperature: float = ...,
+    tokens: bool = ...,
     top_k: int = ...,
     top_p: float = ...,
     trust_remote_code: bool = ...,
@@ -509,7 +512,7 @@ def compare(
     save_every: typing.Any = ...,
     save_minutes: typing.Any = ...,
     seed: typing.Any = ...,
-    seeds: int = ...,
+    seeds: int | Sequence[int] = ...,
     share_seed: typing.Any = ...,
     shared: typing.Any = ...,
     split: typing.Any = ...,
@@ -540,6 +543,7 @@ def compare(
     value_iterations: typing.Any = ...,
     value_learning_rate: typing.Any = ...,
     value_network: typing.Any = ...,
+    value_warmup: typing.Any = ...,
     warm_start: typing.Any = ...,
     warm_start_steps: typing.Any = ...,
     warmup_steps: typing.Any = ...,
@@ -590,6 +594,7 @@ def measure_gradients(
     stop: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = ...,
     system_prompt: str | os.PathLike[str] | None = ...,
     task: typing.Any = ...,
+    teacher: typing.Any | None = ...,
     temperature: float = ...,
     top_k: int = ...,
     top_p: float = ...,

@@ -25,29 +25,29 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 12_940,
-    "core": 19_440,
-    "runs": 24_470,
-    "control": 10_700,
-    "advisor": 2_530,
+    "core": 19_670,
+    "runs": 24_420,
+    "control": 10_720,
+    "advisor": 2_180,
     "language": 100,
-    "language/policy": 11_680,
+    "language/policy": 11_820,
     "language/rewards": 14_000,
     "language/tasks": 10_100,
     "language/rollout": 26_790,
-    "language/training": 22_360,
+    "language/training": 23_220,
     "language/supervised": 7_870,
-    "language/commands": 4_210,
+    "language/commands": 4_500,
     "language/preferences": 6_740,
     "language/evaluation": 3_680,
     "lab": 100,
     "lab/exact": 12_380,
-    "lab/measure": 5_180,
-    "lab/compare": 13_300,
+    "lab/measure": 5_390,
+    "lab/compare": 13_670,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 208_350, 186, 88_460, 230_350, 67_080, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_070, 188, 89_480, 232_810, 57_100, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -1,0 +1,150 @@
+"""Simulate comparisons that are looked at after 6, 12 and 18 seeds, beside comparisons of 18 seeds at once.
+
+    python recipes/study/looks.py                                    2,000 comparisons a row
+    pip install adastop && python recipes/study/looks.py --adastop 300    with AdaStop on the same scores
+
+Two arms run on the same seeds, and a part of their scores is the seed's. What is promised: arms that are the same
+are called better or worse in 5 %, and arms whose difference is the margin are called equivalent in 5 %. The scores
+have normal errors, errors with long tails (Student's t with three degrees of freedom), unequal variances, ties (a
+share of ten right answers), or an arm that fails in a tenth of its runs.
+
+AdaStop (Mathieu et al. 2023, arXiv 2306.10882) tests permutations of unpaired scores and has no margin: what it
+calls equal is what it has not told apart.
+
+Look for: shares above .05 in the columns of errors, and how many seeds a comparison took.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm", "adastop"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tyro
+from scipy import stats
+
+from tokenrl.lab import judge_scores
+
+LOOKS = (6, 12, 18)
+MARGIN = 1.0
+"""In standard deviations of a difference of two runs with normal errors."""
+Draw = Callable[[np.random.Generator, float], tuple[np.ndarray, np.ndarray]]
+
+
+def paired(errors: Callable[[np.random.Generator], np.ndarray]) -> Draw:
+    """Return what draws the scores of reference and arm, whose errors [2, seeds] are added to the seed's part."""
+
+    def draw(random: np.random.Generator, difference: float) -> tuple[np.ndarray, np.ndarray]:
+        of_seed = random.normal(size=LOOKS[-1])
+        reference, arm = of_seed + errors(random) / 2**0.5
+        return reference, arm + difference
+
+    return draw
+
+
+def ties(random: np.random.Generator, difference: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw shares of ten right answers; a difference of 1 is that of a spread of two such shares."""
+    spread = (2 * 0.5 * 0.5 / 10) ** 0.5
+    rates = np.array([0.5, min(1.0, 0.5 + difference * spread)])
+    reference, arm = random.binomial(10, rates[:, None], (2, LOOKS[-1])) / 10 / spread
+    return reference, arm
+
+
+def failing(random: np.random.Generator, difference: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw normal scores; both arms fail in a tenth of their runs."""
+    scores = np.array(CASES["normal"](random, difference))
+    scores[random.random(scores.shape) < 0.1] = np.nan
+    reference, arm = scores
+    return reference, arm
+
+
+SIZE = (2, LOOKS[-1])
+CASES: dict[str, Draw] = {
+    "normal": paired(lambda random: random.normal(size=SIZE)),
+    "long tails": paired(lambda random: random.standard_t(3, size=SIZE) / 3**0.5),
+    "unequal variances": paired(lambda random: random.normal(size=SIZE) * np.array([[0.2], [1.4]])),
+    "ties": ties,
+    "both fail in a tenth": failing,
+}
+
+
+def verdict(reference: np.ndarray, arm: np.ndarray, looks: tuple[int, ...]) -> tuple[str, int]:
+    """Return the verdict of the arm, and the seeds that it took."""
+    rows = [
+        {"arm": name, "seed": seed, "score": score, "failed": bool(np.isnan(score))}
+        for name, scores in (("reference", reference), ("arm", arm))
+        for seed, score in enumerate(scores)
+    ]
+    (family,) = judge_scores(rows, margin=MARGIN, looks=looks).families
+    return family.differences[0].verdict, family.differences[0].look or LOOKS[-1]
+
+
+def adastop_verdict(reference: np.ndarray, arm: np.ndarray, seed: int) -> tuple[str, int]:
+    """Return the verdict of AdaStop with as many looks, and the seeds that it took."""
+    from adastop import MultipleAgentsComparator
+
+    size = LOOKS[0]
+    comparator = MultipleAgentsComparator(n=size, K=len(LOOKS), B=1000, alpha=0.05, seed=seed)
+    for seeds in range(size, LOOKS[-1] + 1, size):
+        so_far = {"arm": arm[:seeds], "reference": reference[:seeds]}
+        comparator.partial_compare(so_far, verbose=False)
+        if comparator.is_finished:
+            break
+    (decision,) = comparator.decisions.values()
+    words = {"larger": "better", "smaller": "worse"}
+    return words.get(decision, "undecided"), seeds
+
+
+def interval(count: int, total: int) -> str:
+    """Return a share with its exact interval at 95 %."""
+    low, high = stats.binomtest(count, total).proportion_ci(0.95)
+    return f"{count / total:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def row(verdicts: list[tuple[str, int]]) -> dict[str, Any]:
+    """Return the shares of verdicts, and the mean number of seeds."""
+    words = [word for word, _ in verdicts]
+    different = sum(word in ("better", "worse") for word in words)
+    return {
+        "different": interval(different, len(words)),
+        "equivalent": interval(words.count("equivalent"), len(words)),
+        "seeds": f"{np.mean([seeds for _, seeds in verdicts]):.1f}",
+    }
+
+
+def main(comparisons: int = 2000, adastop: int = 0, seed: int = 0) -> None:
+    """Print a row for each kind of scores, true difference and rule.
+
+    Args:
+        comparisons: Simulated comparisons of a row.
+        adastop: Of these, comparisons that AdaStop judges too; each takes it a tenth of a second.
+        seed: Seed of the scores.
+    """
+    warnings.simplefilter("ignore")  # AdaStop divides by the spread of equal scores
+    rows = []
+    for case, draw in CASES.items():
+        for difference in (0.0, MARGIN, 2 * MARGIN):
+            random = np.random.default_rng(seed)
+            pairs = [draw(random, difference) for _ in range(comparisons)]
+            rules: dict[str, list[tuple[str, int]]] = {
+                "looks": [verdict(*pair, LOOKS) for pair in pairs],
+                "at once": [verdict(*pair, ()) for pair in pairs],
+            }
+            if adastop and case != "both fail in a tenth":
+                rules["AdaStop"] = [
+                    adastop_verdict(*pair, number) for number, pair in enumerate(pairs[:adastop])
+                ]
+            about = {"scores": case, "difference": difference}
+            rows += [about | {"rule": rule} | row(each) for rule, each in rules.items()]
+    print(pd.DataFrame(rows).to_string(index=False))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
