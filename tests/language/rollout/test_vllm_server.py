@@ -177,7 +177,7 @@ def test_a_step_is_sampled_while_the_update_of_the_step_before_is_made(fake, tmp
 def test_after_a_failure_a_new_start_or_a_continuation_the_run_goes_on_as_it_was(
     fake, tmp_path, status
 ):
-    rows = trained(tmp_path / "plain")
+    rows = trained(tmp_path / "plain", max_steps=2)
     fake.number = 0
 
     def spoil(answer):
@@ -188,8 +188,8 @@ def test_after_a_failure_a_new_start_or_a_continuation_the_run_goes_on_as_it_was
         return status, {}
 
     fake.spoil = spoil
-    trained(tmp_path / "run", max_steps=2)
-    assert trained(tmp_path / "run", resume="auto") == rows
+    trained(tmp_path / "run", max_steps=1)
+    assert trained(tmp_path / "run", resume="auto", max_steps=2) == rows
 
 
 def completion(**changes):

@@ -41,7 +41,6 @@ task = PromptTask("plus", rows[:7], rows[7:], same, 3)
 TWO = "--reward own.py:same own.py:brief --reward-weights 1 0.5"
 KINDS = {
     "toy task": "train --task sort_digits",
-    "file": f"train --task plain.jsonl {TWO}",
     "Python file": "train --task own.py:task --max-completion-length 2",
     "chat": "train --task chat.jsonl --reward own.py:chatty",
     "text as chat": "train --task plain.jsonl --reward own.py:chatty --chat --system-prompt Add",
@@ -141,6 +140,7 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
     text = f"<tool_call>{json.dumps(call)}</tool_call>"
     rows = [{"prompt": [user], "completion": text}]
     options = {"environment": Safe, "model": "tiny", "max_steps": 1, "quiet": True}
+    options["max_completion_length"] = 8
     policy = tokenrl.sft(task=rows, output_dir=tmp_path, **options).policy
     tools, prompt = Environments(Safe).reset(rows, [0])[0].tools, policy.encode([user])
     ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
