@@ -108,27 +108,15 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys, fields, reme
     assert remedy in printed(capsys)
 
 
-@pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
-def test_who_already_solves_the_prompts_is_not_told_to_learn_them(
-    solved, tmp_path, capsys, monkeypatch
-):
+def test_who_already_solves_the_prompts_is_not_told_to_learn_them(tmp_path, capsys, monkeypatch):
     """Nor, where the task says what counts as solved, that the policy is too sure of its answers."""
     monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
     right = Scripted(lambda call, texts: [1.0] * len(texts))
-    right.binary = solved is None
-    fields = {"solved": solved, "demonstrations": DEMONSTRATIONS}
-    flags = (*["entropy-collapsed"] * (solved is None), "nothing-learnt")
-    assert train(tmp_path / "run", right, fields, max_steps=3).flags == flags
+    fields = {"solved": 0.9, "demonstrations": DEMONSTRATIONS}
+    assert train(tmp_path / "run", right, fields, max_steps=3).flags == ("nothing-learnt",)
     output = printed(capsys)
     assert output.count("The policy already solves these prompts") == 2  # third step, end
     assert "--warm-start" not in output
-
-
-def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):
-    few_steps = train(tmp_path / "run", max_steps=5)
-    assert few_steps.flags == ("nothing-learnt",)
-    assert few_steps.eval_before["reward"] < few_steps.eval_after["reward"]
-    assert "It is no gain beyond noise. More steps" in printed(capsys)
 
 
 @pytest.mark.parametrize(("solved", "reason"), [(0.9, "stuck"), (None, "learnt")])
@@ -188,17 +176,14 @@ class Scripted:
         return self.rewards(self.calls, completions)
 
 
-@pytest.mark.parametrize(("keep", "flags"), [("last", ("greedy-fell",)), ("best", ())])
-def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(tmp_path, said, keep, flags):
+def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(tmp_path, said):
     means = 0.8, 0.07, 0.07, 0.08, 0.1, 0.09
     reward = Scripted(
         lambda call, texts: [means[call - 1] + i % 4 / 100 for i in range(len(texts))]
     )
-    assert train(tmp_path, reward, max_steps=2, keep=keep).flags == flags
+    assert train(tmp_path, reward, max_steps=2).flags == ("greedy-fell",)
     output = said()
     assert "earn 0.815, the best of 4 samples 0.1, all samples 0.085" in output
-    fall = "warning: greedy-fell: The greedy reward has fallen from its best, 0.8"
-    assert (fall in output) == bool(flags)
-    assert ("--keep best" in advise_run(str(tmp_path)).line) == bool(flags)
-    page = (tmp_path / "report.html").read_text()
-    assert ("greedy reward has fallen" in page) == bool(flags)
+    assert "warning: greedy-fell: The greedy reward has fallen from its best, 0.8" in output
+    assert "--keep best" in advise_run(str(tmp_path)).line
+    assert "greedy reward has fallen" in (tmp_path / "report.html").read_text()
