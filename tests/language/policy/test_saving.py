@@ -285,8 +285,7 @@ def test_plain_generate_draws_as_the_policy_and_ends_where_completions_were_lear
     assert saved == GenerationConfig(do_sample=True, max_length=30, **drawn).to_diff_dict()
 
 
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(("lora", "relative"), [(0, True), (2, False)])
 def test_what_is_shipped_names_no_directory_of_this_machine(
     lora, relative, saved, tmp_path, monkeypatch
 ):

@@ -28,8 +28,14 @@ DIFFERENT = {"rloo", "remax", "optimal", "dapo", "gspo", "ppo"}
     [
         *((preset, "llama", "float32", 1e-6) for preset in ("ppo", "optimal")),
         *(
-            (preset, "gpt2", "float64", 1e-10)
-            for preset in quickly(PRESETS, PRESETS.keys() - DIFFERENT)
+            pytest.param(
+                preset,
+                "gpt2",
+                "float64",
+                1e-10,
+                marks=[pytest.mark.slow] * (preset not in DIFFERENT),
+            )
+            for preset in PRESETS
         ),
     ],
 )

@@ -134,8 +134,8 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
     text = f"<tool_call>{json.dumps(call)}</tool_call>"
     rows = [{"prompt": [user], "completion": text}]
     options = {"environment": Safe, "model": "tiny", "max_steps": 1, "quiet": True}
-    options["max_completion_length"] = 8
-    policy = tokenrl.sft(task=rows, output_dir=tmp_path, **options).policy
+    task = PromptTask("safe", rows, rows, None, 8, demonstrations=rows)
+    policy = tokenrl.sft(task=task, output_dir=tmp_path, **options).policy
     tools, prompt = Environments(Safe).reset(rows, [0])[0].tools, policy.encode([user])
     ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
     message = assistant_message(policy.tokenizer, ids, prompt, text, tools)
