@@ -20,7 +20,6 @@ from refusals import refused, stopped
 from tiny_models import make_policy
 
 import tokenrl
-from tokenrl import names
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.loading import load_reward
@@ -120,12 +119,9 @@ others = meets
 
 
 @pytest.fixture(autouse=True)
-def _worked(workplace, monkeypatch):
-    """A folder with the file; the process of the rewards would import all files that this one has imported."""
+def _worked(workplace):
+    """A folder with the file."""
     (workplace / "worked.py").write_text(FILE)
-    for name in names.OWN_MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(names, "OWN_MODULES", {})
 
 
 def call(names, *, timeout=60.0, columns=None):

@@ -15,7 +15,7 @@ from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, v
 import tokenrl
 from tests.states import state_of
 from tokenrl.core import Estimator
-from tokenrl.names import OWN_MODULES, import_attribute
+from tokenrl.names import import_attribute
 
 REFILLING = Estimator.preset(
     "dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss"
@@ -145,7 +145,7 @@ HELD = [
 
 @pytest.fixture
 def of_code(workplace, monkeypatch):
-    """`train(**changes)`: a run of one step; code that it imports is forgotten afterwards."""
+    """`train(**changes)`: a run of one step."""
     monkeypatch.syspath_prepend(workplace)
 
     def train(**changes):
@@ -159,11 +159,7 @@ def of_code(workplace, monkeypatch):
     Path("pack").mkdir()
     for name, text in (HELPERS | {"mine.py": MINE}).items():
         Path(name).write_text(text)
-    before = {*sys.modules}
-    yield train
-    for name in sys.modules.keys() - before:
-        del sys.modules[name]
-    OWN_MODULES.clear()
+    return train
 
 
 def test_a_run_whose_code_has_changed_is_not_continued(of_code):
