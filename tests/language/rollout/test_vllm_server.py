@@ -127,6 +127,7 @@ def fake(monkeypatch):
 def trained(folder, **options):
     """The rows of metrics.jsonl of a run of three steps with four requests each; an evaluation has two."""
     shape = {"model": letters(64), "generator": Engine, "lora_r": 2, "eval_generations": 0}
+    shape["eval_every"] = 1
     task = letter_task(vowel_reward)
     letters_trained(folder, task, **(shape | {"learning_rate": 0.1} | options))
     return read_metrics(folder / "metrics.jsonl")[1:]

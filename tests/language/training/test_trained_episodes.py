@@ -137,12 +137,13 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
 
 # ---- every kind of estimator ----
 
-NAMES = "remax ppo optimal dapo spo gspo cispo"
+NAMES = "remax ppo optimal dapo gspo cispo"
 KINDS = {
     **{name: Estimator.preset(name) for name in NAMES.split()},
     "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
-    "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
-    "centred, top 3": Estimator(importance_centre=True, importance_centre_top=3),
+    "centred, top 3": Estimator(
+        importance="token", importance_centre=True, importance_centre_top=3, ratio="token"
+    ),
     "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
 }
 COLUMNS = ("logprobs", "sampling_logprobs", "entropy", "score_norms", "hidden")
