@@ -238,6 +238,14 @@ def test_the_ratio_starts_at_one_and_then_moves(monkeypatch, bound):
     assert updates[0]["grad_norm"] == pytest.approx(float(first.norm()), rel=1e-5)
 
 
+def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
+    rows = spied(monkeypatch, "experience")
+    stepped(ESTIMATORS["grpo"], num_iterations=2, micro_batch_size=5, temperature=0.7)
+    assert len(rows) == 1  # once a step, before its updates
+    old, mask = rows[0].old_logprobs, rows[0].mask
+    torch.testing.assert_close(old[mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
+
+
 def test_minibatches_compute_and_weigh_their_own_rows(monkeypatch):
     """With the weights kept still, the minibatches' losses average to that of the step."""
     sizes = scored_rows(monkeypatch)

@@ -119,6 +119,13 @@ def test_who_already_solves_the_prompts_is_not_told_to_learn_them(tmp_path, caps
     assert "--warm-start" not in output
 
 
+def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):
+    few_steps = train(tmp_path / "run", max_steps=5)
+    assert few_steps.flags == ("nothing-learnt",)
+    assert few_steps.eval_before["reward"] < few_steps.eval_after["reward"]
+    assert "It is no gain beyond noise. More steps" in printed(capsys)
+
+
 @pytest.mark.parametrize(("solved", "reason"), [(0.9, "stuck"), (None, "learnt")])
 def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, said, solved, reason):
     """From 0 to .25 for all: a policy that writes the same letter whatever the prompt."""
