@@ -305,13 +305,13 @@ def test_a_process_that_may_have_none_of_its_own_is_told():
 
 PROGRAM = """
 from tokenrl.keywords import arguments_of_call
-from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import DataArguments
 def own(completions, **_):
     return [1.0] * len(completions)
 if GUARD:
     arguments_of_call(DataArguments, None, {})  # as tokenrl.train does
     open("runs", "a").write("x")
+    from tokenrl.language.rewards.rewards import Rewards
     for reward in REWARDS:
         print(Rewards(reward, timeout=60.0)(["p"], ["abc"], [[1]], {}).total)
 """
