@@ -248,7 +248,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_come_back_with_function_row_and_cause(name):
     with stopped(FAULTS[name]):
-        call(["length", name], timeout=0.5 if name == "awaits" else 60.0)
+        call([name], timeout=0.5 if name == "awaits" else 60.0)
 
 
 def test_processes_work_at_the_same_time():
