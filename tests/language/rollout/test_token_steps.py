@@ -7,7 +7,7 @@ import torch
 from families import family_policy
 from test_episodes import played
 from tiny_environments import Guess
-from tiny_models import ENDS, make_policy, make_tokenizer, quickly
+from tiny_models import ENDS, make_policy, make_tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing import assert_close
 
@@ -95,7 +95,15 @@ def look_every(request, monkeypatch):
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "llama with LoRA", "mixtral", "deepseek_v3"]
 
 
-@pytest.mark.parametrize("family", quickly(FAMILIES, FAMILIES[5:]))
+@pytest.mark.parametrize(
+    ("family", "look_every"),
+    [
+        ("llama", 1),
+        *((family, 8) for family in FAMILIES[:5]),
+        *(pytest.param(family, 8, marks=pytest.mark.slow) for family in FAMILIES[5:]),
+    ],
+    indirect=["look_every"],
+)
 def test_fixed_memory_samples_the_tokens_of_the_plain_way(family, look_every):
     policy = some_policy(family)
     expected = generated(policy)

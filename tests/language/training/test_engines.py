@@ -208,11 +208,13 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, WHOLE, LISTED])
-@pytest.mark.parametrize("spoil", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [*((name, LISTED) for name in RIGHT), ("rounding above 0", {}), ("a wider table", WHOLE)],
+)
 def test_a_right_rollout_is_read_as_training_reads_it(spoil, options):
     expected = sampled(as_it_is, **options)[0]
-    rollout, returned = sampled(spoil, **options)
+    rollout, returned = sampled(RIGHT[spoil], **options)
     assert rollout.columns().keys() == expected.columns().keys()
     for name, x in rollout.columns().items():
         torch.testing.assert_close(x, getattr(expected, name), check_dtype=False, atol=1e-6, rtol=0)

@@ -86,8 +86,9 @@ class Noisy(Different):
     noise = 0.5
 
 
-@pytest.mark.parametrize("engines", [(None, Gapped), (Different, Noisy)])
-@pytest.mark.parametrize("placement", ["reward", "loss"])
+@pytest.mark.parametrize(
+    ("placement", "engines"), [("reward", (Different, Noisy)), ("loss", (None, Gapped))]
+)
 def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement, engines):
     estimator = Estimator(beta=0.3, kl_placement=placement)
     options = {"dtype": "float64", "top_p": 0.9}
