@@ -1,13 +1,25 @@
 """Fixtures: tiny local models, saved once a session; nothing is downloaded."""
 
+import sys
+
 import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
+
+from tokenrl.names import OWN_MODULES
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # at this size a second thread only costs
+
+
+@pytest.fixture(autouse=True)
+def _no_files():
+    """Files that earlier tests have imported are forgotten: processes of rewards would import them too."""
+    for name in OWN_MODULES:
+        sys.modules.pop(name, None)
+    OWN_MODULES.clear()
 
 
 @pytest.fixture(scope="session")

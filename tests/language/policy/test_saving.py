@@ -50,19 +50,16 @@ def mixed(model):
     return model
 
 
-@pytest.mark.parametrize(
-    "dtype", quickly(["float32", "bfloat16", "float64", "mixed"], {"bfloat16", "float64"})
-)
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize(
     "family", quickly(FAMILIES, set(FAMILIES) - {"llama", "gpt2", "mixtral", "gemma2"})
 )
 def test_all_weights_come_back(family, dtype, tmp_path):
-    if (family, dtype) == ("deepseek_v3", "float64"):
-        pytest.skip("transformers reads its routers in float32, whatever the rest is in")
     first, again = (family_policy(family, seed=seed) for seed in (0, 1))
     for policy in (first, again):
         policy.tokenizer = make_tokenizer()
-        mixed(policy.model) if dtype == "mixed" else policy.model.to(getattr(torch, dtype))
+        if dtype == "mixed":
+            mixed(policy.model)
     scrambled(first.model)
     random_state = torch.get_rng_state()
     assert_comes_back(first, again, tmp_path)
@@ -288,8 +285,7 @@ def test_plain_generate_draws_as_the_policy_and_ends_where_completions_were_lear
     assert saved == GenerationConfig(do_sample=True, max_length=30, **drawn).to_diff_dict()
 
 
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(("lora", "relative"), [(0, True), (2, False)])
 def test_what_is_shipped_names_no_directory_of_this_machine(
     lora, relative, saved, tmp_path, monkeypatch
 ):

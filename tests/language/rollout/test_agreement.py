@@ -6,13 +6,7 @@ import pytest
 import torch
 from families import family_policy
 from refusals import refused
-from tiny_models import (
-    ARCHITECTURES,
-    letters_trained,
-    make_policy,
-    make_task,
-    quickly,
-)
+from tiny_models import letters_trained, make_policy, make_task
 from transformers.cache_utils import DynamicLayer
 
 from tokenrl.core import Estimator
@@ -95,9 +89,10 @@ def hidden_of_the_first_layer(options):
     return swap
 
 
-@pytest.mark.parametrize("dtype", quickly(["float32", "bfloat16"], {"float32"}))
-@pytest.mark.parametrize("spread", quickly([0.25, 0.02], {0.02}))
-@pytest.mark.parametrize("architecture", quickly(ARCHITECTURES, {"qwen2", "gpt_neox"}))
+@pytest.mark.parametrize(
+    ("architecture", "spread", "dtype"),
+    [("llama", 0.25, "bfloat16"), ("gpt2", 0.25, "bfloat16"), ("gpt_neox", 0.02, "float32")],
+)
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
     check_model(make_policy(architecture, **options))

@@ -39,7 +39,7 @@ def slope(logprobs, model):
 
 
 # A single token may take other kernels than several.
-@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 6])
+@pytest.mark.parametrize("length", quickly([1, 6], [1]))
 @pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_each_family_is_scored_in_the_fastest_way_that_is_that_of_each_row_alone(family, length):
     policy = family_policy(family)

@@ -64,7 +64,7 @@ def sessions(monkeypatch):
 def test_a_policy_trains_on_it(sessions, tmp_path):
     task, model = f"{RECIPE}:Env", letters(64)
     sizes = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 2, "eval_size": 2}
-    sizes |= {"max_completion_length": 6, "max_turns": 2, "stop": [">"]}
+    sizes |= {"max_completion_length": 6, "max_turns": 2, "stop": [">"], "eval_every": 1}
     run = letters_trained(tmp_path / "run", task, model=model, **sizes)
     assert run.exit_reason == "finished" and sessions.count("/ws") <= 8  # 2 prompts, 4 generations
     (table,) = (tmp_path / "run").rglob("*1.parquet")

@@ -43,7 +43,7 @@ def check(tmp_path):
     def start(reward=starts_with_a, prompts=LETTERS, *, fields=(), **options):
         shape = {"max_steps": 12, "prompts_per_step": 16, "num_generations": 8, "check": True}
         task = options.pop("task", None) or letter_task(reward, prompts, **dict(fields))
-        options = shape | {"learning_rate": None} | options
+        options = shape | {"learning_rate": None, "eval_every": None} | options
         return letters_trained(tmp_path / "new" / "run", task, **options)
 
     return start

@@ -1,5 +1,8 @@
 """Settings that were left open: which task, model and adapter get which, and what is said of their origin."""
 
+from dataclasses import replace
+from functools import cache
+
 import pytest
 from folders import read_json
 from hypothesis import given, settings, strategies as st
@@ -133,6 +136,14 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     assert {*settle(again, own_task(toy), make_policy()).origins.values()} == {"given"}
 
 
+@cache
+def policy_of(kind):
+    """A policy with a tokenizer of a kind, one of which keeps all that it reads."""
+    if kind == "keeps":
+        return replace(make_policy(), tokenizer=literal_tokenizer("the ca"))
+    return make_policy(kind=kind)
+
+
 @pytest.mark.parametrize("kind", ["pad", "chat", "closing", "keeps"])
 @settings(deadline=None, max_examples=30)
 @given(
@@ -144,14 +155,11 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
 def test_a_prompt_that_surely_fits_does_and_any_text_that_is_far_shorter_surely_does(
     kind, text, chat, room
 ):
-    policy = make_policy(kind="pad" if kind == "keeps" else kind)
-    if kind == "keeps":
-        policy.tokenizer = literal_tokenizer("the ca")
+    policy = policy_of(kind)
     text = text.encode(errors="ignore").decode()
     prompt = [{"role": "user", "content": text}] if chat and kind == "chat" else text
     if surely_fits(policy, prompt, room):
         assert len(policy.encode(prompt)) + room <= policy.context
     elif kind == "keeps" and text.strip():
         assert 2 * len(text.encode()) + 16 + room > policy.context
-    policy.context = None
-    assert not surely_fits(policy, prompt, room)
+    assert not surely_fits(replace(policy, context=None), prompt, room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from itertools import count
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from folders import read_json
 from refusals import refused, stopped
-from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, make_policy
+from tiny_models import ENDS, PROMPTS, Engine, letter_task, letters_trained, make_policy, stepped
 
 from tokenrl import Estimator
 from tokenrl.errors import Refused, Stopped
@@ -207,11 +208,13 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, WHOLE, LISTED])
-@pytest.mark.parametrize("spoil", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [*((name, LISTED) for name in RIGHT), ("rounding above 0", {}), ("a wider table", WHOLE)],
+)
 def test_a_right_rollout_is_read_as_training_reads_it(spoil, options):
     expected = sampled(as_it_is, **options)[0]
-    rollout, returned = sampled(spoil, **options)
+    rollout, returned = sampled(RIGHT[spoil], **options)
     assert rollout.columns().keys() == expected.columns().keys()
     for name, x in rollout.columns().items():
         torch.testing.assert_close(x, getattr(expected, name), check_dtype=False, atol=1e-6, rtol=0)
@@ -318,8 +321,9 @@ def test_an_engine_that_cannot_be_closed_does_not_fail_the_run(tmp_path):
     def make(policy, _):
         return Failing(policy, "close", 1, SystemExit(1))
 
+    options = {"generator": make, "quiet": False, "max_steps": 1, "eval_generations": 0}
     with pytest.warns(UserWarning, match="Failing.close failed"):
-        result = letters_trained(tmp_path, letter_task(ends), generator=make, quiet=False)
+        result = letters_trained(tmp_path, letter_task(ends), **options)
     assert (result.exit_code, result.exit_reason) == (0, "finished")
 
 
@@ -363,13 +367,13 @@ class Ignored(Lying):
     ],
     ids=["a2c", "optimal"],
 )
-def test_what_the_trainer_computes_itself_is_its_own_whatever_an_engine_says(tmp_path, estimator):
-    rows = []
+def test_what_the_trainer_computes_itself_is_its_own_whatever_an_engine_says(estimator):
+    results = []
     for kind in (Lying, Ignored):
-        folder = tmp_path / kind.__name__
-        letters_trained(folder, letter_task(ends), generator=kind, estimator=estimator)
-        rows.append((folder / "metrics.jsonl").read_bytes())
-    assert rows[0] == rows[1]
+        engine = partial(start_engine, kind, regime=Regime(), rows_at_once=None)
+        slope, record, _ = stepped(estimator, engine=engine)
+        results.append((slope.tolist(), record.metrics))
+    assert results[0] == results[1]
 
 
 class Rounded(Lying):
@@ -452,7 +456,7 @@ class Quiet(Ahead):
 def test_what_is_announced_is_a_copy_of_what_is_sampled_next(tmp_path, zero_spread):
     rows = []
     Ahead.announced.clear()
-    for kind in (Ahead, Quiet):
+    for kind in (Ahead, Quiet)[: 1 + (zero_spread == "keep")]:
         folder = tmp_path / kind.__name__
         estimator = Estimator(zero_spread=zero_spread)
         options = {"generator": kind, "estimator": estimator, "sync_every": 2}
@@ -460,7 +464,7 @@ def test_what_is_announced_is_a_copy_of_what_is_sampled_next(tmp_path, zero_spre
         rows.append((folder / "metrics.jsonl").read_bytes())
     # the prompts of a step that may be refilled are not known before it
     expected = [True, True] if zero_spread == "keep" else []
-    assert rows[0] == rows[1] and Ahead.announced == expected
+    assert rows[0] == rows[-1] and Ahead.announced == expected
 
 
 class Ending(Ahead):

@@ -106,7 +106,8 @@ def scarce(completions, log_extra, log_metric, **_):
 )
 def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options):
     """Every name in the files of a run is refused, but for those that its reward logged."""
-    letters_trained(tmp_path, letter_task(scarce), estimator=estimator, **options)
+    options = {"estimator": estimator, "eval_every": 1, **options}
+    letters_trained(tmp_path, letter_task(scarce), **options)
     (table, *_) = sorted((tmp_path / "completions").iterdir())
     lines = [*read_metrics(tmp_path / "metrics.jsonl"), *read_metrics(tmp_path / "timings.jsonl")]
     names = {"log_metric": {name for line in lines for name in line} - {"my_metric"}}

@@ -11,7 +11,7 @@ SIZES |= {"learning_rate": 3e-3, "eval_every": 0, "eval_generations": 1, "cpu": 
 
 
 def trained(folder, **options):
-    options = SIZES | {"model": make_policy(), "task": make_task(), "max_steps": 6} | options
+    options = SIZES | {"model": make_policy(), "task": make_task(), "max_steps": 5} | options
     result = train(output_dir=folder, **options)
     return result, read_metrics(folder / "metrics.jsonl")
 
@@ -24,24 +24,24 @@ def test_each_third_step_samples_from_the_present_weights(tmp_path):
     run, rows = trained(tmp_path / "lagged", sync_every=3, estimator="rloo,importance=sequence")
     for step, gap in enumerate(gaps(rows), start=1):
         assert (gap < 1e-6) == (step % 3 == 1), step
-    _, present = trained(tmp_path / "present")
+    _, present = trained(tmp_path / "present", max_steps=2)
     assert max(gaps(present)) < 1e-6 and rows[2] != present[2]
     # of the last weights, whatever the copy holds
     final = evaluate(model=tmp_path / "lagged", task=make_task(), num_generations=1, seed=2)
     assert final.metrics["reward"] == pytest.approx(run.eval_after["reward"])
 
 
-SHORT, FAR = {"sync_every": 2}, {"sync_every": 4, "learning_rate": 0.3}
+FAR = {"sync_every": 4, "learning_rate": 0.3}
 HALF = {"sync_every": 2, "mixed_precision": "bf16"}
 
 
-@pytest.mark.parametrize("options", quickly([SHORT, FAR, HALF], [HALF]), ids=str)
+@pytest.mark.parametrize("options", quickly([FAR, HALF], [HALF]), ids=str)
 def test_a_continuation_samples_from_the_saved_copy(options, tmp_path):
     """Also inside a period in which the copy is 3 to 12 nats per token away."""
     options = {"lr_scheduler_type": "constant", **options}
     _, whole = trained(tmp_path / "whole", **options)
     trained(tmp_path / "parts", max_steps=3, **options)
     _, rows = trained(tmp_path / "parts", resume="auto", **options)
-    assert rows[-3:] == whole[-3:]
+    assert rows[-2:] == whole[-2:]
     assert "learning_rate" not in options or min(gaps(whole)[1:4]) > 2
     assert all(row["sampling/kept_mass"] <= 1 for row in whole[1:])

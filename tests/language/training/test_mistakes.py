@@ -38,24 +38,18 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys,
     assert "has no effect" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({"USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true has no effect"),
-        # As `accelerate launch` sets them, and what says where a run computes.
-        ({"GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "no", "USE_CPU": "true"}, ""),
-    ],
-)
-def test_variables_of_accelerate_that_change_numbers_are_overruled(
-    tmp_path, monkeypatch, said, variables, words
-):
+def test_variables_of_accelerate_that_change_numbers_are_overruled(tmp_path, monkeypatch, said):
     run(tmp_path / "usual", quiet=True)
-    variables = {f"ACCELERATE_{name}": value for name, value in variables.items()}
+    # Others are as `accelerate launch` sets them, or say where a run computes.
+    variables = {"USE_FSDP": "true", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "no"}
+    variables = {f"ACCELERATE_{name}": x for name, x in variables.items()} | {
+        "ACCELERATE_USE_CPU": "true"
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     run(tmp_path / "run")
     out = said()
-    assert words in out and (words or "no effect" not in out)
+    assert "ACCELERATE_USE_FSDP=true has no effect" in out and out.count("no effect") == 1
     usual, other = (tmp_path / name / "metrics.jsonl" for name in ("usual", "run"))
     assert usual.read_text() == other.read_text() and os.environ.items() >= variables.items()
 

@@ -61,15 +61,13 @@ def flat(completions, **_):
 
 
 SCENARIOS = {
-    "rloo": ("rloo", {}, vowel_reward),
     "batch": (
         Estimator(baseline="batch_mean", scale="batch_std", entropy_coef=0.1),
         {},
-        vowel_reward,
+        logging,
     ),
-    "kl": (Estimator.preset("grpo", beta=0.3), {}, vowel_reward),
-    "minibatches": (
-        "grpo",
+    "kl in minibatches": (
+        Estimator.preset("grpo", beta=0.3),
         {"num_minibatches": 2, "num_iterations": 2, "micro_batch_size": 1},
         vowel_reward,
     ),
@@ -77,7 +75,6 @@ SCENARIOS = {
     "silent rank": ("rloo", {"micro_batch_size": 2}, silent_later),
     "nothing to learn": ("rloo", {}, flat),
     "bfloat16": ("rloo", {"mixed_precision": "bf16", "micro_batch_size": 2}, vowel_reward),
-    "lora": ("rloo", {"lora_r": 2}, vowel_reward),
     "teacher and lora": (
         Estimator.preset("grpo", beta=0.3),
         {"lora_r": 2, "teacher": True, "micro_batch_size": 2},
@@ -88,7 +85,6 @@ SCENARIOS = {
     "critic": ("a2c", {}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_on_both),
-    "logged": ("rloo", {}, logging),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
     "failing episodes": ("grpo", {"num_generations": 4}, vowel_reward),
     "own teacher": (
@@ -99,10 +95,8 @@ SCENARIOS = {
     "replay": (Estimator(importance="token"), {"replay": 2, "micro_batch_size": 4}, vowel_reward),
 }
 
-QUICK = ("rloo", "batch", "kl", "minibatches", "idle rank", "silent rank", "lora", "greedy")
-QUICK += ("teacher and lora", "own teacher")
-QUICK += ("memory", "critic", "refilled", "logged", "failing episodes", "replay")
-"""Those whose processes exchange something that no other scenario sees."""
+SLOW = {"nothing to learn", "bfloat16", "score norms", "episodes"}
+"""Those whose processes exchange nothing that no other scenario sees."""
 
 
 def outcome(name: str) -> dict:
@@ -243,7 +237,7 @@ def two(request, tmp_path_factory):
     """What two processes saved: directory and outcomes by rank."""
     directory = tmp_path_factory.mktemp("two")
     is_quick = request.config.getoption("markexpr").startswith("not slow")
-    return directory, ranks_of(directory, QUICK if is_quick else SCENARIOS, 2)
+    return directory, ranks_of(directory, SCENARIOS.keys() - (SLOW if is_quick else ()), 2)
 
 
 def assert_the_update_of_one(ranks: list[dict], name: str) -> None:
@@ -262,7 +256,7 @@ def assert_the_update_of_one(ranks: list[dict], name: str) -> None:
         assert_close(first["metrics"], alone["metrics"])
 
 
-@pytest.mark.parametrize("name", quickly(SCENARIOS, SCENARIOS.keys() - set(QUICK)))
+@pytest.mark.parametrize("name", quickly(SCENARIOS, SLOW))
 def test_two_processes_make_the_update_of_one(two, name):
     assert_the_update_of_one(two[1], name)
 

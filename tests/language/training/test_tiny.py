@@ -40,9 +40,6 @@ task = PromptTask("plus", rows[:7], rows[7:], same, 3)
 """
 TWO = "--reward own.py:same own.py:brief --reward-weights 1 0.5"
 KINDS = {
-    "toy task": "train --task sort_digits",
-    "file": f"train --task plain.jsonl {TWO}",
-    "Python file": "train --task own.py:task --max-completion-length 2",
     "chat": "train --task chat.jsonl --reward own.py:chatty",
     "text as chat": "train --task plain.jsonl --reward own.py:chatty --chat --system-prompt Add",
     "columns": f"train --task columns.jsonl --prompt-template {{question}}= {TWO}",
@@ -66,9 +63,7 @@ def data(workplace, cache):
         write_rows(f"{name}.jsonl", rows)
 
 
-@pytest.mark.parametrize(
-    "kind", quickly(KINDS, {"toy task", "Python file", "text as chat", "chosen column"})
-)
+@pytest.mark.parametrize("kind", quickly(KINDS, {"text as chat", "chosen column"}))
 def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     small = SMALL.split() if KINDS[kind].startswith("train") else []
     completes(*shlex.split(KINDS[kind]), *small, "--model", "tiny", "--output-dir", "run")
@@ -85,23 +80,21 @@ def test_what_a_run_prints_as_next_works(kind, data, monkeypatch, capsys):
     assert re.search("tokenrl: as in the run of run: .*task ", printed.err)
     assert printed.out.startswith("prompt     1+1=\n") and printed.out.count("completion ") == 8
     assert ("reward " in printed.out) == rewarded == ("without rewards" not in printed.err)
-    assert kind == "toy task" or not rewarded or "answer 2\nreward " in printed.out
+    assert not rewarded or "answer 2\nreward " in printed.out
 
 
-def test_a_run_with_a_tiny_model_is_made_of_all_its_rows_and_continues_to_the_same_bits(data):
+def test_a_tiny_model_is_made_of_all_rows_and_made_again_as_its_run_continues(data):
     settings = {"task": "own.py:task", "model": "tiny", "stop": "#", "dtype": "float64"}
     settings |= {"prompts_per_step": 2, "num_generations": 2, "base_seed": 1}
     settings |= {"eval_every": 0, "cpu": True, "quiet": True}
-    whole = tokenrl.train(**settings, max_steps=2, output_dir="whole")
-    tokenrl.train(**settings, max_steps=1, output_dir="parts")
-    parts = tokenrl.train(**settings, max_steps=2, output_dir="parts", resume="auto")
-    pairs = zip(whole.policy.model.parameters(), parts.policy.model.parameters(), strict=True)
-    assert all(torch.equal(ours, theirs) and ours.dtype == torch.float64 for ours, theirs in pairs)
-    saved = load_policy("whole")
+    tokenrl.train(**settings, max_steps=1, output_dir="run")
+    run = tokenrl.train(**settings, max_steps=2, output_dir="run", resume="auto")
+    assert {p.dtype for p in run.policy.model.parameters()} == {torch.float64} and run.steps == 2
+    saved = load_policy("run")
     # 8 is in held-out rows only
     assert set(saved.tokenizer.get_vocab()) == {"<eos>", UNKNOWN, *"0123456789+=#"}
     assert saved.context == 1024 + len("9+1=10#")
-    assert read_json("whole/config.json")["model"] == "tiny"
+    assert read_json("run/config.json")["model"] == "tiny"
 
 
 def named(prompts, completions, answer, **columns):
@@ -141,7 +134,8 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
     text = f"<tool_call>{json.dumps(call)}</tool_call>"
     rows = [{"prompt": [user], "completion": text}]
     options = {"environment": Safe, "model": "tiny", "max_steps": 1, "quiet": True}
-    policy = tokenrl.sft(task=rows, output_dir=tmp_path, **options).policy
+    task = PromptTask("safe", rows, rows, None, 8, demonstrations=rows)
+    policy = tokenrl.sft(task=task, output_dir=tmp_path, **options).policy
     tools, prompt = Environments(Safe).reset(rows, [0])[0].tools, policy.encode([user])
     ids = policy.tokenizer(text + EOS, add_special_tokens=False).input_ids
     message = assistant_message(policy.tokenizer, ids, prompt, text, tools)

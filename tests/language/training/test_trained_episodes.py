@@ -22,7 +22,6 @@ from tiny_models import (
     make_learner,
     make_policy,
     one_step,
-    quickly,
     weights,
 )
 from torch.nn.utils.rnn import pad_sequence
@@ -93,13 +92,17 @@ def loss_of_actions(policy, reference, rows, e):
 
 @pytest.mark.parametrize(
     ("family", "name", "options"),
-    [("llama", name, {}) for name in ESTIMATORS]
-    + [("gpt2", "rloo", {}), ("qwen3", "token mean", {})]
-    + [("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3})]
-    + [("gpt2", "kl", {"micro_batch_size": 2}), ("llama", "to go", {"share_seed": False})]
-    + [("llama", "token mean", {"factory": Faulty, "micro_batch_size": 1})]
-    + [pytest.param("llama", "kl", {"factory": Faulty}, marks=pytest.mark.slow)]
-)  # fmt: skip
+    [
+        ("gpt2", "rloo", {}),
+        ("llama", "to go", {"micro_batch_size": 5, "sampling_batch_size": 3}),
+        ("llama", "sequence mean", {}),
+        ("qwen3", "token mean", {}),
+        ("llama", "token mean", {"factory": Faulty, "micro_batch_size": 1}),
+        ("llama", "fixed length", {"share_seed": False}),
+        ("gpt2", "kl", {"micro_batch_size": 2}),
+        *(("llama", name, {}) for name in [*ESTIMATORS][6:]),
+    ],
+)
 def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, options):
     """Neither KL, entropy nor divisors have a token of the environment, nor anything a row that failed.
 
@@ -134,16 +137,15 @@ def test_the_gradient_of_episodes_is_that_of_their_chosen_tokens(family, name, o
 
 # ---- every kind of estimator ----
 
-NAMES = "remax ppo a2c otb optimal dapo spo gspo gmpo cispo prime_rl gdpo unsloth openrlhf_default trl_rloo"
+NAMES = "remax ppo optimal dapo gspo cispo"
 KINDS = {
     **{name: Estimator.preset(name) for name in NAMES.split()},
     "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
-    "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
-    "centred, top 3": Estimator(importance_centre=True, importance_centre_top=3),
+    "centred, top 3": Estimator(
+        importance="token", importance_centre=True, importance_centre_top=3, ratio="token"
+    ),
     "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
 }
-ALIKE = {"otb", "gmpo", "prime_rl", "gdpo", "unsloth", "openrlhf_default", "trl_rloo"}
-"""Those that others are like in what they read of a token."""
 COLUMNS = ("logprobs", "sampling_logprobs", "entropy", "score_norms", "hidden")
 
 
@@ -193,7 +195,7 @@ def disturb(monkeypatch, where):
     return changed
 
 
-@pytest.mark.parametrize("name", quickly(KINDS, ALIKE))
+@pytest.mark.parametrize("name", KINDS)
 def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, monkeypatch):
     """Whatever their log-probabilities, entropies and hidden states are, the update has the same bits."""
     usual, measured = trained(KINDS[name])
@@ -203,8 +205,9 @@ def test_no_estimator_reads_what_is_computed_of_the_environments_tokens(name, mo
         again, metrics = trained(KINDS[name])
     assert sum(changed) > 50 and torch.equal(again, usual)
     assert metrics == pytest.approx(measured, rel=0, abs=0, nan_ok=True)
-    disturb(monkeypatch, torch.Tensor.bool)  # those of the policy do count
-    assert not torch.equal(trained(KINDS[name])[0], usual)
+    if name == "ppo":  # those of the policy do count
+        disturb(monkeypatch, torch.Tensor.bool)
+        assert not torch.equal(trained(KINDS[name])[0], usual)
 
 
 # ---- whole runs ----
@@ -231,7 +234,7 @@ class Away(Talk):
 def long(completions, **_):
     return [float(len(text)) for text in completions]
 '''
-SMALL = """--model tiny --max-turns 3 --max-completion-length 24 --max-steps 2 --prompts-per-step 4
+SMALL = """--model tiny --max-turns 3 --max-completion-length 24 --max-steps 1 --prompts-per-step 4
 --num-generations 4 --eval-size 6 --stop """ + " ".join("abcdefghijklmnop")
 
 

@@ -69,8 +69,6 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     spread = table["rewards/starts_right"].to_numpy().std(ddof=1)
     assert rows[-1]["rewards/starts_right/std"] == pytest.approx(spread)
     assert read_state(directory / "checkpoints" / "step_000002")["stream"]["position"] == 8
-    other = run(**settings, seed=1, output_dir=tmp_path / "other").output_dir
-    assert rewards != [row["reward"] for row in read_metrics(other / "metrics.jsonl")[1:]]
 
 
 class Away:
@@ -110,7 +108,7 @@ def frozen():
     return model.requires_grad_(False), tokenizer
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize("options", [{"lora_r": 2}, {"mixed_precision": "bf16"}])
 def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
     run, tmp_path, options
 ):
@@ -121,8 +119,8 @@ def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
         calls.append(None)
         return [reward - len(calls) for reward in share_of_a(completions)]
 
-    result = run(reward=falling, max_steps=9, eval_every=2, keep="best", patience=2, **options)
-    assert (result.exit_reason, result.steps, result.best["step"]) == ("no-improvement", 4, 0)
+    result = run(reward=falling, max_steps=9, eval_every=1, keep="best", patience=2, **options)
+    assert (result.exit_reason, result.steps, result.best["step"]) == ("no-improvement", 2, 0)
     best = result.best["value"]
     assert best == result.eval_before["reward_greedy"] > result.eval_after["reward_greedy"]
     for policy in (result.policy, load_policy(tmp_path / "run")):
@@ -135,20 +133,20 @@ def test_the_best_policy_is_handed_over_and_no_further_evaluation_is_waited_for(
         assert "holds the weights of step 0" in text
 
 
-@pytest.mark.parametrize("reason", ["callback", "finished"])
-def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path, reason):
+def test_a_callback_sees_each_step_and_may_stop_the_run_which_continues(run, tmp_path):
     rows = []
 
     def callback(step, metrics):
         rows.append({"step": step, **metrics})
-        if step == 2 and reason == "finished":
+        if step == 2:
             raise tokenrl.Finished("enough")
-        return step == 2
+        return step == 1
 
     settings = {"save_every": 1, "eval_every": 1}
-    first = run(callback=callback, **settings)
-    assert (first.exit_reason, first.exit_code, first.steps) == (reason, 0, 2)
-    assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == 2
+    for more, reason, steps in (({}, "callback", 1), ({"resume": "auto"}, "finished", 2)):
+        ended = run(callback=callback, **settings, **more)
+        assert (ended.exit_reason, ended.exit_code, ended.steps) == (reason, 0, steps)
+        assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl")[1:] and len(rows) == steps
     assert run(callback=callback, **settings, resume="auto").exit_reason == "finished"
     run(output_dir=tmp_path / "whole", **settings)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
@@ -177,13 +175,12 @@ def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path):
     task = make_task(scheduled)
     settings = {"eval_every": 1, "save_every": 1, "keep_checkpoints": 9, "eval_generations": 2}
     steps_read()
-    run(task, stop_after_zero_spread=0, **settings, estimator="remax")
-    assert steps_read() == thirds
-    run(task, overwrite=True, **settings, callback=lambda step, _: step == 2)
-    steps_read()
+    settings |= {"stop_after_zero_spread": 0, "estimator": "remax"}
+    run(task, **settings, callback=lambda step, _: step == 2)
+    assert steps_read() == thirds[:3]
     run(task, **settings, resume="auto")
     assert steps_read() == thirds[2:]
-    for part, step in (("", 3), ("model", 3), ("checkpoints/step_000001", 1)):
+    for part, step in (("model", 3), ("checkpoints/step_000001", 1)):
         tokenrl.evaluate(model=tmp_path / "run" / part, task=task, reward=scheduled, best_of=2)
         assert steps_read() == [thirds[step]]
     run(task, output_dir=tmp_path / "checked", check=True)

@@ -9,14 +9,13 @@ from tiny_models import letter_task, letters_trained, weights
 from tokenrl import Estimator
 from tokenrl.language import TransformersGenerator
 
-left_open = []
-calls = []
+left_open, changed = [], set()
 
 
 def change(where):
     """At the first call in this place, as of a judge that is loaded then, leave other settings behind."""
-    if calls[0] == where:
-        calls[0] = "done"
+    if where in switching and where not in changed:
+        changed.add(where)
         torch.set_float32_matmul_precision("medium")
         torch.backends.cuda.enable_flash_sdp(False)
         left_open.append(torch.autocast("cpu", torch.bfloat16))
@@ -82,22 +81,23 @@ class Letters:
         return "", float(text.count("a")), True, False, {}
 
 
-OF_ENGINE = ("engine", "generate", "sync")
-OF_MEMORY = ("read", "update", "state_dict", "load_state_dict")
-OF_ENVIRONMENT = ("reset", "step")
-PLACES = ("reward", "async reward", "baseline", "callback", *OF_ENGINE, *OF_MEMORY, *OF_ENVIRONMENT)
+MEMORY = {"read", "update", "state_dict", "load_state_dict"}
+PLACES = {"reward", "async reward", "callback", "engine", "generate", "sync", "reset", "step"}
+switching: set[str] = set()
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_settings_that_user_code_leaves_behind_change_no_bit_of_a_training(place, tmp_path):
-    options = {"generator": Engine} if place in OF_ENGINE else {}
-    options |= {"environment": Letters} if place in OF_ENVIRONMENT else {}
-    options["estimator"] = Estimator(baseline=Zeros if place in OF_MEMORY else halves)
-    options |= {"reward": (counted, awaited), "callback": lambda *_: change("callback")}
+@pytest.mark.parametrize(("baseline", "places"), [(Zeros, MEMORY | PLACES), (halves, {"baseline"})])
+def test_settings_that_user_code_leaves_behind_change_no_bit_of_a_training(
+    baseline, places, tmp_path
+):
+    options = {"generator": Engine, "environment": Letters, "reward": (counted, awaited)}
+    options |= {"estimator": Estimator(baseline=baseline), "save_every": 1, "max_steps": 2}
+    options["callback"] = lambda *_: change("callback")
     ended = []
-    for switching in ("nowhere", place):
-        calls[:] = [switching]
-        folder = tmp_path / switching
-        result = letters_trained(folder, letter_task(counted), save_every=1, **options)
+    for now in (set(), places):
+        switching.clear()
+        changed.clear()
+        switching.update(now)
+        result = letters_trained(tmp_path / str(len(now)), letter_task(counted), **options)
         ended.append(weights(result.policy.model))
-    assert calls == ["done"] and torch.equal(*ended)
+    assert changed == places and torch.equal(*ended)
