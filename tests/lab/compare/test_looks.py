@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from folders import read_json
 from made_runs import WALK, rising, write_run
 from refusals import refused
 from scipy import stats
@@ -11,9 +12,11 @@ from scipy import stats
 import tokenrl
 from tokenrl.lab import judge_scores
 from tokenrl.lab.compare import loop
+from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.looks import error_of_looks, levels_of_looks, spent
-from tokenrl.lab.compare.loop import judge_directory
+from tokenrl.lab.compare.loop import compare_each, judge_directory
+from tokenrl.settings import arguments
 
 FOUR = (4, 8, 12, 16)
 
@@ -119,6 +122,35 @@ def test_decided_arms_make_no_more_runs_and_a_killed_comparison_goes_on_to_the_s
     assert whole.judgement == killed.judgement
     assert whole.judgement.verdicts()["walk", "a2c"] == "better"
     assert "of 36 runs were made" in whole.words.headline
+
+
+def test_a_program_reads_the_verdict_from_a_file_and_from_the_exit_code(tmp_path, monkeypatch):
+    def execute(runs, root, **options):
+        for run in runs:
+            if not (root / run.path).exists():
+                noise = 0.01 * np.random.default_rng([run.seed, len(run.arm)]).normal()
+                end = {"reinforce": 0.5, "a2c": 0.9}[run.arm] + noise
+                write_run(root / run.path, **rising(end)(run.seed))
+
+    monkeypatch.setattr(loop, "execute", execute)
+    settings = WALK | {
+        "arms": ("reinforce", "a2c"),
+        "seeds": (6, 9),
+        "output_dir": str(tmp_path / "run"),
+    }
+    codes = {}
+    for require in ("better:a2c", "better|equivalent:a2c", "worse:a2c", None):
+        args = arguments(CompareArguments, with_shared(settings | {"require": require}))
+        codes[require] = compare_each(args)
+    assert [*codes.values()] == [0, 0, 3, 0]
+    record = read_json(tmp_path / "run" / "comparison.json")
+    (comparison,) = record["comparisons"]
+    assert (record["schema"], record["runs"]) == (1, {"planned": 18, "made": 12, "failed": 0})
+    assert (comparison["verdict"], comparison["look"], comparison["pairs"]) == ("better", 6, 6)
+    assert comparison["low"] < comparison["value"] < comparison["high"]
+    for require in ("best:a2c", "better:rloo", "better:reinforce", "a2c"):
+        with refused("require was given as .*one of the arms a2c"):
+            tokenrl.compare(**settings | {"require": require})
 
 
 @pytest.mark.parametrize("seeds", [(8, 6), (6, 6), ()], ids=str)

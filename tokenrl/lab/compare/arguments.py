@@ -48,6 +48,9 @@ class JudgementArguments(Settings, group="judgement"):
     two arms are called equivalent."""
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
+    require: str | None = None
+    """For programs: a verdict and an arm, such as better:grpo or better|equivalent:grpo. The command exits with 3
+    if the arm has another verdict."""
 
 
 @dataclass(frozen=True)

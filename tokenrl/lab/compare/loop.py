@@ -16,10 +16,12 @@ from typing import Any
 
 import pandas as pd
 
+from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import collect, execute
+from tokenrl.lab.compare.judgement import HEADLINES
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -36,6 +38,8 @@ from tokenrl.runs.directory import directory_path
 from tokenrl.runs.output import rich_table
 
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
+UNMET = 3
+"""The exit code where an arm has another verdict than `require` asks for."""
 Rows = list[dict[str, Any]]
 """A row for each run (see `table.read_runs`)."""
 
@@ -65,6 +69,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
+    required_verdicts(args)
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
     plan = make_plan(args, console.note)
@@ -107,7 +112,34 @@ def compare_each(args: CompareArguments) -> int:
         parts = [replace(args, **of_one) for of_one in changes]
         for part in () if args.dry_run else parts:
             compare(replace(part, dry_run=True, quiet=True))
-    return max(getattr(compare(part), "exit_code", 0) for part in parts)
+    verdicts, arm = required_verdicts(args)
+    codes = [0]
+    for part in parts:
+        result = compare(part)
+        if isinstance(result, Comparison):
+            codes.append(result.exit_code)
+            if verdicts and result.family.against_reference[arm].verdict not in verdicts:
+                codes.append(UNMET)
+    return max(codes)
+
+
+def required_verdicts(args: CompareArguments) -> tuple[set[str], str]:
+    """Return the verdicts that `require` asks for and the arm that shall have one of them; none without it.
+
+    Raises:
+        Refused: it names something else.
+    """
+    if args.require is None:
+        return set(), ""
+    names, _, arm = args.require.partition(":")
+    verdicts = {*names.split("|")}
+    rivals = [name for name in args.arms if name != (args.reference or args.arms[0])]
+    if not verdicts <= {*HEADLINES} or arm not in rivals:
+        raise Refused(
+            f"require was given as {args.require!r}; name one or more of {', '.join(HEADLINES)}, separated by |, and "
+            f"after a colon one of the arms {', '.join(rivals)}."
+        )
+    return verdicts, arm
 
 
 def _judged(root: Path, plan: Plan, rows_of: Callable[[Sequence[PlannedRun]], Rows]) -> Comparison:

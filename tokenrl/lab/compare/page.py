@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
+from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.judgement import Family
 from tokenrl.lab.compare.plan import SCORES
 from tokenrl.runs.console import ending, with_errors
-from tokenrl.runs.files import check_place, flat, write_json, write_text
+from tokenrl.runs.files import canonical, check_place, flat, write_json, write_text
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Forest
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import charts, curve
 
+SCHEMA = 1
+"""The version of comparison.json; it rises when a field gets another meaning or goes."""
 NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
@@ -39,7 +44,7 @@ def write_comparison(comparison: Comparison) -> Path:
     runs = comparison.runs.drop(columns="curve")
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
-    facts = {"plan": asdict(plan), "verdicts": comparison.words._asdict(), "versions": versions()}
+    facts = record(comparison)
     write_json(folder / "comparison.json", facts)
     compared = comparison.of("comparison").groupby("arm", sort=False)
     curves = {str(arm): pd.concat([*rows["curve"]]) for arm, rows in compared}
@@ -65,6 +70,27 @@ def write_comparison(comparison: Comparison) -> Path:
         runs=runs.set_index("arm"),
         facts=facts,
     )
+
+
+def record(comparison: Comparison) -> dict[str, Any]:
+    """Return what comparison.json holds, for programs; recipes/pages/guides/compare.md has its fields."""
+    plan = comparison.plan
+    runs = comparison.of("comparison")
+    settings = asdict(plan) | {"command": ""}
+    return {
+        "schema": SCHEMA,
+        "error": ALPHA,
+        "runs": {
+            "planned": len(plan.seeds) * len(plan.arms),
+            "made": len(runs),
+            "failed": int(runs["failed"].sum()),
+        },
+        "comparisons": comparison.judgement.table().to_dict("records"),
+        "verdicts": comparison.words._asdict(),
+        "settings": sha256(canonical(settings).encode()).hexdigest(),
+        "plan": asdict(plan),
+        "versions": versions(),
+    }
 
 
 def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
