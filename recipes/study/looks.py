@@ -119,8 +119,38 @@ def row(verdicts: list[tuple[str, int]]) -> dict[str, Any]:
     }
 
 
+def accepted(changes: int, loops: int, seed: int) -> pd.DataFrame:
+    """Return how many changes that do nothing are accepted as better, by the rule of a program that tries them.
+
+    Args:
+        changes: Changes of settings that are tried in a loop.
+        loops: Simulated loops.
+        seed: Seed of the scores.
+    """
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(loops):
+        pairs = [CASES["normal"](random, 0.0) for _ in range(changes)]
+        rows.append(
+            {
+                "one seed, the higher score": sum(arm[0] > old[0] for old, arm in pairs),
+                "two seeds, both higher": sum((arm > old)[:2].all() for old, arm in pairs),
+                "two seeds, the higher mean": sum(
+                    arm[:2].mean() > old[:2].mean() for old, arm in pairs
+                ),
+                "compare, looks after 6, 12 and 18": sum(
+                    verdict(old, arm, LOOKS)[0] == "better" for old, arm in pairs
+                ),
+            }
+        )
+    counts = pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"accepted, mean": counts.mean(), "loops that accept any": (counts > 0).mean()}
+    )
+
+
 def main(comparisons: int = 2000, adastop: int = 0, seed: int = 0) -> None:
-    """Print a row for each kind of scores, true difference and rule.
+    """Print a row for each kind of scores, true difference and rule; then what a loop of a program accepts.
 
     Args:
         comparisons: Simulated comparisons of a row.
@@ -144,6 +174,8 @@ def main(comparisons: int = 2000, adastop: int = 0, seed: int = 0) -> None:
             about = {"scores": case, "difference": difference}
             rows += [about | {"rule": rule} | row(each) for rule, each in rules.items()]
     print(pd.DataFrame(rows).to_string(index=False))
+    print("\nOf ten changes that do nothing a program accepts as better:")
+    print(accepted(10, max(1, comparisons // 10), seed).to_string(float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
