@@ -115,15 +115,21 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     hashes = {}
     for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
         module = sys.modules.get(name)
-        file = Path(str(vars(module).get("__file__") if module else source_file(name)))
-        is_foreign = file.is_relative_to(_PYTHON) or not _INSTALLED.isdisjoint(file.parts)
-        if name.partition(".")[0] in _NOT_HASHED or is_foreign:
+        path = str(vars(module).get("__file__") if module else source_file(name))
+        if name.partition(".")[0] in _NOT_HASHED or _is_foreign(path):
             continue
-        if file.is_file():
+        if (file := Path(path)).is_file():
             # A file is imported under a hash of its path if its name is that of another module.
             label = file.stem if name.startswith("tokenrl_file_") else name
             hashes[f"module {label}"] = _hash(file.read_bytes())
     return hashes
+
+
+@cache  # a process has imported thousands of modules, and each checkpoint asks for all of them
+def _is_foreign(path: str) -> bool:
+    """Return whether a file belongs to Python or to an installed package."""
+    file = Path(path)
+    return file.is_relative_to(_PYTHON) or not _INSTALLED.isdisjoint(file.parts)
 
 
 def _with_hash(value: Any) -> str:

@@ -74,14 +74,16 @@ def report_from_directory(run: str | Path) -> Path:
 
 def curve(rows: Rows, metric: str) -> pd.DataFrame:
     """Return the finite values of a metric by step; an evaluation has errors, and a band of them."""
+    import numpy as np
     import pandas as pd
 
-    means = pd.DataFrame(evaluations(rows, metric), columns=Mean._fields)
-    frame = means.set_index("step").astype(float).clip(-_MAX_NUMBER, _MAX_NUMBER)
+    means = np.array(evaluations(rows, metric), dtype=float).reshape(-1, len(Mean._fields))
+    value, error, step = np.clip(means, -_MAX_NUMBER, _MAX_NUMBER).T
+    error = np.nan_to_num(error)
+    band = {"low": value - error, "high": value + error}
     if not metric.startswith("eval_"):  # else the band would hide the running mean
-        return frame[["value"]]
-    error = frame["error"].fillna(0)
-    return frame.assign(low=frame["value"] - error, high=frame["value"] + error)
+        band = {}
+    return pd.DataFrame({"value": value} | band, index=step)
 
 
 def is_shown(metric: Metric, curves: Mapping[str, pd.DataFrame]) -> bool:
