@@ -1,8 +1,8 @@
 """Runs trainings and other commands on the CPU and then on a pretended device, and prints what they gave.
 
-    python tests/devices/on_device.py KIND FOLDER NAME [NAME ...]
+    python tests/devices/on_device.py FOLDER NAME [NAME ...]
 
-KIND is `cuda` or `mps` (see `pretended.py`). Prints a line of JSON for each name: the rows of metrics of both
+Prints a line of JSON for each name: the rows of metrics of both
 runs, the waits of one step by their lines, and the error of a run that failed, with its traceback.
 """
 
@@ -230,12 +230,12 @@ def attempted(name: str, folder: Path, cpu: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    kind, root, *names = sys.argv[1:]
+    root, *names = sys.argv[1:]
     markup.svg = lambda *_: "<svg></svg>"  # as `undrawn` has it for the tests
     if any(name in COMMANDS for name in names):
         trained(Path(root, "made on the CPU"), cpu=True, max_steps=1)
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
-    pretended.begin(kind)
+    pretended.begin()
     forward.CAPTURING = (pretended.NAME,)  # without a graph
     batch.Batch.take = loading_into(batch.Batch.take)
     for name in names:

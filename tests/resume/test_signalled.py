@@ -16,11 +16,9 @@ PLACES = {
     "generation": ("language/rollout/batch.py:drawn", 80),
     "update": ("language/training/experience.py:loss_statistics", 5),
     "optimiser": ("language/training/learner.py:accepts", 4),
-    "evaluation": ("language/evaluation/evaluation.py:evaluate", 3),
     "last evaluation": ("language/evaluation/evaluation.py:evaluate", 4),
     "completions": ("runs/metrics.py:write_completions", 3),
     "checkpoint": ("language/policy/saved.py:write", 2),
-    "pruning": ("runs/checkpoint.py:checkpoints", 3),
     "last checkpoint": ("language/policy/saved.py:write", 5),
     "model": ("language/policy/saving.py:text", 1),
     "report": ("runs/markup.py:write_page", 1),
@@ -74,9 +72,8 @@ def test_a_signal_anywhere(signalled, place, number):
     assert (summary["steps"] == 9) == (place in ("last evaluation", *AFTER_THE_OUTCOME))
 
 
-@pytest.mark.parametrize("second", ["evaluation", "model"])
-def test_a_second_request_to_end_changes_nothing(signalled, second):
-    code, summary, model = signalled("optimiser", SIGTERM, second, SIGTERM, "report", SIGTERM)
+def test_a_second_request_to_end_changes_nothing(signalled):
+    code, summary, model = signalled("optimiser", SIGTERM, "model", SIGTERM, "report", SIGTERM)
     assert (code, summary["exit_reason"], model) == (143, "SIGTERM", True)
 
 
