@@ -9,7 +9,7 @@ import pytest
 from folders import RECIPES, ROOT
 
 from tokenrl.core import PRESETS, Estimator
-from tokenrl.lab import measure_bias, named_estimators
+from tokenrl.lab import measure_bias
 from tokenrl.lab.exact.verdict import default_problems
 
 FOLDER = RECIPES / "pages"
@@ -44,22 +44,6 @@ def test_every_preset_has_its_row():
     assert named(ALL) == PAPERS
     for name in PAPERS:
         assert measured(name).startswith(f"{Estimator.preset(name).bias_status} |"), name
-
-
-def test_the_pages_count_what_the_code_has():
-    others = sum(bool(preset.beyond) for preset in PRESETS.values())
-    teachers = len(PRESETS) - len(PAPERS) - others
-    words = {6: "six", 8: "eight", 12: "twelve"}
-    assert f"checks {len(named_estimators())} declarations" in ALL
-    assert f"All {len(PAPERS)} presets of the table" in ALL
-    assert f"There are {len(PRESETS)} presets: [{len(PAPERS)} that learn from rewards]" in README
-    assert f"[{words[teachers]} that learn from a teacher]" in README
-    assert f"[{words[others]} defaults of other toolkits]" in README
-    problems = len(default_problems())
-    assert (
-        f"over {words[problems]} problems" in README
-        and f"the {words[problems]} tiny problems" in ALL
-    )
 
 
 def test_the_readme_keeps_six_rows_with_the_numbers_of_the_page():

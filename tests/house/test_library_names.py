@@ -139,9 +139,3 @@ def test_a_name_that_is_gone_is_noticed():
         "transformers:DynamicCache.levels",
     )
     assert not any(map(exists, gone))
-
-
-def test_the_files_of_the_table_use_the_names():
-    texts = {name: (ROOT / "tokenrl" / file).read_text() for name, file in NAMES.items()}
-    last = {name: re.split("[.:]", name)[-1] for name in NAMES}
-    assert [name for name, text in texts.items() if last[name] not in text] == []

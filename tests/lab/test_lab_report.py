@@ -77,10 +77,10 @@ def test_a_wrong_declaration_ends_with_exit_code_1(
 
 
 def test_what_was_tried_is_said_for_each_estimator(said):
-    completes("lab exact --estimators rloo opo_loo grpo maxrl spo")
+    completes("lab exact --estimators rloo grpo maxrl spo")
     out = said()
     all_of_them = "prompts 1 to 4, group size 2 to 8, tokens 1 to 6, rewards -5.4 to 14"
-    assert f"Tried for rloo; opo_loo: {all_of_them}." in out
+    assert f"Tried for rloo: {all_of_them}." in out
     small = "prompts 1 to 3, group size 2 to 4, tokens 1 to 3, rewards -2.6 to 2"
     assert f"Tried for grpo: {small}." in out
     assert "Tried for maxrl: prompts 1 to 3, group size 2 to 6, tokens 1 to 3, rewards 0 to" in out

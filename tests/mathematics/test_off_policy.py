@@ -48,7 +48,7 @@ EXACT = ("sequence", "centred")
 @pytest.mark.parametrize(
     ("correction", "estimators"),
     [
-        *((name, POINTS[::3] if name in EXACT else POINTS[::16]) for name in CORRECTIONS),
+        *((name, POINTS[::5] if name in EXACT else POINTS[::16]) for name in CORRECTIONS),
         *(pytest.param(name, POINTS, marks=pytest.mark.slow) for name in CORRECTIONS),
     ],
 )
