@@ -8,6 +8,8 @@ import shutil
 import pytest
 from command_line import completes
 
+from tokenrl.runs.files import atomic_directory
+
 NEW = ["--max-steps", "1", "--output-dir", "new"]
 COMMANDS = [
     ["train", "--task", "vowels", "--model", "saved", *NEW],
@@ -25,7 +27,8 @@ COMMANDS = [
 def damaged(files, tmp_path_factory):
     """A folder with a saved model and the run of an agent, each with one bit of its weights flipped."""
     folder = tmp_path_factory.mktemp("damaged")
-    shutil.copytree(files / "model", folder / "saved")
+    with atomic_directory(folder / "saved") as sealed:
+        shutil.copytree(files / "model", sealed, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         completes("control --env bandit --max-steps 1 --save-every 1 --quiet --output-dir agent")

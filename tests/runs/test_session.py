@@ -198,6 +198,30 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, en
     assert same(ended.output_dir, tmp_path)  # as if no signal had come
 
 
+@pytest.mark.parametrize(
+    ("write", "reason", "steps"),
+    [(1, "SIGTERM", 1), (2, "SIGTERM", 2), (4, "finished", 5), (5, "finished", 5)],
+    ids=["trial", "checkpoint", "last checkpoint", "model"],
+)
+def test_signals_while_a_run_saves_wait_until_it_has(tmp_path, ended, write, reason, steps):
+    """After the last step it has finished; a second request to end changes nothing."""
+    counter, folders = Counter(), []
+
+    def interrupted(folder):
+        folders.append(folder)
+        if len(folders) == write:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        Counter.write(counter, folder)
+
+    counter.write = interrupted
+    live(tmp_path, counter=counter)
+    summary = summary_of(tmp_path)
+    assert (summary["exit_reason"], summary["steps"]) == (reason, steps)
+    live(tmp_path, resume="auto")
+    assert same(ended.output_dir, tmp_path)
+
+
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
     def fail(session):
         session.warn_once("fell", f"step {session.step}: the policy fell.")
