@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
-from tokenrl.runs.findings import Mean, evaluations
+from tokenrl.runs.findings import evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Metric, Rows, all_metrics, metric_of
 from tokenrl.runs.metrics import read_metrics
@@ -77,13 +77,12 @@ def curve(rows: Rows, metric: str) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    means = np.array(evaluations(rows, metric), dtype=float).reshape(-1, len(Mean._fields))
+    means = np.array(evaluations(rows, metric), dtype=float).reshape(-1, 3)
     value, error, step = np.clip(means, -_MAX_NUMBER, _MAX_NUMBER).T
     error = np.nan_to_num(error)
-    band = {"low": value - error, "high": value + error}
-    if not metric.startswith("eval_"):  # else the band would hide the running mean
-        band = {}
-    return pd.DataFrame({"value": value} | band, index=step)
+    frame = pd.DataFrame({"value": value, "low": value - error, "high": value + error}, index=step)
+    # the band of a running mean would hide it
+    return frame if metric.startswith("eval_") else frame[["value"]]
 
 
 def is_shown(metric: Metric, curves: Mapping[str, pd.DataFrame]) -> bool:
