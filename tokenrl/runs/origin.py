@@ -31,8 +31,8 @@ _PACKAGES = (
     "numpy",
     "safetensors",
 )
-_INSTALLED = {"site-packages", "dist-packages"}
-_PYTHON = Path(os.__file__).parent
+_INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
+_PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
 """Folders of installed packages, that of Python's own modules, and modules that start runs or have versions."""
 
@@ -116,20 +116,15 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
         module = sys.modules.get(name)
         path = str(vars(module).get("__file__") if module else source_file(name))
-        if name.partition(".")[0] in _NOT_HASHED or _is_foreign(path):
+        # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
+        is_foreign = path.startswith(_PYTHON) or _INSTALLED.search(path)
+        if name.partition(".")[0] in _NOT_HASHED or is_foreign:
             continue
         if (file := Path(path)).is_file():
             # A file is imported under a hash of its path if its name is that of another module.
             label = file.stem if name.startswith("tokenrl_file_") else name
             hashes[f"module {label}"] = _hash(file.read_bytes())
     return hashes
-
-
-@cache  # a process has imported thousands of modules, and each checkpoint asks for all of them
-def _is_foreign(path: str) -> bool:
-    """Return whether a file belongs to Python or to an installed package."""
-    file = Path(path)
-    return file.is_relative_to(_PYTHON) or not _INSTALLED.isdisjoint(file.parts)
 
 
 def _with_hash(value: Any) -> str:
