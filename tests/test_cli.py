@@ -289,15 +289,6 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     names |= {f"estimator.{field.name}" for field in dataclasses.fields(Estimator)}
     names = {"config"} | {name.replace("_", "-") for name in names}
     assert sorted(chain(*flags)) == sorted(names)  # each once, none left out
-    for line in (
-        "(default: group_mean)",
-        "(default: 0.0)",
-        "--lora-r INT",
-        "--estimator.scale-ddof {0,1}",
-        "Training steps; each samples one rollout. Default: 200.",
-    ):
-        assert line in text
-    assert "(default: None)" not in parts[2]
 
 
 def test_every_command_has_a_help(capsys):
@@ -327,6 +318,7 @@ report | Name the output directory
 evaluate --task vowels | Name the model
 evaluate --model MODEL --json absent/file.json | cannot be written
 lab exact --estimators rloo --json . | cannot be written
+lab exact --estimators rlo | knows no estimator 'rlo'. Did you mean 'rloo'?
 lab measure --json absent/file.json | cannot be written
 advise --env bandit --json . | cannot be written
 sample | model

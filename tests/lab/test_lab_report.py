@@ -87,21 +87,6 @@ def test_what_was_tried_is_said_for_each_estimator(said):
     assert f"Tried for spo: {small}, the memory held fixed." in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--estimators", "rlo"], "knows no estimator 'rlo'. Did you mean 'rloo'?"),
-        (["--json", "missing/lab.json"], "name of a file in a directory that exists"),
-    ],
-)
-def test_mistakes_are_refused_before_any_work(
-    arguments, words, refusal, workplace, monkeypatch
-) -> None:
-    monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: pytest.fail("measured"))
-    assert words in refusal("lab exact", *arguments)
-    assert list(workplace.iterdir()) == []
-
-
 def test_an_expected_gradient_of_zero_is_written_as_null():
     numbers = Moments(torch.zeros(1, 2).double(), torch.ones(1, 2).double(), 2.0)
     verdicts = {
