@@ -71,9 +71,8 @@ def repetition(command: str) -> list[str]:
 
 def typed_command() -> str:
     """Return the command that was typed; empty in a Python program."""
-    program = Path(sys.argv[0])
-    is_module = program.parts[-2:] == ("tokenrl", "__main__.py")  # python -m tokenrl
-    if is_module or program.stem == "tokenrl":
+    # or by python -m tokenrl
+    if re.search(r"(^|[\\/])tokenrl([\\/]__main__\.py|\.\w+)?$", sys.argv[0]):
         return shlex.join(["tokenrl", *sys.argv[1:]])
     return ""
 
