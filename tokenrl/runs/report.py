@@ -79,8 +79,8 @@ def curve(rows: Rows, metric: str) -> pd.DataFrame:
 
     means = np.array(evaluations(rows, metric), dtype=float).reshape(-1, 3)
     value, error, step = np.clip(means, -_MAX_NUMBER, _MAX_NUMBER).T
-    error = np.nan_to_num(error)
-    frame = pd.DataFrame({"value": value, "low": value - error, "high": value + error}, index=step)
+    band = {"low": value - np.nan_to_num(error), "high": value + np.nan_to_num(error)}
+    frame = pd.DataFrame({"value": value, "error": error} | band, index=step)
     # the band of a running mean would hide it
     return frame if metric.startswith("eval_") else frame[["value"]]
 
