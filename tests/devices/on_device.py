@@ -49,7 +49,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "eval_generations": 0,
     },
     "ppo": {"estimator": "ppo", "num_minibatches": 2, "num_iterations": 2},
-    "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2, "task": PADDED},
+    "kl in the loss": {
+        "estimator": preset("grpo", beta=0.1),
+        "task": PADDED,
+        "max_completion_length": 16,
+    },
+    "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
     "remax": {"estimator": "remax"},
     "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
