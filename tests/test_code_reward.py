@@ -21,39 +21,35 @@ def recipe():
     return module
 
 
+SLEEPS = "import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass"
+DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.pause()"
+REWARDS = {
+    RIGHT: 1,
+    f"So:\n```python\n{RIGHT}\n```\nThat is all.": 1,
+    f"```\nwrong\n```\n```python\n{RIGHT}\n```": 1,
+    "def double(x): return x": 0,
+    "def double(x:": 0,
+    "": 0,
+    f"{RIGHT}\nraise SystemExit(0)": 0,
+    f"{RIGHT}\nwhile True: pass": 0,
+    f"{RIGHT}\n{SLEEPS}": 0,
+    f"{RIGHT}\n{DEAF}": 0,
+    f"{RIGHT}\nkept = bytearray(2**33)": 0,
+    f"{RIGHT}\nopen('large', 'wb').write(bytes(2**21))": 0,
+    f"{RIGHT}\nopen('small', 'wb').write(bytes(2**10))": 1,
+    f"{RIGHT}\nimport os\nassert not os.environ.get('HOME')": 1,
+    f"{RIGHT}\ninput()": 0,
+}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of processes")
-@pytest.mark.parametrize(
-    ("program", "reward"),
-    [
-        (RIGHT, 1),
-        (f"So:\n```python\n{RIGHT}\n```\nThat is all.", 1),
-        (f"```\nwrong\n```\n```python\n{RIGHT}\n```", 1),
-        ([{"role": "assistant", "content": RIGHT}], 1),
-        ("def double(x): return x", 0),
-        ("def double(x:", 0),
-        ("", 0),
-        (f"{RIGHT}\nraise SystemExit(0)", 0),
-        (f"{RIGHT}\nwhile True: pass", 0),
-        (
-            f"{RIGHT}\nimport time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass",
-            0,
-        ),
-        (
-            f"{RIGHT}\nimport signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.pause()",
-            0,
-        ),
-        (f"{RIGHT}\nkept = bytearray(2**33)", 0),
-        (f"{RIGHT}\nopen('large', 'wb').write(bytes(2**21))", 0),
-        (f"{RIGHT}\nopen('small', 'wb').write(bytes(2**10))", 1),
-        (f"{RIGHT}\nimport os\nassert not os.environ.get('HOME')", 1),
-        (f"{RIGHT}\ninput()", 0),
-    ],
-)
-def test_a_program_is_rewarded_by_its_tests_alone_and_in_time(recipe, program, reward, tmp_path):
+def test_a_program_is_rewarded_by_its_tests_alone_and_in_time(recipe):
+    """Also as a message, and at the end of all the others."""
+    programs = [*REWARDS, [{"role": "assistant", "content": RIGHT}]]
     began = time.monotonic()
-    rewards = recipe.passes([RIGHT, program, RIGHT], [TESTS] * 3, answer=["x"] * 3)
-    assert rewards == [1, reward, 1] and recipe.passes.binary
-    assert time.monotonic() - began < 20
+    rewards = recipe.passes(programs, [TESTS] * 16, answer=["x"] * 16)
+    assert dict(zip(REWARDS, rewards, strict=False)) == REWARDS
+    assert rewards[-1] == 1 and recipe.passes.binary and time.monotonic() - began < 30
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of processes")

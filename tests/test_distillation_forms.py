@@ -14,7 +14,7 @@ from drawing import normals, seeded
 from folders import RECIPES
 from torch.testing import assert_close
 
-from tokenrl import Estimator, measure_bias
+from tokenrl import Estimator
 from tokenrl.lab import all_completions, exact_moments
 
 RECIPE = RECIPES / "enumeration" / "distillation_forms.py"
@@ -79,24 +79,3 @@ def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch):
     pairs = [(forms["opd_full_path"], forms["opd_full"]) for forms in moments]
     completions = math.ceil(median(recipe["crossing"](*pair) for pair in pairs))
     assert f"| opd_full_path, opd_full | {completions} |" in written
-
-
-def test_closed_forms_have_more_noise_where_two_tokens_share_a_logit(recipe):
-    shared = recipe["one_logit"]()
-    names = ("opd", "opd_full", "opd_to_go", "opd_full_path")
-    text = [f"{shared[name].variance:.1e}".replace("e-0", "e-") for name in names]
-    page = " ".join(recipe["PAGE"].read_text(encoding="utf-8").split())
-    sentence = "The variances are {} with `opd`, {} with `opd_full`, {} with `opd_to_go` and {} with `opd_full_path`."
-    assert sentence.format(*text) in page
-    noises = [measure_bias(name).noise for name in ("opd", "vopd", "opd_full")]
-    assert (
-        "a noise of {:.2f} for `opd`, {:.2f} for `vopd` and {:.2f} for `opd_full`".format(*noises)
-        in page
-    )
-
-
-def test_the_page_has_the_tables_of_the_recipe(recipe):
-    page = recipe["PAGE"].read_text(encoding="utf-8")
-    between = page.partition(recipe["BEGIN"])[2].partition(recipe["END"])[0]
-    names = [line.split(" | ")[0].strip("| ") for line in between.splitlines() if line[:2] == "| "]
-    assert {*recipe["PRESETS"], *recipe["OTHERS"]} <= {*names}

@@ -206,26 +206,6 @@ def test_names_are_suggested_by_meaning_and_by_distance(name, names, meant):
     assert nearest(name, names) == f" Did you mean '{meant}'?"
 
 
-def test_the_page_has_the_names_and_the_values_that_hints_have():
-    settings, cells = KNOWN["train"], dict[str, str]()
-    section = PAGE.read_text().partition("## Settings")[2].partition("## ")[0]
-    for line in re.findall("^[|] .*$", section, re.MULTILINE):
-        for name in re.findall(r"`(\w+)[`=]", line.partition(" | ")[0]):
-            cells[name] = cells.get(name, "") + line.partition(" | ")[2]
-    assert len(cells) > 50
-    for name, ours in cells.items():
-        assert name in settings or meaning(name, settings), name
-        assert (
-            name not in settings or "the same" in ours or re.search(rf"`(estimator.)?{name}`", ours)
-        ), name
-        assert f"estimator.{name}" not in settings or f"`estimator.{name}`" in ours, name
-        for row in (row for row in table() if name in row.names and row.needs <= settings):
-            for word in {*row.ours, *row.ours.values()} - {None}:
-                assert str(word) in ours, (name, word)
-            for formula in re.findall("which is ([^,]+)", row.remark):
-                assert formula in ours, name
-
-
 SHOWN = re.findall(r"^\$ tokenrl (.*)\n(tokenrl: (?:(?![$`]).*\n)*)", PAGE.read_text(), re.M)
 
 

@@ -66,7 +66,7 @@ def flags(rng: random.Random, name: str) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(300))
+@pytest.mark.parametrize("number", range(120))
 def test_random_command_lines(number, workplace, monkeypatch):
     """None ends with a traceback, with exit code 0 and no model, or with weights that are not finite."""
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))

@@ -10,7 +10,7 @@ import toy_tasks
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_default_task_is_learnt_from_a_base_that_cannot_do_it(seed, tmp_path):
     result = tokenrl.train(
         task="sort_digits", seed=seed, base_seed=seed, output_dir=tmp_path / "run", quiet=True
@@ -31,7 +31,7 @@ def test_every_other_task_is_solved(name, seed, tmp_path):
     assert result.eval_before["reward_greedy"] < task.solved <= result.eval_after["reward_greedy"]
 
 
-@pytest.mark.parametrize("preset", ["reinforce", "remax", "a2c", "ppo", "dapo", "grpo"])
+@pytest.mark.parametrize("preset", ["reinforce", "remax", "ppo", "dapo"])
 def test_other_estimators_learn_the_default_task(preset, tmp_path):
     result = tokenrl.train(estimator=preset, output_dir=tmp_path / "run", quiet=True)
     assert result.eval_after["reward_greedy"] >= 0.95

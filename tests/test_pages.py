@@ -17,7 +17,6 @@ import pytest
 import yaml
 from command_line import completes
 from folders import RECIPES, ROOT, read_json
-from markdown_it import MarkdownIt
 from pages import blocks, commands, give_tools, make_chat_model_and_data, write_files
 
 import tokenrl
@@ -73,22 +72,6 @@ def test_the_commands_of_a_page_exist(page):
         if name == "lab":
             name, *words = f"lab {words[0]}", *words[1:]
         assert parse(name, COMMANDS[name], words)
-
-
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("[AC]*.md")], ids=name_of)
-def test_every_table_of_a_page_renders_as_a_table(page):
-    """A blank line would end it, and a bar in a cell widen its row, of which the last cell is not shown."""
-    text = page.read_text()
-    blocks = MarkdownIt("commonmark").enable("table").parse(text)
-    ranges = {kind: set() for kind in ("fence", "table_open")}
-    for block in blocks:
-        ranges.get(block.type, set()).update(range(*block.map or (0,)))
-    bars = {}
-    for number, line in enumerate(text.splitlines()):
-        if line.lstrip().startswith("|") and number not in ranges["fence"]:
-            assert number in ranges["table_open"], line
-            bars[number] = len(re.findall(r"(?<!\\)\|", line))
-    assert all(count == bars.get(number + 1, count) for number, count in bars.items())
 
 
 def own_programs(page):

@@ -22,14 +22,12 @@ RUNS = {
         "2",
         *STEP.split(),
     ],
-    "sft": ["sft", "--task", "rows.jsonl", "--max-steps", "1"],
-    "reward-model": ["reward-model", "--data", "rows.jsonl", "--max-steps", "1"],
     "control": ["control", "--env", "CartPole-v1", "--max-steps", "1"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", RUNS)
 def test_a_quiet_run_prints_nothing(name, files, tmp_path):
     """A process of its own, because libraries warn only once and read the environment when imported."""
     model = [] if name == "control" else ["--model", "model"]

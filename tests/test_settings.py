@@ -87,11 +87,13 @@ OWNERS = {
 """Each field of all settings, with the arguments of a command that has it."""
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), OWNERS, ids=[f"{owner.__name__}.{name}" for owner, name in OWNERS]
-)
-def test_a_field_refuses_what_its_type_does_not_allow(owner, name):
-    kind = OWNERS[owner, name]
+@pytest.mark.parametrize("owner", dict.fromkeys(owner for owner, _ in OWNERS))
+def test_a_field_refuses_what_its_type_does_not_allow(owner):
+    for name in (name for other, name in OWNERS if other is owner):
+        check_field(OWNERS[owner, name], name)
+
+
+def check_field(kind, name):
     hint = field_types(kind)[name]
     types = dict(leaves(hint))
     if name in ("estimator", "chat_template_kwargs") or OR_OBJECT in str(hint):

@@ -152,16 +152,6 @@ def test_a_bound_of_cispo_below_1_multiplies_the_rewards_and_not_the_kl(recipe, 
         assert float((item / 2 - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.slow
-def test_truncated_completions_are_those_of_the_estimator(recipe, tmp_path):
-    estimator = Estimator.preset("rloo")
-    with_field, without = (
-        gradients(recipe, tmp_path, estimator, mask_truncated_completions=masks)[0]
-        for masks in (True, False)
-    )
-    assert torch.equal(with_field, without)
-
-
 def best_of_others(totals, group_size, mask, valid):
     groups = totals.reshape(-1, group_size)
     first, second = groups.topk(2, dim=1).values.split(1, dim=1)

@@ -122,8 +122,9 @@ def test_whatever_is_raised_at_once_is_refused(refusal, command, method, error):
     assert f"it raised {type(error).__name__}: {error}" in output and ID in output
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("own")], ids=repr)
-@pytest.mark.parametrize("method", ["reset", "step"])
+@pytest.mark.parametrize(
+    ("method", "error"), [("reset", SystemExit(0)), ("step", RuntimeError("own"))], ids=repr
+)
 def test_whatever_is_raised_in_training_ends_the_run(workplace, capsys, method, error):
     """The evaluation before training takes at least 32 steps, and each update 16 more."""
     register(raises=method, error=error, after=100)

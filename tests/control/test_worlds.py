@@ -10,13 +10,10 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from drawing import seeded
 from folders import RECIPES
 from gymnasium.utils.env_checker import check_env
 
-from tokenrl.control.environments import OWN, Environments, describe
-from tokenrl.control.policies import Policy, Shape
-from tokenrl.control.rollouts import collect_episodes
+from tokenrl.control.environments import OWN, describe
 from tokenrl.core import Estimator
 
 UP, RIGHT, DOWN, LEFT = range(4)
@@ -62,18 +59,6 @@ def program(name):
 
 
 ENTROPY = program("entropy")
-
-
-def test_exact_values_are_the_mean_of_episodes():
-    """2000 episodes of the trap with some policy, within five standard errors."""
-    policy = Policy(Shape(36, "softmax", 4, hidden=()), seeded(1))
-    policy.head.weight.data.mul_(100)
-    policy.head.bias.data[DOWN] = 0.7
-    returns = collect_episodes(Environments("trap", 2000), policy, seeded(2), seed=5).returns
-    chances = policy(torch.eye(36)).softmax(-1).detach().double().numpy()
-    exact = ENTROPY.values_of(ENTROPY.grid_of("trap"), chances)[0]
-    error = float(returns.std()) / 2000**0.5
-    assert error < 0.012 and abs(float(returns.mean()) - exact) < 5 * error
 
 
 def test_numbers_of_the_trap(capsys):

@@ -1,8 +1,8 @@
 """Runs trainings and other commands on the CPU and then on a pretended device, and prints what they gave.
 
-    python tests/devices/on_device.py KIND FOLDER NAME [NAME ...]
+    python tests/devices/on_device.py FOLDER NAME [NAME ...]
 
-KIND is `cuda` or `mps` (see `pretended.py`). Prints a line of JSON for each name: the rows of metrics of both
+Prints a line of JSON for each name: the rows of metrics of both
 runs, the waits of one step by their lines, and the error of a run that failed, with its traceback.
 """
 
@@ -54,11 +54,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "task": PADDED,
         "max_completion_length": 16,
     },
-    "kl in closed form": {"estimator": "rloo_opd"},
     "lora": {"estimator": preset("grpo", beta=0.1), "lora_r": 2},
     "remax": {"estimator": "remax"},
     "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
-    "memory": {"estimator": "reinforce_running_mean"},
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
     "centred by the top": {
@@ -76,7 +74,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
-    "warm start": {"warm_start": True, "warm_start_steps": 4},
     "token-steps": {"capture": "auto", "task": PADDED, "max_completion_length": 20},
     "token-steps of episodes": {"capture": "auto", "task": "guess_number", "reward": None},
     "guess_number": {"task": "guess_number", "reward": None},
@@ -230,12 +227,12 @@ def attempted(name: str, folder: Path, cpu: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    kind, root, *names = sys.argv[1:]
+    root, *names = sys.argv[1:]
     markup.svg = lambda *_: "<svg></svg>"  # as `undrawn` has it for the tests
     if any(name in COMMANDS for name in names):
         trained(Path(root, "made on the CPU"), cpu=True, max_steps=1)
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
-    pretended.begin(kind)
+    pretended.begin()
     forward.CAPTURING = (pretended.NAME,)  # without a graph
     batch.Batch.take = loading_into(batch.Batch.take)
     for name in names:

@@ -1,8 +1,8 @@
 """Pretends an accelerator: its tensors are computed on the CPU, and what a real device refuses is an error.
 
-`begin(kind)` gives torch's spare backend a name and hands it to accelerate. A tensor of that device wraps a
+`begin()` gives torch's spare backend a name and hands it to accelerate. A tensor of that device wraps a
 tensor of the CPU. Each operation goes through `compute`, which raises where tensors of the device and of the
-CPU meet, as CUDA does, and for the kind "mps" where anything on the device has float64. It also counts how
+CPU meet, as CUDA does, and where anything on the device has float64, as MPS does. It also counts how
 often the host would wait: for a number that is read, for a transfer to the CPU, and for results whose shape
 depends on values.
 
@@ -35,12 +35,10 @@ UNMIXED = {"_to_copy", "copy_", "_copy_from", "set_", "_has_compatible_shallow_c
 """Operations that may take tensors of both devices."""
 waits: Counter[str] = Counter()
 """How often the host waited, by the kind of the wait and the nearest line of the package."""
-without: set[torch.dtype] = set()
-"""The types of numbers that the device does not have."""
 
 
-def begin(kind: str) -> torch.device:
-    """Make the device of the kind "cuda" or "mps" that of this process, until the process ends."""
+def begin() -> torch.device:
+    """Make the device that of this process, until the process ends."""
     module = SimpleNamespace(
         is_initialized=lambda: True,
         is_available=lambda: True,
@@ -62,8 +60,6 @@ def begin(kind: str) -> torch.device:
     # else a backward pass leaves the thread of the mode
     torch.autograd.set_multithreading_enabled(False)
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
-    if kind == "mps":
-        without.add(torch.float64)
     _Operations().__enter__()
     return torch.device(NAME, 0)
 
@@ -75,10 +71,8 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Pretended:
-        if inner.dtype in without:
-            raise TypeError(
-                f"{_line()}: cannot convert to {inner.dtype}, which this device does not have."
-            )
+        if inner.dtype == torch.float64:
+            raise TypeError(f"{_line()}: cannot convert to float64, which this device lacks.")
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),

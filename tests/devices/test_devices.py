@@ -25,19 +25,19 @@ QUICK = ["padded"]
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """A function that returns what the program gave for a name on a kind of device; each group runs once."""
+    """A function that returns what the program gave for a name; each group runs once."""
 
     @cache
-    def group(kind: str, is_quick: bool) -> tuple[dict[str, Any], str]:
+    def group(is_quick: bool) -> tuple[dict[str, Any], str]:
         names = QUICK if is_quick else [name for name in NAMES if name not in QUICK]
-        command = [sys.executable, str(PROGRAM), kind, str(tmp_path_factory.mktemp(kind)), *names]
+        command = [sys.executable, str(PROGRAM), str(tmp_path_factory.mktemp("runs")), *names]
         options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 1500}
         process = subprocess.run(command, capture_output=True, text=True, **options)
         lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
         return {row["name"]: row for row in map(json.loads, lines)}, process.stderr[-3000:]
 
-    def of(kind: str, name: str) -> dict[str, Any]:
-        rows, errors = group(kind, name in QUICK)
+    def of(name: str) -> dict[str, Any]:
+        rows, errors = group(name in QUICK)
         assert name in rows, errors
         return rows[name]
 
@@ -45,11 +45,8 @@ def results(tmp_path_factory):
 
 
 def cases(names: list[str]) -> list[Any]:
-    """Pairs of a kind and a name; all but the quick ones on a Mac are slow."""
-    quick = [("mps", name) for name in QUICK]
-    pairs = [(kind, name) for name in names for kind in ("mps", "cuda")]
-    slow = [pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs if pair not in quick]
-    return quick + slow
+    """All but the quick ones are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
 
 
 def assert_close(expected: dict[str, Any], actual: dict[str, Any], where: str) -> None:
@@ -63,9 +60,9 @@ def assert_close(expected: dict[str, Any], actual: dict[str, Any], where: str) -
         assert actual[name] == value, f"{where} {name}"
 
 
-@pytest.mark.parametrize(("kind", "name"), cases(NAMES))
-def test_a_device_gives_the_numbers_of_the_cpu(results, kind, name):
-    result = results(kind, name)
+@pytest.mark.parametrize("name", cases(NAMES))
+def test_a_device_gives_the_numbers_of_the_cpu(results, name):
+    result = results(name)
     for where in ("cpu", "device"):
         assert "error" not in result[where], f"{where}: {result[where]['error']}"
     expected, actual = result["cpu"]["rows"], result["device"]["rows"]
@@ -74,11 +71,11 @@ def test_a_device_gives_the_numbers_of_the_cpu(results, kind, name):
         assert_close(row, other, f"{name}, row {number}")
 
 
-@pytest.mark.parametrize(("kind", "name"), cases([name for name in RUNS if name not in COMMANDS]))
-def test_a_step_waits_at_most_ten_times_and_once_for_eight_tokens(results, kind, name):
+@pytest.mark.parametrize("name", cases([name for name in RUNS if name not in COMMANDS]))
+def test_a_step_waits_at_most_ten_times_and_once_for_eight_tokens(results, name):
     if name == "check":
         pytest.skip("it has no step of its own")
-    waits = results(kind, name)["device"]["waits"]
+    waits = results(name)["device"]["waits"]
     sampling = {line: n for line, n in waits.items() if "rollout/decoding.py" in line}
     rest = {line: n for line, n in waits.items() if line not in sampling}
     # turns of episodes

@@ -129,19 +129,3 @@ def test_the_library_still_has_the_name(name):
     if name in LATER and Version(metadata.version(needed)) < Version(first):
         pytest.skip(f"{needed} has it from {first} on")
     assert exists(name), f"{library} has no {name} any more, which tokenrl/{NAMES[name]} needs"
-
-
-def test_a_name_that_is_gone_is_noticed():
-    assert exists("torch.utils._pytree:tree_map") and exists("transformers:DynamicCache.layers")
-    gone = (
-        "torch.utils._pytree:tree",
-        "torch.utils._trees:tree_map",
-        "transformers:DynamicCache.levels",
-    )
-    assert not any(map(exists, gone))
-
-
-def test_the_files_of_the_table_use_the_names():
-    texts = {name: (ROOT / "tokenrl" / file).read_text() for name, file in NAMES.items()}
-    last = {name: re.split("[.:]", name)[-1] for name in NAMES}
-    assert [name for name, text in texts.items() if last[name] not in text] == []

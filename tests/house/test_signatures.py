@@ -11,8 +11,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import tokenrl
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
@@ -143,32 +141,6 @@ def signatures() -> str:
 
 def test_the_signatures_are_those_of_the_settings():
     assert STUB.read_text(encoding="utf-8") == signatures(), f"run python {Path(__file__).name}"
-
-
-CALLS = {
-    "tokenrl.train(task='vowels', max_step=3)": 'keyword argument "max_step" for "train"',
-    "tokenrl.train(max_steps='3')": 'has incompatible type "str"; expected "int | None"',
-    "tokenrl.evaluate(model='a', temprature=2.0)": "No overload variant",
-    "tokenrl.train(task=[{'a': 1}], reward=len, model=('a', 'b'), estimator='grpo')": "",
-    "tokenrl.evaluate(model=['a', 'b'])['a'].metrics, tokenrl.evaluate(model='a').sampling": "",
-}
-
-
-@pytest.mark.slow
-def test_a_type_checker_sees_names_and_types(tmp_path):
-    api = pytest.importorskip("mypy.api")
-    (tmp_path / "calls.py").write_text("\n".join(["import tokenrl", *CALLS]))
-    options = [
-        "--config-file=",
-        "--ignore-missing-imports",
-        "--follow-imports",
-        "silent",
-        "--cache-dir",
-    ]
-    out = api.run([str(tmp_path / "calls.py"), *options, str(tmp_path / "cache")])[0]
-    for number, (call, fault) in enumerate(CALLS.items(), start=2):
-        errors = [line for line in out.splitlines() if f"calls.py:{number}: error" in line]
-        assert bool(errors) == bool(fault) and fault in "".join(errors), (call, errors)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def problem(policy: Policy):
     [
         ({}, 64),
         (GRPO, 64),
-        ({"beta": 0.3}, 64),
+        pytest.param({"beta": 0.3}, 64, marks=pytest.mark.slow),
         (PATH, 64),
         pytest.param({"aggregation": "token_mean"}, 1, marks=pytest.mark.slow),
     ],

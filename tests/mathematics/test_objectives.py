@@ -12,7 +12,6 @@ from refusals import refused
 from torch.testing import assert_close
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import objective_line
 from tokenrl.core.objectives import check_rewards
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
 
@@ -130,14 +129,6 @@ def test_negative_rewards_have_no_logarithm():
 def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1(name, statuses):
     e = Estimator.preset(name)
     assert [e.bias_status, e.binary_bias_status, e.reward_bias_status] == statuses
-
-
-def test_the_line_of_an_objective():
-    assert objective_line(Estimator()) == {}
-    line = objective_line(Estimator.preset("maxrl"))["objective"]
-    assert line.startswith(
-        "log_success, form maxrl; bias: biased, on rewards of 0 and 1 exact; as a gradient"
-    )
 
 
 REFUSED = {

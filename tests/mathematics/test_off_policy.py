@@ -48,8 +48,11 @@ EXACT = ("sequence", "centred")
 @pytest.mark.parametrize(
     ("correction", "estimators"),
     [
-        *((name, POINTS[::3] if name in EXACT else POINTS[::16]) for name in CORRECTIONS),
-        *(pytest.param(name, POINTS, marks=pytest.mark.slow) for name in CORRECTIONS),
+        *((name, POINTS[::5] if name in EXACT else POINTS[::16]) for name in CORRECTIONS),
+        *(
+            pytest.param(name, POINTS if name in EXACT else POINTS[::4], marks=pytest.mark.slow)
+            for name in CORRECTIONS
+        ),
     ],
 )
 def test_what_is_declared_off_policy_is_what_is_found(correction: str, estimators: list):

@@ -75,26 +75,26 @@ def allowed(baseline, scale, returns):
     return returns != "episode_normalized" or CHOICES["baseline"][baseline].any_units
 
 
-@pytest.mark.parametrize("returns", CHOICES["returns"])
-@pytest.mark.parametrize("baseline", CHOICES["baseline"])
 @pytest.mark.parametrize("scale", ["none", "group_std", "token_whiten", "episode_std"])
-def test_a_turn_is_a_step_in_time(baseline, scale, returns):
+def test_a_turn_is_a_step_in_time(scale):
     """The same numbers as from the rewards, values and score norms [N, K] of turns, summed by loops."""
-    if not allowed(baseline, scale, returns):
-        return
     step = a_step() | {"valid": torch.arange(N) != 5}
-    axes = {"baseline": baseline, "scale": scale, "returns": returns, "window": 1}
-    estimator = Estimator(**axes, gamma=0.9, lam=0.8)
     rewards, reached = by_loops(step, "rewards")
     inputs = {name: by_loops(step, name)[0] for name in ("values", "score_norms")}
     for name in ("group_size", "greedy_rewards", "baseline_value", "valid"):
         inputs[name] = step[name]
-    wanted = estimator.advantages(rewards, reached, **inputs)
-    result = estimator.advantages(**step)
-    policy = wanted.policy[:, None].expand(N, K) if wanted.policy.ndim == 1 else wanted.policy
-    rows = result.policy[:, None] * step["mask"] if result.policy.ndim == 1 else result.policy
-    assert_close(rows, tokens_of(step, policy))
-    assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
+    for baseline, returns in itertools.product(CHOICES["baseline"], CHOICES["returns"]):
+        if not allowed(baseline, scale, returns):
+            continue
+        axes = {"baseline": baseline, "scale": scale, "returns": returns, "window": 1}
+        estimator = Estimator(**axes, gamma=0.9, lam=0.8)
+        wanted = estimator.advantages(rewards, reached, **inputs)
+        result = estimator.advantages(**step)
+        policy = wanted.policy[:, None].expand(N, K) if wanted.policy.ndim == 1 else wanted.policy
+        rows = result.policy[:, None] * step["mask"] if result.policy.ndim == 1 else result.policy
+        words = f"{baseline}, {returns}"
+        assert_close(rows, tokens_of(step, policy), msg=lambda text: f"{words}: {text}")  # noqa: B023
+        assert_close(result.returns * step["mask"], tokens_of(step, wanted.returns))
 
 
 def test_what_is_added_to_the_rewards_is_added_to_tokens():
@@ -117,22 +117,17 @@ PROBLEM = replace(turn_problems()[0], group_size=2)
 CATALOGUE = named_estimators()
 
 
-@pytest.mark.parametrize("returns", [None, "reward_to_go"])
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_what_is_declared_holds_for_turns(name, returns):
+def test_what_is_declared_holds_for_turns(name):
     """The catalogue on rows of two turns: no bias where none is declared, and a bias where one is."""
-    estimator = CATALOGUE[name]
-    plain = estimator.objective == "reward"
-    if returns is not None:
-        if estimator.returns != "total" or not plain:
-            return
-        estimator = replace(estimator, returns=returns)
-    problem = PROBLEM
-    if estimator.components == "separate" or not plain:
-        problem = replace(PROBLEM, rewards=PROBLEM.totals.abs())
+    estimator, rewards = CATALOGUE[name], PROBLEM.rewards
+    if estimator.returns == "total" and estimator.objective == "reward":
+        estimator = replace(estimator, returns="reward_to_go")
+    if estimator.components == "separate" or estimator.objective != "reward":
+        rewards = PROBLEM.totals.abs()
     size = max(3 if estimator.scale == "loo_std" else 2, min(estimator.fewest_rows, 3))
     try:
-        status = exact_moments(estimator, problem, group_size=size).status
+        status = exact_moments(estimator, replace(PROBLEM, rewards=rewards), group_size=size).status
     except Refused:  # a group of more than three
         assert estimator.fewest_rows > 3
         return

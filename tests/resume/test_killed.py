@@ -27,20 +27,22 @@ class Kind(NamedTuple):
     """A kind of run: its command line, how often it is killed, and how many processes it has."""
 
     argv: str
-    kills: int = 5
+    kills: int = 4
     processes: int = 1
 
 
 KINDS = {
-    "rloo": Kind(f"{TRAIN} --estimator rloo --warmup-steps 3"),
     "ppo cycle": Kind(
-        f"{TRAIN} --estimator ppo --num-iterations 2 --num-minibatches 2 --lr-scheduler-type cosine"
+        f"{TRAIN} --estimator ppo --num-iterations 2 --num-minibatches 2 --lr-scheduler-type cosine "
+        "--mixed-precision bf16"
     ),
     "refill": Kind(f"{TRAIN} --estimator dapo --max-refills 2"),
     "kl": Kind(
         f"{TRAIN} --estimator grpo --estimator.beta 0.05 --target-kl 0.5 --keep best --patience 2"
     ),
-    "running mean": Kind(f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3"),
+    "running mean": Kind(
+        f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3 --warmup-steps 3"
+    ),
     "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best --patience 1"),
     "teacher": Kind(
         f"{TRAIN} --estimator rloo --estimator.beta 0.5 --teacher warm --keep best --patience 2"
@@ -48,7 +50,6 @@ KINDS = {
     "own teacher": Kind(
         f"{TRAIN} --estimator rloo_opd --teacher self --teacher-decay 0.5 --teacher-template {{prompt}}7"
     ),
-    "bfloat16": Kind(f"{TRAIN} --estimator gspo --mixed-precision bf16"),
     "epochs": Kind(f"{TRAIN} --estimator opo {DIGITS} --max-completion-length 8"),
     "worker": Kind(f"{TRAIN} --estimator rloo --reward-timeout 30"),
     "tracker": Kind(
@@ -60,19 +61,17 @@ KINDS = {
         "--environment episodes.py:Faulty --reward-timeout 1 --max-completion-length 12"
     ),
     "agent": Kind(f"{CONTROL} --env CartPole-v1 --estimator reinforce_running_mean", 3),
-    "critic": Kind(f"{CONTROL} --env CartPole-v1 --estimator a2c", 3),
     "normalised": Kind(
         f"{CONTROL} --env Pendulum-v1 --max-episode-steps 30 --normalize-observations", 3
     ),
     "minibatches": Kind(f"{CONTROL} --env Acrobot-v1 --estimator ppo --max-episode-steps 50", 3),
     "reward model": Kind(
-        f"{JUDGE} --eval-every 5 --save-every 3 --keep best --patience 2 --quiet", 10
+        f"{JUDGE} --eval-every 5 --save-every 3 --keep best --patience 2 --quiet", 6
     ),
     "warm start": Kind(
         f"{TRAIN} --model tiny --warm-start --warm-start-steps 20 --estimator rloo", 4
     ),
     "demonstrations": Kind(f"{SFT} --quiet"),
-    "two processes": Kind(f"{TRAIN} --estimator rloo --micro-batch-size 3 --cpu", processes=2),
     "two processes, ppo": Kind(f"{TRAIN} --estimator ppo --num-iterations 2 --cpu", processes=2),
 }
 

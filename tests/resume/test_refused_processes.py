@@ -12,20 +12,16 @@ DIFFER = {
     "check": "--check",
     "model": "--model other",
     "resume": "--resume auto",
-    "overwrite": "--overwrite",
-    "max_steps": "--max-steps 3",
     "estimator": "--estimator ppo",
     "generator": "--generator vllm",
 }
 """By the setting that the message names, the flag that one of the processes has."""
 CASES = [(flag, "", name) for name, flag in DIFFER.items()]
-CASES += [("", flag, name) for name, flag in DIFFER.items()]
+CASES += [("", "--resume auto", "resume")]
 CASES += [("--task digits.jsonl", "--task others.jsonl", "differ in task")]
 REFUSED = {
     "--resume absent": "it must be auto or a checkpoint",
     "--task absent.jsonl": "there is no such file",
-    "--model absent": "no such model was found",
-    "--prompts-per-step 3": "cannot be shared equally",
     "--task split.py:task": "differ in data",
 }
 """By the flag of both processes, what the main one says."""

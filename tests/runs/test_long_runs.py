@@ -16,7 +16,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory is read from /proc")
-def test_2000_steps_keep_memory_and_open_files_level(tmp_path):
+def test_1000_steps_keep_memory_and_open_files_level(tmp_path):
     held = []
 
     def reward(completions, **_):
@@ -29,16 +29,16 @@ def test_2000_steps_keep_memory_and_open_files_level(tmp_path):
         task=[{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"],
         reward=reward,
         output_dir=tmp_path / "run",
-        max_steps=2000,
+        max_steps=1000,
         prompts_per_step=2,
         num_generations=2,
         max_completion_length=2,
-        eval_every=200,
-        save_every=200,
+        eval_every=100,
+        save_every=100,
         stop_after_zero_spread=0,
         quiet=True,
     )
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2001
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1001
     (early, files), (late, files_late) = held[len(held) // 4], held[-1]
     assert late < early + 40, f"{early:.0f} MiB became {late:.0f} MiB"
     assert files_late <= files + 2

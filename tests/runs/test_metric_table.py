@@ -1,14 +1,10 @@
-"""The table of metrics: whatever runs record is in it, and each of its rows is recorded by something."""
+"""The table of metrics: whatever runs record is in it."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 from command_line import completes
 
-import tokenrl
 from tokenrl.runs import read_run
 from tokenrl.runs.metric_table import all_metrics, metric_of
 
@@ -43,13 +39,7 @@ def test_everything_that_a_run_records_is_in_the_table(kind, files, tmp_path, ca
     assert {name for name in names if not metric_of(name).meaning} == set()
 
 
-def test_each_row_is_recorded_by_something_and_no_name_has_two():
-    texts = [path.read_text() for path in Path(tokenrl.__file__).parent.rglob("*.py")]
-    code = "\n".join(texts)
-    for metric in all_metrics():
-        parts = re.split(r"{\w+}", metric.name)
-        assert all(part in code for part in parts), metric.name
-        assert metric.better in ("", "more", "less") and metric.meaning
+def test_no_name_has_two_rows():
     names = [metric.name for metric in all_metrics()]
     assert len(set(names)) == len(names)
     assert metric_of("no such metric") not in all_metrics()

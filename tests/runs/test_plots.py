@@ -1,7 +1,5 @@
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +86,3 @@ def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
     assert drawn != svg(Forest("n", "u", rows), 400, 160)
     assert drawn != svg(Forest("n", "u", rows.assign(low=0.45), margin=0.1), 400, 160)
     assert all(-1 <= x <= 401 and -1 <= y <= 161 for x, y in numbers(drawn))
-
-
-def test_matplotlib_is_loaded_when_something_is_drawn_and_pyplot_never():
-    code = (
-        "import sys, tokenrl; from tokenrl.runs import markup, plots, report\n"
-        "assert not {'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
-        "import pandas\n"
-        "curve = pandas.DataFrame({'value': [0, 1]})\n"
-        "plots.svg(plots.Chart('n', 'u', {'': curve}), 400, 200)\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

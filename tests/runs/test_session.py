@@ -160,8 +160,14 @@ def same(first, second):
     return lines(first) == lines(second) and torch.equal(*weights)
 
 
-def test_a_run_from_its_directory_to_its_end(tmp_path):
-    ended = live(tmp_path)
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A whole run; its directory is left as it is."""
+    return live(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_from_its_directory_to_its_end(ended):
+    tmp_path = ended.output_dir
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 5)
     assert (ended.eval_before, ended.eval_after) == ({"reward": 0.0}, {"reward": 50.0})
     rows = lines(tmp_path)
@@ -180,17 +186,44 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, reason, code):
+def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, ended, reason, code):
     number = signal.Signals[reason]
     before = signal.getsignal(number)
-    ended = live(tmp_path, lambda session: session.step == 3 and signal.raise_signal(number))
-    assert (ended.exit_reason, ended.exit_code, ended.steps) == (reason, code, 3)
-    assert ended.eval_after == {} and lines(tmp_path)[-1]["step"] == 3
+    stopped = live(tmp_path, lambda session: session.step == 3 and signal.raise_signal(number))
+    assert (stopped.exit_reason, stopped.exit_code, stopped.steps) == (reason, code, 3)
+    assert stopped.eval_after == {} and lines(tmp_path)[-1]["step"] == 3
     assert (tmp_path / "model" / "weights.safetensors").exists()
     assert summary_of(tmp_path)["exit_reason"] == reason and signal.getsignal(number) == before
     live(tmp_path, resume="auto")
-    live(tmp_path / "whole")
-    assert same(tmp_path / "whole", tmp_path)  # as if no signal had come
+    assert same(ended.output_dir, tmp_path)  # as if no signal had come
+
+
+@pytest.mark.parametrize(
+    ("write", "reason", "steps"),
+    [(2, "SIGTERM", 3), (4, "finished", 5), (5, "finished", 5)],  # the first is a trial
+    ids=["checkpoint", "last checkpoint", "model"],
+)
+def test_signals_while_a_run_saves_wait_until_it_has(
+    tmp_path, ended, write, reason, steps, handlers
+):
+    """After the last step it has finished, and passes the signal on; a second request changes nothing."""
+    counter, folders, passed = Counter(), [], []
+    signal.signal(signal.SIGTERM, lambda *_: passed.append(summary_of(tmp_path)["exit_reason"]))
+
+    def interrupted(folder):
+        folders.append(folder)
+        if len(folders) == write:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        Counter.write(counter, folder)
+
+    counter.write = interrupted
+    live(tmp_path, counter=counter)
+    summary = summary_of(tmp_path)
+    assert (summary["exit_reason"], summary["steps"]) == (reason, steps)
+    assert passed == ["finished"] * (steps == 5)
+    live(tmp_path, resume="auto")
+    assert same(ended.output_dir, tmp_path)
 
 
 def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
@@ -254,23 +287,24 @@ def test_processes_are_not_compared_by_the_text_of_objects_that_each_makes(monke
         check_processes(processes, {"output_dir": "b", "seed": 2, "reward": (partial(sum, "ba"),)})
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, step):
-    whole = live(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("step", "damage"),
+    [(1, None), (2, None), (4, b""), (4, b'{"step": 0, "reward": 9.0}\n\xff'), (5, None)],
+)
+def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, ended, step, damage):
+    """Also with the rows that it wrote where its logs were damaged."""
     with pytest.raises(Killed):
-        live(tmp_path / "run", at(step, Killed()))
-    ended = live(tmp_path / "run", resume="auto")
-    assert same(tmp_path / "whole", tmp_path / "run")
-    assert (ended.steps, ended.eval_before, ended.eval_after) == (
-        5,
-        whole.eval_before,
-        whole.eval_after,
-    )
+        live(tmp_path, at(step, Killed()))
+    for log in LOGS if damage is not None else ():
+        (tmp_path / log).write_bytes(damage)
+    again = live(tmp_path, resume="auto")
+    assert same(ended.output_dir, tmp_path) and len(lines(tmp_path, "timings.jsonl")) == 5
+    results = [(x.steps, x.eval_before, x.eval_after) for x in (again, ended)]
+    assert results[0] == results[1]
 
 
-def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    live(whole)
+def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path, ended):
+    run = tmp_path
     live(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # cut by a crash
@@ -280,7 +314,7 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
     sessions = []
     live(run, sessions.append, resume=str(run / "checkpoints" / "step_000004"))
     assert not later.exists()
-    assert len(sessions) == 1 and same(whole, run)
+    assert len(sessions) == 1 and same(ended.output_dir, run)
     assert sessions[0].rows == read_metrics(run / "metrics.jsonl")
     assert sessions[0].training_seconds > sessions[0].step_seconds > 0  # all five steps count
     assert [row["step"] for row in lines(run, "timings.jsonl")] == [1, 2, 3, 4, 5]
@@ -339,9 +373,11 @@ def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, m
     value = 9 if metric is None else -9
     assert ended.best == {"step": 4, "metric": metric or "reward", "value": value, "evaluations": 8}
     assert (ended.steps, ended.eval_after) == (14, falling(14))
-    live(tmp_path / "short", max_steps=4)
+    counter = Counter()
+    for step in range(1, 5):
+        counter.update(step)
     weights, names, _ = results_of(tmp_path / "run")
-    assert weights == results_of(tmp_path / "short")[0]
+    assert weights == counter.weight.tolist()
     assert names == ["step_000004", "step_000012", "step_000014"]
 
 
@@ -350,8 +386,8 @@ def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step)
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3}
     options |= {"keep_checkpoints": 1, "save_every": 3}
-    ended = live(whole, **options)
-    assert (ended.exit_reason, ended.steps, ended.best["step"]) == ("no-improvement", 10, 4)
+    usual = live(whole, **options)
+    assert (usual.exit_reason, usual.steps, usual.best["step"]) == ("no-improvement", 10, 4)
     with pytest.raises(Killed):
         live(run, at(step, Killed()), **options)
     live(run, **options, resume="auto")
@@ -395,16 +431,7 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_the_first_step_or_a
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-DIRECTIONS = {
-    "reward_stderr": "more:reward_stderr or less",
-    "mine": "more:mine or less:mine",
-    "many:mine": "more:mine or less",
-    "entropy": "more:entropy or",
-}
-
-
-@pytest.mark.parametrize("metric", DIRECTIONS)
-def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path, metric):
+def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path):
     """Whether more or less of a metric is better stands in the table, and of no other metric is it guessed."""
 
     def score(step):
@@ -412,20 +439,19 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path, metric):
         return numbers | {"calibration_error": abs(step - 3), "rewards/f/mean": -step}
 
     options = {"score": score, "keep": "best", "max_steps": 4, "eval_every": 1}
-    with refused(DIRECTIONS[metric]):
-        live(tmp_path / "run", **options, best_metric=metric)
-    name = metric.removeprefix("many:")
-    chosen = {f"more:{name}": 4, f"less:{name}": 0, "eval_calibration_error": 3}
+    directions = {"reward_stderr": "more:reward_stderr or less", "many:mine": "more:mine or less"}
+    directions |= {"mine": "more:mine or less:mine", "entropy": "more:entropy or"}
+    directions |= {"accuracy": "no best 'accuracy': this run evaluates reward, mine, entropy"}
+    for metric, words in directions.items():
+        with refused(words):
+            live(tmp_path / "run", **options, best_metric=metric)
+    chosen = {"more:mine": 4, "less:mine": 0, "eval_calibration_error": 3}
     chosen |= {"rewards/f/mean": 0, "less:eval_rewards/f/mean": 4}
-    for number, (given, step) in enumerate(chosen.items()):
-        ended = live(tmp_path / str(number), **options, best_metric=given)
-        assert ended.best["step"] == step, given
-
-
-def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
-    with refused("no best 'accuracy': this run evaluates reward, loss"):
-        live(tmp_path, score=falling, patience=2, best_metric="accuracy")
-    assert not (tmp_path / "config.json").exists()
+    for metric, step in chosen.items():
+        assert (
+            live(tmp_path / str(step), **options, best_metric=metric, overwrite=True).best["step"]
+            == step
+        ), metric
 
 
 def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):
@@ -454,26 +480,20 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
     assert (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
+def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(tmp_path):
+    live(tmp_path)
+    (tmp_path / "config.json").unlink()  # the checkpoint knows the settings too
+    before = bytes_of(tmp_path)
+    for options, words in (
         ({"task": "sorting"}, "task: 'counting', now 'sorting'"),
         ({"maker": Provenance({"tokenizer": "abc"})}, r"otherwise: tokenizer: .* now 'abc'\. C"),
         ({"maker": Provenance(processes=2)}, r"otherwise: processes: 1, now 2\."),
         ({"overwrite": True}, "give one of both"),
         ({"resume": "elsewhere\0"}, "checkpoint of the run in output_dir"),
-    ],
-    ids=str,
-)
-def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(
-    tmp_path, options, words
-):
-    live(tmp_path)
-    (tmp_path / "config.json").unlink()  # the checkpoint knows the settings too
-    before = bytes_of(tmp_path)
-    with refused(words):
-        live(tmp_path, **{"resume": "auto"} | options)
-    assert bytes_of(tmp_path) == before
+    ):
+        with refused(words):
+            live(tmp_path, **{"resume": "auto"} | options)
+        assert bytes_of(tmp_path) == before
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -499,18 +519,6 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     live(tmp_path, wait, max_steps=7, save_every=0, save_minutes=10.0, keep_checkpoints=9)
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_000003", "step_000006", "step_000007"]
-
-
-@pytest.mark.parametrize("damage", [b"", b'{"step": 0, "reward": 9.0}\n\xff'])
-def test_a_run_whose_logs_were_damaged_goes_on_with_the_rows_that_it_wrote(tmp_path, damage):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    live(whole)
-    with pytest.raises(Killed):
-        live(run, at(4, Killed()))
-    for log in LOGS:
-        (run / log).write_bytes(damage)
-    live(run, resume="auto")
-    assert same(whole, run) and len(lines(run, "timings.jsonl")) == 5
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

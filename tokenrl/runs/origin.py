@@ -31,8 +31,8 @@ _PACKAGES = (
     "numpy",
     "safetensors",
 )
-_INSTALLED = {"site-packages", "dist-packages"}
-_PYTHON = Path(os.__file__).parent
+_INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
+_PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
 """Folders of installed packages, that of Python's own modules, and modules that start runs or have versions."""
 
@@ -71,9 +71,8 @@ def repetition(command: str) -> list[str]:
 
 def typed_command() -> str:
     """Return the command that was typed; empty in a Python program."""
-    program = Path(sys.argv[0])
-    is_module = program.parts[-2:] == ("tokenrl", "__main__.py")  # python -m tokenrl
-    if is_module or program.stem == "tokenrl":
+    # or by python -m tokenrl
+    if re.search(r"(^|[\\/])tokenrl([\\/]__main__\.py|\.\w+)?$", sys.argv[0]):
         return shlex.join(["tokenrl", *sys.argv[1:]])
     return ""
 
@@ -115,11 +114,12 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     hashes = {}
     for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
         module = sys.modules.get(name)
-        file = Path(str(vars(module).get("__file__") if module else source_file(name)))
-        is_foreign = file.is_relative_to(_PYTHON) or not _INSTALLED.isdisjoint(file.parts)
+        path = str(vars(module).get("__file__") if module else source_file(name))
+        # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
+        is_foreign = path.startswith(_PYTHON) or _INSTALLED.search(path)
         if name.partition(".")[0] in _NOT_HASHED or is_foreign:
             continue
-        if file.is_file():
+        if (file := Path(path)).is_file():
             # A file is imported under a hash of its path if its name is that of another module.
             label = file.stem if name.startswith("tokenrl_file_") else name
             hashes[f"module {label}"] = _hash(file.read_bytes())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
-from tokenrl.runs.findings import Mean, evaluations
+from tokenrl.runs.findings import evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Rows, all_metrics
 from tokenrl.runs.plots import Chart
@@ -59,14 +59,15 @@ def report_from_directory(run: str | Path) -> Path:
 
 def curve(rows: Rows, metric: str) -> pd.DataFrame:
     """Return the finite values of a metric by step; an evaluation has errors, and a band of them."""
+    import numpy as np
     import pandas as pd
 
-    means = pd.DataFrame(evaluations(rows, metric), columns=Mean._fields)
-    frame = means.set_index("step").astype(float).clip(-_MAX_NUMBER, _MAX_NUMBER)
-    if not metric.startswith("eval_"):  # else the band would hide the running mean
-        return frame[["value"]]
-    error = frame["error"].fillna(0)
-    return frame.assign(low=frame["value"] - error, high=frame["value"] + error)
+    means = np.array(evaluations(rows, metric), dtype=float).reshape(-1, 3)
+    value, error, step = np.clip(means, -_MAX_NUMBER, _MAX_NUMBER).T
+    band = {"low": value - np.nan_to_num(error), "high": value + np.nan_to_num(error)}
+    frame = pd.DataFrame({"value": value, "error": error} | band, index=step)
+    # the band of a running mean would hide it
+    return frame if metric.startswith("eval_") else frame[["value"]]
 
 
 def charts(
