@@ -10,7 +10,7 @@ import pytest
 from folders import RECIPES, ROOT
 
 from tokenrl.core import PRESETS, Estimator
-from tokenrl.lab import measure_bias
+from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.verdict import default_problems
 
 FOLDER = RECIPES / "pages"

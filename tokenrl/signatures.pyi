@@ -502,6 +502,7 @@ def compare(
     replay: typing.Any = ...,
     replay_memory: typing.Any = ...,
     report_to: typing.Any = ...,
+    require: str | os.PathLike[str] | None = ...,
     resume: typing.Any = ...,
     reward: typing.Any = ...,
     reward_scale: typing.Any = ...,
