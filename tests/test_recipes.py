@@ -39,6 +39,11 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "figure: variance_horizon.png",
     ),
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
+    "looks --comparisons 10": (
+        r"normal +0.0 +looks +0\.\d+ \[.*\] +1[0-8]\.\d\n",
+        r"ties +2.0 +at once +1.000 \[.*\] +0.000 \[.*\] +18.0\n",
+        r"one seed, the higher score +\d\.\d+ +1.000\n",
+    ),
     "own_baselines": ("declared exact, .*: exact, .*\ndeclared biased, .*: biased, ",),
     "figures grpo-difficulty": (
         r"limit of large G +31.639 +3.333 +2.000\n",

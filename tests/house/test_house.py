@@ -26,15 +26,15 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_940,
     "core": 19_670,
-    "runs": 24_420,
+    "runs": 24_500,
     "control": 10_720,
     "advisor": 2_180,
     "language": 100,
     "language/policy": 11_820,
-    "language/rewards": 14_000,
+    "language/rewards": 14_010,
     "language/tasks": 10_100,
     "language/rollout": 26_790,
-    "language/training": 23_220,
+    "language/training": 23_240,
     "language/supervised": 7_870,
     "language/commands": 4_500,
     "language/preferences": 6_740,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_440, 188, 89_480, 227_780, 58_010, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_540, 188, 89_720, 227_830, 58_010, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

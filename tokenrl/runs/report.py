@@ -14,6 +14,7 @@ from tokenrl.runs.console import distinct, ending, evaluations as before_and_aft
 from tokenrl.runs.findings import evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Rows, all_metrics
+from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart
 from tokenrl.runs.reader import RecordedRun, read_run, token_table
 
@@ -52,6 +53,7 @@ def report_from_directory(run: str | Path) -> Path:
         weights=kept_weights(recorded.summary),
         last_step=last,
         evaluated=[row for row in before_and_after(both) if row[0] != "step"],
+        warm_start=[*_warm_start(recorded)],
         learning=[*learning, *_rewards(recorded)],
         rows=_completions(recorded),
     )
@@ -95,6 +97,13 @@ def charts(
             leaves = [((x["value"] - best).abs() > _ROUNDING).any() for x in full.values()]
             if full and (is_large or any(leaves)):
                 yield Chart(heading, metric.caption, full, is_large, line)
+
+
+def _warm_start(run: RecordedRun) -> Iterator[Chart]:
+    stage = run.path / "warm_start" / "metrics.jsonl"
+    if run.config.get("warm_started") and stage.is_file():
+        loss = {"loss of demonstrations": curve(read_metrics(stage), "loss")}
+        yield Chart("Warm start", "nats per token, by update", loss)
 
 
 def _rewards(run: RecordedRun) -> Iterator[Chart]:

@@ -28,14 +28,14 @@ Reward = Callable[..., Any]
 METRICS = """
 step epoch learning_rate loss grad_norm grad_clipped padding clip_ratio skipped_steps idle_steps num_tokens
 num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained frac_rows_late refilled entropy
-kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_seconds
+kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss explained_variance collect update step_seconds
 tokens_per_second peak_memory_gib peak_cuda_memory_gib
 """
 BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
 COLUMNS = "prompt teacher_prompt completion reward advantage truncated ending messages failure"
 RESERVED = {
     "log_metric": (METRICS.split(), BEGINNINGS),
-    "log_extra": (COLUMNS.split(), ("rewards/",)),
+    "log_extra": (COLUMNS.split(), ("rewards/", "tokens/")),
 }
 """Reserved names and prefixes: of metrics for `log_metric`, of completions for `log_extra`."""
 

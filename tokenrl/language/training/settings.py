@@ -285,9 +285,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
     if args.value_warmup + args.warmup_steps >= args.max_steps:
+        critic_first = f" with value_warmup={args.value_warmup}" if args.value_warmup else ""
         yield (
-            f"value_warmup={args.value_warmup} and warmup_steps={args.warmup_steps} are together not less than "
-            f"max_steps={args.max_steps}, so the learning rate stays below its peak."
+            f"warmup_steps={args.warmup_steps}{critic_first} is not less than max_steps={args.max_steps}, so the "
+            "learning rate stays below its peak."
         )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
