@@ -74,6 +74,10 @@ class VllmServer:
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
         self.key = os.environ.get("VLLM_API_KEY", "").strip()
         try:
+            if "@" in self.host:  # what stands before it is a secret, so it is not shown
+                raise ValueError(
+                    "VLLM_SERVER_URL must be like http://host:8000, without a password"
+                )
             if not self.host:
                 self.start()
             self.sync(policy)
@@ -116,6 +120,8 @@ class VllmServer:
                     connection.request("POST", path, json.dumps(body), headers)
                     answer = connection.getresponse()
                     text = answer.read().decode()
+                    if self.key:
+                        text = text.replace(self.key, "(key)")  # a server may repeat what it got
                     if answer.status < 500 and answer.status != 429:
                         return answer.status, text
                 except (OSError, HTTPException) as error:

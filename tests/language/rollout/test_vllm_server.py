@@ -215,7 +215,7 @@ UNUSABLE = [
     (completion(token_ids=[2], logprobs=ONE, finish_reason="length"), "truncated must be True"),
     (completion(finish_reason="abort"), "ended a completion by 'abort'"),
     (lambda answer: (200, answer | {"model": "base"}), "answers 'base' instead of '"),
-    (lambda answer: (400, {"error": "odd"}), r"answers 'code 400: .*odd"),
+    (lambda answer: (400, {"error": "odd" + KEY}), r"answers 'code 400: .*odd\(key\)"),
     (lambda answer: (500, {"error": "dead"}), r"no answer of .* in 2 s .*dead.* --resume auto"),
     (lambda answer: time.sleep(2.5), r"no answer of .* in 2 s \("),
 ]
@@ -245,6 +245,10 @@ def no_host(fake, monkeypatch):
     monkeypatch.setenv("VLLM_SERVER_URL", "http://no.such.host.invalid:9")
 
 
+def password(fake, monkeypatch):
+    monkeypatch.setenv("VLLM_SERVER_URL", "http://me:secret@127.0.0.1:9")
+
+
 def no_program(fake, monkeypatch):
     monkeypatch.delenv("VLLM_SERVER_URL")
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -257,6 +261,7 @@ def no_program(fake, monkeypatch):
         (without_adapters, {}, r"does not load .*Not Found.*--enable-lora"),
         (no_program, {}, "the server has ended; its log: "),
         (no_host, {}, "names no host"),
+        (password, {}, r"^(?!.*secret).*without a password"),
         (without_adapters, {"lora_r": 0}, "set lora_r"),
         (without_adapters, {"temperature": 3.0, "generator": BY_NAME}, "samples from 0.01 to 2"),
     ],

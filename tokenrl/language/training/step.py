@@ -97,12 +97,12 @@ def training_step(
     terms = loss_terms(estimator, whole, sampling, memory, rewards)
     advantages = local(accelerator, terms.advantages)
 
+    policy_learns = step > learner.args.value_warmup  # before that the critic alone
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
-        learning = learning_rows(learner, terms, chosen)  # [N]
-        learning &= step > learner.args.value_warmup  # before that the critic alone learns
+        learning = learning_rows(learner, terms, chosen) & policy_learns  # [N]
         sums: list[Tensor] = []
         scored.append([])
         learner.optimizer.zero_grad()
@@ -118,7 +118,7 @@ def training_step(
         sum_gradients(accelerator, parameters)
         norm = accelerator.clip_grad_norm_(parameters, learner.largest_norm)
         norm, *sums = to_host([norm, *sums])
-        if learner.accepts(float(norm), bool(learning.any())):
+        if policy_learns and learner.accepts(float(norm), bool(learning.any())):
             learner.optimizer.step()
         learner.forward.copy_weights()
         updates.append(update_metrics(learner, sums, float(norm)))
