@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from folders import read_json
 from made_runs import WALK, rising, write_run
-from refusals import refused
+from refusals import refused, stopped
 from scipy import stats
 
 import tokenrl
@@ -151,6 +151,20 @@ def test_a_program_reads_the_verdict_from_a_file_and_from_the_exit_code(tmp_path
     for require in ("best:a2c", "better:rloo", "better:reinforce", "a2c"):
         with refused("require was given as .*one of the arms a2c"):
             tokenrl.compare(**settings | {"require": require})
+
+
+def test_seeds_that_are_added_after_a_look_are_named_for_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "execute", lambda runs, root, **options: None)
+    settings = WALK | {"arms": ("reinforce", "a2c"), "output_dir": str(tmp_path / "run")}
+    with stopped("Nothing can be judged"):
+        tokenrl.compare(**settings, seeds=8)
+    words = (
+        r"after 8 seeds, and again after 16, .* in 8.3% of comparisons instead of 5%.*--seeds 8 16"
+    )
+    with refused(words):
+        tokenrl.compare(**settings, seeds=16)
+    with refused(r"another comparison: .*another --output-dir\.$"):
+        tokenrl.compare(**settings | {"max_steps": 51}, seeds=16)
 
 
 @pytest.mark.parametrize("seeds", [(8, 6), (6, 6), ()], ids=str)

@@ -7,14 +7,15 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, read_file, refusing
-from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
+from tokenrl.lab.compare.intervals import ALPHA, LEAST_PAIRS, detectable_difference
+from tokenrl.lab.compare.looks import error_of_looks
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import flat, write_json
 from tokenrl.settings import arguments
@@ -233,10 +234,20 @@ def check_plan(plan: Plan, output_dir: Path) -> None:
     """
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     if "plan.json" in names:
-        if changes := differing(_facts(read_plan(output_dir)), _facts(plan)):
+        before = read_plan(output_dir)
+        if changes := differing(_facts(before), _facts(plan)):
+            same_seeds = replace(plan, seeds=before.seeds, looks=before.looks)
+            looks = len(before.seeds), len(plan.seeds)
+            again = ""
+            if looks[0] < looks[1] and not differing(_facts(before), _facts(same_seeds)):
+                again = (
+                    f" Who looks after {looks[0]} seeds, and again after {looks[1]}, calls equal arms different in "
+                    f"{error_of_looks(looks, ALPHA):.1%} of comparisons instead of {ALPHA:.0%}; looks that are given "
+                    f"before share the error (--seeds {looks[0]} {looks[1]})."
+                )
             raise Refused(
                 f"{output_dir} holds another comparison: {changes[:900]}. Give the arguments that it was "
-                "started with (plan.json has its command), or another --output-dir."
+                f"started with (plan.json has its command), or another --output-dir.{again}"
             )
     elif set(names) - {".lock"}:
         raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
