@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_940,
     "core": 19_670,
-    "runs": 24_500,
+    "runs": 24_530,
     "control": 10_720,
     "advisor": 2_180,
     "language": 100,
@@ -42,12 +42,12 @@ LIMITS = {
     "lab": 100,
     "lab/exact": 12_380,
     "lab/measure": 5_390,
-    "lab/compare": 14_050,
+    "lab/compare": 14_180,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_540, 188, 89_720, 227_830, 58_010, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_720, 188, 89_740, 228_060, 58_040, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

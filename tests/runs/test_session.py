@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.best import Best
 from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
@@ -596,3 +597,13 @@ def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
     assert next_commands("train", *run, flagged, False) == ["tokenrl advise --run 'runs/my run'"]
     stopped = next_commands("train", *run, {"exit_reason": "SIGTERM"}, True)
     assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]
+
+
+def test_the_patience_of_a_run_begins_when_the_policy_learns():
+    args = SimpleNamespace(keep="last", best_metric=None, patience=1, value_warmup=4)
+    best = Best(args)
+    exhausted = []
+    for step in (0, 4, 8):
+        best.judge(step, {"reward": 0.5})
+        exhausted.append(best.exhausted)
+    assert exhausted == [False, False, True]

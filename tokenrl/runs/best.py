@@ -97,7 +97,10 @@ class Best:
     def exhausted(self) -> bool:
         """Whether the run ends because its last `patience` evaluations were no better."""
         best = self._best()
-        later = [step for step in self.evaluations if best is None or step > best[0]]
+        # A policy that waits for its critic cannot have become better.
+        waits_until = getattr(self._args, "value_warmup", 0)
+        start = max(-1 if best is None else best[0], waits_until or -1)
+        later = [step for step in self.evaluations if step > start]
         return 0 < self._args.patience <= len(later)
 
     def until(self, last: float = math.inf) -> int | None:
