@@ -42,12 +42,12 @@ LIMITS = {
     "lab": 100,
     "lab/exact": 12_380,
     "lab/measure": 5_390,
-    "lab/compare": 14_180,
+    "lab/compare": 14_970,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 210_720, 188, 89_740, 228_060, 58_040, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_490, 189, 89_740, 228_550, 58_040, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -2,6 +2,7 @@ import typing
 
 from tokenrl.lab.compare.decisions import judge_scores as judge_scores
 from tokenrl.lab.compare.page import compare_runs as compare_runs
+from tokenrl.lab.compare.recorded import JudgedRuns as JudgedRuns, judge_recorded as judge_recorded
 from tokenrl.lab.exact.catalogue import named_estimators as named_estimators
 from tokenrl.lab.exact.control_problem import (
     TabularMdp as TabularMdp,

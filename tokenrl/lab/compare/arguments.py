@@ -48,9 +48,14 @@ class JudgementArguments(Settings, group="judgement"):
     two arms are called equivalent."""
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
+    baseline: tuple[str, ...] = ()
+    """Directories of runs that exist, one for each seed. With --candidate no run is made: these two are judged by
+    their evaluations, and the settings in which they differ are listed."""
+    candidate: tuple[str, ...] = ()
+    """Directories of the runs that are judged beside those of --baseline."""
     require: str | None = None
-    """For programs: a verdict and an arm, such as better:grpo or better|equivalent:grpo. The command exits with 3
-    if the arm has another verdict."""
+    """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
+    with 3 if the arm has another verdict."""
 
 
 @dataclass(frozen=True)

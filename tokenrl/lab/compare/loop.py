@@ -32,6 +32,7 @@ from tokenrl.lab.compare.plan import (
     start_plan,
 )
 from tokenrl.lab.compare.problems import make_plan
+from tokenrl.lab.compare.recorded import CANDIDATE, judge_recorded
 from tokenrl.lab.compare.table import read_runs
 from tokenrl.runs.console import Console, number
 from tokenrl.runs.directory import directory_path
@@ -69,6 +70,10 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
+    if args.baseline or args.candidate:
+        raise Refused(
+            "Runs that exist are judged by tokenrl.lab.judge_recorded(baseline, candidate)."
+        )
     required_verdicts(args)
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
@@ -102,6 +107,15 @@ def compare_each(args: CompareArguments) -> int:
 
     All are planned before the first is run, so that what cannot work is refused then.
     """
+    verdicts, arm = required_verdicts(args)
+    if args.baseline or args.candidate:
+        judged = judge_recorded(
+            args.baseline, args.candidate, margin=args.margin, failure_below=args.failure_below
+        )
+        print(judged.settings.to_string(), judged.family.table().to_string(), sep="\n\n")
+        print("\n- ".join(["", judged.family.headline(), *judged.family.sentences()]))
+        verdict = judged.family.differences[0].verdict
+        return UNMET if verdicts and verdict not in verdicts else 0
     kind = "env" if args.env else "task"
     names = getattr(args, kind)
     parts = [args]
@@ -112,7 +126,6 @@ def compare_each(args: CompareArguments) -> int:
         parts = [replace(args, **of_one) for of_one in changes]
         for part in () if args.dry_run else parts:
             compare(replace(part, dry_run=True, quiet=True))
-    verdicts, arm = required_verdicts(args)
     codes = [0]
     for part in parts:
         result = compare(part)
@@ -134,6 +147,8 @@ def required_verdicts(args: CompareArguments) -> tuple[set[str], str]:
     names, _, arm = args.require.partition(":")
     verdicts = {*names.split("|")}
     rivals = [name for name in args.arms if name != (args.reference or args.arms[0])]
+    if args.candidate:
+        rivals = [CANDIDATE]
     if not verdicts <= {*HEADLINES} or arm not in rivals:
         raise Refused(
             f"require was given as {args.require!r}; name one or more of {', '.join(HEADLINES)}, separated by |, and "

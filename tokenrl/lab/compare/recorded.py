@@ -1,0 +1,109 @@
+"""Judges runs that exist already, as a program made them: is the candidate better than the baseline?
+
+Who chose what to compare after a look at the runs has an exploratory verdict: its error is larger than the level says.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import pandas as pd
+
+from tokenrl.errors import Refused
+from tokenrl.lab.compare.decisions import judge_scores
+from tokenrl.lab.compare.judgement import Family
+from tokenrl.lab.compare.page import NOT_COMPARED
+from tokenrl.runs.reader import RecordedRun, read_run
+from tokenrl.runs.signals import ended_by_itself
+
+BASELINE, CANDIDATE = "baseline", "candidate"
+EQUAL = ("kind", "task", "env", "hashes.data", "steps of evaluations")
+"""What is the same in all runs that can be compared."""
+SHOWING = {
+    *NOT_COMPARED,
+    *EQUAL,
+    "seed",
+    "hashes",
+    "logging_steps",
+    "log_completions",
+    "report_to",
+    "threads",
+}
+"""What is no setting that makes a run better."""
+
+
+class JudgedRuns(NamedTuple):
+    """The verdict on runs that exist.
+
+    Attributes:
+        family: the comparison of `candidate` with `baseline`.
+        settings: the settings in which the two differ, a row for each, with a column for each of them.
+    """
+
+    family: Family
+    settings: pd.DataFrame
+
+
+def judge_recorded(
+    baseline: Sequence[str | os.PathLike[str]],
+    candidate: Sequence[str | os.PathLike[str]],
+    *,
+    margin: float | None = None,
+    failure_below: float | None = None,
+) -> JudgedRuns:
+    """Judge whether the runs of a candidate are better than those of a baseline, paired by seed.
+
+    The score of a run is its held-out sampled reward, averaged over its evaluations after training began.
+
+    Args:
+        baseline: the directories of its runs, one for each seed.
+        candidate: the same.
+        margin: smaller differences count as none; None for no equivalence.
+        failure_below: runs with a lower score failed, like runs that broke off.
+
+    Raises:
+        Refused: a directory holds no run; runs differ in their data, or were evaluated at other steps; or runs of
+            one kind differ in more than their seed.
+    """
+    if not baseline or not candidate:
+        raise Refused(
+            "Name the directories of runs of both: --baseline RUN ... --candidate RUN ..."
+        )
+    runs = [*map(read_run, (*baseline, *candidate))]
+    kinds = [BASELINE] * len(baseline) + [CANDIDATE] * len(candidate)
+    configs = pd.json_normalize([run.config | {"kind": run.kind} for run in runs]).astype(str)
+    configs["steps of evaluations"] = [
+        str([row["step"] for row in run.evaluations]) if ended_by_itself(run.summary) else None
+        for run in runs  # one that broke off has fewer
+    ]
+    for name in configs.columns.intersection(EQUAL):
+        if configs[name].nunique() > 1:
+            values = ", ".join(configs[name].dropna().unique())
+            raise Refused(f"The runs cannot be compared, as they differ in {name}: {values}.")
+    names = [name for name in configs if name.partition(".")[0] not in SHOWING]
+    by_kind = configs[names].groupby(kinds)
+    mixed = by_kind.nunique().max() > 1
+    if mixed.any():
+        raise Refused(
+            f"Runs of one kind differ in {', '.join(mixed.index[mixed][:5])}. Give runs that differ in their seeds "
+            "alone."
+        )
+    settings = by_kind.first().T
+    rows = [
+        (kind, run.config.get("seed"), _score(run)) for kind, run in zip(kinds, runs, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "score"])
+    ended = [ended_by_itself(run.summary) for run in runs]
+    table["failed"] = table["score"].isna() | ~pd.Series(ended)
+    judged = judge_scores(table, margin=margin, failure_below=failure_below)
+    return JudgedRuns(judged.families[0], settings[settings.nunique(axis=1) > 1])
+
+
+def _score(run: RecordedRun) -> float:
+    """Return the mean reward of the evaluations after training began; nan without any."""
+    rewards = [row["reward"] for row in run.evaluations if row["step"] and "reward" in row]
+    return fmean(rewards) if rewards else math.nan
