@@ -223,8 +223,8 @@ def zero_gaps() -> pd.DataFrame:
     for run, by_rate in areas.groupby(["base", "arm"]):
         complete = by_rate.dropna(axis="columns")
         best[run] = pd.Series(at_best_rates_of_others(complete.to_numpy()[None]), [*complete])
-    scores = pd.DataFrame(best).T
-    return scores.xs("rloo", level=1) - scores.drop(index="rloo", level=1)
+    scores = pd.DataFrame(best).T.rename_axis(["base", "arm"])
+    return scores.xs("rloo", level="arm") - scores.drop(index="rloo", level="arm")
 
 
 def side(low: float, high: float) -> int:
