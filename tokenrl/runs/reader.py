@@ -225,12 +225,12 @@ class RecordedRun:
         files = {step_of(file): file for file in tables(self.path / "completions")}
         step = max(files, default=0) if step is None else step
         if step not in files:
-            kept = ", ".join(map(str, files)) or "none"
+            steps = ", ".join(map(str, files)) or "none"
             raise Refused(
-                f"No completions of step {step} were kept (--log-completions); steps: {kept}."
+                f"No completions of step {step} were kept (--log-completions); steps: {steps}."
             )
-        kept_rows = [*map(token_table, read_completions(files[step]))]
-        frames = [frame for frame in kept_rows if frame is not None]
+        token_tables = [*map(token_table, read_completions(files[step]))]
+        frames = [frame for frame in token_tables if frame is not None]
         if not 0 <= row < len(frames):
             raise Refused(
                 f"Step {step} has the tokens of {len(frames)} completions, from row 0; give one of them."

@@ -162,13 +162,13 @@ def _judged(root: Path, plan: Plan, rows_of: Callable[[Sequence[PlannedRun]], Ro
     rows = rows_of(plan.tuning_runs())
     runs = plan.runs(best_rates(rows, plan.metric))
     undecided = {arm.label for arm in plan.arms}
-    seen = 0
+    judged = 0
     for look in plan.looks:
-        seeds = plan.seeds[seen:look]
+        seeds = plan.seeds[judged:look]
         rows += rows_of([run for run in runs if run.seed in seeds and run.arm in undecided])
         comparison = judge_runs(root, plan, pd.DataFrame(rows))
         undecided = comparison.family.undecided
-        seen = look
+        judged = look
     return comparison
 
 

@@ -189,6 +189,6 @@ def update_baselines(
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, accelerator
         )
-        seen = states > 0
-        metrics["explained_variance"] = explained(whole.values[seen], returns[seen])
+        learnt = states > 0
+        metrics["explained_variance"] = explained(whole.values[learnt], returns[learnt])
     return metrics
