@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -162,7 +161,7 @@ def _compare_at_looks(
 ) -> PairedDifference:
     """Compare an arm with the reference at the first look that decides, or at the last that both have reached."""
     if len(looks) < 2:
-        return _compare_pair(arm, reference, margin, alpha, lambda error: error)
+        return _compare_pair(arm, reference, margin, alpha)
     testing = tuple(look for look in looks if look >= LEAST_PAIRS) or looks
     difference = None
     for look in looks:
@@ -171,16 +170,10 @@ def _compare_at_looks(
         if difference is not None and (difference.is_decided or not is_reached):
             break
         number = testing.index(max(look, testing[0]))
-        level_of_look = partial(_level_of_look, testing, number)
         parts = arm.on(first), reference.on(first)
-        difference = replace(_compare_pair(*parts, margin, alpha, level_of_look), look=look)
+        difference = replace(_compare_pair(*parts, margin, alpha, testing, number), look=look)
     assert difference is not None  # as there are looks
     return difference
-
-
-def _level_of_look(looks: tuple[int, ...], number: int, error: float) -> float:
-    """Return the level of a look, of an error over all looks."""
-    return levels_of_looks(looks, error)[number]
 
 
 def _compare_pair(
@@ -188,7 +181,8 @@ def _compare_pair(
     reference: ArmScores,
     margin: float | None,
     alpha: float,
-    level_of_look: Callable[[float], float],
+    looks: tuple[int, ...] = (1,),
+    number: int = 0,
 ) -> PairedDifference:
     """Compare an arm with the reference in two parts, failures and scores, which share the error alpha.
 
@@ -197,7 +191,8 @@ def _compare_pair(
         reference: those of the reference.
         margin: smaller differences count as none.
         alpha: the error of the comparison, over all its looks.
-        level_of_look: the level of this look, of an error over all looks.
+        looks: the numbers of pairs at its looks; a single one, whatever its number, has all of the error.
+        number: which of them this is.
     """
     pairs = arm.seeds & reference.seeds
     if not pairs:
@@ -207,7 +202,7 @@ def _compare_pair(
     differences = differences_by_seed(arm.scores, reference.scores)
     values = np.array(list(differences.values()))
     parts = 2 if arm.failed or reference.failed else 1  # each of which can err
-    error = level_of_look(alpha / parts)
+    error = levels_of_looks(looks, alpha / parts)[number]
     level = 1 - error
     adjusted = mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
