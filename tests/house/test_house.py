@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_940,
     "core": 19_670,
-    "runs": 24_530,
+    "runs": 24_550,
     "control": 10_720,
     "advisor": 2_180,
     "language": 100,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_490, 189, 89_740, 228_550, 58_040, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_490, 189, 89_740, 228_640, 58_040, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

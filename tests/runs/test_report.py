@@ -150,3 +150,15 @@ def test_tokens_of_completions_are_text_with_their_numbers(tmp_path):
     assert values[:4] == ["-0.5 2 -0.75 0.25", "nan nan nan nan", "-0.25 -1 -0.25 0", "-1 0 -1 0"]
     assert len(page.all("span", "given")) == len(page.all("span", "special")) == len(values) / 4
     assert page.text.count(EVIL) >= 2 and "tokens/" not in page.text
+
+
+def test_a_page_with_some_of_the_completions_has_all_whose_tokens_were_kept(tmp_path):
+    row = {"prompt": "p", "completion": "c", "reward": 1.0}
+    tokens = {
+        "tokens/text": ["HEAVY"],
+        "tokens/special": [False],
+        "tokens/logprob": [-1.0],
+        "tokens/weight": [9.0],
+    }
+    rows = [row | tokens if number == 7 else row for number in range(64)]  # every fourth is shown
+    assert "HEAVY" in page_with(tmp_path, *rows).text

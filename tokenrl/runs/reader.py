@@ -189,7 +189,7 @@ class RecordedRun:
 
         Args:
             steps: number of tables; the oldest and others evenly spread are added to the newest.
-            most: most rows of each table, evenly spread over it; None for all.
+            most: most rows of each table, evenly spread over it, beside those whose tokens were kept; None for all.
 
         Raises:
             Refused: a table is damaged.
@@ -201,7 +201,12 @@ class RecordedRun:
         for file in (files[number] for number in sorted(numbers)):
             table = read_completions(file)
             if most is not None:
-                table = table[:: max(1, math.ceil(len(table) / most))]
+                stride = max(1, math.ceil(len(table) / most))
+                table = [
+                    row
+                    for index, row in enumerate(table)
+                    if index % stride == 0 or row.get("tokens/text")
+                ]
             rows += [{"step": step_of(file), **row} for row in table]
         return rows
 
