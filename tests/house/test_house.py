@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_940,
     "core": 19_670,
-    "runs": 24_550,
+    "runs": 24_560,
     "control": 10_720,
     "advisor": 2_180,
     "language": 100,
