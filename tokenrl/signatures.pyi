@@ -457,6 +457,7 @@ def compare(
     head: typing.Any = ...,
     hidden: typing.Any = ...,
     initial_weights: typing.Any = ...,
+    json: str | os.PathLike[str] | None = ...,
     keep: typing.Any = ...,
     keep_checkpoints: typing.Any = ...,
     kl_gain: typing.Any = ...,

@@ -119,6 +119,25 @@ def test_an_interval_of_width_zero_decides_nothing(apart):
     assert "does not show how they vary" in text
 
 
+@pytest.mark.parametrize(
+    ("apart", "margin"), [(0.3, None), (2.0, None), (0.0, 0.6), (0.9, 0.6), (0.01, None)]
+)
+def test_the_pairs_for_a_verdict_are_the_least_with_which_such_scores_have_one(apart, margin):
+    def judged(pairs):
+        """Judge differences whose mean and standard deviation are the same for any even number of pairs."""
+        step = math.sqrt((pairs - 1) / pairs)
+        return judge_two([0.0] * pairs, [apart + step, apart - step] * (pairs // 2), margin=margin)
+
+    difference, sentence = judged(8)
+    least = difference.pairs_for_verdict
+    if least is None:
+        assert "more than 1,000 seeds would decide" in sentence
+        return
+    even = least + least % 2
+    assert judged(even)[0].is_decided and (even == 6 or not judged(even - 2)[0].is_decided)
+    assert difference.is_decided or f"{least} seeds would decide" in sentence
+
+
 def test_every_verdict_says_which_failure_rates_are_not_excluded():
     assert (
         "does not exclude that up to 39% would" in judge_two([0.0] * 6, [1 + x for x in ZIGZAG])[1]

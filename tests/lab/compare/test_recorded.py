@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 import pytest
+from folders import read_json
 from made_runs import rising, write_run
 from refusals import refused
 
@@ -42,7 +43,7 @@ def kinds(tmp_path):
     return make
 
 
-def test_the_candidate_is_judged_and_what_differs_is_listed(kinds, capsys):
+def test_the_candidate_is_judged_and_what_differs_is_listed(kinds, tmp_path, capsys):
     old, new = kinds()
     judged = judge_recorded(old, new)
     (difference,) = judged.family.differences
@@ -59,10 +60,16 @@ def test_the_candidate_is_judged_and_what_differs_is_listed(kinds, capsys):
         "learning_rate": {"baseline": "0.1", "candidate": "0.2"}
     }
     codes = {}
+    file = tmp_path / "verdict.json"
     for require in ("better:candidate", "equivalent:candidate", None):
-        args = CompareArguments(baseline=tuple(old), candidate=tuple(new), require=require)
+        args = CompareArguments(
+            baseline=tuple(old), candidate=tuple(new), require=require, json=str(file)
+        )
         codes[require] = compare_each(args)
     assert [*codes.values()] == [0, 3, 0]
+    record = read_json(file)
+    assert record["settings"] == judged.settings.to_dict("index") and record["schema"] == 1
+    assert (record["comparisons"][0]["verdict"], record["comparisons"][0]["pairs"]) == ("better", 6)
     assert "candidate is better than baseline" in capsys.readouterr().out
 
 

@@ -56,6 +56,9 @@ class JudgementArguments(Settings, group="judgement"):
     require: str | None = None
     """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
     with 3 if the arm has another verdict."""
+    json: str | None = None
+    """For programs: a file for the verdicts. It holds what comparison.json in the output directory holds, and of runs
+    that exist the verdict with the settings in which they differ."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             if not all(isinstance(part, str | None) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
+        if self.json and len(self.task) + len(self.env) > 1:
+            raise Refused(
+                "json names one file; read comparison.json in the directory of each task."
+            )
 
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:

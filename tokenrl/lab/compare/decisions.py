@@ -14,7 +14,6 @@ from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import (
     ALPHA,
     LEAST_PAIRS,
-    Estimate,
     differences_by_seed,
     failures_differ,
     mean_interval,
@@ -25,6 +24,7 @@ from tokenrl.lab.compare.judgement import (
     Judgement,
     PairedDifference,
     VerdictWord,
+    verdict_of_scores,
 )
 from tokenrl.lab.compare.looks import levels_of_looks
 from tokenrl.settings import check_choice, check_number
@@ -205,7 +205,7 @@ def _compare_pair(
     error = levels_of_looks(looks, alpha / parts)[number]
     level = 1 - error
     adjusted = mean_interval(values, level)
-    verdict = _verdict(adjusted, len(values), margin)
+    verdict = verdict_of_scores(adjusted, len(values), margin)
     p_failures = failures_differ(
         len(arm.failed), len(arm.seeds), len(reference.failed), len(reference.seeds)
     )
@@ -227,22 +227,3 @@ def _compare_pair(
         unpaired=tuple(sorted(arm.seeds ^ reference.seeds)),
         margin=margin,
     )
-
-
-def _verdict(interval: Estimate, pairs: int, margin: float | None) -> VerdictWord:
-    """Return the verdict of runs that did not fail.
-
-    An interval within the margin is equivalent also if it excludes 0: the difference exists, but it is too
-    small to count.
-    """
-    if pairs < LEAST_PAIRS:
-        return "descriptive"
-    if interval.low == interval.high:
-        return "undecided"
-    if margin is not None and -margin <= interval.low and interval.high <= margin:
-        return "equivalent"
-    if interval.low > 0:
-        return "better"
-    if interval.high < 0:
-        return "worse"
-    return "undecided"

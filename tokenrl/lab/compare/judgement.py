@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 import pandas as pd
+from scipy import stats
 
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, Estimate, failure_rate
 
@@ -32,6 +33,8 @@ FINDINGS: dict[VerdictWord, str] = {
     "descriptive": "{arm} against {reference}: {interval}; {pairs} of {least} pairs of seeds, too few for a verdict.",
 }
 """For each verdict, the sentence about one arm, which is about runs that did not fail unless failures decide."""
+MOST_PAIRS = 1000
+"""More are not proposed."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,24 @@ class PairedDifference:
     @property
     def is_decided(self) -> bool:
         """Whether no more runs are needed."""
-        return self.verdict not in ("undecided", "descriptive")
+        return decides(self.verdict)
+
+    @property
+    def pairs_for_verdict(self) -> int | None:
+        """The least number of pairs whose scores have a verdict, if the mean and the spread stay as they are.
+
+        Where there is a verdict, so many would have done. None if more than 1,000 would be needed.
+        """
+        if len(self.differences) < 2:
+            return None
+        mean = self.adjusted.value
+        spread = stdev(self.differences.values())
+        for pairs in range(LEAST_PAIRS, MOST_PAIRS + 1):
+            half = stats.t.isf((1 - self.level) / 2, pairs - 1) * spread / math.sqrt(pairs)
+            interval = Estimate(mean, mean - half, mean + half)
+            if decides(verdict_of_scores(interval, pairs, self.margin)):
+                return pairs
+        return None
 
     @property
     def interval(self) -> str:
@@ -148,7 +168,11 @@ class PairedDifference:
             return f"by {self.interval}"
         if self.adjusted.low == self.adjusted.high:
             return f"all differences are {digits(self.adjusted.value)}, which does not show how they vary"
-        return f"the difference, {self.interval}, may have either sign; more seeds would narrow it"
+        pairs = self.pairs_for_verdict or f"more than {MOST_PAIRS:,}"
+        return (
+            f"the difference, {self.interval}, may have either sign. If its mean and spread stayed, {pairs} seeds "
+            "would decide"
+        )
 
 
 @dataclass(frozen=True)
@@ -256,6 +280,7 @@ class Judgement:
                 "problem": family.problem,
                 "metric": self.metric,
                 "pairs": len(difference.differences),
+                "pairs_for_verdict": difference.pairs_for_verdict,
                 **vars(difference),
                 **difference.adjusted._asdict(),
             }
@@ -263,6 +288,30 @@ class Judgement:
             for difference in family.differences
         ]
         return pd.DataFrame(rows).drop(columns=["differences", "adjusted"])
+
+
+def decides(verdict: VerdictWord) -> bool:
+    """Return whether a verdict ends a comparison."""
+    return verdict not in ("undecided", "descriptive")
+
+
+def verdict_of_scores(interval: Estimate, pairs: int, margin: float | None) -> VerdictWord:
+    """Return the verdict of runs that did not fail.
+
+    An interval within the margin is equivalent also if it excludes 0: the difference exists, but it is too
+    small to count.
+    """
+    if pairs < LEAST_PAIRS:
+        return "descriptive"
+    if interval.low == interval.high:
+        return "undecided"
+    if margin is not None and -margin <= interval.low and interval.high <= margin:
+        return "equivalent"
+    if interval.low > 0:
+        return "better"
+    if interval.high < 0:
+        return "worse"
+    return "undecided"
 
 
 def _look(difference: PairedDifference) -> str:

@@ -22,7 +22,7 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import collect, execute
 from tokenrl.lab.compare.judgement import HEADLINES
-from tokenrl.lab.compare.page import write_comparison
+from tokenrl.lab.compare.page import record, write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
     PlannedRun,
@@ -36,6 +36,7 @@ from tokenrl.lab.compare.recorded import CANDIDATE, judge_recorded
 from tokenrl.lab.compare.table import read_runs
 from tokenrl.runs.console import Console, number
 from tokenrl.runs.directory import directory_path
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_table
 
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
@@ -96,6 +97,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         console.start("tokenrl compare", plan.describe(), note=NOTE)
         comparison = _judged(root, plan, made)
         write_comparison(comparison)
+        if args.json:
+            write_json(Path(args.json), record(comparison))
     finally:
         lock.release()
     _print_result(comparison, console)
@@ -114,6 +117,8 @@ def compare_each(args: CompareArguments) -> int:
         )
         print(judged.settings.to_string(), judged.family.table().to_string(), sep="\n\n")
         print("\n- ".join(["", judged.family.headline(), *judged.family.sentences()]))
+        if args.json:
+            write_json(Path(args.json), judged.record())
         verdict = judged.family.differences[0].verdict
         return UNMET if verdicts and verdict not in verdicts else 0
     kind = "env" if args.env else "task"

@@ -13,7 +13,7 @@ import pandas as pd
 from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.intervals import ALPHA
-from tokenrl.lab.compare.judgement import Family
+from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.plan import SCORES
 from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import canonical, check_place, flat, write_json, write_text
@@ -77,20 +77,23 @@ def record(comparison: Comparison) -> dict[str, Any]:
     plan = comparison.plan
     runs = comparison.of("comparison")
     settings = asdict(plan) | {"command": ""}
-    return {
-        "schema": SCHEMA,
-        "error": ALPHA,
+    return verdicts_of(comparison.judgement) | {
         "runs": {
             "planned": len(plan.seeds) * len(plan.arms),
             "made": len(runs),
             "failed": int(runs["failed"].sum()),
         },
-        "comparisons": comparison.judgement.table().to_dict("records"),
         "verdicts": comparison.words._asdict(),
         "settings": sha256(canonical(settings).encode()).hexdigest(),
         "plan": asdict(plan),
         "versions": versions(),
     }
+
+
+def verdicts_of(judgement: Judgement) -> dict[str, Any]:
+    """Return the verdicts for programs, with the version of their form and the error that all are allowed."""
+    comparisons = judgement.table().to_dict("records")
+    return {"schema": SCHEMA, "error": ALPHA, "comparisons": comparisons}
 
 
 def _spread(rows: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:

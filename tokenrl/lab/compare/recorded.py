@@ -9,14 +9,14 @@ import math
 import os
 from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.judgement import Family
-from tokenrl.lab.compare.page import NOT_COMPARED
+from tokenrl.lab.compare.judgement import Family, Judgement
+from tokenrl.lab.compare.page import NOT_COMPARED, verdicts_of
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.signals import ended_by_itself
 
@@ -40,12 +40,21 @@ class JudgedRuns(NamedTuple):
     """The verdict on runs that exist.
 
     Attributes:
-        family: the comparison of `candidate` with `baseline`.
+        judgement: that of the comparison of `candidate` with `baseline`.
         settings: the settings in which the two differ, a row for each, with a column for each of them.
     """
 
-    family: Family
+    judgement: Judgement
     settings: pd.DataFrame
+
+    @property
+    def family(self) -> Family:
+        """The only comparison."""
+        return self.judgement.families[0]
+
+    def record(self) -> dict[str, Any]:
+        """Return what `--json` writes."""
+        return verdicts_of(self.judgement) | {"settings": self.settings.to_dict("index")}
 
 
 def judge_recorded(
@@ -100,7 +109,7 @@ def judge_recorded(
     ended = [ended_by_itself(run.summary) for run in runs]
     table["failed"] = table["score"].isna() | ~pd.Series(ended)
     judged = judge_scores(table, margin=margin, failure_below=failure_below)
-    return JudgedRuns(judged.families[0], settings[settings.nunique(axis=1) > 1])
+    return JudgedRuns(judged, settings[settings.nunique(axis=1) > 1])
 
 
 def _score(run: RecordedRun) -> float:
