@@ -46,6 +46,7 @@ QUICK = (
     "dapo",
     "ppo",
     "vapo",
+    "sao",
     "remax",
     "optimal",
     "gspo",
