@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from drawing import normals, seeded
@@ -83,7 +85,13 @@ def test_training_has_the_exact_mean_and_variance(
         stream = {
             groups: [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
         }
-        training_step(learner, rewards, running, step, stream.__getitem__)
+        training_step(
+            learner,
+            rewards,
+            running,
+            step,
+            SimpleNamespace(draw_prompts=stream.__getitem__, learn=lambda *_: {}),
+        )
         parameters = policy.trainable_parameters()  # a step without a signal leaves no gradient
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         found.append(-torch.cat([grad.flatten() for grad in grads]))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,8 +210,20 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, gener
     return generator.generate(prompt_ids, sampling, draws)
 
 
+def drawing(draw_prompts):
+    """A stream of prompts that a function draws."""
+    return SimpleNamespace(draw_prompts=draw_prompts, learn=lambda numbers, rewards: {})
+
+
 def one_step(
-    learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None, places=None
+    learner,
+    *,
+    step: int = 1,
+    prompts=PROMPTS,
+    reward=vowel_reward,
+    running_mean=None,
+    places=None,
+    stream=None,
 ):
     """One `training_step` on fixed prompts, or on those at some places; returns its record."""
     from tokenrl.core.memories import RunningMean
@@ -222,9 +235,10 @@ def one_step(
     spare = [
         (100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])
     ]
-    stream, mean = iter(numbered + spare), running_mean or RunningMean(0.9, 0.2)
+    following, mean = iter(numbered + spare), running_mean or RunningMean(0.9, 0.2)
+    stream = stream or drawing(lambda count: [*islice(following, count)])
     rewards = reward if isinstance(reward, Rewards) else Rewards(reward)
-    return training_step(learner, rewards, mean, step, lambda count: [*islice(stream, count)])
+    return training_step(learner, rewards, mean, step, stream)
 
 
 def gradient(model) -> torch.Tensor:

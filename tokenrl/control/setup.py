@@ -23,6 +23,7 @@ from tokenrl.settings import lay
 UNSUPPORTED = {
     "beta": "there is no reference policy",
     "zero_spread": "there are no prompts to leave out",
+    "prompts": "there are no prompts to draw",
     "truncations": "time limits are handled by the value that follows",
     "importance_centre": "the policy that samples is the one that learns",
     "components": "an environment has a single reward",

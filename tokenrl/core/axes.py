@@ -203,6 +203,9 @@ class Axes(Settings):
     """Add the rewards of all functions first, or give each its own baseline and scale, and add advantages."""
     zero_spread: Literal["keep", "drop", "refill"] = "keep"
     """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
+    prompts: Literal["uniform", "weighted", "inverse"] = "uniform"
+    """How prompts are drawn: all equally often; or by --prompt-weights, which ascends another objective (weighted)
+    unless the gradient of each is divided by its chance (inverse)."""
     truncations: Literal["keep", "mask"] = "keep"
     """Keep completions cut off at the maximum length, or mask their gradient."""
     overlong_buffer: Natural = 0

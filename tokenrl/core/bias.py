@@ -58,7 +58,16 @@ def effects(axes: Axes, binary: bool = False, of_reward: bool = False) -> list[E
         zero_spread_effect(axes),
     ]
     entries = axes.entries
-    axes_alone = ("scale", "aggregation", "ratio", "importance", "truncations", "entropy", "kl")
+    axes_alone = (
+        "scale",
+        "aggregation",
+        "ratio",
+        "importance",
+        "prompts",
+        "truncations",
+        "entropy",
+        "kl",
+    )
     alone += [entries[axis] for axis in axes_alone if axis in entries]
     # If the advantage of a row depends on its reward and on those of its group only, it is f(r, K) on rewards
     # of 0 and 1, with K successes among the others. The expected gradient is then `E[f(1, K) - f(0, K)] grad p`,
@@ -204,7 +213,8 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
         )
         combined.append(Effect(BIASED, reason))
     limits = {baseline_effect(axes).status, axes.chosen("aggregation").status}
-    if ASYMPTOTIC in limits and (per_prompt or axes.chosen("scale").compares == "group"):
+    unequal = per_prompt or axes.chosen("scale").compares == "group" or axes.prompts == "weighted"
+    if ASYMPTOTIC in limits and unequal:
         reason = (
             "prompts stay weighted unequally, and the direction of each is right in the limit only"
         )

@@ -275,6 +275,17 @@ CHOICES: dict[str, dict[str, Choice]] = {
             compares="group",
         ),
     },
+    "prompts": {
+        "uniform": Choice(EXACT, "all prompts are drawn equally often"),
+        "weighted": Choice(
+            PER_PROMPT,
+            "prompts are drawn with unequal chances q: ascends sum_x U(p(x)) with dU/dp = q, so with q in proportion "
+            "to p (1 - p) the sum of p^2 / 2 - p^3 / 3, where the divisor of q is held fixed",
+        ),
+        "inverse": Choice(
+            EXACT, "the gradient of each prompt is divided by its chance to be drawn"
+        ),
+    },
     "truncations": {
         "keep": Choice(EXACT, "a truncated completion is an outcome like any other"),
         "mask": Choice(

@@ -36,7 +36,11 @@ KINDS = {
         "top_p": 0.9,
         "num_minibatches": 2,
     },
-    "critic that learns alone": {"estimator": "vapo", "value_warmup": 3},
+    "critic that learns alone, weighted prompts": {
+        "estimator": "vapo",
+        "value_warmup": 3,
+        "prompt_weights": "variance",
+    },
     "refills, KL control": {
         "estimator": REFILLING,
         "target_kl": 0.3,

@@ -10,6 +10,7 @@ from refusals import stopped
 from tiny_models import (
     apart,
     completions,
+    drawing,
     gradient,
     letter_task,
     letters_trained,
@@ -85,7 +86,7 @@ def test_refilling_gives_up_after_some_rounds_and_the_step_goes_on():
     flat = lambda completions: [1.0] * len(completions)  # noqa: E731
     learner, rewards, prompts, _ = start("dapo", flat, max_refills=3)
     before, draw = weights(learner.policy.model), Spare(prompts)
-    record = training_step(learner, rewards, RunningMean(), 1, draw)
+    record = training_step(learner, rewards, RunningMean(), 1, drawing(draw))
     assert draw.counts == [4, 4, 4, 4] and record.metrics["refilled"] == 12
     assert torch.equal(before, weights(learner.policy.model))
 

@@ -33,6 +33,8 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.stream import WeightedPrompts
 from tokenrl.runs.metrics import read_metrics
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
@@ -92,6 +94,11 @@ SCENARIOS = {
         {"teacher": "self", "teacher_decay": 0.5, "teacher_template": "{prompt} on", "lora_r": 2},
         vowel_reward,
     ),
+    "weighted prompts": (
+        Estimator(prompts="inverse"),
+        {"prompt_weights": "variance"},
+        vowel_reward,
+    ),
     "replay": (Estimator(importance="token"), {"replay": 2, "micro_batch_size": 4}, vowel_reward),
 }
 
@@ -124,7 +131,12 @@ def outcome(name: str) -> dict:
     step = 8 + list(SCENARIOS).index(name) % 2
     if learner.replay is not None:
         one_step(learner, step=1, reward=reward)
-    metrics = one_step(learner, step=step, reward=reward).metrics
+    stream = None
+    if "weighted" in name:
+        rows = Rows.of({"prompt": prompt} for prompt in PROMPTS)
+        stream = WeightedPrompts(rows, 2, lambda _, means, variances: 1 + means + variances, 0.1)
+        one_step(learner, step=1, reward=reward, stream=stream)
+    metrics = one_step(learner, step=step, reward=reward, stream=stream).metrics
     return {
         "gradient": gradient(policy.model),
         "weights": weights(policy.model),

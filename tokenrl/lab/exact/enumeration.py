@@ -8,6 +8,7 @@ parameters: one matrix product. Ratios, clips and KL terms in the loss need no c
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,7 +125,8 @@ def exact_moments(
 ) -> Moments:
     """Return the moments of the gradient over all M^(P G) possible steps, each with one group per prompt.
 
-    If the estimator refills groups from new prompts, a step has P groups of prompts drawn at random instead.
+    If the estimator refills groups from new prompts, or draws prompts with unequal chances, a step has P groups of
+    prompts drawn at random instead.
 
     Args:
         estimator: Its `advantages`, `token_weights` and `loss` are called as in the first update of training.
@@ -143,20 +145,29 @@ def exact_moments(
     prompts, completions = chances.shape
     listed = _listed_slopes(estimator, problem)
     slopes = listed.flatten(0, 3)  # [2 P M T, D], or 3 P M T with a sampler
+    slopes_of_prompt = listed[0, 0, ..., 0].numel()
     shares = torch.zeros(len(slopes), dtype=torch.double)
     second, total = torch.zeros(2, dtype=torch.double)
     refill = estimator.zero_spread == "refill"
-    every_prompt: list[tuple[int, ...]] = [tuple(range(prompts))]
-    if refill:
-        every_prompt = [*itertools.product(range(prompts), repeat=prompts)]
-    for drawn in every_prompt:
+    drawings = [tuple(range(prompts))]
+    prompt_chances = prompt_chances_of(estimator, problem)
+    if refill or estimator.prompts != "uniform":
+        drawings = [
+            tuple(sorted(drawn)) for drawn in itertools.product(range(prompts), repeat=prompts)
+        ]
+    for drawn, orders in Counter(drawings).items():  # the order of groups changes nothing
         of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
         for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
-            chance = chances[of_row, chosen].prod(-1)
+            chance = orders * chances[of_row, chosen].prod(-1)
+            chance = chance * prompt_chances[list(drawn)].prod()
             if refill:  # steps with a group of equal rewards never happen: the group is replaced
                 dead = torch.vmap(partial(_has_equal_rewards, group_size=size))
                 chance = chance * ~dead(problem.rewards[of_row, chosen])
             coefficients = _coefficients(estimator, problem, of_row, chosen)  # [C, 2 P M T]
+            if estimator.prompts == "inverse":
+                by_prompt = coefficients.view(len(chosen), -1, prompts, slopes_of_prompt)
+                factors = 1 / (prompts * prompt_chances[:, None])
+                coefficients = (by_prompt * factors).flatten(1)
             total = total + chance.sum()
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
@@ -167,6 +178,18 @@ def exact_moments(
         problem=problem.name,
         tolerance=FLOAT32_TOLERANCE if callable(estimator.baseline) else TOLERANCE,
     )
+
+
+def prompt_chances_of(estimator: Estimator, problem: Problem) -> Tensor:
+    """Return the chance of each prompt to be drawn [P]: half is shared equally, and half by the variance of returns.
+
+    With the prompts 'uniform' all are equal.
+    """
+    returns = problem.returns
+    means = (problem.chances * returns).sum(1, keepdim=True)
+    variances = (problem.chances * (returns - means).square()).sum(1)
+    equal = torch.full_like(variances, 1 / len(variances))
+    return equal if estimator.prompts == "uniform" else (equal + variances / variances.sum()) / 2
 
 
 def _has_equal_rewards(rewards: Tensor, group_size: int) -> Tensor:
@@ -196,6 +219,8 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     chosen = torch.cat(rows)[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, torch.cat(prompts), chosen)[0]
     mean = _by_prompt(_listed_slopes(estimator, problem), coefficients)
+    if estimator.prompts == "weighted":
+        mean = mean * prompt_chances_of(estimator, problem)[:, None]
     second = float(mean.sum(0).square().sum())
     return Moments(mean, target_of(estimator, problem), second, problem.name)
 

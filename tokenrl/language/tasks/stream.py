@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tokenrl.errors import Refused
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.rows import Row, Rows
+from tokenrl.names import NamedFunction
 from tokenrl.runs.output import quantity
+from tokenrl.settings import check_choice
+from tokenrl.user_code import user_code
 
+Array = NDArray[np.float64]
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
 
 MIN_PROMPTS = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
+DECAY = 0.875
+"""Factor of what was seen of a prompt before, each time that it is drawn (as in the baseline 'tracker')."""
+TINY = 1e-300
+PRIOR = 2.0
+"""Completions of the typical variance that each prompt is given."""
 
 
 def few_prompts(rows: Rows) -> list[str]:
@@ -71,17 +82,17 @@ class RowOrder:
         self.position += count
         return numbers
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly, as plain integers."""
         return {"position": self.position, "seed": self._seed, "num_rows": self._num_rows}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state.
 
         Raises:
             Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
-        for name, value in self.state_dict().items():
+        for name, value in RowOrder.state_dict(self).items():
             if name != "position" and state[name] != value:
                 raise Refused(
                     f"The saved order of the rows has {name} {state[name]} and this run has {value}: resume "
@@ -113,6 +124,119 @@ class PromptStream(RowOrder):
         prompts = self.peek(count)
         self.draw(count)
         return prompts
+
+    def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
+        """Take the rewards of a step, on which this order does not depend; return no metrics."""
+        return {}
+
+
+class WeightedPrompts(PromptStream):
+    """Draws prompts independently, with chances that may depend on the rewards that were seen of each.
+
+    A part of the chances, the floor, is shared equally. The rest is in proportion to weights: numbers of a column
+    of the data, or what a function makes of the rewards so far.
+    """
+
+    def __init__(
+        self, rows: Rows, seed: int, weights: str | Callable[..., Any], floor: float
+    ) -> None:
+        """Start before the first step, without any rewards.
+
+        Args:
+            rows: the n training rows.
+            seed: seed of the draws.
+            weights: `variance`; a column of the data; or a function, itself or by its name. It gets the number of
+                completions, their mean reward and the variance of their rewards, as arrays [n] in the order of the
+                rows, and returns weights [n].
+            floor: the share of all chances that is divided equally.
+
+        Raises:
+            Refused: there is no such column or function, or it does not have weights.
+        """
+        self._floor = floor
+        self._source = weights
+        self._function: Callable[..., Any] = by_variance
+        if callable(weights):
+            self._function = weights
+        elif ":" in weights:
+            self._function = NamedFunction(weights)
+        elif weights != "variance":
+            check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
+            column = rows.column(weights)
+            self._function = lambda *_: column
+        self._sums = np.zeros((3, len(rows)))  # of completions, rewards and squares
+        super().__init__(rows, seed)
+
+    def _start(self, position: int) -> None:
+        self._peeked = []
+        self.position = position
+        self._set_chances()
+
+    def _peek(self, count: int) -> list[int]:
+        return self._rows_of(range(self.position, self.position + count))
+
+    def _rows_of(self, numbers: Iterable[int]) -> list[int]:
+        """Return the rows of prompts of the present step, by their numbers in the stream."""
+        draws = [np.random.default_rng([self._seed, number]).random() for number in numbers]
+        rows = np.searchsorted(self._chances.cumsum(), draws, side="right")
+        return np.minimum(rows, len(self._chances) - 1).tolist()
+
+    def _set_chances(self) -> None:
+        """Compute the chances from the rewards so far."""
+        completions, rewards, squares = self._sums
+        means = rewards / np.maximum(completions, TINY)
+        variances = np.maximum(squares / np.maximum(completions, TINY) - means**2, 0)
+        name = getattr(self._source, "__name__", self._source)
+        kind = Stopped if completions.any() else Refused
+        try:
+            with user_code():
+                weights = np.asarray(self._function(completions, means, variances), float)
+        except USER_CODE_FAILED as error:
+            raise kind(f"prompt_weights {name!r} failed: {raised(error)}.") from error
+        if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:
+            raise kind(
+                f"prompt_weights {name!r} must have {len(means):,} finite numbers of at least 0, one for each "
+                "training row."
+            )
+        equal = np.full_like(weights, 1 / len(weights))
+        share = weights / weights.sum() if weights.any() else equal
+        self._chances = self._floor * equal + (1 - self._floor) * share
+
+    def factors(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return 1 / (n chance) for prompts of this step by their numbers in the stream [N], in double precision."""
+        chances = self._chances[self._rows_of(numbers.tolist())]
+        return torch.from_numpy(1 / (len(self._chances) * chances))
+
+    def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
+        """Remember the rewards [N] of completions whose prompts have these numbers [N]; return metrics of the step.
+
+        What was seen of a prompt before counts less each time that the prompt comes back.
+        """
+        metrics = {"prompts/effective": float(1 / (self._chances**2).sum())}
+        rows = self._rows_of(numbers.tolist())
+        self._sums[:, np.unique(rows)] *= DECAY
+        values = rewards.double().cpu().numpy()
+        np.add.at(
+            self._sums, (slice(None), rows), np.stack([np.ones_like(values), values, values**2])
+        )
+        self._set_chances()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to continue exactly."""
+        return {**super().state_dict(), "sums": torch.from_numpy(self._sums.copy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the position of a saved state, with its rewards."""
+        self._sums = state["sums"].numpy().copy()
+        super().load_state_dict({name: state[name] for name in ("position", "seed", "num_rows")})
+
+
+def by_variance(completions: Array, _means: Array, variances: Array) -> Array:
+    """Return the variance of the rewards of each prompt [n], where few are known nearer to that of all prompts."""
+    seen = completions > 0
+    typical = variances[seen].mean() if seen.any() else 1.0
+    return (completions * variances + PRIOR * typical) / (completions + PRIOR)
 
 
 def prompt_orders(num_rows: int, seed: int) -> Iterator[list[int]]:

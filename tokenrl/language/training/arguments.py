@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
@@ -71,6 +71,14 @@ class SamplingArguments(Distribution, group="sampling"):
     For tasks of one or few prompts."""
     replay_memory: Count = 100
     """With replay: the texts that are kept of each prompt, by their rewards."""
+    prompt_weights: Annotated[str, OR_FUNCTION] = "uniform"
+    """How often each training prompt is drawn. uniform: equally often. variance: in proportion to the variance of its
+    rewards in this run, for rewards of 0 and 1 p (1 - p). A column of the data: in proportion to its numbers. Or
+    `module:function` or `file.py:function`, of the completions so far, their mean reward and its variance, arrays of
+    a number for each training row. estimator.prompts says what follows for the gradient; unless it is weighted, that
+    of each prompt is divided by its chance, so that the objective stays the mean over all prompts."""
+    prompt_floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.5
+    """With prompt_weights, the share of all chances that is divided equally among the prompts."""
     max_refills: Natural = 4
     """Rounds in which groups of equal rewards may be replaced by new prompts, with zero_spread refill
     (dapo)."""
@@ -258,6 +266,12 @@ class TrainArguments(
     below 10 M parameters, which its GPU does not make faster (--no-cpu: its GPU for those too)."""
     quiet: bool = False
     """Print nothing but errors."""
+
+    def __post_init__(self) -> None:
+        """Check the values; weights of prompts are divided out again unless the estimator says otherwise."""
+        super().__post_init__()
+        if self.prompt_weights != "uniform" and self.estimator.prompts == "uniform":
+            object.__setattr__(self, "estimator", replace(self.estimator, prompts="inverse"))
 
     @property
     def completions(self) -> int:

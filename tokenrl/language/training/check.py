@@ -58,7 +58,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
         session.console.note("making the first step ...")
         run.check_prompts()
         learner, rewards = run.learner, run.training_rewards
-        record = training_step(learner, rewards, run.memory, 1, run.stream.draw_prompts)
+        record = training_step(learner, rewards, run.memory, 1, run.stream)
     except TokenrlError as error:
         text = f"{error} Training would stop at the same error."
         findings.append(Finding("step-failed", "void", text))

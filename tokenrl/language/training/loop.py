@@ -22,7 +22,8 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
@@ -216,13 +217,20 @@ def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Pr
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=PromptStream(task.train_prompts, choices.seed),
+        stream=prompt_stream(plan.args, task.train_prompts),
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
         warm_started=warmed,
     )
     return run, provenance
+
+
+def prompt_stream(args: TrainArguments, rows: Rows) -> PromptStream:
+    """Return what draws the training prompts, equally often or by their weights."""
+    if args.prompt_weights == "uniform":
+        return PromptStream(rows, args.seed)
+    return WeightedPrompts(rows, args.seed, args.prompt_weights, args.prompt_floor)
 
 
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
@@ -276,16 +284,15 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         args.lr_scheduler_type, done_by_policy, steps_of_policy, args.warmup_steps
     )
     set_rates(learner.optimizer, share)
-    are_known = args.estimator.zero_spread != "refill" and run.rewards.environments is None
+    changes = args.estimator.zero_spread == "refill" or args.estimator.prompts != "uniform"
+    are_known = not changes and run.rewards.environments is None
     if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
         learner.generator.announce(local(learner.accelerator, following))
     before = run.stream.state_dict(), run.rewards.state_dict()
     try:
-        record = training_step(
-            learner, run.training_rewards, run.memory, step, run.stream.draw_prompts
-        )
+        record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
     except Finished:
         run.stream.load_state_dict(before[0])
         run.rewards.load_state_dict(before[1])

@@ -31,7 +31,6 @@ from tokenrl.language.training.experience import (
     update_metrics,
 )
 from tokenrl.language.training.rows import (
-    DrawPrompts,
     learning_rows,
     loss_inputs,
     loss_terms,
@@ -43,6 +42,7 @@ from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.tasks.stream import PromptStream
     from tokenrl.language.training.learner import Learner
 
 
@@ -65,7 +65,7 @@ class Record(NamedTuple):
 
 
 def training_step(
-    learner: Learner, rewards: Rewards, memory: Memory, step: int, draw_prompts: DrawPrompts
+    learner: Learner, rewards: Rewards, memory: Memory, step: int, stream: PromptStream
 ) -> Record:
     """Run one training step: sample, reward, update, record.
 
@@ -77,8 +77,8 @@ def training_step(
         memory: what the baseline remembers of earlier steps. It is read before it is updated, because
             otherwise a reward would enter its own baseline.
         step: number of this step, from 1.
-        draw_prompts: returns so many further prompts, the same on every process: those of the whole step,
-            and for some estimators those that replace groups of equal rewards.
+        stream: draws prompts, the same on every process: those of the whole step, and for some estimators those
+            that replace groups of equal rewards.
     """
     estimator = learner.estimator
     accelerator = learner.accelerator
@@ -87,7 +87,9 @@ def training_step(
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
 
-    rewarded = rows_of_step(learner, rewards, sampling, draw_prompts)  # n rows, G for each prompt
+    rewarded = rows_of_step(
+        learner, rewards, sampling, stream.draw_prompts
+    )  # n rows, G for each prompt
     sampling = replace(sampling, num_generations=learner.group_size)
     collected = time.perf_counter()
 
@@ -97,11 +99,12 @@ def training_step(
     terms = loss_terms(estimator, whole, sampling, memory, rewards)
     advantages = local(accelerator, terms.advantages)
 
+    factors = stream.factors(whole.prompt_index) if estimator.prompts == "inverse" else None
     policy_learns = step > learner.args.value_warmup  # before that the critic alone
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
+        weights = local(accelerator, update_weights(learner, terms, chosen, factors))  # [n, T]
         learning = learning_rows(learner, terms, chosen) & policy_learns  # [N]
         sums: list[Tensor] = []
         scored.append([])
@@ -131,6 +134,7 @@ def training_step(
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
+    metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
     metrics |= learner.adapt_beta(metrics)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
