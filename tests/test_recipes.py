@@ -38,8 +38,14 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         r"timestep_mean +1.99",
         "figure: variance_horizon.png",
     ),
+    "prompt_weights": (
+        r"uniform +inverse +21\.797 +1\.000",
+        r"variance, half uniform inverse +12\.358 +1\.000",
+        r"variance +weighted +15\.823 +0\.982",
+    ),
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
-    "looks --comparisons 10": (
+    "looks --comparisons 10 --betting 10": (
+        r"2.0 +\d\d.\d +\d\d.\d +inf\n",
         r"normal +0.0 +looks +0\.\d+ \[.*\] +1[0-8]\.\d\n",
         r"ties +2.0 +at once +1.000 \[.*\] +0.000 \[.*\] +18.0\n",
         r"one seed, the higher score +\d\.\d+ +1.000\n",

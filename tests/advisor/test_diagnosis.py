@@ -36,6 +36,7 @@ CASES = [  # the kind of run and its metrics; flag and weight of the finding
         "critic-useless",
         "act",
     ),
+    ("train", {"prompts__effective": 3.0}, "few-prompts", "act"),
     (
         "control",
         {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}},

@@ -36,6 +36,7 @@ METRICS = {
     "logp_difference": "sampling/logp_difference/mean",
     "effective_samples": "sampling/effective_sample_size",
     "explained": "explained_variance",
+    "prompts": "prompts/effective",
 }
 """The metric behind each field of `Means` but `equal`."""
 
@@ -84,6 +85,7 @@ class Means:
         logp_difference: nats per token between the log-probabilities of sampler and trainer.
         effective_samples: the effective sample size, as a share of the completions.
         explained: the share of the variance of the returns that the critic explains.
+        prompts: the number of prompts of equal weight that are as concentrated as the weights of the prompts.
         equal: the share of groups with equal rewards; where no groups are compared, of steps.
     """
 
@@ -93,6 +95,7 @@ class Means:
     logp_difference: float = math.nan
     effective_samples: float = math.nan
     explained: float = math.nan
+    prompts: float = math.nan
     equal: float = math.nan
 
 

@@ -23,6 +23,8 @@ GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
+FEW_PROMPTS = 13
+"""With fewer prompts of equal weight a policy learns them by heart."""
 LEAST_EXPLAINED = 0.05
 """Share of the variance of the returns that a critic which is of use explains."""
 
@@ -195,6 +197,12 @@ RULES = (
         "The critic explains {run.recent.explained:.0%} of the variance of the returns, hardly more than a constant "
         "would. Its values are noise in the baseline, and with lam below 1 a bias too: raise --value-learning-rate, "
         "or let it learn alone at first (--value-warmup).",
+    ),
+    Rule(
+        "few-prompts",
+        lambda run: run.recent.prompts < FEW_PROMPTS and "act",
+        "Most of the weight lies on few prompts, as if there were {run.recent.prompts:.3g} of equal weight, which "
+        "the policy learns by heart: raise --prompt-floor.",
     ),
     # On held-out prompts.
     Rule(
