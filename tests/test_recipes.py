@@ -39,8 +39,7 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "figure: variance_horizon.png",
     ),
     "prompt_weights": (
-        r"uniform +inverse +21\.797 +1\.000",
-        r"variance, half uniform inverse +12\.358 +1\.000",
+        r"variance, half uniform weighted +7\.370 +0\.992\n +inverse +12\.358 +1\.000",
         r"variance +weighted +15\.823 +0\.982",
     ),
     "replay": (r"sequence +\d\.\d{3} +0\.000",),
