@@ -52,13 +52,25 @@ def unlike() -> Any:
     return _trained_on("unlike", slice(0, 512), slice(3584, 4096))
 
 
+def uneven() -> Any:
+    """Question 15: five hard prompts for each easy one, every other one of them held out."""
+    return replace(
+        _trained_on("uneven", slice(0, 480, 2), slice(4000, 4096, 2)),
+        eval_prompts=_ranked(slice(1, 480, 2), slice(4001, 4096, 2)),
+    )
+
+
 def _trained_on(name: str, *parts: slice) -> Any:
     """Return sort_digits with some of its training prompts, cut out of their ranking from hard to easy."""
+    task: Any = load_task("sort_digits")
+    return replace(task, name=f"sort_digits_{name}", train_prompts=_ranked(*parts))
+
+
+def _ranked(*parts: slice) -> list[dict[str, str]]:
+    """Return parts of the ranking of the training prompts from hard to easy."""
     with DIFFICULTY.open() as file:
         ranked = sorted(csv.DictReader(file), key=lambda row: (float(row["right"]), row["prompt"]))
-    prompts = [{"prompt": row["prompt"]} for part in parts for row in ranked[part]]
-    task: Any = load_task("sort_digits")
-    return replace(task, name=f"sort_digits_{name}", train_prompts=prompts)
+    return [{"prompt": row["prompt"]} for part in parts for row in ranked[part]]
 
 
 def _weighted(positive: float, negative: float) -> Baseline:
