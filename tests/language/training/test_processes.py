@@ -84,7 +84,7 @@ SCENARIOS = {
     ),
     "greedy": ("remax", {}, vowel_reward),
     "memory": ("reinforce_running_mean", {}, vowel_reward),
-    "critic": ("a2c", {}, vowel_reward),
+    "critic of two lambdas and lora": ("sao", {"lora_r": 2, "micro_batch_size": 2}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_on_both),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
