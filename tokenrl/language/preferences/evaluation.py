@@ -109,13 +109,11 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
     It is `sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N` for K groups and N values (Liang & Zeger
     1986); with one value per group it is the usual standard error.
     """
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    count = len(numbers)
+    _, cluster = np.unique(groups, return_inverse=True)  # [N]
+    sums = np.bincount(cluster, weights=values - values.mean())  # [K]
+    count = len(sums)
     if count < 2:
         return None
-    cluster = [numbers[group] for group in groups]  # [N]
-    deviations = values - values.mean()
-    sums = np.bincount(cluster, weights=deviations)  # [K]
     variance = count / (count - 1) * (sums**2).sum()
     return math.sqrt(variance) / len(values)
 
