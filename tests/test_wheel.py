@@ -16,6 +16,7 @@ DATA = {
     "tokenrl/control/agents.yaml",
     "tokenrl/core/presets.txt",
     "tokenrl/foreign.txt",
+    "tokenrl/lab/exact/trl_config.yaml",
     "tokenrl/runs/metric_table.txt",
     *(f"tokenrl/runs/{page}.html" for page in ("page", "run", "comparison")),
     *(f"tokenrl/runs/page.{kind}" for kind in ("css", "js", "mplstyle")),

@@ -18,22 +18,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 def takes(kind: type[Any]) -> Callable[[F], F]:
     """Make a decorator that shows the fields of settings as the keywords of a function with `**options`.
 
-    They are in its signature, which `help` shows, with types and defaults, those without a group first.
+    They are in its signature, which `help` shows, with types and defaults.
     """
 
     def decorate(function: F) -> F:
         hints = typing.get_type_hints(kind)
         types = field_types(kind)  # type: ignore[arg-type]
-        groups = dict[str, str]()
-        for owner in reversed(kind.__mro__):
-            groups |= dict.fromkeys(inspect.get_annotations(owner), getattr(owner, "group", ""))
         keywords = []
         for name, parameter in inspect.signature(kind).parameters.items():
             hint = Any if mentions(types[name], OR_OBJECT) else hints[name]
             if parameter.default is None:
                 hint = Optional[hint]  # noqa: UP045, Any is no class
             keywords.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
-        keywords.sort(key=lambda keyword: groups[keyword.name])
         signature = inspect.signature(function)
         *first, rest = signature.parameters.values()
         vars(function).update(__signature__=signature.replace(parameters=[*first, *keywords, rest]))

@@ -124,6 +124,17 @@ def train_judge(base: Base, seed: int) -> RewardModel:
     return judge
 
 
+def pool_rewards(reward: Any, rows: Sequence[Any], pool: Sequence[Sequence[str]]) -> Pool:
+    """Rewards of the texts of each prompt; one that occurs several times is scored once."""
+    rewards = []
+    for row, texts in zip(rows, pool, strict=True):
+        distinct = list(dict.fromkeys(texts))
+        values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct)
+        value_of = dict(zip(distinct, values, strict=True))
+        rewards.append(np.array([value_of[text] for text in texts], dtype=np.float64))
+    return rewards
+
+
 def best_of(base: Base, proxies: Pool) -> np.ndarray:
     """KL, proxy and gold of best-of-n for n = 1, 2, 4 ..., [points, 3]; means over prompts."""
     points = []
@@ -216,11 +227,11 @@ def main(
     rows = task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     sampling = Sampling(MAX_TOKENS, num_generations=pool)
     texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
-    base = Base(task, path, best_of_n.pool_rewards(gold, rows, texts))
+    base = Base(task, path, pool_rewards(gold, rows, texts))
     points: dict[str, list[np.ndarray]] = {"rloo": [], "best-of-n": []}
     for seed in range(seeds):
         judge = train_judge(base, seed)
-        proxies = best_of_n.pool_rewards(judge, rows, texts)
+        proxies = pool_rewards(judge, rows, texts)
         points["rloo"].append(pursue(judge, base, proxies, max_steps, seed))
         points["best-of-n"].append(best_of(base, proxies))
     curves, turns = {}, {}

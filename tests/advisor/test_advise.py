@@ -38,20 +38,18 @@ def advised(*argv):
 
 
 @pytest.mark.parametrize(
-    "spec, baseline, approach",
+    "spec, approach",
     [
-        (CARTPOLE, None, "episodes"),
-        (replace(CARTPOLE, horizon=501), None, "critic"),
-        (replace(CARTPOLE, fast=False), None, "critic"),
-        (replace(CARTPOLE, fast=False, horizon=100), None, "episodes"),
-        (CARTPOLE, "value", "critic"),
-        (LANDER, "value", "critic"),
-        (LANDER, "running_mean", "episodes"),
-        (PENDULUM, None, "continuous"),
+        (CARTPOLE, "episodes"),
+        (replace(CARTPOLE, horizon=501), "critic"),
+        (replace(CARTPOLE, fast=False), "critic"),
+        (replace(CARTPOLE, fast=False, horizon=100), "episodes"),
+        (LANDER, "critic"),
+        (PENDULUM, "continuous"),
     ],
 )
-def test_the_approach_follows_from_horizon_speed_and_actions(spec, baseline, approach):
-    assert choose_approach(spec, baseline) == approach
+def test_the_approach_follows_from_horizon_speed_and_actions(spec, approach):
+    assert choose_approach(spec) == approach
 
 
 def test_an_environment_is_measured_and_the_command_can_be_run(capsys):
@@ -106,9 +104,6 @@ def test_the_command_shown_has_the_advised_arguments(arguments):
     assert parsed(command_line(name, arguments)) == arguments
 
 
-LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
-
-
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -119,9 +114,6 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
             "--task or --num-prompts. Advice for a language task",
         ),
         (["--env", "CartPole-v7"], "CartPole-v7"),
-        (["--env", "CartPole-v1", "--head", "gaussian"], "head 'gaussian'"),
-        ([*LONG, "--baseline", "none"], "--allow-no-baseline"),
-        ([*LONG, "--baseline", "remax"], "baseline 'remax' cannot be set"),
     ],
 )
 def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, refusal):

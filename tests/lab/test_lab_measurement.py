@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from torch.testing import assert_close
 from tokenrl.core import Estimator
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import contributions
-from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables, record
+from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables
 from tokenrl.lab.measure.projections import chosen_parameters, probes, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy, add_lora, load_policy
@@ -26,6 +25,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
+from tokenrl.runs.files import plain
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")
@@ -184,8 +184,7 @@ FEW = {"task": TASK, "num_prompts": 16, "num_generations": 4, "prompts_per_step"
 def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys):
     found = measure_gradients(model=policy, estimators=("rloo", "grpo", "dapo"), **FEW)
     assert [m.estimator for m in found.estimators] == ["rloo", "grpo", "dapo"]
-    text = json.dumps(record(found), allow_nan=False)
-    assert json.loads(text)["estimators"][0]["noise"].keys() == {"value", "low", "high"}
+    assert plain(vars(found))["estimators"][0]["noise"].keys() == {"value", "low", "high"}
     print_tables(found)
     printed = capsys.readouterr().out
     assert "Over 16 prompts of points with 4 completions" in printed and "not resolved" in printed

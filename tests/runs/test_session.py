@@ -437,7 +437,7 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path):
 
     def score(step):
         numbers = {"reward": 0.0, "reward_stderr": step, "mine": step, "entropy": step}
-        return numbers | {"calibration_error": abs(step - 3), "rewards/f/mean": -step}
+        return numbers | {"frac_rows_late": abs(step - 3), "rewards/f/mean": -step}
 
     options = {"score": score, "keep": "best", "max_steps": 4, "eval_every": 1}
     directions = {"reward_stderr": "more:reward_stderr or less", "many:mine": "more:mine or less"}
@@ -446,7 +446,7 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path):
     for metric, words in directions.items():
         with refused(words):
             live(tmp_path / "run", **options, best_metric=metric)
-    chosen = {"more:mine": 4, "less:mine": 0, "eval_calibration_error": 3}
+    chosen = {"more:mine": 4, "less:mine": 0, "eval_frac_rows_late": 3}
     chosen |= {"rewards/f/mean": 0, "less:eval_rewards/f/mean": 4}
     for metric, step in chosen.items():
         assert (

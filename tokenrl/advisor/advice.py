@@ -8,9 +8,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
-from tokenrl.core.axes import Baseline
 from tokenrl.lab.exact.explanation import written
 from tokenrl.runs.console import Console
 from tokenrl.runs.findings import Finding
@@ -30,14 +29,8 @@ class AdviseArguments(Settings):
     For your own environment, name the file or module that registers it: my_envs.py:Mine-v0."""
     run: str = ""
     """Directory of a run of `tokenrl train` or `tokenrl control`, finished or not, to diagnose."""
-    head: Literal["auto", "softmax", "gaussian"] = "auto"
-    """Distribution of an agent's actions; auto chooses by the action space."""
-    baseline: Baseline | None = None
-    """Baseline to use. Default: the one recommended."""
     max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
-    allow_no_baseline: bool = False
-    """Allow training without a baseline where episodes may be longer than 500 steps."""
     episodes: Several = 50
     """Number of random episodes that are measured; fewer if they are long."""
     seed: Seed = 0

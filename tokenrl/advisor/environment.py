@@ -12,7 +12,6 @@ from tokenrl.control.arguments import ControlArguments, agents
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.control.setup import control_settings
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.files import flat
@@ -59,20 +58,16 @@ def advise_environment(args: AdviseArguments) -> Advice:
     """Measure an environment and recommend settings for `tokenrl control`.
 
     Raises:
-        Refused: the environment cannot be made, or fails in the measurement; head or baseline do not fit it;
-            there is no baseline although episodes may be longer than 500 steps.
+        Refused: the environment cannot be made, or fails in the measurement.
     """
     spec = describe(args.env, args.max_episode_steps)
-    approach = choose_approach(spec, args.baseline)
-    reason = APPROACHES[approach]
-    names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
+    approach = choose_approach(spec)
     control = ControlArguments(
-        **agents()["advised"][approach] | {name: getattr(args, name) for name in names}
+        env=args.env,
+        seed=args.seed,
+        max_episode_steps=args.max_episode_steps,
+        **agents()["advised"][approach],
     )
-    if args.baseline not in (None, "value"):
-        control = replace(control, estimator=replace(control.estimator, baseline=args.baseline))
-        reason = "as you asked"
-    control_settings(control, spec)  # refuses what does not fit the environment
     returns = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, returns)
     observed = replace(
@@ -82,7 +77,9 @@ def advise_environment(args: AdviseArguments) -> Advice:
     )
     # An entropy bonus changes the objective, not the bias.
     bias = replace(control.estimator, entropy_coef=0.0).bias_status.replace("_", " ")
-    reasons = {"estimator.baseline": f"{reason}; gradient {bias}, an entropy bonus aside"}
+    reasons = {
+        "estimator.baseline": f"{APPROACHES[approach]}; gradient {bias}, an entropy bonus aside"
+    }
     reasons |= (WHOLE if control.num_steps is None else PIECES) | ALWAYS
     if spec.discrete:
         reasons["estimator.entropy_coef"] = (
@@ -100,18 +97,16 @@ def advise_environment(args: AdviseArguments) -> Advice:
     return Advice(spec.env, line, measured, judge(observed), table)
 
 
-def choose_approach(spec: Spec, baseline: str | None) -> str:
+def choose_approach(spec: Spec) -> str:
     """Choose a key of `APPROACHES`: whole episodes without a critic, or pieces of episodes with one.
 
-    A baseline that was given decides about the critic; the environment decides whether episodes stay whole.
     Beyond 500 steps pieces learn faster also where steps are cheap: on CartPole with 1000 steps, in the same
     processor time, the mean return of all evaluations is 904 with pieces and 837 with whole episodes.
     """
     cheap = spec.fast or spec.horizon * ControlArguments.num_envs <= SLOW_STEPS
-    whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
-    if baseline != "value" and (whole or baseline):
-        return "episodes"
-    return "critic" if spec.discrete else "continuous"
+    if not spec.discrete:
+        return "continuous"
+    return "episodes" if spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap else "critic"
 
 
 def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> dict[str, float]:

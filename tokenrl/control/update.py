@@ -20,6 +20,7 @@ from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, unrounded
 from tokenrl.core.statistics import explained
 from tokenrl.errors import Stopped
+from tokenrl.runs.schedules import share_of_rate
 
 
 @dataclass
@@ -129,7 +130,7 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
     if args.entropy_schedule == "constant":
         return args.estimator
-    share = 1 - (step - 1) / max(args.max_steps, 1)
+    share = share_of_rate(args.entropy_schedule, step - 1, args.max_steps)
     return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * share)
 
 

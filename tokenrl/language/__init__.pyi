@@ -4,8 +4,6 @@ from tokenrl.language.evaluation import best_of_n as best_of_n
 from tokenrl.language.evaluation.best_of_n import (
     best_of_n_kl as best_of_n_kl,
     choice_weights as choice_weights,
-    kl_bound as kl_bound,
-    pool_rewards as pool_rewards,
     sample_pool as sample_pool,
 )
 from tokenrl.language.evaluation.estimates import over_prompts as over_prompts

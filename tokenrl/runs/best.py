@@ -80,18 +80,12 @@ class Best:
         is_error = self.metric.endswith("_stderr")  # which has the row of its metric
         return self._wish or ("" if is_error else metric_of(self.metric).better)
 
-    def _best(self, last: float = math.inf) -> tuple[int, float] | None:
-        """Return the first of the best evaluations up to a step; None if there is none."""
+    def _best(self, last: float = math.inf) -> int | None:
+        """Return the step of the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if self._better == "less" else 1
-        ranked = [
-            (sign * value, -step)
-            for step, value in self.evaluations.items()
-            if step <= last and not math.isnan(value)
-        ]
-        if not ranked:
-            return None
-        value, step = max(ranked)
-        return -step, sign * value
+        signed = {step: sign * value for step, value in self.evaluations.items() if step <= last}
+        steps = [step for step, value in signed.items() if not math.isnan(value)]
+        return max(steps, key=signed.__getitem__, default=None)
 
     @property
     def exhausted(self) -> bool:
@@ -99,21 +93,20 @@ class Best:
         best = self._best()
         # A policy that waits for its critic cannot have become better.
         waits_until = getattr(self._args, "value_warmup", 0)
-        start = max(-1 if best is None else best[0], waits_until or -1)
+        start = max(-1 if best is None else best, waits_until or -1)
         later = [step for step in self.evaluations if step > start]
         return 0 < self._args.patience <= len(later)
 
     def until(self, last: float = math.inf) -> int | None:
         """Return the best step up to a step, if its weights are kept; None if they are not."""
-        best = self._best(last)
-        return best[0] if best and self._args.keep == "best" else None
+        return self._best(last) if self._args.keep == "best" else None
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of the weights in model/; empty if they are the last ones."""
-        best = self._best()
-        if best is None or self._args.keep != "best":
+        step = self.until()
+        if step is None:
             return {}
-        step, value = best
+        value = self.evaluations[step]
         count = len(self.evaluations)
         return {"step": step, "metric": self.metric, "value": value, "evaluations": count}
 

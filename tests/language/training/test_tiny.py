@@ -20,7 +20,6 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.library import ExactMatch
 from tokenrl.language.rewards.tools import assistant_message
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.supervised.base import make_tiny, vocabulary_of
@@ -97,35 +96,11 @@ def test_a_tiny_model_is_made_of_all_rows_and_made_again_as_its_run_continues(da
     assert read_json("run/config.json")["model"] == "tiny"
 
 
-def named(prompts, completions, answer, **columns):
-    return [0.0] * len(answer)
-
-
-def by_key(completions, **columns):
-    return [0.0 for _ in columns["answer"]]
-
-
-def handed_on(completions, **columns):
-    return by_key(completions, **columns)
-
-
-@pytest.mark.parametrize(
-    ("reward", "column", "characters"),
-    [
-        (named, "completion", "0123>ab"),
-        (by_key, "completion", "0123>ab"),
-        (ExactMatch("answer"), "completion", "0123>ab"),
-        (handed_on, "completion", "0123>abcxyz"),
-        (None, "note", "0123>bc"),
-    ],
-)
-def test_a_tiny_model_takes_characters_of_columns_that_somebody_reads(reward, column, characters):
-    row = {"answer": "a", "completion": "b", "note": "c", "organism": "xyz"}
-    rows = [{"prompt": f"{n}>", **row} for n in range(4)]
-    args = SftArguments(model="tiny", completion_column=column)
-    policy = make_tiny(args, own_task(PromptTask("t", rows[:3], rows[3:], reward)))
-    assert {*policy.tokenizer.get_vocab()} == {EOS, UNKNOWN, *characters}
-    assert vocabulary_of(policy) == f", a vocabulary of {2 + len(characters)} tokens"
+def test_a_tiny_model_takes_the_characters_of_every_column():
+    rows = [{"prompt": f"{n}>", "answer": "a", "organism": "xyz"} for n in range(4)]
+    policy = make_tiny(SftArguments(model="tiny"), own_task(PromptTask("t", rows[:3], rows[3:])))
+    assert {*policy.tokenizer.get_vocab()} == {EOS, UNKNOWN, *"0123>axyz"}
+    assert vocabulary_of(policy) == ", a vocabulary of 11 tokens"
 
 
 def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):

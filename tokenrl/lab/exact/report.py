@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.samplers import measure_off_policy
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
-from tokenrl.runs.files import check_place, write_text
+from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import using_threads
 
@@ -71,8 +69,7 @@ def exact(args: LabArguments) -> int:
         verdicts = {name: both_verdicts(estimators[name]) for name in progress}
     print_table(verdicts)
     if args.json is not None:
-        text = json.dumps(records(verdicts), indent=1, allow_nan=False)
-        write_text(Path(args.json), text + "\n")
+        write_json(Path(args.json), records(verdicts))
     return 0 if all(verdict.ok for verdict in verdicts.values()) else 1
 
 
@@ -87,26 +84,20 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
     `on_binary` is the status found on rewards of 0 and 1, None unless a better one is declared for them;
     `of_reward` that for the gradient of E[R], None if that is the objective. `cosine` is the lowest and
     `relative_bias` the largest over the problems. `variance` and `noise` are those of the first problem;
-    `noise` is None if the expected gradient is 0. `problems` has the numbers of each.
+    `noise` is infinite if the expected gradient is 0. `problems` has the numbers of each.
     """
     records = []
     for name, verdict in verdicts.items():
-        record = {"estimator": name, **_attributes(verdict, OF_ALL)}
-        for special in CLAIMS:
-            claim = getattr(verdict, special)
-            record[special] = claim and claim.found
+        record = {"estimator": name} | _attributes(verdict, OF_ALL)
+        claims = _attributes(verdict, CLAIMS).items()
+        record |= {special: claim and claim.found for special, claim in claims}
         record["problems"] = [_attributes(moments, NUMBERS) for moments in verdict.measurements]
         records.append(record)
     return records
 
 
 def _attributes(numbers: object, names: Sequence[str]) -> dict[str, Any]:
-    """Return attributes by name, with None for an infinite number."""
-    values = {}
-    for name in names:
-        value = getattr(numbers, name)
-        values[name] = None if value == math.inf else value
-    return values
+    return {name: getattr(numbers, name) for name in names}
 
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:

@@ -6,7 +6,6 @@ rounding differs. Here each of these draws the completions of tiny problems, of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -66,14 +65,13 @@ OffPolicyVerdict = Claim
 gradient along which the expected one is on every problem, or 'biased'."""
 
 
-def measure_off_policy(
-    estimator: Estimator, problems: Sequence[Problem] | None = None
-) -> OffPolicyVerdict:
+def measure_off_policy(estimator: Estimator) -> OffPolicyVerdict:
     """Find out along which gradient an estimator is on average, if the sampler differs from the policy.
+
+    It is measured on six problems, with noise, a temperature, or both.
 
     Args:
         estimator: Any estimator without a memory.
-        problems: Problems with a sampler; by default six, with noise, a temperature, or both.
 
     Raises:
         Refused: When the estimator can be used on none of the problems.
@@ -86,17 +84,15 @@ def measure_off_policy(
         >>> measure_off_policy(Estimator(importance="token")).found
         'biased'
     """
-    if problems is None:
-        problems = default_sampled_problems()
     pairs = []
-    refusal = Refused("There is no problem to measure on; give at least one.")
-    for problem in problems:
+    faults = []
+    for problem in default_sampled_problems():
         try:
             pairs.append(off_policy_moments(estimator, problem))
         except Refused as error:
-            refusal = error
+            faults.append(error)
     if not pairs:
-        raise refusal
+        raise faults[-1]
     status = BIASED
     if all(sampler.status in (EXACT, UP_TO_SCALE) for _, sampler in pairs):
         status = EXACT_FOR_SAMPLER

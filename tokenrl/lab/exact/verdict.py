@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from html import escape
 
 import torch
 
@@ -82,10 +81,6 @@ class Verdict(Claim):
         numbers = f"cosine {self.cosine:.3f}, noise {self.noise:.2f}"
         tried = f"; tried: {self.tried}" if self.tried else ""
         return f"{self.estimator}: {self.found}{declared}, {numbers}{tried}"
-
-    def _repr_html_(self) -> str:
-        """Return the line for a notebook."""
-        return f"<code>{escape(repr(self))}</code>"
 
     @property
     def ok(self) -> bool:

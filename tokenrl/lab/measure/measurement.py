@@ -5,11 +5,10 @@ The command, `tokenrl lab measure`, prints tables with what their columns mean, 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import check_place, write_text
+from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
@@ -244,17 +243,8 @@ def run(args: MeasureArguments) -> int:
     if not args.quiet:
         print_tables(measured)
     if args.json is not None:
-        write_text(Path(args.json), json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
+        write_json(Path(args.json), vars(measured))
     return 0
-
-
-def record(measured: Measured) -> dict[str, Any]:
-    """Return all numbers for JSON; those that are not finite become None."""
-    return asdict(measured, dict_factory=_finite) | {"settings": _finite(measured.settings.items())}
-
-
-def _finite(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in items}
 
 
 def print_tables(measured: Measured) -> None:

@@ -8,16 +8,16 @@ samples of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.special import rel_entr
 
 from tokenrl.errors import Refused
 from tokenrl.language.evaluation.estimates import estimates
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
@@ -57,33 +57,6 @@ def sample_pool(
             completions += policy.decode(rollout.completion_ids, rollout.mask)
         texts.append(completions)
     return texts
-
-
-def pool_rewards(
-    reward: Callable[..., Any], rows: Sequence[Row], pool: Sequence[Sequence[str]]
-) -> list[np.ndarray]:
-    """Compute the rewards of each prompt's pool; a text that occurs several times is scored once.
-
-    Args:
-        reward: a reward function as in training, of prompts, completions and the rows' other columns; it may
-            not abstain.
-        rows: B rows with a text `prompt`.
-        pool: for each of B prompts, its list of N texts.
-
-    Returns:
-        For each of B prompts, the rewards of its texts, float64 [N].
-    """
-    rewards = []
-    for row, texts in zip(rows, pool, strict=True):
-        distinct = list(dict.fromkeys(texts))
-        columns = {name: [value] * len(distinct) for name, value in row.items()}
-        columns["prompts"] = columns.pop("prompt")
-        columns["completions"] = distinct
-        values = reward(**copied(columns))
-        value_of = dict(zip(distinct, values, strict=True))
-        values_of_texts = [value_of[text] for text in texts]
-        rewards.append(np.array(values_of_texts, dtype=np.float64))
-    return rewards
 
 
 def best_of_n_metrics(
@@ -178,7 +151,7 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
     The k-th distinct proxy reward has the share `q_k` of the samples, and with probability
     `m_k = F_k^n - F_(k-1)^n` it is the highest of n, where F is the cumulative share. Among samples with
     equal rewards best-of-n chooses as the base does, so these shares give the whole KL. It is below
-    `kl_bound` wherever texts repeat, as they do in toy tasks (Beirami et al. 2024, arXiv 2401.01879). The
+    `log n - (n - 1) / n` wherever texts repeat, as they do in toy tasks (Beirami et al. 2024, arXiv 2401.01879). The
     pool hardly contains texts rarer than 1/N, so the estimate is too low when n is near N.
 
     Args:
@@ -189,11 +162,4 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
     share = counts / counts.sum()
     below = np.minimum(np.cumsum(share), 1.0)
     chosen = np.diff(below**n, prepend=0.0)
-    positive = chosen > 0
-    chosen = chosen[positive]
-    return float((chosen * np.log(chosen / share[positive])).sum())
-
-
-def kl_bound(n: int) -> float:
-    """KL of best-of-n to the base in nats, `log n - (n - 1) / n`; an upper bound if rewards can be equal."""
-    return math.log(n) - (n - 1) / n
+    return float(rel_entr(chosen, share).sum())

@@ -13,7 +13,7 @@ from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed
+from tokenrl.settings import OPEN, OR_OBJECT, Count, NonNegative, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class RewardModelArguments(
     warm-started and cached."""
     base_seed: Seed = 0
     """Seed of that tiny model and its warm start."""
-    hidden_size: Count | None = None
-    """Width of that tiny model, a multiple of its heads such as 16 or 64. Default: the task's."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """Gold reward that chooses between completions, as in tokenrl train. Default: the task's own."""
     policy: Annotated[str, OR_OBJECT] | None = None
@@ -67,8 +65,6 @@ class RewardModelArguments(
     """By how much the chosen reward should exceed the rejected one; a column `margin` sets it per pair."""
     center_rewards_coefficient: NonNegative = 0.0
     """Weight of the penalty (r_chosen + r_rejected)^2, which keeps rewards near 0 (TRL suggests 0.01)."""
-    label_smoothing: Annotated[float, Bounds(at_least=0, below=0.5)] = 0.0
-    """Assumed share of wrong labels; at 0.5 the labels would carry no information."""
     eval_every: Count = OPEN
     """Steps between evaluations. Default: a tenth of the run."""
     seed: Seed = 0

@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.policy.copies import uncompiled
 from tokenrl.language.policy.model import Policy
@@ -129,27 +129,14 @@ def make_backbone(
     """Make a reward model from the model that the arguments name, or else from the task's tiny model.
 
     Raises:
-        Refused: there is no model, it cannot be used, or `hidden_size` does not fit it.
+        Refused: there is no model, or it cannot be used.
     """
     if args.model is not None:
-        if args.hidden_size is not None:
-            raise Refused(
-                f"hidden_size={args.hidden_size} is for a task's own tiny model; leave out one of both."
-            )
         return reward_backbone(args.model, seed=args.seed)
     if task is None:
         raise Refused(
             "Name a model to start from: model (--model), a directory or hub name, or task (--task) for its own."
         )
-    if args.hidden_size is not None:
-        try:  # a task may have no tiny model, or one whose heads do not divide this width
-            base = replace(task.base, build=replace(task.base.build, hidden=args.hidden_size))
-            base.build(0)
-            task = replace(task, base=base)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise Refused(
-                f"hidden_size={args.hidden_size} does not fit: {describe(error)}"
-            ) from error
     base = warm_started_base(task, seed=args.base_seed, announce=announce)
     return reward_backbone(str(base), seed=args.seed)
 

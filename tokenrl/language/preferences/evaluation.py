@@ -1,4 +1,4 @@
-"""Measures how well rewards agree with preferences: accuracy, calibration, and the limit of noisy labels."""
+"""Measures how well rewards agree with preferences: accuracy, and the limit of noisy labels."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     Returns:
         `accuracy`: share of pairs in which the chosen completion has the higher reward. `accuracy_stderr`:
         its standard error, clustered by prompt (absent with a single prompt).
-        `loss`: mean of -log sigmoid(r_chosen - r_rejected), without margin, centring or smoothing; it is
-        log 2 for a model that knows nothing. `margin`: mean difference of the rewards. `calibration_error`:
-        see `expected_calibration_error`.
+        `loss`: mean of -log sigmoid(r_chosen - r_rejected), without margin or centring; it is log 2 for
+        a model that knows nothing. `margin`: mean difference of the rewards.
         If all pairs have gold rewards: `gold_agreement`, the accuracy against the order of the gold rewards,
         where they differ. `noise_ceiling`, the accuracy of the gold rewards on these labels, which a reward
         model exceeds only by chance.
@@ -91,7 +90,6 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
         metrics["accuracy_stderr"] = error
     metrics["loss"] = float(np.logaddexp(0, -difference).mean())
     metrics["margin"] = float(difference.mean())
-    metrics["calibration_error"] = expected_calibration_error(difference)
     golds = [pair.gold for pair in pairs if pair.gold is not None]
     if len(golds) == len(pairs):
         chosen_gold, rejected_gold = np.transpose(golds)  # [N]
@@ -109,29 +107,10 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Any]) -> float | None:
     It is `sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N` for K groups and N values (Liang & Zeger
     1986); with one value per group it is the usual standard error.
     """
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    count = len(numbers)
+    _, cluster = np.unique(groups, return_inverse=True)  # [N]
+    sums = np.bincount(cluster, weights=values - values.mean())  # [K]
+    count = len(sums)
     if count < 2:
         return None
-    cluster = [numbers[group] for group in groups]  # [N]
-    deviations = values - values.mean()
-    sums = np.bincount(cluster, weights=deviations)  # [K]
     variance = count / (count - 1) * (sums**2).sum()
     return math.sqrt(variance) / len(values)
-
-
-def expected_calibration_error(difference: np.ndarray) -> float:
-    """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017).
-
-    A prediction must not depend on which completion was chosen afterwards. So each pair is taken by the
-    completion with the higher reward: the predicted probability that it was chosen is sigmoid(|difference|),
-    between 1/2 and 1. The ten bins have equal width.
-
-    Args:
-        difference: reward of the chosen completion minus that of the rejected one [N].
-    """
-    predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
-    bin_of = np.minimum(((predicted - 0.5) * 20).astype(int), 9)
-    observed = np.heaviside(difference, 0.5)
-    gaps = np.bincount(bin_of, weights=observed - predicted)  # per bin, times its pairs
-    return float(np.abs(gaps).sum() / len(difference))

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,11 +53,10 @@ def bradley_terry_loss(
     *,
     margin: Tensor | float = 0.0,
     center_rewards_coefficient: float = 0.0,
-    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean negative log-likelihood of the choices, P(chosen) = sigmoid(d) with d = r_c - r_r - margin.
 
-        mean[-(1 - e) log sigmoid(d) - e log sigmoid(-d)] + coefficient mean[(r_c + r_r)^2]
+        -mean[log sigmoid(d)] + coefficient mean[(r_c + r_r)^2]
 
     The first term depends only on differences of rewards; the second (Eisenstein et al. 2023) keeps their
     mean near 0. The margin is that of Llama 2 (Touvron et al. 2023, equation 2).
@@ -68,17 +66,13 @@ def bradley_terry_loss(
         rejected_rewards: rewards r_r of the rejected completions [B].
         margin: by how much r_c should exceed r_r: a number, or one per pair [B].
         center_rewards_coefficient: weight of the second term.
-        label_smoothing: e, the assumed share of flipped labels.
 
     Returns:
         A scalar.
     """
     difference = chosen_rewards - rejected_rewards - margin  # [B]
-    as_labelled = logsigmoid(difference)
-    as_flipped = logsigmoid(-difference)
-    likelihood = (1 - label_smoothing) * as_labelled + label_smoothing * as_flipped
     center = (chosen_rewards + rejected_rewards).square().mean()
-    return -likelihood.mean() + center_rewards_coefficient * center
+    return center_rewards_coefficient * center - logsigmoid(difference).mean()
 
 
 class PreferenceTraining(Descent):
@@ -113,11 +107,7 @@ class PreferenceTraining(Descent):
         self._model.model = passes.model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-        self._losses = partial(
-            bradley_terry_loss,
-            center_rewards_coefficient=args.center_rewards_coefficient,
-            label_smoothing=args.label_smoothing,
-        )
+        self._center = args.center_rewards_coefficient
         self._rewards: list[Tensor] = []
 
     def shapes(self, batch: Sequence[int]) -> Shapes:
@@ -132,7 +122,8 @@ class PreferenceTraining(Descent):
         rewards = self._model.logits(texts).view(2, -1)  # of the chosen and of the rejected
         self._rewards.append(rewards.detach())
         margin = rewards.new_tensor([self._margins[i] for i in rows])
-        return self._losses(*rewards, margin=margin) * (len(rows) / len(batch))
+        loss = bradley_terry_loss(*rewards, margin=margin, center_rewards_coefficient=self._center)
+        return loss * (len(rows) / len(batch))
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.
@@ -309,7 +300,7 @@ def _header(args: RewardModelArguments, line: str, reward_model: RewardModel) ->
     return {
         "model": f"{reward_model.__name__} ({size:,} trainable parameters, {model.device})",
         "data": line,
-        "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
+        "loss": f"Bradley-Terry, margin {args.margin:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
         **form_line(reward_model.form, args.model if args.policy is None else args.policy),
     }

@@ -6,13 +6,13 @@ The rows have TRL's columns `prompt`, `chosen` and `rejected`. Rankings of more 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
@@ -112,13 +112,9 @@ def first_is_chosen(
     first: float, second: float, noise_temperature: float, draw: float
 ) -> bool | None:
     """Decide from a uniform random number whether the first of two is chosen; None leaves the pair out."""
-    difference = first - second
-    if math.isnan(difference) or (noise_temperature == 0 and difference == 0):
-        return None
-    if noise_temperature == 0:
-        return difference > 0
-    # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for large differences
-    return draw < 0.5 * (1 + math.tanh(difference / noise_temperature / 2))
+    with np.errstate(all="ignore"):  # without noise a difference is infinite, or nan
+        logit = np.divide(first - second, noise_temperature)
+    return None if np.isnan(logit) else draw < float(expit(logit))
 
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +102,6 @@ def original(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
-
-
-def may_read(function: Any, column: str) -> bool:
-    """Return whether a reward may read a column of the data.
-
-    It may if its code, or an option such as `column="answer"`, holds the name, if it hands all columns on, or if
-    its code is not there.
-    """
-    inner = original(function)
-    try:
-        code = inspect.getsource(inner if inspect.isroutine(inner) else type(inner))
-    except (OSError, TypeError):
-        return True
-    use = rf"\b{re.escape(column)}\b|\*\*(\w+)\b.*\b\1\b(?!\[|\.get)"
-    return re.search(use, f"{function!r} {code}", re.DOTALL) is not None
 
 
 def keeper(function: Any) -> Any:

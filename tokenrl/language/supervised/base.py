@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from tokenrl.language.policy.model import (
 )
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
-from tokenrl.language.rewards.loading import may_read
 from tokenrl.language.supervised.fit import fit
 from tokenrl.language.tasks.task import PromptTask, own_task
 from tokenrl.runs.files import atomic_directory, writing
@@ -44,9 +44,6 @@ from tokenrl.settings import check_seed
 
 WRITTEN = f"{string.printable[:95]}\n"
 """What environments are taken to write, for the vocabulary of a tiny model: printable ASCII."""
-
-READ = {"prompt", "completion", "tools", "teacher_prompt"}
-"""Columns that a model reads or writes, for the vocabulary of a tiny model."""
 
 MADE_BY = 4  # to raise when the weights of a warm start change, or what its checkpoints hold
 
@@ -118,24 +115,16 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
 
     Args:
         args: the arguments of a command; the weights depend on the vocabulary and on `base_seed` alone.
-        task: the task; held-out rows and demonstrations count for the vocabulary too. Of their columns those
-            count that a model, a reward, an environment or a teacher may read.
+        task: the task; held-out rows and demonstrations count for the vocabulary too.
     """
     if task.base:
         build = task.base.build
     else:
         parts = (task.train_prompts, task.eval_prompts, task.demonstrations)
-        read = {name for part in parts for name in part.columns}
-        template = getattr(args, "teacher_template", None) or ""
         environment = task.environment
-        if environment is None and getattr(args, "teacher_context", None) is None:
-            reward = task.reward or ()
-            rewards = reward if isinstance(reward, list | tuple) else [reward]
-            for name in read - {*READ, getattr(args, "completion_column", "")}:
-                if f"{{{name}" not in template and not any(may_read(x, name) for x in rewards):
-                    read.remove(name)
-        rows: list[Any] = [row for part in parts for row in part.with_columns(read)]
-        texts = (args.system_prompt or "", template, *(args.stop or ()))
+        rows: list[Any] = [*chain.from_iterable(parts)]
+        template = getattr(args, "teacher_template", None)
+        texts = (args.system_prompt or "", template or "", *(args.stop or ()))
         form = {"texts": texts, "chat": bool(args.chat)}
         calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)
         if environment is not None or calls:
