@@ -24,30 +24,30 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 12_940,
-    "core": 19_670,
-    "runs": 24_560,
+    "top": 12_880,
+    "core": 19_720,
+    "runs": 24_570,
     "control": 10_720,
-    "advisor": 2_180,
+    "advisor": 2_050,
     "language": 100,
     "language/policy": 11_820,
-    "language/rewards": 14_010,
-    "language/tasks": 10_100,
+    "language/rewards": 13_910,
+    "language/tasks": 11_060,
     "language/rollout": 26_790,
-    "language/training": 23_240,
-    "language/supervised": 7_870,
+    "language/training": 23_580,
+    "language/supervised": 7_730,
     "language/commands": 4_500,
-    "language/preferences": 6_740,
-    "language/evaluation": 3_680,
+    "language/preferences": 6_380,
+    "language/evaluation": 3_440,
     "lab": 100,
-    "lab/exact": 12_380,
-    "lab/measure": 5_390,
-    "lab/compare": 14_970,
+    "lab/exact": 12_230,
+    "lab/measure": 5_270,
+    "lab/compare": 15_240,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_490, 189, 89_740, 228_640, 58_040, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_860, 189, 90_140, 230_540, 59_270, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

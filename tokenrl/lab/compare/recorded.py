@@ -102,12 +102,9 @@ def judge_recorded(
             "alone."
         )
     settings = by_kind.first().T
-    rows = [
-        (kind, run.config.get("seed"), _score(run)) for kind, run in zip(kinds, runs, strict=True)
-    ]
-    table = pd.DataFrame(rows, columns=["arm", "seed", "score"])
-    ended = [ended_by_itself(run.summary) for run in runs]
-    table["failed"] = table["score"].isna() | ~pd.Series(ended)
+    scores = pd.Series(map(_score, runs))
+    failed = scores.isna() | configs["steps of evaluations"].isna()
+    table = configs[["seed"]].assign(arm=kinds, score=scores, failed=failed)
     judged = judge_scores(table, margin=margin, failure_below=failure_below)
     return JudgedRuns(judged, settings[settings.nunique(axis=1) > 1])
 

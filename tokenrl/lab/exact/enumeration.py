@@ -181,15 +181,11 @@ def exact_moments(
 
 
 def prompt_chances_of(estimator: Estimator, problem: Problem) -> Tensor:
-    """Return the chance of each prompt to be drawn [P]: half is shared equally, and half by the variance of returns.
-
-    With the prompts 'uniform' all are equal.
-    """
-    returns = problem.returns
-    means = (problem.chances * returns).sum(1, keepdim=True)
-    variances = (problem.chances * (returns - means).square()).sum(1)
-    equal = torch.full_like(variances, 1 / len(variances))
-    return equal if estimator.prompts == "uniform" else (equal + variances / variances.sum()) / 2
+    """Return the chance of each prompt to be drawn [P]: equal chances, or as 1, 2, 3 and so on."""
+    prompts = len(problem.chances)
+    ones = torch.ones(prompts, dtype=torch.double)
+    weights = ones if estimator.prompts == "uniform" else ones.cumsum(0)
+    return weights / weights.sum()
 
 
 def _has_equal_rewards(rewards: Tensor, group_size: int) -> Tensor:

@@ -25,6 +25,7 @@ MIN_PROMPTS = 13
 DECAY = 0.875
 """Factor of what was seen of a prompt before, each time that it is drawn (as in the baseline 'tracker')."""
 TINY = 1e-300
+"""In place of a divisor of 0."""
 PRIOR = 2.0
 """Completions of the typical variance that each prompt is given."""
 
@@ -184,8 +185,8 @@ class WeightedPrompts(PromptStream):
     def _set_chances(self) -> None:
         """Compute the chances from the rewards so far."""
         completions, rewards, squares = self._sums
-        means = rewards / np.maximum(completions, TINY)
-        variances = np.maximum(squares / np.maximum(completions, TINY) - means**2, 0)
+        means, second = (rewards, squares) / np.maximum(completions, TINY)
+        variances = np.maximum(second - means**2, 0)
         name = getattr(self._source, "__name__", self._source)
         kind = Stopped if completions.any() else Refused
         try:
@@ -198,9 +199,9 @@ class WeightedPrompts(PromptStream):
                 f"prompt_weights {name!r} must have {len(means):,} finite numbers of at least 0, one for each "
                 "training row."
             )
-        equal = np.full_like(weights, 1 / len(weights))
-        share = weights / weights.sum() if weights.any() else equal
-        self._chances = self._floor * equal + (1 - self._floor) * share
+        weights = weights + TINY  # all are equal where all are 0
+        share = weights / weights.sum()
+        self._chances = self._floor / len(share) + (1 - self._floor) * share
 
     def factors(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return 1 / (n chance) for prompts of this step by their numbers in the stream [N], in double precision."""
@@ -229,7 +230,7 @@ class WeightedPrompts(PromptStream):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state, with its rewards."""
         self._sums = state["sums"].numpy().copy()
-        super().load_state_dict({name: state[name] for name in ("position", "seed", "num_rows")})
+        super().load_state_dict(state)
 
 
 def by_variance(completions: Array, _means: Array, variances: Array) -> Array:
