@@ -32,7 +32,7 @@ LIMITS = {
     "language": 100,
     "language/policy": 11_820,
     "language/rewards": 13_910,
-    "language/tasks": 11_060,
+    "language/tasks": 11_120,
     "language/rollout": 26_790,
     "language/training": 23_580,
     "language/supervised": 7_730,

@@ -126,6 +126,10 @@ class PromptStream(RowOrder):
         self.draw(count)
         return prompts
 
+    def factors(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return 1 for each prompt [N], as all are drawn equally often."""
+        return torch.ones(len(numbers))
+
     def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         """Take the rewards of a step, on which this order does not depend; return no metrics."""
         return {}
@@ -156,7 +160,7 @@ class WeightedPrompts(PromptStream):
         """
         self._floor = floor
         self._source = weights
-        self._function: Callable[..., Any] = by_variance
+        self._function: Any = by_variance
         if callable(weights):
             self._function = weights
         elif ":" in weights:
@@ -216,10 +220,8 @@ class WeightedPrompts(PromptStream):
         metrics = {"prompts/effective": float(1 / (self._chances**2).sum())}
         rows = self._rows_of(numbers.tolist())
         self._sums[:, np.unique(rows)] *= DECAY
-        values = rewards.double().cpu().numpy()
-        np.add.at(
-            self._sums, (slice(None), rows), np.stack([np.ones_like(values), values, values**2])
-        )
+        for row, reward in zip(rows, rewards.tolist(), strict=True):
+            self._sums[:, row] += (1, reward, reward**2)
         self._set_chances()
         return metrics
 
@@ -231,6 +233,14 @@ class WeightedPrompts(PromptStream):
         """Continue at the position of a saved state, with its rewards."""
         self._sums = state["sums"].numpy().copy()
         super().load_state_dict(state)
+
+
+def prompt_stream(
+    rows: Rows, seed: int, weights: str | Callable[..., Any], floor: float
+) -> PromptStream:
+    """Return what draws the training prompts: equally often, or by weights (see `WeightedPrompts`)."""
+    is_uniform = weights == "uniform"
+    return PromptStream(rows, seed) if is_uniform else WeightedPrompts(rows, seed, weights, floor)
 
 
 def by_variance(completions: Array, _means: Array, variances: Array) -> Array:

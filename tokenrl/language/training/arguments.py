@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.supervised.arguments import PassArguments
@@ -270,8 +271,26 @@ class TrainArguments(
     def __post_init__(self) -> None:
         """Check the values; weights of prompts are divided out again unless the estimator says otherwise."""
         super().__post_init__()
-        if self.prompt_weights != "uniform" and self.estimator.prompts == "uniform":
+        prompts = self.estimator.prompts
+        if self.prompt_weights == "uniform":
+            if prompts != "uniform":
+                raise Refused(
+                    f"prompts={prompts!r} is about unequal chances of prompts: set prompt_weights "
+                    "(--prompt-weights), such as variance."
+                )
+            return
+        if prompts == "uniform":
             object.__setattr__(self, "estimator", replace(self.estimator, prompts="inverse"))
+        if self.estimator.prompts == "inverse" and not self.prompt_floor:
+            raise Refused(
+                "prompt_floor 0 leaves prompts out whose weight is 0, and the gradient of each prompt is divided by "
+                "its chance: give a floor such as 0.5, or estimator.prompts weighted."
+            )
+        if self.estimator.zero_spread == "refill":
+            raise Refused(
+                "zero_spread 'refill' replaces groups of equal rewards, and with prompt_weights they would not be "
+                "remembered: take zero_spread 'keep' or 'drop'."
+            )
 
     @property
     def completions(self) -> int:

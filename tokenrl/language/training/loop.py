@@ -22,8 +22,7 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.rows import Rows
-from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
+from tokenrl.language.tasks.stream import prompt_stream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
@@ -212,25 +211,19 @@ def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Pr
         learner = make_learner(plan.args, policy, accelerator, teacher, turns=turns, **decided)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
+    weights = choices.prompt_weights, choices.prompt_floor
     run = TrainingRun(
         plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=prompt_stream(plan.args, task.train_prompts),
+        stream=prompt_stream(task.train_prompts, choices.seed, *weights),
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
         warm_started=warmed,
     )
     return run, provenance
-
-
-def prompt_stream(args: TrainArguments, rows: Rows) -> PromptStream:
-    """Return what draws the training prompts, equally often or by their weights."""
-    if args.prompt_weights == "uniform":
-        return PromptStream(rows, args.seed)
-    return WeightedPrompts(rows, args.seed, args.prompt_weights, args.prompt_floor)
 
 
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:

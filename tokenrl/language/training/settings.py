@@ -184,22 +184,6 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
         raise Refused(
             f"temperature was given as {args.temperature:g}; {engine.name} samples from {lowest:g} to {highest:g}."
         )
-    weighted = args.prompt_weights != "uniform"
-    if estimator.prompts != "uniform" and not weighted:
-        raise Refused(
-            f"prompts={estimator.prompts!r} is about unequal chances of prompts: set prompt_weights "
-            "(--prompt-weights), such as variance."
-        )
-    if estimator.prompts == "inverse" and not args.prompt_floor:
-        raise Refused(
-            "prompt_floor 0 leaves prompts out whose weight is 0, and the gradient of each prompt is divided by its "
-            "chance: give a floor such as 0.5, or estimator.prompts weighted."
-        )
-    if weighted and estimator.zero_spread == "refill":
-        raise Refused(
-            "zero_spread 'refill' replaces groups of equal rewards, and with prompt_weights they would not be "
-            "remembered: take zero_spread 'keep' or 'drop'."
-        )
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
@@ -306,11 +290,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             f"warmup_steps={args.warmup_steps}{critic_first} is not less than max_steps={args.max_steps}, so the "
             "learning rate stays below its peak."
         )
-    weighted = args.prompt_weights != "uniform"
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
         "replay_memory": (args.replay, "replay is 0"),
-        "prompt_floor": (weighted, "prompt_weights is uniform"),
+        "prompt_floor": (args.prompt_weights != "uniform", "prompt_weights is uniform"),
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
