@@ -126,10 +126,6 @@ class PromptStream(RowOrder):
         self.draw(count)
         return prompts
 
-    def factors(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return 1 for each prompt [N], as all are drawn equally often."""
-        return torch.ones(len(numbers))
-
     def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         """Take the rewards of a step, on which this order does not depend; return no metrics."""
         return {}

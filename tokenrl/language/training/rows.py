@@ -9,7 +9,6 @@ different widths, because their gradients are summed only after the last pass of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
+    from tokenrl.language.tasks.stream import PromptStream
     from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Row]]  # (number in the stream of prompts, row of the task)
-DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 
 def collect_rows(
@@ -63,17 +62,17 @@ def collect_rows(
 
 
 def rows_of_step(
-    learner: Learner, rewards: Rewards, sampling: Sampling, draw_prompts: DrawPrompts
+    learner: Learner, rewards: Rewards, sampling: Sampling, stream: PromptStream
 ) -> Rewarded:
     """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed.
 
     They have the reward of the greedy completion, if the baseline reads it (ReMax, arXiv 2310.10505); NaN where
     every function abstained from it.
     """
-    prompts = local(learner.accelerator, draw_prompts(learner.args.prompts_per_step))
+    prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)
     if learner.estimator.zero_spread == "refill":
-        rows = refill(learner, rewards, sampling, rows, draw_prompts)
+        rows = refill(learner, rewards, sampling, rows, stream)
     if learner.replay is not None:
         rows = learner.replay.join(learner, rows, sampling.step)
     if "greedy_rewards" in learner.estimator.needs:
@@ -90,7 +89,7 @@ def refill(
     rewards: Rewards,
     sampling: Sampling,
     rows: Rewarded,
-    draw_prompts: DrawPrompts,
+    stream: PromptStream,
 ) -> Rewarded:
     """Replace groups whose rewards are all equal by groups of new prompts, in up to `max_refills` rounds.
 
@@ -102,7 +101,7 @@ def refill(
         rewards: the reward functions.
         sampling: how completions are sampled.
         rows: this process's groups.
-        draw_prompts: gives further prompts, the same on every process.
+        stream: draws further prompts, the same on every process.
     """
     accelerator = learner.accelerator
     size = sampling.group_size
@@ -116,7 +115,7 @@ def refill(
         refilled += sum(counts)
         # Every process draws the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
-        prompts = draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
+        prompts = stream.draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
         if prompts:
             new = collect_rows(learner, rewards, prompts, sampling)
             order = torch.arange(len(rows))

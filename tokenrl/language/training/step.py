@@ -21,6 +21,7 @@ from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import explained, generator_of
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
+from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import (
     Experience,
     experience,
@@ -42,7 +43,6 @@ from tokenrl.runs.processes import local, sum_gradients
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
-    from tokenrl.language.tasks.stream import PromptStream
     from tokenrl.language.training.learner import Learner
 
 
@@ -87,9 +87,7 @@ def training_step(
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
 
-    rewarded = rows_of_step(
-        learner, rewards, sampling, stream.draw_prompts
-    )  # n rows, G for each prompt
+    rewarded = rows_of_step(learner, rewards, sampling, stream)  # n rows, G for each prompt
     sampling = replace(sampling, num_generations=learner.group_size)
     collected = time.perf_counter()
 
@@ -98,8 +96,9 @@ def training_step(
     whole = gather(accelerator, rows, failures)  # all N rows, on every process
     terms = loss_terms(estimator, whole, sampling, memory, rewards)
     advantages = local(accelerator, terms.advantages)
-
-    factors = stream.factors(whole.prompt_index) if estimator.prompts == "inverse" else None
+    factors = None
+    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
+        factors = stream.factors(whole.prompt_index)  # [N]
     policy_learns = step > learner.args.value_warmup  # before that the critic alone
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
