@@ -10,7 +10,6 @@ from refusals import stopped
 from tiny_models import (
     apart,
     completions,
-    drawing,
     gradient,
     letter_task,
     letters_trained,
@@ -60,7 +59,10 @@ class Spare:
     def __init__(self, *first):
         self.first, self.counts = list(first), []
 
-    def __call__(self, count):
+    def learn(self, numbers, rewards):
+        return {}
+
+    def draw_prompts(self, count):
         self.counts.append(count)
         if self.first:
             return self.first.pop()
@@ -86,7 +88,7 @@ def test_refilling_gives_up_after_some_rounds_and_the_step_goes_on():
     flat = lambda completions: [1.0] * len(completions)  # noqa: E731
     learner, rewards, prompts, _ = start("dapo", flat, max_refills=3)
     before, draw = weights(learner.policy.model), Spare(prompts)
-    record = training_step(learner, rewards, RunningMean(), 1, drawing(draw))
+    record = training_step(learner, rewards, RunningMean(), 1, draw)
     assert draw.counts == [4, 4, 4, 4] and record.metrics["refilled"] == 12
     assert torch.equal(before, weights(learner.policy.model))
 

@@ -13,16 +13,7 @@ from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.exact.trl_config import read_trl_config
 from tokenrl.runs.output import rich_console, rich_table
 
-CHOICES = (
-    "baseline",
-    "scale",
-    "aggregation",
-    "ratio",
-    "returns",
-    "zero_spread",
-    "prompts",
-    "truncations",
-)
+CHOICES = ("baseline", "scale", "aggregation", "ratio", "returns", "zero_spread", "truncations")
 """The axes that are shown, also those where the estimator is as RLOO."""
 
 CUSTOM = Preset({}, "no preset has these fields")
