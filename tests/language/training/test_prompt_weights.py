@@ -66,7 +66,7 @@ def test_what_is_remembered_of_a_prompt_makes_its_chance_and_is_saved():
     variance = np.where(
         seen, squares / np.where(seen, count, 1) - (total / np.where(seen, count, 1)) ** 2, 0
     )
-    weights = (count * variance + PRIOR * variance[seen].mean()) / (count + PRIOR)
+    weights = (count * variance + PRIOR * (variance * count).sum() / count.sum()) / (count + PRIOR)
     chances = 0.125 + 0.5 * weights / weights.sum()
     following = stream.peek(500)
     factors = stream.factors(torch.arange(stream.position, stream.position + 500))
@@ -85,11 +85,11 @@ def test_what_is_remembered_of_a_prompt_makes_its_chance_and_is_saved():
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        (lambda *_: [1, 2], "must have 4 finite numbers of at least 0"),
+        (lambda *_: [1, 2], "must give 4 finite numbers of at least 0"),
         (lambda *_: [1, 2, 3, -1], "finite numbers of at least 0"),
         (lambda *_: [1, 2, 3, float("nan")], "finite numbers of at least 0"),
         (lambda *_: 1 / 0, "failed: .*ZeroDivisionError"),
-        ("prompt", "prompt_weights 'prompt' failed"),
+        ("prompt", "prompt_weights failed: .*ValueError"),
         ("missing", "'missing'.*uniform, variance, prompt, hard"),
         ("nowhere.py:weights", "nowhere"),
     ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, count, islice
 from typing import Any
 
@@ -132,7 +133,10 @@ class PromptStream(RowOrder):
 
 
 class WeightedPrompts(PromptStream):
-    """Draws prompts independently, with chances that may depend on the rewards that were seen of each.
+    """Draws prompts with chances that may depend on the rewards that were seen of each.
+
+    The draws of a pass lie at equal distances, in random order (systematic sampling). So each prompt comes as often as
+    its chance says, up to one: with equal chances once in each pass.
 
     A part of the chances, the floor, is shared equally. The rest is in proportion to weights: numbers of a column
     of the data, or what a function makes of the rewards so far.
@@ -155,7 +159,6 @@ class WeightedPrompts(PromptStream):
             Refused: there is no such column or function, or it does not have weights.
         """
         self._floor = floor
-        self._source = weights
         self._function: Any = by_variance
         if callable(weights):
             self._function = weights
@@ -176,28 +179,27 @@ class WeightedPrompts(PromptStream):
     def _peek(self, count: int) -> list[int]:
         return self._rows_of(range(self.position, self.position + count))
 
-    def _rows_of(self, numbers: Iterable[int]) -> list[int]:
+    def _rows_of(self, numbers: Sequence[int]) -> list[int]:
         """Return the rows of prompts of the present step, by their numbers in the stream."""
-        draws = [np.random.default_rng([self._seed, number]).random() for number in numbers]
+        size = len(self._chances)
+        draws = [draws_of_pass(self._seed, n // size, size)[n % size] for n in numbers]
         rows = np.searchsorted(self._chances.cumsum(), draws, side="right")
-        return np.minimum(rows, len(self._chances) - 1).tolist()
+        return np.minimum(rows, size - 1).tolist()
 
     def _set_chances(self) -> None:
         """Compute the chances from the rewards so far."""
         completions, rewards, squares = self._sums
         means, second = (rewards, squares) / np.maximum(completions, TINY)
         variances = np.maximum(second - means**2, 0)
-        name = getattr(self._source, "__name__", self._source)
         kind = Stopped if completions.any() else Refused
         try:
             with user_code():
                 weights = np.asarray(self._function(completions, means, variances), float)
         except USER_CODE_FAILED as error:
-            raise kind(f"prompt_weights {name!r} failed: {raised(error)}.") from error
+            raise kind(f"prompt_weights failed: {raised(error)}.") from error
         if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:
             raise kind(
-                f"prompt_weights {name!r} must have {len(means):,} finite numbers of at least 0, one for each "
-                "training row."
+                f"prompt_weights must give {len(means):,} finite numbers of at least 0, one for each training row."
             )
         weights = weights + TINY  # all are equal where all are 0
         share = weights / weights.sum()
@@ -213,13 +215,12 @@ class WeightedPrompts(PromptStream):
 
         What was seen of a prompt before counts less each time that the prompt comes back.
         """
-        metrics = {"prompts/effective": float(1 / (self._chances**2).sum())}
         rows = self._rows_of(numbers.tolist())
-        self._sums[:, np.unique(rows)] *= DECAY
+        self._sums[:, rows] *= DECAY  # once, also where a row is there several times
         for row, reward in zip(rows, rewards.tolist(), strict=True):
             self._sums[:, row] += (1, reward, reward**2)
         self._set_chances()
-        return metrics
+        return {"prompts/effective": float(1 / (self._chances**2).sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly."""
@@ -227,7 +228,7 @@ class WeightedPrompts(PromptStream):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state, with its rewards."""
-        self._sums = state["sums"].numpy().copy()
+        self._sums = state["sums"].numpy()
         super().load_state_dict(state)
 
 
@@ -239,10 +240,16 @@ def prompt_stream(
     return PromptStream(rows, seed) if is_uniform else WeightedPrompts(rows, seed, weights, floor)
 
 
+@lru_cache(maxsize=2)
+def draws_of_pass(seed: int, number: int, size: int) -> Array:
+    """Return numbers from 0 to 1 at equal distances in random order, as many as a pass has prompts."""
+    generator = np.random.default_rng([seed, number])
+    return (generator.permutation(size) + generator.random()) / size
+
+
 def by_variance(completions: Array, _means: Array, variances: Array) -> Array:
     """Return the variance of the rewards of each prompt [n], where few are known nearer to that of all prompts."""
-    seen = completions > 0
-    typical = variances[seen].mean() if seen.any() else 1.0
+    typical = np.average(variances, weights=completions) if completions.any() else 1.0
     return (completions * variances + PRIOR * typical) / (completions + PRIOR)
 
 
