@@ -60,11 +60,6 @@ def uneven() -> Any:
     )
 
 
-def equally(completions: Any, _means: Any, _variances: Any) -> Any:
-    """Question 15: the same weight for every prompt, so that prompts are drawn equally often, but with replacement."""
-    return completions * 0 + 1
-
-
 def _trained_on(name: str, *parts: slice) -> Any:
     """Return sort_digits with some of its training prompts, cut out of their ranking from hard to easy."""
     task: Any = load_task("sort_digits")

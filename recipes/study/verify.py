@@ -324,6 +324,25 @@ def units(*parts: str) -> Numbers:
             yield row, f"{(best == 0).sum()} + {(best == len(arms[arm][0]) - 1).sum()}"
 
 
+def groups() -> Numbers:
+    """Question 14: differences to groups of eight by base, from the evaluations of each run."""
+    table = pd.read_csv(TABLES / "14_sort_digits" / "curves.csv").query("samples > 0")
+    sizes = r",num_generations=(\d+),prompts_per_step=\d+"
+    table["arm"] = table["arm"].str.replace(sizes, r" \1", regex=True)
+    areas = table.groupby(["base", "arm"])["reward"].mean().unstack()[table["arm"].unique()]
+    yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
+    yield from ((arm, gap.cell()) for arm, gap in against(gaps(areas)).items())
+
+
+def curriculum() -> Numbers:
+    """Question 15: differences to uniform prompts by seed, of sampled and of greedy completions."""
+    for part in ("15_uneven", "15_countdown"):
+        for metric in ("area", "area_greedy"):
+            areas = by_seed(runs(part), metric)
+            for arm, cell in cells(areas["rloo"].mean(), against(gaps(areas))):
+                yield f"{arm}, {part[3:]}", cell
+
+
 AGENTS = ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default")
 PAGES: dict[str, Callable[[], Numbers]] = {
     "1_rates": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
@@ -339,6 +358,8 @@ PAGES: dict[str, Callable[[], Numbers]] = {
     "11_learned": learned,
     "12_bases": partial(units, "12_sort_digits", "12_reverse_text", "12_countdown"),
     "13_molecules": partial(units, "13_molecules"),
+    "14_groups": groups,
+    "15_curriculum": curriculum,
 }
 """What computes the cells of each page."""
 
