@@ -14,6 +14,7 @@ equal rates. The largest quantile counts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -138,3 +139,27 @@ def chosen(arms: Mapping[str, np.ndarray]) -> dict[str, Interval]:
     means = differences(arms.values()).mean(1)
     halves = half_widths(arms.values())
     return dict(zip([*arms][1:], map(around, means, halves), strict=True))
+
+
+def resampled(values: np.ndarray) -> str:
+    """Return the first number, with the 95 % interval of the others."""
+    return Interval(values[0], *np.quantile(values[1:], [0.025, 0.975])).text(".3g")
+
+
+def side(low: float, high: float) -> int:
+    """Return on which side of 0 an interval lies: 1, -1, or 0 if it contains 0."""
+    return int(low > 0) - int(high < 0)
+
+
+def pairs_needed(differences: pd.Series) -> int:
+    """Return how many pairs of this spread give intervals of .25 to either side, where six share 5 %."""
+    return next(n for n in count(2) if half_width(differences.std(), n, 6) <= 0.25)
+
+
+def peak(rates: pd.Index, areas: np.ndarray) -> float:
+    """Return the rate at the top of the parabola through the best point and its neighbours, over log2."""
+    top = int(np.argmax(areas))
+    if top in (0, len(areas) - 1):
+        return rates[top]
+    before, highest, after = areas[top - 1 : top + 2]
+    return rates[top] * 2 ** (0.5 * (before - after) / (before - 2 * highest + after))

@@ -20,7 +20,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,11 @@ from intervals import (
     at_best_rates_of_others,
     bases_at_large,
     chosen,
-    half_width,
     half_widths,
+    pairs_needed,
+    peak,
+    resampled,
+    side,
     student,
 )
 
@@ -172,20 +174,6 @@ def noise() -> Numbers:
             yield x.arm, start if x.policy == "start" else f"{start} [{x.low:.3g}, {x.high:.3g}]"
 
 
-def peak(rates: pd.Index, areas: np.ndarray) -> float:
-    """Return the rate at the top of the parabola through the best point and its neighbours, over log2."""
-    top = int(np.argmax(areas))
-    if top in (0, len(areas) - 1):
-        return rates[top]
-    before, highest, after = areas[top - 1 : top + 2]
-    return rates[top] * 2 ** (0.5 * (before - after) / (before - 2 * highest + after))
-
-
-def resampled(values: np.ndarray) -> str:
-    """Return the first number, with the 95 % interval of the others."""
-    return Interval(values[0], *np.quantile(values[1:], [0.025, 0.975])).text(".3g")
-
-
 def lora() -> Numbers:
     """Question 7: the best rate of each rank, and area and reward at the end against all weights."""
     samples = [np.arange(6), *np.random.default_rng(0).integers(0, 6, (10_000, 6))]  # six seeds
@@ -225,11 +213,6 @@ def zero_gaps() -> pd.DataFrame:
         best[run] = pd.Series(at_best_rates_of_others(complete.to_numpy()[None]), [*complete])
     scores = pd.DataFrame(best).T.rename_axis(["base", "arm"])
     return scores.xs("rloo", level="arm") - scores.drop(index="rloo", level="arm")
-
-
-def side(low: float, high: float) -> int:
-    """Return on which side of 0 an interval lies: 1, -1, or 0 if it contains 0."""
-    return int(low > 0) - int(high < 0)
 
 
 def zero() -> Numbers:
@@ -295,11 +278,6 @@ def learned() -> Numbers:
             of_arms = turns[measure].loc[beta].T
             gap = student(of_arms[arm] - of_arms["rloo"], 6).text(form)
             yield row, f"{of_arms[arm].mean():.3g}" + (f", {gap}" if arm != "rloo" else "")
-
-
-def pairs_needed(differences: pd.Series) -> int:
-    """Return how many pairs of this spread give intervals of .25 to either side, where six share 5 %."""
-    return next(n for n in count(2) if half_width(differences.std(), n, 6) <= 0.25)
 
 
 def by_unit(part: str) -> dict[str, np.ndarray]:
