@@ -5,10 +5,8 @@ Who chose what to compare after a look at the runs has an exploratory verdict: i
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -111,5 +109,5 @@ def judge_recorded(
 
 def _score(run: RecordedRun) -> float:
     """Return the mean reward of the evaluations after training began; nan without any."""
-    rewards = [row["reward"] for row in run.evaluations if row["step"] and "reward" in row]
-    return fmean(rewards) if rewards else math.nan
+    later = (row.get("reward") for row in run.evaluations if row["step"])
+    return float(pd.Series(later, dtype=float).mean())

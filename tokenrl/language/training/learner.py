@@ -394,6 +394,6 @@ def make_learner(
     if args.replay:
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if "values" in args.estimator.needs:
-        settings = args.value_learning_rate, args.value_iterations
-        learner.critic = Critic(shape_of(policy).hidden_size, device, *settings)
+        width = shape_of(policy).hidden_size
+        learner.critic = Critic(width, device, args.value_learning_rate, args.value_iterations)
     return learner
