@@ -302,14 +302,28 @@ def units(*parts: str) -> Numbers:
             yield row, f"{(best == 0).sum()} + {(best == len(arms[arm][0]) - 1).sum()}"
 
 
-def groups() -> Numbers:
-    """Question 14: differences to groups of eight by base, from the evaluations of each run."""
-    table = pd.read_csv(TABLES / "14_sort_digits" / "curves.csv").query("samples > 0")
+def by_start(part: str) -> pd.DataFrame:
+    """Return areas of question 14 by base (seed, for the one pretrained base) and arm, from the runs' evaluations."""
+    table = pd.read_csv(TABLES / part / "curves.csv").query("samples > 0")
     sizes = r",num_generations=(\d+),prompts_per_step=\d+"
     table["arm"] = table["arm"].str.replace(sizes, r" \1", regex=True)
-    areas = table.groupby(["base", "arm"])["reward"].mean().unstack()[table["arm"].unique()]
-    yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
-    yield from ((arm, gap.cell()) for arm, gap in against(gaps(areas)).items())
+    unit = "base" if "base" in table else "seed"
+    return table.groupby([unit, "arm"])["reward"].mean().unstack()[table["arm"].unique()]
+
+
+def groups() -> Numbers:
+    """Question 14: differences to groups of eight, and of 64 prompts to eight with the same baseline."""
+    for part in ("14_sort_digits", "14_reverse_text", "14_countdown", "14_pretrained"):
+        areas = by_start(part)
+        kind = ", pretrained" if part == "14_pretrained" else ""
+        yield areas.columns[0] + kind, f"reference, {areas.iloc[:, 0].mean():.3f}"
+        yield from ((arm + kind, gap.cell()) for arm, gap in against(gaps(areas)).items())
+    areas = by_start("14_factors").join(by_start("14_sort_digits"))
+    for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
+        eight, one = (areas[f"{baseline} {size}"] for size in (8, 1))
+        yield baseline, f"{eight.mean():.3f}"
+        yield baseline, f"{one.mean():.3f}"
+        yield baseline, student(one - eight, 1).text(".3f")
 
 
 def curriculum() -> Numbers:

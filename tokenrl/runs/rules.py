@@ -196,7 +196,7 @@ RULES = (
         lambda run: not run.groups and run.recent.explained < LEAST_EXPLAINED and "act",
         "The critic explains {run.recent.explained:.0%} of the variance of the returns, hardly more than a constant "
         "would. Its values are noise in the baseline, and with lam below 1 a bias too: raise --value-learning-rate, "
-        "or let it learn alone at first (--value-warmup).",
+        "or do without a critic, as with --estimator reinforce_running_mean.",
     ),
     Rule(
         "few-prompts",
