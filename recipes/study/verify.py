@@ -320,10 +320,28 @@ def groups() -> Numbers:
         yield from ((arm + kind, gap.cell()) for arm, gap in against(gaps(areas)).items())
     areas = by_start("14_factors").join(by_start("14_sort_digits"))
     for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
-        eight, one = (areas[f"{baseline} {size}"] for size in (8, 1))
-        yield baseline, f"{eight.mean():.3f}"
-        yield baseline, f"{one.mean():.3f}"
-        yield baseline, student(one - eight, 1).text(".3f")
+        yield from beside(baseline, areas[f"{baseline} 8"], areas[f"{baseline} 1"])
+    areas = (
+        by_start("14_sort_digits").add_suffix(",learning_rate=0.0002").join(by_start("14_rates"))
+    )
+    rates = [f"learning_rate={rate:.4f}" for rate in (1e-4, 2e-4, 4e-4, 8e-4)]
+    eight, one = (
+        areas[[f"{arm},{rate}" for rate in rates]].set_axis(rates, axis=1)
+        for arm in ("rloo 8", "reinforce_running_mean 1")
+    )
+    for rate in rates:
+        yield from beside(rate, eight[rate], one[rate])
+    arms = {name: areas.to_numpy().T[None] for name, areas in {"eight": eight, "one": one}.items()}
+    for areas in arms.values():
+        yield "best on other bases", f"{at_best_rates_of_others(areas).mean():.3f}"
+    yield "best on other bases", chosen(arms)["one"].text(".3f")
+
+
+def beside(row: str, eight: pd.Series, one: pd.Series) -> Numbers:
+    """Yield the mean areas of runs with eight and with 64 prompts, and their difference, of bases [n]."""
+    yield row, f"{eight.mean():.3f}"
+    yield row, f"{one.mean():.3f}"
+    yield row, student(one - eight).text(".3f")
 
 
 def curriculum() -> Numbers:
