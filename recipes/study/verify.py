@@ -302,39 +302,43 @@ def units(*parts: str) -> Numbers:
             yield row, f"{(best == 0).sum()} + {(best == len(arms[arm][0]) - 1).sum()}"
 
 
-def by_start(part: str) -> pd.DataFrame:
-    """Return areas of question 14 by base (seed, for the one pretrained base) and arm, from the runs' evaluations."""
+def by_base(part: str) -> pd.DataFrame:
+    """Return areas of question 14 by base and arm, from the evaluations of each run."""
     table = pd.read_csv(TABLES / part / "curves.csv").query("samples > 0")
     sizes = r",num_generations=(\d+),prompts_per_step=\d+"
     table["arm"] = table["arm"].str.replace(sizes, r" \1", regex=True)
-    unit = "base" if "base" in table else "seed"
-    return table.groupby([unit, "arm"])["reward"].mean().unstack()[table["arm"].unique()]
+    return table.groupby(["base", "arm"])["reward"].mean().unstack()[table["arm"].unique()]
 
 
 def groups() -> Numbers:
-    """Question 14: differences to groups of eight, and of 64 prompts to eight with the same baseline."""
-    for part in ("14_sort_digits", "14_reverse_text", "14_countdown", "14_pretrained"):
-        areas = by_start(part)
-        kind = ", pretrained" if part == "14_pretrained" else ""
-        yield areas.columns[0] + kind, f"reference, {areas.iloc[:, 0].mean():.3f}"
-        yield from ((arm + kind, gap.cell()) for arm, gap in against(gaps(areas)).items())
-    areas = by_start("14_factors").join(by_start("14_sort_digits"))
+    """Question 14: differences to groups of eight; 64 prompts beside eight with the same baseline; two arms by rate."""
+    for task in ("sort_digits", "reverse_text", "countdown"):
+        areas = by_base(f"14_{task}")
+        yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
+        yield from ((arm, gap.cell()) for arm, gap in against(gaps(areas)).items())
+    areas = by_base("14_factors").join(by_base("14_sort_digits"))
     for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
         yield from beside(baseline, areas[f"{baseline} 8"], areas[f"{baseline} 1"])
-    areas = (
-        by_start("14_sort_digits").add_suffix(",learning_rate=0.0002").join(by_start("14_rates"))
-    )
-    rates = [f"learning_rate={rate:.4f}" for rate in (1e-4, 2e-4, 4e-4, 8e-4)]
-    eight, one = (
-        areas[[f"{arm},{rate}" for rate in rates]].set_axis(rates, axis=1)
-        for arm in ("rloo 8", "reinforce_running_mean 1")
-    )
-    for rate in rates:
-        yield from beside(rate, eight[rate], one[rate])
-    arms = {name: areas.to_numpy().T[None] for name, areas in {"eight": eight, "one": one}.items()}
-    for areas in arms.values():
-        yield "best on other bases", f"{at_best_rates_of_others(areas).mean():.3f}"
-    yield "best on other bases", chosen(arms)["one"].text(".3f")
+    for task, rate in (("sort_digits", 2e-4), ("reverse_text", 2e-4), ("countdown", 1.5e-4)):
+        yield from at_rates(task, rate)
+
+
+def at_rates(task: str, planned: float) -> Numbers:
+    """Question 14: eight prompts beside 64 at each rate, and at the rates that are best on other bases."""
+    areas = by_base(f"14_{task}").add_suffix(f",learning_rate={planned}")
+    areas = areas.join(by_base(f"14_rates_{task}"))
+    arms = []
+    for arm in ("rloo 8", "reinforce_running_mean 1"):
+        of_arm = areas.filter(regex=f"^{arm},")
+        of_arm.columns = of_arm.columns.str.rpartition("=").get_level_values(2).astype(float)
+        arms.append(of_arm.sort_index(axis=1))
+    for rate in arms[0]:
+        yield from beside(f"{task}, {rate:g}", *(of_arm[rate] for of_arm in arms))
+    scores = [of_arm.to_numpy().T[None] for of_arm in arms]
+    row = f"{task}, best on other bases"
+    for of_arm in scores:
+        yield row, f"{at_best_rates_of_others(of_arm).mean():.3f}"
+    yield row, chosen({"eight": scores[0], "one": scores[1]})["one"].text(".3f")
 
 
 def beside(row: str, eight: pd.Series, one: pd.Series) -> Numbers:
