@@ -163,3 +163,8 @@ def peak(rates: pd.Index, areas: np.ndarray) -> float:
         return rates[top]
     before, highest, after = areas[top - 1 : top + 2]
     return rates[top] * 2 ** (0.5 * (before - after) / (before - 2 * highest + after))
+
+
+def fit_curve(table: pd.DataFrame) -> np.ndarray:
+    """Return -a and b of the curve R = -a exp(H) + b through evaluations, by least squares."""
+    return np.polyfit(np.exp(table["entropy"]), table["reward"], 1)

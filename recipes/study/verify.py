@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from intervals import (
     at_best_rates_of_others,
     bases_at_large,
     chosen,
+    fit_curve,
     half_widths,
     pairs_needed,
     peak,
@@ -38,13 +38,12 @@ from intervals import (
     side,
     student,
 )
+from printed import wrong_rows
 
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
 """The parts of question 1 that questions 3, 6 and 10 take up again."""
 CLIPS = ("none", ".2", ".2/.28", "CISPO", "sequence")  # the arms of question 5, as planned
-COPY = re.compile(r" [=≈] [a-z]\w*")
-"""The mark of an arm whose gradient is that of another arm, up to a factor."""
 Numbers = Iterator[tuple[str, str]]
 
 
@@ -108,11 +107,6 @@ def division() -> Numbers:
         yield from ((label, f"{x:g}") for x in by_seed(table, "learning_rate").mean())
         yield label, against(areas)[label].cell()
         yield label, against(ends)[label].text()
-
-
-def fit_curve(table: pd.DataFrame) -> np.ndarray:
-    """Return -a and b of the curve R = -a exp(H) + b through evaluations, by least squares."""
-    return np.polyfit(np.exp(table["entropy"]), table["reward"], 1)
 
 
 def entropy() -> Numbers:
@@ -312,26 +306,25 @@ def by_base(part: str) -> pd.DataFrame:
 
 def groups() -> Numbers:
     """Question 14: differences to groups of eight; 64 prompts beside eight with the same baseline; two arms by rate."""
-    for task in ("sort_digits", "reverse_text", "countdown"):
+    tasks = ("sort_digits", "reverse_text", "countdown")
+    for task in tasks:
         areas = by_base(f"14_{task}")
         yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
         yield from ((arm, gap.cell()) for arm, gap in against(gaps(areas)).items())
     areas = by_base("14_factors").join(by_base("14_sort_digits"))
     for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
         yield from beside(baseline, areas[f"{baseline} 8"], areas[f"{baseline} 1"])
-    for task, rate in (("sort_digits", 2e-4), ("reverse_text", 2e-4), ("countdown", 1.5e-4)):
-        yield from at_rates(task, rate)
+    for task in tasks:
+        yield from at_rates(task)
 
 
-def at_rates(task: str, planned: float) -> Numbers:
+def at_rates(task: str) -> Numbers:
     """Question 14: eight prompts beside 64 at each rate, and at the rates that are best on other bases."""
-    areas = by_base(f"14_{task}").add_suffix(f",learning_rate={planned}")
-    areas = areas.join(by_base(f"14_rates_{task}"))
-    arms = []
-    for arm in ("rloo 8", "reinforce_running_mean 1"):
-        of_arm = areas.filter(regex=f"^{arm},")
-        of_arm.columns = of_arm.columns.str.rpartition("=").get_level_values(2).astype(float)
-        arms.append(of_arm.sort_index(axis=1))
+    table = pd.concat([runs(f"14_{task}"), runs(f"14_rates_{task}")])
+    arms = [
+        table[table["arm"].str.startswith(arm)].pivot_table("area", "base", "learning_rate")
+        for arm in ("rloo,num_generations=8,", "reinforce_running_mean,")
+    ]
     for rate in arms[0]:
         yield from beside(f"{task}, {rate:g}", *(of_arm[rate] for of_arm in arms))
     scores = [of_arm.to_numpy().T[None] for of_arm in arms]
@@ -387,36 +380,6 @@ def manifest(tables: Path) -> str:
             rows, digest = content.count(b"\n") - 1, hashlib.sha256(content).hexdigest()
             lines.append(f"{path.relative_to(tables).as_posix()},{rows},{digest}")
     return "\n".join(lines) + "\n"
-
-
-def rows_of(text: str) -> dict[str, list[str]]:
-    """Return the cells that are not empty of each row of the tables in a page, without the marks of copies."""
-    rows = {}
-    for line in re.findall(r"^\| (.*) \|$", COPY.sub("", text), re.MULTILINE):
-        label, *cells = re.split(r" *\| *", line.replace("`", ""))
-        rows[label] = [cell for cell in cells if cell]
-    return rows
-
-
-def bare(cells: list[str]) -> list[str]:
-    """Return cells without the + and the 0 before the point of numbers."""
-    return [re.sub(r"\+(?=[\d.])|\b0(?=\.)", "", cell) for cell in cells]
-
-
-def wrong_rows(page: Path, numbers: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield a line for each row of a page that does not have the numbers of the raw tables."""
-    text = page.read_text()
-    computed = defaultdict(list)
-    for row, cell in numbers:
-        computed[row].append(cell)
-    below_mark = rows_of(text.partition("<!-- table")[2].partition("\n\n")[0])
-    for row in [*below_mark][2:]:
-        if row not in computed:
-            yield f"{page.name}, {row}: nothing is computed for this row"
-    printed = rows_of(text)
-    for row, cells in computed.items():
-        if bare(printed.get(row, [])) != bare(cells):
-            yield f"{page.name}, {row}: the raw tables have {cells}, the page {printed.get(row)}"
 
 
 def main() -> None:

@@ -32,9 +32,9 @@ LIMITS = {
     "language": 100,
     "language/policy": 11_820,
     "language/rewards": 13_910,
-    "language/tasks": 11_135,
+    "language/tasks": 11_120,
     "language/rollout": 26_790,
-    "language/training": 23_560,
+    "language/training": 23_580,
     "language/supervised": 7_730,
     "language/commands": 4_500,
     "language/preferences": 6_380,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_857, 189, 90_140, 230_550, 59_891, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_854, 189, 90_140, 230_547, 59_849, 7_600
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

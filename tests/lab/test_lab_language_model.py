@@ -90,9 +90,7 @@ def test_training_has_the_exact_mean_and_variance(
             rewards,
             running,
             step,
-            SimpleNamespace(
-                draw_prompts=stream.__getitem__, factors=torch.ones_like, learn=lambda *_: {}
-            ),
+            SimpleNamespace(draw_prompts=stream.__getitem__, learn=lambda *_: {}),
         )
         parameters = policy.trainable_parameters()  # a step without a signal leaves no gradient
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -212,7 +212,7 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, gener
 
 def drawing(draw_prompts):
     """A stream of prompts that a function draws."""
-    return SimpleNamespace(draw_prompts=draw_prompts, factors=torch.ones_like, learn=lambda *_: {})
+    return SimpleNamespace(draw_prompts=draw_prompts, learn=lambda numbers, rewards: {})
 
 
 def one_step(

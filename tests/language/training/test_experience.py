@@ -28,7 +28,6 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import averaged, completion_rows
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import experience
 from tokenrl.language.training.learner import Critic
 from tokenrl.language.training.rows import collect_rows, refill, rows_of_step
@@ -54,12 +53,14 @@ def start(estimator, function, **options):
     return learner, Rewards(function), list(enumerate(ROWS[:4])), replace(learner.sampling, step=1)
 
 
-class Spare(PromptStream):
+class Spare:
     """Draws further prompts, after those of a step, and remembers how many."""
 
     def __init__(self, *first):
-        self.first = list(first)
-        self.counts = []
+        self.first, self.counts = list(first), []
+
+    def learn(self, numbers, rewards):
+        return {}
 
     def draw_prompts(self, count):
         self.counts.append(count)

@@ -146,8 +146,11 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     numbers = {}
     settings = {}
     for name, run in recorded.items():
-        evaluation = with_errors(run.summary.get("eval_after"))
-        numbers[name] = {"title": run.title, "ended": ending(run.summary), **evaluation}
+        numbers[name] = {
+            "title": run.title,
+            "ended": ending(run.summary),
+            **with_errors(run.summary.get("eval_after")),
+        }
         compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
         settings[name] = {key: str(value) for key, value in flat(compared).items()}
     differing = pd.DataFrame(settings).fillna("-")

@@ -15,6 +15,7 @@ from tokenrl.errors import Refused
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.page import NOT_COMPARED, verdicts_of
+from tokenrl.runs.findings import evaluations
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.signals import ended_by_itself
 
@@ -109,5 +110,5 @@ def judge_recorded(
 
 def _score(run: RecordedRun) -> float:
     """Return the mean reward of the evaluations after training began; nan without any."""
-    later = (row.get("reward") for row in run.evaluations if row["step"])
-    return float(pd.Series(later, dtype=float).mean())
+    means = evaluations(run.evaluations, "reward")
+    return float(pd.Series([mean.value for mean in means if mean.step], dtype=float).mean())

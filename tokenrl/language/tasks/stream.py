@@ -38,7 +38,7 @@ def few_prompts(rows: Rows) -> list[str]:
         rows: training rows with a `prompt` each.
     """
     distinct = len(np.unique(rows.hashes))
-    if not 1 < distinct < MIN_PROMPTS:
+    if distinct == 1 or distinct >= MIN_PROMPTS:
         return []
     return [
         f"only {quantity(distinct, 'distinct prompt')} in {len(rows):,} training rows: the policy can learn "
@@ -126,10 +126,6 @@ class PromptStream(RowOrder):
         prompts = self.peek(count)
         self.draw(count)
         return prompts
-
-    def factors(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return 1 for each of these prompts [N], as all have the same chance."""
-        return torch.ones_like(numbers)
 
     def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         """Take the rewards of a step, on which this order does not depend; return no metrics."""

@@ -163,14 +163,16 @@ def loss_terms(
     return terms.to(dtype)
 
 
-def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor, factors: Tensor) -> Tensor:
+def update_weights(
+    learner: Learner, terms: LossTerms, chosen: Tensor, factors: Tensor | None
+) -> Tensor:
     """Return the weights [N, T] of the tokens in an update of the chosen rows [N], 0 elsewhere.
 
     Args:
         learner: the settings.
         terms: which rows and tokens are learnt from.
         chosen: True for the rows of the update [N].
-        factors: 1 / (n chance) of each row's prompt [N].
+        factors: of the gradient of each row's prompt [N]; None for 1.
     """
     weights = learner.estimator.token_weights(
         terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
@@ -178,9 +180,7 @@ def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor, factors: 
         valid=terms.in_divisor,
         chosen=chosen,
     )
-    if learner.estimator.prompts == "inverse":
-        weights = weights * factors[:, None].to(weights)
-    return weights
+    return weights if factors is None else weights * factors[:, None].to(weights)
 
 
 def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import explained, generator_of
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
-from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import (
     Experience,
     experience,
@@ -96,7 +96,9 @@ def training_step(
     whole = gather(accelerator, rows, failures)  # all N rows, on every process
     terms = loss_terms(estimator, whole, sampling, memory, rewards)
     advantages = local(accelerator, terms.advantages)
-    factors = stream.factors(whole.prompt_index)  # [N]
+    factors = None
+    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
+        factors = stream.factors(whole.prompt_index)  # [N]
     policy_learns = step > learner.args.value_warmup  # before that the critic alone
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update

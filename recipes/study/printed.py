@@ -1,0 +1,41 @@
+"""Compares the cells of tables that a page prints with those that are computed again."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+COPY = re.compile(r" [=≈] [a-z]\w*")
+"""The mark of an arm whose gradient is that of another arm, up to a factor."""
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Return the cells that are not empty of each row of the tables in a page, without the marks of copies."""
+    rows = {}
+    for line in re.findall(r"^\| (.*) \|$", COPY.sub("", text), re.MULTILINE):
+        label, *cells = re.split(r" *\| *", line.replace("`", ""))
+        rows[label] = [cell for cell in cells if cell]
+    return rows
+
+
+def bare(cells: list[str]) -> list[str]:
+    """Return cells without the + and the 0 before the point of numbers."""
+    return [re.sub(r"\+(?=[\d.])|\b0(?=\.)", "", cell) for cell in cells]
+
+
+def wrong_rows(page: Path, numbers: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line for each row of a page that does not have the numbers of the raw tables."""
+    text = page.read_text()
+    computed = defaultdict(list)
+    for row, cell in numbers:
+        computed[row].append(cell)
+    below_mark = rows_of(text.partition("<!-- table")[2].partition("\n\n")[0])
+    for row in [*below_mark][2:]:
+        if row not in computed:
+            yield f"{page.name}, {row}: nothing is computed for this row"
+    printed = rows_of(text)
+    for row, cells in computed.items():
+        if bare(printed.get(row, [])) != bare(cells):
+            yield f"{page.name}, {row}: the raw tables have {cells}, the page {printed.get(row)}"
