@@ -19,7 +19,7 @@ from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
 from tokenrl.flags import Command, parse
-from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.arguments import CompareArguments, JudgeArguments
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.commands.arguments import EvaluateArguments, SampleArguments
@@ -86,6 +86,7 @@ COMMANDS = {
     "sample": Command(SampleArguments, "tokenrl.language.commands.sample:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
     "compare": Command(CompareArguments, "tokenrl.lab.compare.loop:compare_each"),
+    "judge": Command(JudgeArguments, "tokenrl.lab.compare.recorded:judge"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
     "lab exact": Command(LabArguments, "tokenrl.lab.exact.report:exact"),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import chain, pairwise
+from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -255,7 +256,7 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
             metavar = "PRESET"
         elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
             hint = hint | str  # the name of a function
-        elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
+        elif mentions(hint, bool) and mentions(hint, NoneType):  # --NAME, --no-NAME, or left open
             hint = bool
         elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
             hint = Literal[True, False, "auto"]

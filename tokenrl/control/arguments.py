@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
@@ -18,6 +18,7 @@ from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.settings import (
+    MEASURED,
     OPEN,
     Count,
     Natural,
@@ -33,7 +34,7 @@ from tokenrl.settings import (
 class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
-    env: str = "CartPole-v1"
+    env: Annotated[str, MEASURED] = "CartPole-v1"
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
     For your own environment, name the file or module that registers it: my_envs.py:Mine-v0 or
     my_package.envs:Mine-v0.
@@ -46,14 +47,14 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     output_dir: str | None = None
     """Directory of the run. Default: a new one, runs/control-1,
     runs/control-2 and so on; with resume the newest of these."""
-    max_steps: Natural = 100
+    max_steps: Annotated[Natural, MEASURED] = 100
     """Number of rollouts that are collected and trained on; 0 only evaluates."""
-    num_envs: Count = 64
+    num_envs: Annotated[Count, MEASURED] = 64
     """Number of environments that are stepped together."""
-    num_steps: Several | None = None
+    num_steps: Annotated[Several, MEASURED] | None = None
     """Steps of each environment per rollout. Needs a critic, which estimates the returns that are cut off.
     Default: one whole episode of each environment."""
-    max_episode_steps: Count | None = None
+    max_episode_steps: Annotated[Count, MEASURED] | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
     time_limits: Literal["bootstrap", "end"] = "bootstrap"
     """A critic estimates the rewards after a time limit, if gamma is below 1; or a time limit is an end."""
@@ -91,9 +92,9 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Number of updates per pass, each on a part of the actions."""
     seed: Seed = 0
     """Seed of initial weights, environments and actions."""
-    eval_episodes: Count = 100
+    eval_episodes: Annotated[Count, MEASURED] = 100
     """Number of episodes per evaluation, from starting states that are never trained on."""
-    eval_every: Natural = OPEN
+    eval_every: Annotated[Natural, MEASURED] = OPEN
     """Steps between evaluations; 0: only before and after training. Default: a tenth of the run."""
     stop_when_solved: bool = False
     """End the run at the first evaluation that reaches the environment's reward threshold."""

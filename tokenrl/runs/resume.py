@@ -32,7 +32,9 @@ T = TypeVar("T")
 _SAVING = {"output_dir", "quiet", "save_every", "save_minutes", "keep_checkpoints"}
 _SHOWING = {"logging_steps", "log_completions", "report_to", "tracker_project", "run_name"}
 _ENDING = {"max_steps", "stop_after_zero_spread", "stop_after_nonfinite"}
-FREE = _SAVING | _SHOWING | _ENDING | {"resume", "overwrite", "check", "trust_run"}
+APART = _SAVING | _SHOWING | {"resume", "overwrite", "check", "trust_run"}
+"""Settings that change no number of a run."""
+FREE = APART | _ENDING
 """Settings that may change when a run continues."""
 ROUNDING = {
     "micro_batch_size",

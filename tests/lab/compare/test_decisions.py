@@ -1,6 +1,7 @@
 """Verdicts of judge_scores on any table, and their sentences."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -175,6 +176,37 @@ def test_an_arm_that_fails_more_often_is_not_better(failures, shift, verdict, wo
     assert ("because it fails less often" in text) == ("because" in words)
 
 
+def failing(count, failures, base=0.0):
+    """Scores by seed of which the first are failures below .2."""
+    return {s: 0.0 if s < failures else 1 + base + ZIGZAG[s % 6] / 10 for s in range(count)}
+
+
+@pytest.mark.parametrize(("arms", "verdict"), [(1, "worse"), (3, "undecided")])
+def test_failures_share_the_level_of_the_family(arms, verdict):
+    """Five failures of eight have p = .026 against none: below .05 / 2, and above .05 / 6."""
+    table = {"ref": failing(8, 0)} | {
+        f"arm{i}": failing(8, 6 if arms == 1 else 5) for i in range(arms)
+    }
+    first = family(table, failure_below=0.2).differences[0]
+    level = 0.05 / arms / 2
+    assert (first.p_failures <= level) == (verdict == "worse") and first.p_failures < 0.05
+    assert first.more_failures == ("arm0" if verdict == "worse" else "")
+
+
+def test_failures_of_fewer_than_six_pairs_decide_nothing():
+    (difference,) = family(
+        {"ref": failing(5, 0), "arm": failing(5, 5)}, failure_below=0.2
+    ).differences
+    assert difference.p_failures < 0.01 and difference.verdict == "descriptive"
+
+
+def test_of_two_arms_the_larger_failure_rate_that_is_not_excluded_is_told():
+    table = {"ref": failing(20, 0), "arm": failing(6, 0, 1.0)}
+    for names in (("ref", "arm"), ("arm", "ref")):
+        (text,) = family({name: table[name] for name in names}).sentences()
+        assert "does not exclude that up to 39% would" in text
+
+
 def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
     table = [("ref", s, 1 + s / 8) for s in range(8)] + [("arm", s, math.nan) for s in range(8)]
     marked = [{"arm": a, "seed": s, "score": x, "failed": a == "arm"} for a, s, x in table]
@@ -223,6 +255,18 @@ def test_a_table_may_be_a_frame_mappings_or_tuples():
     assert judge_scores(frame.to_dict("records"), metric="accuracy") == judged
 
 
+@pytest.mark.parametrize("word", [True, "True", "true", 1, "1"])
+def test_a_run_that_failed_may_be_marked_in_the_ways_of_files(word):
+    marks = {"ref": False, "arm": word}
+    table = [
+        {"arm": a, "seed": s, "score": s / 8, "failed": marks[a]} for a in marks for s in range(8)
+    ]
+    arms = {arm.arm: len(arm.failed) for arm in family(table).arms}
+    assert arms == {"ref": 0, "arm": 8}
+    texts = [{**row, "failed": "" if row["arm"] == "ref" else row["failed"]} for row in table]
+    assert family(texts) == family(table)
+
+
 GOOD = [("ppo", seed, 0.5) for seed in range(6)] + [("rloo", seed, 0.5) for seed in range(6)]
 
 
@@ -237,9 +281,17 @@ GOOD = [("ppo", seed, 0.5) for seed in range(6)] + [("rloo", seed, 0.5) for seed
         ([{"arm": "ppo"}], {}, "it needs a row for each run, with arm, seed and score"),
         ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),
         ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
+        ([*GOOD, (None, 0, 0.5)], {}, "Row 12, arm '', seed 0, has no arm"),
+        (
+            [{"arm": "a", "seed": 0, "score": 1, "failed": "OOM"}],
+            {},
+            "neither True nor False in its",
+        ),
+        (GOOD, {"looks": (8, 6)}, "looks was given as (8, 6); give .* that rise"),
+        (GOOD, {"looks": (2.5, 6)}, "looks was given as (2.5, 6); it must be"),
     ],
 )
 def test_a_table_that_cannot_be_judged_is_refused(table, options, words):
     with pytest.raises(Refused) as refused:
         judge_scores(table, **options)
-    assert words in str(refused.value)
+    assert re.search(re.escape(words).replace(r"\.\*", ".*"), str(refused.value))

@@ -148,7 +148,7 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
         halves()
     write_json(file, config | {"hashes": config["hashes"] | {name: "another"}})
     first = "runs/walk/reinforce/seed_0"
-    words = f"{first} and runs/walk/{arm}/seed_2 cannot be compared, as they differ in {name}"
+    words = f"{first} and all/runs/walk/{arm}/seed_2 cannot be compared, as they differ in hash of {name}"
     with refused(words):
         halves()
     if where == "all":

@@ -11,7 +11,7 @@ from scipy import stats
 
 import tokenrl
 from tokenrl.lab import judge_scores
-from tokenrl.lab.compare import loop
+from tokenrl.lab.compare import execution, loop
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.looks import error_of_looks, levels_of_looks, spent
@@ -42,6 +42,10 @@ def test_what_is_spent_is_what_simulated_sums_find(looks):
         error = 4 * (expected * (1 - expected) / len(sums)) ** 0.5
         assert stopped.mean() == pytest.approx(expected, abs=error)
     assert spent(1.0, 0.05) == pytest.approx(0.05)
+
+
+def test_a_look_at_next_to_nothing_spends_nothing():
+    assert levels_of_looks((2, 1000), 0.05) == pytest.approx((0.0, 0.05))
 
 
 def scores(*arms):
@@ -122,6 +126,55 @@ def test_decided_arms_make_no_more_runs_and_a_killed_comparison_goes_on_to_the_s
     assert whole.judgement == killed.judgement
     assert whole.judgement.verdicts()["walk", "a2c"] == "better"
     assert "of 36 runs were made" in whole.words.headline
+
+
+def test_code_that_is_changed_between_two_looks_is_noticed(tmp_path, monkeypatch):
+    settings = WALK | {
+        "arms": ("reinforce", "a2c"),
+        "seeds": (6, 9),
+        "output_dir": tmp_path / "run",
+    }
+
+    def execute(runs, root, **options):
+        for run in runs:
+            config = {"hashes": {"module rewards": "1" if run.seed < 6 else "2"}}
+            if not (root / run.path).exists():
+                write_run(root / run.path, config=config, **rising(0.5)(run.seed))
+
+    monkeypatch.setattr(loop, "execute", execute)
+    with refused(
+        "seed_0 and .*seed_6 cannot be compared, as they differ in hash of module rewards"
+    ):
+        tokenrl.compare(**settings)
+    with refused("differ in hash of module rewards"):
+        judge_directory(tmp_path / "run")
+
+
+def test_runs_that_were_judged_are_collected_by_their_look_alone(tmp_path, monkeypatch):
+    """Twelve seeds that take over six runs which had a verdict are two looks, wherever the six seeds lie."""
+
+    def execute(runs, root, **options):
+        for run in runs:
+            if not (root / run.path).exists():
+                execution._write_settings(run, root)
+                write_run(root / run.path, **rising(0.5)(run.seed))
+
+    monkeypatch.setattr(loop, "execute", execute)
+    arms = WALK | {"arms": ("reinforce", "a2c")}
+    for name, options in {
+        "six": {"seeds": 6},
+        "later": {"seeds": 6, "first_seed": 6},
+        "five": {"seeds": 5},
+    }.items():
+        tokenrl.compare(**arms, **options, output_dir=tmp_path / name)
+    for name in ("six", "later"):
+        with refused(
+            "judged after 6 seeds. Who looks after 6 seeds, and again after 12, .*fewer than 6 seeds each"
+        ):
+            tokenrl.compare(**arms, seeds=12, collect=tmp_path / name, output_dir=tmp_path / "all")
+    for name, seeds in (("five", 12), ("six", (6, 12))):
+        output_dir = tmp_path / f"with_{name}"
+        tokenrl.compare(**arms, seeds=seeds, collect=tmp_path / name, output_dir=output_dir)
 
 
 def test_a_program_reads_the_verdict_from_a_file_and_from_the_exit_code(tmp_path, monkeypatch):

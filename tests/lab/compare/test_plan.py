@@ -39,8 +39,8 @@ def toy(*arms, **options):
          {"aggregation": "token_mean", "gamma": 0.9}, {}),
         ("rloo, --estimator.scale = batch_std", {}, "rloo", {"scale": "batch_std"}, {}),
         ("baseline=group_mean", {}, "rloo", {"baseline": "group_mean"}, {}),
-        ("rloo,max_grad_norm=0.5,lora_target_modules=('q','v'),chat=true", {}, "rloo", {},
-         {"max_grad_norm": 0.5, "lora_target_modules": ("q", "v"), "chat": True}),
+        ("rloo,max_grad_norm=0.5,lora_target_modules=('q','v'),warm_start=true", {}, "rloo", {},
+         {"max_grad_norm": 0.5, "lora_target_modules": ("q", "v"), "warm_start": True}),
         ("rloo,num-generations=4,learning-rate=1e-4", {}, "rloo", {}, {"num_generations": 4}),
     ],
 )  # fmt: skip
@@ -150,7 +150,7 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ),
         ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
-        ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
+        ({"arms": ["rloo,eval_every=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,learning_rate=(1,-1)", "grpo"]}, "learning_rate was given as"),
         (
             {"arms": ["rloo,num_generations=None", "grpo"], "env": ()},

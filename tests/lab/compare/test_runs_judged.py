@@ -1,15 +1,19 @@
 """What a comparison reads from its runs and says of them, with runs that are written by hand."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
+from folders import read_json
 from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_run
 from refusals import stopped
 
 import tokenrl
 from tokenrl.lab.compare.loop import best_rates, judge_directory
+from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.table import read_runs
+from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import write_json
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
@@ -77,8 +81,8 @@ def early(tmp_path_factory):
         ({}, "failed", "It was ended from outside, as for want of memory."),
         (
             {"exit_reason": "SIGTERM"},
-            "missing",
-            "It has not ended; the same command goes on with it.",
+            "stopped",
+            "SIGTERM stopped it; the same command goes on with it.",
         ),
         *(
             ({"exit_reason": name}, "finished", "")
@@ -163,11 +167,50 @@ def test_the_best_rate_has_the_best_mean(scores, best):
     assert best_rates([], "area") == {}
 
 
+def test_runs_that_have_not_ended_are_neither_judged_nor_failures(tmp_path):
+    """Of one arm all runs have ended; of the other one is under way, one was stopped, and one has not begun."""
+    arms = {"reinforce": rising(0.5), "a2c": rising(0.9), "rloo": rising(0.6)}
+    compared(tmp_path, arms, seeds=8)
+    folder = tmp_path / "runs/walk/a2c"
+    (folder / "seed_1/summary.json").unlink()
+    directory = RunDirectory(folder / "seed_1", may_hold_run=True)
+    write_json(folder / "seed_2/summary.json", {"exit_reason": "SIGTERM"})
+    shutil.rmtree(folder / "seed_3")
+    comparison = judge_directory(tmp_path)
+    states = [row(comparison, "a2c", seed)["state"] for seed in range(4)]
+    assert states == ["finished", "running", "stopped", "absent"]
+    assert not comparison.runs["failed"].any()
+    assert comparison.counts == {"planned": 24, "made": 21, "failed": 0}
+    (a2c, _) = comparison.family.differences
+    assert a2c.unpaired == (1, 2, 3) and a2c.p_failures == 1.0
+    write_comparison(comparison)
+    directory.release()
+
+
+@pytest.mark.drawn
+def test_an_arm_whose_runs_fail_before_their_first_row_is_worse_and_has_a_report(tmp_path):
+    arms = {"reinforce": rising(0.5), "a2c": lambda seed: {}}
+    plan = planned({**WALK, "arms": tuple(arms), "output_dir": str(tmp_path)})
+    for run in plan.runs({}):
+        path = tmp_path / run.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{path.name}.log").write_text("No memory.")
+        if run.arm == "reinforce":
+            write_run(path, **rising(0.5)(run.seed))
+    comparison = judge_directory(tmp_path)
+    assert comparison.judgement.verdicts() == {("walk", "a2c"): "worse"}
+    assert row(comparison, "a2c")["reason"] == "No memory."
+    assert "a2c" in write_comparison(comparison).read_text("utf-8")
+    assert read_json(tmp_path / "comparison.json")["runs"]["failed"] == 6
+
+
 def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
     broken = {"exit_reason": "failed", "error": "No memory."}
-    arms = {arm: rewards(summary=broken) for arm in ("reinforce", "a2c")}
-    with stopped("Nothing can be judged on walk"):
-        compared(tmp_path, arms, seeds=2)
+    arms = {arm: rewards(math.nan, summary=broken) for arm in ("reinforce", "a2c")}
+    with stopped("Nothing can be judged on walk: no run has area. No memory."):
+        compared(tmp_path / "failed", arms, seeds=2)
+    with stopped("two arms need runs that have ended. It has not begun."):
+        compared(tmp_path / "begun", {"reinforce": rising(0.5), "a2c": lambda seed: {}}, seeds=2)
 
 
 FLAGGED = {"exit_reason": "finished", "flags": ["entropy-collapsed"]}

@@ -28,8 +28,14 @@ def rows_of(text, heading):
 
 
 def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys):
-    make_run(workplace / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1})
-    make_run(workplace / "two", 0.75, task=LONG, seed=0, estimator={"gamma": 1}, lora_r=8)
+    made_of = {"hashes": {"data": "1", "reward": "right 2"}, "logging_steps": 1}
+    make_run(
+        workplace / "one", 0.5, task="a", seed=0, estimator={"scale": "none", "gamma": 1}, **made_of
+    )
+    made_of = {"hashes": {"data": "1", "reward": "right 3"}, "logging_steps": 5}
+    make_run(
+        workplace / "two", 0.75, task=LONG, seed=0, estimator={"gamma": 1}, lora_r=8, **made_of
+    )
     completes("report one two")
     assert capsys.readouterr().out == "comparison.html\n"
     text = (workplace / "comparison.html").read_text("utf-8")
@@ -39,6 +45,7 @@ def test_runs_stand_side_by_side_with_the_settings_that_differ(workplace, capsys
     assert rows_of(text, "Settings that differ")[1:] == [
         ["estimator.scale", "none", "-"],
         ["task", "a", LONG],
+        ["hash of reward", "right 2", "right 3"],
         ["lora_r", "-", "8"],
     ]
     page = Page(text)

@@ -32,7 +32,27 @@ class ProblemArguments(Settings, group="problems"):
 
 
 @dataclass(frozen=True)
-class JudgementArguments(Settings, group="judgement"):
+class VerdictArguments(Settings, group="verdict"):
+    """Which runs count as failed, and what programs get."""
+
+    failure_below: Number | None = None
+    """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
+    require: str | None = None
+    """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
+    with 3 if the arm has another verdict."""
+    json: str | None = None
+    """For programs: a file for the verdicts. It holds what comparison.json in the output directory of a comparison
+    holds; of runs that exist the verdict, with the settings in which they differ."""
+
+    def __post_init__(self) -> None:
+        """Check the values, and the place of the file."""
+        super().__post_init__()
+        if self.json:
+            check_place(self.json)
+
+
+@dataclass(frozen=True)
+class JudgementArguments(VerdictArguments, group="judgement"):
     """Which score decides, and what counts as a difference."""
 
     reference: str | None = None
@@ -47,19 +67,25 @@ class JudgementArguments(Settings, group="judgement"):
     """Smaller differences count as none. Default: .02 of the range that the reward declares (as an attribute:
     reward.range = (low, high), or reward.binary = True). Without a margin a difference can be found, but no
     two arms are called equivalent."""
-    failure_below: Number | None = None
-    """A run that ends with a lower held-out sampled reward counts as failed, like a run that breaks off."""
+
+
+@dataclass(frozen=True)
+class JudgeArguments(VerdictArguments):
+    """Judge runs that exist, or scores of any program: is the candidate better than the baseline?"""
+
     baseline: tuple[str, ...] = ()
-    """Directories of runs that exist, one for each seed. With --candidate no run is made: these two are judged by
-    their evaluations, and the settings in which they differ are listed."""
+    """Directories of runs of one kind, one for each seed."""
     candidate: tuple[str, ...] = ()
-    """Directories of the runs that are judged beside those of --baseline."""
-    require: str | None = None
-    """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
-    with 3 if the arm has another verdict."""
-    json: str | None = None
-    """For programs: a file for the verdicts. It holds what comparison.json in the output directory holds, and of runs
-    that exist the verdict with the settings in which they differ."""
+    """Directories of the runs that are judged beside those of --baseline. Runs that differ in task, reward, model, code
+    of the reward or evaluations are refused; other settings in which they differ are listed."""
+    scores: str | None = None
+    """In place of runs a file in CSV: a row for each run, with arm, seed and score, with problem if there are several,
+    and with failed, which is True or False, if some failed. The first arm is the reference."""
+    metric: str | None = None
+    """Score that decides. Of runs area, reward, area_greedy or reward_greedy, as for tokenrl compare; default: area. Of
+    a file its column; default: score."""
+    margin: Positive | None = None
+    """Smaller differences count as none. Default: no margin, so that nothing is called equivalent."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +141,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             if not all(isinstance(part, str | None) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
-        if self.json:
-            check_place(self.json)
-            if len(self.task) + len(self.env) > 1:
-                raise Refused(
-                    "json names one file; read comparison.json in the directory of each task."
-                )
+        if self.json and len(self.task) + len(self.env) > 1:
+            raise Refused(
+                "json names one file; read comparison.json in the directory of each task."
+            )
 
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:

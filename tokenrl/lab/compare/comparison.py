@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -15,6 +15,7 @@ from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
 from tokenrl.lab.compare.plan import Plan, Role
+from tokenrl.lab.compare.table import ENDED
 from tokenrl.runs.findings import LOST_SHARE
 
 LOST = {
@@ -77,15 +78,30 @@ class Comparison:
     @property
     def _saved(self) -> str:
         """How many runs the looks saved, in words; empty where there was one look."""
-        planned = len(self.plan.seeds) * len(self.plan.arms)
         if len(self.plan.looks) == 1 or self.family.undecided:
             return ""
-        return f" {len(self.of('comparison'))} of {planned} runs were made."
+        return f" {self.counts['made']} of {self.counts['planned']} runs were made."
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a run failed. A failure on a tuning seed does not count: it speaks against its rate."""
         return int((self.of("comparison")["state"] != "finished").any())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many runs of the comparison were planned, have ended, and failed."""
+        runs = self.of("comparison")
+        planned = len(self.plan.seeds) * len(self.plan.arms)
+        made = int(runs["state"].isin(ENDED).sum())
+        return {"planned": planned, "made": made, "failed": int(runs["failed"].sum())}
+
+    @property
+    def curves(self) -> dict[str, pd.DataFrame]:
+        """The curves of the runs of each arm, one below the other; of arms that have any."""
+        runs = self.of("comparison").dropna(subset="curve")
+        return {
+            str(arm): pd.concat([*rows]) for arm, rows in runs.groupby("arm", sort=False)["curve"]
+        }
 
     def of(self, role: Role) -> pd.DataFrame:
         """Return the rows of the runs that are compared, or of those that choose learning rates."""
@@ -123,8 +139,29 @@ class Comparison:
                 )
 
 
+def judge_rows(runs: pd.DataFrame, metric: str, problem: str = "", **options: Any) -> Judgement:
+    """Judge runs by a score; those that have not ended are left out.
+
+    Args:
+        runs: a row for each run, as `table.row_of` makes it, with its arm and seed.
+        metric: the score.
+        problem: the name of the problem.
+        **options: as `judge_scores` takes them.
+
+    Raises:
+        Stopped: no run has the score, or only one arm has runs that have ended.
+    """
+    ended = runs[runs["state"].isin(ENDED)].assign(score=runs[metric], problem=problem)
+    arms = ended["arm"].nunique()
+    if ended["score"].isna().all() or arms < 2:
+        fault = f"no run has {metric}" if arms > 1 else "two arms need runs that have ended"
+        reason = "".join(runs["reason"][runs["reason"] != ""][:1])
+        raise Stopped(f"Nothing can be judged{problem and ' on '}{problem}: {fault}. {reason}")
+    return judge_scores(ended, metric=metric, **options)
+
+
 def judge_runs(output_dir: Path, plan: Plan, runs: pd.DataFrame) -> Comparison:
-    """Judge the runs of a comparison; those that have not been made are left out.
+    """Judge the runs of a comparison.
 
     Args:
         output_dir: its directory.
@@ -132,17 +169,12 @@ def judge_runs(output_dir: Path, plan: Plan, runs: pd.DataFrame) -> Comparison:
         runs: a row for each run.
 
     Raises:
-        Stopped: no run has the score that decides.
+        Stopped: nothing can be judged yet.
     """
-    made = runs.query("role == 'comparison' and state != 'missing'")
-    if made[plan.metric].isna().all():
-        reason = "".join(made["reason"][:1])
-        raise Stopped(
-            f"Nothing can be judged on {plan.problem}: no run has {plan.metric}. {reason}"
-        )
-    judgement = judge_scores(
-        made,
-        metric=plan.metric,
+    judgement = judge_rows(
+        runs[runs["role"] == "comparison"],
+        plan.metric,
+        plan.problem,
         reference=plan.reference,
         margin=plan.margin,
         all_pairs=plan.all_pairs,

@@ -26,8 +26,11 @@ from tokenrl.lab.compare.judgement import (
     VerdictWord,
     verdict_of_scores,
 )
-from tokenrl.lab.compare.looks import levels_of_looks
+from tokenrl.lab.compare.looks import check_looks, levels_of_looks
 from tokenrl.settings import check_choice, check_number
+
+TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+"""What a table may say of a run in its column failed, in small letters."""
 
 
 def judge_scores(
@@ -55,8 +58,9 @@ def judge_scores(
 
     Args:
         table: rows with the columns `arm`, `seed` and `score`; `problem` if there are several,
-            and `failed`, true for runs that failed, whose scores are not used and may be missing (nan). They
-            are mappings, tuples (arm, seed, score) or (arm, seed, score, problem), or a data frame of pandas.
+            and `failed`, True for runs that failed, whose scores are not used and may be missing (nan), and
+            else False or missing. They are mappings, tuples (arm, seed, score) or (arm, seed, score, problem), or
+            a data frame of pandas.
         metric: name of the score. It is also the name of its column if there is no column `score`.
         reference: the arm that the others are compared with; None for the first.
         margin: smaller differences count as none; None for no equivalence.
@@ -71,7 +75,7 @@ def judge_scores(
 
     Raises:
         Refused: a row cannot be read, or a score is not finite or given twice. Also if there is one arm only,
-            two arms have no seed in common, or the reference does not exist.
+            two arms have no seed in common, the reference does not exist, or looks do not rise.
 
     Example:
         >>> from tokenrl.lab import judge_scores
@@ -80,11 +84,12 @@ def judge_scores(
     """
     if margin is not None:
         check_number("margin", margin, above=0)
+    looks = check_looks("looks", looks) if len(looks) else ()
     frame = _rows(table, metric)
     if failure_below is not None:
         frame["failed"] |= frame["score"] < failure_below
     families = [
-        _family(str(problem), runs, reference, margin, all_pairs, tuple(looks))
+        _family(str(problem), runs, reference, margin, all_pairs, looks)
         for problem, runs in frame.groupby("problem", sort=False)
     ]
     return Judgement(metric, tuple(families))
@@ -132,23 +137,24 @@ def _rows(table: Any, metric: str) -> pd.DataFrame:
             f"needs a row for each run, with arm, seed and {metric}, and problem if there are several."
         )
     runs = frame.reindex(columns=["problem", "arm", "seed", "score", "failed"])
-    runs = runs.reset_index(drop=True)
-    runs["problem"] = runs["problem"].astype(object).fillna("").astype(str)
-    runs["arm"] = runs["arm"].astype(str)
+    runs = runs.reset_index(drop=True).astype(object)
+    runs = runs.where(runs.notna(), "").map(str)
     for column in ("seed", "score"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce").astype(float)
-    runs["failed"] = runs["failed"].eq(True)
+    failed = runs["failed"].str.lower().map(TRUTHS)
     mistakes = {
+        "has no arm": runs["arm"] == "",
         "has no whole number as its seed": runs["seed"] % 1 != 0,
+        "has neither True nor False in its column failed": failed.isna(),
         "has no finite score; give the one at its end, or the column failed: leaving failed runs out would "
-        "flatter the arm": ~np.isfinite(runs["score"]) & ~runs["failed"],
+        "flatter the arm": ~np.isfinite(runs["score"]) & ~failed.eq(True),
         "is there a second time; give each run once": runs.duplicated(["problem", "arm", "seed"]),
     }
     for mistake, rows in mistakes.items():
         if rows.any():
             run = runs[rows].iloc[0]
             raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {mistake}.")
-    return runs.astype({"seed": int})
+    return runs.assign(failed=failed.astype(bool)).astype({"seed": int})
 
 
 def _compare_at_looks(

@@ -17,7 +17,9 @@ from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused, refusing
-from tokenrl.lab.compare.plan import PlannedRun, differing
+from tokenrl.lab.compare.intervals import LEAST_PAIRS
+from tokenrl.lab.compare.looks import looked_twice
+from tokenrl.lab.compare.plan import Plan, PlannedRun, differing, read_plan
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
@@ -40,6 +42,7 @@ class Process(Protocol):
 
 
 def collect(
+    plan: Plan,
     runs: Sequence[PlannedRun],
     directories: Sequence[str],
     root: Path,
@@ -48,13 +51,15 @@ def collect(
     """Copy runs that have ended in the directories of other comparisons.
 
     Args:
+        plan: the comparison.
         runs: the runs that are wanted.
         directories: the directories, each as another machine made it.
         root: the directory of the comparison, which this process has locked.
         announce: prints a line.
 
     Raises:
-        Refused: a directory holds no comparison, or has a run with other settings.
+        Refused: a directory holds no comparison, was judged where this one does not look, or has a run with other
+            settings.
         Stopped: a run cannot be copied.
     """
     for source in map(Path, directories):
@@ -62,6 +67,7 @@ def collect(
             raise Refused(
                 f"collect has {str(source)!r}, which holds no comparison: it has no plan.json."
             )
+        _check_looks(plan, source)
         ended = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
         for run in ended:
             _write_settings(run, root)
@@ -76,6 +82,23 @@ def collect(
                 shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
             remove(root / run.path / MANIFEST)  # its report may be written again
         announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
+
+
+def _check_looks(plan: Plan, source: Path) -> None:
+    """Refuse runs that were judged already, unless that was one of the looks of this comparison.
+
+    Fewer than six seeds have no verdict, so whoever saw them has decided nothing.
+    """
+    theirs = read_plan(source)
+    judged = {look: theirs.seeds[:look] for look in theirs.looks if look >= LEAST_PAIRS}
+    allowed = {look: plan.seeds[:look] for look in plan.looks}
+    if judged.items() <= allowed.items() or not (source / "comparison.json").is_file():
+        return
+    first = min(judged.keys() - allowed.keys(), default=min(judged))
+    raise Refused(
+        f"The runs in {source} were judged after {first} seeds. {looked_twice(first, len(plan.seeds))} Machines that "
+        f"share a comparison make fewer than {LEAST_PAIRS} seeds each, which have no verdict."
+    )
 
 
 def _write_settings(run: PlannedRun, root: Path) -> Path:

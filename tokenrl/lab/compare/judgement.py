@@ -6,11 +6,12 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pandas as pd
 from scipy import stats
 
+from tokenrl.errors import Refused
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, Estimate, failure_rate
 
 VerdictWord = Literal["better", "worse", "equivalent", "undecided", "descriptive"]
@@ -35,6 +36,8 @@ FINDINGS: dict[VerdictWord, str] = {
 """For each verdict, the sentence about one arm, which is about runs that did not fail unless failures decide."""
 MOST_PAIRS = 1000
 """More are not proposed."""
+UNMET = 3
+"""The exit code where an arm has another verdict than `require` asks for."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,11 @@ class Family:
         return {arm for d in open_ones for arm in (d.arm, d.reference)}
 
     @property
+    def rivals(self) -> list[str]:
+        """The arms that are compared with the reference."""
+        return [arm.arm for arm in self.arms if arm.arm != self.reference]
+
+    @property
     def against_reference(self) -> dict[str, PairedDifference]:
         """The differences to the reference, by arm."""
         return {d.arm: d for d in self.differences if d.reference == self.reference}
@@ -288,6 +296,41 @@ class Judgement:
             for difference in family.differences
         ]
         return pd.DataFrame(rows).drop(columns=["differences", "adjusted"])
+
+
+class Requirement(NamedTuple):
+    """The verdicts of which a program requires one of an arm; none if it requires nothing."""
+
+    verdicts: set[str]
+    arm: str
+
+    def exit_code(self, family: Family) -> int:
+        """Return 0 if a family has such a verdict, else 3."""
+        if not self.verdicts or family.against_reference[self.arm].verdict in self.verdicts:
+            return 0
+        return UNMET
+
+
+def required(words: str | None, rivals: Sequence[str]) -> Requirement:
+    """Read what `--require` says, such as better|equivalent:grpo.
+
+    Args:
+        words: the text; None requires nothing.
+        rivals: the arms that have verdicts.
+
+    Raises:
+        Refused: it names something else.
+    """
+    if words is None:
+        return Requirement(set(), "")
+    names, _, arm = words.partition(":")
+    verdicts = {*names.split("|")}
+    if not verdicts <= {*HEADLINES} or arm not in rivals:
+        raise Refused(
+            f"require was given as {words!r}; name one or more of {', '.join(HEADLINES)}, separated by |, and "
+            f"after a colon one of the arms {', '.join(rivals)}."
+        )
+    return Requirement(verdicts, arm)
 
 
 def decides(verdict: VerdictWord) -> bool:

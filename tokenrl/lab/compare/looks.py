@@ -19,10 +19,38 @@ from functools import lru_cache
 import numpy as np
 from scipy import integrate, optimize, stats
 
-from tokenrl.lab.compare.intervals import Array
+from tokenrl.errors import Refused
+from tokenrl.lab.compare.intervals import ALPHA, Array
+from tokenrl.settings import Count, checked, shown
 
 GRID = 801
 """Points at which the density of the sums that go on is held; it must be odd."""
+FARTHEST = 40.0
+"""Standard deviations from 0 beyond which a normal number has no probability in double precision."""
+
+
+def check_looks(name: str, looks: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers of seeds after which arms are looked at, as plain numbers.
+
+    Raises:
+        Refused: there are none, they are no whole numbers, or do not rise.
+    """
+    whole = tuple(checked(name, looks, tuple[Count, ...]))
+    if not whole or [*whole] != sorted({*whole}):
+        raise Refused(
+            f"{name} was given as {shown(looks)}; give the number of runs of each arm, or several that rise, such as "
+            "8 12 16, after which the arms are judged."
+        )
+    return whole
+
+
+def looked_twice(before: int, now: int) -> str:
+    """Say how often equal arms are called different by who looks twice, each time as if it were the only look."""
+    return (
+        f"Who looks after {before} seeds, and again after {now}, calls equal arms different in "
+        f"{error_of_looks((before, now), ALPHA):.1%} of comparisons instead of {ALPHA:.0%}; looks that are given "
+        f"before share the error (--seeds {before} {now})."
+    )
 
 
 def spent(share: float, alpha: float) -> float:
@@ -76,7 +104,7 @@ class Sums:
 
     def stop(self, pairs: int, level: float) -> float:
         """Stop what is beyond the bound of a look at a level; return its probability."""
-        bound = stats.norm.isf(level / 2) * math.sqrt(pairs)
+        bound = min(FARTHEST, stats.norm.isf(level / 2)) * math.sqrt(pairs)
         probability = self.beyond(pairs, bound)
         points = np.linspace(-bound, bound, GRID)
         steps = stats.norm.pdf(points[:, None] - self.points, scale=math.sqrt(pairs - self.pairs))
@@ -88,7 +116,7 @@ class Sums:
         """Return the level of a look that stops a share of all sums with this probability."""
         root = math.sqrt(pairs)
         bound = optimize.brentq(
-            lambda z: self.beyond(pairs, z * root) - probability, 0.0, 40.0, xtol=1e-10
+            lambda z: self.beyond(pairs, z * root) - probability, 0.0, FARTHEST, xtol=1e-10
         )
         return float(2 * stats.norm.sf(bound))
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import collect, execute
-from tokenrl.lab.compare.judgement import HEADLINES
+from tokenrl.lab.compare.judgement import Requirement, required
 from tokenrl.lab.compare.page import record, write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -32,7 +30,6 @@ from tokenrl.lab.compare.plan import (
     start_plan,
 )
 from tokenrl.lab.compare.problems import make_plan
-from tokenrl.lab.compare.recorded import CANDIDATE, judge_recorded
 from tokenrl.lab.compare.table import read_runs
 from tokenrl.runs.console import Console, number
 from tokenrl.runs.directory import directory_path
@@ -40,10 +37,6 @@ from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_table
 
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
-UNMET = 3
-"""The exit code where an arm has another verdict than `require` asks for."""
-Rows = list[dict[str, Any]]
-"""A row for each run (see `table.read_runs`)."""
 
 
 @takes(CompareArguments)
@@ -71,11 +64,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
-    if args.baseline or args.candidate:
-        raise Refused(
-            "Runs that exist are judged by tokenrl.lab.judge_recorded(baseline, candidate)."
-        )
-    required_verdicts(args)
+    requirement_of(args)
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
     plan = make_plan(args, console.note)
@@ -85,17 +74,15 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         return plan
     lock = start_plan(plan, root)
 
-    def made(runs: Sequence[PlannedRun]) -> Rows:
-        """Make the runs that are missing, and read all."""
-        if runs:
-            collect(runs, args.collect, root, console.note)
-            read_runs(plan, runs, root)  # refuses what cannot be compared before more is made
-            execute(runs, root, executor=args.executor, workers=args.workers, console=console)
-        return read_runs(plan, runs, root)
+    def make(runs: Sequence[PlannedRun]) -> None:
+        """Make the runs that have not ended."""
+        collect(plan, runs, args.collect, root, console.note)
+        read_runs(plan, runs, root)  # refuses what cannot be compared before more is made
+        execute(runs, root, executor=args.executor, workers=args.workers, console=console)
 
     try:
         console.start("tokenrl compare", plan.describe(), note=NOTE)
-        comparison = _judged(root, plan, made)
+        comparison = _judged(root, plan, make)
         write_comparison(comparison)
         if args.json:
             write_json(Path(args.json), record(comparison))
@@ -110,17 +97,7 @@ def compare_each(args: CompareArguments) -> int:
 
     All are planned before the first is run, so that what cannot work is refused then.
     """
-    verdicts, arm = required_verdicts(args)
-    if args.baseline or args.candidate:
-        judged = judge_recorded(
-            args.baseline, args.candidate, margin=args.margin, failure_below=args.failure_below
-        )
-        print(judged.settings.to_string(), judged.family.table().to_string(), sep="\n\n")
-        print("\n- ".join(["", judged.family.headline(), *judged.family.sentences()]))
-        if args.json:
-            write_json(Path(args.json), judged.record())
-        verdict = judged.family.differences[0].verdict
-        return UNMET if verdicts and verdict not in verdicts else 0
+    requirement = requirement_of(args)
     kind = "env" if args.env else "task"
     names = getattr(args, kind)
     parts = [args]
@@ -135,43 +112,36 @@ def compare_each(args: CompareArguments) -> int:
     for part in parts:
         result = compare(part)
         if isinstance(result, Comparison):
-            codes.append(result.exit_code)
-            if verdicts and result.family.against_reference[arm].verdict not in verdicts:
-                codes.append(UNMET)
+            codes += [result.exit_code, requirement.exit_code(result.family)]
     return max(codes)
 
 
-def required_verdicts(args: CompareArguments) -> tuple[set[str], str]:
-    """Return the verdicts that `require` asks for and the arm that shall have one of them; none without it.
+def requirement_of(args: CompareArguments) -> Requirement:
+    """Return what `require` asks for; see `required`."""
+    return required(
+        args.require, [arm for arm in args.arms if arm != (args.reference or args.arms[0])]
+    )
 
-    Raises:
-        Refused: it names something else.
+
+def _judged(
+    root: Path, plan: Plan, make: Callable[[Sequence[PlannedRun]], None] = lambda runs: None
+) -> Comparison:
+    """Choose the learning rates of the arms, and judge the runs at these rates, look by look.
+
+    All runs so far are read at each look, so that those of a later one are compared with those of the earlier ones.
     """
-    if args.require is None:
-        return set(), ""
-    names, _, arm = args.require.partition(":")
-    verdicts = {*names.split("|")}
-    rivals = [name for name in args.arms if name != (args.reference or args.arms[0])]
-    if args.candidate:
-        rivals = [CANDIDATE]
-    if not verdicts <= {*HEADLINES} or arm not in rivals:
-        raise Refused(
-            f"require was given as {args.require!r}; name one or more of {', '.join(HEADLINES)}, separated by |, and "
-            f"after a colon one of the arms {', '.join(rivals)}."
-        )
-    return verdicts, arm
-
-
-def _judged(root: Path, plan: Plan, rows_of: Callable[[Sequence[PlannedRun]], Rows]) -> Comparison:
-    """Choose the learning rates of the arms, and judge the runs at these rates, look by look."""
-    rows = rows_of(plan.tuning_runs())
-    runs = plan.runs(best_rates(rows, plan.metric))
+    begun = plan.tuning_runs()
+    if begun:
+        make(begun)
+    runs = plan.runs(best_rates(read_runs(plan, begun, root), plan.metric))
     undecided = {arm.label for arm in plan.arms}
     judged = 0
     for look in plan.looks:
         seeds = plan.seeds[judged:look]
-        rows += rows_of([run for run in runs if run.seed in seeds and run.arm in undecided])
-        comparison = judge_runs(root, plan, pd.DataFrame(rows))
+        if new := [run for run in runs if run.seed in seeds and run.arm in undecided]:
+            begun += new
+            make(begun)
+        comparison = judge_runs(root, plan, pd.DataFrame(read_runs(plan, begun, root)))
         undecided = comparison.family.undecided
         judged = look
     return comparison
@@ -205,8 +175,7 @@ def judge_directory(output_dir: str | Path) -> Comparison:
         Stopped: nothing can be judged yet.
     """
     root = Path(output_dir)
-    plan = read_plan(root)
-    return _judged(root, plan, partial(read_runs, plan, root=root))
+    return _judged(root, read_plan(root))
 
 
 def _print_result(comparison: Comparison, console: Console) -> None:
@@ -220,6 +189,6 @@ def _print_result(comparison: Comparison, console: Console) -> None:
     console.rich.print(table)
     headline, sentences, caveats = comparison.words
     console.note("\n- ".join([headline, *sentences, *caveats]))
-    for run in comparison.runs.query("failed").itertuples():
-        console.warn(f"{run.path} failed: {run.reason}")
+    for run in comparison.runs.query("failed or state != 'finished'").itertuples():
+        console.warn(f"{run.path}: {run.reason}")
     console.note(f"report  {comparison.output_dir / 'report.html'}")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from tokenrl.configuration import RECORDED
 from tokenrl.lab.compare.comparison import Comparison
+from tokenrl.lab.compare.equality import differences
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.plan import SCORES
 from tokenrl.runs.console import ending, with_errors
-from tokenrl.runs.files import canonical, check_place, flat, write_json, write_text
+from tokenrl.runs.files import canonical, check_place, write_json, write_text
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Forest
@@ -25,7 +25,6 @@ from tokenrl.runs.report import charts, curve
 
 SCHEMA = 1
 """The version of comparison.json; it rises when a field gets another meaning or goes."""
-NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def write_comparison(comparison: Comparison) -> Path:
@@ -46,12 +45,12 @@ def write_comparison(comparison: Comparison) -> Path:
     write_text(folder / "comparisons.csv", comparison.judgement.table().to_csv(index=False))
     facts = record(comparison)
     write_json(folder / "comparison.json", facts)
-    compared = comparison.of("comparison").groupby("arm", sort=False)
-    curves = {str(arm): pd.concat([*rows["curve"]]) for arm, rows in compared}
 
     def drawn(name: str) -> dict[str, dict[str, pd.DataFrame]]:
         """Return the curves of a metric over the seeds, by arm."""
-        return {name: {arm: _spread(rows, name, "samples") for arm, rows in curves.items()}}
+        return {
+            name: {arm: _spread(rows, name, "samples") for arm, rows in comparison.curves.items()}
+        }
 
     tuning = {
         str(arm): _spread(rows, plan.metric, "learning_rate")
@@ -75,14 +74,9 @@ def write_comparison(comparison: Comparison) -> Path:
 def record(comparison: Comparison) -> dict[str, Any]:
     """Return what comparison.json holds, for programs; recipes/pages/guides/compare.md has its fields."""
     plan = comparison.plan
-    runs = comparison.of("comparison")
     settings = asdict(plan) | {"command": ""}
     return verdicts_of(comparison.judgement) | {
-        "runs": {
-            "planned": len(plan.seeds) * len(plan.arms),
-            "made": len(runs),
-            "failed": int(runs["failed"].sum()),
-        },
+        "runs": comparison.counts,
         "verdicts": comparison.words._asdict(),
         "settings": sha256(canonical(settings).encode()).hexdigest(),
         "plan": asdict(plan),
@@ -144,16 +138,12 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     output = Path(output)
     check_place(output)
     numbers = {}
-    settings = {}
     for name, run in recorded.items():
         numbers[name] = {
             "title": run.title,
             "ended": ending(run.summary),
             **with_errors(run.summary.get("eval_after")),
         }
-        compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
-        settings[name] = {key: str(value) for key, value in flat(compared).items()}
-    differing = pd.DataFrame(settings).fillna("-")
     marks = {run.mark for run in recorded.values()}
     loss = all(run.learns_by_loss for run in recorded.values())
 
@@ -169,6 +159,6 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         "comparison.html",
         title=f"Comparison of {len(recorded)} runs",
         numbers=pd.DataFrame(numbers),
-        settings=differing[differing.nunique(axis=1) > 1],
+        settings=differences(recorded),
         learning=[*charts(drawn, marks.pop() if len(marks) == 1 else None, loss)],
     )

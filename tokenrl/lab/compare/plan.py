@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, read_file, refusing
-from tokenrl.lab.compare.intervals import ALPHA, LEAST_PAIRS, detectable_difference
-from tokenrl.lab.compare.looks import error_of_looks
+from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
+from tokenrl.lab.compare.looks import looked_twice
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import flat, write_json
 from tokenrl.settings import arguments
@@ -240,11 +240,7 @@ def check_plan(plan: Plan, output_dir: Path) -> None:
             looks = len(before.seeds), len(plan.seeds)
             again = ""
             if looks[0] < looks[1] and not differing(_facts(before), _facts(same_seeds)):
-                again = (
-                    f" Who looks after {looks[0]} seeds, and again after {looks[1]}, calls equal arms different in "
-                    f"{error_of_looks(looks, ALPHA):.1%} of comparisons instead of {ALPHA:.0%}; looks that are given "
-                    f"before share the error (--seeds {looks[0]} {looks[1]})."
-                )
+                again = f" {looked_twice(*looks)}"
             raise Refused(
                 f"{output_dir} holds another comparison: {changes[:900]}. Give the arguments that it was "
                 f"started with (plan.json has its command), or another --output-dir.{again}"

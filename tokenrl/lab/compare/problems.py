@@ -15,6 +15,7 @@ from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.looks import check_looks
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, folder_of
 from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
@@ -31,7 +32,7 @@ from tokenrl.settings import (
     check_seed,
     checked,
     field_types,
-    shown,
+    measured,
 )
 
 MARGIN = 0.02
@@ -61,27 +62,6 @@ RESERVED = [
     "patience",
 ]
 """Settings of a run that neither users nor arms may set, because the comparison does."""
-SHARED = [
-    "model",
-    "reward",
-    "reward_weights",
-    "prompt_column",
-    "prompt_template",
-    "split",
-    "eval_split",
-    "eval_size",
-    "environment",
-    "max_turns",
-    "malformed",
-    "eval_generations",
-    "num_envs",
-    "num_steps",
-    "eval_episodes",
-    "max_episode_steps",
-    "max_steps",
-    "eval_every",
-]
-"""Settings that decide what is measured, how often, and on how many samples; all arms share them."""
 FIXED: dict[Kind, dict[str, Any]] = {
     "train": {
         "threads": 1,
@@ -115,12 +95,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     """
     first = args.first_seed
     tuning = first + TUNING_OFFSET
-    looks = args.seeds
-    if not looks or [*looks] != sorted({*looks}):
-        raise Refused(
-            f"seeds was given as {shown(looks)}; give the number of runs of each arm, or several that rise, such as "
-            "8 12 16, after which the arms are judged."
-        )
+    looks = check_looks("seeds", args.seeds)
     check_seed(tuning + looks[-1])
     kind: Kind = "control" if args.env else "train"
     shared = _shared_settings(args, kind)
@@ -296,7 +271,7 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
         preset, changes = read_changes(text)
         rates = checked("learning_rate", changes.pop("learning_rate", ()), tuple[Positive, ...])
         for name, value in changes.items():
-            if name in (*RESERVED, *SHARED, "estimator"):
+            if name in {*RESERVED, "estimator"} | measured(kind):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
             if name in CHOSEN["train"] and value is None:
                 raise Refused(f"{name} was given as None; give a value, or leave it out.")

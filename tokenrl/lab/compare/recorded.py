@@ -1,4 +1,4 @@
-"""Judges runs that exist already, as a program made them: is the candidate better than the baseline?
+"""Judges what exists already: runs, as a program made them, or scores of any program.
 
 Who chose what to compare after a look at the runs has an exploratory verdict: its error is larger than the level says.
 """
@@ -7,49 +7,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, refusing
+from tokenrl.lab.compare.arguments import JudgeArguments
+from tokenrl.lab.compare.comparison import judge_rows
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.judgement import Family, Judgement
-from tokenrl.lab.compare.page import NOT_COMPARED, verdicts_of
-from tokenrl.runs.findings import evaluations
+from tokenrl.lab.compare.equality import WITHIN_ARM, check_equal, differences
+from tokenrl.lab.compare.judgement import Judgement, required
+from tokenrl.lab.compare.page import verdicts_of
+from tokenrl.lab.compare.plan import SCORES
+from tokenrl.lab.compare.table import ENDED, Axis, row_of
+from tokenrl.runs.files import write_json
 from tokenrl.runs.reader import RecordedRun, read_run
-from tokenrl.runs.signals import ended_by_itself
+from tokenrl.settings import check_choice
 
 BASELINE, CANDIDATE = "baseline", "candidate"
-EQUAL = ("kind", "task", "env", "hashes.data", "steps of evaluations")
-"""What is the same in all runs that can be compared."""
-SHOWING = {
-    *NOT_COMPARED,
-    *EQUAL,
-    "seed",
-    "hashes",
-    "logging_steps",
-    "log_completions",
-    "report_to",
-    "threads",
-}
-"""What is no setting that makes a run better."""
 
 
-class JudgedRuns(NamedTuple):
+@dataclass(frozen=True)
+class JudgedRuns:
     """The verdict on runs that exist.
 
     Attributes:
         judgement: that of the comparison of `candidate` with `baseline`.
-        settings: the settings in which the two differ, a row for each, with a column for each of them.
+        settings: the settings, and hashes of code, in which the two differ: a row for each, with a column for each of
+            them.
     """
 
     judgement: Judgement
     settings: pd.DataFrame
-
-    @property
-    def family(self) -> Family:
-        """The only comparison."""
-        return self.judgement.families[0]
 
     def record(self) -> dict[str, Any]:
         """Return what `--json` writes."""
@@ -60,55 +51,93 @@ def judge_recorded(
     baseline: Sequence[str | os.PathLike[str]],
     candidate: Sequence[str | os.PathLike[str]],
     *,
+    metric: str = "area",
     margin: float | None = None,
     failure_below: float | None = None,
 ) -> JudgedRuns:
     """Judge whether the runs of a candidate are better than those of a baseline, paired by seed.
 
-    The score of a run is its held-out sampled reward, averaged over its evaluations after training began.
+    They are compared as the runs of a comparison are, by the evaluations at the same steps.
 
     Args:
         baseline: the directories of its runs, one for each seed.
         candidate: the same.
+        metric: the score that decides, as of `tokenrl compare`.
         margin: smaller differences count as none; None for no equivalence.
-        failure_below: runs with a lower score failed, like runs that broke off.
+        failure_below: runs that end with a lower sampled reward failed, like runs that broke off.
 
     Raises:
-        Refused: a directory holds no run; runs differ in their data, or were evaluated at other steps; or runs of
-            one kind differ in more than their seed.
+        Refused: a directory holds no run, or one that has not ended; the runs differ in what decides what is
+            measured; or runs of one kind differ in more than their seed.
+        Stopped: no run has the score.
     """
+    check_choice("metric", metric, SCORES)
     if not baseline or not candidate:
         raise Refused(
             "Name the directories of runs of both: --baseline RUN ... --candidate RUN ..."
         )
+    arms = [BASELINE] * len(baseline) + [CANDIDATE] * len(candidate)
     runs = [*map(read_run, (*baseline, *candidate))]
-    kinds = [BASELINE] * len(baseline) + [CANDIDATE] * len(candidate)
-    configs = pd.json_normalize([run.config | {"kind": run.kind} for run in runs]).astype(str)
-    configs["steps of evaluations"] = [
-        str([row["step"] for row in run.evaluations]) if ended_by_itself(run.summary) else None
-        for run in runs  # one that broke off has fewer
-    ]
-    for name in configs.columns.intersection(EQUAL):
-        if configs[name].nunique() > 1:
-            values = ", ".join(configs[name].dropna().unique())
-            raise Refused(f"The runs cannot be compared, as they differ in {name}: {values}.")
-    names = [name for name in configs if name.partition(".")[0] not in SHOWING]
-    by_kind = configs[names].groupby(kinds)
-    mixed = by_kind.nunique().max() > 1
-    if mixed.any():
+    check_equal(zip(arms, runs, strict=True))
+    axis = _axis(runs[0])
+    rows = []
+    for arm, run in zip(arms, runs, strict=True):
+        row = {"arm": arm, "seed": run.config.get("seed")}
+        row |= row_of(run.path, run, axis, metric, failure_below)
+        if row["state"] not in ENDED:
+            raise Refused(
+                f"{run.path} has not ended: {row['reason']} Judge it once it has; to leave out runs that take long, or "
+                "that were stopped, would favour an arm."
+            )
+        rows.append(row)
+    judgement = judge_rows(pd.DataFrame(rows), metric, margin=margin)
+    first = {BASELINE: runs[0], CANDIDATE: runs[len(baseline)]}
+    return JudgedRuns(judgement, differences(first, left_out=WITHIN_ARM))
+
+
+def _axis(run: RecordedRun) -> Axis:
+    """Return the steps of the evaluations that a run plans, in which all that are compared agree."""
+    last = int(run.config["max_steps"])
+    every = int(run.config["eval_every"] or last)
+    return Axis("step", (*range(every, last, every), last))
+
+
+def judge(args: JudgeArguments) -> int:
+    """Judge runs that exist, or scores of any program, and print the verdicts; return the exit code."""
+    runs = args.baseline or args.candidate
+    if bool(runs) == bool(args.scores):
         raise Refused(
-            f"Runs of one kind differ in {', '.join(mixed.index[mixed][:5])}. Give runs that differ in their seeds "
-            "alone."
+            "Give --baseline RUN ... and --candidate RUN ..., or --scores FILE, and not both."
         )
-    settings = by_kind.first().T
-    scores = pd.Series(map(_score, runs))
-    failed = scores.isna() | configs["steps of evaluations"].isna()
-    table = configs[["seed"]].assign(arm=kinds, score=scores, failed=failed)
-    judged = judge_scores(table, margin=margin, failure_below=failure_below)
-    return JudgedRuns(judged, settings[settings.nunique(axis=1) > 1])
+    if runs:
+        judged = judge_recorded(
+            args.baseline,
+            args.candidate,
+            metric=args.metric or "area",
+            margin=args.margin,
+            failure_below=args.failure_below,
+        )
+        judgement = judged.judgement
+        record = judged.record()
+        print(judged.settings.to_string() if len(judged.settings) else "No setting differs.")
+    else:
+        judgement = _of_file(args)
+        record = verdicts_of(judgement)
+    requirements = [required(args.require, family.rivals) for family in judgement.families]
+    for family in judgement.families:
+        title = [family.problem] if family.problem else []
+        print("", *title, family.table().to_string(), "", family.headline(), sep="\n")
+        print("".join(f"- {sentence}\n" for sentence in family.sentences()), end="")
+    if args.json:
+        write_json(Path(args.json), record)
+    pairs = zip(requirements, judgement.families, strict=True)
+    return max(requirement.exit_code(family) for requirement, family in pairs)
 
 
-def _score(run: RecordedRun) -> float:
-    """Return the mean reward of the evaluations after training began; nan without any."""
-    means = evaluations(run.evaluations, "reward")
-    return float(pd.Series([mean.value for mean in means if mean.step], dtype=float).mean())
+def _of_file(args: JudgeArguments) -> Judgement:
+    """Judge the scores of a file in CSV."""
+    options: dict[str, Any] = {"margin": args.margin, "failure_below": args.failure_below}
+    fault = f"scores {args.scores!r} cannot be read"
+    with refusing(fault, "Give a file in CSV with columns arm, seed and score."):
+        table = pd.read_csv(str(args.scores), keep_default_na=False)
+    return judge_scores(table, metric=args.metric or "score", **options)

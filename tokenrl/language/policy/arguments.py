@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from tokenrl.configuration import UNIQUE_KEYS, read_config
 from tokenrl.errors import Refused, refusing
 from tokenrl.runs.directory import TRAINED_PROMPTS
-from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, arguments, part_of
+from tokenrl.settings import (
+    MEASURED,
+    OR_OBJECT,
+    Natural,
+    Positive,
+    Seed,
+    Settings,
+    arguments,
+    part_of,
+)
 
 T = TypeVar("T")
 
@@ -30,7 +39,7 @@ class PromptArguments(Settings, group="prompts and ends"):
 
     system_prompt: str | None = None
     """Message of the system that is put before the chat messages of each prompt; rewards do not see it."""
-    chat: bool | None = None
+    chat: Annotated[bool, MEASURED] | None = None
     """Send each prompt that is text as a chat message of the user. The rewards of a data set then get
     messages, as if it held them; those of another task get its text."""
     chat_template_kwargs: str | None = None
@@ -158,7 +167,7 @@ def form_line(form: PromptArguments, model: Any = None) -> dict[str, str]:
 class LoadingArguments(Settings, group="model"):
     """How the model is loaded and how it is held in memory."""
 
-    dtype: Dtype = "float32"
+    dtype: Annotated[Dtype, MEASURED] = "float32"
     """Precision of the weights; auto keeps the precision that they were saved in."""
     trust_remote_code: bool = False
     """Run Python code that is shipped with a model. The configuration of a run does not set it."""
@@ -168,7 +177,7 @@ class LoadingArguments(Settings, group="model"):
 class HoldingArguments(LoadingArguments, group="model"):
     """How the model is made, loaded and held in memory."""
 
-    base_seed: Seed = 0
+    base_seed: Annotated[Seed, MEASURED] = 0
     """Seed of a tiny model: of a toy task's own with its warm start, and of the one that is named tiny."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which takes less memory and more time."""
@@ -178,7 +187,7 @@ class HoldingArguments(LoadingArguments, group="model"):
 class ModelArguments(HoldingArguments, PromptArguments):
     """Which model is used, and how it is held in memory."""
 
-    model: Annotated[str, OR_OBJECT] | None = None
+    model: Annotated[str, OR_OBJECT, MEASURED] | None = None
     """Local directory, hub name, or tiny: half a million random weights, with a token for each character of
     the task's rows, so that it needs demonstrations or a graded reward. Default: the toy task's own tiny
     model, which is warm-started here and cached."""

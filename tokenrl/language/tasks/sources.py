@@ -33,7 +33,7 @@ class LeftOut(str):
 
 
 @dataclass(frozen=True)
-class DataArguments(Settings, group="data"):
+class DataArguments(Settings, group="data", measured=True):
     """How prompts are read, and how rewards are weighted and called."""
 
     reward_weights: tuple[Number, ...] = ()
@@ -87,7 +87,7 @@ class DataArguments(Settings, group="data"):
 
 
 @dataclass(frozen=True)
-class TaskArguments(DataArguments):
+class TaskArguments(DataArguments, measured=True):
     """Where prompts and rewards come from."""
 
     task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")

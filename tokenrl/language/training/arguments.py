@@ -20,6 +20,7 @@ from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.settings import (
+    MEASURED,
     OPEN,
     OR_FUNCTION,
     OR_OBJECT,
@@ -165,7 +166,7 @@ class KlArguments(Settings, group="KL control"):
 
 
 @dataclass(frozen=True)
-class EvaluationArguments(Settings, group="evaluation"):
+class EvaluationArguments(Settings, group="evaluation", measured=True):
     """What is measured during training."""
 
     eval_every: Natural = OPEN
@@ -239,7 +240,7 @@ class TrainArguments(
     output_dir: str | None = None
     """Directory of the run, for its config, metrics, completions, checkpoints, model and report. Default: a
     new one, runs/train-1, runs/train-2 and so on; with resume the newest of these."""
-    max_steps: Count = OPEN
+    max_steps: Annotated[Count, MEASURED] = OPEN
     """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
     60."""
     prompts_per_step: Count = OPEN

@@ -1,0 +1,99 @@
+"""Says which runs can be compared: what is the same in all of them, and what in all runs of an arm.
+
+The facts of a run are its settings, and hashes of the code, the data and the models that it was made from. Whether a
+setting may differ between arms stands beside its field (`settings.measured`), and a hash follows the settings that
+decide it. Every way to a verdict asks `check_equal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from tokenrl.configuration import RECORDED, code_in
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.errors import Refused
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import flat
+from tokenrl.runs.reader import RecordedRun
+from tokenrl.runs.resume import APART, ROUNDING
+from tokenrl.settings import field_types, measured
+
+KINDS = {"train": TrainArguments, "control": ControlArguments}
+"""The settings of the commands whose runs can be compared."""
+HASH = "hash of "
+"""How the name of a fact begins that is a hash."""
+WITHIN_ARM = {"seed", "chat_time", *ROUNDING} - {"generator"}
+"""Settings that may differ between the runs of an arm."""
+WITHIN = "Runs of one arm differ in their seeds alone."
+EVERYWHERE = (
+    "Runs that are compared have the same task, reward, model, data and evaluations, and one state of the code but for "
+    "files that only an estimator names: make all runs so."
+)
+
+
+def facts_of(run: RecordedRun) -> dict[str, str]:
+    """Return settings and hashes of a run as text, by name; what changes no number is left out."""
+    left_out = RECORDED | APART
+    settings = {name: value for name, value in run.config.items() if name not in left_out}
+    hashes = {f"{HASH}{name}": text for name, text in run.config.get("hashes", {}).items()}
+    return {name: str(x) for name, x in flat({"kind": run.kind, **settings, **hashes}).items()}
+
+
+def check_equal(runs: Iterable[tuple[str, RecordedRun]], varying: Sequence[str] = ()) -> None:
+    """Refuse runs that cannot be compared. A fact that only some runs have says nothing.
+
+    Args:
+        runs: the arm and the record of each run.
+        varying: further settings that may differ between the runs of an arm.
+
+    Raises:
+        Refused: two runs differ in what decides what is measured, or two of an arm in anything but the seed.
+    """
+    values = dict[tuple[str, str], tuple[str, Path]]()
+    for arm, run in runs:
+        if run.config.get("kind") not in KINDS:
+            raise Refused(f"{run.path} holds no run of {' or '.join(KINDS)}, which can be compared.")
+        for name, value in facts_of(run).items():
+            if name in WITHIN_ARM or name in varying:
+                continue
+            scope = "" if _is_measured(name, run) else arm
+            first, path = values.setdefault((name, scope), (value, run.path))
+            if value != first:
+                raise Refused(
+                    f"The runs {path} and {run.path} cannot be compared, as they differ in {name}: {first:.80} and "
+                    f"{value:.80}. {WITHIN if scope else EVERYWHERE}"
+                )
+
+
+def _is_measured(name: str, run: RecordedRun) -> bool:
+    """Return whether a fact is the same in all runs that are compared, and not only in those of an arm.
+
+    A fact follows the settings that decide it: a setting itself, the hash of its code, and a module that it names. One
+    that no setting decides, such as the hash of the data, is the same in all.
+    """
+    kind = KINDS[run.kind]
+    subject = name.removeprefix(HASH)
+    named = {owner for text, owner in code_in(run.config).items() if subject == _module(text)}
+    owners = {owner.partition(".")[0] for owner in (*named, subject)} & field_types(kind).keys()
+    return not owners or not owners.isdisjoint(measured(kind))
+
+
+def _module(text: str) -> str:
+    """Return the name by which the module of a function is hashed, of its `module:name` or `file.py:name`."""
+    source = text.rpartition(":")[0]
+    return f"module {Path(source).stem if source.endswith('.py') else source}"
+
+
+def differences(runs: Mapping[str, RecordedRun], left_out: Collection[str] = ()) -> pd.DataFrame:
+    """Return the facts in which runs differ, a row for each, with a column for each run and - where one has none.
+
+    Args:
+        runs: the runs by their names.
+        left_out: facts that do not matter.
+    """
+    table = pd.DataFrame({name: facts_of(run) for name, run in runs.items()}).fillna("-")
+    table = table.drop(index=[*table.index.intersection([*left_out])])
+    return table[table.nunique(axis=1) > 1]
