@@ -77,8 +77,7 @@ OR_FUNCTION = "or a function"
 OR_OBJECT = "or an object"
 """Metadata of a field of text that also takes an object, such as a model, from Python."""
 MEASURED = "decides what is measured"
-"""Metadata of a field that is the same in all runs that are compared. So are the fields of classes that are declared
-with `measured`."""
+"""Metadata of a field that is the same in all runs that are compared, as those of classes with `measured` are."""
 
 
 class Settings:
@@ -91,9 +90,7 @@ class Settings:
     group: typing.ClassVar[str] = ""
     measured: typing.ClassVar[bool] = False
 
-    def __init_subclass__(
-        cls, group: str = "", leaves_open: bool = False, measured: bool = False
-    ) -> None:
+    def __init_subclass__(cls, group: str = "", leaves_open: bool = False, measured: bool = False):
         """Name the group of the fields; `leaves_open` declares again those of the base, `as_in_run`."""
         cls.group = group
         cls.measured = measured
@@ -216,14 +213,6 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
     types = {each.name: hints[each.name] for each in fields(kind)}
     left_open = [each.name for each in fields(kind) if each.default is OPEN]
     return types | {name: types[name] | None for name in left_open}
-
-
-@cache
-def measured(kind: Any) -> set[str]:
-    """Return the settings of a dataclass that decide what is measured: the same in all runs that are compared."""
-    groups = [base for base in kind.__mro__ if getattr(base, "measured", False)]
-    names = {each.name for group in groups for each in fields(group)}
-    return names | {name for name, hint in field_types(kind).items() if mentions(hint, MEASURED)}
 
 
 def fitted(value: Any, hint: Any, objects: bool = True) -> Any:

@@ -1,14 +1,17 @@
 """Says which runs can be compared: what is the same in all of them, and what in all runs of an arm.
 
 The facts of a run are its settings, and hashes of the code, the data and the models that it was made from. Whether a
-setting may differ between arms stands beside its field (`settings.measured`), and a hash follows the settings that
+setting may differ between arms stands beside its field (`settings.MEASURED`), and a hash follows the settings that
 decide it. Every way to a verdict asks `check_equal`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,9 +22,9 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import flat
 from tokenrl.runs.reader import RecordedRun
 from tokenrl.runs.resume import APART, ROUNDING
-from tokenrl.settings import field_types, measured
+from tokenrl.settings import MEASURED, field_types, mentions
 
-KINDS = {"train": TrainArguments, "control": ControlArguments}
+KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The settings of the commands whose runs can be compared."""
 HASH = "hash of "
 """How the name of a fact begins that is a hash."""
@@ -32,6 +35,14 @@ EVERYWHERE = (
     "Runs that are compared have the same task, reward, model, data and evaluations, and one state of the code but for "
     "files that only an estimator names: make all runs so."
 )
+
+
+@cache
+def measured(kind: Any) -> set[str]:
+    """Return the settings of a dataclass that decide what is measured: the same in all runs that are compared."""
+    groups = [base for base in kind.__mro__ if getattr(base, "measured", False)]
+    names = {each.name for group in groups for each in fields(group)}
+    return names | {name for name, hint in field_types(kind).items() if mentions(hint, MEASURED)}
 
 
 def facts_of(run: RecordedRun) -> dict[str, str]:
@@ -55,7 +66,9 @@ def check_equal(runs: Iterable[tuple[str, RecordedRun]], varying: Sequence[str] 
     values = dict[tuple[str, str], tuple[str, Path]]()
     for arm, run in runs:
         if run.config.get("kind") not in KINDS:
-            raise Refused(f"{run.path} holds no run of {' or '.join(KINDS)}, which can be compared.")
+            raise Refused(
+                f"{run.path} holds no run of {' or '.join(KINDS)}, which can be compared."
+            )
         for name, value in facts_of(run).items():
             if name in WITHIN_ARM or name in varying:
                 continue

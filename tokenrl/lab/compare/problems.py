@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
 from tokenrl.control.setup import control_settings
 from tokenrl.core.estimator import Estimator
@@ -15,12 +14,12 @@ from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.equality import KINDS, measured
 from tokenrl.lab.compare.looks import check_looks
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, folder_of
 from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import check_choices, settle
 from tokenrl.language.training.teacher import read_models
 from tokenrl.runs.files import plain
@@ -32,7 +31,6 @@ from tokenrl.settings import (
     check_seed,
     checked,
     field_types,
-    measured,
 )
 
 MARGIN = 0.02
@@ -43,7 +41,6 @@ TUNING_SEEDS = 3
 TUNING_OFFSET = 20_000
 """Number of tuning seeds, and the distance of the first of them from the first seed."""
 EVALUATIONS = 10
-KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 AXES = tuple(f.name for f in fields(Estimator))
 FITTING = Estimator(baseline="running_mean", ratio="token", beta=1.0)
 """An estimator that fits every shape of a language task, as an arm's may not."""
