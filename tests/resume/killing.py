@@ -76,32 +76,34 @@ class Nursery:
         *moments: Moment,
         processes: int = 1,
         of_rank: Sequence[list[str]] = (),
+        counts: bool = True,
     ) -> list[dict]:
         """Run a command line; return of each process its exit `code`, and its `calls` by place.
 
-        `of_rank` are further words for each process.
+        `of_rank` are further words for each process. Without `counts` calls are counted only to find moments, as
+        that takes most of the time of a run.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        counts = [self.folder / f"calls{rank}.json" for rank in range(processes)]
+        files = [self.folder / f"calls{rank}.json" for rank in range(processes)]
         world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
         world |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": True}
         children = []
-        for rank, file in enumerate(counts):
+        for rank, file in enumerate(files):
             file.write_text("{}")
             own = {**world, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
             signals = {
                 (each.place, each.number): each.signal for each in moments if each.rank == rank
             }
             words = [*argv, *of_rank[rank]] if of_rank else argv
-            arguments = self.folder, words, signals, own, file
+            arguments = self.folder, words, signals, own, file, counts or bool(signals)
             children.append(FORK.Process(target=live, args=arguments))
             children[-1].start()
         wait_for(children)
         return [
             {"code": child.exitcode, "calls": read_json(file)}
-            for child, file in zip(children, counts, strict=True)
+            for child, file in zip(children, files, strict=True)
         ]
 
     @property
@@ -123,7 +125,12 @@ def wait_for(children: list[Any]) -> None:
 
 
 def live(
-    folder: Path, argv: list[str], moments: dict[Any, int], world: dict[str, Any], counts: Path
+    folder: Path,
+    argv: list[str],
+    moments: dict[Any, int],
+    world: dict[str, Any],
+    file: Path,
+    counts: bool,
 ) -> None:
     """Run a command line in this process, which has just been forked, and end it with the exit code."""
     os.chdir(folder)
@@ -149,7 +156,8 @@ def live(
                     os.write(1, text.encode())
                     os.kill(os.getpid(), signum)
 
-    sys.setprofile(count)
+    if counts:
+        sys.setprofile(count)
     code = 70
     try:
         code = tokenrl(argv)
@@ -158,7 +166,7 @@ def live(
     finally:
         sys.setprofile(None)
         sys.stdout.flush()
-        counts.write_text(json.dumps(calls))
+        file.write_text(json.dumps(calls))
         os._exit(code)
 
 

@@ -257,9 +257,10 @@ def _check_memory(estimator: Estimator) -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
+    likely = {"logprobs": mask - 1, "ref_logprobs": mask - 1}  # for a KL in the reward
     results = []
     for step in (rewards, changed, rewards):
-        advantages = estimator.advantages(step, mask, group_size=2).policy
+        advantages = estimator.advantages(step, mask, group_size=2, **likely).policy
         results.append(advantages.nan_to_num())
     if not results[0].equal(results[2]):
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
