@@ -100,6 +100,25 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
     assert verdict.ok or off, (verdict.found, verdict.cosine)
 
 
+ACROSS_THE_STEP = [
+    {axis: name, **({"leave_one_out": False} if choice.row_inside else {})}
+    for axis in ("baseline", "scale", "aggregation")
+    for name, choice in CHOICES[axis].items()
+    if choice.compares == "step" or choice.status == "asymptotic"
+]
+"""Choices that compare rows of several prompts, or divide by all of them."""
+
+
+@pytest.mark.parametrize("prompts", ["weighted", "inverse"])
+@pytest.mark.parametrize("fields", ACROSS_THE_STEP, ids=lambda fields: next(iter(fields.values())))
+def test_prompts_that_are_drawn_unequally_beside_what_goes_across_the_step(fields, prompts):
+    """Where the rest is right in the limit only, weights that stay leave another direction."""
+    verdict = measure_bias(Estimator(prompts=prompts, **fields), SMALL)
+    assert verdict.ok and verdict.found == verdict.declared
+    if prompts == "inverse":
+        assert verdict.declared == Estimator(**fields).bias_status
+
+
 def test_every_preset_and_every_choice_is_a_point():
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
@@ -133,8 +152,8 @@ WRONG = [
         "biased",
     ),
     (
-        {"scale group_std": "asymptotic"},
-        Estimator(baseline="group_mean", scale="group_std"),
+        {"aggregation sequence_mean": "asymptotic"},
+        Estimator(aggregation="sequence_mean"),
         "biased",
     ),
     ({"baseline group_mean": "exact"}, Estimator(baseline="group_mean"), "exact_up_to_scale"),

@@ -283,7 +283,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "to p (1 - p) the sum of p^2 / 2 - p^3 / 3, where the divisor of q is held fixed",
         ),
         "inverse": Choice(
-            EXACT, "the gradient of each prompt is divided by its chance to be drawn"
+            EXACT,
+            "the gradient of each prompt is divided by its chance, which stands still in a pass over the prompts",
         ),
     },
     "truncations": {

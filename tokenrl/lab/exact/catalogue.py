@@ -68,6 +68,9 @@ EXTRA = {
     "value, episode normalised": "baseline=value,returns=episode_normalized",
     "none, zero spread dropped": "baseline=none,zero_spread=drop",
     "overlong penalty": "overlong_buffer=4",
+    "weighted prompts, batch_std": "prompts=weighted,scale=batch_std",
+    "weighted prompts, token_whiten": "prompts=weighted,scale=token_whiten",
+    "inverse prompts, batch_std": "prompts=inverse,scale=batch_std",
     "full path KL, closed form subtracted": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
     "kl_baseline=closed_form",
     "entropy bonus": "entropy_coef=0.3",

@@ -248,4 +248,5 @@ def warnings_of(run: TrainingRun) -> list[str]:
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
         )
-    return [*warnings, *without_effect(run.args)]
+    drawn = run.args.max_steps * run.args.prompts_per_step
+    return [*warnings, *without_effect(run.args), *run.stream.without_effect(drawn)]
