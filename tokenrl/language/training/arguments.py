@@ -68,7 +68,8 @@ class SamplingArguments(Distribution, group="sampling"):
     """Completions of earlier steps that join the new ones of each prompt in a step, with the rewards and the
     log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, and
     count in baselines and in the loss, but in no metric and no memory of rewards. The importance of the
-    estimator (none, token, sequence) weights them; rewards choose them, so the gradient is biased with each.
+    estimator (none, token, sequence) weights them; rewards choose them, and equal texts count once, so the gradient
+    is biased with each.
     For tasks of one or few prompts."""
     replay_memory: Count = 100
     """With replay: the texts that are kept of each prompt, by their rewards."""
