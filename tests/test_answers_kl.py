@@ -10,6 +10,7 @@ import torch
 from folders import RECIPES
 from torch.testing import assert_close
 
+from tokenrl.core.choices import KL_EFFECTS
 from tokenrl.lab import tabular_problem
 
 LENGTH, TOKENS = 2, 3
@@ -101,6 +102,19 @@ def test_the_forms_of_the_kl_have_the_gradients_that_autograd_gives(recipes, see
         assert_close(module.FORMS[name](problem), gradient.flatten())
     assert_close(module.FORMS["closed form, with its path"](problem), truth.flatten())
     assert module.FORMS["k1 in the loss"](problem).norm() < 1e-12
+
+
+def test_the_page_has_every_form_that_is_exact(recipes):
+    module = recipes[1]
+    forms = {(x["kl_placement"], x["kl_estimator"]): name for name, x in module.PLACES.items()}
+    exact = {pair for pair, choice in KL_EFFECTS.items() if choice.status == "exact"}
+    page = (RECIPES / "pages" / "explain" / "answers" / "kl.md").read_text()
+    assert page.count("| $\\nabla \\mathrm{KL}$ |") == len(exact)
+    problem = module.apart(0)
+    for pair, name in forms.items():
+        off = module.error(module.FORMS[name](problem), module.kl_gradient(problem))
+        assert (off < 1e-10) == (pair in exact), pair
+    assert exact <= {*forms}
 
 
 @pytest.mark.parametrize(
