@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from folders import read_json
+from folders import RECIPES, read_json
 from made_runs import WALK, rising, write_run
 from refusals import refused, stopped
 from scipy import stats
@@ -42,6 +42,24 @@ def test_what_is_spent_is_what_simulated_sums_find(looks):
         error = 4 * (expected * (1 - expected) / len(sums)) ** 0.5
         assert stopped.mean() == pytest.approx(expected, abs=error)
     assert spent(1.0, 0.05) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("looks", "percent"), [((6, 12, 18), "5.1"), ((8, 12, 16), "5.2"), (range(6, 13), "5.6")]
+)
+def test_the_page_says_how_often_student_t_errs_at_looks(looks, percent):
+    """Looks at fewer than six seeds spend nothing, so 4, 8, 12 and 16 are 8, 12 and 16."""
+    sample = np.random.default_rng(0).standard_normal((250_000, looks[-1]))
+    sums, squares = sample.cumsum(axis=1), (sample**2).cumsum(axis=1)
+    stopped = np.zeros(len(sample), dtype=bool)
+    for look, level in zip(looks, levels_of_looks(tuple(looks), 0.05), strict=True):
+        total = sums[:, look - 1]
+        variance = (squares[:, look - 1] - total**2 / look) / (look - 1)
+        stopped |= abs(total) > stats.t.isf(level / 2, look - 1) * (variance * look) ** 0.5
+    assert 100 * stopped.mean() == pytest.approx(float(percent), abs=0.2)
+    page = (RECIPES / "pages" / "explain" / "comparing.md").read_text()
+    section = page.partition("## Looks")[2].partition("\n## ")[0]
+    assert f"{percent} %" in section
 
 
 def scores(*arms):
