@@ -50,6 +50,9 @@ def test_what_is_declared_is_what_is_found(name: str):
         assert verdict.cosine < 1 - 1e-5
 
 
+LOO_STD = {"scale": "loo_std", "scale_eps": 0.1}
+
+
 def mine(totals, **_):
     return totals * 0
 
@@ -67,13 +70,13 @@ COMBINED = [
     ({"baseline": "opo", "ratio": "sequence_product", **LOSS_KL}, "exact", EXACT),
     ({"returns": "reward_to_go", "gamma": 0.7}, "biased", "the gradient of no objective"),
     ({"scale": "group_std"}, "biased", "on rewards of 0 and 1 it is exact_per_prompt"),
-    ({"scale": "loo_std", "aggregation": "token_mean"}, "biased", "in the limit only"),
-    ({"scale": "loo_std", "entropy_coef": 0.4}, "biased", "coefficient"),
+    ({**LOO_STD, "aggregation": "token_mean"}, "biased", "in the limit only"),
+    ({**LOO_STD, "entropy_coef": 0.4}, "biased", "coefficient"),
     ({"scale": "batch_std", "scale_ddof": 0, "baseline": "group_mean"}, "asymptotic", "(G-1)/G"),
     ({"baseline": "none", "truncations": "mask"}, "biased", "ascends E[m (R - b)]"),
     ({**LOSS_KL, "baseline": "group_mean"}, "biased", "changes its coefficient"),
     ({**LOSS_KL, "baseline": "batch_mean"}, "asymptotic", "(N-1)/N as"),
-    ({"zero_spread": "refill", "scale": "loo_std"}, "exact_per_prompt", "kept"),
+    ({"zero_spread": "refill", **LOO_STD}, "exact_per_prompt", "kept"),
     ({"zero_spread": "drop", "returns": "reward_to_go"}, "unknown", "before the last action"),
     ({"zero_spread": "drop", "baseline": "shrinkage"}, "biased", OF_THEIR_OWN),
     ({"zero_spread": "drop", "overlong_buffer": 3}, "biased", OF_THEIR_OWN),

@@ -133,7 +133,8 @@ class Axes(Settings):
     scale_ddof: Literal[0, 1] = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
     scale_eps: NonNegative = 1e-4
-    """Added to the standard deviation, outside the root."""
+    """Added to the standard deviation, outside the root. loo_std needs at least 0.01: where the other rows have equal
+    rewards it is the whole divisor."""
     aggregation: Literal["sequence_sum", "fixed_length", "token_mean", "sequence_mean"] = (
         "sequence_sum"
     )
