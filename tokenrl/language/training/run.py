@@ -47,7 +47,8 @@ class RunResult(Outcome):
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`, `greedy-fell`,
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `learnt-by-heart` (training prompts
+            gained, held-out ones hardly), `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
