@@ -45,7 +45,8 @@ class RunResult(Outcome):
         reason: the words of that `Finished`; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: completion tokens sampled and trained on, per second of training steps.
+        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
+            greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `learnt-by-heart` (training prompts
             gained, held-out ones hardly), `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
