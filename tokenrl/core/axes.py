@@ -169,8 +169,8 @@ class Axes(Settings):
     """Subtract from each token's score its mean over the sampler's vocabulary at that prefix (arXiv 2609.20807).
     Without weights the gradient is then that of the sampler's own expected reward, up to a factor."""
     importance_centre_top: Count | None = None
-    """Know the sampler's probabilities of so many most probable tokens only, and take those of all others as
-    proportional to the policy's (a bias, see `tokenrl lab exact`); None for all tokens."""
+    """Use the sampler's probabilities of its k likeliest tokens, with this k. The rest is spread as the policy's, which
+    is a bias (see `tokenrl lab exact`). None for all tokens."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: Literal[

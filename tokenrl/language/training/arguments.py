@@ -78,8 +78,8 @@ class SamplingArguments(Distribution, group="sampling"):
     rewards in this run, for rewards of 0 and 1 p (1 - p). A column of the data: in proportion to its numbers. Or
     `module:function` or `file.py:function`, of the completions so far, their mean reward and its variance, arrays of
     a number for each training row. Rewards change the chances when a new pass over the training rows begins.
-    estimator.prompts says what follows for the gradient; unless it is weighted, that of each prompt is divided by its
-    chance, so that the objective stays the mean over all prompts."""
+    By default each prompt's gradient is divided by its chance, so that the objective stays the mean over all prompts;
+    estimator.prompts weighted leaves it."""
     prompt_floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.5
     """With prompt_weights, the share of all chances that is divided equally among the prompts."""
     max_refills: Natural = 4

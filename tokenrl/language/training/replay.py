@@ -113,8 +113,8 @@ class Replay:
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
 
-    Of equal rewards the earlier text comes first. Of the rows of a text the one with the least reward counts,
-    and of those with equal rewards the latest.
+    Of equal rewards the earlier text comes first. A text is kept with its least reward; of rows with equal rewards
+    the latest is kept.
 
     Args:
         rewards: one of each row [N].
