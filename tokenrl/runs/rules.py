@@ -45,10 +45,6 @@ GAIN = (
     "The held-out reward was {run.gain.before:.3g} before training, and has changed by {run.gain.value:.2g} "
     "± {run.gain.error:.1g}. "
 )
-GREEDY_FELL = (
-    "The greedy reward has fallen from its best, {run.best_greedy.value:.3g} at step {run.best_greedy.step}, to "
-    "{run.last_greedy.value:.3g}. "
-)
 KEEP_BEST = "With --keep best model/ gets the weights of the best evaluation."
 BY_HEART = (
     "The policy learns its training prompts by heart. Give more distinct prompts, or end earlier: --max-steps, a lower "
@@ -109,25 +105,15 @@ def is_by_heart(run: Observed) -> bool:
 
     Only the part beyond noise counts. An agent is evaluated on what it is trained on.
     """
-    if run.num_envs or len(run.sampled) < 2 or not run.latest:
+    if run.num_envs or not (run.sampled and run.latest):
         return False
-    first, reward, start, last = (
-        run.latest.first,
-        run.latest.reward,
-        run.sampled[0],
-        run.last_sampled,
+    means = run.latest.first, run.latest.reward, run.sampled[0], run.last_sampled
+    before, reward, start, held_out = (mean.value for mean in means)
+    gap = (reward - before) - (held_out - start)
+    error = hypot(*(mean.error for mean in means))
+    return held_out < run.best_sampled.value and gap > max(
+        (reward - before) / 2, GAP_ERRORS * error
     )
-    gain = reward.value - first.value
-    ahead = gain - (last.value - start.value)
-    error = hypot(first.error, reward.error, start.error, last.error)
-    return last.value < run.best_sampled.value and ahead > max(gain / 2, GAP_ERRORS * error)
-
-
-def has_fallen(run: Observed) -> bool:
-    """Whether the reward of greedy completions has fallen from its best, and the weights of that are lost."""
-    if not run.greedy or run.is_solved or run.keep == "best":
-        return False
-    return run.best_greedy.exceeds(run.last_greedy, GREEDY_ERRORS)
 
 
 def remedy(run: Observed) -> str:
@@ -273,20 +259,14 @@ RULES = (
     Rule(
         "greedy-fell",
         lambda run: (
-            has_fallen(run)
-            and run.sampled
-            and run.best_sampled.exceeds(run.last_sampled, GREEDY_ERRORS)
+            run.greedy
+            and not run.is_solved
+            and run.keep != "best"
+            and run.best_greedy.exceeds(run.last_greedy, GREEDY_ERRORS)
             and "act"
         ),
-        GREEDY_FELL + "That of samples has fallen too, from {run.best_sampled.value:.3g} at step "
-        "{run.best_sampled.step} to {run.last_sampled.value:.3g}: try a lower --learning-rate. "
-        + KEEP_BEST,
-    ),
-    Rule(
-        "greedy-fell",
-        lambda run: has_fallen(run) and "act",
-        GREEDY_FELL
-        + "No update follows it: samples or demonstrations may get better at the same time. "
+        "The greedy reward has fallen from its best, {run.best_greedy.value:.3g} at step "
+        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. Updates follow {run.followed}. "
         + KEEP_BEST,
     ),
     Rule(

@@ -130,10 +130,6 @@ class PromptStream(RowOrder):
         """Take the rewards of a step, on which this order does not depend; return no metrics."""
         return {}
 
-    def without_effect(self, count: int) -> list[str]:
-        """Return a warning if settings of this order do nothing in a run that draws `count` prompts."""
-        return []
-
 
 class WeightedPrompts(PromptStream):
     """Draws prompts with chances that may depend on the rewards that were seen of each.
@@ -165,13 +161,11 @@ class WeightedPrompts(PromptStream):
         """
         self._floor = floor
         self._function: Any = by_variance
-        self._follows_rewards = True
         if callable(weights):
             self._function = weights
         elif ":" in weights:
             self._function = NamedFunction(weights)
         elif weights != "variance":
-            self._follows_rewards = False
             check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
             column = rows.column(weights)
             self._function = lambda *_: column
@@ -241,22 +235,11 @@ class WeightedPrompts(PromptStream):
             self._sums[:, row] += (1, reward, reward**2)
         return {"prompts/effective": float(1 / (self._passes[max(self._passes)] ** 2).sum())}
 
-    def without_effect(self, count: int) -> list[str]:
-        """Return a warning if the rewards of a run that draws `count` prompts never change the chances."""
-        if not self._follows_rewards or count > self._num_rows:
-            return []
-        return [
-            "prompt_weights sets its chances when a pass over the training prompts begins, and this run draws "
-            f"{count:,} of {self._num_rows:,}: its rewards never change a chance. Give fewer rows, more steps, or "
-            "a column of weights."
-        ]
-
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly."""
         under_way = self._passes.get(self.position // self._num_rows, np.empty(0))
-        arrays = {"sums": self._sums, "chances": under_way}
-        copies = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        return {**super().state_dict(), **copies}
+        sums, chances = (torch.from_numpy(x.copy()) for x in (self._sums, under_way))
+        return {**super().state_dict(), "sums": sums, "chances": chances}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state, with its rewards and with the chances of its pass."""

@@ -251,4 +251,10 @@ def warnings_of(run: TrainingRun) -> list[str]:
             "not those of the column tools."
         )
     drawn = run.args.max_steps * run.args.prompts_per_step
-    return [*warnings, *without_effect(run.args), *run.stream.without_effect(drawn)]
+    if drawn <= len(rows) and run.args.prompt_weights not in ("uniform", *rows.columns):
+        warnings.append(
+            "prompt_weights sets its chances when a pass over the training prompts begins, and this run draws "
+            f"{drawn:,} of {len(rows):,}: its rewards never change a chance. Give fewer rows, more steps, or a "
+            "column of weights."
+        )
+    return [*warnings, *without_effect(run.args)]
