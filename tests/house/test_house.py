@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 12_880,
     "core": 19_740,
-    "runs": 24_890,
+    "runs": 24_840,
     "control": 10_720,
     "advisor": 2_070,
     "language": 100,
@@ -40,7 +40,7 @@ LIMITS = {
     "language/preferences": 6_380,
     "language/evaluation": 3_440,
     "lab": 100,
-    "lab/exact": 12_280,
+    "lab/exact": 12_240,
     "lab/measure": 5_270,
     "lab/compare": 15_240,
 }

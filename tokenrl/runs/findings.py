@@ -218,14 +218,6 @@ class Observed:
         return self.sampled[-1]
 
     @property
-    def followed(self) -> str:
-        """In words, what updates follow in place of greedy completions; of samples also what became of them."""
-        if not self.sampled:
-            return "demonstrations, not greedy completions"
-        before, after = self.best_sampled.value, self.last_sampled.value
-        return f"samples, whose best mean reward was {before:.3g} and whose last is {after:.3g}"
-
-    @property
     def is_idle(self) -> bool:
         """Whether there was nothing to learn from in so many steps in a row that the run says so, or ends."""
         return self.idle_steps >= min(IDLE_STEPS, self.stop_after_zero_spread or IDLE_STEPS)

@@ -266,8 +266,8 @@ RULES = (
             and "act"
         ),
         "The greedy reward has fallen from its best, {run.best_greedy.value:.3g} at step "
-        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. Updates follow {run.followed}. "
-        + KEEP_BEST,
+        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. Updates follow samples or demonstrations, so look at "
+        "what became of these too. " + KEEP_BEST,
     ),
     Rule(
         "greedy-gap",

@@ -204,21 +204,19 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     Raises:
         Refused: When the estimator cannot be used with such groups.
     """
-    chances = prompt_chances_of(estimator, problem)
     counts = (problem.chances / problem.chances.min()).round().long()  # [P, M]
-    draws = (chances / chances.min()).round().long()  # [P]
     prompts = []
     rows = []
     for prompt, count in enumerate(counts):
         completions = torch.arange(len(count)).repeat_interleave(count)
         groups = torch.cartesian_prod(*itertools.repeat(completions, problem.group_size))
-        rows.append(groups.repeat(copies * int(draws[prompt]), 1).flatten())
+        rows.append(groups.repeat(copies, 1).flatten())
         prompts.append(torch.full_like(rows[-1], prompt))
     chosen = torch.cat(rows)[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, torch.cat(prompts), chosen)[0]
     mean = _by_prompt(_listed_slopes(estimator, problem), coefficients)
-    if estimator.prompts == "inverse":
-        mean = mean / (len(chances) * chances[:, None])
+    if estimator.prompts == "weighted":
+        mean = mean * prompt_chances_of(estimator, problem)[:, None]
     second = float(mean.sum(0).square().sum())
     return Moments(mean, target_of(estimator, problem), second, problem.name)
 
