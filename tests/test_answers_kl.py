@@ -10,6 +10,7 @@ import torch
 from folders import RECIPES
 from torch.testing import assert_close
 
+from tokenrl.core.choices import KL_EFFECTS
 from tokenrl.lab import tabular_problem
 
 LENGTH, TOKENS = 2, 3
@@ -101,6 +102,20 @@ def test_the_forms_of_the_kl_have_the_gradients_that_autograd_gives(recipes, see
         assert_close(module.FORMS[name](problem), gradient.flatten())
     assert_close(module.FORMS["closed form, with its path"](problem), truth.flatten())
     assert module.FORMS["k1 in the loss"](problem).norm() < 1e-12
+
+
+def test_the_page_has_every_form_that_is_exact(recipes):
+    module = recipes[1]
+    problem = module.apart(0)
+    truth = module.kl_gradient(problem)
+    exact = [
+        (fields["kl_placement"], fields["kl_estimator"])
+        for name, fields in module.PLACES.items()
+        if module.error(module.placed(problem, name), truth) < 1e-10
+    ]
+    assert {*exact} == {pair for pair, choice in KL_EFFECTS.items() if choice.status == "exact"}
+    page = (RECIPES / "pages" / "explain" / "answers" / "kl.md").read_text()
+    assert page.count("| $\\nabla \\mathrm{KL}$ |") == len(exact)
 
 
 @pytest.mark.parametrize(

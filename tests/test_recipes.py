@@ -42,7 +42,7 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         r"variance, half uniform weighted +7\.370 +0\.992\n +inverse +12\.358 +1\.000",
         r"variance +weighted +15\.823 +0\.982",
     ),
-    "replay": (r"sequence +\d\.\d{3} +0\.000",),
+    "replay": (r"sequence +0\.565 +0\.000 +0\.075 +0\.353 +0\.641",),
     "looks --comparisons 10 --betting 10": (
         r"2.0 +\d\d.\d +\d\d.\d +inf\n",
         r"normal +0.0 +looks +0\.\d+ \[.*\] +1[0-8]\.\d\n",

@@ -1,8 +1,9 @@
 """The commands of the command line. Parsing arguments and printing help import nothing heavy, such as torch.
 
 Exit codes: 0 for success; 2 if the command was refused before the first step, or a check found a problem; 1
-if it failed during the run; 129, 130 or 143 if a signal stopped it after saving; 141 if the program that read
-its output ended first, as with `| head`. A user's mistake prints one paragraph and no traceback.
+if it failed during the run; 3 if a comparison has another verdict than --require asks for; 129, 130 or 143 if a signal
+stopped it after saving; 141 if the program that read its output ended first, as with `| head`. A user's mistake prints
+one paragraph and no traceback.
 """
 
 from __future__ import annotations

@@ -245,8 +245,6 @@ def _group(flags: dict[str, Any]) -> Any:
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
     for owner, field, text in described_fields(kind):
-        if not field.metadata.get("flag", True):
-            continue
         hint = field_types(kind)[field.name]
         metavar = None
         value = start.get(field.name, field.metadata.get("usual", field.default))
@@ -266,7 +264,7 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
 
 
 def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
-    """Yield each field of a dataclass of settings, with the class that declares it and what it means."""
+    """Yield each field of a dataclass of settings that is a flag, with the class that declares it and its meaning."""
     owners = dict[str, Any]()
     texts = dict[str, str]()
     for owner in reversed(dataclasses_of(kind)):
@@ -274,7 +272,8 @@ def described_fields(kind: Any) -> Iterator[tuple[type[Any], Field[Any], str]]:
         for entry in parse_from_object(owner).params:
             texts[entry.arg_name] = " ".join(str(entry.description).split())
     for field in fields(kind):
-        yield owners[field.name], field, texts[field.name]
+        if field.metadata.get("flag", True):
+            yield owners[field.name], field, texts[field.name]
 
 
 def _flag(hint: Any, default: Any, text: str, metavar: str | None = None, origin: str = "") -> Any:

@@ -43,6 +43,8 @@ PLACES = {
     "k2 in the loss": {"kl_estimator": "k2", "kl_placement": "loss"},
     "k3 in the loss": {"kl_estimator": "k3", "kl_placement": "loss"},
     "closed form, with its path": {"kl_estimator": "closed_form_path", "kl_placement": "loss"},
+    "full path in the loss": {"kl_estimator": "full_path", "kl_placement": "loss"},
+    "k2 of the whole sequence": {"kl_estimator": "k2_sequence", "kl_placement": "loss"},
 }
 SIZE = 4
 """Completions of a group, for the noise."""

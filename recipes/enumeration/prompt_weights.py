@@ -24,6 +24,8 @@ PROBLEMS = {
     "15 prompts of 18 with p = .02, three of .5": [0.02] * 15 + [0.5] * 3,
     "15 prompts of 18 with p = .02, .2, .5 and .8": [0.02] * 15 + [0.2, 0.5, 0.8],
     "p even from .05 to .95": np.linspace(0.05, 0.95, 18).tolist(),
+    "p from .001 to .5, by equal factors": np.geomspace(0.001, 0.5, 18).tolist(),
+    "9 prompts of 18 with p = .001, nine of .5": [0.001] * 9 + [0.5] * 9,
 }
 
 

@@ -2,10 +2,11 @@
 
     python recipes/enumeration/replay.py
 
-Two completions are sampled from an older policy and go into the replay of `tokenrl train`. A completion that it keeps,
-drawn with equal probabilities, is learnt from under the present policy. All pairs are listed, so the expected gradient
-of that row is exact. Look at the bias, its distance from the gradient of the mean reward relative to the length of the
-latter. The row is weighted by the importance of the estimator. `recipes/pages/explain/off_policy.md` has the text.
+Some completions are sampled from an older policy and go into the replay of `tokenrl train`, which keeps each text once.
+One of the texts that it keeps, drawn with equal probabilities, is learnt from under the present policy. All sets of
+texts are listed, so the expected gradient of that row is exact. Look at the bias, its distance from the gradient of the
+mean reward relative to the length of the latter. The row is weighted by the importance of the estimator.
+`recipes/pages/explain/off_policy.md` has the text.
 """
 
 # /// script
@@ -16,9 +17,9 @@ latter. The row is weighted by the importance of the estimator. `recipes/pages/e
 # ///
 
 from dataclasses import replace
-from itertools import product
 from statistics import median
 
+import numpy as np
 import torch
 import tyro
 
@@ -26,30 +27,47 @@ from tokenrl import Estimator
 from tokenrl.lab import Perturbation, Problem, exact_moments, perturbed_problem
 
 WEIGHTS = ("none", "token", "sequence")
+CASES = {"best of 2": (2, 1), "both of 2": (2, 2)} | {f"all of {n}": (n, n) for n in (3, 8, 32)}
+"""How many completions are sampled, and the most texts that are kept of them."""
 
 
-def replayed(problem: Problem, capacity: int) -> Problem:
-    """Return the problem in which its sampler draws two completions, and one of the best `capacity` is learnt from."""
-    rewards = problem.totals[0]
-    chances = problem.of_sampler.chances[0]
-    shares = torch.zeros_like(chances)  # how often each completion is the replayed one
-    for pair in product(range(len(chances)), repeat=2):
-        kept = sorted(set(pair), key=lambda number: -rewards[number])[:capacity]
-        shares[kept] += chances[list(pair)].prod() / len(kept)
-    return replace(problem, environment=shares / chances)
-
-
-def bias(seed: int, weights: str, capacity: int) -> float:
-    """Return the relative bias of the expected gradient of a replayed row.
+def replayed(problem: Problem, samples: int, capacity: int) -> Problem:
+    """Return the problem in which the row that is learnt from is one of the best distinct texts of its sampler.
 
     Args:
-        seed: seed of both policies and of the rewards.
-        weights: the importance of the estimator.
-        capacity: completions that are kept: with 1 the better of two, with 2 both.
+        problem: its sampler draws the completions.
+        samples: completions that are sampled.
+        capacity: the most texts that are kept; each is learnt from equally often.
     """
-    problem = perturbed_problem(seed, Perturbation(noise=0.5), group_size=1)
+    rewards = problem.totals[0].tolist()
+    chances = problem.of_sampler.chances[0].numpy()
+    texts = len(chances)
+    sets = (
+        np.arange(2**texts)[:, None] >> np.arange(texts) & 1
+    )  # [2^M, M], by the bits of its number
+    # A set is what was sampled if all samples are in it, and in none of the smaller ones.
+    probabilities = (sets @ chances) ** samples
+    for bit in range(texts):
+        halves = probabilities.reshape(-1, 2, 2**bit)
+        halves[:, 1] -= halves[:, 0]
+    best_first = sorted(range(texts), key=lambda text: -rewards[text])
+    ranked = sets[:, best_first]
+    kept = ranked * (ranked.cumsum(1) <= capacity)
+    shares = np.empty(texts)
+    shares[best_first] = probabilities[1:] @ (kept[1:] / kept[1:].sum(1, keepdims=True))
+    return replace(problem, environment=torch.from_numpy(shares / chances))
+
+
+def bias(problem: Problem, row: Problem, weights: str) -> float:
+    """Return the relative bias of the expected gradient of the row that is learnt from.
+
+    Args:
+        problem: the problem, whose gradient is wanted.
+        row: the same, as `replayed` returns it.
+        weights: the importance of the estimator.
+    """
     estimator = Estimator.preset("reinforce", importance=weights)
-    gradient = exact_moments(estimator, replayed(problem, capacity)).mean.sum(0)
+    gradient = exact_moments(estimator, row).mean.sum(0)
     true = problem.gradient().sum(0)
     return float((gradient - true).norm() / true.norm())
 
@@ -60,12 +78,13 @@ def main(problems: int = 20) -> None:
     Args:
         problems: number of problems.
     """
-    print(f"{'importance':12} {'the better is kept':>20} {'both are kept':>16}")
+    change = Perturbation(noise=0.5)
+    drawn = [perturbed_problem(seed, change, group_size=1) for seed in range(problems)]
+    by_case = [[(x, replayed(x, *case)) for x in drawn] for case in CASES.values()]
+    print(f"{'importance':10}", *(f"{name:>10}" for name in CASES))
     for weights in WEIGHTS:
-        better, both = (
-            median(bias(seed, weights, capacity) for seed in range(problems)) for capacity in (1, 2)
-        )
-        print(f"{weights:12} {better:20.3f} {both:16.3f}")
+        cells = [median(bias(*pair, weights) for pair in case) for case in by_case]
+        print(f"{weights:10}", *(f"{cell:10.3f}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ ROOMS = (
 )
 SETTINGS = {field for command in COMMANDS.values() for field in field_types(command.arguments)}
 FLAGS = ("flag", "default", "allowed", "meaning")
+(POSITIONAL,) = tyro.conf.Positional[str].__metadata__
+"""Marks what a command takes without a flag."""
 MAX_KEYWORDS = 8
 """A function with more settings of a command among its keywords is shown without them."""
 LINE_LENGTH = 88
@@ -76,7 +78,8 @@ def default_of(field: Any) -> str:
     default = field.metadata.get("usual", field.default)
     words = ["as in the run"] if "usual" in field.metadata else []
     if default not in (None, (), "", MISSING):
-        words.append(f"`{default}`")
+        values = default if isinstance(default, tuple) else [default]
+        words.append(f"`{' '.join(map(str, values))}`")
     return ", else ".join(words) or "-"
 
 
@@ -85,9 +88,12 @@ def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     hints = field_types(kind)
     groups: dict[str, list[Any]] = {owner.group: [] for owner in dataclasses_of(kind)}
     for owner, field, text in described_fields(kind):
-        flag = f"`{prefix}{field.name.replace('_', '-')}`"
-        values = allowed(hints[field.name]) or "any"
-        groups[owner.group].append((flag, default_of(field), values, text))
+        hint = hints[field.name]
+        flag = f"{prefix}{field.name.replace('_', '-')}"
+        if POSITIONAL in getattr(hint, "__metadata__", ()):
+            flag = field.name.upper()
+        row = (f"`{flag}`", default_of(field), allowed(hint) or "any", text)
+        groups[owner.group].append(row)
     for title, rows in groups.items():
         if rows:
             heading = f"{title[0].upper()}{title[1:]}" if title else "Main settings"

@@ -13,7 +13,7 @@ equal rates. The largest quantile counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import count
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ MARGIN = 0.02
 SHARES = (1, 0.75, 0.5, 0.25, 0)
 """Parts of the measured gaps between the rates of an arm that are simulated."""
 DRAWS = 50_000
+Score = Callable[[np.ndarray], np.ndarray]
+"""Takes the scores of an arm, [kinds, rates, ..., units], at the rate that it chooses: [..., units]."""
 
 
 class Interval(NamedTuple):
@@ -98,9 +100,20 @@ def at_best_rates_of_others(scores: np.ndarray) -> np.ndarray:
     return np.take_along_axis(scores[-1], others.argmax(0)[None], 0)[0]
 
 
-def differences(arms: Iterable[np.ndarray]) -> np.ndarray:
+def at_one_rate(scores: np.ndarray) -> np.ndarray:
+    """Return an arm's score in each unit, at the one rate that is best over all units; [kinds, rates, ..., units]."""
+    sums = np.broadcast_to(scores[0].sum(-1, keepdims=True), scores[0].shape)
+    return np.take_along_axis(scores[-1], sums.argmax(0)[None], 0)[0]
+
+
+def at_own_rates(scores: np.ndarray) -> np.ndarray:
+    """Return an arm's score in each unit, at the rate that is best in this unit; [kinds, rates, ..., units]."""
+    return np.take_along_axis(scores[-1], scores[0].argmax(0)[None], 0)[0]
+
+
+def differences(arms: Iterable[np.ndarray], score: Score = at_best_rates_of_others) -> np.ndarray:
     """Return each later arm's score minus that of the first, [arms - 1, ..., units]."""
-    reference, *others = map(at_best_rates_of_others, arms)
+    reference, *others = map(score, arms)
     return np.array(others) - reference
 
 
@@ -118,26 +131,30 @@ def redrawn(scores: np.ndarray, normals: np.ndarray, share: float = 1) -> np.nda
     return gaps[..., None] + noise
 
 
-def half_widths(arms: Collection[np.ndarray], times: int = 1) -> np.ndarray:
+def half_widths(
+    arms: Collection[np.ndarray], times: int = 1, score: Score = at_best_rates_of_others
+) -> np.ndarray:
     """Return half the width of each later arm's interval if there were so many times the units, equally spread.
 
     It is the |t| that chance exceeds in a comparison's part of 5 %, times the standard error.
     """
-    gaps = differences(arms)
+    gaps = differences(arms, score)
     units = times * gaps.shape[1]
     normals = np.random.default_rng(0).standard_normal((gaps.shape[1], DRAWS, units))
     critical = []
     for share in SHARES:
-        drawn = differences(redrawn(scores, normals, share) for scores in arms)
+        drawn = differences((redrawn(scores, normals, share) for scores in arms), score)
         t = np.abs(stats.ttest_1samp(drawn, 0, axis=-1).statistic)
         critical.append(np.quantile(t, 1 - 0.05 / len(gaps), axis=-1))
     return np.max(critical, axis=0) * gaps.std(1, ddof=1) / np.sqrt(units)
 
 
-def chosen(arms: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+def chosen(
+    arms: Mapping[str, np.ndarray], score: Score = at_best_rates_of_others
+) -> dict[str, Interval]:
     """Return the interval of each arm minus the first, with simulated critical values."""
-    means = differences(arms.values()).mean(1)
-    halves = half_widths(arms.values())
+    means = differences(arms.values(), score).mean(1)
+    halves = half_widths(arms.values(), score=score)
     return dict(zip([*arms][1:], map(around, means, halves), strict=True))
 
 

@@ -28,6 +28,8 @@ from intervals import (
     MARGIN,
     Interval,
     at_best_rates_of_others,
+    at_one_rate,
+    at_own_rates,
     bases_at_large,
     chosen,
     fit_curve,
@@ -319,7 +321,7 @@ def groups() -> Numbers:
 
 
 def at_rates(task: str) -> Numbers:
-    """Question 14: eight prompts beside 64 at each rate, and at the rates that are best on other bases."""
+    """Question 14: eight prompts beside 64 at each rate, and at the best rate of each arm or of each base."""
     table = pd.concat([runs(f"14_{task}"), runs(f"14_rates_{task}")])
     arms = [
         table[table["arm"].str.startswith(arm)].pivot_table("area", "base", "learning_rate")
@@ -327,11 +329,11 @@ def at_rates(task: str) -> Numbers:
     ]
     for rate in arms[0]:
         yield from beside(f"{task}, {rate:g}", *(of_arm[rate] for of_arm in arms))
-    scores = [of_arm.to_numpy().T[None] for of_arm in arms]
-    row = f"{task}, best on other bases"
-    for of_arm in scores:
-        yield row, f"{at_best_rates_of_others(of_arm).mean():.3f}"
-    yield row, chosen({"eight": scores[0], "one": scores[1]})["one"].text(".3f")
+    areas = dict(zip(("eight", "one"), (of_arm.to_numpy().T[None] for of_arm in arms), strict=True))
+    for name, score in (("best of the arm", at_one_rate), ("best of each base", at_own_rates)):
+        row = f"{task}, {name}"
+        yield from ((row, f"{score(of_arm).mean():.3f}") for of_arm in areas.values())
+        yield row, chosen(areas, score)["one"].text(".3f")
 
 
 def beside(row: str, eight: pd.Series, one: pd.Series) -> Numbers:

@@ -50,6 +50,9 @@ def test_what_is_declared_is_what_is_found(name: str):
         assert verdict.cosine < 1 - 1e-5
 
 
+LOO_STD = {"scale": "loo_std", "scale_eps": 0.1}
+
+
 def mine(totals, **_):
     return totals * 0
 
@@ -67,13 +70,13 @@ COMBINED = [
     ({"baseline": "opo", "ratio": "sequence_product", **LOSS_KL}, "exact", EXACT),
     ({"returns": "reward_to_go", "gamma": 0.7}, "biased", "the gradient of no objective"),
     ({"scale": "group_std"}, "biased", "on rewards of 0 and 1 it is exact_per_prompt"),
-    ({"scale": "loo_std", "aggregation": "token_mean"}, "biased", "in the limit only"),
-    ({"scale": "loo_std", "entropy_coef": 0.4}, "biased", "coefficient"),
+    ({**LOO_STD, "aggregation": "token_mean"}, "biased", "in the limit only"),
+    ({**LOO_STD, "entropy_coef": 0.4}, "biased", "coefficient"),
     ({"scale": "batch_std", "scale_ddof": 0, "baseline": "group_mean"}, "asymptotic", "(G-1)/G"),
     ({"baseline": "none", "truncations": "mask"}, "biased", "ascends E[m (R - b)]"),
     ({**LOSS_KL, "baseline": "group_mean"}, "biased", "changes its coefficient"),
     ({**LOSS_KL, "baseline": "batch_mean"}, "asymptotic", "(N-1)/N as"),
-    ({"zero_spread": "refill", "scale": "loo_std"}, "exact_per_prompt", "kept"),
+    ({"zero_spread": "refill", **LOO_STD}, "exact_per_prompt", "kept"),
     ({"zero_spread": "drop", "returns": "reward_to_go"}, "unknown", "before the last action"),
     ({"zero_spread": "drop", "baseline": "shrinkage"}, "biased", OF_THEIR_OWN),
     ({"zero_spread": "drop", "overlong_buffer": 3}, "biased", OF_THEIR_OWN),
@@ -98,6 +101,25 @@ def test_combinations_hold_what_they_declare(fields: dict, status: str, words: s
     verdict = measure_bias(estimator, SMALL if "objective" not in fields else LEVELS)
     off = status == "biased" and verdict.cosine < 1 - 1e-5
     assert verdict.ok or off, (verdict.found, verdict.cosine)
+
+
+ACROSS_THE_STEP = [
+    {axis: name, **({"leave_one_out": False} if choice.row_inside else {})}
+    for axis in ("baseline", "scale", "aggregation")
+    for name, choice in CHOICES[axis].items()
+    if choice.compares == "step" or choice.status == "asymptotic"
+]
+"""Choices that compare rows of several prompts, or divide by all of them."""
+
+
+@pytest.mark.parametrize("prompts", ["weighted", "inverse"])
+@pytest.mark.parametrize("fields", ACROSS_THE_STEP, ids=lambda fields: next(iter(fields.values())))
+def test_prompts_that_are_drawn_unequally_beside_what_goes_across_the_step(fields, prompts):
+    """Where the rest is right in the limit only, weights that stay leave another direction."""
+    verdict = measure_bias(Estimator(prompts=prompts, **fields), SMALL)
+    assert verdict.ok and verdict.found == verdict.declared
+    if prompts == "inverse":
+        assert verdict.declared == Estimator(**fields).bias_status
 
 
 def test_every_preset_and_every_choice_is_a_point():
@@ -133,8 +155,8 @@ WRONG = [
         "biased",
     ),
     (
-        {"scale group_std": "asymptotic"},
-        Estimator(baseline="group_mean", scale="group_std"),
+        {"aggregation sequence_mean": "asymptotic"},
+        Estimator(aggregation="sequence_mean"),
         "biased",
     ),
     ({"baseline group_mean": "exact"}, Estimator(baseline="group_mean"), "exact_up_to_scale"),

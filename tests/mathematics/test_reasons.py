@@ -29,7 +29,7 @@ CHANGES = [
     *({"baseline": name, "leave_one_out": False} for name in ("opo", "optimal", "timestep_mean")),
     {"baseline": "optimal", "optimal_form": "cumulative"},
     {"baseline": "constant", "baseline_constant": 0.4},
-    *({"scale": name} for name in CHOICES["scale"] if name != "none"),
+    *({"scale": name, "scale_eps": 0.1} for name in CHOICES["scale"] if name != "none"),
     *({"aggregation": name} for name in CHOICES["aggregation"]),
     *({"returns": name} for name in CHOICES["returns"]),
     {"returns": "gae", "lam": 1.0},

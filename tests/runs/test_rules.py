@@ -15,7 +15,7 @@ from tokenrl.runs.findings import Gain, Latest, Mean, Means, Observed, observe
 from tokenrl.runs.rules import judge
 
 SIGNS = "90% of the groups had equal rewards"
-FALLEN = Latest(first=0.2, reward=Mean(0.0, 0.01, 4), signs=SIGNS)
+FALLEN = Latest(first=Mean(0.2, 0.02, 1), reward=Mean(0.0, 0.01, 4), signs=SIGNS)
 LOST = Observed(learning_rate=0.1, sampled=[Mean(0.2, 0.012, 0)], latest=FALLEN)
 HARDER = [Mean(0.8, 0.012, 0)]  # held-out prompts may be easier than those of training
 RISEN = [Mean(0.2, 0.012, 0), Mean(0.6, 0.012, 9)]
@@ -24,6 +24,12 @@ ENDED = Observed(learning_rate=0.1, gain=GAIN)
 GREEDY = Observed(greedy=[Mean(0.8, 0.03, 0), Mean(0.1, 0.02, 9)])
 GAP = Observed(greedy=[Mean(0.8, 0.03, 0)], sampled=[Mean(0.07, 0.01, 0)], most=[Mean(0.1, 0.02, 0)],
                eval_generations=4)  # fmt: skip
+LEFT_OUT = Observed(abstention="Judge gave none.", on_abstain="leave-out")
+RISING = Latest(first=Mean(0.2, 0.03, 1), reward=Mean(0.9, 0.02, 400), signs="")
+HEART = Observed(
+    latest=RISING, sampled=[Mean(0.2, 0.1, 0), Mean(0.4, 0.1, 50), Mean(0.3, 0.1, 400)]
+)
+"""The usual fate of 50 rows, of which ten are held out."""
 RATES = Observed(learning_rate=0.1, lowest_rate=1e-3, highest_rate=1e-3)
 FAR = Observed(recent=Means(logp_difference=0.06, effective_samples=0.9))
 NEAR = Means(logp_difference=0.05, effective_samples=0.5)
@@ -46,6 +52,12 @@ CASES = [  # flag, weight, what was observed, and what of it makes the rule sile
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)),
      {"importance_centre": True}),
     ("rewards-abstain", "watch", Observed(abstention="Judge gave none."), {"abstention": ""}),
+    ("rewards-abstain", "watch", LEFT_OUT, {"abstention": ""}),
+    ("learnt-by-heart", "act", HEART, {"sampled": [*HEART.sampled, Mean(0.6, 0.1, 450)]}),  # more than half
+    ("learnt-by-heart", "act", HEART, {"sampled": [*HEART.sampled, Mean(0.41, 0.1, 450)]}),  # it still rises
+    ("learnt-by-heart", "act", HEART, {"latest": RISING._replace(reward=Mean(0.4, 0.05, 400))}),  # noise
+    ("learnt-by-heart", "act", HEART, {"num_envs": 4}),
+    ("learnt-by-heart", "act", HEART, {"is_solved": True}),
     ("no-signal", "void", TRIAL, {"step": Means(reward=0.5, equal=0.8)}),
     ("no-signal", "watch", replace(TRIAL, others_differ=True), {"groups": ""}),
     ("no-signal", "void", IDLE, {"idle_steps": 2}),
@@ -93,6 +105,11 @@ def test_a_rule_fires_on_its_case_and_is_silent_on_its_neighbour(flag, weight, o
         (replace(EQUAL, is_solved=True), "no gradient. The policy already solves"),
         (replace(ENDED, pass_mark=0.2), "The policy already solves these prompts"),
         (replace(ENDED, gain=replace(GAIN, value=-0.1)), "It has fallen. The learning rate"),
+        (LEFT_OUT, "gave none. These completions are left out of their groups (--on-abstain leave-out)"),
+        (replace(LEFT_OUT, on_abstain="zero"), "it counts as 0 in their sum"),
+        (GREEDY, "to 0.1. Updates follow samples or demonstrations, so look at what became of these too."),
+        (HEART, "training prompts rose from 0.2 to 0.9, and that of held-out prompts went from 0.2 to 0.3; its best "
+         "was 0.4, at step 50. The policy learns its training prompts by heart. Give more distinct prompts"),
         (replace(TRIAL, groups="{groups} of {0} {"), "In none of {groups} of {0} { do the rewards"),
         (replace(CUT, step=Means(cut=1), whole=Means(), uncut="give --stop }{"), "little: give --stop }{"),
     ],
@@ -100,6 +117,12 @@ def test_a_rule_fires_on_its_case_and_is_silent_on_its_neighbour(flag, weight, o
 def test_a_sentence_names_the_cause_and_keeps_the_braces_of_a_text(observed, words):
     finding, *_ = judge(observed)
     assert words in finding.text
+
+
+def test_where_prompts_are_learnt_by_heart_no_more_steps_are_advised():
+    both = judge(replace(HEART, gain=GAIN))
+    assert [finding.flag for finding in both] == ["learnt-by-heart", "nothing-learnt"]
+    assert all("Give more distinct prompts" in finding.text for finding in both)
 
 
 def test_fields_that_are_filled_by_name_are_settings():
@@ -111,7 +134,7 @@ def test_fields_that_are_filled_by_name_are_settings():
     }
     assert named == {"learning_rate", "max_completion_length", "num_envs", "keep",
                      "eval_generations", "importance_centre", "entropy_coef",
-                     "stop_after_zero_spread"}  # fmt: skip
+                     "stop_after_zero_spread", "on_abstain"}  # fmt: skip
 
 
 def row(step, reward, error=0.03, equal=0.2):

@@ -91,11 +91,14 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
+    latest = observed.latest
+    if latest and gained:  # what was lost for a while was won back
+        latest = latest._replace(signs="")
     updates = arguments.num_iterations * arguments.num_minibatches * run.metrics[-1]["step"]
     return replace(
         observed,
         is_solved=is_solved,
         whole=recent,
         skipped=skipped / updates,
-        latest=None if gained else observed.latest,
+        latest=latest,
     )

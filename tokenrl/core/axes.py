@@ -133,7 +133,8 @@ class Axes(Settings):
     scale_ddof: Literal[0, 1] = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
     scale_eps: NonNegative = 1e-4
-    """Added to the standard deviation, outside the root."""
+    """Added to the standard deviation, outside the root. loo_std needs at least 0.01: where the other rows have equal
+    rewards it is the whole divisor."""
     aggregation: Literal["sequence_sum", "fixed_length", "token_mean", "sequence_mean"] = (
         "sequence_sum"
     )
@@ -168,8 +169,8 @@ class Axes(Settings):
     """Subtract from each token's score its mean over the sampler's vocabulary at that prefix (arXiv 2609.20807).
     Without weights the gradient is then that of the sampler's own expected reward, up to a factor."""
     importance_centre_top: Count | None = None
-    """Know the sampler's probabilities of so many most probable tokens only, and take those of all others as
-    proportional to the policy's (a bias, see `tokenrl lab exact`); None for all tokens."""
+    """Use the sampler's probabilities of its k likeliest tokens, with this k. The rest is spread as the policy's, which
+    is a bias (see `tokenrl lab exact`). None for all tokens."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: Literal[

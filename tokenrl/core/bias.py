@@ -15,6 +15,9 @@ every status.
 - The conditions are sufficient: a choice declared `biased` may be harmless on a special problem, for example
   when all completions have the same length.
 - The status of `zero_spread` assumes that no reward follows a truncation.
+- Prompts are random given what was before their pass over the data. A prompt that a pass has dealt hardly comes back
+  in it, so within a pass the weights of a later step depend on the earlier prompts, and what is left is not the mean
+  of all prompts. That holds for every shuffled epoch, with or without weights of prompts, and no status counts it.
 - The status is `unknown` where the settings do not decide it.
 """
 
@@ -212,18 +215,18 @@ def combination_effects(axes: Axes, alone: list[Effect]) -> list[Effect]:
             "with rewards of 0 and 1, 'group_mean' and 'group_std' ascend sum_k w_G(p_k) grad p_k"
         )
         combined.append(Effect(BIASED, reason))
-    limits = {baseline_effect(axes).status, axes.chosen("aggregation").status}
-    unequal = per_prompt or axes.chosen("scale").compares == "group" or axes.prompts == "weighted"
-    if ASYMPTOTIC in limits and unequal:
-        reason = (
-            "prompts stay weighted unequally, and the direction of each is right in the limit only"
-        )
-        combined.append(Effect(BIASED, reason))
     if axes.loss_side_terms and shrinks and not rescaled:
         reason = (
             "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
         )
         combined.append(Effect(ASYMPTOTIC, reason))
+    # What is divided or centred over the whole step is divided equally in the limit; these stay unequal.
+    unequal = per_prompt or axes.chosen("scale").compares == "group" or axes.prompts == "weighted"
+    if unequal and any(effect.status == ASYMPTOTIC for effect in (*alone, *combined)):
+        reason = (
+            "prompts stay weighted unequally, and the direction of each is right in the limit only"
+        )
+        combined.append(Effect(BIASED, reason))
     return combined
 
 

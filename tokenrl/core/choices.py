@@ -4,9 +4,8 @@ A new choice is one row here, its name in the type of its field in `axes`, and t
 `baselines`, `scales` or `returns`. `bias` says what all choices of one estimator do. No torch is imported.
 
 In the reasons, G is the number of completions per prompt, N the number of rows in the step, R the return of a
-row, b the baseline, L the length of a row and p the probability of a correct completion. What stands after the
-colon of a reason is the objective that is ascended, or the gradient that is computed, where no other choice
-matters; `bias.effects` leaves it out elsewhere.
+row, b the baseline, L the length of a row and p the probability of a correct completion. The part after a colon
+names what is ascended if no other choice matters; `bias.effects` leaves it out elsewhere.
 """
 
 from __future__ import annotations
@@ -283,7 +282,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "to p (1 - p) the sum of p^2 / 2 - p^3 / 3, where the divisor of q is held fixed",
         ),
         "inverse": Choice(
-            EXACT, "the gradient of each prompt is divided by its chance to be drawn"
+            EXACT,
+            "the gradient of each prompt is divided by its chance, which stands still in a pass over the prompts",
         ),
     },
     "truncations": {

@@ -19,6 +19,8 @@ REPLACED = {"baseline": "none", "scale": "none", "returns": "total", "components
 """The axes that another objective replaces, with the only choice that goes with it."""
 OF_STEP = {"values", "greedy_rewards", "baseline_value"}
 """What is known of the whole reward of a row, and not of each reward function."""
+LEAST_EPS = 0.01
+"""Least scale_eps where a divisor is made of other rows alone, whose rewards may all be equal."""
 LONGEST_WITHOUT_BASELINE = 500
 """Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
 
@@ -56,10 +58,11 @@ def check_axes(axes: Axes) -> None:
             "units. Choose the baseline 'none' or 'value', or returns 'reward_to_go'."
         )
     check_importance(axes)
-    if axes.chosen("scale").of_others and axes.scale_eps == 0:
+    if axes.chosen("scale").of_others and axes.scale_eps < LEAST_EPS:
         raise Refused(
-            f"scale {axes.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
-            "Give a scale_eps above 0; its preset has 0.1."
+            f"scale {axes.scale!r} divides by scale_eps alone where the other rows have equal rewards: with "
+            f"{axes.scale_eps:g} one right answer in a group counts thousands of times more than the others. Give "
+            f"a scale_eps of at least {LEAST_EPS}; its preset has 0.1."
         )
     of_step = axes.overlong_buffer or axes.kl_in_reward or axes.needs & OF_STEP
     if axes.components == "separate" and of_step:

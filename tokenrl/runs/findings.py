@@ -108,7 +108,7 @@ class Latest(NamedTuple):
         signs: in words, the signs that the policy can hardly recover; empty without any.
     """
 
-    first: float
+    first: Mean
     reward: Mean
     signs: str
 
@@ -138,7 +138,7 @@ class Observed:
     comparison.
 
     Attributes:
-        learning_rate ... entropy_coef: settings of the run, and axes of its estimator.
+        learning_rate ... on_abstain: settings of the run, and axes of its estimator.
 
         step: the numbers of the last step.
         recent: means of the last tenth of the steps, of at most 100.
@@ -171,6 +171,7 @@ class Observed:
     stop_after_zero_spread: int = 0
     importance_centre: bool = False
     entropy_coef: float = 0.0
+    on_abstain: str = ""
 
     step: Means = Means()
     recent: Means = Means()
@@ -210,6 +211,11 @@ class Observed:
     def last_greedy(self) -> Mean:
         """The latest evaluation of greedy completions."""
         return self.greedy[-1]
+
+    @property
+    def last_sampled(self) -> Mean:
+        """The latest evaluation of samples."""
+        return self.sampled[-1]
 
     @property
     def is_idle(self) -> bool:
@@ -333,7 +339,7 @@ def _latest(steps: Rows, settings: Any) -> Latest | None:
     error = math.hypot(*(_number(row, "reward_stderr") for row in rows)) / count
     reward = Mean(now.reward, max(error, first_error / math.sqrt(count)), steps[-1]["step"])
     return Latest(
-        first=first.reward,
+        first=Mean(first.reward, first_error, steps[0]["step"]),
         reward=reward,
         signs=" and ".join(sign for sign, is_seen in signs.items() if is_seen),
     )

@@ -8,7 +8,7 @@ comparison with nan holds. Several rules may have the same flag; the first that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import hypot, inf
 from typing import Any, NamedTuple
 
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
@@ -20,6 +20,8 @@ MIN_ERRORS_OF_BEST = 6.0
 """Standard errors by which the reward of a destroyed policy falls. Tested hundreds of times per run, a fall
 of 2 standard errors is often chance; the best of several evaluations is biased upwards."""
 GREEDY_ERRORS = 3.0  # of a difference that is judged once in a run
+GAP_ERRORS = 3.0
+"""Standard errors by which training prompts gained more than held-out ones, if they are learnt by heart."""
 MAX_DIFFERENCE = 0.05
 """Nats per token between sampler and trainer. If chance decides their signs, the importance weights of
 completions of 100 tokens spread by a factor of 1.9 around 1."""
@@ -42,6 +44,11 @@ IDLE = (
 GAIN = (
     "The held-out reward was {run.gain.before:.3g} before training, and has changed by {run.gain.value:.2g} "
     "± {run.gain.error:.1g}. "
+)
+KEEP_BEST = "With --keep best model/ gets the weights of the best evaluation."
+BY_HEART = (
+    "The policy learns its training prompts by heart. Give more distinct prompts, or end earlier: --max-steps, a lower "
+    "--learning-rate, or --estimator.beta to stay near the base. " + KEEP_BEST
 )
 """Sentences, or their beginnings, that several rules share."""
 
@@ -88,9 +95,25 @@ def is_destroyed(run: Observed) -> bool:
     best = run.best_sampled
     reward = run.latest.reward
     learnt = best.value - run.sampled[0].value
-    lost = run.latest.first + learnt - reward.value
+    lost = run.latest.first.value + learnt - reward.value
     is_fall = best.exceeds(reward, MIN_ERRORS_OF_BEST if learnt > 0 else MIN_ERRORS)
     return is_fall and 2 * lost > max(best.value - reward.value, learnt)
+
+
+def is_by_heart(run: Observed) -> bool:
+    """Whether training prompts gained at least twice as much as held-out prompts, which are below their best.
+
+    Only the part beyond noise counts. An agent is evaluated on what it is trained on.
+    """
+    if run.num_envs or not (run.sampled and run.latest):
+        return False
+    means = run.latest.first, run.latest.reward, run.sampled[0], run.last_sampled
+    before, reward, start, held_out = (mean.value for mean in means)
+    gap = (reward - before) - (held_out - start)
+    error = hypot(*(mean.error for mean in means))
+    return held_out < run.best_sampled.value and gap > max(
+        (reward - before) / 2, GAP_ERRORS * error
+    )
 
 
 def remedy(run: Observed) -> str:
@@ -101,6 +124,8 @@ def remedy(run: Observed) -> str:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
     if run.is_solved or reward >= run.pass_mark:
         return SOLVED_ADVICE
+    if is_by_heart(run):
+        return BY_HEART
     if run.gain.equal < LOST_SHARE:
         return "More steps, more completions a step or a higher rate may give one."
     if run.can_warm_start:
@@ -149,6 +174,12 @@ RULES = (
         "the effective sample size is {run.recent.effective_samples:.0%} of the completions. Sample and train in "
         "one precision, with one model, prompt and temperature: bfloat16 makes .01 to .1. Where the sampler has "
         "weights of earlier steps, lower --sync-every or the learning rate, or set --estimator.importance.",
+    ),
+    Rule(
+        "rewards-abstain",
+        lambda run: run.abstention and run.on_abstain == "leave-out" and "watch",
+        "{run.abstention} These completions are left out of their groups (--on-abstain leave-out): they teach nothing, "
+        "and the mean reward is that of the others.",
     ),
     Rule(
         "rewards-abstain",
@@ -206,6 +237,13 @@ RULES = (
     ),
     # On held-out prompts.
     Rule(
+        "learnt-by-heart",
+        lambda run: not run.is_solved and is_by_heart(run) and "act",
+        "The mean reward of training prompts rose from {run.latest.first.value:.3g} to {run.latest.reward.value:.3g}, "
+        "and that of held-out prompts went from {run.sampled[0].value:.3g} to {run.last_sampled.value:.3g}; its best "
+        "was {run.best_sampled.value:.3g}, at step {run.best_sampled.step}. " + BY_HEART,
+    ),
+    Rule(
         "nothing-learnt",
         lambda run: run.gain.value < -2 * run.gain.error and "act",
         GAIN + "It has fallen. " + TOO_FAST,
@@ -228,9 +266,8 @@ RULES = (
             and "act"
         ),
         "The greedy reward has fallen from its best, {run.best_greedy.value:.3g} at step "
-        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. No update follows it: samples or "
-        "demonstrations may get better at the same time. With --keep best model/ gets the weights of the best "
-        "evaluation.",
+        "{run.best_greedy.step}, to {run.last_greedy.value:.3g}. Updates follow samples or demonstrations, so look at "
+        "what became of these too. " + KEEP_BEST,
     ),
     Rule(
         "greedy-gap",

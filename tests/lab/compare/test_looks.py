@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from folders import read_json
+from folders import RECIPES, read_json
 from made_runs import WALK, rising, write_run
 from refusals import refused, stopped
 from scipy import stats
@@ -46,6 +46,22 @@ def test_what_is_spent_is_what_simulated_sums_find(looks):
 
 def test_a_look_at_next_to_nothing_spends_nothing():
     assert levels_of_looks((2, 1000), 0.05) == pytest.approx((0.0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("looks", "percent"), [((6, 12, 18), 5.1), ((8, 12, 16), 5.2), ((6, 7, 8, 9, 10, 11, 12), 5.6)]
+)
+def test_the_page_says_how_often_student_t_errs_at_looks(looks, percent):
+    """Looks at fewer than six seeds spend nothing, so 4, 8, 12 and 16 are 8, 12 and 16."""
+    sample = np.random.default_rng(0).standard_normal((200_000, looks[-1]))
+    stopped = np.zeros(len(sample), dtype=bool)
+    for look, level in zip(looks, levels_of_looks(looks, 0.05), strict=True):
+        seen = sample[:, :look]
+        t = seen.mean(1) / seen.std(1, ddof=1) * look**0.5
+        stopped |= abs(t) > stats.t.isf(level / 2, look - 1)
+    assert 100 * stopped.mean() == pytest.approx(percent, abs=0.2)
+    page = (RECIPES / "pages" / "explain" / "comparing.md").read_text()
+    assert f"{percent} %" in page.partition("## Looks")[2].partition("##")[0]
 
 
 def scores(*arms):

@@ -192,7 +192,7 @@ MIXED = numbered([f"p{i % 30}" for i in range(300)])
             {"train": numbered(map(str, range(40))), "test": numbered(map(str, range(2, 50)))},
             None,
             "40 rows of 40 prompts to train on, 48 rows of 48 prompts held out$",
-            "38 of the 48 held-out rows have prompts that are trained on too.*eval_split",
+            "38 of the 48 held-out rows have prompts that are among the rows to train on, .*eval_split",
         ),
         (
             numbered(map(str, range(301))),

@@ -29,10 +29,11 @@ def run(folder, **settings):
 
 def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys, said):
     idle = {"kl_gain": 0.2, "value_iterations": 2, "warm_start_steps": 9, "max_refills": 1}
-    result = run(tmp_path / "run", **idle, warmup_steps=2)
+    result = run(tmp_path / "run", **idle, warmup_steps=2, prompt_weights="variance")
     out = said()
     assert all(f"{name}={value} has no effect" in out for name, value in idle.items())
     assert "warmup_steps=2 is not less than max_steps=2" in out
+    assert "this run draws 4 of 4: its rewards never change a chance" in out
     assert result.exit_code == 0 and out.count("has no effect") == len(idle)
     run(tmp_path / "run", estimator=Estimator(beta=0.1), target_kl=0.1, kl_gain=0.2, overwrite=True)
     assert "has no effect" not in capsys.readouterr().out

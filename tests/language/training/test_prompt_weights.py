@@ -45,41 +45,70 @@ def test_chances_are_those_of_the_column_and_of_the_floor():
     assert stream.epoch == 1000
 
 
-def test_what_is_remembered_of_a_prompt_makes_its_chance_and_is_saved():
+def by_hand(sums):
+    """Chances of the four rows, half of them in proportion to the variance of what was seen."""
+    count, total, squares = sums
+    if not count.any():
+        return np.full(4, 0.25)
+    divisor = np.maximum(count, 1e-300)
+    variance = squares / divisor - (total / divisor) ** 2
+    typical = (variance * count).sum() / count.sum()
+    weights = (count * variance + PRIOR * typical) / (count + PRIOR)
+    return 0.125 + 0.5 * weights / weights.sum()
+
+
+def test_what_is_remembered_makes_the_chances_of_the_next_pass_and_is_saved():
     stream = WeightedPrompts(ROWS, 3, "variance", 0.5)
     sums = np.zeros((3, 4))
+    chances = {}  # of passes of four prompts
     rng = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(9):  # three prompts in each step, most steps in two passes
+        again = WeightedPrompts(ROWS, 3, "variance", 0.5)
+        again.load_state_dict(stream.state_dict())
         prompts = stream.peek(3)
-        assert prompts == stream.draw_prompts(3)
-        numbers = torch.tensor([number for number, _ in prompts]).repeat_interleave(2)
+        assert prompts == again.draw_prompts(3) == stream.draw_prompts(3)
+        names = [number for number, _ in prompts]
+        for number in names:
+            chances.setdefault(number // 4, by_hand(sums))
+        rows = [PROMPTS.index(row["prompt"]) for _, row in prompts]
+        expected = [1 / (4 * chances[n // 4][row]) for n, row in zip(names, rows, strict=True)]
+        numbers = torch.tensor(names).repeat_interleave(2)
+        assert again.factors(numbers)[::2].tolist() == pytest.approx(expected)
         rewards = torch.from_numpy(rng.random(6))
         metrics = stream.learn(numbers, rewards)
-        rows = [PROMPTS.index(row["prompt"]) for _, row in prompts for _ in range(2)]
-        for row in {*rows}:
-            sums[:, row] *= DECAY
-        for row, reward in zip(rows, rewards.tolist(), strict=True):
+        assert stream.factors(numbers)[::2].tolist() == pytest.approx(expected)  # as it was drawn
+        latest = chances[names[-1] // 4]
+        assert metrics == {"prompts/effective": pytest.approx(1 / (latest**2).sum())}
+        sums[:, rows] *= DECAY
+        for row, reward in zip(np.repeat(rows, 2), rewards.tolist(), strict=True):
             sums[:, row] += (1, reward, reward**2)
-        assert 1 <= metrics["prompts/effective"] <= 4
-    count, total, squares = sums
-    seen = count > 0
-    variance = np.where(
-        seen, squares / np.where(seen, count, 1) - (total / np.where(seen, count, 1)) ** 2, 0
-    )
-    weights = (count * variance + PRIOR * (variance * count).sum() / count.sum()) / (count + PRIOR)
-    chances = 0.125 + 0.5 * weights / weights.sum()
-    following = stream.peek(500)
-    factors = stream.factors(torch.arange(stream.position, stream.position + 500))
-    by_row = {
-        PROMPTS.index(row["prompt"]): f
-        for (_, row), f in zip(following, factors.tolist(), strict=True)
-    }
-    assert by_row == {row: pytest.approx(1 / (4 * chances[row])) for row in range(4)}
-    again = WeightedPrompts(ROWS, 3, "variance", 0.5)
-    again.load_state_dict(stream.state_dict())
-    assert again.draw_prompts(50) == stream.draw_prompts(50)
     with refused("The saved order of the rows has seed 3 and this run has 4"):
         WeightedPrompts(ROWS, 4, "variance", 0.5).load_state_dict(stream.state_dict())
+
+
+def rarely_seen(completions, _means, _variances):
+    return 1 / (1 + completions)
+
+
+@pytest.mark.parametrize("weights", ["variance", rarely_seen])
+@pytest.mark.parametrize("per_step", [1, 2])  # prompts
+def test_chances_that_follow_rewards_count_each_prompt_once_in_the_mean(weights, per_step):
+    """With chances that rewards move within a pass, the means of ten prompts go from .84 to 1.08."""
+    right = np.array([0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1, 1])
+    rows = Rows.of([{"prompt": str(i)} for i in range(10)])
+    counted = np.zeros((150, 10))  # of runs: the factors of each prompt, on a mean of 1
+    for seed, own in enumerate(counted):
+        rng = np.random.default_rng(10_000 + seed)
+        stream = WeightedPrompts(rows, seed, weights, 0.3)
+        for _ in range(30 // per_step):
+            prompts = stream.draw_prompts(per_step)
+            drawn = [int(row["prompt"]) for _, row in prompts]
+            numbers = torch.tensor([number for number, _ in prompts])
+            np.add.at(own, drawn, stream.factors(numbers).numpy() / 3)
+            rewards = rng.random(2 * per_step) < np.repeat(right[drawn], 2)
+            stream.learn(numbers.repeat_interleave(2), torch.from_numpy(rewards).double())
+    errors = counted.std(0) / np.sqrt(len(counted))
+    assert (abs(counted.mean(0) - 1) < 4 * errors + 1e-9).all()
 
 
 @pytest.mark.parametrize(

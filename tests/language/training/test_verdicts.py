@@ -167,7 +167,7 @@ def test_a_judge_that_abstains_is_counted_and_told(tmp_path):
     assert step["frac_rows_abstained"] == 0.25
     warnings = " ".join(read_json(tmp_path / "summary.json")["warnings"])
     assert warnings.count("judge gave no reward to 25%") == 1
-    assert "--on-abstain leave-out" in warnings
+    assert "they teach nothing" in warnings and "counts as 0" not in warnings
 
 
 class Scripted:
@@ -194,3 +194,19 @@ def test_a_greedy_reward_that_falls_while_samples_gain_is_a_flag(tmp_path, said)
     assert "warning: greedy-fell: The greedy reward has fallen from its best, 0.8" in output
     assert "--keep best" in str(advise_run(str(tmp_path)).findings)
     assert "greedy reward has fallen" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_learns_its_prompts_by_heart_says_so(tmp_path, said):
+    evaluations = 1, 2, 7, 8, 13, 14, 19, 20  # the calls of greedy completions and of samples
+    held_out = dict(zip(evaluations, (0.5, 0.25, 0.5, 0.5, 0.5, 0.375, 0.5, 0.375), strict=True))
+
+    def reward(call, texts):
+        share = held_out.get(call, 0.25 + 0.625 * call / 18)
+        return [float(i % 8 < 8 * share) for i in range(len(texts))]
+
+    result = train(tmp_path, Scripted(reward), eval_every=4, eval_generations=8)
+    assert result.flags == ("learnt-by-heart",)
+    output = said()
+    assert "held-out prompts went from 0.25 to 0.375; its best was 0.5, at step 4." in output
+    assert "The policy learns its training prompts by heart. Give more distinct" in output
+    assert "learnt-by-heart" in str(advise_run(str(tmp_path)).findings)

@@ -118,7 +118,7 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
     seeds: tuple[Annotated[int, Bounds(at_least=2, at_most=1000)], ...] = (6,)
     """Runs of each arm. Below 6 the numbers are shown without a verdict. Several rising numbers, such as 8 12 16,
     are looks: after so many runs of each arm the scores are judged, and arms that are decided make no more. The
-    looks share the error, so a verdict holds as if there had been one."""
+    looks share the error, so together they err hardly more often than one look would."""
     first_seed: Seed = 0
     """The first seed; the others follow it."""
     output_dir: str = "runs/compare"

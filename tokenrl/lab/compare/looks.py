@@ -6,8 +6,9 @@ earlier looks showed; a look may be left out. The function is that of O'Brien an
 hardly anything at first, nearly all at the end.
 
 The levels are those of sums of normal numbers. A look compares a Student-t statistic with its quantile at the level
-of the look (Jennison and Turnbull 2000, Group Sequential Methods, 4.4), which is exact for many pairs. What it
-amounts to for few is simulated in recipes/study/looks.py.
+of the look (Jennison and Turnbull 2000, Group Sequential Methods, 4.4), which is exact for many pairs. With few, normal
+scores and no margin, looks at 6, 12 and 18 pairs err in 5.1 % of comparisons, and looks at each number from 6 to 12
+in 5.6 %. recipes/study/looks.py simulates other scores.
 """
 
 from __future__ import annotations

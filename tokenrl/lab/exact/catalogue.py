@@ -38,6 +38,7 @@ NEEDS = {
     "blame_window": "window=1",
     "closed_form": "beta=0.2,kl_placement=loss,kl_estimator=k2",
     "gae": "baseline=value",
+    "loo_std": "scale_eps=0.1",
     "episode_normalized": "baseline=none",
 }
 """Other fields that an axis, or one choice on it, needs in order to have an effect."""
@@ -52,7 +53,7 @@ EXTRA = {
     "gae, lam 1": "baseline=value,returns=gae,lam=1.0",
     "group_mean, group_std": "baseline=group_mean,scale=group_std",
     "none, group_std, ddof 0": "baseline=none,scale=group_std,scale_ddof=0",
-    "loo_std, token_mean": "scale=loo_std,aggregation=token_mean",
+    "loo_std, token_mean": "scale=loo_std,scale_eps=0.1,aggregation=token_mean",
     "constant, sequence_mean": "baseline=constant,baseline_constant=0.5,aggregation=sequence_mean",
     "dual clip": "ratio=token,dual_clip=3.0",
     "importance token, cap 2": "importance=token,importance_cap=2.0",
@@ -68,6 +69,9 @@ EXTRA = {
     "value, episode normalised": "baseline=value,returns=episode_normalized",
     "none, zero spread dropped": "baseline=none,zero_spread=drop",
     "overlong penalty": "overlong_buffer=4",
+    "weighted prompts, batch_std": "prompts=weighted,scale=batch_std",
+    "weighted prompts, token_whiten": "prompts=weighted,scale=token_whiten",
+    "inverse prompts, batch_std": "prompts=inverse,scale=batch_std",
     "full path KL, closed form subtracted": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
     "kl_baseline=closed_form",
     "entropy bonus": "entropy_coef=0.3",

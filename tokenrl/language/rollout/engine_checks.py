@@ -31,8 +31,7 @@ FARTHEST = 1.0
 """The same of another engine, while both have the weights of the start. Rounded weights and another temperature
 stay below it, and a warning tells of them (`sampling-differs`)."""
 FARTHEST_TOKEN, SHORT = 5.0, 8
-"""Largest difference in nats that counts for a token of a row, and the largest by which a greedy token may be less
-probable; and the least number of tokens by which the sum of a row is divided."""
+"""A token counts for at most 5 nats, also a greedy one. A row counts as 8 tokens or more."""
 ELSEWHERE = 0.2
 """The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
 LESS_PROBABLE = 0.25

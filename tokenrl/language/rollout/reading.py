@@ -168,8 +168,8 @@ def _read(
 ) -> tuple[Cache, Last]:
     """Read what is new in some prompts, in one forward pass.
 
-    Of all prompts the first tokens were read before, or of none. All rows read as many tokens as the row with most
-    new ones, their last ones, so that no row has a gap.
+    The first tokens of all prompts were read before, or those of none. Each row reads its last n tokens, n the most
+    unread tokens of a row, so that no row has a gap.
     """
     ids, _ = pad_left(prompts, policy.pad_id)
     mask, _ = padding(policy, prompts)

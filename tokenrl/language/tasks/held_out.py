@@ -176,7 +176,7 @@ def division_of(
         noun: what the texts call rows.
 
     Returns:
-        A line for the header. And warnings: that held-out rows have prompts that are trained on too, of which
+        A line for the header. And warnings: that held-out rows have prompts of the rows to train on, of which
         there are several, or that a model was trained on; or that other than `eval_size` rows are there.
     """
     trained = task.train_prompts.hashes
@@ -184,7 +184,9 @@ def division_of(
     count = len(evaluated)
     divided = task.divided
     line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
-    parts = {"are trained on too": frozenset(digits(np.intersect1d(trained, evaluated)))}
+    parts = {
+        "are among the rows to train on": frozenset(digits(np.intersect1d(trained, evaluated)))
+    }
     for name, model in (models or {}).items():
         parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())
     if task.environment or divided.endswith(BY_ROW) or len(np.unique(trained)) == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import chain, count, islice
 from typing import Any
 
@@ -135,11 +134,13 @@ class PromptStream(RowOrder):
 class WeightedPrompts(PromptStream):
     """Draws prompts with chances that may depend on the rewards that were seen of each.
 
-    The draws of a pass lie at equal distances, in random order (systematic sampling). So each prompt comes as often as
-    its chance says, up to one: with equal chances once in each pass.
+    A pass draws as many prompts as there are rows. Its draws lie at equal distances, in random order (systematic
+    sampling). So each prompt comes as often as its chance says, up to one: with equal chances once in each pass.
 
     A part of the chances, the floor, is shared equally. The rest is in proportion to weights: numbers of a column
-    of the data, or what a function makes of the rewards so far.
+    of the data, or what a function makes of the rewards so far. Chances are set when a pass begins and then stand
+    still: given all before the pass, the factors 1 / (n chance) of a prompt have the mean sum 1 in it. If rewards
+    changed the chances between draws at equal distances, a prompt's factors would depend on its rewards.
     """
 
     def __init__(
@@ -170,24 +171,28 @@ class WeightedPrompts(PromptStream):
             self._function = lambda *_: column
         self._sums = np.zeros((3, len(rows)))  # of completions, rewards and squares
         super().__init__(rows, seed)
+        self._peek(1)  # so that weights which cannot be used are refused now
 
     def _start(self, position: int) -> None:
+        number, place = divmod(position, self._num_rows)
+        orders = chain.from_iterable(map(self._order, count(number)))
+        self._following = islice(orders, place, None)
         self._peeked = []
         self.position = position
-        self._set_chances()
+        self._passes: dict[int, Array] = {}  # chances [n], by the number of the pass
+        self._dealt: dict[int, int] = {}  # rows of the latest draw, by their numbers in the stream
 
-    def _peek(self, count: int) -> list[int]:
-        return self._rows_of(range(self.position, self.position + count))
-
-    def _rows_of(self, numbers: Sequence[int]) -> list[int]:
-        """Return the rows of prompts of the present step, by their numbers in the stream."""
-        size = len(self._chances)
-        draws = [draws_of_pass(self._seed, n // size, size)[n % size] for n in numbers]
-        rows = np.searchsorted(self._chances.cumsum(), draws, side="right")
+    def _order(self, number: int) -> list[int]:
+        """Return the rows of a pass in their order; one that begins takes the chances that rewards make now."""
+        size = self._num_rows
+        chances = self._passes.setdefault(number, self._present_chances())
+        generator = np.random.default_rng([self._seed, number])
+        draws = (generator.permutation(size) + generator.random()) / size
+        rows = np.searchsorted(chances.cumsum(), draws, side="right")
         return np.minimum(rows, size - 1).tolist()
 
-    def _set_chances(self) -> None:
-        """Compute the chances from the rewards so far."""
+    def _present_chances(self) -> Array:
+        """Return the chances that the rewards so far make [n]."""
         completions, rewards, squares = self._sums
         means, second = (rewards, squares) / np.maximum(completions, TINY)
         variances = np.maximum(second - means**2, 0)
@@ -203,33 +208,45 @@ class WeightedPrompts(PromptStream):
             )
         weights = weights + TINY  # all are equal where all are 0
         share = weights / weights.sum()
-        self._chances = self._floor / len(share) + (1 - self._floor) * share
+        return self._floor / len(share) + (1 - self._floor) * share
+
+    def draw(self, count: int) -> list[int]:
+        """Return the numbers of the next `count` rows, and remember what this draw is made of."""
+        first = self.position
+        rows = super().draw(count)
+        self._dealt = dict(enumerate(rows, first))
+        self._passes = {n: x for n, x in self._passes.items() if n >= first // self._num_rows}
+        return rows
 
     def factors(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return 1 / (n chance) for prompts of this step by their numbers in the stream [N], in double precision."""
-        chances = self._chances[self._rows_of(numbers.tolist())]
-        return torch.from_numpy(1 / (len(self._chances) * chances))
+        """Return 1 / (n chance) of prompts by their numbers in the latest draw [N], in double precision."""
+        size = self._num_rows
+        chances = [self._passes[n // size][self._dealt[n]] for n in numbers.tolist()]
+        return torch.from_numpy(1 / (size * np.array(chances)))
 
     def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         """Remember the rewards [N] of completions whose prompts have these numbers [N]; return metrics of the step.
 
         What was seen of a prompt before counts less each time that the prompt comes back.
         """
-        rows = self._rows_of(numbers.tolist())
+        rows = [self._dealt[number] for number in numbers.tolist()]
         self._sums[:, rows] *= DECAY  # once, also where a row is there several times
         for row, reward in zip(rows, rewards.tolist(), strict=True):
             self._sums[:, row] += (1, reward, reward**2)
-        self._set_chances()
-        return {"prompts/effective": float(1 / (self._chances**2).sum())}
+        return {"prompts/effective": float(1 / (self._passes[max(self._passes)] ** 2).sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly."""
-        return {**super().state_dict(), "sums": torch.from_numpy(self._sums.copy())}
+        under_way = self._passes.get(self.position // self._num_rows, np.empty(0))
+        sums, chances = (torch.from_numpy(x.copy()) for x in (self._sums, under_way))
+        return {**super().state_dict(), "sums": sums, "chances": chances}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the position of a saved state, with its rewards."""
+        """Continue at the position of a saved state, with its rewards and with the chances of its pass."""
         self._sums = state["sums"].numpy()
         super().load_state_dict(state)
+        if len(state.get("chances", ())):  # a pass is under way; an earlier version saved none
+            self._passes = {self.position // self._num_rows: state["chances"].numpy()}
 
 
 def prompt_stream(
@@ -238,13 +255,6 @@ def prompt_stream(
     """Return what draws the training prompts: equally often, or by weights (see `WeightedPrompts`)."""
     is_uniform = weights == "uniform"
     return PromptStream(rows, seed) if is_uniform else WeightedPrompts(rows, seed, weights, floor)
-
-
-@lru_cache(maxsize=2)
-def draws_of_pass(seed: int, number: int, size: int) -> Array:
-    """Return numbers from 0 to 1 at equal distances in random order, as many as a pass has prompts."""
-    generator = np.random.default_rng([seed, number])
-    return (generator.permutation(size) + generator.random()) / size
 
 
 def by_variance(completions: Array, _means: Array, variances: Array) -> Array:

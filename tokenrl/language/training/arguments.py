@@ -69,7 +69,8 @@ class SamplingArguments(Distribution, group="sampling"):
     """Completions of earlier steps that join the new ones of each prompt in a step, with the rewards and the
     log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, and
     count in baselines and in the loss, but in no metric and no memory of rewards. The importance of the
-    estimator (none, token, sequence) weights them; rewards choose them, so the gradient is biased with each.
+    estimator (none, token, sequence) weights them; rewards choose them, and equal texts count once, so the gradient
+    is biased with each.
     For tasks of one or few prompts."""
     replay_memory: Count = 100
     """With replay: the texts that are kept of each prompt, by their rewards."""
@@ -77,8 +78,9 @@ class SamplingArguments(Distribution, group="sampling"):
     """How often each training prompt is drawn. uniform: equally often. variance: in proportion to the variance of its
     rewards in this run, for rewards of 0 and 1 p (1 - p). A column of the data: in proportion to its numbers. Or
     `module:function` or `file.py:function`, of the completions so far, their mean reward and its variance, arrays of
-    a number for each training row. estimator.prompts says what follows for the gradient; unless it is weighted, that
-    of each prompt is divided by its chance, so that the objective stays the mean over all prompts."""
+    a number for each training row. Rewards change the chances when a new pass over the training rows begins.
+    By default each prompt's gradient is divided by its chance, so that the objective stays the mean over all prompts;
+    estimator.prompts weighted leaves it."""
     prompt_floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.5
     """With prompt_weights, the share of all chances that is divided equally among the prompts."""
     max_refills: Natural = 4

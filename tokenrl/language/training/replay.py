@@ -2,7 +2,8 @@
 
 A replayed completion counts in the baseline and in the loss like a new one, under the log-probabilities with
 which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of
-the new completions alone. Rewards choose what is kept, so the expected gradient is biased with any weights.
+the new completions alone. Rewards choose what is kept, and equal texts are kept once, so the expected gradient is
+biased with any weights.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ class Replay:
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
 
-    Of equal rewards the earlier text comes first. Of the rows of a text the one with the least reward counts,
-    and of those with equal rewards the latest.
+    Of equal rewards the earlier text comes first. A text is kept with its least reward; of rows with equal rewards
+    the latest is kept.
 
     Args:
         rewards: one of each row [N].

@@ -45,9 +45,11 @@ class RunResult(Outcome):
         reason: the words of that `Finished`; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: completion tokens sampled and trained on, per second of training steps.
+        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
+            greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`, `greedy-fell`,
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `learnt-by-heart` (training prompts
+            gained, held-out ones hardly), `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
@@ -247,5 +249,12 @@ def warnings_of(run: TrainingRun) -> list[str]:
         warnings.append(
             f"the chat template describes the tools of {environments.__name__}, which alone can be called, and "
             "not those of the column tools."
+        )
+    drawn = run.args.max_steps * run.args.prompts_per_step
+    if drawn <= len(rows) and run.args.prompt_weights not in ("uniform", *rows.columns):
+        warnings.append(
+            "prompt_weights sets its chances when a pass over the training prompts begins, and this run draws "
+            f"{drawn:,} of {len(rows):,}: its rewards never change a chance. Give fewer rows, more steps, or a "
+            "column of weights."
         )
     return [*warnings, *without_effect(run.args)]

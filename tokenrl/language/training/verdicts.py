@@ -87,8 +87,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
-    flags_of_end = ("nothing-learnt", "critic-useless", "few-prompts", "entropy-collapsed")
-    for finding in judge(observed, *flags_of_end, "greedy-fell"):
+    flags_of_end = ("nothing-learnt", "learnt-by-heart", "critic-useless", "few-prompts")
+    for finding in judge(observed, *flags_of_end, "entropy-collapsed", "greedy-fell"):
         if flags and finding.flag == "nothing-learnt":
             finding = replace(finding, flag="policy-destroyed")
         if finding.weight != "watch":
