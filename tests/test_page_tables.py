@@ -9,7 +9,7 @@ from folders import RECIPES, ROOT
 
 from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import TokenrlError
-from tokenrl.lab.compare.loop import UNMET
+from tokenrl.lab.compare.judgement import UNMET
 from tokenrl.runs.output import UNREAD
 from tokenrl.runs.resume import FREE, ROUNDING
 from tokenrl.runs.signals import SIGNALS

@@ -228,7 +228,7 @@ PROMISES = [
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 @pytest.mark.parametrize("row", ROWS, ids=[f"row{number}" for number in range(len(ROWS))])
 def test_a_promise_holds_where_capabilities_meet(workshop, row, promise, monkeypatch):
-    promise(workshop, row, monkeypatch)
+    assert promise(workshop, row, monkeypatch) is None
 
 
 def test_each_two_capabilities_meet_once_or_are_refused():

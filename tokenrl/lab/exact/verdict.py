@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -257,7 +258,10 @@ def _check_memory(estimator: Estimator) -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
-    likely = {"logprobs": mask - 1, "ref_logprobs": mask - 1}  # for a KL in the reward
+    likely: dict[str, Any] = {
+        "logprobs": mask - 1,
+        "ref_logprobs": mask - 1,
+    }  # of a KL in the reward
     results = []
     for step in (rewards, changed, rewards):
         advantages = estimator.advantages(step, mask, group_size=2, **likely).policy
