@@ -207,11 +207,14 @@ def sync(path: Path) -> None:
 
 
 MANIFEST = "manifest.json"
-_CARD = "README.md"  # people edit the card of a model before they share it
+TRAINED_PROMPTS = "trained_prompts.txt"
+"""Beside weights: hashes of the prompts that they were trained on, and of their questions, one in a line."""
+_FREE = ("README.md", TRAINED_PROMPTS)
+"""What is in no manifest, as people edit the card of a model, or remove the hashes, before they share it."""
 
 
 @contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
+def atomic_directory(directory: Path, *, sealed: bool = True) -> Iterator[Path]:
     """Yield a hidden empty folder, which becomes `directory` when the block ends without an error.
 
     A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
@@ -219,6 +222,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
     Args:
         directory: the folder to make or to replace. Its parent is made if absent, but not those above.
+        sealed: whether it gets a manifest, and its files become readable for whoever may read the folder.
 
     Raises:
         Stopped: the block failed or the disk is full; an old folder is unchanged.
@@ -230,7 +234,11 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         aside.mkdir()
         with own_process():
             yield aside
-        _seal(aside)
+        contents = [path for path in sorted(aside.rglob("*")) if not path.is_symlink()]
+        if sealed:
+            _seal(aside, contents)
+        for path in (*contents, aside):
+            sync(path)
         if directory.exists():
             os.rename(directory, old)
         os.rename(aside, directory)
@@ -257,6 +265,33 @@ def trial_directory(directory: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             recover(directory)
+
+
+def copy_contents(source: Path, target: Path) -> list[str]:
+    """Copy the plain files and folders of a folder into another one, and follow no link.
+
+    Nobody may do more with a copy than with the original, or than with other files of this process.
+
+    Args:
+        source: the folder, which may be a stranger's.
+        target: the folder for the copies, which exists.
+
+    Returns:
+        The paths of what is left out: links, pipes and devices.
+    """
+    left_out = []
+    target.chmod(0o700 | target.stat().st_mode & source.stat().st_mode)
+    for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
+        copy = target / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            copy.mkdir()
+            left_out += copy_contents(Path(entry.path), copy)
+        elif entry.is_file(follow_symlinks=False):
+            shutil.copyfile(entry.path, copy, follow_symlinks=False)
+            copy.chmod(0o600 | copy.stat().st_mode & entry.stat().st_mode)
+        else:
+            left_out.append(entry.path)
+    return left_out
 
 
 def recover(directory: Path) -> None:
@@ -318,18 +353,17 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     return model
 
 
-def _seal(folder: Path) -> None:
-    """Sync a folder with all that is in it to the disk, and write its manifest last."""
+def _seal(folder: Path, contents: Sequence[Path]) -> None:
+    """Write the manifest of a folder; a link in it is no part of it, as its target lies elsewhere.
+
+    Its files become readable for whoever may read the folder: safetensors makes files of mode 600.
+    """
     files = {}
-    for path in sorted(folder.rglob("*")):
-        # readable for whoever may read the folder: safetensors makes files of mode 600
-        if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
-        sync(path)
-        if path.is_file() and path.name != _CARD:
+    for path in filter(Path.is_file, contents):
+        path.chmod(folder.stat().st_mode & 0o666)
+        if path.name not in _FREE:
             files[path.relative_to(folder).as_posix()] = _entry(path)
     write_json(folder / MANIFEST, files)
-    sync(folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

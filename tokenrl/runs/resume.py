@@ -13,14 +13,23 @@ from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
-    TRAINED_PROMPTS,
     RunDirectory,
     directory_path,
     new_directory,
     newest,
     numbered,
 )
-from tokenrl.runs.files import State, flat, plain, remove, verify, write_json, write_text, writing
+from tokenrl.runs.files import (
+    TRAINED_PROMPTS,
+    State,
+    flat,
+    plain,
+    remove,
+    verify,
+    write_json,
+    write_text,
+    writing,
+)
 from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import module_hashes, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
@@ -222,10 +231,12 @@ class Provenance:
             "versions": {**packages, "device": self.device},
         }
 
-    def write(self, run: Path) -> None:
-        """Write the hashes of the prompts, in their order, into the directory of the run."""
-        if self.trained_prompts:
-            write_text(run / TRAINED_PROMPTS, "\n".join([*sorted(self.trained_prompts), ""]))
+    def write(self, folder: Path) -> None:
+        """Write the hashes of the prompts, in their order, beside the weights in a folder, and beside an adapter."""
+        text = "\n".join([*sorted(self.trained_prompts), ""])
+        for part in (folder, folder / "adapter"):
+            if self.trained_prompts and part.exists():
+                write_text(part / TRAINED_PROMPTS, text)
 
     def load_state_dict(self, state: State) -> None:
         """Compare with what made the checkpoint.

@@ -183,7 +183,8 @@ class Session:
             note_code(plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
+        saving = part_of(args, SavingArguments)
+        self.saver = Saver(self._checkpoint.parent, saving, model, held, provenance.write)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
@@ -232,7 +233,6 @@ class Session:
             remove_run_files(self.output_dir, keep=stages)
         hashes = self.provenance.chosen | module_hashes()
         write_json(self.output_dir / "config.json", {**self._config, "hashes": hashes})
-        self.provenance.write(self.output_dir)
         if self._wall_seconds:
             self.console.note("Nothing is left to do: the run had ended.")
             return
@@ -361,6 +361,7 @@ class Session:
             return
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
+            self.provenance.write(folder)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
         write_json(self.output_dir / "summary.json", summary)
         report = f"\nreport  {Path(self.directory, 'report.html')}"

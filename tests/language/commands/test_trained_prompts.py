@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 from folders import read_json, write_rows
+from refusals import refused
 
 from tests.language.tiny_models import make_policy
 from tokenrl.core.estimator import Estimator
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.language.commands.evaluate import evaluate
+from tokenrl.language.policy.model import load_policy
 from tokenrl.language.preferences.fit import train_reward_model
 from tokenrl.language.supervised.sft import sft
+from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import load_task
 from tokenrl.language.training.loop import train
 
@@ -75,3 +81,80 @@ def test_a_teacher_a_judge_and_the_base_of_a_comparison_count_too(runs, tmp_path
     options |= {"task": [file], "arms": ["rloo", "reinforce"]}
     make_plan(CompareArguments(**with_shared(options)), notes.append)
     assert f"{WORDS} the model was trained on" in " ".join(notes)
+
+
+def told(model, data, **options):
+    """The share of held-out rows that the model was trained on, as it is told."""
+    task = load_task(data, reward=reward, **options)
+    words = " ".join(division_of(task, None, {"the model": load_policy(model)})[1])
+    assert ("the model was trained on" in words) == bool(words)
+    return int(words.partition(" ")[0] or 0) / len(task.eval_prompts)
+
+
+def test_weights_carry_their_record_wherever_they_are_copied(runs, tmp_path):
+    run = runs["all"].output_dir
+    for number, folder in enumerate((run / "model", run / "checkpoints" / "step_000001")):
+        model = shutil.copytree(folder, tmp_path / str(number))
+        assert told(model, ROWS) == 1
+        (model / "trained_prompts.txt").unlink()  # as before it is shared, and nothing is damaged
+        assert told(model, ROWS) == 0
+    os.mkfifo(model / "trained_prompts.txt")
+    with refused("trained_prompts.txt is a pipe"):
+        load_policy(model)
+
+
+def test_the_record_of_an_earlier_version_lies_in_its_run_and_is_read(runs, tmp_path):
+    run = shutil.copytree(runs["all"].output_dir, tmp_path / "run")
+    for file in run.rglob("trained_prompts.txt"):
+        file.unlink()
+    digits = list(map("{:016x}".format, load_task(ROWS, reward=reward).eval_prompts.hashes))
+    (run / "trained_prompts.txt").write_text("\n".join(digits))
+    assert told(run, ROWS) == 1
+
+
+DEMONSTRATED = [row | {"level": i % 5} for i, row in enumerate(ROWS)]
+
+
+def asked(system="", before="", behind=""):
+    """The same questions in another dress."""
+    turns = [{"role": "system", "content": system}] if system else []
+    user = [f"{before}{row['prompt']}{behind}" for row in ROWS]
+    return [{"prompt": [*turns, {"role": "user", "content": text}]} for text in user]
+
+
+@pytest.mark.parametrize(
+    ("learnt", "data", "template", "expected"),
+    [
+        ("Q: {prompt} A:", DEMONSTRATED, "{prompt}", True),
+        ("Q: {prompt} A:", DEMONSTRATED, "Answer {prompt}.", True),
+        ("Q: {prompt} A:", asked(behind=" "), None, True),
+        ("Q: {prompt} A:", asked(system="Be brief."), None, True),
+        ("{level} {prompt}", DEMONSTRATED, "{prompt} ({level})", True),
+        (None, asked(system="Be brief.", before="\n"), None, True),
+        (None, DEMONSTRATED, "Q: {prompt} A:", True),
+        (None, asked(behind=" now"), None, False),
+        ("Q: {prompt} A:", [{"prompt": f"{i} a dog"} for i in range(50)], "Q: {prompt} A:", False),
+    ],
+)
+def test_a_question_in_another_dress_is_known_again(learnt, data, template, expected, tmp_path):
+    run = sft(
+        task={"train": DEMONSTRATED, "test": DEMONSTRATED[:5]},
+        prompt_template=learnt,
+        model=make_policy(),
+        output_dir=tmp_path / "run",
+        **SMALL,
+    )
+    assert told(run.output_dir, data, prompt_template=template) == expected
+
+
+def test_where_the_turn_of_the_system_asks_the_same_words_of_the_user_are_no_question(tmp_path):
+    def rows(numbers):
+        return [
+            {"prompt": [{"role": "system", "content": f"{i}"}, {"role": "user", "content": "Go."}]}
+            for i in numbers
+        ]
+
+    task = load_task({"train": rows(range(40)), "test": rows(range(40, 50))}, reward=reward)
+    assert division_of(task, None)[1] == []
+    task = load_task({"train": rows(range(40)), "test": rows(range(38, 50))}, reward=reward)
+    assert division_of(task, None)[1][0].startswith("2 of the 12 held-out rows")

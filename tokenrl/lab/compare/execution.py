@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tokenrl.lab.compare.plan import PlannedRun, differing
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import MANIFEST, appending, atomic_directory, remove, write_json
+from tokenrl.runs.files import appending, atomic_directory, copy_contents, write_json
 from tokenrl.runs.signals import GracefulStop
 
 TICK = 0.2
@@ -71,10 +70,12 @@ def collect(
                     f"{source / run.path} was made with other settings than this comparison has: {changes}. Give "
                     "the settings that it was made with, or leave it out of collect."
                 )
-            with atomic_directory(root / run.path) as folder:
-                # a link stays a link, so that nothing outside of the run is copied
-                shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
-            remove(root / run.path / MANIFEST)  # its report may be written again
+            original = source.resolve() / run.path
+            if original.resolve() != original:
+                raise Refused(f"{original} is a link, and runs are copied from {source} alone.")
+            with atomic_directory(root / run.path, sealed=False) as folder:
+                for path in copy_contents(original, folder):
+                    announce(f"{path} is left out: it is a link, a pipe or a device")
         announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
 
 

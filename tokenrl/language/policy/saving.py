@@ -335,7 +335,10 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 {% endfor %}
 {% for line in card.origin -%}
 {{ line }}
-{% endfor %}"""
+{% endfor %}
+`trained_prompts.txt` holds hashes of the prompts that the model was trained on, without a salt.
+Whoever guesses a prompt can test it there: if the prompts are private, remove the file before you share the model.
+"""
 """Template of a card."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""

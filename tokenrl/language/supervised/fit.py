@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ def as_in_episodes(
                 return rows
             if not _is_opened(row["prompt"], text):
                 prompts[number] = episodes[0].opening
-    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
+    return replace(rows, columns={**rows.columns, "prompt": prompts})
 
 
 def _is_opened(prompt: Any, text: str) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.evaluation.evaluation import Evaluator, known_rewards
+from tokenrl.language.policy.arguments import trained_prompts
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
@@ -151,12 +152,13 @@ def is_complete(folder: Path, updates: int) -> bool:
 
 
 def start_from(policy: Policy, folder: Path) -> None:
-    """Give the policy from which a warm start began the weights with which it ended.
+    """Give the policy from which a warm start began the weights with which it ended, and what they have learnt.
 
     Raises:
         Refused: the weights cannot be read.
     """
     read_weights(policy.model, folder / "model")
+    policy.trained_prompts |= trained_prompts(folder / "model")
     setattr(policy.model, "name_or_path", str(folder / "model"))  # noqa: B010  # an adapter names its base
 
 

@@ -6,18 +6,21 @@ Everything here runs before the first step, so whatever goes wrong is `Refused`.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.rows import Row, Rows
+from tokenrl.language.tasks.rows import Row, Rows, question_of
+from tokenrl.runs.files import canonical
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -207,12 +210,14 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
             f'{source} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
         )
     column = data.prompt_column
+    fillings: list[str] = []
     if column == "prompt" and column not in rows.columns and "messages" in rows.columns:
         column = "messages"
     if data.prompt_template is not None:
         template = data.prompt_template
         subject = f"{source}, prompt_template {template!r}: the prompt of"
         prompts: list[Any] = [filled(template, row, f"{subject} {row.location}") for row in rows]
+        fillings = [filling_of(template, row) for row in rows]
     elif column not in rows.columns:
         raise Refused(
             f"{source} has no column '{column}'.{suggest(column, rows.columns)} Name it by prompt_column, or give "
@@ -231,7 +236,7 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
             )
         if chat and isinstance(prompt, str):
             prompts[number] = [{"role": "user", "content": prompt}]
-    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
+    return Rows({**rows.columns, "prompt": prompts}, rows.locations, fillings or rows.fillings)
 
 
 class _Cells(dict[str, Any]):
@@ -262,6 +267,15 @@ def filled(template: str, row: Row, subject: str) -> str:
             f"{subject} cannot be made ({describe(error)}). Name columns in braces (there are "
             f"{', '.join(map(str, row))}), each with a value, and write {{{{ for a brace."
         ) from error
+
+
+def filling_of(template: str, row: Row) -> str:
+    """Return the columns that a template names as the text of a question, the same in any order and form."""
+    fields = (field for _, field, _, _ in Formatter().parse(template) if field)
+    names = {re.split(r"[.\[]", field)[0] for field in fields}
+    values = [row.get(name) for name in names]
+    texts = sorted(str(value).strip() if isinstance(value, str | int | float) else canonical(value) for value in values)
+    return question_of(texts[0] if len(texts) == 1 else canonical(texts))
 
 
 def as_prompt(value: Any) -> Any:
