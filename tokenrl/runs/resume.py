@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused, Silent, TokenrlError, describe
+from tokenrl.errors import Refused, Silent, TokenrlError, describe, read_file
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
     RunDirectory,
@@ -186,7 +186,7 @@ def cut_back(run: Path, checkpoint: Path) -> None:
     with writing(run / "summary.json"):
         remove(run / "summary.json")
     for name in LOGS:
-        write_text(run / name, copy_of(name, checkpoint).read_text("utf-8"))
+        write_text(run / name, read_file(copy_of(name, checkpoint)).decode())
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)

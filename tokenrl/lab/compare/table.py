@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, read_file
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
 from tokenrl.runs.findings import Mean, evaluations
 from tokenrl.runs.reader import RecordedRun, read_run
@@ -134,7 +134,7 @@ def _state(recorded: RecordedRun | None, directory: Path) -> tuple[str, str]:
     """Return whether a run finished, failed or is still to be made, and why it has not finished."""
     summary = recorded.summary if recorded else {}
     log = Path(f"{directory}.log")
-    printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
+    printed = read_file(log).decode("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
     if ended_by_itself(summary):
         return "finished", ""
     if summary.get("exit_reason") in SIGNALS.values() or not (recorded or printed):

@@ -274,7 +274,10 @@ def filling_of(template: str, row: Row) -> str:
     fields = (field for _, field, _, _ in Formatter().parse(template) if field)
     names = {re.split(r"[.\[]", field)[0] for field in fields}
     values = [row.get(name) for name in names]
-    texts = sorted(str(value).strip() if isinstance(value, str | int | float) else canonical(value) for value in values)
+    texts = sorted(
+        str(value).strip() if isinstance(value, str | int | float) else canonical(value)
+        for value in values
+    )
     return question_of(texts[0] if len(texts) == 1 else canonical(texts))
 
 
