@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from tokenrl.errors import (
     Refused,
@@ -28,8 +28,10 @@ from tokenrl.errors import (
     is_special,
     is_stream,
     read_file,
+    refusing,
     written,
 )
+from tokenrl.settings import Checked
 from tokenrl.user_code import own_process
 
 State = dict[str, Any]
@@ -52,36 +54,51 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path):
-            if is_stream(path):
-                with path.open("ab") as file:
-                    yield file
-                return
-            remove(partial)
-            with partial.open("xb") as file, own_process():
-                yield file
+    with writing(path), _beginning(path) as file:
+        with own_process():
+            yield file
+        if not is_stream(path):
+            file.close()
+            partial = Path(file.name)
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
+
+
+@contextmanager
+def _beginning(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream of this process as it is, or a new hidden file beside a path, which is removed if it is left."""
+    if is_stream(path):
+        with path.open("ab") as file:
+            yield file
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)
+    try:
+        with partial.open("xb") as file:
+            yield file
     finally:
-        with suppress(OSError):  # a name too long, a folder that is gone
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that cannot be written for its name, before the work whose result it shall hold.
+    """Refuse a file that cannot be written, before the work whose result it shall hold: it is tried.
 
     Raises:
-        Refused: its folder does not exist, or it is a folder itself, or a pipe or a device that is no stream
-            of this process.
+        Refused: its folder does not exist or cannot be written, or it is a folder itself, or a pipe or a device
+            that is no stream of this process.
     """
     target = Path(path).absolute()
-    if not os.path.isdir(target.parent) or os.path.isdir(target) or is_special(target):
-        raise Refused(
-            f"{target} cannot be written: give the name of a file in a directory that exists, or /dev/stdout."
-        )
+    remedy = "Give the name of a file in a directory that exists, or /dev/stdout."
+    with refusing(f"{target} cannot be written", remedy):
+        if target.is_dir() or is_special(target):
+            raise OSError("it is a directory, a pipe or a device")
+        with _beginning(target):
+            pass
+
+
+OutputFile = Annotated[str, Checked(check_place, "the name of a file in a directory that exists")]
+"""The type of a setting that names a file to write, which is tried where the setting is made."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.runs.files import check_place
+from tokenrl.runs.files import OutputFile
 from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, field_types, shown
 
 BY_NAME = (
@@ -57,7 +57,7 @@ class JudgementArguments(Settings, group="judgement"):
     require: str | None = None
     """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
     with 3 if the arm has another verdict."""
-    json: str | None = None
+    json: OutputFile | None = None
     """For programs: a file for the verdicts. It holds what comparison.json in the output directory holds, and of runs
     that exist the verdict with the settings in which they differ."""
 
@@ -115,12 +115,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
             if not all(isinstance(part, str | None) for part in parts):
                 raise Refused(f"{name} was given as {shown(value)}; {BY_NAME}")
         super().__post_init__()
-        if self.json:
-            check_place(self.json)
-            if len(self.task) + len(self.env) > 1:
-                raise Refused(
-                    "json names one file; read comparison.json in the directory of each task."
-                )
+        if self.json and len(self.task) + len(self.env) > 1:
+            raise Refused(
+                "json names one file; read comparison.json in the directory of each task."
+            )
 
 
 def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.runs.files import OutputFile
 from tokenrl.settings import OR_OBJECT, Count, Seed, Several
 
 DEFAULT_ESTIMATORS = (
@@ -60,7 +61,7 @@ class MeasureArguments(Distribution, ModelArguments, TaskArguments, LoraArgument
     """As in train."""
     seed: Seed = 0
     """Seed of sampling, of the random directions, of the intervals and of a new adapter."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write all numbers to this file."""
     quiet: bool = False
     """Print nothing but errors."""

@@ -33,7 +33,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import check_place, write_json
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
@@ -237,8 +237,6 @@ def run(args: MeasureArguments) -> int:
     Raises:
         Refused: For arguments that cannot be used.
     """
-    if args.json is not None:
-        check_place(args.json)
     measured = measure_with(args, Console(quiet=args.quiet))
     if not args.quiet:
         print_tables(measured)

@@ -33,7 +33,7 @@ from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
-from tokenrl.runs.files import check_place, plain, write_json
+from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import rich_console, rich_table, visible
 from tokenrl.runs.reader import read_run
@@ -66,6 +66,7 @@ def evaluate(
     """
     args = arguments_of_call(EvaluateArguments, args, options)
     results = _evaluations(args)[1]
+    _write(args, results)
     return results[args.model] if isinstance(args.model, str) else results
 
 
@@ -81,10 +82,14 @@ def _evaluations(args: EvaluateArguments) -> tuple[Any, dict[str, Evaluation]]:
                 differences = paired_differences(first.by_prompt, result.by_prompt)
                 result = replace(result, metrics=result.metrics | differences)
             results[name] = result
+    return args.task, results
+
+
+def _write(args: EvaluateArguments, results: Mapping[str, Evaluation]) -> None:
+    """Write the metrics into the file that the arguments name, those of several models by the model."""
     if args.json is not None:
         numbers: dict[str, Any] = {name: result.metrics for name, result in results.items()}
         write_json(Path(args.json), numbers if len(numbers) > 1 else next(iter(numbers.values())))
-    return args.task, results
 
 
 def models_of(args: Any) -> tuple[str, ...]:
@@ -96,14 +101,11 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """Settle what the arguments leave open, from the runs that saved the models.
 
     Raises:
-        Refused: no model is named, the file of results cannot be written, nothing names a task, or as
-            `as_in_runs` says.
+        Refused: no model is named, nothing names a task, or as `as_in_runs` says.
     """
     models = models_of(args)
     if not all(models) or not models:
         raise Refused("Name the model to evaluate: model (--model), a directory or hub name.")
-    if args.json is not None:
-        check_place(args.json)
     args = as_in_runs(args)
     if args.task is None:
         raise Refused(
@@ -322,4 +324,5 @@ def print_evaluation(args: EvaluateArguments) -> int:
             cells.append(metric_of(name).caption)
         table.add_row(name, *cells)
     rich_console().print(table)
+    _write(args, evaluations)
     return 0
