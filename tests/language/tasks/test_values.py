@@ -194,7 +194,10 @@ def test_the_header_of_csv_shows_what_divides_its_cells(text, rows):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [  # no program's quotes; those of one that quotes all; those that hold a tab or a line end
-        ('"Hi" she said\t1\n"open\t2\nthird\t3\nfourth"\t4\n\nlast "\t5', ['"Hi" she said', '"open', "third", 'fourth"', 'last "']),
+        (
+            '"Hi" she said\t1\n"open\t2\nthird\t3\nfourth"\t4\n\nlast "\t5',
+            ['"Hi" she said', '"open', "third", 'fourth"', 'last "'],
+        ),
         ('"a"\t"1"\r\n"say ""b"""\t2\r\n ""\t3\r\n', ["a", 'say "b"', None]),
         ('"a\tb"\t1\n"c\nd"\t2\ne\t3\n', ["a\tb", "c\nd", "e"]),
     ],

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -94,7 +94,7 @@ def _write(args: EvaluateArguments, results: Mapping[str, Evaluation]) -> None:
 
 def models_of(args: Any) -> tuple[str, ...]:
     """Return the models that arguments name."""
-    return (args.model,) if isinstance(args.model, str) else args.model
+    return args.model if isinstance(args.model, tuple) else (args.model,)
 
 
 def as_trained(args: EvaluateArguments) -> EvaluateArguments:
@@ -114,13 +114,18 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     return args
 
 
-def as_in_runs(args: T) -> T:
+def remark(words: str) -> None:
+    """Print a remark or a warning on the standard error."""
+    print(visible(f"tokenrl: {words}"), file=sys.stderr)
+
+
+def as_in_runs(args: T, announce: Callable[[str], None] = remark) -> T:
     """Lay arguments over the settings of the runs that saved the models, and these over the usual values.
 
-    What was taken from the runs is printed.
-
     Args:
-        args: the arguments of `tokenrl evaluate` or `tokenrl sample`, of which some are open.
+        args: the arguments of `tokenrl evaluate`, `tokenrl sample` or `tokenrl lab measure`, of which some are
+            open.
+        announce: prints what was taken from the runs.
 
     Raises:
         Refused: the runs differ in a setting, one was given objects of a Python program, which have no name, or
@@ -128,7 +133,7 @@ def as_in_runs(args: T) -> T:
     """
     choices: Any = args
     usual = {f.name: f.metadata["usual"] for f in fields(choices) if "usual" in f.metadata}
-    usual["task"] = choices.environment
+    usual["task"] = choices.environment or usual["task"]
     from_runs = dict[str, Any]()
     runs = []
     for model in filter(run_of, models_of(choices)):
@@ -148,13 +153,8 @@ def as_in_runs(args: T) -> T:
             words = value if isinstance(value, tuple) else [value]
             texts.append(" ".join(map(str, [name, *words])))
     if texts:
-        remark(f"as in the run of {', '.join(runs)}: {', '.join(texts)}")
+        announce(f"as in the run of {', '.join(runs)}: {', '.join(texts)}")
     return settled
-
-
-def remark(words: str) -> None:
-    """Print a remark or a warning on the standard error."""
-    print(visible(f"tokenrl: {words}"), file=sys.stderr)
 
 
 def _of_run(args: Any, model: str, names: set[str]) -> dict[str, Any]:
