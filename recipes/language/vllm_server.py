@@ -28,6 +28,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -70,6 +71,7 @@ class VllmServer:
         self.policy, self.process = policy, None
         self.run, self.version, self.names = secrets.token_hex(4), 0, []
         self.announced, self.ahead, self.pool = [], (None, None), ThreadPoolExecutor(1)
+        self.sockets = set()  # of requests under way
         self.folder = Path(mkdtemp(prefix="tokenrl-"))
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
         self.key = os.environ.get("VLLM_API_KEY", "").strip()
@@ -108,32 +110,58 @@ class VllmServer:
 
     def ask(self, path, body):
         """Return the status of an answer and its text; ask again while the server has none, is busy or fails."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         began = time.monotonic()
         while True:
             if self.process and self.process.poll() is not None:
                 log = (self.folder / "log").read_text().splitlines()[-5:]
                 raise RuntimeError(f"the server has ended; its log: {' | '.join(log)}")
-            left = max(1.0, began + self.patience - time.monotonic())
-            with closing(HTTPConnection(self.host, timeout=left)) as connection:  # without a proxy
-                try:
-                    connection.request("POST", path, json.dumps(body), headers)
-                    answer = connection.getresponse()
-                    text = answer.read().decode()
-                    if self.key:
-                        text = text.replace(self.key, "(key)")  # a server may repeat what it got
-                    if answer.status < 500 and answer.status != 429:
-                        return answer.status, text
-                except (OSError, HTTPException) as error:
-                    text = repr(error)
-                    if self.version == 1 and isinstance(error, socket.gaierror):
-                        raise ValueError(f"{self.host} names no host ({text})") from error
+            try:
+                status, text = self.exchange(path, body, began + self.patience - time.monotonic())
+                if self.key:
+                    text = text.replace(self.key, "(key)")  # a server may repeat what it got
+                if status < 500 and status != 429:
+                    return status, text
+            except (OSError, HTTPException) as error:
+                text = repr(error)
+                if self.version == 1 and isinstance(error, socket.gaierror):
+                    raise ValueError(f"{self.host} names no host ({text})") from error
             if time.monotonic() + self.pause > began + self.patience:
                 raise RuntimeError(
                     f"no answer of {self.host}{path} in {self.patience:g} s ({text[:300]}); look into the log of the "
                     "server, start it again, and continue the run with --resume auto"
                 )
             time.sleep(self.pause)
+
+    def exchange(self, path, body, seconds):
+        """Send a request, and return the status of the answer and its text.
+
+        A server that sends a byte now and then keeps each wait short, so a timer hangs up after `seconds`. An answer
+        has at most 1 KiB for each token that is asked for.
+        """
+        seconds = max(1.0, seconds)
+        end = time.monotonic() + seconds
+        tokens = body.get("n", 0) * (len(body.get("prompt", ())) + body.get("max_tokens", 0))
+        largest = 2**20 + 2**10 * tokens
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        with closing(HTTPConnection(self.host, timeout=seconds)) as connection:  # without a proxy
+            connection.connect()
+            line = connection.sock
+            late = threading.Timer(seconds, hang_up, [line])
+            late.daemon = True
+            late.start()
+            self.sockets.add(line)
+            try:
+                connection.request("POST", path, json.dumps(body), headers)
+                answer = connection.getresponse()
+                text = answer.read(largest + 1)
+            finally:
+                late.cancel()
+                self.sockets.discard(line)
+        if len(text) > largest:
+            raise RuntimeError(f"{self.host}{path} answers with more than {largest} bytes")
+        if answer.length or time.monotonic() >= end:  # the rest of what was announced
+            raise TimeoutError(f"a whole answer was not there in time, but {len(text)} bytes of it")
+        return answer.status, text.decode()
 
     def sync(self, policy):
         """Send the adapter as a new version, and drop the last but one, which nothing samples from any more."""
@@ -203,6 +231,8 @@ class VllmServer:
                 rows = [row for group in pool.map(self.complete, requests) for row in group]
             except BaseException:  # such as Ctrl-C, which does not wait for the others
                 self.patience = 0.0
+                for line in [*self.sockets]:
+                    hang_up(line)
                 pool.shutdown(cancel_futures=True)
                 raise
         tokens = pad_sequence([table for table, _ in rows], True)  # [N, T, 2]
@@ -232,6 +262,10 @@ class VllmServer:
         choices = answer["choices"]
         if [c["prompt_token_ids"] for c in choices] != [request["prompt"]] * request["n"]:
             raise ValueError(f"{self.host} gives not {request['n']} completions of the prompt")
+        if sorted(c["index"] for c in choices) != [*range(request["n"])]:
+            raise ValueError(
+                f"{self.host} repeats completions of the prompt, and leaves out others"
+            )
         rows = []
         for c in choices:
             logprobs = c["logprobs"]["token_logprobs"]
@@ -246,6 +280,8 @@ class VllmServer:
     def close(self):
         """Stop the server that was started here; let another one drop the adapter."""
         self.patience = min(5.0, self.patience)
+        for line in [*self.sockets]:  # what was sampled ahead
+            hang_up(line)
         if self.process:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -256,6 +292,12 @@ class VllmServer:
             with suppress(RuntimeError, OSError):
                 self.drop([*self.names])
         shutil.rmtree(self.folder)
+
+
+def hang_up(line):
+    """End the exchange on a socket, also for a thread that waits there."""
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def main(

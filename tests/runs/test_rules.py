@@ -45,6 +45,7 @@ CASES = [  # flag, weight, what was observed, and what of it makes the rule sile
     ("sampling-differs", "act", FAR, {"recent": NEAR}),
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)),
      {"importance_centre": True}),
+    ("sampled-elsewhere", "act", Observed(step=Means(evidence=7.0)), {"step": Means(evidence=6.9)}),
     ("rewards-abstain", "watch", Observed(abstention="Judge gave none."), {"abstention": ""}),
     ("no-signal", "void", TRIAL, {"step": Means(reward=0.5, equal=0.8)}),
     ("no-signal", "watch", replace(TRIAL, others_differ=True), {"groups": ""}),

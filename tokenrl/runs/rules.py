@@ -8,7 +8,7 @@ comparison with nan holds. Several rules may have the same flag; the first that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import inf, log
 from typing import Any, NamedTuple
 
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
@@ -149,6 +149,13 @@ RULES = (
         "the effective sample size is {run.recent.effective_samples:.0%} of the completions. Sample and train in "
         "one precision, with one model, prompt and temperature: bfloat16 makes .01 to .1. Where the sampler has "
         "weights of earlier steps, lower --sync-every or the learning rate, or set --estimator.importance.",
+    ),
+    Rule(
+        "sampled-elsewhere",
+        lambda run: above(run.step.evidence, act=log(1e3)),
+        "The engine hardly samples from the probabilities that it reports: minus the log-probabilities of its tokens "
+        "are further from the entropy than in one of {run.step.odds:,.0f} honest runs. It may have other weights, "
+        "another temperature or fewer tokens to draw from, or choose among completions by their probability.",
     ),
     Rule(
         "rewards-abstain",

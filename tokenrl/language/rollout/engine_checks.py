@@ -6,6 +6,8 @@ not equal the trainer's. What is refused here is further away than that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, to_device, tokens_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, score_in_parts
+from tokenrl.runs.processes import gather_objects
 
 COMPARED = 32
 """Completions of an engine that the trainer scores for a check alone, at most."""
@@ -33,8 +36,18 @@ stay below it, and a warning tells of them (`sampling-differs`)."""
 FARTHEST_TOKEN, SHORT = 5.0, 8
 """Largest difference in nats that counts for a token of a row, and the largest by which a greedy token may be less
 probable; and the least number of tokens by which the sum of a row is divided."""
+NEVER_TWICE = -40.0
+"""The log-probability below which no completion of a prompt is drawn twice: in a run of ten million completions the
+chance is below 1e-8."""
 ELSEWHERE = 0.2
 """The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
+SHARES = (-0.03, -0.01, 0.01, 0.03)
+"""The share of its capital that each bet puts on a token: below 0 that the engine is surer than it says. Larger ones
+would notice some lies earlier, but may lose more than there is on an improbable token."""
+LEAST = 0.05
+"""What a bet keeps at least at a token. It would lose more only where a token is less probable than e^-31."""
+CERTAIN = math.log(1e6)
+"""The log of the capital from which a bet is won; an honest engine gets there in one of a million runs."""
 LESS_PROBABLE = 0.25
 """Nats by which a greedy token may be less probable than the most probable one, as an engine rounds in its own way;
 and the share of the tokens that may be even less probable."""
@@ -53,8 +66,8 @@ def check_samples(
         limit: nats per token by which a row, or all rows together, may differ at temperature 1.
 
     Raises:
-        WrongRollout: log-probabilities of the sampled tokens differ by more, or distributions of all tokens have
-            more than the share `ELSEWHERE` of the probability on other tokens.
+        WrongRollout: log-probabilities of the sampled tokens differ by more, distributions of all tokens have
+            more than the share `ELSEWHERE` of the probability on other tokens, or a row is repeated.
     """
 
     def total_variation(logp: Tensor, of_sampler: Tensor) -> Tensor:
@@ -72,6 +85,15 @@ def check_samples(
             f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token, and by {of_row[row]:.2g} in "
             f"row {row} of {len(rows)}, so these tokens are of other weights, another distribution or another prompt"
         )
+    ids = rows.completion_ids.masked_fill(~rows.mask, -1)
+    texts = torch.cat([rows.prompt_index[:, None], ids], dim=1)
+    _, text, copies = texts.unique(dim=0, return_inverse=True, return_counts=True)
+    is_improbable = (rows.logprobs * rows.mask).sum(dim=1) < NEVER_TWICE
+    if repeated := int((is_improbable & (copies[text] > 1)).sum()):
+        raise WrongRollout(
+            f"{repeated} of {len(rows)} completions are repeated, though each is too improbable to be drawn twice: "
+            "the rows of a prompt must be drawn independently"
+        )
     if rows.sampling_distribution is None:
         return
     few = rows.take(torch.arange(min(COMPARED, len(rows))))
@@ -84,6 +106,68 @@ def check_samples(
             f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is "
             "of other weights, or not that of this sampler"
         )
+
+
+class Bets:
+    """Bets that an engine does not sample from the probabilities that it reports.
+
+    Minus the log-probability of a token that is drawn from p is the entropy H(p) on average. If the token is drawn
+    from mu, as the engine reports, the same holds with p/mu as its weight, however far mu is from p. So the
+    surprise `p/mu (-log p - H(p))` is 0 on average at each token, and a capital that is multiplied by
+    `1 + share * surprise` there stays the same on average, whatever the variance and after how many steps one
+    looks. By Ville's inequality it ever reaches a million times its start in one of a million honest runs
+    (betting: Waudby-Smith and Ramdas 2024, arXiv 2010.09686). Where the engine has another temperature or other
+    weights, or keeps the more probable of two completions, one of the bets grows exponentially.
+
+    The rows have to be all that was sampled, before any are left out for their rewards.
+
+    Attributes:
+        capital: the log of what each of the bets `SHARES` has made of 1.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a capital of 1 for each bet."""
+        self.capital = [0.0] * len(SHARES)
+        self._placed = torch.zeros(3 + len(SHARES), dtype=torch.float64)
+
+    def place(self, rows: Rollout) -> None:
+        """Put the bets on all tokens of N completions, which have the trainer's `logprobs` and `entropy` by now."""
+        columns = (rows.logprobs, rows.entropy, rows.sampling_logprobs)
+        logp, entropy, of_sampler = (x[rows.mask].double() for x in columns)  # [M]
+        gaps = logp - of_sampler
+        surprise = -gaps.clamp(max=30).exp() * (logp + entropy)
+        shares = torch.tensor(SHARES, dtype=torch.float64)
+        gains = (1 + shares[:, None] * surprise).clamp(min=LEAST).log().sum(dim=1)
+        sums = torch.stack([gaps.new_tensor(len(gaps)), gaps.abs().sum(), surprise.sum()])
+        self._placed += torch.cat([sums, gains])
+
+    def settle(self) -> dict[str, float]:
+        """Add what the bets made of the rows that all processes have placed since; every process has to call this.
+
+        Returns:
+            `sampling/surprise`, the mean over these tokens in nats, and `sampling/evidence`, the log of the mean
+            capital of the bets in the whole run. Nothing where the engine reports other log-probabilities than
+            the trainer's, of which other checks tell; a weight p/mu may be far from 1 there.
+
+        Raises:
+            WrongRollout: the bets are won.
+        """
+        everywhere = gather_objects([self._placed.tolist()])
+        tokens, gap, surprise, *gains = map(math.fsum, zip(*everywhere, strict=True))
+        self._placed.zero_()
+        if gap >= COARSE * tokens:
+            return {}
+        self.capital = [sum(pair) for pair in zip(self.capital, gains, strict=True)]
+        capital = torch.tensor(self.capital, dtype=torch.float64)
+        evidence = float(capital.logsumexp(0)) - math.log(len(SHARES))
+        if evidence > CERTAIN:
+            raise WrongRollout(
+                "its tokens are not drawn from the probabilities that it reports. Minus the log-probability of a token "
+                f"is the entropy on average, and in this step it is {surprise / tokens:+.2g} nats away; over all steps "
+                "an honest engine gets so far in one of a million runs. It may have other weights, another temperature "
+                "or fewer tokens to draw from, or choose among several completions by their probability"
+            )
+        return {"sampling/surprise": surprise / tokens, "sampling/evidence": evidence}
 
 
 def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
@@ -100,3 +184,24 @@ def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
     share = float((gaps > LESS_PROBABLE).double().mean())
     if share > LESS_PROBABLE or bool((gaps > FARTHEST_TOKEN).any()):
         raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
+
+
+def faults_of_distributions(table: Rollout, vocabulary: int) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
+    name = "sampling_distribution"
+    listed, logp = tokens_of(table.sampling_distribution)  # [N, T, K]
+    ids, sampled, mask = (
+        to_device(x[..., None], logp.device)
+        for x in (table.completion_ids, table.sampling_logprobs, table.mask)
+    )
+    is_repeated = (listed.sort(dim=2).values.diff(dim=2) == 0).any(dim=2, keepdim=True)
+    is_wrong = (listed < 0) | (listed >= vocabulary) | is_repeated
+    yield name, is_wrong & mask, f"of different tokens, from 0 to {vocabulary - 1}"
+    is_sampled = listed == ids
+    whole = logp.where(~is_sampled, sampled.to(logp.dtype))
+    excess = whole.logsumexp(dim=2, keepdim=True)
+    if logp.shape[2] < vocabulary:  # the tokens that are not listed have the rest
+        excess = excess.clamp(min=0)
+    agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
+    rule = "of log-probabilities that add up to 1 and agree with sampling_logprobs"
+    yield name, ~((excess.abs() <= ROUNDING) & agrees) & mask, rule
