@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, lru_cache
 from itertools import chain
@@ -50,19 +50,6 @@ class Bounds:
 
     def __str__(self) -> str:
         return " and ".join(f"{words} {limit:,.12g}" for words, limit in self.limits().items())
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A check that a type cannot make by itself, given as its metadata.
-
-    Attributes:
-        check: refuses a value.
-        words: which values it allows, as follows "it must be" in a message.
-    """
-
-    check: Callable[[Any], object]
-    words: str
 
 
 LARGEST = 1e30
@@ -267,9 +254,8 @@ def fitted(value: Any, hint: Any, objects: bool = True) -> Any:
     else:
         value = _converted(value, kind)
         if _fits(value, hint):
-            for each in metadata:
-                if isinstance(each, Checked):
-                    each.check(value)
+            for check in filter(callable, metadata):  # such as of a file that shall be written
+                check(value)
             return value
     raise Unfit
 
@@ -340,7 +326,7 @@ def allowed(hint: Any) -> str:
             words = f"the name of a preset, or {words}"
     if OR_FUNCTION in metadata:
         words += ", or a function: module:function or path/to/file.py:function"
-    return next((each.words for each in metadata if isinstance(each, Checked)), words)
+    return words
 
 
 def names_in(hint: Any) -> list[str]:

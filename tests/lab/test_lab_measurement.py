@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +29,7 @@ from tokenrl.language.training.loop import train
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain
+from tokenrl.settings import arguments
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")
@@ -236,51 +237,38 @@ def test_mistakes_are_refused(policy: Policy, wrong, words):
         measure_gradients(model=policy, **(FEW | wrong))
 
 
-@pytest.fixture(scope="module")
-def run_of_file(tmp_path_factory):
-    """A run on 40 rows of a file, whose task, reward, length and temperature it records."""
-    folder = tmp_path_factory.mktemp("measured")
-    (folder / "own.py").write_text("def f(completions, **_):\n    return [*map(len, completions)]")
-    write_rows(folder / "rows.jsonl", [{"prompt": f"{i:02}"} for i in range(40)])
-    options = {"task": str(folder / "rows.jsonl"), "reward": f"{folder / 'own.py'}:f"}
-    options |= {"model": "tiny", "max_completion_length": 3, "temperature": 0.7, "eval_every": 0}
-    options |= {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
-    train(**options, eval_split="train", output_dir=folder / "run", quiet=True)
-    return folder / "run"
-
-
-def test_a_run_is_measured_on_its_own_task_as_evaluate_does(run_of_file, tmp_path):
+def test_a_run_is_measured_on_its_own_task_as_evaluate_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("rows.jsonl", [{"prompt": f"{i:02}"} for i in range(40)])
+    options = {"task": "rows.jsonl", "reward": "length(target=3)", "model": "tiny", "max_steps": 1}
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3}
+    train(**options, **sizes, temperature=0.7, eval_every=0, output_dir="run", quiet=True)
+    how = {name: value for name, value in FEW.items() if name != "task"} | {"estimators": "rloo"}
     page = io.StringIO()
-    how = {name: value for name, value in FEW.items() if name != "task"} | {"estimators": ("rloo",)}
-    model = {"model": str(run_of_file)}
-    measured = measure_with(MeasureArguments(**model, **how), Console(file=page))
-    assert measured.task.endswith("rows.jsonl")
+    measured = measure_with(arguments(MeasureArguments, how | {"model": "run"}), Console(file=page))
+    assert measured.task == "rows.jsonl" and "temperature 0.7" in page.getvalue()
     assert measured.settings["completions/mean_length"] <= 3
-    said = " ".join(page.getvalue().split())
-    assert "as in the run of" in said and "temperature 0.7" in said and "max_completion" in said
-    shutil.copytree(run_of_file.parent, tmp_path / "theirs")
-    config = tmp_path / "theirs" / "run" / "config.json"
-    config.write_text(config.read_text().replace("own.py", "theirs.py"))
+    Path("run/config.json").write_text(
+        Path("run/config.json").read_text().replace("length(", "a.py:(")
+    )
     with refused("trust_run"):
-        measure_gradients(model=str(config.parent), **how)
+        measure_gradients(model="run", **how)
     with refused("Name the task to measure on"):
         measure_gradients(model=tiny_policy(), **how)
 
 
 def test_the_prompts_are_drawn_by_the_seed_from_all_rows(policy: Policy):
-    seen = []
+    drawn = []
 
     def noted(completion_ids, number, **_):
-        seen.append({*number})
+        drawn.append({*number})
         return [float(len(ids)) for ids in completion_ids]
 
     rows = [{"prompt": "a", "number": i} for i in range(48)]
     task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows, "reward": noted})
     for seed in (0, 0, 1):
         measure_gradients(model=policy, **FEW | {"task": task, "seed": seed, "estimators": "rloo"})
-    drawn = [first | second for first, second in zip(seen[::2], seen[1::2], strict=True)]
-    assert all(len(numbers) == 16 and max(numbers) > 16 for numbers in drawn)
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == drawn[2] != drawn[4] and max(drawn[0]) > 16 == len(drawn[0])
 
 
 def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):

@@ -28,10 +28,8 @@ from tokenrl.errors import (
     is_special,
     is_stream,
     read_file,
-    refusing,
     written,
 )
-from tokenrl.settings import Checked
 from tokenrl.user_code import own_process
 
 State = dict[str, Any]
@@ -54,31 +52,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
-    with writing(path), _beginning(path) as file:
-        with own_process():
-            yield file
-        if not is_stream(path):
-            file.close()
-            partial = Path(file.name)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            if is_stream(path):
+                with path.open("ab") as file:
+                    yield file
+                return
+            remove(partial)
+            with partial.open("xb") as file, own_process():
+                yield file
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
-
-
-@contextmanager
-def _beginning(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream of this process as it is, or a new hidden file beside a path, which is removed if it is left."""
-    if is_stream(path):
-        with path.open("ab") as file:
-            yield file
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    remove(partial)
-    try:
-        with partial.open("xb") as file:
-            yield file
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a name too long, a folder that is gone
+            partial.unlink(missing_ok=True)
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -89,15 +78,19 @@ def check_place(path: str | os.PathLike[str]) -> None:
             that is no stream of this process.
     """
     target = Path(path).absolute()
-    remedy = "Give the name of a file in a directory that exists, or /dev/stdout."
-    with refusing(f"{target} cannot be written", remedy):
+    try:
         if target.is_dir() or is_special(target):
             raise OSError("it is a directory, a pipe or a device")
-        with _beginning(target):
-            pass
+        with suppress(EOFError), replacing(target):
+            raise EOFError  # so that nothing is replaced
+    except (OSError, ValueError, Stopped) as error:
+        raise Refused(
+            f"{target} cannot be written ({describe(error.__cause__ or error)}). Give the name of a file in a "
+            "directory that exists, or /dev/stdout."
+        ) from error
 
 
-OutputFile = Annotated[str, Checked(check_place, "the name of a file in a directory that exists")]
+OutputFile = Annotated[str, check_place]
 """The type of a setting that names a file to write, which is tried where the setting is made."""
 
 
@@ -282,33 +275,6 @@ def trial_directory(directory: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             recover(directory)
-
-
-def copy_contents(source: Path, target: Path) -> list[str]:
-    """Copy the plain files and folders of a folder into another one, and follow no link.
-
-    Nobody may do more with a copy than with the original, or than with other files of this process.
-
-    Args:
-        source: the folder, which may be a stranger's.
-        target: the folder for the copies, which exists.
-
-    Returns:
-        The paths of what is left out: links, pipes and devices.
-    """
-    left_out = []
-    target.chmod(0o700 | target.stat().st_mode & source.stat().st_mode)
-    for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
-        copy = target / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            copy.mkdir()
-            left_out += copy_contents(Path(entry.path), copy)
-        elif entry.is_file(follow_symlinks=False):
-            shutil.copyfile(entry.path, copy, follow_symlinks=False)
-            copy.chmod(0o600 | copy.stat().st_mode & entry.stat().st_mode)
-        else:
-            left_out.append(entry.path)
-    return left_out
 
 
 def recover(directory: Path) -> None:

@@ -101,11 +101,6 @@ class Means:
     prompts: float = math.nan
     equal: float = math.nan
 
-    @property
-    def odds(self) -> float:
-        """The number of honest runs of which one has so much evidence against it."""
-        return math.exp(min(self.evidence, 30.0))
-
 
 class Latest(NamedTuple):
     """The last few steps of a training, beside its first one.

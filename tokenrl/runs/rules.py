@@ -153,9 +153,10 @@ RULES = (
     Rule(
         "sampled-elsewhere",
         lambda run: above(run.step.evidence, act=log(1e3)),
-        "The engine hardly samples from the probabilities that it reports: minus the log-probabilities of its tokens "
-        "are further from the entropy than in one of {run.step.odds:,.0f} honest runs. It may have other weights, "
-        "another temperature or fewer tokens to draw from, or choose among completions by their probability.",
+        "The engine hardly samples from the probabilities that it reports. Bets on a difference between minus the "
+        "log-probabilities of its tokens and the entropy have won {run.step.evidence:.2g} nats, more than in one of a "
+        "thousand honest runs. It may have other weights, another temperature or fewer tokens to draw from, or choose "
+        "among completions by their probability.",
     ),
     Rule(
         "rewards-abstain",
@@ -279,7 +280,7 @@ RULES = (
         "skipped",
         lambda run: above(run.skipped, void=LOST_SHARE, act=0.01, watch=0),
         "{run.skipped:.1%} of the updates were skipped because the gradient was not finite. Scale the rewards "
-        "down, lower the learning rate, or try float32.",
+        "down, lower the learning rate, or try float32. On a GPU a kernel may be at fault: --training-attention eager.",
     ),
 )
 """In the order of the findings."""

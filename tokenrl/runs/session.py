@@ -50,6 +50,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.runs.threads import without_cudnn_attention
 from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
@@ -127,6 +128,7 @@ class Session:
         if self._lock is not None:
             self._atexit.callback(self._lock.release)
         self._atexit.enter_context(without_warnings(self.console.rich.quiet))
+        self._atexit.enter_context(without_cudnn_attention())
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:

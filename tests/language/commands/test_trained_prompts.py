@@ -84,77 +84,61 @@ def test_a_teacher_a_judge_and_the_base_of_a_comparison_count_too(runs, tmp_path
 
 
 def told(model, data, **options):
-    """The share of held-out rows that the model was trained on, as it is told."""
+    """Whether held-out rows are said to be among those that the model was trained on."""
     task = load_task(data, reward=reward, **options)
-    words = " ".join(division_of(task, None, {"the model": load_policy(model)})[1])
-    assert ("the model was trained on" in words) == bool(words)
-    return int(words.partition(" ")[0] or 0) / len(task.eval_prompts)
+    return "the model was" in str(division_of(task, None, {"the model": load_policy(model)})[1])
 
 
 def test_weights_carry_their_record_wherever_they_are_copied(runs, tmp_path):
     run = runs["all"].output_dir
-    for number, folder in enumerate((run / "model", run / "checkpoints" / "step_000001")):
-        model = shutil.copytree(folder, tmp_path / str(number))
-        assert told(model, ROWS) == 1
+    for folder in (run / "model", run / "checkpoints" / "step_000001"):
+        model = shutil.copytree(folder, tmp_path / folder.name)
+        record = (model / "trained_prompts.txt").read_bytes()
+        assert told(model, ROWS)
         (model / "trained_prompts.txt").unlink()  # as before it is shared, and nothing is damaged
-        assert told(model, ROWS) == 0
+        assert not told(model, ROWS)
+    (tmp_path / "trained_prompts.txt").write_bytes(record)  # as earlier versions wrote it
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    assert told(tmp_path, ROWS)
     os.mkfifo(model / "trained_prompts.txt")
     with refused("trained_prompts.txt is a pipe"):
         load_policy(model)
 
 
-def test_the_record_of_an_earlier_version_lies_in_its_run_and_is_read(runs, tmp_path):
-    run = shutil.copytree(runs["all"].output_dir, tmp_path / "run")
-    for file in run.rglob("trained_prompts.txt"):
-        file.unlink()
-    digits = list(map("{:016x}".format, load_task(ROWS, reward=reward).eval_prompts.hashes))
-    (run / "trained_prompts.txt").write_text("\n".join(digits))
-    assert told(run, ROWS) == 1
-
-
-DEMONSTRATED = [row | {"level": i % 5} for i, row in enumerate(ROWS)]
-
-
-def asked(system="", before="", behind=""):
+def asked(*turns):
     """The same questions in another dress."""
-    turns = [{"role": "system", "content": system}] if system else []
-    user = [f"{before}{row['prompt']}{behind}" for row in ROWS]
-    return [{"prompt": [*turns, {"role": "user", "content": text}]} for text in user]
+    return [{"prompt": [*turns, {"role": "user", "content": f"{row['prompt']}\n"}]} for row in ROWS]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LEVELS = [row | {"level": i % 5} for i, row in enumerate(ROWS)]
 
 
 @pytest.mark.parametrize(
     ("learnt", "data", "template", "expected"),
     [
-        ("Q: {prompt} A:", DEMONSTRATED, "{prompt}", True),
-        ("Q: {prompt} A:", DEMONSTRATED, "Answer {prompt}.", True),
-        ("Q: {prompt} A:", asked(behind=" "), None, True),
-        ("Q: {prompt} A:", asked(system="Be brief."), None, True),
-        ("{level} {prompt}", DEMONSTRATED, "{prompt} ({level})", True),
-        (None, asked(system="Be brief.", before="\n"), None, True),
-        (None, DEMONSTRATED, "Q: {prompt} A:", True),
-        (None, asked(behind=" now"), None, False),
-        ("Q: {prompt} A:", [{"prompt": f"{i} a dog"} for i in range(50)], "Q: {prompt} A:", False),
+        ("Q: {prompt} A:", ROWS, "Answer {prompt}.", True),
+        ("Q: {prompt} A:", asked(SYSTEM), None, True),
+        ("{level} {prompt}", LEVELS, "{prompt} ({level})", True),
+        (None, LEVELS, "Q: {prompt} A:", True),
+        (None, [{"prompt": f"{i} a dog"} for i in range(50)], None, False),
     ],
 )
 def test_a_question_in_another_dress_is_known_again(learnt, data, template, expected, tmp_path):
-    run = sft(
-        task={"train": DEMONSTRATED, "test": DEMONSTRATED[:5]},
-        prompt_template=learnt,
-        model=make_policy(),
-        output_dir=tmp_path / "run",
-        **SMALL,
+    task = {"train": LEVELS, "test": LEVELS[:5]}
+    sft(
+        task=task, prompt_template=learnt, model=make_policy(), output_dir=tmp_path / "run", **SMALL
     )
-    assert told(run.output_dir, data, prompt_template=template) == expected
+    assert told(tmp_path / "run", data, prompt_template=template) == expected
 
 
-def test_where_the_turn_of_the_system_asks_the_same_words_of_the_user_are_no_question(tmp_path):
-    def rows(numbers):
-        return [
-            {"prompt": [{"role": "system", "content": f"{i}"}, {"role": "user", "content": "Go."}]}
-            for i in numbers
-        ]
-
-    task = load_task({"train": rows(range(40)), "test": rows(range(40, 50))}, reward=reward)
-    assert division_of(task, None)[1] == []
-    task = load_task({"train": rows(range(40)), "test": rows(range(38, 50))}, reward=reward)
-    assert division_of(task, None)[1][0].startswith("2 of the 12 held-out rows")
+def test_where_the_turn_of_the_system_asks_the_same_words_of_the_user_are_no_question():
+    rows = [
+        {"prompt": [{"role": "system", "content": f"{i}"}, *asked()[0]["prompt"]]}
+        for i in range(50)
+    ]
+    for first, words in ((40, ""), (38, "2 of the 12 held-out rows")):
+        task = load_task({"train": rows[:40], "test": rows[first:]}, reward=reward)
+        assert "".join(division_of(task, None)[1]).startswith(words)
+        assert bool(words) == bool(division_of(task, None)[1])

@@ -43,7 +43,7 @@ WHOLE = {"keep_tokens": 96}
 LISTED = {"keep_tokens": 5}
 
 
-def sampled(spoil, *, kind=Spoilt, stops=(), length=LENGTH, **options):
+def sampled(spoil, *, kind=Spoilt, stops=(), **options):
     """What a spoilt engine returns once it is checked, and what it returned."""
     policy = make_policy(initializer_range=0.1)
     policy.eos_ids, seen = ENDS, []
@@ -54,7 +54,7 @@ def sampled(spoil, *, kind=Spoilt, stops=(), length=LENGTH, **options):
         return kind(policy, lambda rollout: seen.append(spoil(rollout)) or seen[0])
 
     engine = start_engine(make, policy, Regime(), None)
-    sampling = Sampling(length, GROUP, step=1, **options)
+    sampling = Sampling(LENGTH, GROUP, step=1, **options)
     ids = [policy.encode(prompt) for prompt in PROMPTS]
     rollout = engine.generate(ids, sampling, uniforms("training", sampling, range(4)))
     engine.check(with_missing_fields(policy, rollout, USUAL, sampling), sampling)
@@ -407,20 +407,6 @@ def test_an_engine_that_lies_after_its_first_rollouts_is_stopped(tmp_path, kind,
     options = {"learning_rate": 0.5, "max_steps": 8, "eval_generations": 2, "eval_every": 3}
     with stopped(rf"^At step [1-8]: \w+.generate returned .*{words}"):
         letters_trained(tmp_path, letter_task(ends), generator=kind, **options)
-
-
-def repeated(rollout):
-    """Each group has its first row twice, and leaves out its second."""
-    rows = torch.arange(len(rollout))
-    return rollout.take(torch.where(rows % GROUP == 1, rows - 1, rows))
-
-
-def test_rows_that_are_repeated_are_told_unless_chance_repeats_them():
-    words = "4 of 12 completions are repeated|[5-8] of 12 completions are repeated"
-    with stopped(words):
-        sampled(repeated, length=12)
-    rollout, _ = sampled(repeated, length=2)  # of 9 nats at most
-    assert torch.equal(rollout.completion_ids[0], rollout.completion_ids[1])
 
 
 class Later(Lying):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Interrupted, Refused, refusing
+from tokenrl.errors import Interrupted, Refused, is_special, refusing
 from tokenrl.lab.compare.plan import PlannedRun, differing
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import appending, atomic_directory, copy_contents, write_json
+from tokenrl.runs.files import appending, atomic_directory, write_json
 from tokenrl.runs.signals import GracefulStop
 
 TICK = 0.2
@@ -74,9 +75,29 @@ def collect(
             if original.resolve() != original:
                 raise Refused(f"{original} is a link, and runs are copied from {source} alone.")
             with atomic_directory(root / run.path, sealed=False) as folder:
-                for path in copy_contents(original, folder):
+                for path in _copy_plain(original, folder):
                     announce(f"{path} is left out: it is a link, a pipe or a device")
         announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
+
+
+def _copy_plain(source: Path, target: Path) -> list[Path]:
+    """Copy the plain files and folders of a stranger's folder, with their permissions at most; follow no link.
+
+    Returns:
+        What is left out: links, pipes and devices.
+    """
+    left_out: list[Path] = []
+
+    def odd(folder: str, names: list[str]) -> list[str]:
+        paths = [Path(folder, name) for name in names]
+        special = [path for path in paths if path.is_symlink() or is_special(path)]
+        left_out.extend(special)
+        return [path.name for path in special]
+
+    shutil.copytree(source, target, ignore=odd, dirs_exist_ok=True)
+    for path in (target, *target.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o755)  # a copy is this user's: nobody else writes it
+    return left_out
 
 
 def _write_settings(run: PlannedRun, root: Path) -> Path:

@@ -106,19 +106,15 @@ class Length(Settings):
 ROUNDING = Decimal("1e-6")
 """How far a number may be from a fraction that it equals."""
 _PUNCTUATION = re.compile(r"[^\w\s]")
-_BETWEEN = (
-    r",'_\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
-)
-"""What may stand between the groups of three digits of a number, all the same."""
-_DIGITS = rf"\.?[0-9](?:[.{_BETWEEN}]?[0-9])*"
+_BETWEEN = r"[,.'_\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}]"
+_DIGITS = rf"\.?[0-9](?:{_BETWEEN}?[0-9])*"
 """All digits that are written together, with what stands between them, whether or not they are a number."""
-_READABLE = re.compile(
-    rf"(?:[1-9][0-9]{{0,2}}([{_BETWEEN}])[0-9]{{3}}(?:\1[0-9]{{3}})*|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-)
+_UNSIGNED = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_UNSIGNED += rf"(?!{_BETWEEN}?[0-9])"  # no part of them
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]}}])[-+])?\$?(?:\\[dt]?frac\s*{{(?P<a>[-+]?[0-9.]+)}}\s*{{(?P<b>[-+]?[0-9.]+)}}"
-    rf"|(?<![\w.])(?<![0-9][{_BETWEEN}])(?P<number>{_DIGITS})(?P<power>[eE][-+]?[0-9]+)?"
-    rf"(?:\s?/\s?(?P<over>{_DIGITS}))?)"
+    rf"|(?<![\w.])(?<![0-9]{_BETWEEN})(?:(?P<number>{_UNSIGNED})(?P<power>[eE][-+]?[0-9]+)?"
+    rf"(?:\s?/\s?(?P<over>{_UNSIGNED})|(?!\s?/\s?[0-9]))|(?P<odd>{_DIGITS}(?:\s?/\s?{_DIGITS})?)))"
 )
 
 
@@ -229,18 +225,16 @@ def _numbers(text: str) -> Iterator[Decimal | None]:
     """Yield the numbers of a text in their order, None for digits that are no number."""
     for match in _NUMBER.finditer(text):
         part = match.groupdict()
+        if part["odd"]:
+            yield None
+            continue
         try:
             if part["a"] is not None:
                 value = Decimal(part["a"]) / Decimal(part["b"])
             else:
-                parts = [text for text in (part["number"], part["over"]) if text]
-                if not all(map(_READABLE.fullmatch, parts)):
-                    yield None
-                    continue
-                above, *below = (re.sub(f"[{_BETWEEN}]", "", text) for text in parts)
-                value = Decimal(above + (part["power"] or ""))
-                for divisor in below:
-                    value /= Decimal(divisor)
+                value = Decimal(part["number"].replace(",", "") + (part["power"] or ""))
+                if part["over"]:
+                    value /= Decimal(part["over"].replace(",", ""))
         except ArithmeticError:  # no number, too large a power, or a division by 0
             continue
         if math.isfinite(value):

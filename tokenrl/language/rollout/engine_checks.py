@@ -36,9 +36,6 @@ stay below it, and a warning tells of them (`sampling-differs`)."""
 FARTHEST_TOKEN, SHORT = 5.0, 8
 """Largest difference in nats that counts for a token of a row, and the largest by which a greedy token may be less
 probable; and the least number of tokens by which the sum of a row is divided."""
-NEVER_TWICE = -40.0
-"""The log-probability below which no completion of a prompt is drawn twice: in a run of ten million completions the
-chance is below 1e-8."""
 ELSEWHERE = 0.2
 """The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
 SHARES = (-0.03, -0.01, 0.01, 0.03)
@@ -66,8 +63,8 @@ def check_samples(
         limit: nats per token by which a row, or all rows together, may differ at temperature 1.
 
     Raises:
-        WrongRollout: log-probabilities of the sampled tokens differ by more, distributions of all tokens have
-            more than the share `ELSEWHERE` of the probability on other tokens, or a row is repeated.
+        WrongRollout: log-probabilities of the sampled tokens differ by more, or distributions of all tokens have
+            more than the share `ELSEWHERE` of the probability on other tokens.
     """
 
     def total_variation(logp: Tensor, of_sampler: Tensor) -> Tensor:
@@ -84,15 +81,6 @@ def check_samples(
         raise WrongRollout(
             f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token, and by {of_row[row]:.2g} in "
             f"row {row} of {len(rows)}, so these tokens are of other weights, another distribution or another prompt"
-        )
-    ids = rows.completion_ids.masked_fill(~rows.mask, -1)
-    texts = torch.cat([rows.prompt_index[:, None], ids], dim=1)
-    _, text, copies = texts.unique(dim=0, return_inverse=True, return_counts=True)
-    is_improbable = (rows.logprobs * rows.mask).sum(dim=1) < NEVER_TWICE
-    if repeated := int((is_improbable & (copies[text] > 1)).sum()):
-        raise WrongRollout(
-            f"{repeated} of {len(rows)} completions are repeated, though each is too improbable to be drawn twice: "
-            "the rows of a prompt must be drawn independently"
         )
     if rows.sampling_distribution is None:
         return
@@ -127,19 +115,18 @@ class Bets:
 
     def __init__(self) -> None:
         """Begin with a capital of 1 for each bet."""
-        self.capital = [0.0] * len(SHARES)
+        self.capital = torch.zeros(len(SHARES), dtype=torch.float64)
         self._placed = torch.zeros(3 + len(SHARES), dtype=torch.float64)
 
     def place(self, rows: Rollout) -> None:
         """Put the bets on all tokens of N completions, which have the trainer's `logprobs` and `entropy` by now."""
-        columns = (rows.logprobs, rows.entropy, rows.sampling_logprobs)
-        logp, entropy, of_sampler = (x[rows.mask].double() for x in columns)  # [M]
+        reported = (rows.logprobs, rows.entropy, rows.sampling_logprobs)
+        logp, entropy, of_sampler = (x[rows.mask].double() for x in reported)  # [M]
         gaps = logp - of_sampler
         surprise = -gaps.clamp(max=30).exp() * (logp + entropy)
-        shares = torch.tensor(SHARES, dtype=torch.float64)
-        gains = (1 + shares[:, None] * surprise).clamp(min=LEAST).log().sum(dim=1)
-        sums = torch.stack([gaps.new_tensor(len(gaps)), gaps.abs().sum(), surprise.sum()])
-        self._placed += torch.cat([sums, gains])
+        gains = (1 + surprise[:, None] * torch.tensor(SHARES)).clamp(min=LEAST).log()
+        columns = (torch.ones_like(gaps), gaps.abs(), surprise)
+        self._placed += torch.cat([torch.stack(columns, dim=1), gains], dim=1).sum(dim=0)
 
     def settle(self) -> dict[str, float]:
         """Add what the bets made of the rows that all processes have placed since; every process has to call this.
@@ -152,14 +139,14 @@ class Bets:
         Raises:
             WrongRollout: the bets are won.
         """
-        everywhere = gather_objects([self._placed.tolist()])
-        tokens, gap, surprise, *gains = map(math.fsum, zip(*everywhere, strict=True))
+        everywhere = torch.tensor(gather_objects([self._placed.tolist()]), dtype=torch.float64)
+        sums = everywhere.sum(dim=0)
+        tokens, gap, surprise = sums[:3].tolist()
         self._placed.zero_()
         if gap >= COARSE * tokens:
             return {}
-        self.capital = [sum(pair) for pair in zip(self.capital, gains, strict=True)]
-        capital = torch.tensor(self.capital, dtype=torch.float64)
-        evidence = float(capital.logsumexp(0)) - math.log(len(SHARES))
+        self.capital += sums[3:]
+        evidence = float(self.capital.logsumexp(0)) - math.log(len(SHARES))
         if evidence > CERTAIN:
             raise WrongRollout(
                 "its tokens are not drawn from the probabilities that it reports. Minus the log-probability of a token "

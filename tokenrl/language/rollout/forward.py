@@ -154,7 +154,7 @@ def choose_forward(
             if args.training_attention:
                 raise
             attention = "as_loaded"
-    suffix = ""
+    suffix = " without cuDNN's kernel" if device.type == "cuda" else ""
     if precision == "bf16" and device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)

@@ -121,7 +121,10 @@ class Descent(ABC):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
-                raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
+                raise Stopped(
+                    f"{wrong}: lower the learning rate; in low precision try float32. On a GPU a kernel of torch may be "
+                    "at fault, as that of attention."
+                )
         self._optimizer.step()
         lengths = shapes[0]
         columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)

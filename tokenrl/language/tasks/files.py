@@ -31,8 +31,8 @@ SEPARATORS = ",;\t|"
 """What may stand between two cells of CSV."""
 QUOTED = re.compile(rf'(^|[\r\n{SEPARATORS}]) *"[^"]*(?:""[^"]*)*"')
 """A cell in quotes, with what stands in front of it."""
-WHOLLY_QUOTED = re.compile(' *"((?:[^"]|"")*)"')
-"""A cell that stands in quotes from end to end, with blanks in front of it."""
+OPENED = re.compile(r'(^|[\t\r\n])(?! *"(?:[^"\t\r\n]|"")*"(?:[\t\r\n]|$))( *"[^\t\r\n]*)')
+"""A cell between tabs that begins with a quote and does not end with it, and what stands in front of it."""
 
 
 def _zstandard(file: Path, mode: str) -> Any:
@@ -136,46 +136,31 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     if separator == ",":
         separator = separator_of(text)
-    lines = _lines(text, separator)
-    columns = next(lines, (0, []))[1]
+    # Most programs that write tabs write no quotes. Where all lines have as many cells between tabs, a quote in
+    # front of a cell is a part of it, and must not swallow what follows.
+    counts = {line.count("\t") for line in re.split("[\r\n]+", text) if line}
+    if separator == "\t" and len(counts) == 1 and counts != {0}:
+        text = OPENED.sub(lambda cell: f"{cell[1]}{_quoted(cell[2])}", text)
+    lines = _csv_lines(text, separator, strict=True)
+    columns: list[str] = next(filter(None, lines), [])
     for column in columns:
         if columns.count(column) > 1:
             raise ValueError(f"two columns of {file} are called {column!r}: name each by itself")
-    for first, cells in lines:
+    first = lines.line_num + 1
+    for cells in lines:
         if len(cells) > len(columns):
             raise ValueError(
                 f"line {first} of {file} has {len(cells)} cells, and there are {len(columns)} columns: write a "
                 f'cell with {separator!r} in quotes, "like{separator}this"'
             )
-        values = [cell or None for cell in cells]
-        yield f"line {first}", dict(zip_longest(columns, values))
-
-
-def _lines(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each row, with the number of its first line; empty lines are skipped.
-
-    Most programs that write tabs write no quotes: a cell may begin with one, and would swallow what follows. So
-    where every line has as many cells between tabs as the first one, these are its cells; only a cell that
-    stands in quotes from end to end loses them.
-    """
-    if separator == "\t":
-        lines = enumerate(re.split("\r\n|\r|\n", text), start=1)
-        rows = [(number, line.split(separator)) for number, line in lines if line]
-        sizes = {len(cells) for _, cells in rows}
-        if len(sizes) == 1 and sizes != {1}:
-            yield from ((number, [*map(_unquoted, cells)]) for number, cells in rows)
-            return
-    reader = _csv_lines(text, separator, strict=True)
-    first = 1
-    for cells in reader:
         if cells:
-            yield first, cells
-        first = reader.line_num + 1
+            values = [cell or None for cell in cells]
+            yield f"line {first}", dict(zip_longest(columns, values))
+        first = lines.line_num + 1
 
 
-def _unquoted(cell: str) -> str:
-    quoted = WHOLLY_QUOTED.fullmatch(cell)
-    return quoted[1].replace('""', '"') if quoted else cell
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
 
 
 def _csv_lines(text: str, separator: str, *, strict: bool) -> Any:

@@ -106,12 +106,10 @@ class Rows(Sequence[Any]):
         template put into it. Where most prompts differ in what that leaves out, as where the system's turn asks,
         the prompt alone counts.
         """
-        keys = [self.hashes]
-        keys += [hashes(map(question_of, self.columns["prompt"]))]
-        if self.fillings:
-            keys += [hashes(self.fillings)]
-        distinct = len(np.unique(self.hashes))
-        return np.stack([part for part in keys if 2 * len(np.unique(part)) > distinct])
+        questions = [*map(question_of, self.columns["prompt"])], self.fillings
+        keys = [self.hashes, *map(hashes, filter(None, questions))]
+        distinct = [len(np.unique(of_rows)) for of_rows in keys]
+        return np.stack(keys)[[2 * count > distinct[0] for count in distinct]]
 
 
 def prompt_key(prompt: Any) -> str:
@@ -126,8 +124,13 @@ def question_of(prompt: Any) -> str:
     """Return what a prompt asks as a text: without blanks at its ends and without the turns of the system."""
     if isinstance(prompt, str):
         return prompt_key(prompt.strip())
-    turns = [turn for turn in prompt if turn["role"] != "system"]
-    return prompt_key([{**turn, "content": turn["content"].strip()} for turn in turns])
+    return prompt_key(
+        [
+            {**turn, "content": turn["content"].strip()}
+            for turn in prompt
+            if turn["role"] != "system"
+        ]
+    )
 
 
 def hashes(keys: Iterable[str]) -> np.ndarray:

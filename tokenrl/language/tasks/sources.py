@@ -6,13 +6,11 @@ Everything here runs before the first step, so whatever goes wrong is `Refused`.
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
@@ -20,7 +18,6 @@ from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.rows import Row, Rows, question_of
-from tokenrl.runs.files import canonical
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -216,8 +213,10 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
     if data.prompt_template is not None:
         template = data.prompt_template
         subject = f"{source}, prompt_template {template!r}: the prompt of"
-        prompts: list[Any] = [filled(template, row, f"{subject} {row.location}") for row in rows]
-        fillings = [filling_of(template, row) for row in rows]
+        cells = [*map(Cells, rows)]
+        pairs = zip(cells, rows.locations, strict=True)
+        prompts: list[Any] = [filled(template, row, f"{subject} {place}") for row, place in pairs]
+        fillings = [question_of(" ".join(sorted(row.used))) for row in cells]
     elif column not in rows.columns:
         raise Refused(
             f"{source} has no column '{column}'.{suggest(column, rows.columns)} Name it by prompt_column, or give "
@@ -239,13 +238,22 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
     return Rows({**rows.columns, "prompt": prompts}, rows.locations, fillings or rows.fillings)
 
 
-class _Cells(dict[str, Any]):
-    """The cells of a row for a template; a missing value is an error, since None would enter the prompt."""
+class Cells(dict[str, Any]):
+    """The cells of a row for a template; a missing value is an error, since None would enter the prompt.
+
+    Attributes:
+        used: the values that the template has put into the prompt so far, as texts without blanks at their ends.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.used: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is None or value != value:
             raise ValueError(f"column {name!r} is {value!r}")
+        self.used.append(str(value).strip())
         return value
 
 
@@ -261,24 +269,12 @@ def filled(template: str, row: Row, subject: str) -> str:
         Refused: the template cannot be filled from the row.
     """
     try:
-        return template.format_map(_Cells(row))
+        return template.format_map(row if isinstance(row, Cells) else Cells(row))
     except Exception as error:  # values have formats of their own
         raise Refused(
             f"{subject} cannot be made ({describe(error)}). Name columns in braces (there are "
             f"{', '.join(map(str, row))}), each with a value, and write {{{{ for a brace."
         ) from error
-
-
-def filling_of(template: str, row: Row) -> str:
-    """Return the columns that a template names as the text of a question, the same in any order and form."""
-    fields = (field for _, field, _, _ in Formatter().parse(template) if field)
-    names = {re.split(r"[.\[]", field)[0] for field in fields}
-    values = [row.get(name) for name in names]
-    texts = sorted(
-        str(value).strip() if isinstance(value, str | int | float) else canonical(value)
-        for value in values
-    )
-    return question_of(texts[0] if len(texts) == 1 else canonical(texts))
 
 
 def as_prompt(value: Any) -> Any:

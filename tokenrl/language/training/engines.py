@@ -257,7 +257,7 @@ class CheckedEngine(Generator):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, or from nothing if another engine sampled before."""
-        self.bets.capital = list(state.get("capital", self.bets.capital))
+        self.bets.capital += state.get("capital", 0.0)
 
     def _told(self, failure: str) -> AbstractContextManager[None]:
         """Return a context that raises `Stopped`, which names the engine, for what fails in it."""

@@ -281,7 +281,8 @@ class Learner:
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
                 f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
-                "learning rate or the scale of the rewards; in low precision try float32."
+                "learning rate or the scale of the rewards; in low precision try float32. On a GPU a kernel may be at "
+                "fault, as of torch's attention: try --training-attention eager."
             )
         return False
 

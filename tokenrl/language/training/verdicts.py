@@ -27,12 +27,6 @@ from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-TOLD_ONCE = (
-    *("policy-destroyed", "truncation", "sampling-differs", "sampled-elsewhere"),
-    "rewards-abstain",
-)
-"""Flags of findings about a step that are told when they come up first."""
-
 
 def judge_start(run: TrainingRun, session: Session) -> None:
     """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
@@ -52,7 +46,8 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     idle = steps_without_signal(run, session)
     observed = replace(observe_run(run, session.rows), idle_steps=idle)
     texts = {finding.flag: finding.text for finding in judge(observed)}
-    for flag in TOLD_ONCE:
+    flags = ("policy-destroyed", "truncation", "sampling-differs", "sampled-elsewhere")
+    for flag in (*flags, "rewards-abstain"):
         if flag in texts:
             session.warn_once(flag, f"{start} {texts[flag]}")
     if remark := run.learner.generator.remark:
