@@ -122,7 +122,7 @@ class Descent(ABC):
                 self._optimizer.zero_grad()
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
                 raise Stopped(
-                    f"{wrong}: lower the learning rate; in low precision try float32. On a GPU a kernel of torch may be "
+                    f"{wrong}: lower the learning rate; in low precision try float32. On a GPU a kernel may be "
                     "at fault, as that of attention."
                 )
         self._optimizer.step()
