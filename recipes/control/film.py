@@ -45,15 +45,14 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     envs.vector = SyncVectorEnv([camera])
     seed = seed_of(settings["seed"], 2, evaluation=True)
     episode = collect_episodes(envs, read_policy(run), None, seed=seed)
-    frames = envs.vector.envs[0].render()
-    rate = envs.vector.envs[0].metadata.get("render_fps", 30)
-    envs.close()
-    height, width, _ = frames[0].shape
-    video = write_frames(str(film), (width, height), fps=rate, macro_block_size=2)
-    video.send(None)
-    for frame in frames:
-        video.send(frame.tobytes())
+    (drawn,) = envs.vector.envs
+    frames = drawn.render()
+    size = frames[0].shape[1::-1]
+    video = write_frames(str(film), size, fps=drawn.metadata["render_fps"], macro_block_size=2)
+    for frame in (None, *frames):  # the first opens the file
+        video.send(frame)
     video.close()
+    envs.close()
     print(f"return {float(episode.returns):g}, video: {film}")
 
 

@@ -57,9 +57,10 @@ class VllmServer:
     Attributes:
         patience: the most seconds until a whole answer, and until a server has started.
         pause: seconds between two tries.
+        largest: the most bytes of an answer.
     """
 
-    patience, pause = 600.0, 2.0
+    patience, pause, largest = 600.0, 2.0, 2**28
 
     abilities = Abilities(
         exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0)
@@ -71,7 +72,7 @@ class VllmServer:
         self.policy, self.process = policy, None
         self.run, self.version, self.names = secrets.token_hex(4), 0, []
         self.announced, self.ahead, self.pool = [], (None, None), ThreadPoolExecutor(1)
-        self.sockets = set()  # of requests under way
+        self.lines = []  # the sockets of requests under way
         self.folder = Path(mkdtemp(prefix="tokenrl-"))
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
         self.key = os.environ.get("VLLM_API_KEY", "").strip()
@@ -135,33 +136,34 @@ class VllmServer:
     def exchange(self, path, body, seconds):
         """Send a request, and return the status of the answer and its text.
 
-        A server that sends a byte now and then keeps each wait short, so a timer hangs up after `seconds`. An answer
-        has at most 1 KiB for each token that is asked for.
+        A server that sends a byte now and then keeps each wait short, so a timer hangs up after `seconds`.
         """
-        seconds = max(1.0, seconds)
-        end = time.monotonic() + seconds
-        tokens = body.get("n", 0) * (len(body.get("prompt", ())) + body.get("max_tokens", 0))
-        largest = 2**20 + 2**10 * tokens
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        with closing(HTTPConnection(self.host, timeout=seconds)) as connection:  # without a proxy
-            connection.connect()
+        with closing(HTTPConnection(self.host, timeout=max(1.0, seconds))) as connection:
+            connection.connect()  # without a proxy
             line = connection.sock
-            late = threading.Timer(seconds, hang_up, [line])
-            late.daemon = True
+            late = threading.Timer(connection.timeout, self.hang_up, [line])
+            self.lines.append(line)
             late.start()
-            self.sockets.add(line)
             try:
                 connection.request("POST", path, json.dumps(body), headers)
                 answer = connection.getresponse()
-                text = answer.read(largest + 1)
+                text = answer.read(self.largest)
             finally:
+                is_late = not late.is_alive()
                 late.cancel()
-                self.sockets.discard(line)
-        if len(text) > largest:
-            raise RuntimeError(f"{self.host}{path} answers with more than {largest} bytes")
-        if answer.length or time.monotonic() >= end:  # the rest of what was announced
-            raise TimeoutError(f"a whole answer was not there in time, but {len(text)} bytes of it")
+                self.lines.remove(line)
+        if len(text) == self.largest:
+            raise RuntimeError(f"{self.host}{path} answers with {self.largest} bytes or more")
+        if answer.length or is_late:  # the length is what is left
+            raise TimeoutError(f"of the answer {len(text)} bytes were there in time, and not all")
         return answer.status, text.decode()
+
+    def hang_up(self, *lines):
+        """End what is exchanged on these sockets, also for a thread that waits there; of all without any."""
+        for line in lines or [*self.lines]:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def sync(self, policy):
         """Send the adapter as a new version, and drop the last but one, which nothing samples from any more."""
@@ -231,8 +233,7 @@ class VllmServer:
                 rows = [row for group in pool.map(self.complete, requests) for row in group]
             except BaseException:  # such as Ctrl-C, which does not wait for the others
                 self.patience = 0.0
-                for line in [*self.sockets]:
-                    hang_up(line)
+                self.hang_up()
                 pool.shutdown(cancel_futures=True)
                 raise
         tokens = pad_sequence([table for table, _ in rows], True)  # [N, T, 2]
@@ -280,8 +281,7 @@ class VllmServer:
     def close(self):
         """Stop the server that was started here; let another one drop the adapter."""
         self.patience = min(5.0, self.patience)
-        for line in [*self.sockets]:  # what was sampled ahead
-            hang_up(line)
+        self.hang_up()  # while it samples ahead
         if self.process:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -292,12 +292,6 @@ class VllmServer:
             with suppress(RuntimeError, OSError):
                 self.drop([*self.names])
         shutil.rmtree(self.folder)
-
-
-def hang_up(line):
-    """End the exchange on a socket, also for a thread that waits there."""
-    with suppress(OSError):
-        line.shutdown(socket.SHUT_RDWR)
 
 
 def main(

@@ -224,7 +224,7 @@ _FREE = ("README.md", TRAINED_PROMPTS)
 
 
 @contextmanager
-def atomic_directory(directory: Path, *, sealed: bool = True) -> Iterator[Path]:
+def atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a hidden empty folder, which becomes `directory` when the block ends without an error.
 
     A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
@@ -232,7 +232,6 @@ def atomic_directory(directory: Path, *, sealed: bool = True) -> Iterator[Path]:
 
     Args:
         directory: the folder to make or to replace. Its parent is made if absent, but not those above.
-        sealed: whether it gets a manifest, and its files become readable for whoever may read the folder.
 
     Raises:
         Stopped: the block failed or the disk is full; an old folder is unchanged.
@@ -244,11 +243,7 @@ def atomic_directory(directory: Path, *, sealed: bool = True) -> Iterator[Path]:
         aside.mkdir()
         with own_process():
             yield aside
-        contents = [path for path in sorted(aside.rglob("*")) if not path.is_symlink()]
-        if sealed:
-            _seal(aside, contents)
-        for path in (*contents, aside):
-            sync(path)
+        _seal(aside)
         if directory.exists():
             os.rename(directory, old)
         os.rename(aside, directory)
@@ -336,17 +331,19 @@ def model_directory(name_or_path: str | Path) -> str | Path:
     return model
 
 
-def _seal(folder: Path, contents: Sequence[Path]) -> None:
-    """Write the manifest of a folder; a link in it is no part of it, as its target lies elsewhere.
-
-    Its files become readable for whoever may read the folder: safetensors makes files of mode 600.
-    """
+def _seal(folder: Path) -> None:
+    """Sync a folder with all that is in it to the disk, and write its manifest last; links are no part of it."""
     files = {}
-    for path in filter(Path.is_file, contents):
-        path.chmod(folder.stat().st_mode & 0o666)
-        if path.name not in _FREE:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            continue
+        if path.suffix == ".safetensors":  # which makes files of mode 600
+            path.chmod(folder.stat().st_mode & 0o666)
+        sync(path)
+        if path.is_file() and path.name not in _FREE:
             files[path.relative_to(folder).as_posix()] = _entry(path)
     write_json(folder / MANIFEST, files)
+    sync(folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

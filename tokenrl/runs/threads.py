@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tokenrl.settings import OPEN, Bounds, Settings
 
@@ -52,7 +52,7 @@ def without_cudnn_attention() -> Iterator[None]:
     """
     import torch
 
-    attention = torch.backends.cuda
+    attention: Any = torch.backends.cuda
     before = attention.cudnn_sdp_enabled()
     attention.enable_cudnn_sdp(False)
     try:

@@ -156,30 +156,28 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
             judge_directory("all")
 
 
-def test_of_a_run_of_another_machine_plain_files_are_copied_alone_and_no_permission_widens(
-    halves, workplace, said
-):
-    """A link to a private file of this machine once was sealed with the run, and made readable for all."""
-    run = Path("m1/runs/walk/reinforce/seed_2")
-    files = {workplace / "private": 0o600, run / "theirs": 0o4622}
-    for path, mode in files.items():
-        path.write_text("text")
-        path.chmod(mode)
-    (run / "link").symlink_to(workplace / "private")
-    os.mkfifo(run / "pipe")
-    halves(quiet=False)
-    assert said().count("is left out: it is a link, a pipe or a device") == 2
-    copy = Path("all") / run.relative_to("m1")
-    assert not {"link", "pipe"} & {path.name for path in copy.iterdir()}
-    modes = [path.stat().st_mode & 0o7777 for path in (workplace / "private", copy / "theirs")]
-    assert modes == [0o600, 0o600]
-
-
-def test_a_run_of_another_machine_that_is_a_link_is_refused(halves, workplace):
-    run = Path("m1/runs/walk/reinforce/seed_2").rename("elsewhere")
-    Path("m1/runs/walk/reinforce/seed_2").symlink_to(run.absolute())
-    with refused("seed_2 is a link, and runs are copied from m1 alone"):
+@pytest.mark.parametrize("name", ["run", "link", "pipe"])
+def test_a_run_of_another_machine_with_a_link_or_a_pipe_is_refused(halves, workplace, name):
+    """Whatever they lead to stays as private as it is."""
+    private, run = workplace / "private", Path("m1/runs/walk/reinforce/seed_2")
+    private.mkdir(0o700)
+    if name == "run":
+        run = run.rename(private / "run")
+        Path("m1/runs/walk/reinforce/seed_2").symlink_to(run)
+    elif name == "link":
+        (run / "link").symlink_to(private)
+    else:
+        os.mkfifo(run / "pipe")
+    with refused("is a link, a pipe or a device.*leave m1 out of collect"):
         halves()
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copied_run_is_as_private_as_it_was(halves):
+    run = Path("m1/runs/walk/reinforce/seed_2")
+    (run / "config.json").chmod(0o600)
+    halves()
+    assert (Path("all") / run.relative_to("m1") / "config.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_runs_with_other_settings_are_not_collected(halves):

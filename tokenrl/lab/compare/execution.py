@@ -21,7 +21,7 @@ from tokenrl.lab.compare.plan import PlannedRun, differing
 from tokenrl.lab.compare.table import is_done
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import appending, atomic_directory, write_json
+from tokenrl.runs.files import MANIFEST, appending, atomic_directory, remove, write_json
 from tokenrl.runs.signals import GracefulStop
 
 TICK = 0.2
@@ -54,7 +54,7 @@ def collect(
         announce: prints a line.
 
     Raises:
-        Refused: a directory holds no comparison, or has a run with other settings.
+        Refused: a directory holds no comparison, or has a run with other settings, or with a link.
         Stopped: a run cannot be copied.
     """
     for source in map(Path, directories):
@@ -71,33 +71,19 @@ def collect(
                     f"{source / run.path} was made with other settings than this comparison has: {changes}. Give "
                     "the settings that it was made with, or leave it out of collect."
                 )
-            original = source.resolve() / run.path
-            if original.resolve() != original:
-                raise Refused(f"{original} is a link, and runs are copied from {source} alone.")
-            with atomic_directory(root / run.path, sealed=False) as folder:
-                for path in _copy_plain(original, folder):
-                    announce(f"{path} is left out: it is a link, a pipe or a device")
+            original = source / run.path
+            for path in (original, *original.rglob("*")):
+                if is_special(path) or path.resolve() != source.resolve() / path.relative_to(
+                    source
+                ):
+                    raise Refused(
+                        f"{path} is a link, a pipe or a device, and plain files alone are copied. Remove it, or leave "
+                        f"{source} out of collect."
+                    )
+            with atomic_directory(root / run.path) as folder:
+                shutil.copytree(original, folder, dirs_exist_ok=True)
+            remove(root / run.path / MANIFEST)  # its report may be written again
         announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
-
-
-def _copy_plain(source: Path, target: Path) -> list[Path]:
-    """Copy the plain files and folders of a stranger's folder, with their permissions at most; follow no link.
-
-    Returns:
-        What is left out: links, pipes and devices.
-    """
-    left_out: list[Path] = []
-
-    def odd(folder: str, names: list[str]) -> list[str]:
-        paths = [Path(folder, name) for name in names]
-        special = [path for path in paths if path.is_symlink() or is_special(path)]
-        left_out.extend(special)
-        return [path.name for path in special]
-
-    shutil.copytree(source, target, ignore=odd, dirs_exist_ok=True)
-    for path in (target, *target.rglob("*")):
-        path.chmod(path.stat().st_mode & 0o755)  # a copy is this user's: nobody else writes it
-    return left_out
 
 
 def _write_settings(run: PlannedRun, root: Path) -> Path:

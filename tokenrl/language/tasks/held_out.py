@@ -188,7 +188,7 @@ def division_of(
     texts = [*map(digits, keys)]
     parts = {"are trained on too": np.isin(keys, task.train_prompts.keys)}
     for name, model in (models or {}).items():
-        earlier = getattr(model, "trained_prompts", frozenset())
+        earlier: frozenset[str] = getattr(model, "trained_prompts", frozenset())
         parts[f"{name} was trained on"] = np.array([[*map(earlier.__contains__, x)] for x in texts])
     if task.environment or divided.endswith(BY_ROW) or len(np.unique(trained)) == 1:
         parts = {}  # the parts share prompts, which is fair
