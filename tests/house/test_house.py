@@ -24,25 +24,25 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 12_880,
+    "top": 12_900,
     "core": 19_720,
-    "runs": 24_570,
+    "runs": 24_830,
     "control": 10_720,
     "advisor": 2_050,
     "language": 100,
-    "language/policy": 11_820,
-    "language/rewards": 13_910,
-    "language/tasks": 11_120,
-    "language/rollout": 26_790,
-    "language/training": 23_580,
-    "language/supervised": 7_730,
-    "language/commands": 4_500,
+    "language/policy": 11_860,
+    "language/rewards": 13_970,
+    "language/tasks": 11_620,
+    "language/rollout": 27_500,
+    "language/training": 23_410,
+    "language/supervised": 7_750,
+    "language/commands": 4_540,
     "language/preferences": 6_380,
     "language/evaluation": 3_440,
     "lab": 100,
     "lab/exact": 12_230,
-    "lab/measure": 5_270,
-    "lab/compare": 15_240,
+    "lab/measure": 5_380,
+    "lab/compare": 15_300,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack

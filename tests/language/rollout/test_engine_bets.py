@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from refusals import refused
 
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.engine_checks import Bets
@@ -15,19 +14,8 @@ from tokenrl.language.rollout.engine_checks import Bets
 ROWS, LENGTH, WORDS = 32, 8, 20
 
 
-def rows_of(logp, reported, ids):
-    """Rows of these tokens [N, T], with what the trainer computes from its log-probabilities [N, T, V]."""
-    of_trainer, of_sampler = (x.gather(2, ids[..., None]).squeeze(2) for x in (logp, reported))
-    mask = torch.arange(LENGTH).expand(ROWS, -1) < LENGTH - 1
-    of_trainer[:, -1] = -99.0  # off the mask
-    entropy = -(logp.exp() * logp.clamp(min=-99)).sum(2)
-    columns = {"mask": mask, "logprobs": of_trainer, "sampling_logprobs": of_sampler}
-    return SimpleNamespace(**columns, entropy=entropy)
-
-
 def drawn(logp, generator):
-    ids = torch.multinomial(logp.exp().view(-1, WORDS), 1, generator=generator)
-    return ids.view(ROWS, LENGTH)
+    return torch.multinomial(logp.exp().view(-1, WORDS), 1, generator=generator).view(ROWS, LENGTH)
 
 
 def more_probable(logp, generator):
@@ -37,7 +25,7 @@ def more_probable(logp, generator):
     return pair[sums.argmax(0), torch.arange(ROWS)]
 
 
-def evidence_of(seed, lie=lambda logp: logp, steps=30, *, honest=False, spread=2.0, draw=drawn):
+def evidence_of(seed, lie=lambda logp: logp, steps=30, *, draw=drawn, honest=False, spread=2.0):
     """The evidence after each step, until a bet is won; policies are random, and new in each step."""
     generator = torch.Generator().manual_seed(seed)
     bets, evidence = Bets(), []
@@ -45,7 +33,12 @@ def evidence_of(seed, lie=lambda logp: logp, steps=30, *, honest=False, spread=2
         logits = torch.randn(ROWS, LENGTH, WORDS, generator=generator, dtype=torch.float64)
         logp = (spread * logits).log_softmax(2)
         sampler = lie(logp).log_softmax(2)
-        bets.place(rows_of(logp, sampler if honest else logp, draw(sampler, generator)))
+        ids = draw(sampler, generator)[..., None]
+        rows = {"logprobs": logp, "sampling_logprobs": sampler if honest else logp}
+        rows = {name: x.gather(2, ids).squeeze(2) for name, x in rows.items()}
+        rows["logprobs"][:, -1] = -99.0  # off the mask
+        mask = torch.arange(LENGTH).expand(ROWS, -1) < LENGTH - 1
+        bets.place(SimpleNamespace(**rows, mask=mask, entropy=-(logp.exp() * logp).sum(2)))
         try:
             evidence += [bets.settle().get("sampling/evidence")]
         except WrongRollout:
@@ -67,24 +60,16 @@ def test_an_engine_of_other_numbers_that_reports_them_is_honest_and_one_far_away
 
 
 @pytest.mark.parametrize(
-    ("lie", "steps"),
+    ("lie", "draw"),
     [
-        (lambda logp: logp / 0.9, 80),
-        (lambda logp: logp / 1.1, 80),
-        (lambda logp: logp.roll(1, dims=2), 9),
-        (lambda logp: logp.masked_fill(logp < -4, -math.inf), 120),
+        (lambda logp: logp / 0.9, drawn),
+        (lambda logp: logp / 1.1, drawn),
+        (lambda logp: logp.roll(1, dims=2), drawn),
+        (lambda logp: logp.masked_fill(logp < -4, -math.inf), drawn),
+        (lambda logp: logp, more_probable),
     ],
-    ids=["colder", "hotter", "other weights", "fewer tokens"],
+    ids=["colder", "hotter", "other weights", "fewer tokens", "better of two"],
 )
-def test_a_sampler_that_reports_the_numbers_of_the_trainer_is_noticed(lie, steps):
-    assert evidence_of(0, lie, steps)[-1] == evidence_of(1, lie, steps)[-1] == math.inf
-
-
-def test_the_more_probable_of_two_completions_is_noticed_and_told_with_what_it_may_be():
-    assert evidence_of(0, draw=more_probable)[-1] == math.inf
-    bets, logp = Bets(), torch.zeros(ROWS, LENGTH, WORDS).log_softmax(2)
-    bets.capital += 20
-    assert bets.settle() == {}, "without rows nothing is settled"
-    bets.place(rows_of(logp, logp, torch.zeros(ROWS, LENGTH, dtype=torch.long)))
-    with refused("not drawn from the probabilities that it.*other weights, another", WrongRollout):
-        bets.settle()
+def test_a_sampler_that_reports_the_numbers_of_the_trainer_is_noticed(lie, draw):
+    for seed in range(2):
+        assert evidence_of(seed, lie, 120, draw=draw)[-1] == math.inf
