@@ -26,7 +26,7 @@ from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import write_json
-from tokenrl.settings import arguments as made
+from tokenrl.settings import arguments as made, field_types
 
 TRAIN = shlex.split(
     "train --task vowels --max-steps 2 --prompts-per-step 2 --num-generations 3 --eval-generations 1 "
@@ -317,7 +317,10 @@ train --task vowels --reward made_up_rewards:fails --eval-size 2 --model MODEL |
 report | Name the output directory
 evaluate --task vowels | Name the model
 evaluate --model MODEL --json absent/file.json | cannot be written
+evaluate --model MODEL --json /proc/file.json | cannot be written
 lab exact --estimators rloo --json . | cannot be written
+compare --task sort_digits --json /proc/file.json | cannot be written
+report one two --output /proc/file.html | cannot be written
 lab exact --estimators rlo | knows no estimator 'rlo'. Did you mean 'rloo'?
 lab measure --json absent/file.json | cannot be written
 sample | model
@@ -334,6 +337,17 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(line, model, refusal, workpl
     assert error.startswith("tokenrl: ") and sentence in error and error.count("\n") == 1
     assert "│" not in error and "Annotated" not in error
     assert not (workplace / "run" / "config.json").exists()
+
+
+def test_each_file_that_a_command_writes_is_tried_where_the_setting_is_made():
+    """A directory without permission, or a name that is too long for its hidden partial, came up at the end."""
+    kinds = [command.arguments for command in COMMANDS.values()]
+    files = [(kind, {*field_types(kind)} & {"json", "output"}) for kind in kinds]
+    assert sum(bool(names) for _, names in files) == 5
+    for kind, names in files:
+        for name in names:
+            with refused("x cannot be written .*Give the name of a file"):
+                made(kind, {name: "x" * 250, **({"run_dir": "a"} if name == "output" else {})})
 
 
 def test_a_failure_during_the_run_is_exit_code_1(model, capsys):

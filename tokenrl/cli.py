@@ -27,6 +27,7 @@ from tokenrl.language.commands.arguments import EvaluateArguments, SampleArgumen
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import OutputFile
 from tokenrl.runs.output import (
     UNREAD,
     checked_output,
@@ -45,7 +46,7 @@ class ReportArguments(Settings):
 
     run_dir: tyro.conf.Positional[tuple[str, ...]]
     """Output directory of the run; of several runs to compare them."""
-    output: str | None = None
+    output: OutputFile | None = None
     """File to write for several runs (default: comparison.html). The report of one run is report.html in its
     directory."""
 

@@ -258,6 +258,8 @@ def fitted(value: Any, hint: Any, objects: bool = True) -> Any:
     else:
         value = _converted(value, kind)
         if _fits(value, hint):
+            for check in filter(callable, metadata):  # such as of a file that shall be written
+                check(value)
             return value
     raise Unfit
 

@@ -134,16 +134,8 @@ def _settings() -> list[Setting]:
 def _settings_of(torch: Any) -> list[Setting]:
     def set_device(device: Any) -> None:
         torch.set_default_device(None if device.type == "cpu" else device)  # None is the fast way
-        try:
-            torch.get_default_device()
-        except AttributeError:  # in torch 2.6 it fails after None
-            torch.set_default_device(device)
 
-    def device() -> Any:
-        # The function of torch 2.6 does not return that of a context, nor one that was set to None.
-        return torch.empty(0).device
-
-    settings = [Setting("default_device", device, set_device)]
+    settings = [Setting("default_device", torch.get_default_device, set_device)]
     for entry in SETTINGS.splitlines():
         name, *setter = entry.split()
         owner, _, attribute = name.rpartition(".")

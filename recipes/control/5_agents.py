@@ -17,7 +17,7 @@ other numbers are on the page of `tokenrl control`, recipes/pages/reference/cont
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["tokenrl-lm[control]"]
+# dependencies = ["tokenrl-lm[control,box2d]"]
 # [tool.uv.sources]
 # tokenrl-lm = { path = "../..", editable = true }
 # ///

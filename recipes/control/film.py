@@ -1,4 +1,4 @@
-"""Films one episode of a trained agent, with its most probable actions, by gymnasium's RecordVideo.
+"""Films one episode of a trained agent, with its most probable actions.
 
     tokenrl control --env CartPole-v1 --output-dir runs/cartpole
     python recipes/control/film.py runs/cartpole
@@ -21,7 +21,7 @@ from pathlib import Path
 import gymnasium
 import tyro
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import RecordVideo
+from imageio_ffmpeg import write_frames
 
 from tokenrl.control import Environments, collect_episodes, read_policy, seed_of
 
@@ -35,17 +35,25 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # many environments draw with SDL: no window
     settings = json.loads((run / "config.json").read_text())
     envs = Environments(settings["env"], 1, settings["max_episode_steps"])
-    folder = str(run / "videos")
+    film = run / "videos" / "episode-episode-0.mp4"
+    film.parent.mkdir(exist_ok=True)
 
     def camera() -> gymnasium.Env:
-        drawn = gymnasium.make(envs.env, render_mode="rgb_array", max_episode_steps=envs.horizon)
-        return RecordVideo(drawn, folder, name_prefix="episode", disable_logger=True)
+        mode = "rgb_array_list"  # it keeps the frames of an episode
+        return gymnasium.make(envs.env, render_mode=mode, max_episode_steps=envs.horizon)
 
     envs.vector = SyncVectorEnv([camera])
     seed = seed_of(settings["seed"], 2, evaluation=True)
     episode = collect_episodes(envs, read_policy(run), None, seed=seed)
+    (drawn,) = envs.vector.envs
+    frames = drawn.render()
+    size = frames[0].shape[1::-1]
+    video = write_frames(str(film), size, fps=drawn.metadata["render_fps"], macro_block_size=2)
+    for frame in (None, *frames):  # the first opens the file
+        video.send(frame)
+    video.close()
     envs.close()
-    print(f"return {float(episode.returns):g}, video: {folder}/episode-episode-0.mp4")
+    print(f"return {float(episode.returns):g}, video: {film}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -56,9 +57,10 @@ class VllmServer:
     Attributes:
         patience: the most seconds until a whole answer, and until a server has started.
         pause: seconds between two tries.
+        largest: the most bytes of an answer.
     """
 
-    patience, pause = 600.0, 2.0
+    patience, pause, largest = 600.0, 2.0, 2**28
 
     abilities = Abilities(
         exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0)
@@ -70,6 +72,7 @@ class VllmServer:
         self.policy, self.process = policy, None
         self.run, self.version, self.names = secrets.token_hex(4), 0, []
         self.announced, self.ahead, self.pool = [], (None, None), ThreadPoolExecutor(1)
+        self.lines = []  # the sockets of requests under way
         self.folder = Path(mkdtemp(prefix="tokenrl-"))
         self.host = os.environ.get("VLLM_SERVER_URL", "").removeprefix("http://").rstrip("/")
         self.key = os.environ.get("VLLM_API_KEY", "").strip()
@@ -108,32 +111,59 @@ class VllmServer:
 
     def ask(self, path, body):
         """Return the status of an answer and its text; ask again while the server has none, is busy or fails."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         began = time.monotonic()
         while True:
             if self.process and self.process.poll() is not None:
                 log = (self.folder / "log").read_text().splitlines()[-5:]
                 raise RuntimeError(f"the server has ended; its log: {' | '.join(log)}")
-            left = max(1.0, began + self.patience - time.monotonic())
-            with closing(HTTPConnection(self.host, timeout=left)) as connection:  # without a proxy
-                try:
-                    connection.request("POST", path, json.dumps(body), headers)
-                    answer = connection.getresponse()
-                    text = answer.read().decode()
-                    if self.key:
-                        text = text.replace(self.key, "(key)")  # a server may repeat what it got
-                    if answer.status < 500 and answer.status != 429:
-                        return answer.status, text
-                except (OSError, HTTPException) as error:
-                    text = repr(error)
-                    if self.version == 1 and isinstance(error, socket.gaierror):
-                        raise ValueError(f"{self.host} names no host ({text})") from error
+            try:
+                status, text = self.exchange(path, body, began + self.patience - time.monotonic())
+                if self.key:
+                    text = text.replace(self.key, "(key)")  # a server may repeat what it got
+                if status < 500 and status != 429:
+                    return status, text
+            except (OSError, HTTPException) as error:
+                text = repr(error)
+                if self.version == 1 and isinstance(error, socket.gaierror):
+                    raise ValueError(f"{self.host} names no host ({text})") from error
             if time.monotonic() + self.pause > began + self.patience:
                 raise RuntimeError(
                     f"no answer of {self.host}{path} in {self.patience:g} s ({text[:300]}); look into the log of the "
                     "server, start it again, and continue the run with --resume auto"
                 )
             time.sleep(self.pause)
+
+    def exchange(self, path, body, seconds):
+        """Send a request, and return the status of the answer and its text.
+
+        A server that sends a byte now and then keeps each wait short, so a timer hangs up after `seconds`.
+        """
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        with closing(HTTPConnection(self.host, timeout=max(1.0, seconds))) as connection:
+            connection.connect()  # without a proxy
+            line = connection.sock
+            late = threading.Timer(connection.timeout, self.hang_up, [line])
+            self.lines.append(line)
+            late.start()
+            try:
+                connection.request("POST", path, json.dumps(body), headers)
+                answer = connection.getresponse()
+                text = answer.read(self.largest)
+            finally:
+                is_late = not late.is_alive()
+                late.cancel()
+                self.lines.remove(line)
+        if len(text) == self.largest:
+            raise RuntimeError(f"{self.host}{path} answers with {self.largest} bytes or more")
+        if answer.length or is_late:  # the length is what is left
+            raise TimeoutError(f"of the answer {len(text)} bytes were there in time, and not all")
+        return answer.status, text.decode()
+
+    def hang_up(self, *lines):
+        """End what is exchanged on these sockets, also for a thread that waits there; of all without any."""
+        for line in lines or [*self.lines]:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def sync(self, policy):
         """Send the adapter as a new version, and drop the last but one, which nothing samples from any more."""
@@ -203,6 +233,7 @@ class VllmServer:
                 rows = [row for group in pool.map(self.complete, requests) for row in group]
             except BaseException:  # such as Ctrl-C, which does not wait for the others
                 self.patience = 0.0
+                self.hang_up()
                 pool.shutdown(cancel_futures=True)
                 raise
         tokens = pad_sequence([table for table, _ in rows], True)  # [N, T, 2]
@@ -232,6 +263,10 @@ class VllmServer:
         choices = answer["choices"]
         if [c["prompt_token_ids"] for c in choices] != [request["prompt"]] * request["n"]:
             raise ValueError(f"{self.host} gives not {request['n']} completions of the prompt")
+        if sorted(c["index"] for c in choices) != [*range(request["n"])]:
+            raise ValueError(
+                f"{self.host} repeats completions of the prompt, and leaves out others"
+            )
         rows = []
         for c in choices:
             logprobs = c["logprobs"]["token_logprobs"]
@@ -246,6 +281,7 @@ class VllmServer:
     def close(self):
         """Stop the server that was started here; let another one drop the adapter."""
         self.patience = min(5.0, self.patience)
+        self.hang_up()  # while it samples ahead
         if self.process:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -9,13 +9,11 @@ import importlib
 import inspect
 import re
 from functools import reduce
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 MODEL, SAVING = "language/policy/model.py", "language/policy/saving.py"
@@ -97,10 +95,6 @@ NAMES = {
     "vllm.logprobs:FlatLogprobs.start_indices": VLLM,
 }
 """By name, as `module:object.attribute`, a file of the package that uses it."""
-LATER = {
-    "torch.cpu:get_capabilities": ("torch", "2.10"),
-}
-"""Names that the lowest supported releases lack, with their own; the package asks whether they are there."""
 
 
 def exists(name: str) -> bool:
@@ -125,7 +119,4 @@ def test_the_library_still_has_the_name(name):
     library = name.partition(":")[0].partition(".")[0]
     if find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    needed, first = LATER.get(name, (library, "0"))
-    if name in LATER and Version(metadata.version(needed)) < Version(first):
-        pytest.skip(f"{needed} has it from {first} on")
     assert exists(name), f"{library} has no {name} any more, which tokenrl/{NAMES[name]} needs"

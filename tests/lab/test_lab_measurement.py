@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from folders import write_rows
 from refusals import refused
 from tiny_lab_model import WORDS, points, tiny_policy
 from torch.testing import assert_close
@@ -23,9 +25,11 @@ from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.loop import train
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import plain
+from tokenrl.settings import arguments
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")
@@ -231,6 +235,40 @@ def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy):
 def test_mistakes_are_refused(policy: Policy, wrong, words):
     with refused(words):
         measure_gradients(model=policy, **(FEW | wrong))
+
+
+def test_a_run_is_measured_on_its_own_task_as_evaluate_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("rows.jsonl", [{"prompt": f"{i:02}"} for i in range(40)])
+    options = {"task": "rows.jsonl", "reward": "length(target=3)", "model": "tiny", "max_steps": 1}
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 3}
+    train(**options, **sizes, temperature=0.7, eval_every=0, output_dir="run", quiet=True)
+    how = {name: value for name, value in FEW.items() if name != "task"} | {"estimators": "rloo"}
+    page = io.StringIO()
+    measured = measure_with(arguments(MeasureArguments, how | {"model": "run"}), Console(file=page))
+    assert measured.task == "rows.jsonl" and "temperature 0.7" in page.getvalue()
+    assert measured.settings["completions/mean_length"] <= 3
+    Path("run/config.json").write_text(
+        Path("run/config.json").read_text().replace("length(", "a.py:(")
+    )
+    with refused("trust_run"):
+        measure_gradients(model="run", **how)
+    with refused("Name the task to measure on"):
+        measure_gradients(model=tiny_policy(), **how)
+
+
+def test_the_prompts_are_drawn_by_the_seed_from_all_rows(policy: Policy):
+    drawn = []
+
+    def noted(completion_ids, number, **_):
+        drawn.append({*number})
+        return [float(len(ids)) for ids in completion_ids]
+
+    rows = [{"prompt": "a", "number": i} for i in range(48)]
+    task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows, "reward": noted})
+    for seed in (0, 0, 1):
+        measure_gradients(model=policy, **FEW | {"task": task, "seed": seed, "estimators": "rloo"})
+    assert drawn[0] == drawn[2] != drawn[4] and max(drawn[0]) > 16 == len(drawn[0])
 
 
 def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):

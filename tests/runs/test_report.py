@@ -14,6 +14,7 @@ from runs.pages import EVIL, Page
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import append_rows, write_completions
 from tokenrl.runs.origin import versions
+from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import report_from_directory
 
 CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [{"type": EVIL}]}]
@@ -150,6 +151,14 @@ def test_tokens_of_completions_are_text_with_their_numbers(tmp_path):
     assert values[:4] == ["-0.5 2 -0.75 0.25", "nan nan nan nan", "-0.25 -1 -0.25 0", "-1 0 -1 0"]
     assert len(page.all("span", "given")) == len(page.all("span", "special")) == len(values) / 4
     assert page.text.count(EVIL) >= 2 and "tokens/" not in page.text
+
+
+def test_an_episode_that_failed_before_its_first_token_has_a_page(tmp_path):
+    """Its columns are empty lists, which have no type of their own."""
+    tokens = {f"tokens/{name}": [] for name in ("text", "special", "logprob", "weight", "teacher")}
+    row = {"prompt": "p", "completion": "", "ending": "failure", "failure": "reset raised KeyError"}
+    assert "reset raised KeyError" in page_with(tmp_path, row | tokens).text
+    assert len(read_run(tmp_path).tokens()) == 0
 
 
 def test_a_page_with_some_of_the_completions_has_all_whose_tokens_were_kept(tmp_path):

@@ -51,6 +51,7 @@ CASES = [  # flag, weight, what was observed, and what of it makes the rule sile
     ("sampling-differs", "act", FAR, {"recent": NEAR}),
     ("sampling-differs", "void", replace(FAR, recent=replace(NEAR, effective_samples=0.4)),
      {"importance_centre": True}),
+    ("sampled-elsewhere", "act", Observed(step=Means(evidence=7.0)), {"step": Means(evidence=6.9)}),
     ("rewards-abstain", "watch", Observed(abstention="Judge gave none."), {"abstention": ""}),
     ("rewards-abstain", "watch", LEFT_OUT, {"abstention": ""}),
     ("learnt-by-heart", "act", HEART, {"sampled": [*HEART.sampled, Mean(0.6, 0.1, 450)]}),  # more than half

@@ -29,6 +29,7 @@ from tokenrl.runs.metrics import LOGS, TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
+from tokenrl.user_code import user_code
 
 
 @dataclass(frozen=True)
@@ -607,3 +608,21 @@ def test_the_patience_of_a_run_begins_when_the_policy_learns():
         best.judge(step, {"reward": 0.5})
         exhausted.append(best.exhausted)
     assert exhausted == [False, False, True]
+
+
+def test_no_run_takes_the_attention_of_cudnn_whatever_user_code_sets_and_the_program_has_it_again(
+    tmp_path,
+):
+    cuda, seen = torch.backends.cuda, []
+
+    def note(session):
+        seen.append(cuda.cudnn_sdp_enabled())
+        with user_code():
+            cuda.enable_cudnn_sdp(True)
+
+    for before in (True, False):
+        cuda.enable_cudnn_sdp(before)
+        live(tmp_path / str(before), note)
+        assert cuda.cudnn_sdp_enabled() == before
+    cuda.enable_cudnn_sdp(True)
+    assert seen and not any(seen)

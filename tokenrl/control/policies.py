@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
-from tokenrl.errors import Refused, refusing
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.runs.files import model_directory, write_json
 
 LOG_STD_RANGE = (-20.0, 2.0)
@@ -265,7 +265,7 @@ def read_policy(folder: str | Path) -> Policy:
     model = Path(model_directory(folder))
     # JSON, shapes and weights each have errors of their own
     with refusing(f"No policy could be read from {model}", "Give the directory of a control run."):
-        shape: dict[str, Any] = json.loads((model / "policy.json").read_text("utf-8"))["shape"]
+        shape: dict[str, Any] = json.loads(read_file(model / "policy.json"))["shape"]
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(model / "policy.safetensors"))
     return policy

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,6 +87,7 @@ class Saver:
         args: SavingArguments,
         model: Model,
         parts: Mapping[str, Resumable],
+        remember: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         """Prepare.
 
@@ -96,7 +97,9 @@ class Saver:
             model: what is trained.
             parts: everything else that has a state, by name. They are restored in this order, before the
                 model.
+            remember: writes beside the weights in a folder what they were trained on.
         """
+        self._remember = remember
         self._folder = folder
         self._args = args
         self._model = model
@@ -162,6 +165,7 @@ class Saver:
         path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             self._model.write(partial)
+            self._remember(partial)
             for log in logs:
                 path = copy_of(log.name, partial)
                 path.parent.mkdir(exist_ok=True)

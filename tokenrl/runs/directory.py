@@ -14,10 +14,8 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, refusing
-from tokenrl.runs.files import appending, recover, remove
+from tokenrl.runs.files import TRAINED_PROMPTS, appending, recover, remove
 
-TRAINED_PROMPTS = "trained_prompts.txt"
-"""A hash of each prompt that the model of a run was trained on, there and before, one in a line."""
 _FOLDERS = ("videos", "completions", "checkpoints", "warm_start", "tensorboard")
 _FILES = (
     *_FOLDERS,
@@ -27,7 +25,7 @@ _FILES = (
     "timings.jsonl",
     "metrics.jsonl",
     "model",
-    TRAINED_PROMPTS,
+    TRAINED_PROMPTS,  # of an earlier version
     "config.json",
 )
 """What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from tokenrl.errors import (
     Refused,
@@ -71,17 +71,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that cannot be written for its name, before the work whose result it shall hold.
+    """Refuse a file that cannot be written, before the work whose result it shall hold: it is tried.
 
     Raises:
-        Refused: its folder does not exist, or it is a folder itself, or a pipe or a device that is no stream
-            of this process.
+        Refused: its folder does not exist or cannot be written, or it is a folder itself, or a pipe or a device
+            that is no stream of this process.
     """
     target = Path(path).absolute()
-    if not os.path.isdir(target.parent) or os.path.isdir(target) or is_special(target):
+    try:
+        if target.is_dir() or is_special(target):
+            raise OSError("it is a directory, a pipe or a device")
+        with suppress(EOFError), replacing(target):
+            raise EOFError  # so that nothing is replaced
+    except (OSError, ValueError, Stopped) as error:
         raise Refused(
-            f"{target} cannot be written: give the name of a file in a directory that exists, or /dev/stdout."
-        )
+            f"{target} cannot be written ({describe(error.__cause__ or error)}). Give the name of a file in a "
+            "directory that exists, or /dev/stdout."
+        ) from error
+
+
+OutputFile = Annotated[str, check_place]
+"""The type of a setting that names a file to write, which is tried where the setting is made."""
 
 
 @contextmanager
@@ -207,7 +217,10 @@ def sync(path: Path) -> None:
 
 
 MANIFEST = "manifest.json"
-_CARD = "README.md"  # people edit the card of a model before they share it
+TRAINED_PROMPTS = "trained_prompts.txt"
+"""Beside weights: hashes of the prompts that they were trained on, and of their questions, one in a line."""
+_FREE = ("README.md", TRAINED_PROMPTS)
+"""What is in no manifest, as people edit the card of a model, or remove the hashes, before they share it."""
 
 
 @contextmanager
@@ -319,14 +332,15 @@ def model_directory(name_or_path: str | Path) -> str | Path:
 
 
 def _seal(folder: Path) -> None:
-    """Sync a folder with all that is in it to the disk, and write its manifest last."""
+    """Sync a folder with all that is in it to the disk, and write its manifest last; links are no part of it."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        # readable for whoever may read the folder: safetensors makes files of mode 600
-        if path.is_file():
+        if path.is_symlink():
+            continue
+        if path.suffix == ".safetensors":  # which makes files of mode 600
             path.chmod(folder.stat().st_mode & 0o666)
         sync(path)
-        if path.is_file() and path.name != _CARD:
+        if path.is_file() and path.name not in _FREE:
             files[path.relative_to(folder).as_posix()] = _entry(path)
     write_json(folder / MANIFEST, files)
     sync(folder)

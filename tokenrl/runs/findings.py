@@ -35,6 +35,7 @@ METRICS = {
     "cut": "completions/clipped_ratio",
     "logp_difference": "sampling/logp_difference/mean",
     "effective_samples": "sampling/effective_sample_size",
+    "evidence": "sampling/evidence",
     "explained": "explained_variance",
     "prompts": "prompts/effective",
 }
@@ -84,6 +85,7 @@ class Means:
         cut: the share of completions that the limit cuts.
         logp_difference: nats per token between the log-probabilities of sampler and trainer.
         effective_samples: the effective sample size, as a share of the completions.
+        evidence: nats of evidence that an engine samples from other probabilities than it reports.
         explained: the share of the variance of the returns that the critic explains.
         prompts: the number of prompts of equal weight that are as concentrated as the weights of the prompts.
         equal: the share of groups with equal rewards; where no groups are compared, of steps.
@@ -94,6 +96,7 @@ class Means:
     cut: float = math.nan
     logp_difference: float = math.nan
     effective_samples: float = math.nan
+    evidence: float = math.nan
     explained: float = math.nan
     prompts: float = math.nan
     equal: float = math.nan

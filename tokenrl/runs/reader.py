@@ -255,7 +255,11 @@ def token_table(row: Row) -> pd.DataFrame | None:
     }
     if not columns:
         return None
-    frame = pd.DataFrame(columns)
+    kinds = {
+        "text": object,
+        "special": bool,
+    }  # an episode that failed at once has no token to infer them from
+    frame = pd.DataFrame(columns).astype({name: kinds.get(name, float) for name in columns})
     for name in ("reference", "teacher"):
         if name in frame:
             frame["k1"] = frame["logprob"] - frame[name]

@@ -10,17 +10,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
-from tokenrl.errors import Refused, Silent, TokenrlError, describe
+from tokenrl.errors import Refused, Silent, TokenrlError, describe, read_file
 from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
 from tokenrl.runs.directory import (
-    TRAINED_PROMPTS,
     RunDirectory,
     directory_path,
     new_directory,
     newest,
     numbered,
 )
-from tokenrl.runs.files import State, flat, plain, remove, verify, write_json, write_text, writing
+from tokenrl.runs.files import (
+    TRAINED_PROMPTS,
+    State,
+    flat,
+    plain,
+    remove,
+    verify,
+    write_json,
+    write_text,
+    writing,
+)
 from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import module_hashes, versions
 from tokenrl.runs.processes import all_reduce_max, gather_objects
@@ -179,7 +188,7 @@ def cut_back(run: Path, checkpoint: Path) -> None:
     with writing(run / "summary.json"):
         remove(run / "summary.json")
     for name in LOGS:
-        write_text(run / name, copy_of(name, checkpoint).read_text("utf-8"))
+        write_text(run / name, read_file(copy_of(name, checkpoint)).decode())
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)
@@ -224,10 +233,12 @@ class Provenance:
             "versions": {**packages, "device": self.device},
         }
 
-    def write(self, run: Path) -> None:
-        """Write the hashes of the prompts, in their order, into the directory of the run."""
-        if self.trained_prompts:
-            write_text(run / TRAINED_PROMPTS, "\n".join([*sorted(self.trained_prompts), ""]))
+    def write(self, folder: Path) -> None:
+        """Write the hashes of the prompts, in their order, beside the weights in a folder, and beside an adapter."""
+        text = "\n".join([*sorted(self.trained_prompts), ""])
+        for part in (folder, folder / "adapter"):
+            if self.trained_prompts and part.exists():
+                write_text(part / TRAINED_PROMPTS, text)
 
     def load_state_dict(self, state: State) -> None:
         """Compare with what made the checkpoint.

@@ -8,7 +8,7 @@ comparison with nan holds. Several rules may have the same flag; the first that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import hypot, inf
+from math import hypot, inf, log
 from typing import Any, NamedTuple
 
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
@@ -176,6 +176,14 @@ RULES = (
         "weights of earlier steps, lower --sync-every or the learning rate, or set --estimator.importance.",
     ),
     Rule(
+        "sampled-elsewhere",
+        lambda run: above(run.step.evidence, act=log(1e3)),
+        "The engine hardly samples from the probabilities that it reports. Bets on a difference between minus the "
+        "log-probabilities of its tokens and the entropy have won {run.step.evidence:.2g} nats, more than in one of a "
+        "thousand honest runs. It may have other weights, another temperature or fewer tokens to draw from, or choose "
+        "among completions by their probability.",
+    ),
+    Rule(
         "rewards-abstain",
         lambda run: run.abstention and run.on_abstain == "leave-out" and "watch",
         "{run.abstention} These completions are left out of their groups (--on-abstain leave-out): they teach nothing, "
@@ -309,7 +317,7 @@ RULES = (
         "skipped",
         lambda run: above(run.skipped, void=LOST_SHARE, act=0.01, watch=0),
         "{run.skipped:.1%} of the updates were skipped because the gradient was not finite. Scale the rewards "
-        "down, lower the learning rate, or try float32.",
+        "down, lower the learning rate, or try float32. On a GPU a kernel may be at fault: --training-attention eager.",
     ),
 )
 """In the order of the findings."""

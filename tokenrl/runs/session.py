@@ -50,6 +50,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.runs.threads import without_cudnn_attention
 from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
@@ -127,6 +128,7 @@ class Session:
         if self._lock is not None:
             self._atexit.callback(self._lock.release)
         self._atexit.enter_context(without_warnings(self.console.rich.quiet))
+        self._atexit.enter_context(without_cudnn_attention())
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
@@ -183,7 +185,8 @@ class Session:
             note_code(plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
+        saving = part_of(args, SavingArguments)
+        self.saver = Saver(self._checkpoint.parent, saving, model, held, provenance.write)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
@@ -232,7 +235,6 @@ class Session:
             remove_run_files(self.output_dir, keep=stages)
         hashes = self.provenance.chosen | module_hashes()
         write_json(self.output_dir / "config.json", {**self._config, "hashes": hashes})
-        self.provenance.write(self.output_dir)
         if self._wall_seconds:
             self.console.note("Nothing is left to do: the run had ended.")
             return
@@ -361,6 +363,7 @@ class Session:
             return
         with atomic_directory(self.output_dir / "model") as folder:
             write(folder)
+            self.provenance.write(folder)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
         write_json(self.output_dir / "summary.json", summary)
         report = f"\nreport  {Path(self.directory, 'report.html')}"

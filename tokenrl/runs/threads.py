@@ -1,4 +1,6 @@
-"""Decides with how many threads torch computes on a CPU, by a rule. Imports torch only when it is called.
+"""Decides with how many threads torch computes on a CPU, and which attention on a GPU it must not take, by rules.
+
+Imports torch only when it is called.
 
 Threads that share one operation wait for each other at its end. In a large model they save time. In a small
 model they save little, and where other programs keep the processors busy, each wait can last as long as
@@ -11,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tokenrl.settings import OPEN, Bounds, Settings
 
@@ -39,6 +41,24 @@ def using_threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Let torch take other kernels than cuDNN's for attention inside the block.
+
+    With a mask in bfloat16 the backward pass of torch 2.13's may give NaN, where the length is 64 above a multiple
+    of 128 (pytorch 196678).
+    """
+    import torch
+
+    attention: Any = torch.backends.cuda
+    before = attention.cudnn_sdp_enabled()
+    attention.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        attention.enable_cudnn_sdp(before)
 
 
 def choose_threads(parameters: int, threads: int | None = None) -> tuple[int, str]:

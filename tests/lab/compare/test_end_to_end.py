@@ -156,11 +156,28 @@ def test_runs_with_other_code_data_or_models_are_refused_by_name(halves, name, w
             judge_directory("all")
 
 
-def test_a_link_in_a_run_of_another_machine_stays_a_link(halves):
+@pytest.mark.parametrize("name", ["run", "link", "pipe"])
+def test_a_run_of_another_machine_with_a_link_or_a_pipe_is_refused(halves, workplace, name):
+    """Whatever they lead to stays as private as it is."""
+    private, run = workplace / "private", Path("m1/runs/walk/reinforce/seed_2")
+    private.mkdir(0o700)
+    if name == "run":
+        run = run.rename(private / "run")
+        Path("m1/runs/walk/reinforce/seed_2").symlink_to(run)
+    elif name == "link":
+        (run / "link").symlink_to(private)
+    else:
+        os.mkfifo(run / "pipe")
+    with refused("is a link, a pipe or a device.*leave m1 out of collect"):
+        halves()
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copied_run_is_as_private_as_it_was(halves):
     run = Path("m1/runs/walk/reinforce/seed_2")
-    (run / "notes").symlink_to("/etc/passwd")
+    (run / "config.json").chmod(0o600)
     halves()
-    assert (Path("all") / run.relative_to("m1") / "notes").is_symlink()
+    assert (Path("all") / run.relative_to("m1") / "config.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_runs_with_other_settings_are_not_collected(halves):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import runpy
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ KEY, BY_NAME = "a-key-of-the-test", f"{RECIPE}:VllmServer"
 
 
 class Engine(runpy.run_path(str(RECIPE))["VllmServer"]):
-    patience, pause = 2.0, 0.01
+    patience, pause, largest = 2.0, 0.01, 2**20
 
 
 def adapted():
@@ -85,13 +88,17 @@ class Fake(ThreadingHTTPServer):
         rows = TransformersGenerator(self.policy).generate([body["prompt"]], sampling, draws)
         return [
             {
+                "index": index,
                 "prompt_token_ids": body["prompt"],
                 "token_ids": ids[mask].tolist(),
                 "logprobs": {"token_logprobs": logprobs[mask].tolist()},
                 "finish_reason": "length" if is_cut else "stop",
             }
-            for ids, mask, logprobs, is_cut in zip(
-                rows.completion_ids, rows.mask, rows.sampling_logprobs, rows.truncated, strict=True
+            for index, (ids, mask, logprobs, is_cut) in enumerate(
+                zip(
+                    *(rows.completion_ids, rows.mask, rows.sampling_logprobs, rows.truncated),
+                    strict=True,
+                )
             )
         ]
 
@@ -103,10 +110,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.asked.append((self.path, body, self.headers["Authorization"]))
             status, answer = self.server.answer(self.path, body)
         if status:
-            self.send_response(status)
-            self.end_headers()
+            parts = [json.dumps(answer).encode()] if isinstance(answer, dict) else answer
             with contextlib.suppress(OSError):
-                self.wfile.write(json.dumps(answer).encode())
+                self.send_response(status)
+                self.end_headers()
+                for part in parts:
+                    self.wfile.write(part)
 
     def log_message(self, *_):
         """Print nothing."""
@@ -207,6 +216,13 @@ def fewer(answer):
     return 200, answer | {"choices": answer["choices"][1:]}
 
 
+def dripping():
+    """A byte now and then, without an end: each wait for it is short."""
+    while True:
+        time.sleep(0.05)
+        yield b" "
+
+
 ONE = {"token_logprobs": [-1.0]}
 UNUSABLE = [
     (fewer, "not 4 completions of the prompt"),
@@ -218,6 +234,9 @@ UNUSABLE = [
     (lambda answer: (400, {"error": "odd" + KEY}), r"answers 'code 400: .*odd\(key\)"),
     (lambda answer: (500, {"error": "dead"}), r"no answer of .* in 2 s .*dead.* --resume auto"),
     (lambda answer: time.sleep(2.5), r"no answer of .* in 2 s \("),
+    (completion(index=1), "repeats completions of the prompt, and leaves out others"),
+    (lambda answer: (200, dripping()), r"no answer of .* in 2 s \(.*in time, and not all"),
+    (lambda answer: (200, repeat(b" " * 2**16)), r"answers with \d+ bytes or more"),
 ]
 
 
@@ -229,6 +248,23 @@ def test_an_answer_that_cannot_be_used_stops_the_run_and_says_what_it_is(
     fake.spoil = lambda answer: change(answer) if fake.number > 10 else None
     with stopped(words):
         trained(tmp_path / "run")
+
+
+def test_ctrl_c_waits_for_no_server_that_drips(fake):
+    engine = Engine(adapted())
+    engine.patience = 60.0
+
+    def drip(answer):
+        if fake.number == 1:
+            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+        return 200, dripping()
+
+    fake.spoil = drip
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[2, 3]] * 3, Sampling(4, 2), torch.rand(6, 4))
+    assert time.monotonic() - began < 20
+    engine.close()
 
 
 def another_base(fake, monkeypatch):

@@ -191,6 +191,25 @@ def test_the_header_of_csv_shows_what_divides_its_cells(text, rows):
     assert read_splits("a.csv")["train"] == rows
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # no program's quotes; those of one that quotes all; those that hold a tab or a line end
+        (
+            '"Hi" she said\t1\n"open\t2\nthird\t3\nfourth"\t4\n\nlast "\t5',
+            ['"Hi" she said', '"open', "third", 'fourth"', 'last "'],
+        ),
+        ('"a"\t"1"\r\n"say ""b"""\t2\r\n ""\t3\r\n', ["a", 'say "b"', None]),
+        ('"a\tb"\t1\n"c\nd"\t2\ne\t3\n', ["a\tb", "c\nd", "e"]),
+    ],
+)  # fmt: skip
+def test_a_quote_in_front_of_a_cell_between_tabs_swallows_no_row(text, expected):
+    Path("a.tsv").write_bytes(b"prompt\tanswer\n" + text.encode())
+    rows = read_splits("a.tsv")["train"]
+    assert rows.columns["prompt"] == expected
+    assert rows.columns["answer"] == [str(i + 1) for i in range(len(expected))]
+    assert rows.locations[-1] == f"line {text.rstrip().count(chr(10)) + 2}"
+
+
 def test_missing_values_of_a_frame_are_none_and_numbers_are_plain():
     frame = pandas.DataFrame(
         {"prompt": ["a", "b"], "n": [1, 2], "x": [0.5, float("nan")], "t": pandas.array([1, None])}

@@ -18,6 +18,7 @@ import torch
 from tiny_environments import Faulty, Guess
 from tiny_models import (
     PROMPTS,
+    Engine,
     apart,
     flat_on,
     gradient,
@@ -100,6 +101,11 @@ SCENARIOS = {
         vowel_reward,
     ),
     "replay": (Estimator(importance="token"), {"replay": 2, "micro_batch_size": 4}, vowel_reward),
+    "refilled by an engine": (
+        "dapo",
+        {"generator": lambda policy, _: Engine(policy)},
+        flat_on_both,
+    ),
 }
 
 SLOW = {"nothing to learn", "bfloat16", "score norms", "episodes"}

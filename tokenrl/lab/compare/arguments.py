@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.runs.files import check_place
+from tokenrl.runs.files import OutputFile
 from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, field_types, shown
 
 BY_NAME = (
@@ -40,15 +40,9 @@ class VerdictArguments(Settings, group="verdict"):
     require: str | None = None
     """For programs: a verdict and an arm, such as better:grpo or better|equivalent:candidate. The command exits
     with 3 if the arm has another verdict."""
-    json: str | None = None
+    json: OutputFile | None = None
     """For programs: a file for the verdicts. It holds what comparison.json in the output directory of a comparison
     holds; of runs that exist the verdict, with the settings in which they differ."""
-
-    def __post_init__(self) -> None:
-        """Check the values, and the place of the file."""
-        super().__post_init__()
-        if self.json:
-            check_place(self.json)
 
 
 @dataclass(frozen=True)

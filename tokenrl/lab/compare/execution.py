@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Interrupted, Refused, refusing
+from tokenrl.errors import Interrupted, Refused, is_special, refusing
 from tokenrl.lab.compare.intervals import LEAST_PAIRS
 from tokenrl.lab.compare.looks import looked_twice
 from tokenrl.lab.compare.plan import Plan, PlannedRun, differing, read_plan
@@ -59,7 +59,7 @@ def collect(
 
     Raises:
         Refused: a directory holds no comparison, was judged where this one does not look, or has a run with other
-            settings.
+            settings, or with a link.
         Stopped: a run cannot be copied.
     """
     for source in map(Path, directories):
@@ -77,9 +77,17 @@ def collect(
                     f"{source / run.path} was made with other settings than this comparison has: {changes}. Give "
                     "the settings that it was made with, or leave it out of collect."
                 )
+            original = source / run.path
+            for path in (original, *original.rglob("*")):
+                if is_special(path) or path.resolve() != source.resolve() / path.relative_to(
+                    source
+                ):
+                    raise Refused(
+                        f"{path} is a link, a pipe or a device, and plain files alone are copied. Remove it, or leave "
+                        f"{source} out of collect."
+                    )
             with atomic_directory(root / run.path) as folder:
-                # a link stays a link, so that nothing outside of the run is copied
-                shutil.copytree(source / run.path, folder, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(original, folder, dirs_exist_ok=True)
             remove(root / run.path / MANIFEST)  # its report may be written again
         announce(f"{len(ended)} of {len(runs)} runs copied from {source}")
 

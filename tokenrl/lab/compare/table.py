@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tokenrl.configuration import read_config
+from tokenrl.errors import read_file
 from tokenrl.lab.compare.equality import check_equal
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
 from tokenrl.runs.directory import in_use
@@ -163,7 +164,7 @@ def _state(directory: Path, run: RecordedRun | None) -> tuple[State, str]:
     """Return how a run stands, and why it has not finished."""
     summary = run.summary if run else {}
     log = Path(f"{directory}.log")
-    printed = log.read_text("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
+    printed = read_file(log).decode("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
     if ended_by_itself(summary):
         return "finished", ""
     if in_use(directory):

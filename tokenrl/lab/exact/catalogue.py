@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
+from tokenrl.runs.files import OutputFile
 from tokenrl.settings import Settings
 
 
@@ -18,7 +19,7 @@ from tokenrl.settings import Settings
 class LabArguments(Settings):
     """Check the declared bias of every estimator by summing over everything that can be sampled."""
 
-    json: str | None = None
+    json: OutputFile | None = None
     """Write one record per estimator to this JSON file."""
     estimators: tuple[str, ...] = ()
     """Measure only these estimators, named as in the table, or baselines of your own (mine.py:baseline). Default:

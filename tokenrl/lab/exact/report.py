@@ -16,7 +16,7 @@ from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.samplers import measure_off_policy
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
-from tokenrl.runs.files import check_place, write_json
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import using_threads
 
@@ -49,8 +49,6 @@ def exact(args: LabArguments) -> int:
     """
     from rich.progress import track
 
-    if args.json is not None:
-        check_place(args.json)
     if sum(map(bool, (args.preset, args.trl_config, args.estimators))) > 1:
         raise Refused("--preset, --trl-config, --estimators exclude each other; give one.")
     explanation = explain(args)

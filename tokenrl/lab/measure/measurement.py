@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
-from tokenrl.core.statistics import Interval
+from tokenrl.core.statistics import Interval, generator_of
 from tokenrl.errors import Refused
 from tokenrl.keywords import takes
 from tokenrl.lab.measure.arguments import DEFAULT_ESTIMATORS, OF_TEACHER, MeasureArguments
@@ -33,10 +33,10 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import check_place, write_json
+from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, shown
 
 if TYPE_CHECKING:
     from tokenrl.language.tasks.task import PromptTask
@@ -96,7 +96,8 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     args = _checked(args, console.note)
     task, rewards = find_task(args)
     check_single_turn(rewards, "lab measure")
-    prompts = list(task.train_prompts[: args.num_prompts])
+    order = torch.randperm(len(task.train_prompts), generator=generator_of(args.seed, "prompts"))
+    prompts = list(task.train_prompts.take(order[: args.num_prompts].tolist()))
     if len(prompts) == 1:
         prompts *= args.num_prompts  # every group of such a task has this prompt
     if len(prompts) < args.num_prompts:
@@ -199,7 +200,8 @@ def rows_at_once(policy: Policy, length: int) -> int:
 
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
-    """Check the numbers; return the arguments with the form of the prompts, which is announced."""
+    """Check the numbers; return the arguments as in the run of the model, where they were left open."""
+    from tokenrl.language.commands.evaluate import as_in_runs
     from tokenrl.language.policy.arguments import fill_form, form_line
 
     prompts = args.num_prompts
@@ -211,7 +213,12 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
             f"num_prompts={prompts} with prompts_per_step={step}: give a multiple of {step}, at least "
             f"{4 * step}."
         )
-    args = fill_form(args)
+    args = fill_form(as_in_runs(args, announce))
+    if args.task is None and args.model is not None:
+        raise Refused(
+            f"Name the task to measure on: task (--task). No run of one saved {shown(args.model, 100)}."
+        )
+    args = replace(args, task="sort_digits" if args.task is None else args.task)
     for line in form_line(args.form, args.model).values():
         announce(f"Asked: {line}.")
     return args
@@ -237,8 +244,6 @@ def run(args: MeasureArguments) -> int:
     Raises:
         Refused: For arguments that cannot be used.
     """
-    if args.json is not None:
-        check_place(args.json)
     measured = measure_with(args, Console(quiet=args.quiet))
     if not args.quiet:
         print_tables(measured)

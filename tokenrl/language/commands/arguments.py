@@ -12,6 +12,7 @@ from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.runs.files import OutputFile
 from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Seed, as_in_run
 
 
@@ -100,7 +101,7 @@ class EvaluateArguments(
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     seed: Seed = as_in_run(0)
     """Seed of sampling."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the numbers to this file; those of several models by the model's name."""
     quiet: bool = False
     """Print no warnings and no remarks, only the results of the command and errors."""

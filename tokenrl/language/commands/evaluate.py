@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,7 @@ from tokenrl.language.tasks.records import IN_MEMORY
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
-from tokenrl.runs.files import check_place, plain, write_json
+from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import rich_console, rich_table, visible
 from tokenrl.runs.reader import read_run
@@ -66,6 +66,7 @@ def evaluate(
     """
     args = arguments_of_call(EvaluateArguments, args, options)
     results = _evaluations(args)[1]
+    _write(args, results)
     return results[args.model] if isinstance(args.model, str) else results
 
 
@@ -81,29 +82,30 @@ def _evaluations(args: EvaluateArguments) -> tuple[Any, dict[str, Evaluation]]:
                 differences = paired_differences(first.by_prompt, result.by_prompt)
                 result = replace(result, metrics=result.metrics | differences)
             results[name] = result
+    return args.task, results
+
+
+def _write(args: EvaluateArguments, results: Mapping[str, Evaluation]) -> None:
+    """Write the metrics into the file that the arguments name, those of several models by the model."""
     if args.json is not None:
         numbers: dict[str, Any] = {name: result.metrics for name, result in results.items()}
         write_json(Path(args.json), numbers if len(numbers) > 1 else next(iter(numbers.values())))
-    return args.task, results
 
 
 def models_of(args: Any) -> tuple[str, ...]:
     """Return the models that arguments name."""
-    return (args.model,) if isinstance(args.model, str) else args.model
+    return args.model if isinstance(args.model, tuple) else (args.model,)
 
 
 def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """Settle what the arguments leave open, from the runs that saved the models.
 
     Raises:
-        Refused: no model is named, the file of results cannot be written, nothing names a task, or as
-            `as_in_runs` says.
+        Refused: no model is named, nothing names a task, or as `as_in_runs` says.
     """
     models = models_of(args)
     if not all(models) or not models:
         raise Refused("Name the model to evaluate: model (--model), a directory or hub name.")
-    if args.json is not None:
-        check_place(args.json)
     args = as_in_runs(args)
     if args.task is None:
         raise Refused(
@@ -112,13 +114,18 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     return args
 
 
-def as_in_runs(args: T) -> T:
+def remark(words: str) -> None:
+    """Print a remark or a warning on the standard error."""
+    print(visible(f"tokenrl: {words}"), file=sys.stderr)
+
+
+def as_in_runs(args: T, announce: Callable[[str], None] = remark) -> T:
     """Lay arguments over the settings of the runs that saved the models, and these over the usual values.
 
-    What was taken from the runs is printed.
-
     Args:
-        args: the arguments of `tokenrl evaluate` or `tokenrl sample`, of which some are open.
+        args: the arguments of `tokenrl evaluate`, `tokenrl sample` or `tokenrl lab measure`, of which some are
+            open.
+        announce: prints what was taken from the runs.
 
     Raises:
         Refused: the runs differ in a setting, one was given objects of a Python program, which have no name, or
@@ -126,7 +133,7 @@ def as_in_runs(args: T) -> T:
     """
     choices: Any = args
     usual = {f.name: f.metadata["usual"] for f in fields(choices) if "usual" in f.metadata}
-    usual["task"] = choices.environment
+    usual["task"] = choices.environment or usual["task"]
     from_runs = dict[str, Any]()
     runs = []
     for model in filter(run_of, models_of(choices)):
@@ -146,13 +153,8 @@ def as_in_runs(args: T) -> T:
             words = value if isinstance(value, tuple) else [value]
             texts.append(" ".join(map(str, [name, *words])))
     if texts:
-        remark(f"as in the run of {', '.join(runs)}: {', '.join(texts)}")
+        announce(f"as in the run of {', '.join(runs)}: {', '.join(texts)}")
     return settled
-
-
-def remark(words: str) -> None:
-    """Print a remark or a warning on the standard error."""
-    print(visible(f"tokenrl: {words}"), file=sys.stderr)
 
 
 def _of_run(args: Any, model: str, names: set[str]) -> dict[str, Any]:
@@ -322,4 +324,5 @@ def print_evaluation(args: EvaluateArguments) -> int:
             cells.append(metric_of(name).caption)
         table.add_row(name, *cells)
     rich_console().print(table)
+    _write(args, evaluations)
     return 0

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tokenrl.configuration import UNIQUE_KEYS, read_config
-from tokenrl.errors import Refused, refusing
-from tokenrl.runs.directory import TRAINED_PROMPTS
+from tokenrl.errors import Refused, read_file, refusing
+from tokenrl.runs.files import TRAINED_PROMPTS
 from tokenrl.settings import (
     MEASURED,
     OR_OBJECT,
@@ -100,15 +100,18 @@ def run_of(model: Any) -> Path | None:
 
 
 def trained_prompts(*models: Any) -> frozenset[str]:
-    """Return the hashes of the prompts that models were trained on, as the runs that saved them recorded.
+    """Return the hashes of the prompts that models were trained on, which lie beside their weights.
 
     Args:
-        models: directories as `run_of` takes them; of anything else nothing is known.
+        models: directories with weights; of anything else nothing is known.
     """
     hashes = set[str]()
-    for run in filter(None, map(run_of, models)):
-        with suppress(OSError, ValueError):  # a run of an earlier version has no such file
-            hashes.update((run / TRAINED_PROMPTS).read_text("ascii").split())
+    for model in models:
+        if isinstance(model, str | os.PathLike) and model != "":
+            # a run of an earlier version has the file in its own directory
+            for folder in filter(None, (Path(model), run_of(model))):
+                with suppress(OSError, ValueError):
+                    hashes.update(read_file(folder / TRAINED_PROMPTS).decode("ascii").split())
     return frozenset(hashes)
 
 

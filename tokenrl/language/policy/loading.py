@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused, refusing
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.language.policy.arguments import TINY, run_of
 from tokenrl.runs.files import model_directory
 
@@ -49,7 +49,7 @@ def find_model(name_or_path: str | Path) -> str:
         fault = f"The file {file.name} of the model in {folder} is damaged"
         with refusing(fault, "Copy or save the model once more."):
             if file.suffix == ".json":
-                json.loads(file.read_bytes())
+                json.loads(read_file(file))
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):  # its header must cover the whole file
                     pass
@@ -112,7 +112,7 @@ def refuse_attention_of_hub(name: str, revision: str | None = None) -> None:
     file = cached_file(name, "config.json", revision=revision, **options)
     if file is None:  # an adapter has none
         return
-    text = json.dumps(json.loads(Path(file).read_bytes()))  # without escapes
+    text = json.dumps(json.loads(read_file(Path(file))))  # without escapes
     if match := re.search(r'attn_implementation[^"]*": (\{[^}]*|"[^"]*/[^"]*")', text):
         raise Refused(
             f"The configuration of {name!r} asks for a program from the hub ({match[0]}): take that out of its "

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, refusing
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.language.policy.arguments import run_of
 from tokenrl.language.policy.loading import quietly, refuse_attention_of_hub
 from tokenrl.runs.files import write_json, write_text
@@ -243,7 +243,7 @@ def check_base(model: Any, folder: Path) -> None:
     """
     if not (folder / BASE).exists():  # written by peft itself
         return
-    recorded = json.loads((folder / BASE).read_bytes())
+    recorded = json.loads(read_file(folder / BASE))
     base = base_of(model)
     if recorded["dtypes"] == base["dtypes"] and recorded != base:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
@@ -335,7 +335,10 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 {% endfor %}
 {% for line in card.origin -%}
 {{ line }}
-{% endfor %}"""
+{% endfor %}
+`trained_prompts.txt` holds hashes of the prompts that the model was trained on, without a salt.
+Whoever guesses a prompt can test it there: if the prompts are private, remove the file before you share the model.
+"""
 """Template of a card."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""

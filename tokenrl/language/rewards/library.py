@@ -106,10 +106,15 @@ class Length(Settings):
 ROUNDING = Decimal("1e-6")
 """How far a number may be from a fraction that it equals."""
 _PUNCTUATION = re.compile(r"[^\w\s]")
-_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_BETWEEN = r"[,.'_\N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}]"
+_DIGITS = rf"\.?[0-9](?:{_BETWEEN}?[0-9])*"
+"""All digits that are written together, with what stands between them, whether or not they are a number."""
+_UNSIGNED = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_UNSIGNED += rf"(?!{_BETWEEN}?[0-9])"  # no part of them
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]}}])[-+])?\$?(?:\\[dt]?frac\s*{{(?P<a>[-+]?[0-9.]+)}}\s*{{(?P<b>[-+]?[0-9.]+)}}"
-    rf"|(?<![\w.])(?P<number>{_UNSIGNED})(?P<power>[eE][-+]?[0-9]+)?(?:\s?/\s?(?P<over>{_UNSIGNED}))?)"
+    rf"|(?<![\w.])(?<![0-9]{_BETWEEN})(?:(?P<number>{_UNSIGNED})(?P<power>[eE][-+]?[0-9]+)?"
+    rf"(?:\s?/\s?(?P<over>{_UNSIGNED})|(?!\s?/\s?[0-9]))|(?P<odd>{_DIGITS}(?:\s?/\s?{_DIGITS})?)))"
 )
 
 
@@ -192,9 +197,10 @@ def final_number(text: str) -> Decimal | None:
 
     It is the first number in the last `\boxed{...}` (after its last `=`). Without a box it is the first
     number after the last `####`, as in GSM8K, else the last number of the text. Numbers may be written as
-    `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`.
+    `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`. A comma divides thousands: `1,234` is 1234. Digits with
+    other commas or points, such as `12,50`, `1.234,5` or `3,4`, may mean several things and are no number.
     """
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
     boxed = _last_boxed(text)
     if boxed is not None:
         plain = re.sub(r"\\(?:text|mathrm|textbf)\s*{[^{}]*}|\\[!,;: ]", "", boxed)
@@ -215,9 +221,13 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-def _numbers(text: str) -> Iterator[Decimal]:
+def _numbers(text: str) -> Iterator[Decimal | None]:
+    """Yield the numbers of a text in their order, None for digits that are no number."""
     for match in _NUMBER.finditer(text):
         part = match.groupdict()
+        if part["odd"]:
+            yield None
+            continue
         try:
             if part["a"] is not None:
                 value = Decimal(part["a"]) / Decimal(part["b"])
@@ -237,7 +247,8 @@ class NumericAnswer(_Answer):
 
     `final_number` reads both; nothing is rounded, but quotients to 28 digits. A whole answer, such as 1234567
     or 7.0, has to be met exactly. Another answer y, which may have been rounded, is met by a number x if
-    `|x - y| <= 1e-6 min(1, |y|)`. The reward abstains where the column holds no number. A number counts
+    `|x - y| <= 1e-6 min(1, |y|)`. The reward abstains where the column holds no number, such as `12,50`, whose
+    comma may mean a point or divide a list. A number counts
     wherever it stands in the text; add `regex_format` to reward its place too.
 
     Attributes:

@@ -6,6 +6,8 @@ not equal the trainer's. What is refused here is further away than that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, to_device, tokens_of
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, score_in_parts
+from tokenrl.runs.processes import gather_objects
 
 COMPARED = 32
 """Completions of an engine that the trainer scores for a check alone, at most."""
@@ -34,6 +37,13 @@ FARTHEST_TOKEN, SHORT = 5.0, 8
 """A token counts for at most 5 nats, also a greedy one. A row counts as 8 tokens or more."""
 ELSEWHERE = 0.2
 """The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
+SHARES = (-0.03, -0.01, 0.01, 0.03)
+"""The share of its capital that each bet puts on a token: below 0 that the engine is surer than it says. Larger ones
+would notice some lies earlier, but may lose more than there is on an improbable token."""
+LEAST = 0.05
+"""What a bet keeps at least at a token. It would lose more only where a token is less probable than e^-31."""
+CERTAIN = math.log(1e6)
+"""The log of the capital from which a bet is won; an honest engine gets there in one of a million runs."""
 LESS_PROBABLE = 0.25
 """Nats by which a greedy token may be less probable than the most probable one, as an engine rounds in its own way;
 and the share of the tokens that may be even less probable."""
@@ -85,6 +95,67 @@ def check_samples(
         )
 
 
+class Bets:
+    """Bets that an engine does not sample from the probabilities that it reports.
+
+    Minus the log-probability of a token that is drawn from p is the entropy H(p) on average. If the token is drawn
+    from mu, as the engine reports, the same holds with p/mu as its weight, however far mu is from p. So the
+    surprise `p/mu (-log p - H(p))` is 0 on average at each token, and a capital that is multiplied by
+    `1 + share * surprise` there stays the same on average, whatever the variance and after how many steps one
+    looks. By Ville's inequality it ever reaches a million times its start in one of a million honest runs
+    (betting: Waudby-Smith and Ramdas 2024, arXiv 2010.09686). Where the engine has another temperature or other
+    weights, or keeps the more probable of two completions, one of the bets grows exponentially.
+
+    The rows have to be all that was sampled, before any are left out for their rewards.
+
+    Attributes:
+        capital: the log of what each of the bets `SHARES` has made of 1.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a capital of 1 for each bet."""
+        self.capital = torch.zeros(len(SHARES), dtype=torch.float64)
+        self._placed = torch.zeros(3 + len(SHARES), dtype=torch.float64)
+
+    def place(self, rows: Rollout) -> None:
+        """Put the bets on all tokens of N completions, which have the trainer's `logprobs` and `entropy` by now."""
+        reported = (rows.logprobs, rows.entropy, rows.sampling_logprobs)
+        logp, entropy, of_sampler = (x[rows.mask].double() for x in reported)  # [M]
+        gaps = logp - of_sampler
+        surprise = -gaps.clamp(max=30).exp() * (logp + entropy)
+        gains = (1 + surprise[:, None] * torch.tensor(SHARES)).clamp(min=LEAST).log()
+        columns = (torch.ones_like(gaps), gaps.abs(), surprise)
+        self._placed += torch.cat([torch.stack(columns, dim=1), gains], dim=1).sum(dim=0)
+
+    def settle(self) -> dict[str, float]:
+        """Add what the bets made of the rows that all processes have placed since; every process has to call this.
+
+        Returns:
+            `sampling/surprise`, the mean over these tokens in nats, and `sampling/evidence`, the log of the mean
+            capital of the bets in the whole run. Nothing where the engine reports other log-probabilities than
+            the trainer's, of which other checks tell; a weight p/mu may be far from 1 there.
+
+        Raises:
+            WrongRollout: the bets are won.
+        """
+        everywhere = torch.tensor(gather_objects([self._placed.tolist()]), dtype=torch.float64)
+        sums = everywhere.sum(dim=0)
+        tokens, gap, surprise = sums[:3].tolist()
+        self._placed.zero_()
+        if gap >= COARSE * tokens:
+            return {}
+        self.capital += sums[3:]
+        evidence = float(self.capital.logsumexp(0)) - math.log(len(SHARES))
+        if evidence > CERTAIN:
+            raise WrongRollout(
+                "its tokens are not drawn from the probabilities that it reports. Minus the log-probability of a token "
+                f"is the entropy on average, and in this step it is {surprise / tokens:+.2g} nats away; over all steps "
+                "an honest engine gets so far in one of a million runs. It may have other weights, another temperature "
+                "or fewer tokens to draw from, or choose among several completions by their probability"
+            )
+        return {"sampling/surprise": surprise / tokens, "sampling/evidence": evidence}
+
+
 def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
     """Compare greedy completions of an engine with the trainer, which has the same weights then.
 
@@ -99,3 +170,24 @@ def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
     share = float((gaps > LESS_PROBABLE).double().mean())
     if share > LESS_PROBABLE or bool((gaps > FARTHEST_TOKEN).any()):
         raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
+
+
+def faults_of_distributions(table: Rollout, vocabulary: int) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
+    name = "sampling_distribution"
+    listed, logp = tokens_of(table.sampling_distribution)  # [N, T, K]
+    ids, sampled, mask = (
+        to_device(x[..., None], logp.device)
+        for x in (table.completion_ids, table.sampling_logprobs, table.mask)
+    )
+    is_repeated = (listed.sort(dim=2).values.diff(dim=2) == 0).any(dim=2, keepdim=True)
+    is_wrong = (listed < 0) | (listed >= vocabulary) | is_repeated
+    yield name, is_wrong & mask, f"of different tokens, from 0 to {vocabulary - 1}"
+    is_sampled = listed == ids
+    whole = logp.where(~is_sampled, sampled.to(logp.dtype))
+    excess = whole.logsumexp(dim=2, keepdim=True)
+    if logp.shape[2] < vocabulary:  # the tokens that are not listed have the rest
+        excess = excess.clamp(min=0)
+    agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
+    rule = "of log-probabilities that add up to 1 and agree with sampling_logprobs"
+    yield name, ~((excess.abs() <= ROUNDING) & agrees) & mask, rule

@@ -154,7 +154,7 @@ def choose_forward(
             if args.training_attention:
                 raise
             attention = "as_loaded"
-    suffix = ""
+    suffix = " without cuDNN's kernel" if device.type == "cuda" else ""
     if precision == "bf16" and device.type == "cpu":
         # The fused kernels take eight times as long for a single token as the plain formula.
         policy = replace(policy, model=model)
@@ -205,8 +205,7 @@ def choose_precision(
         return "no", "a GPU without bfloat16"
     if size < LARGE:
         return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
-    # Older releases of torch than 2.10 do not name them.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = torch.cpu.get_capabilities()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return "bf16", "a CPU that multiplies in bfloat16"
     return "no", "a CPU without bfloat16"

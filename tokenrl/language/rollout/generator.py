@@ -112,6 +112,10 @@ class Generator:
     def check(self, rows: Rollout, sampling: Sampling) -> None:
         """Compare sampled completions with the trainer, whose log-probabilities they have by now."""
 
+    def settle(self) -> dict[str, float]:
+        """Return metrics of all that was sampled for the present step."""
+        return {}
+
     def announce(self, prompts: Any) -> None:
         """Take the prompts of the step after the next one, to sample them during the update."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from typing import Any, TypeVar
@@ -108,7 +109,7 @@ def demonstrations(task: PromptTask, column: str = "completion") -> Rows:
 def with_completions(rows: Rows, column: str) -> Rows:
     """Return the rows that have a value in this column, as `completion`."""
     values = rows.column(column)
-    rows = Rows({**rows.columns, "completion": [*map(as_prompt, values)]}, rows.locations)
+    rows = replace(rows, columns={**rows.columns, "completion": [*map(as_prompt, values)]})
     return rows.take(number for number, value in enumerate(values) if value is not None)
 
 

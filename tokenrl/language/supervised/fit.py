@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,7 +121,10 @@ class Descent(ABC):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
                 wrong = f"The {name} of {self.subject} is {value} at step {self.step}, which changes no weight"
-                raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
+                raise Stopped(
+                    f"{wrong}: lower the learning rate; in low precision try float32. On a GPU a kernel may be "
+                    "at fault, as that of attention."
+                )
         self._optimizer.step()
         lengths = shapes[0]
         columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)
@@ -243,7 +247,7 @@ def as_in_episodes(
                 return rows
             if not _is_opened(row["prompt"], text):
                 prompts[number] = episodes[0].opening
-    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
+    return replace(rows, columns={**rows.columns, "prompt": prompts})
 
 
 def _is_opened(prompt: Any, text: str) -> bool:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Interrupted, Refused
+from tokenrl.errors import Interrupted, Refused, read_file
 from tokenrl.language.evaluation.evaluation import Evaluator, known_rewards
+from tokenrl.language.policy.arguments import trained_prompts
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
@@ -144,19 +145,20 @@ def folder_of(run: str) -> Path:
 def is_complete(folder: Path, updates: int) -> bool:
     """Return whether the folder holds a warm start of so many updates, and its undamaged model."""
     with suppress(Refused, OSError, ValueError, LookupError, TypeError):
-        summary = json.loads((folder / "summary.json").read_bytes())
+        summary = json.loads(read_file(folder / "summary.json"))
         find_model(folder / "model")
         return summary["exit_reason"] == "finished" and facts_of(folder)["updates"] == updates
     return False
 
 
 def start_from(policy: Policy, folder: Path) -> None:
-    """Give the policy from which a warm start began the weights with which it ended.
+    """Give the policy from which a warm start began the weights with which it ended, and what they have learnt.
 
     Raises:
         Refused: the weights cannot be read.
     """
     read_weights(policy.model, folder / "model")
+    policy.trained_prompts |= trained_prompts(folder / "model")
     setattr(policy.model, "name_or_path", str(folder / "model"))  # noqa: B010  # an adapter names its base
 
 
@@ -167,7 +169,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         `updates`, the loss of the first and of the last update in nats per token, the time that its chat
         template read, if it read any, and a sentence, `in_words`.
     """
-    summary = json.loads((folder / "summary.json").read_bytes())
+    summary = json.loads(read_file(folder / "summary.json"))
     facts = {name: summary[name] for name in ("loss_before", "loss_after")}
     facts |= {"updates": summary["steps"], "chat_time": read_config(folder).get("chat_time")}
     sentence = "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token"

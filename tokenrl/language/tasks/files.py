@@ -31,6 +31,8 @@ SEPARATORS = ",;\t|"
 """What may stand between two cells of CSV."""
 QUOTED = re.compile(rf'(^|[\r\n{SEPARATORS}]) *"[^"]*(?:""[^"]*)*"')
 """A cell in quotes, with what stands in front of it."""
+OPENED = re.compile(r'(^|[\t\r\n])(?! *"(?:[^"\t\r\n]|"")*"(?:[\t\r\n]|$))( *"[^\t\r\n]*)')
+"""A cell between tabs that begins with a quote and does not end with it, and what stands in front of it."""
 
 
 def _zstandard(file: Path, mode: str) -> Any:
@@ -134,6 +136,11 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     if separator == ",":
         separator = separator_of(text)
+    # Most programs that write tabs write no quotes. Where all lines have as many cells between tabs, a quote in
+    # front of a cell is a part of it, and must not swallow what follows.
+    counts = {line.count("\t") for line in re.split("[\r\n]+", text) if line}
+    if separator == "\t" and len(counts) == 1 and counts != {0}:
+        text = OPENED.sub(lambda cell: f"{cell[1]}{_quoted(cell[2])}", text)
     lines = _csv_lines(text, separator, strict=True)
     columns: list[str] = next(filter(None, lines), [])
     for column in columns:
@@ -150,6 +157,10 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
             values = [cell or None for cell in cells]
             yield f"line {first}", dict(zip_longest(columns, values))
         first = lines.line_num + 1
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
 
 
 def _csv_lines(text: str, separator: str, *, strict: bool) -> Any:

@@ -176,24 +176,25 @@ def division_of(
         noun: what the texts call rows.
 
     Returns:
-        A line for the header. And warnings: that held-out rows have prompts of the rows to train on, of which
-        there are several, or that a model was trained on; or that other than `eval_size` rows are there.
+        A line for the header. And warnings: that held-out rows have prompts or questions of the rows to train on,
+        of which there are several, or that a model was trained on; or that other than `eval_size` rows are there.
     """
     trained = task.train_prompts.hashes
     evaluated = task.eval_prompts.hashes
     count = len(evaluated)
     divided = task.divided
     line = f"{counted(trained, noun)} to train on, {counted(evaluated, noun)} held out{divided}"
-    parts = {
-        "are among the rows to train on": frozenset(digits(np.intersect1d(trained, evaluated)))
-    }
+    keys = task.eval_prompts.keys
+    texts = [*map(digits, keys)]
+    parts = {"are among the rows to train on": np.isin(keys, task.train_prompts.keys)}
     for name, model in (models or {}).items():
-        parts[f"{name} was trained on"] = getattr(model, "trained_prompts", frozenset())
+        earlier: frozenset[str] = getattr(model, "trained_prompts", frozenset())
+        parts[f"{name} was trained on"] = np.array([[*map(earlier.__contains__, x)] for x in texts])
     if task.environment or divided.endswith(BY_ROW) or len(np.unique(trained)) == 1:
         parts = {}  # the parts share prompts, which is fair
     warnings = []
-    for words, earlier in parts.items():
-        if repeated := sum(map(earlier.__contains__, digits(evaluated))):
+    for words, is_known in parts.items():  # [K, N]
+        if repeated := np.count_nonzero(is_known.any(axis=0)):
             warnings.append(
                 f"{repeated:,} of the {count:,} held-out {noun} have prompts that {words}, so evaluations also "
                 "show what was learnt by heart. Name a split of other prompts to evaluate on: eval_split "

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
 from tokenrl.language.tasks.rows import Rows, digits
 from tokenrl.runs.files import canonical
@@ -83,7 +85,7 @@ def provenance_of(
     }
     where = policy.model if accelerator is None else accelerator
     processes = getattr(where, "num_processes", 1)
-    trained = policy.trained_prompts.union(digits(next(iter(rows.values())).hashes))
+    trained = policy.trained_prompts.union(digits(np.unique(next(iter(rows.values())).keys)))
     kind = where.device.type
     code = {} if task is None else {"reward": task.reward, "environment": task.environment}
     return Provenance(fingerprints, processes, kind, trained, fingerprints, code=code)

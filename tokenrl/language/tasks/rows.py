@@ -7,7 +7,7 @@ hashes of their prompts, is asked of a column.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -27,10 +27,12 @@ class Rows(Sequence[Any]):
     Attributes:
         columns: the values of the rows [N] in each column, by its name.
         locations: where the rows stand in the user's data [N], for messages.
+        fillings: what a template put into each prompt, as a text [N]; empty for prompts without a template.
     """
 
     columns: dict[str, list[Any]]
     locations: Sequence[str]
+    fillings: Sequence[str] = ()
 
     @classmethod
     def of(cls, rows: Iterable[Any], source: str = "task") -> Rows:
@@ -39,6 +41,8 @@ class Rows(Sequence[Any]):
         Raises:
             Refused: a row is no mapping; the message begins with the source.
         """
+        if isinstance(rows, Rows):
+            return rows
         columns: dict[str, list[Any]] = {}
         locations: list[str] = []
         for location, row in with_places(rows):
@@ -78,7 +82,8 @@ class Rows(Sequence[Any]):
         """Return the rows of these numbers."""
         numbers = list(numbers)
         columns = {name: [column[i] for i in numbers] for name, column in self.columns.items()}
-        return Rows(columns, [self.locations[i] for i in numbers])
+        fillings = [self.fillings[i] for i in numbers] if self.fillings else ()
+        return Rows(columns, [self.locations[i] for i in numbers], fillings)
 
     def column(self, name: str) -> list[Any]:
         """Return the values in a column, None if there is no such column."""
@@ -86,12 +91,25 @@ class Rows(Sequence[Any]):
 
     def with_columns(self, names: Iterable[str]) -> Rows:
         """Return the rows with these columns."""
-        return Rows({name: self.column(name) for name in names}, self.locations)
+        return replace(self, columns={name: self.column(name) for name in names})
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """The hashes of the prompts [N], which equal prompts share."""
+        """The hashes of the prompts [N], which equal prompts share. They divide rows, and so stay as they are."""
         return hashes(map(prompt_key, self.columns["prompt"]))
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """The hashes of the prompts and of the questions [K, N], of which one is enough to know a row again.
+
+        The question is the prompt without the turns of the system and without blanks at its ends, and what a
+        template put into it. Where most prompts differ in what that leaves out, as where the system's turn asks,
+        the prompt alone counts.
+        """
+        questions = [*map(question_of, self.columns["prompt"])], self.fillings
+        keys = [self.hashes, *map(hashes, filter(None, questions))]
+        distinct = [len(np.unique(of_rows)) for of_rows in keys]
+        return np.stack(keys)[[2 * count > distinct[0] for count in distinct]]
 
 
 def prompt_key(prompt: Any) -> str:
@@ -100,6 +118,19 @@ def prompt_key(prompt: Any) -> str:
     if is_single and prompt[0] == {"role": "user", "content": prompt[0].get("content")}:
         prompt = prompt[0]["content"]
     return f"text {prompt}" if isinstance(prompt, str) else canonical(prompt)
+
+
+def question_of(prompt: Any) -> str:
+    """Return what a prompt asks as a text: without blanks at its ends and without the turns of the system."""
+    if isinstance(prompt, str):
+        return prompt_key(prompt.strip())
+    return prompt_key(
+        [
+            {**turn, "content": turn["content"].strip()}
+            for turn in prompt
+            if turn["role"] != "system"
+        ]
+    )
 
 
 def hashes(keys: Iterable[str]) -> np.ndarray:

@@ -17,7 +17,7 @@ from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.rows import Row, Rows
+from tokenrl.language.tasks.rows import Row, Rows, question_of
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -207,12 +207,16 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
             f'{source} is empty: give at least one row, such as {{"prompt": "1+1=", "answer": 2}}.'
         )
     column = data.prompt_column
+    fillings: list[str] = []
     if column == "prompt" and column not in rows.columns and "messages" in rows.columns:
         column = "messages"
     if data.prompt_template is not None:
         template = data.prompt_template
         subject = f"{source}, prompt_template {template!r}: the prompt of"
-        prompts: list[Any] = [filled(template, row, f"{subject} {row.location}") for row in rows]
+        cells = [*map(Cells, rows)]
+        pairs = zip(cells, rows.locations, strict=True)
+        prompts: list[Any] = [filled(template, row, f"{subject} {place}") for row, place in pairs]
+        fillings = [question_of(" ".join(sorted(row.used))) for row in cells]
     elif column not in rows.columns:
         raise Refused(
             f"{source} has no column '{column}'.{suggest(column, rows.columns)} Name it by prompt_column, or give "
@@ -231,16 +235,25 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
             )
         if chat and isinstance(prompt, str):
             prompts[number] = [{"role": "user", "content": prompt}]
-    return Rows({**rows.columns, "prompt": prompts}, rows.locations)
+    return Rows({**rows.columns, "prompt": prompts}, rows.locations, fillings or rows.fillings)
 
 
-class _Cells(dict[str, Any]):
-    """The cells of a row for a template; a missing value is an error, since None would enter the prompt."""
+class Cells(dict[str, Any]):
+    """The cells of a row for a template; a missing value is an error, since None would enter the prompt.
+
+    Attributes:
+        used: the values that the template has put into the prompt so far, as texts without blanks at their ends.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.used: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is None or value != value:
             raise ValueError(f"column {name!r} is {value!r}")
+        self.used.append(str(value).strip())
         return value
 
 
@@ -256,7 +269,7 @@ def filled(template: str, row: Row, subject: str) -> str:
         Refused: the template cannot be filled from the row.
     """
     try:
-        return template.format_map(_Cells(row))
+        return template.format_map(row if isinstance(row, Cells) else Cells(row))
     except Exception as error:  # values have formats of their own
         raise Refused(
             f"{subject} cannot be made ({describe(error)}). Name columns in braces (there are "

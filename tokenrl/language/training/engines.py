@@ -8,9 +8,9 @@ samples from the trainer's own model, and its rollouts are taken as they are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,8 +36,10 @@ from tokenrl.language.rollout.engine_checks import (
     FARTHEST,
     FIRST,
     ROUNDING,
+    Bets,
     check_greedy,
     check_samples,
+    faults_of_distributions,
 )
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
@@ -50,8 +52,6 @@ from tokenrl.language.rollout.rollout import (
     COLUMNS,
     Rollout,
     pad_left,
-    to_device,
-    tokens_of,
     zeroed,
 )
 from tokenrl.language.rollout.sampling import Sampling
@@ -188,6 +188,7 @@ class CheckedEngine(Generator):
         abilities: what the engine can do. Once it samples ahead of updates, it need not agree with the trainer.
         greedy_compared: whether greedy completions of the present weights were compared with the trainer.
         samples_compared: whether sampled completions were compared with the trainer.
+        bets: bets on all of its completions that it samples from other probabilities than it reports.
         remark: in words, how far later ones differed from the trainer's; empty if little.
     """
 
@@ -197,6 +198,7 @@ class CheckedEngine(Generator):
     abilities: Abilities  # type: ignore[misc]
     greedy_compared: bool = False
     samples_compared: bool = False
+    bets: Bets = field(default_factory=Bets)
     remark: str = ""
 
     def generate(
@@ -238,6 +240,24 @@ class CheckedEngine(Generator):
                 raise
             self.remark = str(error)
         self.samples_compared = True
+        self.bets.place(rows)
+
+    def settle(self) -> dict[str, float]:
+        """Settle the bets of a step as `Bets.settle` does; every process has to call this.
+
+        Raises:
+            Stopped: a bet is won.
+        """
+        with self._told(UNUSABLE):
+            return self.bets.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation must know of the bets."""
+        return {"capital": self.bets.capital}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, or from nothing if another engine sampled before."""
+        self.bets.capital += state.get("capital", 0.0)
 
     def _told(self, failure: str) -> AbstractContextManager[None]:
         """Return a context that raises `Stopped`, which names the engine, for what fails in it."""
@@ -370,25 +390,4 @@ def _faults(
     is_wrong |= table.truncated & (counts < limit)
     yield "truncated", is_wrong, f"True where {limit} tokens have no end, and False elsewhere"
     if table.sampling_distribution is not None:
-        yield from _faults_of_distributions(table, shape_of(policy).vocab_size)
-
-
-def _faults_of_distributions(table: Rollout, vocabulary: int) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
-    name = "sampling_distribution"
-    listed, logp = tokens_of(table.sampling_distribution)  # [N, T, K]
-    ids, sampled, mask = (
-        to_device(x[..., None], logp.device)
-        for x in (table.completion_ids, table.sampling_logprobs, table.mask)
-    )
-    is_repeated = (listed.sort(dim=2).values.diff(dim=2) == 0).any(dim=2, keepdim=True)
-    is_wrong = (listed < 0) | (listed >= vocabulary) | is_repeated
-    yield name, is_wrong & mask, f"of different tokens, from 0 to {vocabulary - 1}"
-    is_sampled = listed == ids
-    whole = logp.where(~is_sampled, sampled.to(logp.dtype))
-    excess = whole.logsumexp(dim=2, keepdim=True)
-    if logp.shape[2] < vocabulary:  # the tokens that are not listed have the rest
-        excess = excess.clamp(min=0)
-    agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
-    rule = "of log-probabilities that add up to 1 and agree with sampling_logprobs"
-    yield name, ~((excess.abs() <= ROUNDING) & agrees) & mask, rule
+        yield from faults_of_distributions(table, shape_of(policy).vocab_size)

@@ -18,7 +18,7 @@ from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
-from tokenrl.language.rollout.generator import Generator, LaggedGenerator
+from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import Rollout, Table, lengths, to_device
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import (
@@ -281,7 +281,8 @@ class Learner:
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
                 f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
-                "learning rate or the scale of the rewards; in low precision try float32."
+                "learning rate or the scale of the rewards; in low precision try float32. On a GPU a kernel may be at "
+                "fault, as of torch's attention: try --training-attention eager."
             )
         return False
 
@@ -312,15 +313,14 @@ class Learner:
         for name in COUNTS:
             setattr(self, name, int(state[name]))
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.get(name, {}))  # an engine may be another one now
 
     def _parts(self) -> dict[str, Any]:
         """Return the parts that have a state to be saved, by name."""
-        lags = isinstance(self.generator, LaggedGenerator)
         parts = {
             "optimizer": self.optimizer,
             "critic": self.critic,
-            "sampler": self.generator if lags else None,
+            "sampler": self.generator if hasattr(self.generator, "state_dict") else None,
             "teacher": self.average,
             "replay": self.replay,
         }

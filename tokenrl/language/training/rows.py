@@ -73,6 +73,7 @@ def rows_of_step(
     rows = collect_rows(learner, rewards, prompts, sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
+    rows = replace(rows, logged=(*rows.logged, (learner.generator.settle(), 1)))
     if learner.replay is not None:
         rows = learner.replay.join(learner, rows, sampling.step)
     if "greedy_rewards" in learner.estimator.needs:

@@ -46,7 +46,8 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     idle = steps_without_signal(run, session)
     observed = replace(observe_run(run, session.rows), idle_steps=idle)
     texts = {finding.flag: finding.text for finding in judge(observed)}
-    for flag in ("policy-destroyed", "truncation", "sampling-differs", "rewards-abstain"):
+    flags = ("policy-destroyed", "truncation", "sampling-differs", "sampled-elsewhere")
+    for flag in (*flags, "rewards-abstain"):
         if flag in texts:
             session.warn_once(flag, f"{start} {texts[flag]}")
     if remark := run.learner.generator.remark:
