@@ -65,16 +65,37 @@ class Lost(Stopped):
 
 
 class Finished(TokenrlError):
-    """Raised by a reward or a callback that ends a training run, such as one whose budget is spent.
+    """Raised by code of the user's that ends a training run, such as a reward whose budget is spent.
 
-    A step that it breaks off is left out. The run saves the state before this step and ends as usual, with
-    exit code 0; `resume="auto"` continues it. Only `train` ends so; elsewhere it is an error (exit code 2).
+    So may a reward, an environment, an engine, a baseline, prompt_weights, teacher_context and a callback. Raised
+    before the policy has moved, it breaks off the step, which is left out; raised later, it lets the step be
+    completed. The run saves the state there and ends as usual in all its processes, with exit code 0;
+    `resume="auto"` continues it. Only `train` ends so; elsewhere it is an error (exit code 2).
 
     Example:
         >>> raise Finished("10,000 molecules scored")
     """
 
     exit_code = 2
+
+
+class Ending:
+    """A context in which `Finished` only ends the context, so that what comes after it is done.
+
+    Attributes:
+        finished: the first one that was raised in it; None without one.
+    """
+
+    finished: Finished | None = None
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> bool:
+        if not isinstance(error, Finished):
+            return False
+        self.finished = self.finished or error
+        return True
 
 
 class Interrupted(TokenrlError):

@@ -17,6 +17,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import check_horizon, check_sizes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
+from tokenrl.runs.schedules import check_warmup
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import lay
 
@@ -51,6 +52,7 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
             f"value_warmup={args.value_warmup} lets the critic alone learn: choose an estimator with a critic, such "
             "as a2c, and value_network 'separate', as a shared one would change the policy."
         )
+    check_warmup(args)
     if args.num_steps is None:
         check_sizes(estimator, args.num_envs, args.num_envs)
     defaults = {

@@ -40,12 +40,28 @@ def append_rows(run: Path, step: int, metrics: Row, timings: Row | None = None) 
         Stopped: the disk is full, or the directory is gone.
     """
     for name, row in zip(LOGS, (metrics, timings), strict=True):
-        text = ""
-        if row is not None:
-            ordered = {"step": step, **dict(sorted(row.items()))}
-            text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
+        line = b"" if row is None else _line(step, row)
         with writing(run / name), appending(run / name) as file:
-            file.write(text.encode())
+            file.write(line)
+
+
+def amend_row(run: Path, metrics: Row) -> None:
+    """Add metrics to the last line of metrics.jsonl, as of the evaluation of a run that has ended.
+
+    Raises:
+        Stopped: the file could not be written; the old one is untouched.
+    """
+    path = run / LOGS[0]
+    *before, last = path.read_bytes().splitlines(keepends=True)
+    row = json.loads(last)
+    line = _line(row.pop("step"), row | metrics)
+    with replacing(path) as file:
+        file.writelines([*before, line])
+
+
+def _line(step: int, row: Row) -> bytes:
+    ordered = {"step": step, **dict(sorted(row.items()))}
+    return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

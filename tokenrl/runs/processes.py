@@ -7,14 +7,15 @@ called by every process, in the same order. In a run of a single process they re
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Finished, Refused
 
+T = TypeVar("T")
 Whole = TypeVar("Whole", Tensor, list[Any])
 
 HEEDED = (
@@ -102,6 +103,24 @@ def gather_objects(objects: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
     return list(gather_object(objects))
+
+
+def agreed(act: Callable[[], T]) -> T:
+    """Return what `act` returns, unless code of the user's ends the run in it by `Finished`, in any process.
+
+    Every process has to call this, and none may wait for another one in `act`.
+
+    Raises:
+        Finished: in all processes, with the words of the first that raised it.
+    """
+    words = []
+    try:
+        result = act()
+    except Finished as end:
+        words = [str(end)]
+    if everywhere := gather_objects(words):
+        raise Finished(everywhere[0])
+    return result
 
 
 def all_reduce_max(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:

@@ -1,9 +1,32 @@
-"""The learning rate of each update, from the settings and the number of updates alone. Imports no torch."""
+"""In which steps a policy may move, and at which rate, from the settings and the step alone. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
+
+from tokenrl.errors import Refused
+
+
+def policy_steps(args: Any, step: int) -> int:
+    """Return in how many of the first steps of a training its policy may move; 0 while a critic learns alone.
+
+    Args:
+        args: the settings; with an estimator that has a critic, `value_warmup` counts.
+        step: the number of steps.
+    """
+    estimator = getattr(args, "estimator", None)
+    has_critic = estimator is not None and "values" in estimator.needs
+    return max(0, step - args.value_warmup) if has_critic else step
+
+
+def check_warmup(args: Any) -> None:
+    """Refuse a training in whose steps the critic alone would learn."""
+    if args.max_steps and not policy_steps(args, args.max_steps):
+        raise Refused(
+            f"value_warmup={args.value_warmup} is not less than max_steps={args.max_steps}, so the critic alone "
+            "would learn, and the policy never: raise max_steps (--max-steps), or lower value_warmup."
+        )
 
 
 def share_of_rate(

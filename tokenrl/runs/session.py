@@ -12,10 +12,13 @@ Each training writes its own loop and asks the session what is due::
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics)
+        if session.owes_evaluation:                     # only because the run ends here
+            session.evaluated(evaluate())
         session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and at the end; a step that fails saves nothing. What a user can mend
-is `Refused` before `steps`. Later it is `Stopped`, and names a checkpoint.
+Checkpoints are saved between two steps and after the last one; a step that fails saves nothing. An evaluation
+that is made only because the run ends comes after the last checkpoint, which so holds what a run that goes on
+would have there. What a user can mend is `Refused` before `steps`. Later it is `Stopped`, and names a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import note_code
+from tokenrl.configuration import note_code, read_config
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import State, atomic_directory, plain, write_json
@@ -38,6 +41,7 @@ from tokenrl.runs.metrics import (
     LOGS,
     TrackerArguments,
     Trackers,
+    amend_row,
     append_rows,
     of_evaluation,
     peak_memory,
@@ -53,8 +57,10 @@ from tokenrl.runs.signals import SIGNALS, GracefulStop
 from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
-_STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds")
-"""The fields of a `Session` that a continuation goes on from, besides `ended` and the seconds."""
+_STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds", "ended", "reason")
+"""The fields of a `Session` that a continuation goes on from, besides the seconds."""
+_BY_USER = ("callback", "finished")
+"""The reasons of a user's code to end a run, which goes on where it is resumed."""
 
 
 class Session:
@@ -72,6 +78,7 @@ class Session:
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended, reason: warnings about the outcome; why the run ends early (see `BY_ITSELF`), and in words.
+        signal: the number of the signal that ends the run, as all processes have agreed; 0 without one.
         exit_code: the code of the outcome; 2 for a check that found a problem.
     """
 
@@ -113,6 +120,7 @@ class Session:
         self._atexit = contextlib.ExitStack()
         self.ended: str | None = None
         self.reason = ""
+        self.signal = 0
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
@@ -183,7 +191,7 @@ class Session:
             note_code(plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
-        self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
+        self.saver = Saver(self._checkpoint.parent, args, model, held)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
@@ -195,12 +203,13 @@ class Session:
         self.saver.restore(self._checkpoint)
         self.step = self._recorded = step_of(self._checkpoint)
         self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
-        if not (self.ended or self.due(self.args.eval_every)):
-            self.saver.best.forget(self.step)  # evaluated only because the run ended there
+        if self.ended in _BY_USER and self.step < self.args.max_steps:
+            self.ended, self.reason = None, ""
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
-        if causes := "; ".join(provenance.inexact):
+        causes = "; ".join(provenance.inexact)
+        if causes and not self._is_over:
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self) -> Iterator[int]:
@@ -214,16 +223,30 @@ class Session:
         """
         if self.continues:
             self.console.warnings += self._warned.values()
-            if self.ended or self.step >= self.args.max_steps:
-                self._wall_seconds = self.wall_seconds
+            if self._is_over:
+                self._wall_seconds = self._seconds_of_summary()
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
         self._has_begun = True
         if self.main:
             self._begin()
-        while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
+        while not (self._is_over or self._is_stopped()):
             self.step += 1
             yield self.step
+        self._is_stopped()  # also where the run ends by itself
+        self.save()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step is left."""
+        return self.ended is not None or self.step >= self.args.max_steps
+
+    def _seconds_of_summary(self) -> float:
+        """Return the seconds of a run that has ended, from its summary if it has written one."""
+        summary = self.output_dir / "summary.json"
+        with contextlib.suppress(Refused, KeyError):  # of a file that is missing or damaged
+            return float(read_config(summary)["wall_seconds"])
+        return self.wall_seconds
 
     def _begin(self) -> None:
         """Write config.json and step 0, and start the trackers."""
@@ -245,15 +268,15 @@ class Session:
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
         numbers = [self.stop.requested or 0, int(self._writes and self.saver.due(self.step))]
-        signal, save = all_reduce_max(self.accelerator, numbers)
+        self.signal, save = all_reduce_max(self.accelerator, numbers)
         if save:
             self.save()
-        self.stop.requested = signal or self.stop.requested  # or a signal that came in between
-        return bool(signal)
+        self.stop.requested = self.signal or self.stop.requested  # or a signal that came in between
+        return bool(self.signal)
 
     def due(self, every: int) -> bool:
-        """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
+        """Return whether something is due in this step: every `every` steps (0: never)."""
+        return every > 0 and self.step % every == 0
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
@@ -263,10 +286,13 @@ class Session:
             self.eval_before = dict(metrics)
             self.rows = [{"step": 0, **of_evaluation(metrics)}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
+            self.rows[-1] |= of_evaluation(metrics)
+            if self.main:
+                amend_row(self.output_dir, of_evaluation(metrics))
             self._trackers.write(self.step, of_evaluation(metrics))
         best = self.saver.best
         best.judge(self.step, metrics)
-        if best.exhausted and self.ended is None and self.step < self.args.max_steps:
+        if best.exhausted and self.ended is None and self.step > self._recorded:
             self.end("no-improvement")
         return of_evaluation(metrics)
 
@@ -287,7 +313,7 @@ class Session:
     @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
-        return not self.evaluation and not self.stop.requested
+        return not self.evaluation and not self.signal
 
     @property
     def wall_seconds(self) -> float:
@@ -317,23 +343,21 @@ class Session:
 
     def state_dict(self) -> State:
         """Return what a continuation must know."""
-        state = {name: getattr(self, name) for name in (*_STATE, "ended", "wall_seconds")}
-        if self.step >= self.args.max_steps or self.ended in ("callback", "finished"):
-            state["ended"] = None  # it may go on
-        return state
+        return {name: getattr(self, name) for name in (*_STATE, "wall_seconds")}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
-        for name in (*_STATE, "ended"):
+        for name in _STATE:
             setattr(self, name, state[name])
         self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
+        code = 128 + self.signal if self.signal else self.exit_code
         return {
             "output_dir": self.output_dir,
-            "exit_reason": SIGNALS.get(self.stop.exit_code, self.ended or "finished"),
-            "exit_code": self.stop.exit_code or self.exit_code,
+            "exit_reason": SIGNALS.get(code, self.ended or "finished"),
+            "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
@@ -344,7 +368,7 @@ class Session:
     def finish(
         self, ended: Outcome, write: Callable[[Path], None], findings: Sequence[object] = ()
     ) -> None:
-        """Save a checkpoint and the model, write summary and report, and print the result.
+        """Write the model, the summary and the report of a run that has ended, and print the result.
 
         Args:
             ended: the result.
@@ -352,10 +376,9 @@ class Session:
             findings: what the rules say of the whole run; printed as warnings after the result.
 
         Raises:
-            Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
+            Stopped: the best weights are lost, or the model could not be written.
         """
         self.exit_code = ended.exit_code
-        self.save()
         self.saver.read_best(self.step)
         if not self.main:
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +35,7 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.language.tasks.rows import Row
 from tokenrl.runs.console import message_text, with_errors
-from tokenrl.runs.processes import gather_objects
+from tokenrl.runs.processes import agreed, gather_objects
 from tokenrl.runs.reader import Tabled
 
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
@@ -109,8 +110,8 @@ class Evaluator:
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
-            rows = self.rows(prompts, rewards, draw, "evaluation")
-            everywhere = rows if self.accelerator is None else gather_objects(rows)
+            collect = partial(self.rows, prompts, rewards, draw, "evaluation")
+            everywhere = collect() if self.accelerator is None else gather_objects(agreed(collect))
             passes.append(sorted(everywhere, key=lambda row: row["place"]))
             failures += [row["failure"] for row in passes[-1] if "failure" in row]
         greedy = passes[0]

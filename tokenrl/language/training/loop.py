@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Finished, Refused, Stopped
+from tokenrl.errors import Ending, Finished, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -31,7 +31,6 @@ from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import (
     RunResult,
     TrainingRun,
-    end_by,
     warnings_of,
 )
 from tokenrl.language.training.settings import (
@@ -46,14 +45,14 @@ from tokenrl.language.training.teacher import teacher_of
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
-from tokenrl.runs.processes import all_reduce_max, gather_objects, local, make_accelerator
+from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
 from tokenrl.runs.resume import (
     Provenance,
     check_processes,
     resume_settings,
     together,
 )
-from tokenrl.runs.schedules import set_rates, share_of_rate
+from tokenrl.runs.schedules import policy_steps, set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of
@@ -120,32 +119,43 @@ def train(
                     with session.update():
                         record = _one_step(run, step)
                 except Finished as end:
-                    end_by(end, session)
                     session.step -= 1
-                    break
+                    session.end("finished", str(end))
+                    continue
                 metrics = dict(record.metrics)
                 if session.due(run.args.eval_every):
                     metrics |= _evaluated(run, session)
                 _record(run, session, record, metrics)
-                if step == 2:
+                if policy_steps(run.args, step) == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                if callback:
-                    _call_back(callback, metrics, session)
+                _end_by_user(callback, metrics, session, record.finished)
                 judge_step(run, session)
             return _finish(run, session)
 
 
-def _call_back(callback: Callback, metrics: dict[str, float], session: Session) -> None:
-    """Call the user's function after a step, and end the run if the call of any process asks for it."""
-    wish, words = 0, ""
-    try:
-        with user_code():
-            wish = int(callback(session.step, dict(metrics)) is True)
-    except Finished as end:
-        wish, words = 2, str(end)
-    (wish,) = all_reduce_max(session.accelerator, [wish])
-    if wish:
-        session.end("callback" if wish == 1 else "finished", words)
+def _end_by_user(
+    callback: Callback | None,
+    metrics: dict[str, float],
+    session: Session,
+    finished: Finished | None,
+) -> None:
+    """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
+
+    Args:
+        callback: the function; None without one.
+        metrics: the row of the step.
+        session: the session.
+        finished: what code of the user's has raised in the step that was completed.
+    """
+    ending = Ending()
+    wishes = []
+    with ending, user_code():
+        if callback and callback(session.step, dict(metrics)) is True:
+            wishes.append(("callback", ""))
+    if end := finished or ending.finished:
+        wishes.append(("finished", str(end)))
+    if everywhere := gather_objects(wishes):
+        session.end(*max(everywhere))
 
 
 def _warm_start(
@@ -266,23 +276,21 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far.
 
     Raises:
-        Finished: a reward ends the run; prompts and states of rewards are those before the step again.
+        Finished: code of the user's ends the run; prompts and states of rewards are those before the step again.
     """
     learner = run.learner
     args = run.args
     run.tell(step - 1)
-    done_by_policy = max(0, step - 1 - args.value_warmup)
-    steps_of_policy = args.max_steps - args.value_warmup
-    share = share_of_rate(
-        args.lr_scheduler_type, done_by_policy, steps_of_policy, args.warmup_steps
-    )
+    moved, in_all = (policy_steps(args, count) for count in (step - 1, args.max_steps))
+    share = share_of_rate(args.lr_scheduler_type, moved, in_all, args.warmup_steps)
     set_rates(learner.optimizer, share)
     changes = args.estimator.zero_spread == "refill" or args.estimator.prompts != "uniform"
     are_known = not changes and run.rewards.environments is None
     if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
-        learner.generator.announce(local(learner.accelerator, following))
+        own = local(learner.accelerator, following)
+        agreed(partial(learner.generator.announce, own))
     before = run.stream.state_dict(), run.rewards.state_dict()
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
@@ -313,7 +321,8 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each, and what failed.
 
     The evaluation is recorded, and once it is said that episodes fail. The metrics of the step are returned.
-    There are none where evaluations would spend what a reward counts, or where a reward ends the run in one.
+    There are none where evaluations would spend what a reward counts, or where a reward ends the run in one,
+    which then has the state from before it again.
 
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
@@ -326,6 +335,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
         session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
     run.tell(session.step)
     began = time.perf_counter()
+    before = run.rewards.state_dict()
     try:
         evaluation = run.evaluator.evaluate(
             run.task.eval_prompts,
@@ -334,7 +344,8 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
             (count,) if count else (),
         )
     except Finished as end:
-        end_by(end, session)
+        run.rewards.load_state_dict(before)
+        session.end("finished", str(end))
         return {}
     run.eval_seconds = time.perf_counter() - began
     means = evaluation.by_prompt
@@ -357,7 +368,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     """
     every = run.args.log_completions
     rows = []
-    if session.main and every and (session.step == 1 or session.due(every)):
+    is_end = session.step in (1, run.args.max_steps)
+    if session.main and every and (is_end or session.due(every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
     if failed := failures_of(record.failures):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,14 @@ from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
+from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import Experience
-from tokenrl.runs.processes import gather_objects, local
+from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
-    from tokenrl.language.tasks.stream import PromptStream
     from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Row]]  # (number in the stream of prompts, row of the task)
@@ -70,7 +71,7 @@ def rows_of_step(
     every function abstained from it.
     """
     prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
-    rows = collect_rows(learner, rewards, prompts, sampling)
+    rows = agreed(partial(collect_rows, learner, rewards, prompts, sampling))
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     if learner.replay is not None:
@@ -78,7 +79,8 @@ def rows_of_step(
     if "greedy_rewards" in learner.estimator.needs:
         size = learner.group_size
         prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-        greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
+        one_each = replace(sampling, num_generations=0)
+        greedy = agreed(partial(collect_rows, learner, rewards, prompts, one_each))
         of_prompts = greedy.rewards.masked_fill(~greedy.valid, math.nan)
         rows = replace(rows, greedy_rewards=of_prompts.repeat_interleave(size))
     return rows
@@ -116,8 +118,9 @@ def refill(
         # Every process draws the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
         prompts = stream.draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
-        if prompts:
-            new = collect_rows(learner, rewards, prompts, sampling)
+        collect = partial(collect_rows, learner, rewards, prompts, sampling)
+        new = agreed(collect if prompts else lambda: None)
+        if new is not None:
             order = torch.arange(len(rows))
             order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
             rows = cat([rows, new]).take(order)
@@ -127,9 +130,14 @@ def refill(
 
 
 def loss_terms(
-    estimator: Estimator, rows: Experience, sampling: Sampling, memory: Memory, rewards: Rewards
+    estimator: Estimator,
+    rows: Experience,
+    sampling: Sampling,
+    memory: Memory,
+    rewards: Rewards,
+    stream: PromptStream,
 ) -> LossTerms:
-    """Return the advantages and what counts of all N rows, in loss and divisor.
+    """Return the advantages and what counts of all N rows, in loss and divisor, with factors of their prompts.
 
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
@@ -160,19 +168,18 @@ def loss_terms(
         component_weights=torch.from_numpy(rewards.weights),  # [F]
         **inputs,
     )
+    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
+        terms = terms.times(stream.factors(rows.prompt_index))
     return terms.to(dtype)
 
 
-def update_weights(
-    learner: Learner, terms: LossTerms, chosen: Tensor, factors: Tensor | None
-) -> Tensor:
+def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     """Return the weights [N, T] of the tokens in an update of the chosen rows [N], 0 elsewhere.
 
     Args:
         learner: the settings.
-        terms: which rows and tokens are learnt from.
+        terms: which rows and tokens are learnt from, and the factors of their gradients.
         chosen: True for the rows of the update [N].
-        factors: of the gradient of each row's prompt [N]; None for 1.
     """
     weights = learner.estimator.token_weights(
         terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
@@ -180,7 +187,7 @@ def update_weights(
         valid=terms.in_divisor,
         chosen=chosen,
     )
-    return weights if factors is None else weights * factors[:, None].to(weights)
+    return weights * terms.factors[:, None]
 
 
 def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

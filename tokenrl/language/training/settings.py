@@ -30,6 +30,7 @@ from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
+from tokenrl.runs.schedules import check_warmup, policy_steps
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -236,6 +237,7 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
     prompts = args.prompts_per_step
     if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
+    check_warmup(args)
     _try_out(args)
     # Without rewards there is no return from which a baseline could be subtracted.
     if not is_unrewarded(args.reward):
@@ -284,11 +286,13 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    if args.value_warmup + args.warmup_steps >= args.max_steps:
-        critic_first = f" with value_warmup={args.value_warmup}" if args.value_warmup else ""
+    steps = policy_steps(args, args.max_steps)
+    if args.warmup_steps >= steps:
+        whole = f"max_steps={steps}"
+        if steps < args.max_steps:
+            whole = f"the {steps} steps in which the policy learns"
         yield (
-            f"warmup_steps={args.warmup_steps}{critic_first} is not less than max_steps={args.max_steps}, so the "
-            "learning rate stays below its peak."
+            f"warmup_steps={args.warmup_steps} is not less than {whole}, so the learning rate stays below its peak."
         )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
@@ -383,12 +387,15 @@ def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dic
     }
     schedule = args.lr_scheduler_type
     rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
+    critic = {}
+    if policy_steps(args, args.max_steps) < args.max_steps:
+        critic = {"critic": f"learns alone for {args.value_warmup} steps"}
     return {
         "model": f"{policy.source} ({policy.size:,} parameters{vocabulary_of(policy)}, {args.dtype})",
         **({} if teacher is None else {"teacher": teacher.line}),
         "training": line(" x ", **sizes),
         "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-        **({"critic": f"learns alone for {args.value_warmup} steps"} if args.value_warmup else {}),
+        **critic,
         **form_line(policy.form, args.model),
     }

@@ -23,7 +23,6 @@ from tokenrl.runs.findings import (
     share_equal,
 )
 from tokenrl.runs.metric_table import Rows, finite
-from tokenrl.runs.metrics import of_evaluation
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
@@ -76,9 +75,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    last = session.rows[-1] | of_evaluation(session.evaluation)
-    observed = observe_run(run, [*session.rows[:-1], last])
-    # The others were set where a run ended that goes on now.
+    observed = observe_run(run, session.rows)
+    # The others were set where a run failed that goes on now.
     flags = [flag for flag in session.flags if flag == "policy-destroyed"]
     if session.evaluation and session.step:
         gain = _gain(run, session)
