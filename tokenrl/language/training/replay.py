@@ -112,15 +112,18 @@ class Replay:
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
 
-    Of equal rewards the earlier text comes first. Of the rows of a text the one with the least reward counts,
-    and of those with equal rewards the latest.
+    A text has the largest of its rewards, also of noisy ones; of rows with equal rewards the latest counts. Of
+    texts with equal rewards the earlier one comes first.
 
     Args:
         rewards: one of each row [N].
         texts: N texts.
     """
-    order = rewards.argsort(descending=True, stable=True).tolist()
-    return list({texts[i]: i for i in order}.values())
+    best = dict[str, int]()
+    for i in rewards.argsort(descending=True, stable=True).tolist():
+        if rewards[i] == rewards[best.setdefault(texts[i], i)]:
+            best[texts[i]] = i
+    return list(best.values())
 
 
 def _kept(columns: Mapping[str, Any]) -> Rewarded:

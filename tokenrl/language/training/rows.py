@@ -26,9 +26,9 @@ from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import Experience
 from tokenrl.runs.processes import agreed, gather_objects, local
+from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
@@ -130,7 +130,7 @@ def refill(
 
 
 def loss_terms(
-    estimator: Estimator,
+    learner: Learner,
     rows: Experience,
     sampling: Sampling,
     memory: Memory,
@@ -139,9 +139,12 @@ def loss_terms(
 ) -> LossTerms:
     """Return the advantages and what counts of all N rows, in loss and divisor, with factors of their prompts.
 
+    Nothing is in the gradient where the policy may not move yet.
+
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
     """
+    estimator = learner.estimator
     check_rewards(estimator.objective, rows.rewards, rows.valid)
     dtype = rows.logprobs.dtype
     names = (
@@ -170,6 +173,8 @@ def loss_terms(
     )
     if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
         terms = terms.times(stream.factors(rows.prompt_index))
+    if not policy_steps(learner.args, sampling.step):  # the critic learns alone
+        terms = terms.without_gradient()
     return terms.to(dtype)
 
 

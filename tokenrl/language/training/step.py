@@ -102,13 +102,13 @@ def training_step(
     failures = rewarded.failures or ()
     rows = agreed(partial(experience, learner, rewarded, sampling))
     whole = gather(accelerator, rows, failures)  # all N rows, on every process
-    terms = agreed(partial(loss_terms, estimator, whole, sampling, memory, rewards, stream))
+    terms = agreed(partial(loss_terms, learner, whole, sampling, memory, rewards, stream))
     advantages = local(accelerator, terms.advantages)
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
-        learning = learning_rows(learner, terms, chosen) & policy_learns  # [N]
+        learning = learning_rows(learner, terms, chosen)  # [N]
         sums: list[Tensor] = []
         scored.append([])
         learner.optimizer.zero_grad()
