@@ -637,3 +637,10 @@ def test_the_patience_of_a_run_begins_when_the_policy_learns():
         best.judge(step, {"reward": 0.5})
         exhausted.append(best.exhausted)
     assert exhausted == [False, False, True]
+
+
+def test_rounding_makes_no_evaluation_better():
+    best = Best(Settings(patience=1, keep="best"))
+    for step, reward in enumerate((0.3, 0.1 + 0.2)):
+        best.judge(step, {"reward": reward})
+    assert best.exhausted and best.until() == 0

@@ -7,7 +7,7 @@ its own baseline, so given the past the baseline is a constant, and the expected
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -100,23 +100,15 @@ def update(
     keys: Tensor,
     rewards: Float[Tensor, " N *T"],
     valid: Bool[Tensor, " N"] | None = None,
-    ending: AbstractContextManager[Any] | None = None,
 ) -> float:
     """Update a memory with the rewards of a step; return the mean baseline of its rows, as it was before.
-
-    Args:
-        memory: The memory.
-        keys: Keys of the rows [N].
-        rewards: One number per row [N], or one per position [N, T].
-        valid: False where a row is left out [N]; None if all rows count.
-        ending: A context in which the memory is updated, which may hold back what it raises; None for none.
 
     Raises:
         Stopped: The memory raised an error, or cannot use these rewards.
     """
     values = read(memory, keys)
     totals, rows = summed(rewards, valid)
-    with ending or nullcontext(), failures_of_baseline(type(memory).__name__):
+    with failures_of_baseline(type(memory).__name__):
         memory.update(keys=keys.cpu()[rows], rewards=totals)
     return float(values[0] + (values - values[0]).mean())  # of equal values exactly that value
 

@@ -174,21 +174,12 @@ class LossTerms(NamedTuple):
     returns: Float[Tensor, "N T"]
     """The targets of a critic."""
     factors: Float[Tensor, " N"]
-    """The factors of the rows' gradients, which the weights have."""
+    """The factors of the rows' gradients, which the weights do not have."""
 
     def to(self, dtype: torch.dtype) -> LossTerms:
         """Return the terms in the precision of the loss, whatever the rewards have."""
         names = ("advantages", "weights", "returns", "factors")
         return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
-
-    def without_gradient(self) -> LossTerms:
-        """Return the terms of a step that is not learnt from."""
-        nowhere = torch.zeros_like(self.in_gradient)
-        return self._replace(weights=torch.zeros_like(self.weights), in_gradient=nowhere)
-
-    def times(self, factors: Float[Tensor, " N"]) -> LossTerms:
-        """Return the terms with a factor for the gradient of each row."""
-        return self._replace(weights=self.weights * factors[:, None], factors=factors)
 
 
 def token_weights(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tokenrl.errors import Refused
 from tokenrl.runs.files import State
-from tokenrl.runs.metric_table import Row, metric_of
+from tokenrl.runs.metric_table import Row, exceeds, metric_of
 from tokenrl.runs.schedules import policy_steps
 from tokenrl.settings import Natural, Settings
 
@@ -81,8 +81,11 @@ class Best:
         """Return the step of the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if self._better == "less" else 1
         signed = {step: sign * value for step, value in self.evaluations.items() if step <= last}
-        steps = [step for step, value in signed.items() if not math.isnan(value)]
-        return max(steps, key=signed.__getitem__, default=None)
+        best = None
+        for step, value in signed.items():
+            if not math.isnan(value) and (best is None or exceeds(value, signed[best])):
+                best = step
+        return best
 
     @property
     def exhausted(self) -> bool:

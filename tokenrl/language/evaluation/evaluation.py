@@ -35,6 +35,7 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.language.tasks.rows import Row
 from tokenrl.runs.console import message_text, with_errors
+from tokenrl.runs.metric_table import reaches
 from tokenrl.runs.processes import agreed, gather_objects
 from tokenrl.runs.reader import Tabled
 
@@ -297,7 +298,9 @@ def _by_prompt(
             if not rewards.binary:
                 each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
             if mark is not None:
-                each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
+                each[f"pass@{subset}"] = [
+                    best_of(reaches(total, mark), subset) for total in rewarded
+                ]
     for name in ("kl", "kl_k3"):
         if name in rows[0]:
             groups = np.array([row[name] for row in rows]).reshape(-1, size)

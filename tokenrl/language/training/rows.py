@@ -172,9 +172,9 @@ def loss_terms(
         **inputs,
     )
     if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
-        terms = terms.times(stream.factors(rows.prompt_index))
+        terms = terms._replace(factors=stream.factors(rows.prompt_index))
     if not policy_steps(learner.args, sampling.step):  # the critic learns alone
-        terms = terms.without_gradient()
+        terms = terms._replace(in_gradient=terms.in_gradient & False)
     return terms.to(dtype)
 
 

@@ -196,8 +196,7 @@ def update_baselines(
         learner.replay.keep(learner.policy, whole)
     if learner.estimator.needs_memory:
         with ending:
-            columns = whole.keys, whole.rewards, whole.rewarded
-            metrics["baseline"] = update(memory, *columns, ending)
+            metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
         assert whole.values is not None  # which a critic has computed
         accelerator = learner.accelerator

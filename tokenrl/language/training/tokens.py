@@ -19,7 +19,7 @@ from tokenrl.language.rollout.rewarded import Rewarded, completion_rows
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.experience import Experience
-from tokenrl.language.training.rows import loss_inputs
+from tokenrl.language.training.rows import loss_inputs, update_weights
 from tokenrl.runs.processes import local
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ def gradient_weights(learner: Learner, rows: Experience, terms: LossTerms) -> Te
         rows: this process's n rows.
         terms: the terms of all N rows.
     """
-    advantages, weights = (local(learner.accelerator, x) for x in (terms.advantages, terms.weights))
+    weights = update_weights(learner, terms, torch.ones_like(terms.in_divisor))
+    advantages, weights = (local(learner.accelerator, x) for x in (terms.advantages, weights))
     logprobs = rows.logprobs.clone().requires_grad_()
     others = torch.zeros_like(rows.logprobs)
     scores = Scores(logprobs, entropy=rows.entropy, centres=others, token_kl=others)
     loss = learner.estimator.loss(**loss_inputs(rows, scores, advantages, weights))
-    return -len(terms.weights) * torch.autograd.grad(loss, logprobs)[0]
+    return -len(terms.factors) * torch.autograd.grad(loss, logprobs)[0]
 
 
 def token_lists(
