@@ -158,7 +158,9 @@ def test_means_leave_out_what_is_no_number_and_count_equal_rewards():
     rows = [row(1, 0.2), row(2, 0.4) | {"entropy": None} | equal]
     rows += [row(3, 0.3) | {"entropy": "Infinity"}]
     recent = observed_of(rows * 10).recent  # three rows
-    assert recent.reward == pytest.approx(0.3) and recent.equal == pytest.approx((0.2 + 1 + 0.2) / 3)
+    assert recent.reward == pytest.approx(0.3) and recent.equal == pytest.approx(
+        (0.2 + 1 + 0.2) / 3
+    )
     assert recent.entropy == 1.0 and math.isnan(recent.logp_difference)
     alone = {"estimator": Estimator(baseline="batch_mean")}
     assert observed_of(rows * 10, **alone).recent.equal == pytest.approx(1 / 3)

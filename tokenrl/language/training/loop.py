@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -106,7 +106,7 @@ def train(
     check_processes(accelerator, vars(choices))
     every = choices.logging_steps if choices.logging_steps > 1 else 10
     with Session("train", choices, every=every, accelerator=accelerator) as session:
-        run, provenance = _prepare(choices, session)
+        run, provenance = _prepare(choices, session, options)
         threads = using_threads(run.args.threads)
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -182,13 +182,22 @@ def _warm_start(
     return warmed
 
 
-def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Provenance]:
-    """Load task and policy and settle the settings; return the run with its learner, and what it is made from."""
+def _prepare(
+    choices: TrainArguments, session: Session, given: Collection[str]
+) -> tuple[TrainingRun, Provenance]:
+    """Load task and policy and settle the settings; return the run with its learner, and what it is made from.
+
+    Args:
+        choices: what was given, over the defaults.
+        session: the session.
+        given: the names of keywords, whose values may be the defaults.
+    """
     console = session.console
     accelerator = session.accelerator
     processes = accelerator.num_processes
-    task, rewards, prompts = together(accelerator, lambda: task_of(choices, processes))
-    facts = first_facts(choices, session.directory, task, rewards)
+    of_run = together(accelerator, lambda: task_of(choices, processes, given))
+    choices, advice, task, rewards, prompts = of_run
+    facts = first_facts(session.directory, of_run)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
@@ -200,8 +209,8 @@ def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Pr
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
     has_state = bool(rewards.keepers)
-    settled = partial(settle, choices, task, policy, has_state=has_state, processes=processes)
-    plan = together(accelerator, settled)
+    options = {"has_state": has_state, "processes": processes, "advice": advice}
+    plan = together(accelerator, partial(settle, choices, task, policy, **options))
     console.facts("", model_facts(plan, policy, teacher))
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,20 +19,23 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.supervised.base import vocabulary_of
 from tokenrl.language.supervised.defaults import (
+    RECOMMENDED,
     completion_limit,
     demonstrations,
     layers_below,
     with_origins,
 )
 from tokenrl.language.tasks.held_out import division_of
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
+from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.processes import overruled
 from tokenrl.runs.schedules import check_warmup, policy_steps
-from tokenrl.settings import arguments, lay, part_of
+from tokenrl.settings import arguments, field_types, lay, part_of
 
 
 class TrainPlan(NamedTuple):
@@ -55,15 +59,17 @@ def settle(
     *,
     has_state: bool = False,
     processes: int = 1,
+    advice: Iterable[str] = (),
 ) -> TrainPlan:
     """Lay what was given over what the task recommends and over the defaults; refuse sizes that do not fit.
 
     Args:
-        choices: what was given, after `check_choices`.
+        choices: what was given, after `with_advice` and `check_choices`.
         task: the task.
         policy: the policy, which needs no weights.
         has_state: whether a reward has a state, so that no evaluation is made unless it is asked for.
         processes: the number of processes of the run.
+        advice: the names of settings that are as the task recommends.
 
     Raises:
         Refused: a size contradicts another, or the estimator refuses a step of this shape.
@@ -76,6 +82,7 @@ def settle(
         )
         layers.append((origin, {"max_completion_length": limit}))
     values, origins = lay(*layers, ("given", vars(choices)))
+    origins |= dict.fromkeys(advice, RECOMMENDED)
     if values["eval_every"] is None:
         values["eval_every"] = 0 if has_state else _evaluation_interval(values, task)
     if values["log_completions"] is None:
@@ -83,6 +90,46 @@ def settle(
     args = arguments(TrainArguments, values)
     _check_sizes(args, processes)
     return TrainPlan(args, origins, usual_rate if args.optimizer == "adamw" else math.nan)
+
+
+EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]
+EARLY |= {"output_dir", "resume", "overwrite", "check", "quiet", "logging_steps"}
+EARLY |= {"trust_run", "trust_remote_code"}
+"""Settings that no task recommends: a run uses them before it has read the task, or they are for users alone."""
+
+
+def with_advice(
+    choices: TrainArguments, task: PromptTask, given: Collection[str] = ()
+) -> tuple[TrainArguments, list[str]]:
+    """Return settings with what a task recommends in place of those that were not given, and the names of these.
+
+    What a task recommends for a model that it makes itself holds for that one only, which is known once the model
+    is loaded: then it lies below what was given (see `settle`).
+
+    Args:
+        choices: what was given, over the defaults.
+        task: the task.
+        given: the names of settings that were given, perhaps as their defaults; others that differ were, too.
+
+    Raises:
+        Refused: the task recommends something that is no setting or is not allowed, or that it cannot recommend.
+    """
+    usual = vars(TrainArguments())
+    start = f"The task {task.name!r} recommends settings by `train` that cannot be used:"
+    try:
+        arguments(TrainArguments, task.train)
+    except Refused as error:
+        raise Refused(f"{start} {error}") from error
+    barred = {
+        name for name in task.train if name in EARLY or (task.base and usual[name] is not None)
+    }
+    if barred:
+        raise Refused(f"{start} {', '.join(sorted(barred))}. Give them to the run.")
+    names = [] if task.base else [*task.train]
+    names = [name for name in names if name not in given and vars(choices)[name] == usual[name]]
+    if choices.optimizer == "sgd" and "optimizer" not in names:
+        names = [name for name in names if name != "learning_rate"]  # it is one of AdamW
+    return replace(choices, **{name: task.train[name] for name in names}), names
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -102,15 +149,34 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
-def task_of(
-    choices: TrainArguments, processes: int
-) -> tuple[PromptTask, Rewards, TeacherPrompts | None]:
-    """Return the task, the rewards and how the teacher's prompts are made.
+class TaskOfRun(NamedTuple):
+    """The task of a run with its rewards, how the teacher's prompts are made, and the settings by which they are.
+
+    These are as the task recommends, where they were not given; `advice` names those.
+    """
+
+    choices: TrainArguments
+    advice: list[str]
+    task: PromptTask
+    rewards: Rewards
+    prompts: TeacherPrompts | None
+
+
+def task_of(choices: TrainArguments, processes: int, given: Collection[str] = ()) -> TaskOfRun:
+    """Return the task of a run.
+
+    Args:
+        choices: what was given, over the defaults.
+        processes: the number of processes of the run.
+        given: the names of settings that were given; see `with_advice`.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
     """
     task, rewards = find_task(choices, may_lack_rewards=True)
+    if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
+        task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
+    choices, advice = with_advice(choices, task, given)
     check_choices(choices, task, processes)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
@@ -130,7 +196,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return task, rewards, prompts
+    return TaskOfRun(choices, advice, task, rewards, prompts)
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -337,10 +403,9 @@ def bias_of_context(args: TrainArguments) -> str:
     return ""
 
 
-def first_facts(
-    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
-) -> dict[str, Any]:
+def first_facts(directory: str, of_run: TaskOfRun) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
+    choices, advice, task, rewards, _ = of_run
     names = ", ".join(rewards.names)
     if is_unrewarded(choices.reward):
         kl = (
@@ -365,11 +430,15 @@ def first_facts(
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
+    values = {name: vars(choices)[name] for name in advice}
+    closed = [name for name in advice if getattr(TrainArguments, name, None) is not None]
+    settings = ", ".join(f"{name} {values[name]}" for name in closed)
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
+        **({"settings": f"{settings} ({RECOMMENDED})"} if settings else {}),
         "order": f"{stage}{order}",
         "seed": choices.seed,
         "run": directory,
