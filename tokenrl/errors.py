@@ -79,23 +79,13 @@ class Finished(TokenrlError):
     exit_code = 2
 
 
-class Ending:
-    """A context in which `Finished` only ends the context, so that what comes after it is done.
-
-    Attributes:
-        finished: the first one that was raised in it; None without one.
-    """
-
-    finished: Finished | None = None
-
-    def __enter__(self) -> Ending:
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> bool:
-        if not isinstance(error, Finished):
-            return False
-        self.finished = self.finished or error
-        return True
+@contextmanager
+def ending(words: list[str]) -> Iterator[None]:
+    """Let `Finished` end only this context, so that what comes after it is done; its words join a list."""
+    try:
+        yield
+    except Finished as end:
+        words.append(str(end))
 
 
 class Interrupted(TokenrlError):

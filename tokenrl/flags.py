@@ -57,7 +57,7 @@ class Command(NamedTuple):
 
 
 def parse(name: str, command: Command, argv: list[str]) -> Any:
-    """Return the arguments of a command, as an object; see `options_of`."""
+    """Return the arguments of a command as an object; see `options_of`."""
     return arguments(command.arguments, options_of(name, command, argv))
 
 

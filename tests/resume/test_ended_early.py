@@ -69,14 +69,14 @@ def in_one(completions, trainer_state, **_):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["rloo", "dapo", "remax"])
+@pytest.mark.parametrize("estimator", ["dapo", "remax"])
 def test_processes_end_together_where_one_has_enough(nursery, estimator):
-    """Also where they exchange which groups are replaced, and where greedy completions are rewarded too."""
+    """Also where they exchange which groups are replaced, or reward greedy completions too."""
     (nursery.folder / "finishes.py").write_text(FINISHES)
     argv = TRAIN.replace("rewards.py:sorted_digits", "finishes.py:in_one").split()
-    argv += ["--estimator", estimator, "--output-dir", f"finished_{estimator}"]
-    ended = nursery.run_all(argv, processes=2)
+    ended = nursery.run_all(
+        [*argv, "--estimator", estimator, "--output-dir", estimator], processes=2
+    )
     assert [process["code"] for process in ended] == [0, 0], nursery.log.read_text()[-2000:]
-    summary = read_json(nursery.folder / f"finished_{estimator}" / "summary.json")
-    reasons = summary["exit_reason"], summary["reason"], summary["steps"]
-    assert reasons == ("finished", "the second one has enough", 2)
+    summary = read_json(nursery.folder / estimator / "summary.json")
+    assert (summary["reason"], summary["steps"]) == ("the second one has enough", 2)

@@ -12,7 +12,13 @@ from refusals import refused
 
 from runs.pages import EVIL, Page
 from tokenrl.runs.files import write_json
-from tokenrl.runs.metrics import amend_row, append_rows, of_evaluation, write_completions
+from tokenrl.runs.metrics import (
+    append_rows,
+    of_evaluation,
+    read_metrics,
+    replace_last_row,
+    write_completions,
+)
 from tokenrl.runs.origin import versions
 from tokenrl.runs.report import report_from_directory
 
@@ -37,7 +43,7 @@ def run(tmp_path):
         row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
         write_completions(run / "completions", step, [row | {"cut": True}] * 20)
     after = {"reward": 0.87654, "reward_stderr": 0.0123, "pass@4": 0.5, "reward_greedy": 1, EVIL: 2}
-    amend_row(run, of_evaluation(after))
+    replace_last_row(run, read_metrics(run / "metrics.jsonl")[-1] | of_evaluation(after))
     ended = {"exit_reason": "completed", "steps": 4, "wall_seconds": 61, "tokens_per_second": 99.0}
     both = {"eval_before": {"reward": 0.125}, "eval_after": after}
     write_json(run / "summary.json", {**ended, **both, "verdict": EVIL})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe, read_file, refusing, suggest
-from tokenrl.runs.files import appending, flat, plain, replacing, writing
+from tokenrl.runs.files import appending, flat, plain, replacing, write_text, writing
 from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.settings import Settings
 
@@ -40,28 +40,24 @@ def append_rows(run: Path, step: int, metrics: Row, timings: Row | None = None) 
         Stopped: the disk is full, or the directory is gone.
     """
     for name, row in zip(LOGS, (metrics, timings), strict=True):
-        line = b"" if row is None else _line(step, row)
+        text = ""
+        if row is not None:
+            ordered = {"step": step, **dict(sorted(row.items()))}
+            text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
         with writing(run / name), appending(run / name) as file:
-            file.write(line)
+            file.write(text.encode())
 
 
-def amend_row(run: Path, metrics: Row) -> None:
-    """Add metrics to the last line of metrics.jsonl, as of the evaluation of a run that has ended.
+def replace_last_row(run: Path, row: Row) -> None:
+    """Write a row, its `step` included, in place of the last line of metrics.jsonl.
 
     Raises:
-        Stopped: the file could not be written; the old one is untouched.
+        Stopped: the file could not be written.
     """
     path = run / LOGS[0]
-    *before, last = path.read_bytes().splitlines(keepends=True)
-    row = json.loads(last)
-    line = _line(row.pop("step"), row | metrics)
-    with replacing(path) as file:
-        file.writelines([*before, line])
-
-
-def _line(step: int, row: Row) -> bytes:
-    ordered = {"step": step, **dict(sorted(row.items()))}
-    return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    earlier = path.read_text("utf-8").rstrip("\n").rpartition("\n")
+    write_text(path, "".join(earlier[:2]))
+    append_rows(run, row["step"], row)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

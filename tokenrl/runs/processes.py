@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Finished, Refused
+from tokenrl.errors import Finished, Refused, ending
 
 T = TypeVar("T")
 Whole = TypeVar("Whole", Tensor, list[Any])
@@ -105,22 +106,22 @@ def gather_objects(objects: list[Any]) -> list[Any]:
     return list(gather_object(objects))
 
 
-def agreed(act: Callable[[], T]) -> T:
-    """Return what `act` returns, unless code of the user's ends the run in it by `Finished`, in any process.
+def agreed(act: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function in which code of the user's may end the run: `Finished` is raised in all processes then.
 
-    Every process has to call this, and none may wait for another one in `act`.
-
-    Raises:
-        Finished: in all processes, with the words of the first that raised it.
+    Every process has to call the function, and none may wait for another one in it.
     """
-    words = []
-    try:
-        result = act()
-    except Finished as end:
-        words = [str(end)]
-    if everywhere := gather_objects(words):
-        raise Finished(everywhere[0])
-    return result
+
+    @wraps(act)
+    def together(*args: Any, **options: Any) -> T:
+        words: list[str] = []
+        with ending(words):
+            result = act(*args, **options)
+        if everywhere := gather_objects(words):
+            raise Finished(everywhere[0])
+        return result
+
+    return together
 
 
 def all_reduce_max(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:

@@ -12,21 +12,21 @@ def policy_steps(args: Any, step: int) -> int:
     """Return in how many of the first steps of a training its policy may move; 0 while a critic learns alone.
 
     Args:
-        args: the settings; with an estimator that has a critic, `value_warmup` counts.
+        args: the settings, which may have a `value_warmup`.
         step: the number of steps.
     """
-    estimator = getattr(args, "estimator", None)
-    has_critic = estimator is not None and "values" in estimator.needs
-    return max(0, step - args.value_warmup) if has_critic else step
+    return max(0, step - getattr(args, "value_warmup", 0))
 
 
 def check_warmup(args: Any) -> None:
-    """Refuse a training in whose steps the critic alone would learn."""
-    if args.max_steps and not policy_steps(args, args.max_steps):
-        raise Refused(
-            f"value_warmup={args.value_warmup} is not less than max_steps={args.max_steps}, so the critic alone "
-            "would learn, and the policy never: raise max_steps (--max-steps), or lower value_warmup."
-        )
+    """Refuse a critic that learns first where there is none, or where the policy would never learn."""
+    fault = ""
+    if args.value_warmup and "values" not in args.estimator.needs:
+        fault = "lets the critic alone learn: choose an estimator with a critic, such as a2c"
+    elif args.max_steps and not policy_steps(args, args.max_steps):
+        fault = f"is not less than max_steps={args.max_steps}, so the policy would never learn: raise max_steps"
+    if fault:
+        raise Refused(f"value_warmup={args.value_warmup} {fault}.")
 
 
 def share_of_rate(

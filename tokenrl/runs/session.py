@@ -12,13 +12,10 @@ Each training writes its own loop and asks the session what is due::
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics)
-        if session.owes_evaluation:                     # only because the run ends here
-            session.evaluated(evaluate())
         session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and after the last one; a step that fails saves nothing. An evaluation
-that is made only because the run ends comes after the last checkpoint, which so holds what a run that goes on
-would have there. What a user can mend is `Refused` before `steps`. Later it is `Stopped`, and names a checkpoint.
+Checkpoints are saved between two steps and at the end, before an evaluation that is made only as the run ends; a
+step that fails saves nothing. What a user can mend is `Refused` before `steps`, and `Stopped` later.
 """
 
 from __future__ import annotations
@@ -39,13 +36,12 @@ from tokenrl.runs.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.metric_table import Row
 from tokenrl.runs.metrics import (
     LOGS,
-    TrackerArguments,
     Trackers,
-    amend_row,
     append_rows,
     of_evaluation,
     peak_memory,
     read_metrics,
+    replace_last_row,
 )
 from tokenrl.runs.origin import code_of, module_hashes, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
@@ -54,13 +50,10 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
 _STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds", "ended", "reason")
 """The fields of a `Session` that a continuation goes on from, besides the seconds."""
-_BY_USER = ("callback", "finished")
-"""The reasons of a user's code to end a run, which goes on where it is resumed."""
 
 
 class Session:
@@ -78,11 +71,12 @@ class Session:
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended, reason: warnings about the outcome; why the run ends early (see `BY_ITSELF`), and in words.
-        signal: the number of the signal that ends the run, as all processes have agreed; 0 without one.
-        exit_code: the code of the outcome; 2 for a check that found a problem.
+        signal, exit_code: number of the signal that ends all processes of the run, or 0; the code of the outcome.
     """
 
-    exit_code = 0
+    signal = exit_code = 0
+    reason = ""
+    step_seconds = training_seconds = _wall_seconds = 0.0  # the last where a run had ended
     saver: Saver
     command: str
     provenance: Provenance
@@ -107,8 +101,7 @@ class Session:
         self._owner = os.getpid()
         self.console = Console(quiet=quiet, every=every)
         self.stop = GracefulStop(quiet=quiet)
-        recorded = getattr(args, "logging_steps", 1)
-        self._trackers = Trackers(part_of(args, TrackerArguments), recorded, self.console.warn)
+        self._trackers = Trackers(args, getattr(args, "logging_steps", 1), self.console.warn)
         claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
         self._lock, self._skipped, *numbers = claimed
         number, step = all_reduce_max(accelerator, numbers)
@@ -119,16 +112,12 @@ class Session:
         self._has_begun = self._writes = False  # whether `steps` was called; and steps are recorded
         self._atexit = contextlib.ExitStack()
         self.ended: str | None = None
-        self.reason = ""
-        self.signal = 0
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
         self._warned: dict[str, str] = {}  # warnings by their topic
         self.eval_before, self.evaluation = dict[str, float](), dict[str, float]()
-        self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
-        self._wall_seconds = 0.0  # those of a run that had ended already
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -203,13 +192,13 @@ class Session:
         self.saver.restore(self._checkpoint)
         self.step = self._recorded = step_of(self._checkpoint)
         self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
-        if self.ended in _BY_USER and self.step < self.args.max_steps:
+        goes_on = self.step < self.args.max_steps and self.ended in (None, "callback", "finished")
+        if goes_on:
             self.ended, self.reason = None, ""
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
-        causes = "; ".join(provenance.inexact)
-        if causes and not self._is_over:
+        if goes_on and (causes := "; ".join(provenance.inexact)):
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self) -> Iterator[int]:
@@ -223,30 +212,21 @@ class Session:
         """
         if self.continues:
             self.console.warnings += self._warned.values()
-            if self._is_over:
-                self._wall_seconds = self._seconds_of_summary()
+            if self.ended or self.step >= self.args.max_steps:
+                self._wall_seconds = self.wall_seconds
+                with contextlib.suppress(Refused, KeyError):  # it is missing or damaged
+                    summary = read_config(self.output_dir / "summary.json")
+                    self._wall_seconds = summary["wall_seconds"]
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
         self._has_begun = True
         if self.main:
             self._begin()
-        while not (self._is_over or self._is_stopped()):
+        while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
             self.step += 1
             yield self.step
         self._is_stopped()  # also where the run ends by itself
         self.save()
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether no step is left."""
-        return self.ended is not None or self.step >= self.args.max_steps
-
-    def _seconds_of_summary(self) -> float:
-        """Return the seconds of a run that has ended, from its summary if it has written one."""
-        summary = self.output_dir / "summary.json"
-        with contextlib.suppress(Refused, KeyError):  # of a file that is missing or damaged
-            return float(read_config(summary)["wall_seconds"])
-        return self.wall_seconds
 
     def _begin(self) -> None:
         """Write config.json and step 0, and start the trackers."""
@@ -288,7 +268,7 @@ class Session:
         elif self.step == self._recorded:  # after the last step, whose line is already written
             self.rows[-1] |= of_evaluation(metrics)
             if self.main:
-                amend_row(self.output_dir, of_evaluation(metrics))
+                replace_last_row(self.output_dir, self.rows[-1])
             self._trackers.write(self.step, of_evaluation(metrics))
         best = self.saver.best
         best.judge(self.step, metrics)
@@ -348,7 +328,7 @@ class Session:
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, ""))  # earlier versions saved no reason
         self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,20 +145,26 @@ def test_an_evaluation_that_a_reward_ends_has_spent_nothing(argv):
     assert len(last_state()["rewards"]["scorer"]["seen"]) == 6 + (4 + 6) + 4
 
 
-def count_of_a(completions, **_):
-    return [float(text.count("a")) for text in completions]
+calls: Counter[str] = Counter()
+last_calls: dict[str, int] = {}
+
+
+def called(place):
+    """Count a call of the user's code, and end the run in the last one."""
+    calls[place] += 1
+    if calls[place] == last_calls.get(place):
+        raise Finished(f"{place} has enough")
 
 
 class Counting:
     """A reward that counts its completions."""
 
-    __name__ = "counting"
     count = 0
 
     def __call__(self, completions, **_):
         self.count += len(completions)
-        ended("reward", self.count > 2 * 16)
-        return count_of_a(completions)
+        called("reward")
+        return [float(text.count("a")) for text in completions]
 
     def state_dict(self):
         return {"count": self.count}
@@ -166,135 +173,83 @@ class Counting:
         self.count = state["count"]
 
 
-ending = ""
-"""What ends the run in its third step, at the third call of some things that are called once a step."""
-
-
-def ended(place, in_time=True):
-    if place == ending and in_time:
-        raise Finished(f"the {place} has enough")
-
-
-class Thrice:
-    """Counts calls, and ends the run in the third one."""
-
-    def __init__(self, place):
-        self.place, self.calls = place, 0
-
-    def __call__(self):
-        self.calls += 1
-        ended(self.place, self.calls >= 3)
-
-
 class Memory(RunningMean):
-    def __init__(self):
-        super().__init__(0.9)
-        self.updated = Thrice("memory")
-
     def update(self, keys, rewards):
         super().update(rewards)
-        self.updated()
+        called("memory")
 
 
 class Engine(TransformersGenerator):
-    def __init__(self, policy, rows_at_once):
-        super().__init__(policy, rows_at_once)
-        self.steps, self.synced = Thrice("engine"), Thrice("weights of the engine")
-
-    def generate(self, prompt_ids, sampling, draws):
-        self.steps()
-        return super().generate(prompt_ids, sampling, draws)
+    def generate(self, *of):
+        called("engine")
+        return super().generate(*of)
 
     def sync(self, policy):
         super().sync(policy)
-        self.synced()
+        called("engine's weights")
 
 
 class Game:
-    """An episode of one turn; those of a step are reset together."""
-
     def reset(self, seed=None):
-        ended("environment", Game.resets >= 2 * 16)
-        Game.resets += 1
+        called("environment")
         return "ab>", {}
 
     async def step(self, text):
-        ended("step of the environment", Game.resets > 2 * 16)
+        called("turn")
         return "", float(text.count("a")), True, False, {}
 
 
-class Weights:
-    """Equal weights; they are computed before the first step and after each."""
-
-    __name__ = "weights"
-
-    def __init__(self):
-        self.computed = Thrice("weights")
-
-    def __call__(self, completions, means, variances):
-        self.computed()
-        return means * 0 + 1
+def weighted(completions, means, variances):
+    called("weights")
+    return means * 0 + 1
 
 
-class Context:
-    """What a teacher reads, by a call for each row."""
-
-    __name__ = "context"
-    calls = 0
-
-    def __call__(self, prompt):
-        ended("context", self.calls >= 2 * 16)
-        self.calls += 1
-        return f"a{prompt}"
+def context(prompt):
+    called("context")
+    return prompt
 
 
-def run_of(folder, place, **options):
-    """A run of at most five steps that code of some kind ends; engine, weights and callback may."""
-    global ending
-    ending = place
-    Game.resets = 0
-    options = {"estimator": Estimator(baseline=Memory), "prompt_weights": Weights()} | options
-    options = {"generator": Engine, "max_steps": 5, "save_every": 1} | options
-    return letters_trained(folder, letter_task(Counting()), keep_checkpoints=9, **options)
-
-
-IN_EPISODES = {"environment": Game, "prompt_weights": "uniform", "generator": "transformers"}
 OF_TEACHER = {"estimator": Estimator(beta=0.5, kl_placement="loss"), "teacher": "self"}
-OF_TEACHER |= {"teacher_context": Context(), "prompt_weights": "uniform"}
 PLACES = {
-    "reward": (2, {}),
-    "engine": (2, {}),
-    "environment": (2, IN_EPISODES),
-    "step of the environment": (2, IN_EPISODES),
-    "context": (2, OF_TEACHER),
-    "weights of the engine": (2, {}),  # it is called before the first step too
-    "memory": (3, {}),
-    "weights": (1, {}),  # at its start a run tries its states
+    "reward": (3, 2, {}),
+    "engine": (3, 2, {"generator": Engine}),
+    "environment": (33, 2, {"environment": Game}),
+    "turn": (18, 2, {"environment": Game}),
+    "context": (33, 2, OF_TEACHER | {"teacher_context": context}),
+    "engine's weights": (3, 2, {"generator": Engine}),  # the first call is before the first step
+    "memory": (3, 3, {"estimator": Estimator(baseline=Memory)}),
+    "weights": (5, 3, {"prompt_weights": weighted}),
 }
-"""By what ends the run: the steps that are made, and its settings."""
+"""By what ends the run: its last call, the steps that are made then, and the settings. A step has 16 episodes."""
+PARTS = ("learner", "memory", "stream", "rewards", "run", "best")
+
+
+def run_of(folder, shape):
+    """A run, and a function that returns the parts of the state that it saved after a step."""
+    calls.clear()
+    shape = {"save_every": 1, "keep_checkpoints": 9, "max_steps": 5} | shape
+    run = letters_trained(folder, letter_task(Counting()), **shape)
+
+    def state(step):
+        saved = state_of(folder / "checkpoints" / f"step_{step:06d}")
+        return [saved.get(name) for name in PARTS]
+
+    return run, state
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_ends_a_run_in_a_step_leaves_the_step_out_or_lets_it_be_completed(tmp_path, place):
-    """Weights and states are those of a run that goes on; a memory has been updated once the policy has moved."""
-    steps, options = PLACES[place]
-    run = run_of(tmp_path / "run", place, **options)
-    assert (run.exit_reason, run.reason) == ("finished", f"the {place} has enough")
-    assert (run.exit_code, run.steps, run.metrics[-1]["step"]) == (0, steps, steps)
-    OF_TEACHER["teacher_context"].calls = 0
-    run_of(tmp_path / "whole", "", **options)
-    whole = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    lost = {"prompts/effective", "baseline"} - run.metrics[-1].keys()  # what they would have been
-    assert run.metrics[:-1] == whole[:steps]
-    assert run.metrics[-1] == {name: x for name, x in whole[steps].items() if name not in lost}
-    names = ("learner", "memory", "stream", "rewards", "run")
-    name = f"checkpoints/step_{steps:06d}"
-    now, then = (state_of(tmp_path / folder / name) for folder in ("run", "whole"))
-    assert [now.get(name) for name in names] == [then.get(name) for name in names]
-
-
-def stop_at_three(step, metrics):
-    return step == 3
+def test_what_ends_a_run_in_a_step_leaves_it_out_or_lets_it_be_completed(
+    tmp_path, monkeypatch, place
+):
+    """It is left out unless the policy has moved. States are those of a run that goes on."""
+    number, steps, options = PLACES[place]
+    whole, undisturbed = run_of(tmp_path / "whole", options)
+    monkeypatch.setitem(last_calls, place, number)
+    run, state = run_of(tmp_path / "run", options)
+    assert (run.exit_reason, run.reason) == ("finished", f"{place} has enough")
+    assert (run.exit_code, run.steps, len(run.metrics)) == (0, steps, steps + 1)
+    assert run.metrics[-1].items() <= whole.metrics[steps].items()
+    assert run.metrics[:-1] == whole.metrics[:steps] and state(steps) == undisturbed(steps)
 
 
 def finish_at_three(step, metrics):
@@ -302,28 +257,13 @@ def finish_at_three(step, metrics):
         raise Finished("three")
 
 
-@pytest.mark.parametrize(
-    ("reason", "options"),
-    [
-        ("callback", {"callback": stop_at_three}),
-        ("finished", {"callback": finish_at_three}),
-        ("finished", {"max_steps": 3}),
-    ],
-)
-def test_a_state_at_the_end_of_a_run_is_that_of_a_run_that_goes_on(tmp_path, reason, options):
+ENDS = [{"callback": lambda step, _: step == 3}, {"callback": finish_at_three}, {"max_steps": 3}]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_state_at_the_end_of_a_run_is_that_of_a_run_that_goes_on(tmp_path, end):
     """The evaluation that is made because the run ends spends what the reward counts after that."""
-
-    def run(name, **options):
-        shape = {"max_steps": 5, "eval_every": 2, "keep_checkpoints": 9, "save_every": 1}
-        task = letter_task(Counting())
-        result = letters_trained(tmp_path / name, task, **shape | options)
-        return result, state_of(tmp_path / name / "checkpoints" / "step_000003")
-
-    result, state = run("ended", **options)
-    _, undisturbed = run("whole")
-    assert (result.exit_reason, result.steps) == (reason, 3) and result.eval_after
-    for name in ("rewards", "stream", "learner", "run", "best"):
-        assert state.get(name) == undisturbed.get(name), name
-    run("ended", resume="auto")
-    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("ended", "whole")]
-    assert logs[0] == logs[1]
+    whole, undisturbed = run_of(tmp_path / "whole", {"eval_every": 2})
+    run, state = run_of(tmp_path / "run", {"eval_every": 2} | end)
+    assert (run.steps, bool(run.eval_after)) == (3, True) and state(3) == undisturbed(3)
+    assert run_of(tmp_path / "run", {"eval_every": 2, "resume": "auto"})[0].metrics == whole.metrics

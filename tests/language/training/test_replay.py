@@ -25,7 +25,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.memories import RunningMean
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.replay import Replay, best_rows
-from tokenrl.runs.reader import read_run
+from tokenrl.runs.metrics import read_completions
 
 
 def started(estimator="rloo", **options):
@@ -84,80 +84,55 @@ def test_replayed_rows_count_with_the_weights_of_the_policy_that_drew_them(impor
 def test_the_best_distinct_texts_are_kept_with_their_latest_log_probabilities():
     rewards = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.0, 1.0, 3.0])
     assert best_rows(rewards, "abcbdae") == [3, 2, 6, 5, 4]
+    assert best_rows(torch.tensor([10.0, 0.0, 5.0]), "AAB") == [0, 2]  # the largest of its rewards
 
 
-def test_a_text_has_the_largest_of_its_rewards_and_its_place_by_that():
-    assert best_rows(torch.tensor([10.0, 0.0, 5.0]), "AAB") == [0, 2]
-    assert best_rows(torch.tensor([2.0, 1.0, 3.0, 3.0]), "abab") == [2, 3]
-
-
-def test_a_molecule_that_is_written_again_and_earns_nothing_then_stays(steps):
-    """As where repeated completions earn 0: what is replayed in the third step are texts that earned something."""
+@pytest.mark.parametrize(
+    "estimator", ["rloo", "reinforce"]
+)  # the second compares no rows of a group
+def test_completions_that_earn_something_the_first_time_alone_stay_and_are_a_signal(
+    tmp_path, estimator
+):
+    """As where repeated molecules earn 0: a text keeps its largest reward, with which later ones are compared."""
     seen = set()
 
-    def first_time(completion_ids, **_):
-        texts = [*map(tuple, completion_ids)]
-        earned = [2.0 + len(text) if text not in seen else 0.0 for text in texts]
-        seen.update(texts)
-        return earned
+    def first_time(completions, **_):
+        new = [text not in seen for text in completions]
+        seen.update(completions)
+        return [float(is_new and len(seen) < 9) for is_new in new]
 
-    learner = started(replay=2, replay_memory=2)
-    places = [0, 0, 0, 0]
-    for step in (1, 1, 2):  # the second step writes the completions of the first one again
-        one_step(learner, reward=first_time, step=step, places=places)
-    assert not steps[1].rewards[~steps[1].replayed].any()
-    replayed = steps[2].rewards[steps[2].replayed]
-    assert len(replayed) == 8 and (replayed > 2).all()
-
-
-def test_rewards_that_differ_from_replayed_ones_are_a_signal(tmp_path):
-    """A run whose new completions all earn the same still learns from those of its first step."""
-
-    def at_first(completions, trainer_state, **_):
-        is_first = trainer_state.global_step == 0
-        return [(1 + number) * is_first for number in range(len(completions))]
-
-    shape = {"max_steps": 6, "stop_after_zero_spread": 2, "prompts_per_step": 1, "replay_memory": 2}
-    task = letter_task(at_first, ["ab>"] * 2, eval_prompts=[{"prompt": "ab>"}])
-    for estimator in ("rloo", "reinforce"):  # which compares no rows of a group
-        run = letters_trained(tmp_path / estimator, task, replay=2, estimator=estimator, **shape)
-        assert run.steps == 6 and not any(row["reward_std"] for row in run.metrics[2:])
-        assert run.metrics[-1]["frac_reward_zero_std"] == 0
-    with stopped("there is nothing to learn from"):
-        letters_trained(tmp_path / "none", task, **shape, eval_generations=4)
+    shape = {
+        "max_steps": 6,
+        "stop_after_zero_spread": 2,
+        "prompts_per_step": 1,
+        "eval_generations": 0,
+    }
+    shape |= {"replay": 2, "replay_memory": 2, "log_completions": 1, "estimator": estimator}
+    task = letter_task(first_time, ["ab>"] * 2, eval_prompts=[{"prompt": "ab>"}])
+    run = letters_trained(tmp_path, task, **shape)
+    assert run.steps == 6 and not any(row["reward"] for row in run.metrics[4:])
+    assert run.metrics[-1]["frac_reward_zero_std"] == 0
+    for step in (1, 6):  # a row that stands where nothing was kept yet is in no table
+        path = run.output_dir / "completions" / f"step_{step:06d}.parquet"
+        rows = read_completions(path)
+        replayed = [row["reward"] for row in rows if row["replayed"]]
+        assert (len(rows), replayed) == ((4, []) if step == 1 else (6, [1.0, 1.0]))
+    assert not any(row["replayed"] for row in examples(rows, 4))
 
 
-def test_replayed_rows_count_in_no_effective_sample_size(steps):
+def test_replayed_rows_count_in_no_effective_sample_size_and_in_no_abstention(steps):
     learner = started(replay=2)
     learner.policy.eos_ids = ENDS
     learner.generator = Engine(learner.policy)
     learner.generator.gap = 0.5  # of each token, so that weights follow lengths
     for step in (1, 2):
         metrics = one_step(learner, step=step).metrics
-    rows = steps[1].take((~steps[1].replayed).nonzero().flatten())
-    weights_of_rows = (-0.5 * rows.mask.sum(1)).double().exp()
-    share = weights_of_rows.sum() ** 2 / (weights_of_rows**2).sum() / len(rows)
-    assert metrics["sampling/effective_sample_size"] == pytest.approx(float(share), rel=1e-5)
-    assert share < 0.9
-
-
-def test_a_step_whose_new_completions_have_no_reward_stops_the_run_whatever_is_replayed():
-    learner = started(replay=2)
-    one_step(learner)
+    rows = steps[1]
+    sizes = (-0.5 * rows.mask.sum(1)[~rows.replayed]).double().exp()
+    share = float(sizes.sum() ** 2 / (sizes**2).sum() / len(sizes))
+    assert metrics["sampling/effective_sample_size"] == pytest.approx(share, rel=1e-5) != 1
     with stopped("abstained from every completion of this step"):
-        one_step(learner, step=2, reward=lambda completions, **_: [None] * len(completions))
-
-
-def test_tables_hold_what_is_replayed_once_it_is(tmp_path):
-    """A row that stands where no completion was kept yet is in none; examples for people are new ones."""
-    shape = {"log_completions": 1, "max_steps": 2, "prompts_per_step": 1, "eval_every": 2}
-    task = letter_task(vowel_reward, ["ab>"] * 2)
-    run = read_run(letters_trained(tmp_path, task, replay=2, **shape).output_dir)
-    tables = [[row for row in run.completions(2) if row["step"] == step] for step in (1, 2)]
-    assert [len(table) for table in tables] == [4, 6]
-    assert [row["replayed"] for row in tables[1]] == [False] * 4 + [True] * 2
-    assert None not in [row["reward"] for table in tables for row in table]
-    assert not any(row["replayed"] for row in examples(tables[1], 4))
+        one_step(learner, step=3, reward=lambda completions, **_: [None] * len(completions))
 
 
 def test_a_run_says_that_replay_is_biased(tmp_path, said):

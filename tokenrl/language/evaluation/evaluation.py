@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -111,8 +110,9 @@ class Evaluator:
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
-            collect = partial(self.rows, prompts, rewards, draw, "evaluation")
-            everywhere = collect() if self.accelerator is None else gather_objects(agreed(collect))
+            collect = self.rows if self.accelerator is None else agreed(self.rows)
+            rows = collect(prompts, rewards, draw, "evaluation")
+            everywhere = rows if self.accelerator is None else gather_objects(rows)
             passes.append(sorted(everywhere, key=lambda row: row["place"]))
             failures += [row["failure"] for row in passes[-1] if "failure" in row]
         greedy = passes[0]

@@ -7,11 +7,12 @@ torch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, nearest
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.supervised.arguments import PassArguments
@@ -30,7 +31,11 @@ from tokenrl.settings import (
     Positive,
     Seed,
     Settings,
+    field_types,
 )
+
+if TYPE_CHECKING:
+    from tokenrl.language.tasks.task import PromptTask
 
 OWN = "self"  # the name of the teacher that is the policy itself
 
@@ -296,3 +301,44 @@ class TrainArguments(
     def completions(self) -> int:
         """The completions of a step, greedy ones left out."""
         return self.prompts_per_step * self.num_generations
+
+
+EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]
+EARLY |= {"output_dir", "resume", "overwrite", "check", "quiet", "logging_steps"}
+EARLY |= {"trust_run", "trust_remote_code"}
+"""Settings that no task recommends: a run uses them before it has read the task, or they are for users alone."""
+
+
+def with_advice(
+    choices: TrainArguments, task: PromptTask, keywords: Collection[str] = ()
+) -> TrainArguments:
+    """Return settings with what a task recommends in place of those that were not given.
+
+    What a task recommends for a model that it makes itself holds for that one only, which is known once the model
+    is loaded: then it lies below what was given (see `settle`).
+
+    Args:
+        choices: what was given, over the defaults.
+        task: the task.
+        keywords: the names of settings that were given, perhaps as their defaults; others that differ were, too.
+
+    Raises:
+        Refused: the task recommends something that is no setting, or that it cannot recommend, or such a value.
+    """
+    usual = vars(TrainArguments())
+    allowed = [
+        name for name, x in usual.items() if name not in EARLY and not (task.base and x is not None)
+    ]
+    if barred := sorted(task.train.keys() - allowed):
+        near = nearest(barred[0], allowed)
+        raise Refused(
+            f"The task {task.name!r} recommends by `train` what it cannot: {', '.join(barred)}.{near}"
+        )
+    own = {
+        name: x
+        for name, x in task.train.items()
+        if name not in keywords and vars(choices)[name] == usual[name]
+    }
+    if choices.optimizer == "sgd":
+        own.pop("learning_rate", None)  # it is one of AdamW
+    return choices if task.base else replace(choices, **own)

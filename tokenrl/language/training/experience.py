@@ -25,7 +25,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
 from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, lengths, to_host
 from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import all_reduce_sum, gather_objects, gather_rows
+from tokenrl.runs.processes import agreed, all_reduce_sum, gather_objects, gather_rows
 
 if TYPE_CHECKING:
     from tokenrl.language.rollout.sampling import Sampling
@@ -67,6 +67,7 @@ class Experience(Rewarded):
         return self.valid & ~self.replayed
 
 
+@agreed
 def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experience:
     """Return what is learnt from rewarded rows: their tensors, and what the estimator compares them with.
 

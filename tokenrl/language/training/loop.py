@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Ending, Finished, Refused, Stopped
+from tokenrl.errors import Finished, Refused, Stopped, ending
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -28,11 +28,7 @@ from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.run import (
-    RunResult,
-    TrainingRun,
-    warnings_of,
-)
+from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
     first_facts,
@@ -46,12 +42,7 @@ from tokenrl.language.training.verdicts import judge_end, judge_start, judge_ste
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
-from tokenrl.runs.resume import (
-    Provenance,
-    check_processes,
-    resume_settings,
-    together,
-)
+from tokenrl.runs.resume import Provenance, check_processes, resume_settings, together
 from tokenrl.runs.schedules import policy_steps, set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -80,8 +71,9 @@ def train(
     Args:
         args: all arguments at once, instead of keywords.
         callback: called after each step, in each process, with the number of the step and its row of
-            metrics.jsonl. If it returns True (in any process) the run ends, with the exit reason `callback`;
-            `resume="auto"` continues it. So it does if it raises `Finished`, with the exit reason `finished`.
+            metrics.jsonl; an evaluation that is made only because the run ends comes later. If it returns True
+            (in any process) the run ends, with the exit reason `callback`; `resume="auto"` continues it. So it
+            does if it raises `Finished`, with the exit reason `finished`.
         **options: the fields of `TrainArguments`.
 
     Returns:
@@ -128,34 +120,25 @@ def train(
                 _record(run, session, record, metrics)
                 if policy_steps(run.args, step) == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                _end_by_user(callback, metrics, session, record.finished)
+                _end_by_user(callback, metrics, session, record.ends)
                 judge_step(run, session)
             return _finish(run, session)
 
 
 def _end_by_user(
-    callback: Callback | None,
-    metrics: dict[str, float],
-    session: Session,
-    finished: Finished | None,
+    callback: Callback | None, metrics: dict[str, float], session: Session, words: list[str]
 ) -> None:
     """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
 
-    Args:
-        callback: the function; None without one.
-        metrics: the row of the step.
-        session: the session.
-        finished: what code of the user's has raised in the step that was completed.
+    The `words` are those with which such code has ended the run in this step; else there are none.
     """
-    ending = Ending()
-    wishes = []
-    with ending, user_code():
-        if callback and callback(session.step, dict(metrics)) is True:
-            wishes.append(("callback", ""))
-    if end := finished or ending.finished:
-        wishes.append(("finished", str(end)))
-    if everywhere := gather_objects(wishes):
-        session.end(*max(everywhere))
+    wish = False
+    with ending(words), user_code():
+        wish = callback is not None and callback(session.step, dict(metrics)) is True
+    if everywhere := gather_objects(words):
+        session.end("finished", everywhere[0])
+    elif any(gather_objects([wish])):
+        session.end("callback")
 
 
 def _warm_start(
@@ -183,21 +166,15 @@ def _warm_start(
 
 
 def _prepare(
-    choices: TrainArguments, session: Session, given: Collection[str]
+    choices: TrainArguments, session: Session, keywords: Collection[str]
 ) -> tuple[TrainingRun, Provenance]:
-    """Load task and policy and settle the settings; return the run with its learner, and what it is made from.
-
-    Args:
-        choices: what was given, over the defaults.
-        session: the session.
-        given: the names of keywords, whose values may be the defaults.
-    """
+    """Load task and policy and settle the settings; return the run with its learner, and what it is made from."""
     console = session.console
     accelerator = session.accelerator
     processes = accelerator.num_processes
-    of_run = together(accelerator, lambda: task_of(choices, processes, given))
-    choices, advice, task, rewards, prompts = of_run
-    facts = first_facts(session.directory, of_run)
+    read_task = partial(task_of, choices, processes, keywords)
+    choices, task, rewards, prompts = together(accelerator, read_task)
+    facts = first_facts(choices, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
@@ -209,8 +186,8 @@ def _prepare(
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
     has_state = bool(rewards.keepers)
-    options = {"has_state": has_state, "processes": processes, "advice": advice}
-    plan = together(accelerator, partial(settle, choices, task, policy, **options))
+    settled = partial(settle, choices, task, policy, has_state=has_state, processes=processes)
+    plan = together(accelerator, settled)
     console.facts("", model_facts(plan, policy, teacher))
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
@@ -298,8 +275,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
-        own = local(learner.accelerator, following)
-        agreed(partial(learner.generator.announce, own))
+        agreed(learner.generator.announce)(local(learner.accelerator, following))
     before = run.stream.state_dict(), run.rewards.state_dict()
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)

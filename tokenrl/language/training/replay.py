@@ -112,18 +112,14 @@ class Replay:
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
 
-    A text has the largest of its rewards, also of noisy ones; of rows with equal rewards the latest counts. Of
-    texts with equal rewards the earlier one comes first.
+    A text has the largest of its rewards, also of noisy ones; of rows with equal rewards the latest counts.
 
     Args:
         rewards: one of each row [N].
         texts: N texts.
     """
-    best = dict[str, int]()
-    for i in rewards.argsort(descending=True, stable=True).tolist():
-        if rewards[i] == rewards[best.setdefault(texts[i], i)]:
-            best[texts[i]] = i
-    return list(best.values())
+    best = {texts[i]: i for i in rewards.argsort(stable=True).tolist()}
+    return sorted(best.values(), key=lambda i: -rewards[i])
 
 
 def _kept(columns: Mapping[str, Any]) -> Rewarded:

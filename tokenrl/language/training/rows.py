@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 Prompts = list[tuple[int, Row]]  # (number in the stream of prompts, row of the task)
 
 
+@agreed
 def collect_rows(
     learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling
 ) -> Rewarded:
@@ -71,7 +71,7 @@ def rows_of_step(
     every function abstained from it.
     """
     prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
-    rows = agreed(partial(collect_rows, learner, rewards, prompts, sampling))
+    rows = collect_rows(learner, rewards, prompts, sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     if learner.replay is not None:
@@ -79,8 +79,7 @@ def rows_of_step(
     if "greedy_rewards" in learner.estimator.needs:
         size = learner.group_size
         prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
-        one_each = replace(sampling, num_generations=0)
-        greedy = agreed(partial(collect_rows, learner, rewards, prompts, one_each))
+        greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
         of_prompts = greedy.rewards.masked_fill(~greedy.valid, math.nan)
         rows = replace(rows, greedy_rewards=of_prompts.repeat_interleave(size))
     return rows
@@ -118,9 +117,10 @@ def refill(
         # Every process draws the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
         prompts = stream.draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
-        collect = partial(collect_rows, learner, rewards, prompts, sampling)
-        new = agreed(collect if prompts else lambda: None)
-        if new is not None:
+        if not prompts:
+            agreed(list)()  # the others may end the run
+        else:
+            new = collect_rows(learner, rewards, prompts, sampling)
             order = torch.arange(len(rows))
             order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
             rows = cat([rows, new]).take(order)
@@ -129,6 +129,7 @@ def refill(
     return replace(rows, logged=(*logged, count))
 
 
+@agreed
 def loss_terms(
     learner: Learner,
     rows: Experience,

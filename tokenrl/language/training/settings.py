@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,16 +25,14 @@ from tokenrl.language.supervised.defaults import (
     with_origins,
 )
 from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
-from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
+from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
-from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.processes import overruled
 from tokenrl.runs.schedules import check_warmup, policy_steps
-from tokenrl.settings import arguments, field_types, lay, part_of
+from tokenrl.settings import arguments, lay, part_of
 
 
 class TrainPlan(NamedTuple):
@@ -59,7 +56,6 @@ def settle(
     *,
     has_state: bool = False,
     processes: int = 1,
-    advice: Iterable[str] = (),
 ) -> TrainPlan:
     """Lay what was given over what the task recommends and over the defaults; refuse sizes that do not fit.
 
@@ -69,7 +65,6 @@ def settle(
         policy: the policy, which needs no weights.
         has_state: whether a reward has a state, so that no evaluation is made unless it is asked for.
         processes: the number of processes of the run.
-        advice: the names of settings that are as the task recommends.
 
     Raises:
         Refused: a size contradicts another, or the estimator refuses a step of this shape.
@@ -82,7 +77,7 @@ def settle(
         )
         layers.append((origin, {"max_completion_length": limit}))
     values, origins = lay(*layers, ("given", vars(choices)))
-    origins |= dict.fromkeys(advice, RECOMMENDED)
+    origins |= {name: RECOMMENDED for name, x in task.train.items() if values.get(name) == x}
     if values["eval_every"] is None:
         values["eval_every"] = 0 if has_state else _evaluation_interval(values, task)
     if values["log_completions"] is None:
@@ -90,46 +85,6 @@ def settle(
     args = arguments(TrainArguments, values)
     _check_sizes(args, processes)
     return TrainPlan(args, origins, usual_rate if args.optimizer == "adamw" else math.nan)
-
-
-EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]
-EARLY |= {"output_dir", "resume", "overwrite", "check", "quiet", "logging_steps"}
-EARLY |= {"trust_run", "trust_remote_code"}
-"""Settings that no task recommends: a run uses them before it has read the task, or they are for users alone."""
-
-
-def with_advice(
-    choices: TrainArguments, task: PromptTask, given: Collection[str] = ()
-) -> tuple[TrainArguments, list[str]]:
-    """Return settings with what a task recommends in place of those that were not given, and the names of these.
-
-    What a task recommends for a model that it makes itself holds for that one only, which is known once the model
-    is loaded: then it lies below what was given (see `settle`).
-
-    Args:
-        choices: what was given, over the defaults.
-        task: the task.
-        given: the names of settings that were given, perhaps as their defaults; others that differ were, too.
-
-    Raises:
-        Refused: the task recommends something that is no setting or is not allowed, or that it cannot recommend.
-    """
-    usual = vars(TrainArguments())
-    start = f"The task {task.name!r} recommends settings by `train` that cannot be used:"
-    try:
-        arguments(TrainArguments, task.train)
-    except Refused as error:
-        raise Refused(f"{start} {error}") from error
-    barred = {
-        name for name in task.train if name in EARLY or (task.base and usual[name] is not None)
-    }
-    if barred:
-        raise Refused(f"{start} {', '.join(sorted(barred))}. Give them to the run.")
-    names = [] if task.base else [*task.train]
-    names = [name for name in names if name not in given and vars(choices)[name] == usual[name]]
-    if choices.optimizer == "sgd" and "optimizer" not in names:
-        names = [name for name in names if name != "learning_rate"]  # it is one of AdamW
-    return replace(choices, **{name: task.train[name] for name in names}), names
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -149,26 +104,10 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 """Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
-class TaskOfRun(NamedTuple):
-    """The task of a run with its rewards, how the teacher's prompts are made, and the settings by which they are.
-
-    These are as the task recommends, where they were not given; `advice` names those.
-    """
-
-    choices: TrainArguments
-    advice: list[str]
-    task: PromptTask
-    rewards: Rewards
-    prompts: TeacherPrompts | None
-
-
-def task_of(choices: TrainArguments, processes: int, given: Collection[str] = ()) -> TaskOfRun:
-    """Return the task of a run.
-
-    Args:
-        choices: what was given, over the defaults.
-        processes: the number of processes of the run.
-        given: the names of settings that were given; see `with_advice`.
+def task_of(
+    choices: TrainArguments, processes: int, keywords: Collection[str] = ()
+) -> tuple[TrainArguments, PromptTask, Rewards, TeacherPrompts | None]:
+    """Return the settings, see `with_advice`, the task, the rewards and how the teacher's prompts are made.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
@@ -176,7 +115,7 @@ def task_of(choices: TrainArguments, processes: int, given: Collection[str] = ()
     task, rewards = find_task(choices, may_lack_rewards=True)
     if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
-    choices, advice = with_advice(choices, task, given)
+    choices = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
@@ -196,7 +135,7 @@ def task_of(choices: TrainArguments, processes: int, given: Collection[str] = ()
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return TaskOfRun(choices, advice, task, rewards, prompts)
+    return choices, task, rewards, prompts
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -352,13 +291,11 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    steps = policy_steps(args, args.max_steps)
-    if args.warmup_steps >= steps:
-        whole = f"max_steps={steps}"
-        if steps < args.max_steps:
-            whole = f"the {steps} steps in which the policy learns"
+    if args.warmup_steps >= policy_steps(args, args.max_steps):
+        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
         yield (
-            f"warmup_steps={args.warmup_steps} is not less than {whole}, so the learning rate stays below its peak."
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
+            "learning rate stays below its peak."
         )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
     needs = {
@@ -367,7 +304,6 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
-        "value_warmup": critic,
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
@@ -403,16 +339,15 @@ def bias_of_context(args: TrainArguments) -> str:
     return ""
 
 
-def first_facts(directory: str, of_run: TaskOfRun) -> dict[str, Any]:
+def first_facts(
+    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
+) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
-    choices, advice, task, rewards, _ = of_run
     names = ", ".join(rewards.names)
     if is_unrewarded(choices.reward):
-        kl = (
-            "the KL"
-            if choices.teacher_context is None
-            else "no KL, as teacher_context is called in steps"
-        )
+        kl = "the KL"
+        if choices.teacher_context is not None:
+            kl = "no KL, as teacher_context is called in steps"
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = choices.estimator
     status = estimator.bias_status
@@ -430,16 +365,14 @@ def first_facts(directory: str, of_run: TaskOfRun) -> dict[str, Any]:
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
-    values = {name: vars(choices)[name] for name in advice}
-    closed = [name for name in advice if getattr(TrainArguments, name, None) is not None]
-    settings = ", ".join(f"{name} {values[name]}" for name in closed)
+    advice = [f"{name} {x}" for name, x in task.train.items() if vars(choices)[name] == x]
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
-        **({"settings": f"{settings} ({RECOMMENDED})"} if settings else {}),
         "order": f"{stage}{order}",
+        **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,
         "run": directory,
     }
@@ -456,15 +389,12 @@ def model_facts(plan: TrainPlan, policy: Policy, teacher: Teacher | None) -> dic
     }
     schedule = args.lr_scheduler_type
     rate = line(learning_rate=f"{args.learning_rate:g}", lr_scheduler_type=schedule)
-    critic = {}
-    if policy_steps(args, args.max_steps) < args.max_steps:
-        critic = {"critic": f"learns alone for {args.value_warmup} steps"}
     return {
         "model": f"{policy.source} ({policy.size:,} parameters{vocabulary_of(policy)}, {args.dtype})",
         **({} if teacher is None else {"teacher": teacher.line}),
         "training": line(" x ", **sizes),
         "completions": line(max_completion_length=f"up to {args.max_completion_length} tokens"),
         "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-        **critic,
+        **({"critic": f"learns alone for {args.value_warmup} steps"} if args.value_warmup else {}),
         **form_line(policy.form, args.model),
     }

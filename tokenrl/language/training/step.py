@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import explained, generator_of
-from tokenrl.errors import Ending, Finished
+from tokenrl.errors import ending
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.tasks.stream import PromptStream
@@ -40,7 +40,7 @@ from tokenrl.language.training.rows import (
     update_weights,
 )
 from tokenrl.language.training.tokens import step_table
-from tokenrl.runs.processes import agreed, local, sum_gradients
+from tokenrl.runs.processes import local, sum_gradients
 from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
@@ -57,15 +57,15 @@ class Record(NamedTuple):
         timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
         failures: what failed in the episode of each of this process's rows; empty without an environment.
         unread: what `unread_tokens` says of this process's rows.
-        finished: what code of the user's raised to end the run, once the policy had moved; else None.
+        ends: the words with which code of the user's ends the run, once the policy had moved; else empty.
     """
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
     timings: dict[str, float]
-    failures: Sequence[str] = ()
-    unread: str = ""
-    finished: Finished | None = None
+    failures: Sequence[str]
+    unread: str
+    ends: list[str]
 
 
 def training_step(
@@ -100,9 +100,9 @@ def training_step(
     collected = time.perf_counter()
 
     failures = rewarded.failures or ()
-    rows = agreed(partial(experience, learner, rewarded, sampling))
+    rows = experience(learner, rewarded, sampling)
     whole = gather(accelerator, rows, failures)  # all N rows, on every process
-    terms = agreed(partial(loss_terms, learner, whole, sampling, memory, rewards, stream))
+    terms = loss_terms(learner, whole, sampling, memory, rewards, stream)
     advantages = local(accelerator, terms.advantages)
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
@@ -130,23 +130,23 @@ def training_step(
         updates.append(update_metrics(learner, sums, float(norm)))
     if learner.average is not None:
         learner.average.update()
-    ending = Ending()  # once the policy has moved, the step is completed
-    with ending:
+    ends: list[str] = []  # once the policy has moved, the step is completed
+    with ending(ends):
         learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
     metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
-    metrics |= update_baselines(learner, memory, rows, whole, terms.returns, ending)
-    with ending:
+    metrics |= update_baselines(learner, memory, rows, whole, terms.returns, ends)
+    with ending(ends):
         metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
     metrics |= learner.adapt_beta(metrics, policy_learns)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
     table = partial(step_table, learner, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
-    return Record(metrics, table, timings, failures, unread, ending.finished)
+    return Record(metrics, table, timings, failures, unread, ends)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
@@ -174,7 +174,7 @@ def update_baselines(
     rows: Experience,
     whole: Experience,
     returns: Tensor,
-    ending: Ending,
+    ends: list[str],
 ) -> dict[str, float]:
     """Update the memory, the replay and the critic with this step's rows, after the policy's update used them.
 
@@ -184,7 +184,7 @@ def update_baselines(
         rows: this process's n rows.
         whole: all N rows of the step.
         returns: the critic's targets [N, T].
-        ending: holds back what a memory raises to end the run.
+        ends: the words with which a memory ends the run join them.
 
     Returns:
         `baseline`, the mean value that this step read from the memory; `value_loss`, the critic's loss before
@@ -195,7 +195,7 @@ def update_baselines(
     if learner.replay is not None:
         learner.replay.keep(learner.policy, whole)
     if learner.estimator.needs_memory:
-        with ending:
+        with ending(ends):
             metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
         assert whole.values is not None  # which a critic has computed
