@@ -212,7 +212,7 @@ class RecordedRun:
         Returns:
             The columns `text` and `special`, True on special tokens. Then, in nats, NaN on tokens that an
             environment wrote: `logprob` under the policy and its `entropy`. `weight` is the weight of the
-            token's score in the gradient, in units of the advantage of a row, before ratios. `reference` or
+            token's score in the gradient of the first update, in units of the advantage of a row. `reference` or
             `teacher` is the log-probability under that model, and `k1` is `logprob` minus it. With several
             updates a step, `ratio` is the probability at its last update over the one at sampling.
 

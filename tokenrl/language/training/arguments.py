@@ -1,7 +1,7 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
-`None` stands for what the task recommends for its own model, or else for the default in the field's text. The
-settings of a run are an object of the same class in which no field is open any more. The module imports no
+`None` stands for what the task recommends for its own model, or else for the default in the field's text. A task
+without a model of its own recommends other settings too, which hold unless they were given. The settings of a run are an object of the same class in which no field is open any more. The module imports no
 torch.
 """
 
@@ -71,8 +71,9 @@ class SamplingArguments(Distribution, group="sampling"):
     place of a prompt is never cut."""
     replay: Natural = 0
     """Completions of earlier steps that join the new ones of each prompt in a step, with the rewards and the
-    log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, and
-    count in baselines and in the loss, but in no metric and no memory of rewards. The importance of the
+    log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, each with
+    its largest reward, and count where rewards are compared and in the loss, but in no other metric and no memory
+    of rewards. The importance of the
     estimator (none, token, sequence) weights them; rewards choose them, so the gradient is biased with each.
     For tasks of one or few prompts."""
     replay_memory: Count = 100
@@ -121,7 +122,7 @@ class OptimiserArguments(PassArguments, group="optimiser"):
     """Updates of the critic per step."""
     value_warmup: Natural = 0
     """Steps at the beginning in which the critic alone learns, from completions of the policy as it starts. They
-    are among max_steps; the learning rate's schedule begins after them."""
+    are among max_steps; the learning rate's schedule, kl_gain and patience begin after them."""
 
     @property
     def updates(self) -> int:

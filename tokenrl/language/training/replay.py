@@ -2,7 +2,7 @@
 
 A replayed completion counts in the baseline and in the loss like a new one, under the log-probabilities with
 which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of
-the new completions alone. Rewards choose what is kept, so the expected gradient is biased with any weights.
+the new completions alone, but where rewards are compared. Rewards choose what is kept, so the expected gradient is biased with any weights.
 """
 
 from __future__ import annotations
