@@ -1,8 +1,8 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
 `None` stands for what the task recommends for its own model, or else for the default in the field's text. A task
-without a model of its own recommends other settings too, which hold unless they were given. The settings of a run are an object of the same class in which no field is open any more. The module imports no
-torch.
+without a model of its own recommends other settings too, which hold unless they were given. The settings of a
+run are an object of the same class in which no field is open any more. The module imports no torch.
 """
 
 from __future__ import annotations
@@ -73,9 +73,8 @@ class SamplingArguments(Distribution, group="sampling"):
     """Completions of earlier steps that join the new ones of each prompt in a step, with the rewards and the
     log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, each with
     its largest reward, and count where rewards are compared and in the loss, but in no other metric and no memory
-    of rewards. The importance of the
-    estimator (none, token, sequence) weights them; rewards choose them, so the gradient is biased with each.
-    For tasks of one or few prompts."""
+    of rewards. The importance of the estimator (none, token, sequence) weights them; rewards choose them, so the
+    gradient is biased with each. For tasks of one or few prompts."""
     replay_memory: Count = 100
     """With replay: the texts that are kept of each prompt, by their rewards."""
     prompt_weights: Annotated[str, OR_FUNCTION] = "uniform"

@@ -1,8 +1,9 @@
 """Keeps the best completions of each prompt, of which some join the rows of every step (experience replay).
 
 A replayed completion counts in the baseline and in the loss like a new one, under the log-probabilities with
-which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of
-the new completions alone, but where rewards are compared. Rewards choose what is kept, so the expected gradient is biased with any weights.
+which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of the
+new completions alone, but where rewards are compared. Rewards choose what is kept, so the expected gradient is
+biased with any weights.
 """
 
 from __future__ import annotations

@@ -70,10 +70,9 @@ def step_table(
     lists = token_lists(learner.policy, rewarded, numbers, chosen)
     for index, columns in zip(chosen, lists, strict=True):
         table[index] |= columns
-    counts = (
-        rewarded.valid | ~rewarded.replayed
-    )  # others stand where no completion was left to be replayed
-    return [row for row, is_counted in zip(table, counts.tolist(), strict=True) if is_counted]
+    # Other rows stand where no completion was left to be replayed.
+    counts = (rewarded.valid | ~rewarded.replayed).tolist()
+    return [row for row, is_counted in zip(table, counts, strict=True) if is_counted]
 
 
 def gradient_weights(learner: Learner, rows: Experience, terms: LossTerms) -> Tensor:
