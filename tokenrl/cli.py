@@ -19,7 +19,7 @@ import tyro
 from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
-from tokenrl.flags import Command, parse
+from tokenrl.flags import Command, options_of
 from tokenrl.lab.compare.arguments import CompareArguments, JudgeArguments
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
@@ -37,7 +37,7 @@ from tokenrl.runs.output import (
     visible,
     without_warnings,
 )
-from tokenrl.settings import Settings
+from tokenrl.settings import Settings, arguments
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,15 @@ def _run(argv: list[str]) -> int:
         raise Refused(
             f"The current working directory cannot be used ({error}): change it."
         ) from error
-    args = parse(name, COMMANDS[name], argv[len(name.split()) :])
-    module, _, function = COMMANDS[name].function.partition(":")
+    command = COMMANDS[name]
+    options = options_of(name, command, argv[len(name.split()) :])
+    args = arguments(command.arguments, options)
+    module, _, function = command.function.partition(":")
     with without_warnings(getattr(args, "quiet", False)):
         try:
-            result = getattr(importlib.import_module(module), function)(args)
+            run = getattr(importlib.import_module(module), function)
+            # A training has what was given as keywords, so that it knows that it was given.
+            result = run(**options) if command.trains else run(args)
         except (SystemExit, RuntimeError, OSError) as error:
             raise explain(error) or error from error
     return result if isinstance(result, int) else getattr(result, "exit_code", 0)

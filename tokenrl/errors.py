@@ -65,16 +65,27 @@ class Lost(Stopped):
 
 
 class Finished(TokenrlError):
-    """Raised by a reward or a callback that ends a training run, such as one whose budget is spent.
+    """Raised by code of the user's that ends a training run, such as a reward whose budget is spent.
 
-    A step that it breaks off is left out. The run saves the state before this step and ends as usual, with
-    exit code 0; `resume="auto"` continues it. Only `train` ends so; elsewhere it is an error (exit code 2).
+    So may a reward, an environment, an engine, a baseline, prompt_weights, teacher_context and a callback. Raised
+    before the policy has moved, it breaks off the step, which is left out; raised later, it lets the step be
+    completed. The run saves the state there and ends as usual in all its processes, with exit code 0;
+    `resume="auto"` continues it. Only `train` ends so; elsewhere it is an error (exit code 2).
 
     Example:
         >>> raise Finished("10,000 molecules scored")
     """
 
     exit_code = 2
+
+
+@contextmanager
+def ending(words: list[str]) -> Iterator[None]:
+    """Let `Finished` end only this context, so that what comes after it is done; its words join a list."""
+    try:
+        yield
+    except Finished as end:
+        words.append(str(end))
 
 
 class Interrupted(TokenrlError):

@@ -58,12 +58,20 @@ class Command(NamedTuple):
 
 
 def parse(name: str, command: Command, argv: list[str]) -> Any:
+    """Return the arguments of a command as an object; see `options_of`."""
+    return arguments(command.arguments, options_of(name, command, argv))
+
+
+def options_of(name: str, command: Command, argv: list[str]) -> dict[str, Any]:
     """Parse the arguments of a command. --config, --agent and --estimator set defaults; flags change them.
 
     Args:
         name: Name of the command.
         command: The command.
         argv: The words after the name.
+
+    Returns:
+        The settings that are given, by name.
 
     Raises:
         Refused: A flag or a value is not allowed.
@@ -108,7 +116,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         start = with_shared(stored | shared)
         hints |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, hints, prog)
-    return arguments(kind, start | options)
+    return start | options
 
 
 def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -182,9 +190,11 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
         raise Refused("--agent and --config both say where the settings start; give one of them.")
     if config is not None:
         anew = not (options.get("resume") or options.get("overwrite"))
-        start |= vars(configured(kind, config, name, anew=anew))
+        stored = read_config(config)
+        settings = vars(configured(kind, config, name, anew=anew))
+        start |= {name: value for name, value in settings.items() if name in stored}
         trusted = options.get("trust_run", False)
-        check_code(start, config, read_config(config), typed, trusted=trusted)
+        check_code(start, config, stored, typed, trusted=trusted)
     if agent is not None:
         start |= agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:

@@ -12,7 +12,13 @@ from refusals import refused
 
 from runs.pages import EVIL, Page
 from tokenrl.runs.files import write_json
-from tokenrl.runs.metrics import append_rows, write_completions
+from tokenrl.runs.metrics import (
+    append_rows,
+    of_evaluation,
+    read_metrics,
+    replace_last_row,
+    write_completions,
+)
 from tokenrl.runs.origin import versions
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import report_from_directory
@@ -38,6 +44,7 @@ def run(tmp_path):
         row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
         write_completions(run / "completions", step, [row | {"cut": True}] * 20)
     after = {"reward": 0.87654, "reward_stderr": 0.0123, "pass@4": 0.5, "reward_greedy": 1, EVIL: 2}
+    replace_last_row(run, read_metrics(run / "metrics.jsonl")[-1] | of_evaluation(after))
     ended = {"exit_reason": "completed", "steps": 4, "wall_seconds": 61, "tokens_per_second": 99.0}
     both = {"eval_before": {"reward": 0.125}, "eval_after": after}
     write_json(run / "summary.json", {**ended, **both, "verdict": EVIL})
@@ -59,7 +66,7 @@ def page_with(path, *rows):
 def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
     page = page_of(run)
     for part in ("completed, 4 steps, 1:01, 99 tokens/s", "reward0.125 ± 0.010 → 0.877 ± 0.012", "pass@4- → 0.5",
-                 "held out 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
+                 "held out 0.877 ± 0.012", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
                  "gradient before clipping training 2", "max_grad_norm scaled down; 1 means all training 1",
                  '"chat": true', "a middle and the last step"):  # fmt: skip
         assert part in " ".join(page.text.split())

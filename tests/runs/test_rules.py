@@ -178,10 +178,13 @@ def test_the_signs_of_a_policy_that_can_hardly_recover(changes, signs):
 
 
 def test_means_leave_out_what_is_no_number_and_count_equal_rewards():
-    rows = [row(1, 0.2), row(2, 0.4) | {"entropy": None, "reward_std": 0.0}]
+    equal = {"reward_std": 0.0, "frac_reward_zero_std": 1.0}
+    rows = [row(1, 0.2), row(2, 0.4) | {"entropy": None} | equal]
     rows += [row(3, 0.3) | {"entropy": "Infinity"}]
     recent = observed_of(rows * 10).recent  # three rows
-    assert recent.reward == pytest.approx(0.3) and recent.equal == pytest.approx(0.2)
+    assert recent.reward == pytest.approx(0.3) and recent.equal == pytest.approx(
+        (0.2 + 1 + 0.2) / 3
+    )
     assert recent.entropy == 1.0 and math.isnan(recent.logp_difference)
     alone = {"estimator": Estimator(baseline="batch_mean")}
     assert observed_of(rows * 10, **alone).recent.equal == pytest.approx(1 / 3)

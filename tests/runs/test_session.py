@@ -26,7 +26,7 @@ from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import LOGS, TrackerArguments, read_metrics
-from tokenrl.runs.reader import Outcome
+from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.user_code import user_code
@@ -136,7 +136,7 @@ def live(
                 metrics |= session.evaluated(score(step))
             session.record(metrics, {"seconds": 1.0})
         if session.owes_evaluation:
-            session.evaluated({"reward": -1.0})
+            session.evaluated(score(session.step))
         ended = Outcome(**session.outcome())
         session.finish(ended, counter.write)
         return ended
@@ -327,7 +327,8 @@ REWARDS = (1, None, 5, None, 9, None, 9, None, 3, None, math.nan, None, 7, None,
 
 
 def falling(step):
-    return {"reward": REWARDS[step], "loss": -REWARDS[step]}
+    reward = 4 if REWARDS[step] is None else REWARDS[step]
+    return {"reward": reward, "loss": -reward}
 
 
 def results_of(run):
@@ -342,15 +343,24 @@ def damaged(run, step):
     (run / "checkpoints" / f"step_{step:06d}" / "weights.safetensors").write_bytes(b"")
 
 
-def test_an_evaluation_made_because_a_run_ended_decides_nothing_once_it_goes_on(tmp_path):
-    def call_back(session):
-        if session.step == 5:
-            session.end("callback")
+def ending(step, reason):
+    """A function of a session that ends it at a step."""
+    return lambda session: session.step == step and session.end(reason)
 
-    usual = {"score": falling, "patience": 3, "max_steps": 14}
-    live(tmp_path, call_back, **usual)
-    again = live(tmp_path, **usual, resume="auto")
+
+@pytest.mark.parametrize(("act", "steps"), [(ending(5, "callback"), 14), (nothing, 5)])
+def test_an_evaluation_made_because_a_run_ended_is_in_its_line_and_gone_once_it_goes_on(
+    tmp_path, act, steps
+):
+    usual = {"score": falling, "patience": 3}
+    live(tmp_path / "run", act, **usual, max_steps=steps)
+    assert len(lines(tmp_path / "run")) == 6
+    assert read_run(tmp_path / "run").series("eval_reward")[0] == [0, 2, 4, 5]
+    live(tmp_path / "whole", **usual, max_steps=14)
+    again = live(tmp_path / "run", **usual, max_steps=14, resume="auto")
     assert (again.exit_reason, again.steps) == ("no-improvement", 10)  # as without a stop
+    logs = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("run", "whole")]
+    assert logs[0] == logs[1]
 
 
 def test_an_earlier_checkpoint_knows_its_own_best(tmp_path):
@@ -456,11 +466,22 @@ def test_a_metric_without_a_direction_needs_one_from_the_user(tmp_path):
         ), metric
 
 
-def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):
-    first = live(tmp_path, max_steps=3)
-    ended = live(tmp_path, at(4, Killed()), max_steps=3, resume="auto")
-    assert ended.wall_seconds >= first.wall_seconds
-    assert (ended.exit_reason, ended.steps) == ("finished", 3)
+@pytest.mark.parametrize(
+    ("act", "steps"), [(nothing, 3), (ending(3, "callback"), 3), (ending(3, "learnt"), 5)]
+)
+def test_a_run_that_has_ended_is_left_as_it_is_where_nothing_is_left_to_do(tmp_path, act, steps):
+    def results():
+        names = ("config.json", "report.html")  # which say how the run was started
+        return {path: x for path, x in bytes_of(tmp_path).items() if path.name not in names}
+
+    live(tmp_path, act, max_steps=steps)
+    before = results()
+    live(tmp_path, at(4, Killed()), max_steps=steps, resume="auto")
+    assert results() == before
+
+
+def test_max_steps_may_grow_for_a_run_that_has_finished(tmp_path):
+    live(tmp_path, max_steps=3)
     live(tmp_path, resume="auto")
     assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert read_json(tmp_path / "config.json")["max_steps"] == 5
@@ -626,3 +647,10 @@ def test_no_run_takes_the_attention_of_cudnn_whatever_user_code_sets_and_the_pro
         assert cuda.cudnn_sdp_enabled() == before
     cuda.enable_cudnn_sdp(True)
     assert seen and not any(seen)
+
+
+def test_rounding_makes_no_evaluation_better():
+    best = Best(Settings(patience=1, keep="best"))
+    for step, reward in enumerate((0.3, 0.1 + 0.2)):
+        best.judge(step, {"reward": reward})
+    assert best.exhausted and best.until() == 0

@@ -42,7 +42,7 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(trackers, tmp_pat
     assert {type(value) for value in config.values()} <= {type(None), bool, int, float, str}
     steps, records = zip(*logged(fake), strict=True)
     assert steps == (0, 1, 2, 3, 3)
-    assert records[0] == {"eval_reward": 0.0} and records[-1] == {"eval_reward": -1.0}
+    assert records[0] == {"eval_reward": 0.0} and records[-1] == {"eval_reward": 30.0}
     assert records[2]["eval_reward"] == 20 and records[2]["seconds"] == 1
     assert records[2]["step_seconds"] > 0 and records[1]["peak_memory_gib"] > 0.01
     assert "kl" not in records[1]  # inf: not a number to plot
@@ -63,7 +63,7 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     assert "tracker other" not in text
     assert read_json(tmp_path / "run" / "summary.json")["exit_reason"] == "finished"
     assert getattr(fake, method).call_count == 1
-    assert second.log.call_count == 6 and second.finish.call_count == 1
+    assert second.log.call_count == 7 and second.finish.call_count == 1
 
 
 @pytest.mark.parametrize(

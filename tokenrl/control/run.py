@@ -17,6 +17,7 @@ from tokenrl.control.update import Agent
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.runs.console import measured
 from tokenrl.runs.findings import Finding, observe
+from tokenrl.runs.metric_table import reaches
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -119,7 +120,7 @@ class AgentRun:
         """Return whether an evaluation reaches the environment's threshold; None if either is missing."""
         if self.spec.solved is None or "reward" not in evaluation:
             return None
-        return evaluation["reward"] >= self.spec.solved
+        return bool(reaches(evaluation["reward"], self.spec.solved))
 
     def result(self, session: Session) -> ControlResult:
         """Return the result of the run."""
@@ -161,7 +162,7 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int) -> str:
         result += (
             "; the threshold is within two standard errors, so more episodes may decide otherwise"
         )
-    return f"solved: {result}" if mean >= spec.solved else f"not solved: {result}"
+    return f"solved: {result}" if reaches(mean, spec.solved) else f"not solved: {result}"
 
 
 def header(run: AgentRun, directory: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import check_horizon, check_sizes
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
+from tokenrl.runs.schedules import check_warmup
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import lay
 
@@ -46,10 +47,11 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
         )
     check_horizon(estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
     check_supported(estimator, args.num_steps)
-    if args.value_warmup and not ("values" in estimator.needs and args.value_network == "separate"):
+    check_warmup(args)
+    if args.value_warmup and args.value_network != "separate":
         raise Refused(
-            f"value_warmup={args.value_warmup} lets the critic alone learn: choose an estimator with a critic, such "
-            "as a2c, and value_network 'separate', as a shared one would change the policy."
+            f"value_warmup={args.value_warmup} lets the critic alone learn, and a shared one would change the "
+            "policy: choose value_network 'separate'."
         )
     if args.num_steps is None:
         check_sizes(estimator, args.num_envs, args.num_envs)

@@ -185,7 +185,9 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
     session.evaluated(evaluation_metrics(run.agent.policy, run.eval_envs, seed=args.seed))
     evaluation_seconds = time.perf_counter() - start
     rollout = _collect(run, 1)
-    norm = learn(copy.deepcopy(run.agent), rollout, 1)["grad_norm"]
+    trial = copy.deepcopy(run.agent)
+    trial.args = replace(args, value_warmup=0)  # so that the policy is updated too
+    norm = learn(trial, rollout, 1)["grad_norm"]
     update_seconds = time.perf_counter() - start - evaluation_seconds
     returns = rollout.rewards.sum(1)  # of episodes, or of pieces of them
     low, high = returns.aminmax()

@@ -20,7 +20,7 @@ from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, unrounded
 from tokenrl.core.statistics import explained
 from tokenrl.errors import Stopped
-from tokenrl.runs.schedules import share_of_rate
+from tokenrl.runs.schedules import policy_steps, share_of_rate
 
 
 @dataclass
@@ -101,7 +101,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     policy = agent.policy
     estimator = scheduled(args, step)
     units, metrics = loss_units(agent, estimator, rollout)
-    of_critic = step <= args.value_warmup  # the critic alone learns
+    of_critic = not policy_steps(args, step)
     count = len(units.mask)
     updates: list[dict[str, float]] = []
     for _ in range(args.num_iterations):

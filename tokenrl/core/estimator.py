@@ -390,7 +390,8 @@ class Estimator(Axes):
         weights = self.token_weights(
             in_gradient.to(policy.dtype), max_length=max_length, valid=in_divisor
         )
-        return LossTerms(policy, weights, in_gradient, in_divisor, returns)
+        factors = weights.new_ones(len(weights))
+        return LossTerms(policy, weights, in_gradient, in_divisor, returns, factors)
 
 
 @cache

@@ -173,13 +173,13 @@ class LossTerms(NamedTuple):
     """The rows that the loss is divided by."""
     returns: Float[Tensor, "N T"]
     """The targets of a critic."""
+    factors: Float[Tensor, " N"]
+    """The factors of the rows' gradients, which the weights do not have."""
 
     def to(self, dtype: torch.dtype) -> LossTerms:
         """Return the terms in the precision of the loss, whatever the rewards have."""
-        narrow = {
-            name: getattr(self, name).to(dtype) for name in ("advantages", "weights", "returns")
-        }
-        return self._replace(**narrow)
+        names = ("advantages", "weights", "returns", "factors")
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
 
 
 def token_weights(

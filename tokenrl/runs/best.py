@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from tokenrl.errors import Refused
 from tokenrl.runs.files import State
-from tokenrl.runs.metric_table import Row, metric_of
+from tokenrl.runs.metric_table import Row, exceeds, metric_of
+from tokenrl.runs.schedules import policy_steps
 from tokenrl.settings import Natural, Settings
 
 DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")
@@ -70,10 +71,6 @@ class Best:
             )
         self.evaluations[step] = float(metrics.get(self.metric, math.nan))
 
-    def forget(self, step: int) -> None:
-        """Remove the evaluation of a step, as if it had not been made."""
-        self.evaluations.pop(step, None)
-
     @property
     def _better(self) -> str:
         """What is better, more or less: as the user says, else as the table of metrics says."""
@@ -84,17 +81,18 @@ class Best:
         """Return the step of the first of the best evaluations up to a step; None if there is none."""
         sign = -1 if self._better == "less" else 1
         signed = {step: sign * value for step, value in self.evaluations.items() if step <= last}
-        steps = [step for step, value in signed.items() if not math.isnan(value)]
-        return max(steps, key=signed.__getitem__, default=None)
+        best = None
+        for step, value in signed.items():
+            if not math.isnan(value) and (best is None or exceeds(value, signed[best])):
+                best = step
+        return best
 
     @property
     def exhausted(self) -> bool:
         """Whether the run ends because its last `patience` evaluations were no better."""
         best = self._best()
-        # A policy that waits for its critic cannot have become better.
-        waits_until = getattr(self._args, "value_warmup", 0)
-        start = max(-1 if best is None else best, waits_until or -1)
-        later = [step for step in self.evaluations if step > start]
+        moved = [step for step in self.evaluations if policy_steps(self._args, step)]
+        later = [step for step in moved if best is None or step > best]
         return 0 < self._args.patience <= len(later)
 
     def until(self, last: float = math.inf) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from tokenrl.runs.metric_table import Row, Rows, finite
+from tokenrl.runs.metric_table import Row, Rows, exceeds, finite
 
 Weight = Literal["watch", "act", "void"]
 
@@ -72,7 +72,7 @@ class Mean(NamedTuple):
 
     def exceeds(self, mean: Mean, errors: float) -> bool:
         """Return whether it is above another mean by more than so many standard errors of their difference."""
-        return self.value - mean.value > errors * math.hypot(self.error, mean.error)
+        return exceeds(self.value, mean.value, errors * math.hypot(self.error, mean.error))
 
 
 @dataclass(frozen=True)
@@ -301,12 +301,14 @@ def _number(row: Row, metric: str) -> float:
 def share_equal(row: Row, needs_groups: bool) -> float:
     """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal.
 
-    It is nan if the step has no such number.
+    Replayed completions are compared too, if there are any. It is nan if the step has no such number.
     """
+    of_groups = _number(row, "frac_reward_zero_std")
     if needs_groups:
-        return _number(row, "frac_reward_zero_std")
+        return of_groups
     spread = _number(row, "reward_std")
-    return spread if math.isnan(spread) else float(spread == 0)
+    is_equal = spread == 0 and not of_groups < 1
+    return spread if math.isnan(spread) else float(is_equal)
 
 
 def evaluations(rows: Rows, metric: str) -> list[Mean]:

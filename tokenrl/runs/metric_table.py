@@ -70,6 +70,20 @@ def is_rounding(error: float, value: float) -> bool:
     return error <= 1e-14 * max(1.0, abs(value))
 
 
+def exceeds(value: float, limit: float, margin: float = 0.0) -> bool:
+    """Return whether a value is above another by more than a margin and the rounding of their difference."""
+    difference = value - limit
+    return difference > margin and not is_rounding(difference, limit)
+
+
+def reaches(value: Any, mark: float) -> Any:
+    """Return whether a mean, or which of the rewards in an array, is at least a mark, but for rounding.
+
+    The sum of .6, .3 and .1 is below 1.
+    """
+    return value >= mark - 1e-6 * abs(mark)
+
+
 def finite(value: Any) -> float:
     """Return a value of a file as a number; nan if it is none, or not finite."""
     number = math.nan

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe, read_file, refusing, suggest
-from tokenrl.runs.files import appending, flat, plain, replacing, writing
+from tokenrl.runs.files import appending, flat, plain, replacing, write_text, writing
 from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.settings import Settings
 
@@ -46,6 +46,18 @@ def append_rows(run: Path, step: int, metrics: Row, timings: Row | None = None) 
             text = json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
         with writing(run / name), appending(run / name) as file:
             file.write(text.encode())
+
+
+def replace_last_row(run: Path, row: Row) -> None:
+    """Write a row, its `step` included, in place of the last line of metrics.jsonl.
+
+    Raises:
+        Stopped: the file could not be written.
+    """
+    path = run / LOGS[0]
+    earlier = path.read_text("utf-8").rstrip("\n").rpartition("\n")
+    write_text(path, "".join(earlier[:2]))
+    append_rows(run, row["step"], row)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -7,14 +7,16 @@ called by every process, in the same order. In a run of a single process they re
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Finished, Refused, ending
 
+T = TypeVar("T")
 Whole = TypeVar("Whole", Tensor, list[Any])
 
 HEEDED = (
@@ -102,6 +104,24 @@ def gather_objects(objects: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
     return list(gather_object(objects))
+
+
+def agreed(act: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function in which code of the user's may end the run: `Finished` is raised in all processes then.
+
+    Every process has to call the function, and none may wait for another one in it.
+    """
+
+    @wraps(act)
+    def together(*args: Any, **options: Any) -> T:
+        words: list[str] = []
+        with ending(words):
+            result = act(*args, **options)
+        if everywhere := gather_objects(words):
+            raise Finished(everywhere[0])
+        return result
+
+    return together
 
 
 def all_reduce_max(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:

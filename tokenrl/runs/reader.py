@@ -159,11 +159,7 @@ class RecordedRun:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations in order: `step`, and the metrics by their names without `eval_`.
-
-        A run that ends early is evaluated after its last step's row was written; then summary.json alone has
-        that evaluation.
-        """
+        """The evaluations in order: `step`, and the metrics by their names without `eval_`."""
         rows = []
         for row in self.metrics:
             metrics = {
@@ -173,10 +169,6 @@ class RecordedRun:
             }
             if metrics:
                 rows.append({"step": row["step"], **metrics})
-        last = self.summary.get("eval_after")
-        steps = self.summary.get("steps")
-        if last and steps is not None and (not rows or rows[-1]["step"] < steps):
-            rows.append({"step": steps, **last})
         return rows
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -220,7 +212,7 @@ class RecordedRun:
         Returns:
             The columns `text` and `special`, True on special tokens. Then, in nats, NaN on tokens that an
             environment wrote: `logprob` under the policy and its `entropy`. `weight` is the weight of the
-            token's score in the gradient, in units of the advantage of a row, before ratios. `reference` or
+            token's score in the gradient of the first update, in units of the advantage of a row. `reference` or
             `teacher` is the log-probability under that model, and `k1` is `logprob` minus it. With several
             updates a step, `ratio` is the probability at its last update over the one at sampling.
 

@@ -12,6 +12,7 @@ from math import hypot, inf, log
 from typing import Any, NamedTuple
 
 from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
+from tokenrl.runs.metric_table import exceeds, reaches
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
@@ -122,7 +123,7 @@ def remedy(run: Observed) -> str:
     reward = run.step.reward if run.groups or run.is_idle else run.gain.before
     if run.num_envs:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
-    if run.is_solved or reward >= run.pass_mark:
+    if run.is_solved or reaches(reward, run.pass_mark):
         return SOLVED_ADVICE
     if is_by_heart(run):
         return BY_HEART
@@ -215,7 +216,7 @@ RULES = (
         lambda run: (
             run.is_idle
             and run.sampled
-            and run.step.reward < run.sampled[0].value - 3 * run.sampled[0].error
+            and exceeds(run.sampled[0].value, run.step.reward, 3 * run.sampled[0].error)
             and "void"
         ),
         IDLE + ", down from {run.sampled[0].value:.3g} before training. " + TOO_FAST,

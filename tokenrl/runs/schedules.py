@@ -1,9 +1,32 @@
-"""The learning rate of each update, from the settings and the number of updates alone. Imports no torch."""
+"""In which steps a policy may move, and at which rate, from the settings and the step alone. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
+
+from tokenrl.errors import Refused
+
+
+def policy_steps(args: Any, step: int) -> int:
+    """Return in how many of the first steps of a training its policy may move; 0 while a critic learns alone.
+
+    Args:
+        args: the settings, which may have a `value_warmup`.
+        step: the number of steps.
+    """
+    return max(0, step - getattr(args, "value_warmup", 0))
+
+
+def check_warmup(args: Any) -> None:
+    """Refuse a critic that learns first where there is none, or where the policy would never learn."""
+    fault = ""
+    if args.value_warmup and "values" not in args.estimator.needs:
+        fault = "lets the critic alone learn: choose an estimator with a critic, such as a2c"
+    elif args.max_steps and not policy_steps(args, args.max_steps):
+        fault = f"is not less than max_steps={args.max_steps}, so the policy would never learn: raise max_steps"
+    if fault:
+        raise Refused(f"value_warmup={args.value_warmup} {fault}.")
 
 
 def share_of_rate(

@@ -14,8 +14,8 @@ Each training writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and at the end; a step that fails saves nothing. What a user can mend
-is `Refused` before `steps`. Later it is `Stopped`, and names a checkpoint.
+Checkpoints are saved between two steps and at the end, before an evaluation that is made only as the run ends; a
+step that fails saves nothing. What a user can mend is `Refused` before `steps`, and `Stopped` later.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import note_code
+from tokenrl.configuration import note_code, read_config
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, copy_of, step_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
 from tokenrl.runs.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.metric_table import Row
 from tokenrl.runs.metrics import (
     LOGS,
-    TrackerArguments,
     Trackers,
     append_rows,
     of_evaluation,
     peak_memory,
     read_metrics,
+    replace_last_row,
 )
 from tokenrl.runs.origin import code_of, module_hashes, origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
@@ -51,11 +51,10 @@ from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 from tokenrl.runs.threads import without_cudnn_attention
-from tokenrl.settings import part_of
 from tokenrl.user_code import leave, own_process
 
-_STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds")
-"""The fields of a `Session` that a continuation goes on from, besides `ended` and the seconds."""
+_STATE = ("eval_before", "evaluation", "_warned", "flags", "training_seconds", "ended", "reason")
+"""The fields of a `Session` that a continuation goes on from, besides the seconds."""
 
 
 class Session:
@@ -73,10 +72,12 @@ class Session:
         eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended, reason: warnings about the outcome; why the run ends early (see `BY_ITSELF`), and in words.
-        exit_code: the code of the outcome; 2 for a check that found a problem.
+        signal, exit_code: number of the signal that ends all processes of the run, or 0; the code of the outcome.
     """
 
-    exit_code = 0
+    signal = exit_code = 0
+    reason = ""
+    step_seconds = training_seconds = _wall_seconds = 0.0  # the last where a run had ended
     saver: Saver
     command: str
     provenance: Provenance
@@ -101,8 +102,7 @@ class Session:
         self._owner = os.getpid()
         self.console = Console(quiet=quiet, every=every)
         self.stop = GracefulStop(quiet=quiet)
-        recorded = getattr(args, "logging_steps", 1)
-        self._trackers = Trackers(part_of(args, TrackerArguments), recorded, self.console.warn)
+        self._trackers = Trackers(args, getattr(args, "logging_steps", 1), self.console.warn)
         claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
         self._lock, self._skipped, *numbers = claimed
         number, step = all_reduce_max(accelerator, numbers)
@@ -113,15 +113,12 @@ class Session:
         self._has_begun = self._writes = False  # whether `steps` was called; and steps are recorded
         self._atexit = contextlib.ExitStack()
         self.ended: str | None = None
-        self.reason = ""
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
         self.flags: list[str] = []
         self._warned: dict[str, str] = {}  # warnings by their topic
         self.eval_before, self.evaluation = dict[str, float](), dict[str, float]()
-        self.step_seconds = self.training_seconds = 0.0
         self._began = time.monotonic()
-        self._wall_seconds = 0.0  # those of a run that had ended already
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -185,8 +182,8 @@ class Session:
             note_code(plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
-        saving = part_of(args, SavingArguments)
-        self.saver = Saver(self._checkpoint.parent, saving, model, held, provenance.write)
+        folder = self._checkpoint.parent
+        self.saver = Saver(folder, args, model, held, provenance.write)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
@@ -198,12 +195,13 @@ class Session:
         self.saver.restore(self._checkpoint)
         self.step = self._recorded = step_of(self._checkpoint)
         self.rows = read_metrics(copy_of("metrics.jsonl", self._checkpoint))
-        if not (self.ended or self.due(self.args.eval_every)):
-            self.saver.best.forget(self.step)  # evaluated only because the run ended there
+        goes_on = self.step < self.args.max_steps and self.ended in (None, "callback", "finished")
+        if goes_on:
+            self.ended, self.reason = None, ""
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {self._checkpoint}")
-        if causes := "; ".join(provenance.inexact):
+        if goes_on and (causes := "; ".join(provenance.inexact)):
             self.console.warn(f"The continuation may not be bit-exact: {causes}.")
 
     def steps(self) -> Iterator[int]:
@@ -219,6 +217,9 @@ class Session:
             self.console.warnings += self._warned.values()
             if self.ended or self.step >= self.args.max_steps:
                 self._wall_seconds = self.wall_seconds
+                with contextlib.suppress(Refused, KeyError):  # it is missing or damaged
+                    summary = read_config(self.output_dir / "summary.json")
+                    self._wall_seconds = summary["wall_seconds"]
             if self.main:
                 cut_back(self.output_dir, self._checkpoint)
         self._has_begun = True
@@ -227,6 +228,8 @@ class Session:
         while self.step < self.args.max_steps and not (self.ended or self._is_stopped()):
             self.step += 1
             yield self.step
+        self._is_stopped()  # also where the run ends by itself
+        self.save()
 
     def _begin(self) -> None:
         """Write config.json and step 0, and start the trackers."""
@@ -247,15 +250,15 @@ class Session:
     def _is_stopped(self) -> bool:
         """Save if it is time. Return whether any process got a signal: all agree, or some would wait."""
         numbers = [self.stop.requested or 0, int(self._writes and self.saver.due(self.step))]
-        signal, save = all_reduce_max(self.accelerator, numbers)
+        self.signal, save = all_reduce_max(self.accelerator, numbers)
         if save:
             self.save()
-        self.stop.requested = signal or self.stop.requested  # or a signal that came in between
-        return bool(signal)
+        self.stop.requested = self.signal or self.stop.requested  # or a signal that came in between
+        return bool(self.signal)
 
     def due(self, every: int) -> bool:
-        """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
+        """Return whether something is due in this step: every `every` steps (0: never)."""
+        return every > 0 and self.step % every == 0
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
@@ -265,10 +268,13 @@ class Session:
             self.eval_before = dict(metrics)
             self.rows = [{"step": 0, **of_evaluation(metrics)}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
+            self.rows[-1] |= of_evaluation(metrics)
+            if self.main:
+                replace_last_row(self.output_dir, self.rows[-1])
             self._trackers.write(self.step, of_evaluation(metrics))
         best = self.saver.best
         best.judge(self.step, metrics)
-        if best.exhausted and self.ended is None and self.step < self.args.max_steps:
+        if best.exhausted and self.ended is None and self.step > self._recorded:
             self.end("no-improvement")
         return of_evaluation(metrics)
 
@@ -289,7 +295,7 @@ class Session:
     @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
-        return not self.evaluation and not self.stop.requested
+        return not self.evaluation and not self.signal
 
     @property
     def wall_seconds(self) -> float:
@@ -319,23 +325,21 @@ class Session:
 
     def state_dict(self) -> State:
         """Return what a continuation must know."""
-        state = {name: getattr(self, name) for name in (*_STATE, "ended", "wall_seconds")}
-        if self.step >= self.args.max_steps or self.ended in ("callback", "finished"):
-            state["ended"] = None  # it may go on
-        return state
+        return {name: getattr(self, name) for name in (*_STATE, "wall_seconds")}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
-        for name in (*_STATE, "ended"):
-            setattr(self, name, state[name])
+        for name in _STATE:
+            setattr(self, name, state.get(name, ""))  # earlier versions saved no reason
         self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of `Outcome`. The exit reason is a signal, `ended`, or `finished`."""
+        code = 128 + self.signal if self.signal else self.exit_code
         return {
             "output_dir": self.output_dir,
-            "exit_reason": SIGNALS.get(self.stop.exit_code, self.ended or "finished"),
-            "exit_code": self.stop.exit_code or self.exit_code,
+            "exit_reason": SIGNALS.get(code, self.ended or "finished"),
+            "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
             "eval_after": self.evaluation,
@@ -346,7 +350,7 @@ class Session:
     def finish(
         self, ended: Outcome, write: Callable[[Path], None], findings: Sequence[object] = ()
     ) -> None:
-        """Save a checkpoint and the model, write summary and report, and print the result.
+        """Write the model, the summary and the report of a run that has ended, and print the result.
 
         Args:
             ended: the result.
@@ -354,10 +358,9 @@ class Session:
             findings: what the rules say of the whole run; printed as warnings after the result.
 
         Raises:
-            Stopped: the weights are not finite, the best ones are lost, or the model could not be written.
+            Stopped: the best weights are lost, or the model could not be written.
         """
         self.exit_code = ended.exit_code
-        self.save()
         self.saver.read_best(self.step)
         if not self.main:
             return

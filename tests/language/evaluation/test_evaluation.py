@@ -67,6 +67,13 @@ def measured(metrics, name):
     return metrics[name], metrics[f"{name}_stderr"]
 
 
+def test_an_answer_is_right_whose_rewards_add_up_to_the_mark_but_for_rounding():
+    rewards = Rewards([lambda completions: [1.0] * len(completions)] * 3, (0.6, 0.3, 0.1))
+    rewards.pass_threshold = 1.0  # their sum is below it
+    metrics = evaluate_policy(tiny(), ROWS, rewards, Sampling(4, 2), k=(1,)).metrics
+    assert metrics["reward"] < 1 == metrics["pass@1"]
+
+
 def test_every_metric_is_that_of_the_completions():
     seen = Recorder()
     metrics = evaluate(seen.right, k=(6, 1, 2, 2))

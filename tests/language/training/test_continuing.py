@@ -38,7 +38,7 @@ KINDS = {
     },
     "critic that learns alone, weighted prompts": {
         "estimator": "vapo",
-        "value_warmup": 3,
+        "value_warmup": 2,
         "prompt_weights": "variance",
     },
     "refills, KL control": {

@@ -6,7 +6,10 @@ import copy
 
 import pytest
 import torch
+from refusals import stopped
 from tiny_models import (
+    ENDS,
+    Engine,
     apart,
     gradient,
     letter_task,
@@ -20,7 +23,9 @@ from tiny_models import (
 
 from tokenrl.core import Estimator
 from tokenrl.core.memories import RunningMean
+from tokenrl.language.training.experience import examples
 from tokenrl.language.training.replay import Replay, best_rows
+from tokenrl.runs.metrics import read_completions
 
 
 def started(estimator="rloo", **options):
@@ -79,7 +84,55 @@ def test_replayed_rows_count_with_the_weights_of_the_policy_that_drew_them(impor
 def test_the_best_distinct_texts_are_kept_with_their_latest_log_probabilities():
     rewards = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.0, 1.0, 3.0])
     assert best_rows(rewards, "abcbdae") == [3, 2, 6, 5, 4]
-    assert best_rows(torch.tensor([2.0, 3.0, 1.0]), "aab") == [0, 2]
+    assert best_rows(torch.tensor([10.0, 0.0, 5.0]), "AAB") == [0, 2]  # the largest of its rewards
+
+
+@pytest.mark.parametrize(
+    "estimator", ["rloo", "reinforce"]
+)  # the second compares no rows of a group
+def test_completions_that_earn_something_the_first_time_alone_stay_and_are_a_signal(
+    tmp_path, estimator
+):
+    """As where repeated molecules earn 0: a text keeps its largest reward, with which later ones are compared."""
+    seen = set()
+
+    def first_time(completions, **_):
+        new = [text not in seen for text in completions]
+        seen.update(completions)
+        return [float(is_new and len(seen) < 9) for is_new in new]
+
+    shape = {
+        "max_steps": 6,
+        "stop_after_zero_spread": 2,
+        "prompts_per_step": 1,
+        "eval_generations": 0,
+    }
+    shape |= {"replay": 2, "replay_memory": 2, "log_completions": 1, "estimator": estimator}
+    task = letter_task(first_time, ["ab>"] * 2, eval_prompts=[{"prompt": "ab>"}])
+    run = letters_trained(tmp_path, task, **shape)
+    assert run.steps == 6 and not any(row["reward"] for row in run.metrics[4:])
+    assert run.metrics[-1]["frac_reward_zero_std"] == 0
+    for step in (1, 6):  # a row that stands where nothing was kept yet is in no table
+        path = run.output_dir / "completions" / f"step_{step:06d}.parquet"
+        rows = read_completions(path)
+        replayed = [row["reward"] for row in rows if row["replayed"]]
+        assert (len(rows), replayed) == ((4, []) if step == 1 else (6, [1.0, 1.0]))
+    assert not any(row["replayed"] for row in examples(rows, 4))
+
+
+def test_replayed_rows_count_in_no_effective_sample_size_and_in_no_abstention(steps):
+    learner = started(replay=2)
+    learner.policy.eos_ids = ENDS
+    learner.generator = Engine(learner.policy)
+    learner.generator.gap = 0.5  # of each token, so that weights follow lengths
+    for step in (1, 2):
+        metrics = one_step(learner, step=step).metrics
+    rows = steps[1]
+    sizes = (-0.5 * rows.mask.sum(1)[~rows.replayed]).double().exp()
+    share = float(sizes.sum() ** 2 / (sizes**2).sum() / len(sizes))
+    assert metrics["sampling/effective_sample_size"] == pytest.approx(share, rel=1e-5) != 1
+    with stopped("abstained from every completion of this step"):
+        one_step(learner, step=3, reward=lambda completions, **_: [None] * len(completions))
 
 
 def test_a_run_says_that_replay_is_biased(tmp_path, said):

@@ -95,6 +95,14 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
         train(tmp_path / "never", nothing, stop_after_zero_spread=5)
 
 
+def test_rounding_is_neither_a_fall_nor_a_success(tmp_path):
+    """The mean of equal rewards of -0.2 is another number of steps than of evaluations."""
+    for value in (-0.2, 0.7):
+        with stopped(rf"nothing to learn from: the mean reward is {value}\. \S"):
+            same = lambda completions, **_: [value] * len(completions)  # noqa: B023, E731
+            train(tmp_path / str(value), same, stop_after_zero_spread=5, prompts_per_step=6)
+
+
 @pytest.mark.parametrize(
     ("fields", "remedy"),
     [

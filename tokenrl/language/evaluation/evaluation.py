@@ -34,7 +34,8 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.language.tasks.rows import Row
 from tokenrl.runs.console import message_text, with_errors
-from tokenrl.runs.processes import gather_objects
+from tokenrl.runs.metric_table import reaches
+from tokenrl.runs.processes import agreed, gather_objects
 from tokenrl.runs.reader import Tabled
 
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
@@ -109,7 +110,8 @@ class Evaluator:
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
-            rows = self.rows(prompts, rewards, draw, "evaluation")
+            collect = self.rows if self.accelerator is None else agreed(self.rows)
+            rows = collect(prompts, rewards, draw, "evaluation")
             everywhere = rows if self.accelerator is None else gather_objects(rows)
             passes.append(sorted(everywhere, key=lambda row: row["place"]))
             failures += [row["failure"] for row in passes[-1] if "failure" in row]
@@ -296,7 +298,9 @@ def _by_prompt(
             if not rewards.binary:
                 each[f"best@{subset}"] = [best_of(total, subset) for total in rewarded]
             if mark is not None:
-                each[f"pass@{subset}"] = [best_of(total >= mark, subset) for total in rewarded]
+                each[f"pass@{subset}"] = [
+                    best_of(reaches(total, mark), subset) for total in rewarded
+                ]
     for name in ("kl", "kl_k3"):
         if name in rows[0]:
             groups = np.array([row[name] for row in rows]).reshape(-1, size)

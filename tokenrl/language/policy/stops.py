@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -156,13 +157,17 @@ def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], **changes: Any) -> li
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text that each of T ids adds to the text of those before it, special tokens by their names.
 
-    Of ids that make a character together, all but the last add nothing.
+    Of ids that make a character together, all but the last add nothing. Texts begin and end between whole
+    characters, as a part of one may spoil whole ones beside it.
     """
-    windows = [ids[max(0, t - MARGIN) : t + 1] for t in range(len(ids))]
-    before = decoded(tokenizer, [window[:-1] for window in windows], skip_special_tokens=False)
-    after = decoded(tokenizer, windows, skip_special_tokens=False)
     added = []
-    for old, new in zip(before, after, strict=True):
-        # The bytes of a character that is not whole are written as a replacement.
-        added.append(new.rstrip("\ufffd")[len(old.rstrip("\ufffd")) :])
+    ends = [0]  # after which ids the text is whole
+    for t in range(len(ids)):
+        start = ends[bisect_right(ends, max(0, t - MARGIN)) - 1]
+        parts = ids[start : ends[-1]], ids[start : t + 1]
+        before, after = decoded(tokenizer, parts, skip_special_tokens=False)
+        is_whole = not after.endswith("\ufffd")  # which is written for the bytes of a part
+        added.append(after[len(before) :] if is_whole else "")
+        if is_whole:
+            ends.append(t + 1)
     return added

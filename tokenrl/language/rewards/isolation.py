@@ -94,6 +94,8 @@ def call_all(
         waiting = [i for i, attempt in enumerate(attempts) if inspect.isawaitable(attempt.output)]
         driven = [_driven(attempts[i].output, calls[i][0]) for i in waiting]
         for i, attempt in zip(waiting, await_all(driven, timeout), strict=True):
+            if isinstance(attempt.error, TokenrlError):
+                raise attempt.error
             attempts[i] = attempt
     return attempts
 

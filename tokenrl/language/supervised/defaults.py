@@ -41,6 +41,7 @@ TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
 """A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
 SFT_ANY = {"max_steps": 200, "batch_size": 64}
 SFT_TOY = {"max_steps": 250, "batch_size": 16}
+RECOMMENDED = "recommended by the task"
 WARM = {"max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
 """By setting of `tokenrl sft`, the field of a toy task's warm start that recommends it."""
 RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
@@ -238,7 +239,7 @@ def layers_below(
     lora = bool(choices.lora_r)
     size = f"{count:,} {'random ' if is_random else ''}parameters{', LoRA' if lora else ''}"
     rate = default_rate(count, lora=lora, supervised=supervised, trained=not is_random)
-    top = ("recommended by the task", recommended)
+    top = (RECOMMENDED, recommended)
     if task.base and not is_own(task, choices.model, policy):
         top = ("default for other models", usual_of_toys)
     return [("default", usual), (size, {"learning_rate": rate}), top]

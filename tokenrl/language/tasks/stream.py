@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
 from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.names import NamedFunction
 from tokenrl.runs.output import quantity
@@ -200,6 +200,8 @@ class WeightedPrompts(PromptStream):
         try:
             with user_code():
                 weights = np.asarray(self._function(completions, means, variances), float)
+        except TokenrlError:
+            raise
         except USER_CODE_FAILED as error:
             raise kind(f"prompt_weights failed: {raised(error)}.") from error
         if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:

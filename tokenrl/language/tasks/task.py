@@ -63,7 +63,8 @@ class PromptTask:
         divided: how the rows to evaluate on were held out of the split to train on, in words; else empty.
         environment: a class or function that makes the environment of an episode, or a dict of them by the
             rows' column `environment`; None if a completion is a single turn.
-        train: settings that the task recommends for a training, by the names of `TrainArguments`.
+        train: settings that the task recommends for a training, by the names of `TrainArguments`. Each holds where
+            a user gives none; if the task has a `base`, for that model, and only settings that may be left open.
         base: the toy task that makes the task's own model, with `build`, `demonstrations`, `warm_start` and
             `fingerprint`; None if there is no such model.
     """

@@ -1,17 +1,18 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
-`None` stands for what the task recommends for its own model, or else for the default in the field's text. The
-settings of a run are an object of the same class in which no field is open any more. The module imports no
-torch.
+`None` stands for what the task recommends for its own model, or else for the default in the field's text. A task
+without a model of its own recommends other settings too, which hold unless they were given. The settings of a
+run are an object of the same class in which no field is open any more. The module imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, nearest
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.supervised.arguments import PassArguments
@@ -31,7 +32,11 @@ from tokenrl.settings import (
     Positive,
     Seed,
     Settings,
+    field_types,
 )
+
+if TYPE_CHECKING:
+    from tokenrl.language.tasks.task import PromptTask
 
 OWN = "self"  # the name of the teacher that is the policy itself
 
@@ -67,11 +72,10 @@ class SamplingArguments(Distribution, group="sampling"):
     place of a prompt is never cut."""
     replay: Natural = 0
     """Completions of earlier steps that join the new ones of each prompt in a step, with the rewards and the
-    log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, and
-    count in baselines and in the loss, but in no metric and no memory of rewards. The importance of the
-    estimator (none, token, sequence) weights them; rewards choose them, and equal texts count once, so the gradient
-    is biased with each.
-    For tasks of one or few prompts."""
+    log-probabilities that they had. They are drawn from the best distinct texts of this prompt so far, each with
+    its largest reward, and count where rewards are compared and in the loss, but in no other metric and no memory
+    of rewards. The importance of the estimator (none, token, sequence) weights them; rewards choose them, and equal
+    texts count once, so the gradient is biased with each. For tasks of one or few prompts."""
     replay_memory: Count = 100
     """With replay: the texts that are kept of each prompt, by their rewards."""
     prompt_weights: Annotated[str, OR_FUNCTION] = "uniform"
@@ -119,7 +123,7 @@ class OptimiserArguments(PassArguments, group="optimiser"):
     """Updates of the critic per step."""
     value_warmup: Natural = 0
     """Steps at the beginning in which the critic alone learns, from completions of the policy as it starts. They
-    are among max_steps; the learning rate's schedule begins after them."""
+    are among max_steps; the learning rate's schedule, kl_gain and patience begin after them."""
 
     @property
     def updates(self) -> int:
@@ -299,3 +303,44 @@ class TrainArguments(
     def completions(self) -> int:
         """The completions of a step, greedy ones left out."""
         return self.prompts_per_step * self.num_generations
+
+
+EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]
+EARLY |= {"output_dir", "resume", "overwrite", "check", "quiet", "logging_steps"}
+EARLY |= {"trust_run", "trust_remote_code"}
+"""Settings that no task recommends: a run uses them before it has read the task, or they are for users alone."""
+
+
+def with_advice(
+    choices: TrainArguments, task: PromptTask, keywords: Collection[str] = ()
+) -> TrainArguments:
+    """Return settings with what a task recommends in place of those that were not given.
+
+    What a task recommends for a model that it makes itself holds for that one only, which is known once the model
+    is loaded: then it lies below what was given (see `settle`).
+
+    Args:
+        choices: what was given, over the defaults.
+        task: the task.
+        keywords: the names of settings that were given, perhaps as their defaults; others that differ were, too.
+
+    Raises:
+        Refused: the task recommends something that is no setting, or that it cannot recommend, or such a value.
+    """
+    usual = vars(TrainArguments())
+    allowed = [
+        name for name, x in usual.items() if name not in EARLY and not (task.base and x is not None)
+    ]
+    if barred := sorted(task.train.keys() - allowed):
+        near = nearest(barred[0], allowed)
+        raise Refused(
+            f"The task {task.name!r} recommends by `train` what it cannot: {', '.join(barred)}.{near}"
+        )
+    own = {
+        name: x
+        for name, x in task.train.items()
+        if name not in keywords and vars(choices)[name] == usual[name]
+    }
+    if choices.optimizer == "sgd":
+        own.pop("learning_rate", None)  # it is one of AdamW
+    return choices if task.base else replace(choices, **own)

@@ -1,7 +1,8 @@
 """Checks a run before it is trained (`--check`): the rules judge the first training step of a copy.
 
-The step has the run's own settings, prompts and random numbers, so that it is the first step of the run. Its
-first prompt is shown as the model reads it, and completions with their rewards.
+The step has the run's own settings, prompts and random numbers, so that it is the first step of the run; but where
+a critic learns first, the policy is updated all the same, as in the steps that follow. Its first prompt is shown as
+the model reads it, and completions with their rewards.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
         session.console.note("making the first step ...")
         run.check_prompts()
         learner, rewards = run.learner, run.training_rewards
+        learner.args = replace(run.args, value_warmup=0)  # so that the policy is updated too
         record = training_step(learner, rewards, run.memory, 1, run.stream)
     except TokenrlError as error:
         text = f"{error} Training would stop at the same error."

@@ -25,7 +25,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
 from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, lengths, to_host
 from tokenrl.runs.files import canonical
-from tokenrl.runs.processes import all_reduce_sum, gather_objects, gather_rows
+from tokenrl.runs.processes import agreed, all_reduce_sum, gather_objects, gather_rows
 
 if TYPE_CHECKING:
     from tokenrl.language.rollout.sampling import Sampling
@@ -67,6 +67,7 @@ class Experience(Rewarded):
         return self.valid & ~self.replayed
 
 
+@agreed
 def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experience:
     """Return what is learnt from rewarded rows: their tensors, and what the estimator compares them with.
 
@@ -127,7 +128,7 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
         host = zip(gathered, to_host(gathered.values()), strict=True)
         columns: dict[str, Any] = {name: x.to(own[name].dtype) for name, x in host}
         rows = Experience(**columns)
-    if not rows.valid.any():
+    if not rows.rewarded.any():
         failed = failures_of(failures)
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
@@ -138,18 +139,22 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
 def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dict[str, float]:
     """Compute the metrics of the step's rows, under TRL's names.
 
-    `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
-    have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
-    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` and `kl_k3` are the means over
-    completions of both estimates of `completion_kl`, with standard errors over prompts. The run adds
-    `num_samples`, the number of completions generated so far, greedy and replaced ones included, and adds up
-    `num_tokens`, the tokens of prompts and of the completions learnt from.
+    `frac_reward_zero_std` is the share of groups in which all rewards are equal, those of replayed rows included;
+    with a group baseline they have no gradient. `reward_stderr` is the standard error of `reward` over prompts;
+    it is missing with a single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` and `kl_k3` are
+    the means over completions of both estimates of `completion_kl`, with standard errors over prompts. The run
+    adds `num_samples`, the number of completions generated so far, greedy and replaced ones included, and adds
+    up `num_tokens`, the tokens of prompts and of the completions learnt from.
 
     Args:
-        rows: all N rows of the step; replayed ones are left out.
+        rows: all N rows of the step; replayed ones count in no other metric.
         names: names of the F reward functions; without any, the metrics of rewards are left out.
         group_size: new completions per prompt.
     """
+    prompts = int((~rows.replayed).sum()) // group_size
+    # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
+    shape = prompts if len(rows) > prompts else 1, -1
+    differences, _ = from_first(rows.rewards.view(shape), rows.valid.view(shape))
     if rows.replayed.any():
         rows = rows.take((~rows.replayed).nonzero().flatten())
     rewards = rows.rewards
@@ -157,9 +162,6 @@ def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dic
     mask = rows.mask
     counts = mask.sum(dim=1).double()
     tokens = mask.sum().clamp(min=1)
-    # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
-    size = group_size if group_size > 1 else len(rewards)
-    differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
     rewarded = rewards[valid]
     means = rewards.masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
     metrics = dict[str, Tensor]()
@@ -217,14 +219,15 @@ def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
         sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
-        those of the rows that the first update learns from; none if there are no such rows.
+        those of the new rows that the first update learns from; none if there are no such rows.
     """
     host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
-    actions = rows.mask & ~rows.replayed[:, None]
     for (index, _), logprobs in zip(parts, host, strict=True):
+        is_new = ~rows.replayed[index]
+        index, logprobs = index[is_new], logprobs[is_new]
         width = logprobs.shape[1]
-        mask = actions[index, :width]
+        mask = rows.mask[index, :width]
         gaps = logprobs - rows.sampling_logprobs[index, :width]  # log pi / mu
         gaps = torch.where(mask, gaps, 0).double()
         sizes = gaps.abs()
@@ -289,8 +292,9 @@ def update_metrics(learner: Learner, parts: Sequence[Tensor], norm: float) -> di
 
 
 def examples(rows: list[dict[str, Any]], group: int) -> list[dict[str, Any]]:
-    """Choose the best and the worst completion of each of the first two groups, as an example for people."""
+    """Choose the best and the worst new completion of each of the first two groups, as an example for people."""
     chosen = []
+    rows = [row for row in rows if not row.get("replayed")]
     for start in (0, group):
         members = rows[start : start + group]
         ranked = [row for row in members if row["reward"] is not None] or members[:1]

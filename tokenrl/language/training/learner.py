@@ -286,17 +286,18 @@ class Learner:
             )
         return False
 
-    def adapt_beta(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def adapt_beta(self, metrics: Mapping[str, float], learns: bool) -> dict[str, float]:
         """Set the weight of the KL for the next step from the KL measured in this step (see `next_beta`).
 
-        Without a `target_kl` the weight stays as it is. All processes measure the same KL.
+        Without a `target_kl` the weight stays as it is, and so it does in a step in which the policy does not
+        learn. All processes measure the same KL.
 
         Returns:
             `kl_coef`, the weight that this step used; nothing without a KL.
         """
         used = self.estimator.beta
         target, gain = self.args.target_kl, self.args.kl_gain
-        if used and target is not None:
+        if used and target is not None and learns:
             beta = next_beta(used, metrics["kl"], target=target, gain=gain)
             self.estimator = replace(self.estimator, beta=beta)
         return {"kl_coef": used} if used else {}

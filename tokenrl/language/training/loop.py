@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.errors import Finished, Refused, Stopped
+from tokenrl.errors import Finished, Refused, Stopped, ending
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -28,12 +28,7 @@ from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.run import (
-    RunResult,
-    TrainingRun,
-    end_by,
-    warnings_of,
-)
+from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
     first_facts,
@@ -46,14 +41,9 @@ from tokenrl.language.training.teacher import teacher_of
 from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
-from tokenrl.runs.processes import all_reduce_max, gather_objects, local, make_accelerator
-from tokenrl.runs.resume import (
-    Provenance,
-    check_processes,
-    resume_settings,
-    together,
-)
-from tokenrl.runs.schedules import set_rates, share_of_rate
+from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
+from tokenrl.runs.resume import Provenance, check_processes, resume_settings, together
+from tokenrl.runs.schedules import policy_steps, set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of
@@ -81,8 +71,9 @@ def train(
     Args:
         args: all arguments at once, instead of keywords.
         callback: called after each step, in each process, with the number of the step and its row of
-            metrics.jsonl. If it returns True (in any process) the run ends, with the exit reason `callback`;
-            `resume="auto"` continues it. So it does if it raises `Finished`, with the exit reason `finished`.
+            metrics.jsonl; an evaluation that is made only because the run ends comes later. If it returns True
+            (in any process) the run ends, with the exit reason `callback`; `resume="auto"` continues it. So it
+            does if it raises `Finished`, with the exit reason `finished`.
         **options: the fields of `TrainArguments`.
 
     Returns:
@@ -107,7 +98,7 @@ def train(
     check_processes(accelerator, vars(choices))
     every = choices.logging_steps if choices.logging_steps > 1 else 10
     with Session("train", choices, every=every, accelerator=accelerator) as session:
-        run, provenance = _prepare(choices, session)
+        run, provenance = _prepare(choices, session, options)
         threads = using_threads(run.args.threads)
         with closing(run.learner.generator), threads, own_process():
             _open(run, session, provenance)
@@ -120,32 +111,34 @@ def train(
                     with session.update():
                         record = _one_step(run, step)
                 except Finished as end:
-                    end_by(end, session)
                     session.step -= 1
-                    break
+                    session.end("finished", str(end))
+                    continue
                 metrics = dict(record.metrics)
                 if session.due(run.args.eval_every):
                     metrics |= _evaluated(run, session)
                 _record(run, session, record, metrics)
-                if step == 2:
+                if policy_steps(run.args, step) == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                if callback:
-                    _call_back(callback, metrics, session)
+                _end_by_user(callback, metrics, session, record.ends)
                 judge_step(run, session)
             return _finish(run, session)
 
 
-def _call_back(callback: Callback, metrics: dict[str, float], session: Session) -> None:
-    """Call the user's function after a step, and end the run if the call of any process asks for it."""
-    wish, words = 0, ""
-    try:
-        with user_code():
-            wish = int(callback(session.step, dict(metrics)) is True)
-    except Finished as end:
-        wish, words = 2, str(end)
-    (wish,) = all_reduce_max(session.accelerator, [wish])
-    if wish:
-        session.end("callback" if wish == 1 else "finished", words)
+def _end_by_user(
+    callback: Callback | None, metrics: dict[str, float], session: Session, words: list[str]
+) -> None:
+    """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
+
+    The `words` are those with which such code has ended the run in this step; else there are none.
+    """
+    wish = False
+    with ending(words), user_code():
+        wish = callback is not None and callback(session.step, dict(metrics)) is True
+    if everywhere := gather_objects(words):
+        session.end("finished", everywhere[0])
+    elif any(gather_objects([wish])):
+        session.end("callback")
 
 
 def _warm_start(
@@ -172,12 +165,15 @@ def _warm_start(
     return warmed
 
 
-def _prepare(choices: TrainArguments, session: Session) -> tuple[TrainingRun, Provenance]:
+def _prepare(
+    choices: TrainArguments, session: Session, keywords: Collection[str]
+) -> tuple[TrainingRun, Provenance]:
     """Load task and policy and settle the settings; return the run with its learner, and what it is made from."""
     console = session.console
     accelerator = session.accelerator
     processes = accelerator.num_processes
-    task, rewards, prompts = together(accelerator, lambda: task_of(choices, processes))
+    read_task = partial(task_of, choices, processes, keywords)
+    choices, task, rewards, prompts = together(accelerator, read_task)
     facts = first_facts(choices, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
@@ -266,23 +262,20 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far.
 
     Raises:
-        Finished: a reward ends the run; prompts and states of rewards are those before the step again.
+        Finished: code of the user's ends the run; prompts and states of rewards are those before the step again.
     """
     learner = run.learner
     args = run.args
     run.tell(step - 1)
-    done_by_policy = max(0, step - 1 - args.value_warmup)
-    steps_of_policy = args.max_steps - args.value_warmup
-    share = share_of_rate(
-        args.lr_scheduler_type, done_by_policy, steps_of_policy, args.warmup_steps
-    )
+    moved, in_all = (policy_steps(args, count) for count in (step - 1, args.max_steps))
+    share = share_of_rate(args.lr_scheduler_type, moved, in_all, args.warmup_steps)
     set_rates(learner.optimizer, share)
     changes = args.estimator.zero_spread == "refill" or args.estimator.prompts != "uniform"
     are_known = not changes and run.rewards.environments is None
     if args.sync_every > 1 and are_known and step < args.max_steps:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
-        learner.generator.announce(local(learner.accelerator, following))
+        agreed(learner.generator.announce)(local(learner.accelerator, following))
     before = run.stream.state_dict(), run.rewards.state_dict()
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
@@ -313,7 +306,8 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each, and what failed.
 
     The evaluation is recorded, and once it is said that episodes fail. The metrics of the step are returned.
-    There are none where evaluations would spend what a reward counts, or where a reward ends the run in one.
+    There are none where evaluations would spend what a reward counts, or where a reward ends the run in one,
+    which then has the state from before it again.
 
     Raises:
         Stopped: every episode of the evaluation before the first step failed.
@@ -326,6 +320,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
         session.console.note(f"evaluating {held_out:,} prompts before the first step ...")
     run.tell(session.step)
     began = time.perf_counter()
+    before = run.rewards.state_dict()
     try:
         evaluation = run.evaluator.evaluate(
             run.task.eval_prompts,
@@ -334,7 +329,8 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
             (count,) if count else (),
         )
     except Finished as end:
-        end_by(end, session)
+        run.rewards.load_state_dict(before)
+        session.end("finished", str(end))
         return {}
     run.eval_seconds = time.perf_counter() - began
     means = evaluation.by_prompt
@@ -357,7 +353,8 @@ def _record(run: TrainingRun, session: Session, record: Record, metrics: dict[st
     """
     every = run.args.log_completions
     rows = []
-    if session.main and every and (session.step == 1 or session.due(every)):
+    is_end = session.step in (1, run.args.max_steps)
+    if session.main and every and (is_end or session.due(every)):
         rows = record.rows()
         write_completions(session.output_dir / "completions", session.step, rows)
     if failed := failures_of(record.failures):

@@ -1,8 +1,9 @@
 """Keeps the best completions of each prompt, of which some join the rows of every step (experience replay).
 
 A replayed completion counts in the baseline and in the loss like a new one, under the log-probabilities with
-which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of
-the new completions alone. Rewards choose what is kept, and equal texts are kept once, so the expected gradient is
+which it was sampled. The estimator's importance weights it by them. Metrics and memories of rewards are of the
+new completions alone, but where rewards are compared. Rewards choose what is kept, and equal texts are kept once, so
+the expected gradient is
 biased with any weights.
 """
 
@@ -113,15 +114,14 @@ class Replay:
 def best_rows(rewards: Tensor, texts: Sequence[str]) -> list[int]:
     """Return the numbers of the rows with the largest rewards, the best first, one row for each text.
 
-    Of equal rewards the earlier text comes first. A text is kept with its least reward; of rows with equal rewards
-    the latest is kept.
+    A text has the largest of its rewards, also of noisy ones; of rows with equal rewards the latest counts.
 
     Args:
         rewards: one of each row [N].
         texts: N texts.
     """
-    order = rewards.argsort(descending=True, stable=True).tolist()
-    return list({texts[i]: i for i in order}.values())
+    best = {texts[i]: i for i in rewards.argsort(stable=True).tolist()}
+    return sorted(best.values(), key=lambda i: -rewards[i])
 
 
 def _kept(columns: Mapping[str, Any]) -> Rewarded:

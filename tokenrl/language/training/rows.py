@@ -22,19 +22,20 @@ from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
+from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import Experience
-from tokenrl.runs.processes import gather_objects, local
+from tokenrl.runs.processes import agreed, gather_objects, local
+from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.sampling import Sampling
-    from tokenrl.language.tasks.stream import PromptStream
     from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Row]]  # (number in the stream of prompts, row of the task)
 
 
+@agreed
 def collect_rows(
     learner: Learner, rewards: Rewards, prompts: Prompts, sampling: Sampling
 ) -> Rewarded:
@@ -117,7 +118,9 @@ def refill(
         # Every process draws the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
         prompts = stream.draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
-        if prompts:
+        if not prompts:
+            agreed(list)()  # the others may end the run
+        else:
             new = collect_rows(learner, rewards, prompts, sampling)
             order = torch.arange(len(rows))
             order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
@@ -127,14 +130,23 @@ def refill(
     return replace(rows, logged=(*logged, count))
 
 
+@agreed
 def loss_terms(
-    estimator: Estimator, rows: Experience, sampling: Sampling, memory: Memory, rewards: Rewards
+    learner: Learner,
+    rows: Experience,
+    sampling: Sampling,
+    memory: Memory,
+    rewards: Rewards,
+    stream: PromptStream,
 ) -> LossTerms:
-    """Return the advantages and what counts of all N rows, in loss and divisor.
+    """Return the advantages and what counts of all N rows, in loss and divisor, with factors of their prompts.
+
+    Nothing is in the gradient where the policy may not move yet.
 
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
     """
+    estimator = learner.estimator
     check_rewards(estimator.objective, rows.rewards, rows.valid)
     dtype = rows.logprobs.dtype
     names = (
@@ -161,19 +173,20 @@ def loss_terms(
         component_weights=torch.from_numpy(rewards.weights),  # [F]
         **inputs,
     )
+    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
+        terms = terms._replace(factors=stream.factors(rows.prompt_index))
+    if not policy_steps(learner.args, sampling.step):  # the critic learns alone
+        terms = terms._replace(in_gradient=terms.in_gradient & False)
     return terms.to(dtype)
 
 
-def update_weights(
-    learner: Learner, terms: LossTerms, chosen: Tensor, factors: Tensor | None
-) -> Tensor:
+def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
     """Return the weights [N, T] of the tokens in an update of the chosen rows [N], 0 elsewhere.
 
     Args:
         learner: the settings.
-        terms: which rows and tokens are learnt from.
+        terms: which rows and tokens are learnt from, and the factors of their gradients.
         chosen: True for the rows of the update [N].
-        factors: of the gradient of each row's prompt [N]; None for 1.
     """
     weights = learner.estimator.token_weights(
         terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
@@ -181,7 +194,7 @@ def update_weights(
         valid=terms.in_divisor,
         chosen=chosen,
     )
-    return weights if factors is None else weights * factors[:, None].to(weights)
+    return weights * terms.factors[:, None]
 
 
 def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tokenrl.core.memories import Memory
-from tokenrl.errors import Finished
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
@@ -38,8 +37,8 @@ class RunResult(Outcome):
     """The result of a training run; see `Outcome` for the other fields.
 
     Attributes:
-        exit_reason: `finished`, also where a reward or a callback raised `Finished`; `learnt` (ended early:
-            all rewards are equal, and higher than before training); `stuck` (ended early too, but below what
+        exit_reason: `finished`, also where code of the user's raised `Finished`; `learnt` (ended early: all
+            rewards are equal, and higher than before training); `stuck` (ended early too, but below what
             counts as solved); `no-improvement` (after `patience` evaluations); `callback`; `check`; or the
             name of the signal that stopped the run, such as `SIGTERM`.
         reason: the words of that `Finished`; else empty.
@@ -168,14 +167,17 @@ class TrainingRun:
 
     def state_dict(self) -> State:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
+        failures = list(self.failures)
+        late = self.rewards.late
         totals = dict(self.totals)
-        return {"totals": totals, "means": self.means, "failures": list(self.failures)}
+        return {"totals": totals, "means": self.means, "failures": failures, "late": late}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.totals = Counter(state["totals"])
         self.means = state["means"]
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
+        self.rewards.late = state.get("late", 0)
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
@@ -220,17 +222,6 @@ class TrainingRun:
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
         return {**facts, **self.learner.forward.regime.remarks}
-
-
-def end_by(end: Finished, session: Session) -> None:
-    """End a run for the reason of a reward.
-
-    Raises:
-        Finished: there are other processes, which wait for this one in the middle of a step.
-    """
-    if session.accelerator.num_processes > 1:
-        raise end
-    session.end("finished", str(end))
 
 
 def warnings_of(run: TrainingRun) -> list[str]:

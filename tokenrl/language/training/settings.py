@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.supervised.base import vocabulary_of
 from tokenrl.language.supervised.defaults import (
+    RECOMMENDED,
     completion_limit,
     demonstrations,
     layers_below,
@@ -25,11 +26,12 @@ from tokenrl.language.supervised.defaults import (
 )
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
-from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
+from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
+from tokenrl.runs.schedules import check_warmup, policy_steps
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -58,7 +60,7 @@ def settle(
     """Lay what was given over what the task recommends and over the defaults; refuse sizes that do not fit.
 
     Args:
-        choices: what was given, after `check_choices`.
+        choices: what was given, after `with_advice` and `check_choices`.
         task: the task.
         policy: the policy, which needs no weights.
         has_state: whether a reward has a state, so that no evaluation is made unless it is asked for.
@@ -75,6 +77,7 @@ def settle(
         )
         layers.append((origin, {"max_completion_length": limit}))
     values, origins = lay(*layers, ("given", vars(choices)))
+    origins |= {name: RECOMMENDED for name, x in task.train.items() if values.get(name) == x}
     if values["eval_every"] is None:
         values["eval_every"] = 0 if has_state else _evaluation_interval(values, task)
     if values["log_completions"] is None:
@@ -102,14 +105,17 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 
 
 def task_of(
-    choices: TrainArguments, processes: int
-) -> tuple[PromptTask, Rewards, TeacherPrompts | None]:
-    """Return the task, the rewards and how the teacher's prompts are made.
+    choices: TrainArguments, processes: int, keywords: Collection[str] = ()
+) -> tuple[TrainArguments, PromptTask, Rewards, TeacherPrompts | None]:
+    """Return the settings, see `with_advice`, the task, the rewards and how the teacher's prompts are made.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
     """
     task, rewards = find_task(choices, may_lack_rewards=True)
+    if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
+        task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
+    choices = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
@@ -129,7 +135,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return task, rewards, prompts
+    return choices, task, rewards, prompts
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -236,6 +242,7 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
     prompts = args.prompts_per_step
     if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
+    check_warmup(args)
     _try_out(args)
     # Without rewards there is no return from which a baseline could be subtracted.
     if not is_unrewarded(args.reward):
@@ -284,10 +291,10 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    if args.value_warmup + args.warmup_steps >= args.max_steps:
-        critic_first = f" with value_warmup={args.value_warmup}" if args.value_warmup else ""
+    if args.warmup_steps >= policy_steps(args, args.max_steps):
+        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
         yield (
-            f"warmup_steps={args.warmup_steps}{critic_first} is not less than max_steps={args.max_steps}, so the "
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
             "learning rate stays below its peak."
         )
     critic = "values" in args.estimator.needs, "the estimator has no critic"
@@ -297,7 +304,6 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
-        "value_warmup": critic,
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
@@ -339,11 +345,9 @@ def first_facts(
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
     if is_unrewarded(choices.reward):
-        kl = (
-            "the KL"
-            if choices.teacher_context is None
-            else "no KL, as teacher_context is called in steps"
-        )
+        kl = "the KL"
+        if choices.teacher_context is not None:
+            kl = "no KL, as teacher_context is called in steps"
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = choices.estimator
     status = estimator.bias_status
@@ -361,12 +365,14 @@ def first_facts(
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
+    advice = [f"{name} {x}" for name, x in task.train.items() if vars(choices)[name] == x]
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
         "order": f"{stage}{order}",
+        **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,
         "run": directory,
     }

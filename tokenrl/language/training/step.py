@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
 from tokenrl.core.statistics import explained, generator_of
+from tokenrl.errors import ending
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
-from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
+from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import (
     Experience,
     experience,
@@ -40,6 +41,7 @@ from tokenrl.language.training.rows import (
 )
 from tokenrl.language.training.tokens import step_table
 from tokenrl.runs.processes import local, sum_gradients
+from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
@@ -55,13 +57,15 @@ class Record(NamedTuple):
         timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
         failures: what failed in the episode of each of this process's rows; empty without an environment.
         unread: what `unread_tokens` says of this process's rows.
+        ends: the words with which code of the user's ends the run, once the policy had moved; else empty.
     """
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
     timings: dict[str, float]
-    failures: Sequence[str] = ()
-    unread: str = ""
+    failures: Sequence[str]
+    unread: str
+    ends: list[str]
 
 
 def training_step(
@@ -79,11 +83,15 @@ def training_step(
         step: number of this step, from 1.
         stream: draws prompts, the same on every process: those of the whole step, and for some estimators those
             that replace groups of equal rewards.
+
+    Raises:
+        Finished: code of the user's ends the run before the policy moves; the step is left out.
     """
     estimator = learner.estimator
     accelerator = learner.accelerator
     parameters = learner.policy.trainable_parameters()
     sampling = replace(learner.sampling, step=step)
+    policy_learns = policy_steps(learner.args, step) > 0  # before that the critic alone
     reward_seconds = dict(rewards.seconds)
     began = time.perf_counter()
 
@@ -94,17 +102,13 @@ def training_step(
     failures = rewarded.failures or ()
     rows = experience(learner, rewarded, sampling)
     whole = gather(accelerator, rows, failures)  # all N rows, on every process
-    terms = loss_terms(estimator, whole, sampling, memory, rewards)
+    terms = loss_terms(learner, whole, sampling, memory, rewards, stream)
     advantages = local(accelerator, terms.advantages)
-    factors = None
-    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
-        factors = stream.factors(whole.prompt_index)  # [N]
-    policy_learns = step > learner.args.value_warmup  # before that the critic alone
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = local(accelerator, update_weights(learner, terms, chosen, factors))  # [n, T]
-        learning = learning_rows(learner, terms, chosen) & policy_learns  # [N]
+        weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
+        learning = learning_rows(learner, terms, chosen)  # [N]
         sums: list[Tensor] = []
         scored.append([])
         learner.optimizer.zero_grad()
@@ -126,19 +130,23 @@ def training_step(
         updates.append(update_metrics(learner, sums, float(norm)))
     if learner.average is not None:
         learner.average.update()
-    learner.generator.sync(learner.policy)  # the next step samples from the new weights
+    ends: list[str] = []  # once the policy has moved, the step is completed
+    with ending(ends):
+        learner.generator.sync(learner.policy)  # the next step samples from the new weights
 
     metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
-    metrics |= update_baselines(learner, memory, rows, whole, terms.returns)
-    metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
-    metrics |= learner.adapt_beta(metrics)
+    metrics |= update_baselines(learner, memory, rows, whole, terms.returns, ends)
+    with ending(ends):
+        metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
+    metrics |= learner.adapt_beta(metrics, policy_learns)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
     table = partial(step_table, learner, rewarded, rows, terms, rewards.names, scored)
-    return Record(metrics, table, timings, failures, unread_tokens(learner.policy, rewarded))
+    unread = unread_tokens(learner.policy, rewarded)
+    return Record(metrics, table, timings, failures, unread, ends)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
@@ -161,7 +169,12 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
 
 
 def update_baselines(
-    learner: Learner, memory: Memory, rows: Experience, whole: Experience, returns: Tensor
+    learner: Learner,
+    memory: Memory,
+    rows: Experience,
+    whole: Experience,
+    returns: Tensor,
+    ends: list[str],
 ) -> dict[str, float]:
     """Update the memory, the replay and the critic with this step's rows, after the policy's update used them.
 
@@ -171,6 +184,7 @@ def update_baselines(
         rows: this process's n rows.
         whole: all N rows of the step.
         returns: the critic's targets [N, T].
+        ends: the words with which a memory ends the run join them.
 
     Returns:
         `baseline`, the mean value that this step read from the memory; `value_loss`, the critic's loss before
@@ -181,7 +195,8 @@ def update_baselines(
     if learner.replay is not None:
         learner.replay.keep(learner.policy, whole)
     if learner.estimator.needs_memory:
-        metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
+        with ending(ends):
+            metrics["baseline"] = update(memory, whole.keys, whole.rewards, whole.rewarded)
     if learner.critic is not None:
         assert whole.values is not None  # which a critic has computed
         accelerator = learner.accelerator

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenrl.errors import Placed, Refused, Stopped, raised, with_places
+from tokenrl.errors import Placed, Refused, Stopped, TokenrlError, raised, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import Prompt
 from tokenrl.language.rewards.calls import accepted_arguments, call_once
@@ -125,6 +125,8 @@ class TeacherPrompts:
                 }
                 allowed = {name: columns[name] for name in self.keywords}
                 result = call_once(self.function, self.name, allowed, {})
+                if isinstance(result.error, TokenrlError):
+                    raise result.error
                 if result.error is not None:
                     raise Stopped(f"{self.name} failed: {raised(result.error)}.") from result.error
                 contents.append(in_place(prompt, result.output, self.name))

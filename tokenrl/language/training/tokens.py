@@ -17,7 +17,9 @@ from tokenrl.core.rows import LossTerms
 from tokenrl.language.policy.stops import pieces, special_tokens
 from tokenrl.language.rollout.rewarded import Rewarded, completion_rows
 from tokenrl.language.rollout.rollout import Rollout, lengths, to_host
+from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.experience import Experience
+from tokenrl.language.training.rows import loss_inputs, update_weights
 from tokenrl.runs.processes import local
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def step_table(
             under the policy before it [n', T'].
     """
     advantages = local(learner.accelerator, terms.advantages)
-    weights = local(learner.accelerator, gradient_weights(terms))
+    weights = gradient_weights(learner, rows, terms)
     table = completion_rows(learner.policy, rewarded, names, advantages, rows.teacher_prompts)
     numbers = {"logprob": rows.logprobs, "entropy": rows.entropy, "weight": weights}
     if rows.ref_logprobs is not None:
@@ -68,18 +70,31 @@ def step_table(
     lists = token_lists(learner.policy, rewarded, numbers, chosen)
     for index, columns in zip(chosen, lists, strict=True):
         table[index] |= columns
-    return table
+    # Other rows stand where no completion was left to be replayed.
+    counts = (rewarded.valid | ~rewarded.replayed).tolist()
+    return [row for row, is_counted in zip(table, counts, strict=True) if is_counted]
 
 
-def gradient_weights(terms: LossTerms) -> Tensor:
-    """Return the weight of each token's score in the gradient of a step, times the N rows of the step [N, T].
+def gradient_weights(learner: Learner, rows: Experience, terms: LossTerms) -> Tensor:
+    """Return the weight of each token's score in the gradient of a step, times the N rows of the step [n, T].
 
-    It is the advantage times the share that the aggregation gives to the token, so where a row counts as the
-    sum of its tokens it is the advantage. Ratios and their bounds change it in later updates; these, and the
-    terms of the loss beside the advantages, are not in it.
+    It is the derivative of the loss itself by the log-probability of the token, before the first update and as
+    if that learnt from all rows. Where a row counts as the sum of its tokens it is the advantage, times what
+    importance weights and weights of prompts make of it; and a KL that is estimated from the tokens is in it. Terms
+    of the loss that do not depend on which token was sampled, as the entropy, are not.
+
+    Args:
+        learner: the estimator.
+        rows: this process's n rows.
+        terms: the terms of all N rows.
     """
-    rows = len(terms.weights)
-    return rows * terms.weights * terms.advantages.view(rows, -1)
+    weights = update_weights(learner, terms, torch.ones_like(terms.in_divisor))
+    advantages, weights = (local(learner.accelerator, x) for x in (terms.advantages, weights))
+    logprobs = rows.logprobs.clone().requires_grad_()
+    others = torch.zeros_like(rows.logprobs)
+    scores = Scores(logprobs, entropy=rows.entropy, centres=others, token_kl=others)
+    loss = learner.estimator.loss(**loss_inputs(rows, scores, advantages, weights))
+    return -len(terms.factors) * torch.autograd.grad(loss, logprobs)[0]
 
 
 def token_lists(

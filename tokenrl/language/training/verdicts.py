@@ -22,8 +22,7 @@ from tokenrl.runs.findings import (
     observe,
     share_equal,
 )
-from tokenrl.runs.metric_table import Rows, finite
-from tokenrl.runs.metrics import of_evaluation
+from tokenrl.runs.metric_table import Rows, exceeds, finite, is_rounding, reaches
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
@@ -59,7 +58,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
-    if observed.step.reward > before:
+    if exceeds(observed.step.reward, before):
         if ends:
             _end_learning(run, session, observed)
         return
@@ -77,9 +76,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    last = session.rows[-1] | of_evaluation(session.evaluation)
-    observed = observe_run(run, [*session.rows[:-1], last])
-    # The others were set where a run ended that goes on now.
+    observed = observe_run(run, session.rows)
+    # The others were set where a run failed that goes on now.
     flags = [flag for flag in session.flags if flag == "policy-destroyed"]
     if session.evaluation and session.step:
         gain = _gain(run, session)
@@ -103,7 +101,8 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
 def _gain(run: TrainingRun, session: Session) -> Gain:
     """Return how much the rewards of the held-out prompts have gained; an unknown error counts as 0."""
     groups = run.args.estimator.needs_groups
-    gains = [now - then for then, now in zip(*run.means, strict=True)]
+    pairs = [*zip(*run.means, strict=True)]
+    gains = [0.0 if is_rounding(abs(now - then), then) else now - then for then, now in pairs]
     value, error = over_prompts(gains)
     start = session.eval_before
     return Gain(
@@ -128,7 +127,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     faults = run.rewards.faults.values()
     return replace(
         observed,
-        is_solved=solved is not None and reward >= solved,
+        is_solved=solved is not None and reaches(reward, solved),
         lowest_rate=run.plan.usual_rate,
         highest_rate=run.plan.usual_rate,
         abstention=observed.abstention and " ".join([observed.abstention, *faults]),
@@ -149,7 +148,7 @@ def _end_learning(run: TrainingRun, session: Session, observed: Observed) -> Non
     solved = run.task.solved
     reward = observed.step.reward
     text = f"In {observed.idle_steps} steps in a row no two rewards that are compared differed"
-    if solved is None or reward >= solved:
+    if solved is None or reaches(reward, solved):
         session.console.note(f"{text}: the task is learnt.")
         session.end("learnt")
     else:
