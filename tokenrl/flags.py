@@ -183,7 +183,7 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
         anew = not (options.get("resume") or options.get("overwrite"))
         start |= vars(configured(kind, config, name, anew=anew))
         trusted = options.get("trust_run", False)
-        check_code(start, config, read_config(config), typed, trusted=trusted)
+        check_code(kind, start, config, read_config(config), typed, trusted=trusted)
     if agent is not None:
         start |= agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:

@@ -26,6 +26,27 @@ OWN_MODULES: dict[str, tuple[Path, bytes]] = {}
 and what stood in it."""
 
 
+def source_of(spec: str) -> str:
+    """Return the module or the file that a name of an object names; empty without a colon."""
+    return spec.rpartition(":")[0]
+
+
+class NamesCode:
+    """Metadata of a field whose texts may name code of the user, as `module:name` or `file.py:name`.
+
+    What every such field owes follows from it: code that a stranger's run names is not executed, and code that
+    has changed is not continued or compared.
+
+    Attributes:
+        source: returns, for a text, the module or the file that the field's own loader would import; empty if
+            it would import none.
+    """
+
+    def __init__(self, source: Callable[[str], str] = source_of) -> None:
+        """Take the function that the loader itself asks."""
+        self.source = source
+
+
 class NamedFunction(str):
     """The name of a function, as text that can be called.
 
@@ -74,7 +95,7 @@ def import_attribute(spec: str, purpose: str) -> Any:
     Raises:
         Refused: the module, the file or the attribute does not exist, or importing it raised an error.
     """
-    source, _, attribute = spec.rpartition(":")
+    source, attribute = source_of(spec), spec.rpartition(":")[2]
     if not source or not attribute:
         hint = ""
         with suppress(OSError):

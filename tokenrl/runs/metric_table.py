@@ -55,6 +55,16 @@ def all_metrics() -> tuple[Metric, ...]:
     return tuple(Metric(*map(str.strip, line.split("|"))) for line in lines)
 
 
+def recorded_names() -> tuple[list[str], tuple[str, ...]]:
+    """Return the names that are a run's own: whole ones, and beginnings, such as `rewards/`, `pass@` and `eval_`."""
+    names = [metric.name for metric in all_metrics()]
+    starts = dict.fromkeys(re.sub(r"(?<=/).*|{.*", "", name) for name in names)
+    return [name for name in starts if name in names], (
+        "eval_",
+        *(start for start in starts if start not in names),
+    )
+
+
 def metric_of(name: str) -> Metric:
     """Return the row of a recorded number, such as `eval_pass@4_stderr`; an unknown number has a name alone."""
     name = re.sub("^eval_|_stderr$", "", name)

@@ -8,17 +8,21 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module, metadata
+from itertools import islice
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
-from tokenrl.names import source_file
-from tokenrl.runs.files import plain
+from tokenrl.configuration import values_of_code
+from tokenrl.errors import USER_CODE_FAILED
+from tokenrl.names import NamedFunction, source_file
+from tokenrl.user_code import PLAIN
 
 _PACKAGES = (
     "tokenizers",
@@ -35,6 +39,9 @@ _INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
 _PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
 """Folders of installed packages, that of Python's own modules, and modules that start runs or have versions."""
+
+MOST = 10_000
+"""Items of a long list of objects, or of a dict, that count as its value."""
 
 
 def origin_of(
@@ -89,16 +96,109 @@ def _has_names(value: Any) -> bool:
     return True
 
 
-def code_of(settings: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hashes of the user's code, so that it can be compared: of objects by setting, of modules by name.
+def code_of(
+    kind: type[Any], settings: Mapping[str, Any], objects: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the functions and objects of the user that a run is made with, by their settings and names.
 
     Args:
-        settings: the settings of a run.
-        objects: the rewards and the environment of its task, by these names, if they count.
+        kind: the dataclass of settings, whose types say which of them may name code.
+        settings: the settings of the run.
+        objects: what stands for some of these, by name, such as the rewards of its task.
     """
-    held = {name: objects.get(name) for name in ("reward", "environment")}
-    held |= {name: settings.get(name) for name in ("estimator", "teacher_context")}
-    return {**plain(held, _with_hash), **module_hashes()}
+    code = dict[str, Any]()
+    for setting, thing in _things(values_of_code(kind, settings) | objects):
+        label = f"{setting} {_named(thing).__qualname__}"
+        while label in code:  # as of two functions without a name
+            label += "'"
+        code[label] = thing
+    return code
+
+
+def _things(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the functions and objects in settings, each with its setting, and as parts of a dict with its key."""
+    for name, value in named.items():
+        if isinstance(value, Mapping):
+            yield from _things({f"{name}.{key}": part for key, part in value.items()})
+        for part in value if isinstance(value, list | tuple) else [value]:
+            thing = part.load() if isinstance(part, NamedFunction) else part
+            if thing is not None and not isinstance(thing, str | Mapping):
+                yield name, thing
+
+
+def hashes_of_values(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hash of each value that functions and objects of the user hold beside their source.
+
+    These are the values of closures, defaults, partial applications and attributes. An object with a state_dict
+    holds none: what it says is its state is no code.
+
+    Args:
+        code: the functions and objects, as `code_of` returns them.
+    """
+    hashes = {}
+    for name, thing in code.items():
+        with suppress(*USER_CODE_FAILED):  # objects may compute attributes
+            values = {} if _is_own(thing) else _values_of(thing)
+            hashes |= {f"{name}.{key}": _hash(_stable(x).encode()) for key, x in values.items()}
+    return hashes
+
+
+def _values_of(code: Any) -> dict[str, Any]:
+    """Return the values that a function or an object holds, by name."""
+    if isinstance(code, partial):
+        values = dict(enumerate(code.args)) | code.keywords
+        return _values_of(code.func) | {str(name): value for name, value in values.items()}
+    if isinstance(code, MethodType):
+        return _values_of(code.__func__) | _values_of(code.__self__)
+    if isinstance(code, type) or hasattr(code, "state_dict"):
+        return {}
+    values = dict(getattr(code, "__dict__", {}))
+    if isinstance(code, FunctionType):
+        values |= inspect.getclosurevars(code).nonlocals
+        parameters = inspect.signature(code).parameters.values()
+        values |= {x.name: x.default for x in parameters if x.default is not x.empty}
+    return values
+
+
+def _stable(value: Any, above: tuple[int, ...] = ()) -> str:
+    """Return a text that equal values share in every process; of what has none the name of its type.
+
+    Of a long list, but one of numbers and texts alone, the first items count.
+
+    Args:
+        value: the value.
+        above: the ids of what it is a part of.
+    """
+    kind = type(value)
+    if kind in PLAIN:
+        return repr(value)
+    text = kind.__qualname__
+    if id(value) in above:
+        return text
+    inner = partial(_stable, above=(*above, id(value)))
+    with suppress(*USER_CODE_FAILED):
+        if hasattr(value, "dtype") and hasattr(value, "tolist"):
+            return f"{value.dtype} {_hash(_bytes(value))}"
+        if isinstance(value, Mapping):
+            pairs = islice(value.items(), MOST)
+            return f"{text} {len(value)} {sorted(map(inner, pairs))}"
+        if isinstance(value, set | frozenset):
+            return f"{text} {sorted(map(inner, value))}"
+        if isinstance(value, list | tuple):
+            is_plain = {*map(type, value)} <= PLAIN
+            items = value if is_plain else [*map(inner, value[:MOST])]
+            return f"{text} {len(value)} {items}"
+        if is_dataclass(value) or isinstance(value, FunctionType | MethodType | partial | type):
+            return f"{_hash_of_source(value)} {inner(_values_of(value))}"
+    return text
+
+
+def _bytes(array: Any) -> bytes:
+    """Return the shape and the numbers of an array of numpy or torch as bytes."""
+    if type(array).__module__.startswith("torch"):
+        array = array.detach().cpu().contiguous()
+        array, shape = array.reshape(-1).view(sys.modules["torch"].uint8).numpy(), array.shape
+    return f"{[*array.shape]}".encode() + array.tobytes()
 
 
 def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
@@ -112,7 +212,8 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
         recorded: names of hashes of an earlier process; their modules count too, imported or not.
     """
     hashes = {}
-    for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
+    modules = (name.removeprefix("module ") for name in recorded if name.startswith("module "))
+    for name in sorted({*sys.modules, *modules}):
         module = sys.modules.get(name)
         path = str(vars(module).get("__file__") if module else source_file(name))
         # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
@@ -126,16 +227,37 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     return hashes
 
 
-def _with_hash(value: Any) -> str:
-    """Return the name of a function, or of the class of an object, with a hash of its source."""
-    function = getattr(value, "func", value)  # of a partial application
-    if not hasattr(function, "__qualname__"):
-        function = type(function)
-    source = ""
-    if not str(function.__module__).startswith(("tokenrl.", "toy_tasks.")):  # which have versions
+def hashes_of_sources(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hash of the source of each function or object of the user, and by setting their names in order."""
+    names = dict[str, str]()
+    for label in code:
+        setting, _, name = label.partition(" ")
+        names[setting] = f"{names[setting]}, {name}" if setting in names else name
+    return names | {label: _hash_of_source(thing) for label, thing in code.items()}
+
+
+def _hash_of_source(code: Any) -> str:
+    """Return a hash of the source of a function, or of the class of a method or an object."""
+    source = _named(code)
+    if isinstance(source, MethodType):  # which may call others of its class
+        source = type(source.__self__)
+    text = ""
+    if not _is_own(code):
         with suppress(OSError, TypeError):  # Python does not know it
-            source = inspect.getsource(function)
-    return f"{function.__qualname__} {_hash(source.encode())}"
+            text = inspect.getsource(source)
+    return _hash(text.encode())
+
+
+def _named(code: Any) -> Any:
+    """Return what has the name of user code: the function of a partial application, or the class of an object."""
+    while isinstance(code, partial):
+        code = code.func
+    return code if hasattr(code, "__qualname__") else type(code)
+
+
+def _is_own(code: Any) -> bool:
+    """Return whether code is of this package, which has a version."""
+    return str(_named(code).__module__).startswith(("tokenrl.", "toy_tasks."))
 
 
 def _hash(text: bytes) -> str:

@@ -43,7 +43,7 @@ from tokenrl.runs.metrics import (
     peak_memory,
     read_metrics,
 )
-from tokenrl.runs.origin import code_of, module_hashes, origin_of, typed_command, versions
+from tokenrl.runs.origin import origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
@@ -102,15 +102,16 @@ class Session:
         self.stop = GracefulStop(quiet=quiet)
         recorded = getattr(args, "logging_steps", 1)
         self._trackers = Trackers(part_of(args, TrackerArguments), recorded, self.console.warn)
-        claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
-        self._lock, self._skipped, *numbers = claimed
-        number, step = all_reduce_max(accelerator, numbers)
+        with contextlib.ExitStack() as locks:
+            claimed = together(accelerator, lambda: claim(kind, args, locks, main=self.main))
+            self._lock, self._skipped, *numbers = claimed
+            number, step = all_reduce_max(accelerator, numbers)
+            self._atexit = locks.pop_all()
         self.directory = str(directory_path(args.output_dir or numbered(kind, number)))
         self.output_dir = Path(self.directory).absolute()
         self.continues = step > 0
         self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
         self._has_begun = self._writes = False  # whether `steps` was called; and steps are recorded
-        self._atexit = contextlib.ExitStack()
         self.ended: str | None = None
         self.reason = ""
         self.step = self._recorded = 0  # recorded: the last step in the log
@@ -178,9 +179,9 @@ class Session:
         settings, self.command = origin_of(self.kind, values, names or {}, config)
         self.provenance = provenance
         provenance.settings = settings
-        provenance.code = code_of(settings, provenance.code)  # before a file of it can change
+        provenance.take_code(type(args))
         if self.main:
-            note_code(plain(settings))
+            note_code(type(args), plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
         self.saver = Saver(self._checkpoint.parent, part_of(args, SavingArguments), model, held)
@@ -230,7 +231,7 @@ class Session:
         if not self.continues:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
-        hashes = self.provenance.chosen | module_hashes()
+        hashes = self.provenance.chosen | self.provenance.state_dict()["code"]
         write_json(self.output_dir / "config.json", {**self._config, "hashes": hashes})
         self.provenance.write(self.output_dir)
         if self._wall_seconds:

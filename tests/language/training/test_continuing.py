@@ -205,10 +205,10 @@ def test_nor_is_one_whose_functions_have_changed(of_code):
     assert " at 0x" not in Path("run/config.json").read_text()
     for place, name, before, after in HELD:
         changed = held(MINE.replace(before, after))[name]
-        with refused(f"otherwise: .*{place}: .*Continue it"):
+        with refused(f"otherwise: .*{place}.*: .*Continue it"):
             of_code(**settings(**again | {name: changed}), resume="auto", max_steps=3)
     held(MINE)
-    with refused(r"otherwise: .*reward: "):
+    with refused(r"otherwise: reward score.scale: "):
         other = again | {"scaled": partial(again["scaled"], scale=4.0)}
         of_code(**settings(**other), resume="auto", max_steps=3)
 

@@ -7,7 +7,6 @@ under a deadline runs in a process of its own (worker.py); all of these processe
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import numbers
 import time
@@ -20,27 +19,18 @@ import numpy as np
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
 from tokenrl.language.rewards.isolation import Attempt, await_all
+from tokenrl.runs.metric_table import recorded_names
 from tokenrl.settings import LARGEST_REWARD, shown
-from tokenrl.user_code import own_process, user_code
+from tokenrl.user_code import ask, copied, guarded, own_process, user_code
 
 Reward = Callable[..., Any]
 
-METRICS = """
-step epoch learning_rate loss grad_norm grad_clipped padding clip_ratio skipped_steps idle_steps num_tokens
-num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained frac_rows_late refilled entropy
-kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss explained_variance collect update step_seconds
-tokens_per_second peak_memory_gib peak_cuda_memory_gib
-"""
-BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
 COLUMNS = "prompt teacher_prompt completion reward advantage truncated ending messages failure"
 RESERVED = {
-    "log_metric": (METRICS.split(), BEGINNINGS),
+    "log_metric": recorded_names(),
     "log_extra": (COLUMNS.split(), ("rewards/", "tokens/")),
 }
 """Reserved names and prefixes: of metrics for `log_metric`, of completions for `log_extra`."""
-
-PLAIN = {str, int, float, bool, type(None)}
-"""Types of values that cannot be changed in place."""
 
 
 @dataclass
@@ -100,6 +90,7 @@ def call_rewards(
     objects: Mapping[str, list[Any]] | None = None,
     *,
     excused: tuple[type[Stopped], ...] = (),
+    keepers: Mapping[str, Any] | None = None,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
@@ -112,7 +103,9 @@ def call_rewards(
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         objects: further arguments with one value per completion, which are passed as they are.
         excused: `Failed` or `Late` or both. A function to which it happens is called again for each completion
-            alone, and gives none to those to which it happens again. What it then logs is dropped.
+            alone, and gives none to those to which it happens again. What it then logs is dropped. Its state is
+            that of before the call again.
+        keepers: the objects whose states functions have, by the names of these functions.
 
     Raises:
         Stopped: a function raised anything (SystemExit too) or missed its deadline, and this is not excused; or
@@ -138,12 +131,16 @@ def call_rewards(
     for name in named:
         logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
         shared[name] = {**logs, **objects}
+    keepers = keepers or {}
+    before = states_of(keepers) if excused else {}
     attempts = attempt_each(named, arguments, shared)
 
     def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
+        one = {name: named[name]}
+        owner = {name: keepers[name]} if name in keepers else {}
         return call_rewards(
-            {name: named[name]}, own, state, locations[row], others, excused=excused
+            one, own, state, locations[row], others, excused=excused, keepers=owner
         )
 
     count = len(rows["prompts"])
@@ -157,6 +154,7 @@ def call_rewards(
         fault = _failure(name, error, described)
         if not isinstance(fault, excused):
             raise fault
+        restore_states({key: x for key, x in keepers.items() if key == name}, before)
         parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
         texts = [part.faults[name] for part in parts if part.faults]
         faults[name] = next(iter(texts), str(fault))
@@ -170,6 +168,29 @@ def call_rewards(
             columns.setdefault(column, []).extend(items)
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
     return CallResults(values, late, columns, logged, seconds, faults)
+
+
+def states_of(keepers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the states of functions, by their names.
+
+    Raises:
+        Stopped: a `state_dict` raised an error, or its state cannot be copied.
+    """
+    return {
+        name: ask(owner.state_dict, f"The state_dict of the reward function {name} failed")
+        for name, owner in keepers.items()
+    }
+
+
+def restore_states(keepers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Let functions continue from what `states_of` returned.
+
+    Raises:
+        Stopped: a `load_state_dict` raised an error.
+    """
+    for name, owner in keepers.items():
+        with guarded(f"The load_state_dict of the reward function {name} failed"):
+            owner.load_state_dict(copied(states[name]))
 
 
 def attempt_each(
@@ -200,7 +221,8 @@ def _check_name(function: str, call: str, name: Any) -> None:
     """
     names, beginnings = RESERVED[call]
     is_text = isinstance(name, str) and name != "" and name.isprintable()
-    if is_text and name not in names and not name.startswith(beginnings):
+    is_own = is_text and (name.removesuffix("_stderr") in names or name.startswith(beginnings))
+    if is_text and not is_own:
         return
     raise Stopped(
         f"Reward function {function} gave {call} the name {shown(name)}: give a text of one line, such as "
@@ -230,17 +252,6 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Tokenr
     failure = Failed(problem)
     failure.__cause__ = error
     return failure
-
-
-def copied(value: Any) -> Any:
-    """Return a value of the data that shares nothing with it which could be changed in place."""
-    if type(value) in PLAIN:
-        return value
-    if type(value) is list:
-        return [item if type(item) in PLAIN else copied(item) for item in value]
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    return copy.deepcopy(value)
 
 
 def call_once(

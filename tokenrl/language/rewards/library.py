@@ -8,6 +8,7 @@ model wrote is parsed, and never evaluated as code.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numbers import Number
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, suggest, with_places
+from tokenrl.names import source_of
 from tokenrl.settings import Count, NonNegative, Settings
 
 
@@ -266,3 +268,13 @@ class NumericAnswer(_Answer):
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)
 LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}
+
+
+def is_in_library(spec: str) -> bool:
+    """Return whether a reward is one of the library, also with options, as `length(target=20)` is."""
+    return spec.partition("(")[0].strip() in LIBRARY
+
+
+def source_of_reward(spec: str) -> str:
+    """Return the module or the file that a named reward is imported from; empty for the library and for a folder."""
+    return "" if os.path.isdir(spec) or is_in_library(spec) else source_of(spec)

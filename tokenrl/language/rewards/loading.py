@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.rewards.calls import Reward
-from tokenrl.language.rewards.library import LIBRARY
+from tokenrl.language.rewards.library import LIBRARY, is_in_library, source_of_reward
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments
 
@@ -50,7 +50,7 @@ def load_reward(spec: Any) -> Reward:
         return RewardModel(spec)
     text = str(spec)
     name = text.partition("(")[0].strip()
-    if name in LIBRARY:
+    if is_in_library(text):
         examples = "length(target=20), exact_match(column='target')"
         _, options = parse_spec(text.strip(), "reward", examples)
         try:
@@ -59,7 +59,7 @@ def load_reward(spec: Any) -> Reward:
             raise Refused(
                 f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}"
             ) from error
-    if ":" not in text and not text.endswith(".py"):
+    if not source_of_reward(text) and not text.endswith(".py"):
         problem = "the library has no such reward, and there is no such folder here"
         raise Refused(
             f"reward '{text}': {problem}.{suggest(name, LIBRARY)} Give module:function, path/to/file.py:function, "

@@ -19,7 +19,6 @@ failure.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +34,9 @@ from tokenrl.language.rewards.calls import (
     TrainerState,
     accepted_arguments,
     call_rewards,
+    restore_states,
     row_in_words,
+    states_of,
 )
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import (
@@ -202,12 +203,11 @@ class Rewards:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of each function that has one, by its name."""
-        return {name: copy.deepcopy(owner.state_dict()) for name, owner in self.keepers.items()}
+        return states_of(self.keepers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        for name, owner in self.keepers.items():
-            owner.load_state_dict(state[name])
+        restore_states(self.keepers, state)
 
     @property
     def range(self) -> Range | None:
@@ -295,7 +295,13 @@ class Rewards:
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
         results = call_rewards(
-            self._callers, rows, self.state, locations, objects, excused=self._excused
+            self._callers,
+            rows,
+            self.state,
+            locations,
+            objects,
+            excused=self._excused,
+            keepers=self.keepers,
         )
         self.late += int(results.late.sum())
         self.faults = results.faults | self.faults

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.names import NamedFunction
 from tokenrl.runs.output import quantity
 from tokenrl.settings import check_choice
-from tokenrl.user_code import user_code
+from tokenrl.user_code import ask
 
 Array = NDArray[np.float64]
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -25,6 +25,7 @@ MIN_PROMPTS = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
 DECAY = 0.875
 """Factor of what was seen of a prompt before, each time that it is drawn (as in the baseline 'tracker')."""
+FAILED = "prompt_weights failed"
 TINY = 1e-300
 """In place of a divisor of 0."""
 PRIOR = 2.0
@@ -168,7 +169,7 @@ class WeightedPrompts(PromptStream):
             check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
             column = rows.column(weights)
             self._function = lambda *_: column
-        self._sums = np.zeros((3, len(rows)))  # of completions, rewards and squares
+        self._moments = np.zeros((3, len(rows)))  # completions, mean reward, squared distances from it
         super().__init__(rows, seed)
 
     def _start(self, position: int) -> None:
@@ -188,15 +189,12 @@ class WeightedPrompts(PromptStream):
 
     def _set_chances(self) -> None:
         """Compute the chances from the rewards so far."""
-        completions, rewards, squares = self._sums
-        means, second = (rewards, squares) / np.maximum(completions, TINY)
-        variances = np.maximum(second - means**2, 0)
+        completions, means, distances = self._moments
+        variances = distances / np.maximum(completions, TINY)
         kind = Stopped if completions.any() else Refused
-        try:
-            with user_code():
-                weights = np.asarray(self._function(completions, means, variances), float)
-        except USER_CODE_FAILED as error:
-            raise kind(f"prompt_weights failed: {raised(error)}.") from error
+        seen = completions, means, variances
+        function = self._function
+        weights = ask(lambda *x: np.asarray(function(*x), float), FAILED, *seen, kind=kind)
         if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:
             raise kind(
                 f"prompt_weights must give {len(means):,} finite numbers of at least 0, one for each training row."
@@ -216,19 +214,25 @@ class WeightedPrompts(PromptStream):
         What was seen of a prompt before counts less each time that the prompt comes back.
         """
         rows = self._rows_of(numbers.tolist())
-        self._sums[:, rows] *= DECAY  # once, also where a row is there several times
+        completions, means, distances = self._moments
+        for weights in (completions, distances):
+            weights[rows] *= DECAY  # once, also where a row is there several times
+        # By Welford, since a difference of large squares would be all rounding.
         for row, reward in zip(rows, rewards.tolist(), strict=True):
-            self._sums[:, row] += (1, reward, reward**2)
+            completions[row] += 1
+            distance = reward - means[row]
+            means[row] += distance / completions[row]
+            distances[row] += distance * (reward - means[row])
         self._set_chances()
         return {"prompts/effective": float(1 / (self._chances**2).sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly."""
-        return {**super().state_dict(), "sums": torch.from_numpy(self._sums.copy())}
+        return {**super().state_dict(), "moments": torch.from_numpy(self._moments.copy())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state, with its rewards."""
-        self._sums = state["sums"].numpy()
+        self._moments = state["moments"].numpy().copy()
         super().load_state_dict(state)
 
 
