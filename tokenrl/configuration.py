@@ -55,9 +55,9 @@ class TrustArguments(Settings, group="trust"):
     """Whether code that a run names is executed."""
 
     trust_run: bool = False
-    """Execute whatever code the config.json of a run names, such as rewards or a baseline. Give it only for runs of people whom you trust. Without it, what you name yourself is executed, and of what the
-    run names only files outside of its directory with which you have trained and that have not changed
-    since."""
+    """Execute whatever code the config.json of a run names, such as rewards or a baseline. Give it only for
+    runs of people whom you trust. Without it, what you name yourself is executed, and of what the run names
+    only files outside of its directory with which you have trained and that have not changed since."""
 
 
 def configured(
@@ -194,7 +194,7 @@ def _from_yaml(text: str) -> Any:
 
 
 @cache
-def code_fields(kind: type[Any]) -> dict[str, NamesCode]:
+def code_fields(kind: Any) -> dict[str, NamesCode]:
     """Return the fields of settings that may name code; those of the estimator are `estimator.baseline` and so on."""
     marks = dict[str, NamesCode]()
     for name, hint in field_types(kind).items():
@@ -206,7 +206,7 @@ def code_fields(kind: type[Any]) -> dict[str, NamesCode]:
     return marks
 
 
-def values_of_code(kind: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def values_of_code(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of those fields; where a field of a dataclass has a single text, this stands for all of it."""
     values = dict[str, Any]()
     for name in code_fields(kind):
@@ -219,7 +219,7 @@ def values_of_code(kind: type[Any], settings: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def code_in(kind: type[Any], settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def code_in(kind: Any, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the code that settings name: the setting, its text, and the module or the file that is imported."""
     marks = code_fields(kind)
     for name, value in values_of_code(kind, settings).items():

@@ -107,8 +107,8 @@ def code_of(
         objects: what stands for some of these, by name, such as the rewards of its task.
     """
     code = dict[str, Any]()
-    for setting, thing in _things(values_of_code(kind, settings) | objects):
-        label = f"{setting} {_named(thing).__qualname__}"
+    for setting, thing in _things({**values_of_code(kind, settings), **objects}):
+        label = f"{setting} {_name_of(thing)}"
         while label in code:  # as of two functions without a name
             label += "'"
         code[label] = thing
@@ -135,7 +135,7 @@ def hashes_of_values(code: Mapping[str, Any]) -> dict[str, str]:
     Args:
         code: the functions and objects, as `code_of` returns them.
     """
-    hashes = {}
+    hashes = dict[str, str]()
     for name, thing in code.items():
         with suppress(*USER_CODE_FAILED):  # objects may compute attributes
             values = {} if _is_own(thing) else _values_of(thing)
@@ -146,8 +146,8 @@ def hashes_of_values(code: Mapping[str, Any]) -> dict[str, str]:
 def _values_of(code: Any) -> dict[str, Any]:
     """Return the values that a function or an object holds, by name."""
     if isinstance(code, partial):
-        values = dict(enumerate(code.args)) | code.keywords
-        return _values_of(code.func) | {str(name): value for name, value in values.items()}
+        by_place = {str(place): value for place, value in enumerate(code.args)}
+        return _values_of(code.func) | by_place | code.keywords
     if isinstance(code, MethodType):
         return _values_of(code.__func__) | _values_of(code.__self__)
     if isinstance(code, type) or hasattr(code, "state_dict"):
@@ -178,7 +178,8 @@ def _stable(value: Any, above: tuple[int, ...] = ()) -> str:
     inner = partial(_stable, above=(*above, id(value)))
     with suppress(*USER_CODE_FAILED):
         if hasattr(value, "dtype") and hasattr(value, "tolist"):
-            return f"{value.dtype} {_hash(_bytes(value))}"
+            is_plain = not getattr(value.dtype, "hasobject", False)
+            return f"{value.dtype} {_hash(_bytes(value))}" if is_plain else inner(value.tolist())
         if isinstance(value, Mapping):
             pairs = islice(value.items(), MOST)
             return f"{text} {len(value)} {sorted(map(inner, pairs))}"
@@ -189,16 +190,19 @@ def _stable(value: Any, above: tuple[int, ...] = ()) -> str:
             items = value if is_plain else [*map(inner, value[:MOST])]
             return f"{text} {len(value)} {items}"
         if is_dataclass(value) or isinstance(value, FunctionType | MethodType | partial | type):
-            return f"{_hash_of_source(value)} {inner(_values_of(value))}"
+            name = _name_of(value)
+            if _is_own(value) or _is_foreign(_file_of(_named(value).__module__)):
+                return name
+            return f"{name} {_hash_of_source(value)} {inner(_values_of(value))}"
     return text
 
 
 def _bytes(array: Any) -> bytes:
     """Return the shape and the numbers of an array of numpy or torch as bytes."""
+    numbers = array
     if type(array).__module__.startswith("torch"):
-        array = array.detach().cpu().contiguous()
-        array, shape = array.reshape(-1).view(sys.modules["torch"].uint8).numpy(), array.shape
-    return f"{[*array.shape]}".encode() + array.tobytes()
+        numbers = array.detach().cpu().reshape(-1).view(sys.modules["torch"].uint8).numpy()
+    return f"{[*array.shape]}".encode() + bytes(numbers.tobytes())
 
 
 def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
@@ -214,26 +218,44 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     hashes = {}
     modules = (name.removeprefix("module ") for name in recorded if name.startswith("module "))
     for name in sorted({*sys.modules, *modules}):
-        module = sys.modules.get(name)
-        path = str(vars(module).get("__file__") if module else source_file(name))
+        path = _file_of(name)
         # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
-        is_foreign = path.startswith(_PYTHON) or _INSTALLED.search(path)
-        if name.partition(".")[0] in _NOT_HASHED or is_foreign:
+        if name.partition(".")[0] in _NOT_HASHED or _is_foreign(path):
             continue
         if (file := Path(path)).is_file():
-            # A file is imported under a hash of its path if its name is that of another module.
-            label = file.stem if name.startswith("tokenrl_file_") else name
-            hashes[f"module {label}"] = _hash(file.read_bytes())
+            hashes[f"module {_label_of(name)}"] = _hash(file.read_bytes())
     return hashes
 
 
-def hashes_of_sources(code: Mapping[str, Any]) -> dict[str, str]:
-    """Return a hash of the source of each function or object of the user, and by setting their names in order."""
+def _file_of(module: str) -> str:
+    """Return the path of the file of a module, imported or not; `None` as text without one."""
+    imported = sys.modules.get(module)
+    return str(vars(imported).get("__file__") if imported else source_file(module))
+
+
+def _label_of(module: str) -> str:
+    """Return the name of a module; a file has a hash of its path for one if its own is that of another module."""
+    return Path(_file_of(module)).stem if module.startswith("tokenrl_file_") else module
+
+
+def _is_foreign(path: str) -> bool:
+    """Return whether a file is one of Python or of an installed package."""
+    return path.startswith(_PYTHON) or bool(_INSTALLED.search(path))
+
+
+def names_of(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of functions and objects of the user in their order, by their settings."""
     names = dict[str, str]()
-    for label in code:
-        setting, _, name = label.partition(" ")
+    for label, thing in code.items():
+        setting = label.partition(" ")[0]
+        name = str(_named(thing).__qualname__)
         names[setting] = f"{names[setting]}, {name}" if setting in names else name
-    return names | {label: _hash_of_source(thing) for label, thing in code.items()}
+    return names
+
+
+def hashes_of_sources(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hash of the source of each function or object of the user."""
+    return {label: _hash_of_source(thing) for label, thing in code.items()}
 
 
 def _hash_of_source(code: Any) -> str:
@@ -253,6 +275,11 @@ def _named(code: Any) -> Any:
     while isinstance(code, partial):
         code = code.func
     return code if hasattr(code, "__qualname__") else type(code)
+
+
+def _name_of(code: Any) -> str:
+    """Return the name of user code with that of its module."""
+    return f"{_label_of(_named(code).__module__)}.{_named(code).__qualname__}"
 
 
 def _is_own(code: Any) -> bool:

@@ -27,6 +27,7 @@ from tokenrl.runs.origin import (
     hashes_of_sources,
     hashes_of_values,
     module_hashes,
+    names_of,
     versions,
 )
 from tokenrl.runs.processes import all_reduce_max, gather_objects
@@ -242,6 +243,7 @@ class Provenance:
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
+            "objects": names_of(self.code),
             "code": self.hashes,
             "processes": self.processes,
             "versions": {**packages, "device": self.device},
@@ -262,13 +264,13 @@ class Provenance:
         self.inexact = []
         refused = []
         before = flat(state)
-        self.hashes = module_hashes(state["code"]) | self.hashes
+        self.hashes = {**module_hashes(state["code"]), **self.hashes}
         now = flat(self.state_dict())
         for name in sorted({*before, *now}):
             part, _, key = name.partition(".")
             values = before.get(name, _ABSENT), now.get(name, _ABSENT)
             # An engine may be another, but not the same one with other code.
-            is_free = key in FREE or (part == "code" and _ABSENT in values)
+            is_free = key in FREE or (part in ("code", "objects") and _ABSENT in values)
             if is_free or values[0] == values[1]:
                 continue
             text = f"{key or part}: {values[0]!r}, now {values[1]!r}"

@@ -208,7 +208,7 @@ def test_nor_is_one_whose_functions_have_changed(of_code):
         with refused(f"otherwise: .*{place}.*: .*Continue it"):
             of_code(**settings(**again | {name: changed}), resume="auto", max_steps=3)
     held(MINE)
-    with refused(r"otherwise: reward score.scale: "):
+    with refused(r"otherwise: reward mine.score.scale: "):
         other = again | {"scaled": partial(again["scaled"], scale=4.0)}
         of_code(**settings(**other), resume="auto", max_steps=3)
 

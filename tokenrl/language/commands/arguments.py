@@ -6,6 +6,7 @@ Where a field is `as_in_run`, the run that saved the model decides what is left 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution

@@ -139,9 +139,7 @@ def call_rewards(
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
         one = {name: named[name]}
         owner = {name: keepers[name]} if name in keepers else {}
-        return call_rewards(
-            one, own, state, locations[row], others, excused=excused, keepers=owner
-        )
+        return call_rewards(one, own, state, locations[row], others, excused=excused, keepers=owner)
 
     count = len(rows["prompts"])
     late = np.zeros(count, dtype=bool)

@@ -12,6 +12,7 @@ from tokenrl.language.tasks.sources import IN_MEMORY
 from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
 
+
 def remarks(rows: Rows) -> list[str]:
     """Return a warning about values that are missing in some rows, if there are any."""
     partly = []

@@ -54,6 +54,9 @@ class LeftOut(str):
     """The default name of a task, which has a type of its own so that the same name can also be given."""
 
 
+LEFT_OUT = LeftOut("sort_digits")
+
+
 @dataclass(frozen=True)
 class DataArguments(Settings, group="data"):
     """How prompts are read, and how rewards are weighted and called."""
@@ -112,7 +115,7 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: Task = LeftOut("sort_digits")
+    task: Task = LEFT_OUT
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, also
     compressed, a folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From
     Python also a datasets.Dataset, a DatasetDict, a pandas DataFrame, a list of rows or a task object. An

@@ -169,7 +169,9 @@ class WeightedPrompts(PromptStream):
             check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
             column = rows.column(weights)
             self._function = lambda *_: column
-        self._moments = np.zeros((3, len(rows)))  # completions, mean reward, squared distances from it
+        self._moments = np.zeros(
+            (3, len(rows))
+        )  # completions, mean reward, squared distances from it
         super().__init__(rows, seed)
 
     def _start(self, position: int) -> None:

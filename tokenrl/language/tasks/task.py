@@ -201,7 +201,11 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
         if source.startswith(PUZZLES):
             return PromptTask(source, *puzzles(source, eval_size), pass_threshold=1.0)
         if not source_of_task(source) and not source.endswith(".py"):
-            if os.path.exists(source) or "/" in source or format_of(Path(source)) in sources.FORMATS:
+            if (
+                os.path.exists(source)
+                or "/" in source
+                or format_of(Path(source)) in sources.FORMATS
+            ):
                 return None
             raise Refused(
                 f"There is no task '{source}'.{suggest(source, toy_tasks.NAMES)} Other forms: module:attribute, "
