@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from refusals import refused
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.configuration import configured
+from tokenrl.configuration import code_in, configured
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.loading import load_reward
+from tokenrl.language.tasks.task import own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import write_json
 
@@ -86,6 +90,62 @@ def test_no_code_of_a_stranger_is_executed(stranger, setting, name, refusal):
     assert not Path("executed").exists()
 
 
+FOLDERS = {
+    "like a reward with options": "run(1)",
+    "like a reward of the library": "./length(target=2)",
+    "like a puzzle": "./reasoning_gym:run",
+    "with a colon": "a:b",
+    "with blanks": " my run (copy)",
+    "like a file": "run.py",
+    "upwards": "run/../other(1)",
+}
+
+
+@pytest.mark.parametrize("place", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("setting", ["task", "reward", "environment"])
+def test_a_folder_of_any_name_executes_nothing(stranger, setting, place, refusal):
+    name = f"{place}/evil.py:vowels"
+    stranger(**{setting: [name] if setting == "reward" else name})
+    shutil.copytree("run", place)
+    output = refusal("evaluate", "--model", place)
+    assert "names code that is not executed" in output and repr(name) in output
+    assert not Path("executed").exists()
+
+
+TEXTS = [f"{folder}/evil.py:vowels" for folder in FOLDERS.values()]
+TEXTS += [
+    *NAMES.values(),
+    "beside:vowels:mean",
+    "C:\\run\\evil.py:vowels",
+    "run/evil.py",
+    ":vowels",
+]
+TEXTS += ["length(target=20)", " length (target=20)", "length:x", "length(1)/evil.py:vowels", "run"]
+TEXTS += [
+    "words.jsonl",
+    "in-memory:beside",
+    "reasoning_gym:beside",
+    "vowels",
+    "own/er:beside",
+    "none",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("setting", ["task", "reward"])
+def test_a_loader_imports_what_its_field_says_and_nothing_else(
+    stranger, setting, text, monkeypatch
+):
+    """So a text that passes as no code is none."""
+    imported = []
+    monkeypatch.setattr("tokenrl.names.import_source", lambda source, _: imported.append(source))
+    monkeypatch.setattr("tokenrl.language.tasks.task.read_parts", lambda *_: [][1])
+    load = {"reward": load_reward, "task": own_task}[setting]
+    with suppress(Refused):
+        load(text)
+    assert imported == [source for *_, source in code_in(TrainArguments, {setting: text})]
+
+
 TRAINED = {
     "task": "run/evil.py:task",
     "reward": ["run/evil.py:vowels"],
@@ -111,6 +171,10 @@ COMMANDS = {
         "teacher": "self",
         "teacher_context": "run/evil.py:vowels",
     },
+    "train --config run --reward rewards.py:vowels --seed 2": {
+        "prompt_weights": "run/evil.py:vowels"
+    },
+    "reward-model --config run": {"kind": "reward-model", "reward": ["run/evil.py:vowels"]},
     "sft --config run": TRAINED | {"kind": "sft"},
     "control --config run": {"kind": "control", "env": "run/evil.py:Mine-v0"},
     "control --config run --env CartPole-v1": {"kind": "control", "estimator": BASELINE},
@@ -121,7 +185,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, command, capsys):
     stranger(**COMMANDS[command])
-    if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
+    if command.startswith(
+        ("control", "compare", "sft --config", "reward-model")
+    ):  # which know fewer settings
         write_json(Path("run/config.json"), COMMANDS[command])
     printed = command.startswith("sample")  # without rewards
     assert main(command.split()) == (0 if printed else 2)
