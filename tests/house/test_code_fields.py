@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,39 @@ def judge(scale):
     return lambda completions: [scale for _ in completions]
 
 
+def with_default(scale):
+    return lambda completions, judge_scale=scale: [judge_scale for _ in completions]
+
+
+def plain_judge(scale, completions):
+    return [scale for _ in completions]
+
+
+class Judge:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, completions):
+        return self.judge(completions)
+
+    def judge(self, completions):
+        return [self.scale for _ in completions]
+
+
+JUDGES = {
+    "closure": judge,
+    "default": with_default,
+    "partial": partial(partial, plain_judge),
+    "keyword": lambda scale: partial(plain_judge, judge_scale=scale),
+    "object": Judge,
+    "bound method": lambda scale: Judge(scale).judge,
+    "partial of an object": lambda scale: partial(Judge(scale), []),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES.values(), ids=JUDGES)
 @pytest.mark.parametrize("name", ["judges", "rules.rule"])
-def test_changed_code_in_a_new_field_is_refused_and_stands_among_the_hashes(name):
+def test_changed_code_in_a_new_field_is_refused_and_stands_among_the_hashes(name, judge):
     def provenance(function, other):
         made_up = MadeUp(judges=[function], rules=Rules(other))
         made = Provenance(settings=vars(made_up))
@@ -93,7 +125,7 @@ def test_changed_code_in_a_new_field_is_refused_and_stands_among_the_hashes(name
     changed = {"judges": (judge(2.0), stays), "rules.rule": (stays, judge(2.0))}
     made = provenance(*pairs[name])
     provenance(*pairs[name]).load_state_dict(made.state_dict())
-    with refused(rf"otherwise: {name} .*judge.*\.scale: "):
+    with refused(rf"otherwise: {name} .*(judge|Judge|default)\S*\.(\w*scale|0): "):
         provenance(*changed[name]).load_state_dict(made.state_dict())
     assert {label.partition(" ")[0] for label in names()} == {"judges", "rules.rule"}
 

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from tokenrl.errors import Stopped
-from tokenrl.runs.threads import choose_threads, using_threads
+import tokenrl
+from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.threads import alone, choose_threads, using_threads
 
 
 @pytest.mark.parametrize(
@@ -51,3 +55,51 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(variables, 
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, env=clean | variables, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == count
+
+
+def in_another_thread(function):
+    """What a function returns, or the error that it raises, in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function)
+        return future.exception() or future.result()
+
+
+SMALL = {"max_steps": 1, "quiet": True}
+RUNS = {
+    "train": lambda: tokenrl.train(task="vowels", cpu=True, **SMALL),
+    "control": lambda: tokenrl.train_agent(env="bandit", **SMALL),
+    "sft": lambda: tokenrl.sft(task="vowels", **SMALL),
+    "reward-model": lambda: tokenrl.train_reward_model(task="vowels", **SMALL),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_no_other_thread_of_the_process_begins_a_run_while_one_is_going_on(kind, workplace):
+    with alone():
+        error = in_another_thread(RUNS[kind])
+        with alone(), using_threads(1):  # this thread may, as a callback that evaluates
+            pass
+    assert isinstance(error, Refused) and "another thread of this process" in str(error)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_beside_which_another_thread_tried_to_begin_has_the_numbers_of_one_alone(workplace):
+    def train(folder, **options):
+        options |= {"task": "vowels", "model": "tiny", "cpu": True, "quiet": True, "max_steps": 1}
+        options |= {
+            "prompts_per_step": 2,
+            "num_generations": 2,
+            "eval_size": 2,
+            "eval_generations": 0,
+        }
+        tokenrl.train(output_dir=folder, **options)
+
+    def callback(step, metrics):
+        answers.append(in_another_thread(partial(train, "second")))
+
+    answers = []
+    in_another_thread(partial(train, "first", callback=callback))
+    train("whole")
+    assert [*map(type, answers)] == [Refused] and not Path("second").exists()
+    assert Path("first/metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()

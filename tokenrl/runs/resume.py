@@ -284,6 +284,8 @@ class Provenance:
                 "(--config RUN), data, code and number of processes, or start a new run from the checkpoint's "
                 "weights with --model."
             )
+        changing = hashes_of_values(self.code).keys() - state["code"].keys()
+        self.hashes = {name: x for name, x in self.hashes.items() if name not in changing}
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
