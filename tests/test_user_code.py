@@ -13,7 +13,7 @@ import torch
 from refusals import stopped
 
 from tokenrl.errors import USER_CODE_FAILED, Stopped, raised
-from tokenrl.user_code import ask, copied, user_code
+from tokenrl.user_code import copied, user_code
 
 PRECISIONS = [
     "backends.fp32_precision",
@@ -169,45 +169,17 @@ def test_what_handlers_around_would_miss_comes_out_as_a_failure_of_user_code(err
         raise KeyboardInterrupt
 
 
-def test_inference_mode_is_given_back_each_time_and_learning_goes_on():
-    weight = torch.ones(2, requires_grad=True)
+def test_learning_goes_on_after_each_inference_mode_that_was_left_on():
+    weight = torch.ones(1, requires_grad=True)
     for _ in range(3):
         with user_code():
             kept.append(torch.inference_mode())
             kept[-1].__enter__()
-        (weight * 2).sum().backward()
-    assert weight.grad.tolist() == [6.0, 6.0]
-
-
-def test_a_copy_shares_nothing_that_could_change_and_has_the_same_shape():
-    part = [1, {"deep": np.ones(2)}]
-    value = {"a": part, "b": part, "pairs": [("x", 1.5)], "set": ([1], {2})}
-    value["itself"] = value
-    other = copied(value)
-    assert other["a"] is other["b"] is not part and other["itself"] is other
-    part[1]["deep"][0] = 7
-    value["set"][0].append(3)
-    assert other["a"][1]["deep"].tolist() == [1, 1]
-    assert other["pairs"] == [("x", 1.5)] and other["set"] == ([1], {2})
+        (weight * 2).backward()
+    assert weight.grad == 6
 
 
 def test_a_million_texts_are_not_copied_one_by_one(monkeypatch):
     monkeypatch.delattr(copy, "deepcopy")
     state = {"scored": {str(number): 0.5 for number in range(1000)}, "pairs": [("a", 1)] * 9}
     assert copied(state) == state and copied(state)["scored"] is not state["scored"]
-
-
-def test_a_function_of_the_user_gets_copies_and_gives_one_and_fails_in_a_sentence():
-    own = [1, 2]
-
-    def function(numbers, more):
-        numbers.append(3)
-        more.append(4)
-        return own
-
-    given, more = [0], []
-    answer = ask(function, "It failed", given, more=more)
-    own.append(5)
-    assert (answer, given, more) == ([1, 2], [0], [])
-    with stopped(r"It failed: it raised AttributeError.*\(test_user_code.py, line"):
-        ask(function, "It failed", None, more=more)

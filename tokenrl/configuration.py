@@ -14,7 +14,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,39 +192,31 @@ def _from_yaml(text: str) -> Any:
     return config
 
 
-@cache
-def code_fields(kind: Any) -> dict[str, NamesCode]:
-    """Return the fields of settings that may name code; those of the estimator are `estimator.baseline` and so on."""
-    marks = dict[str, NamesCode]()
+def values_of_code(kind: Any, settings: Any) -> Iterator[tuple[str, NamesCode, Any]]:
+    """Yield each value of a field that may name code, with the name and the mark of the field.
+
+    Args:
+        kind: a dataclass of settings; the fields of those inside of it are called `estimator.baseline` and so on.
+        settings: the values by field, or an object of the class. One that stands in a list or a dict comes by itself.
+    """
+    values = getattr(settings, "__dict__", settings)
     for name, hint in field_types(kind).items():
+        value = values.get(name)
         for part in parts_of(hint):
             if isinstance(part, NamesCode):
-                marks[name] = part
+                items = [*value.values()] if isinstance(value, Mapping) else value
+                for item in items if isinstance(items, list | tuple) else [items]:
+                    yield name, part, item
             elif isinstance(part, type) and is_dataclass(part):
-                marks |= {f"{name}.{inner}": mark for inner, mark in code_fields(part).items()}
-    return marks
-
-
-def values_of_code(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of those fields; where a field of a dataclass has a single text, this stands for all of it."""
-    values = dict[str, Any]()
-    for name in code_fields(kind):
-        value: Any = settings
-        for part in name.split("."):
-            if not isinstance(value, str):
-                value = vars(value) if is_dataclass(value) else value
-                value = value.get(part) if isinstance(value, Mapping) else None
-        values[name] = value
-    return values
+                for inner, mark, item in values_of_code(part, value or {}):
+                    yield f"{name}.{inner}", mark, item
 
 
 def code_in(kind: Any, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the code that settings name: the setting, its text, and the module or the file that is imported."""
-    marks = code_fields(kind)
-    for name, value in values_of_code(kind, settings).items():
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and (source := marks[name].source(text)):
-                yield name, text, source
+    for name, mark, text in values_of_code(kind, settings):
+        if isinstance(text, str) and (source := mark.source(text)):
+            yield name, text, source
 
 
 def note_code(kind: type[Any], settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def source_of(spec: str) -> str:
     return spec.rpartition(":")[0]
 
 
+@dataclass(frozen=True, eq=False)
 class NamesCode:
     """Metadata of a field whose texts may name code of the user, as `module:name` or `file.py:name`.
 
@@ -39,12 +42,17 @@ class NamesCode:
 
     Attributes:
         source: returns, for a text, the module or the file that the field's own loader would import; empty if
-            it would import none.
+            it would import none. The loader asks it too.
     """
 
-    def __init__(self, source: Callable[[str], str] = source_of) -> None:
-        """Take the function that the loader itself asks."""
-        self.source = source
+    source: Callable[[str], str] = source_of
+
+
+def original(function: Any) -> Any:
+    """Return the function that a partial application was made of, or the function itself."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 class NamedFunction(str):

@@ -112,18 +112,21 @@ def user_code() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def guarded(failure: str, kind: type[TokenrlError] = Stopped) -> Iterator[None]:
+def guarded(
+    failure: str, kind: type[TokenrlError] = Stopped, context: Any = user_code
+) -> Iterator[None]:
     """Run code of a user in the block as `user_code` does; what it raises becomes one sentence.
 
     Args:
         failure: the beginning of the sentence: what has failed.
         kind: the error that is raised.
+        context: what takes the place of `user_code` for code that is known to leave settings alone.
 
     Raises:
         TokenrlError: the code raised an error. One that is in plain words already stays as it is.
     """
     try:
-        with user_code():
+        with context():
             yield
     except TokenrlError:
         raise
@@ -131,41 +134,19 @@ def guarded(failure: str, kind: type[TokenrlError] = Stopped) -> Iterator[None]:
         raise kind(f"{failure}: {raised(error)}.") from error
 
 
-def ask(
-    function: Callable[..., Any],
-    failure: str,
-    *args: Any,
-    kind: type[TokenrlError] = Stopped,
-    **options: Any,
-) -> Any:
-    """Call a function of a user with copies of its arguments, and return a copy of its output; see `guarded`."""
-    with guarded(failure, kind):
-        return copied(function(*map(copied, args), **copied(options)))
-
-
-def copied(value: Any, copies: dict[int, Any] | None = None) -> Any:
+def copied(value: Any) -> Any:
     """Return a value that shares nothing with this one which could be changed in place.
 
-    Lists and dicts of texts and numbers are copied at once, as there may be millions of them. What stands in
-    several places of the value stands there in its copy too.
-
-    Args:
-        value: the value: texts, numbers, lists and dicts of them, or anything that `copy.deepcopy` takes.
-        copies: copies of parts of the value, by their ids.
+    Lists and dicts of texts and numbers are copied as a whole, as there may be millions of them.
     """
     kind = type(value)
-    if kind in PLAIN or (kind is tuple and {*map(type, value)} <= PLAIN):
-        return value
-    copies = {} if copies is None else copies
-    if kind not in (list, dict):
-        return copy.deepcopy(value, copies)
-    if id(value) in copies:
-        return copies[id(value)]
-    own = copies[id(value)] = value.copy()
-    if not {*map(type, own.values() if kind is dict else own)} <= PLAIN:
-        for key, part in own.items() if kind is dict else enumerate(own):
-            own[key] = copied(part, copies)
-    return own
+    if kind in PLAIN or kind not in (list, tuple, dict):
+        return value if kind in PLAIN else copy.deepcopy(value)
+    parts = value.values() if kind is dict else value
+    if {*map(type, parts)} <= PLAIN:
+        return value if kind is tuple else value.copy()
+    copies = map(copied, parts)
+    return dict(zip(value, copies, strict=True)) if kind is dict else kind(copies)
 
 
 def _restore(settings: list[Setting], before: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ import pytest
 from refusals import refused
 from test_house import PACKAGE_SOURCES, Source
 
-from tokenrl.configuration import TrustArguments, check_code, code_fields, note_code
+from tokenrl.configuration import check_code, note_code, values_of_code
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.axes import Axes
 from tokenrl.flags import described_fields
@@ -21,6 +21,7 @@ from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.names import NamesCode
+from tokenrl.runs.origin import held_values
 from tokenrl.runs.resume import Provenance
 from tokenrl.settings import OR_FUNCTION, OR_OBJECT, Settings
 
@@ -44,28 +45,24 @@ class MadeUp(TrainArguments):
     rules: Rules = field(default_factory=Rules)
 
 
-NEW = {"judges": ["run/evil.py:judge"], "rules": {"rule": "run/evil.py:rule"}}
+def fields_of(kind) -> set[str]:
+    return {name for name, *_ in values_of_code(kind, {})}
 
 
-def test_a_new_field_is_among_those_that_may_name_code():
-    assert {*code_fields(MadeUp)} - {*code_fields(TrainArguments)} == {"judges", "rules.rule"}
-
-
-@pytest.mark.parametrize("name", ["judges", "rules"])
+@pytest.mark.parametrize(
+    "stored", [{"judges": ["run/evil.py:f"]}, {"rules": {"rule": "run/evil.py:f"}}]
+)
 def test_a_stranger_s_code_in_a_new_field_is_refused_unless_one_has_trained_with_it(
-    name, tmp_path, monkeypatch
+    stored, workplace, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    stored = {name: NEW[name], "versions": {}}
-    Path("run").mkdir()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(workplace / "settings"))
+    for folder in ("run", "theirs"):
+        Path(folder).mkdir()
     Path("run/evil.py").write_text("")
-    label = next(field for field in code_fields(MadeUp) if field.partition(".")[0] == name)
-    with refused(f"names code that is not executed: {label} 'run/evil.py:"):
+    with refused(r"names code that is not executed: (judges|rules.rule) 'run/evil.py:f' is looked"):
         check_code(MadeUp, stored, "run", stored, trusted=False)
-    check_code(MadeUp, stored, "run", stored, [name], trusted=False)  # the user gave it
+    check_code(MadeUp, stored, "run", stored, [*stored], trusted=False)  # the user gave it
     note_code(MadeUp, stored)
-    Path("theirs").mkdir()
     check_code(MadeUp, stored, "theirs", stored, trusted=False)
     Path("run/evil.py").write_text("changed = True")
     with refused("or it has changed since"):
@@ -76,85 +73,79 @@ def judge(scale):
     return lambda completions: [scale for _ in completions]
 
 
-def with_default(scale):
-    return lambda completions, judge_scale=scale: [judge_scale for _ in completions]
-
-
-def plain_judge(scale, completions):
-    return [scale for _ in completions]
-
-
 class Judge:
     def __init__(self, scale):
-        self.scale = scale
+        self.scale, self.seen = scale, []
 
     def __call__(self, completions):
-        return self.judge(completions)
-
-    def judge(self, completions):
+        self.seen += completions
         return [self.scale for _ in completions]
 
 
 JUDGES = {
     "closure": judge,
-    "default": with_default,
-    "partial": partial(partial, plain_judge),
-    "keyword": lambda scale: partial(plain_judge, judge_scale=scale),
+    "default": lambda scale: lambda completions, factor=scale: [factor for _ in completions],
+    "partial": lambda scale: partial(max, scale),
+    "keyword": lambda scale: partial(max, default=scale),
     "object": Judge,
-    "bound method": lambda scale: Judge(scale).judge,
+    "bound method": lambda scale: Judge(scale).__call__,
     "partial of an object": lambda scale: partial(Judge(scale), []),
 }
 
 
-@pytest.mark.parametrize("judge", JUDGES.values(), ids=JUDGES)
-@pytest.mark.parametrize("name", ["judges", "rules.rule"])
-def test_changed_code_in_a_new_field_is_refused_and_stands_among_the_hashes(name, judge):
-    def provenance(function, other):
-        made_up = MadeUp(judges=[function], rules=Rules(other))
+@pytest.mark.parametrize("make", JUDGES.values(), ids=JUDGES)
+def test_changed_code_in_a_new_field_is_refused_and_stands_among_the_hashes(make):
+    def provenance(judge, rule):
+        made_up = MadeUp(judges=[judge], rules=Rules(rule))
         made = Provenance(settings=vars(made_up))
         made.take_code(MadeUp)
         return made
 
-    def stays(completions):
-        return completions
+    state = provenance(make(1.0), make(1.0)).state_dict()
+    assert {"judges", "rules.rule"} <= {name.partition(" ")[0] for name in state["code"]}
+    provenance(make(1.0), make(1.0)).load_state_dict(state)
+    for name, judges in (("judges", (2.0, 1.0)), ("rules.rule", (1.0, 2.0))):
+        with refused(rf"otherwise: {name} \S+ (scale|defaults|args|default): '.*Continue"):
+            provenance(*map(make, judges)).load_state_dict(state)
 
-    def names():
-        return [name for name in made.state_dict()["code"] if not name.startswith("module ")]
 
-    pairs = {"judges": (judge(1.0), stays), "rules.rule": (stays, judge(1.0))}
-    changed = {"judges": (judge(2.0), stays), "rules.rule": (stays, judge(2.0))}
-    made = provenance(*pairs[name])
-    provenance(*pairs[name]).load_state_dict(made.state_dict())
-    with refused(rf"otherwise: {name} .*(judge|Judge|default)\S*\.(\w*scale|0): "):
-        provenance(*changed[name]).load_state_dict(made.state_dict())
-    assert {label.partition(" ")[0] for label in names()} == {"judges", "rules.rule"}
+class Stateful(Judge):
+    def state_dict(self):
+        return vars(self)
+
+
+def test_what_changes_during_a_run_is_state_and_so_is_what_has_a_state_dict():
+    def values():
+        return {name.partition(" ")[2] for name in made.state_dict()["code"] if "Judge " in name}
+
+    judge = Judge(1.0)
+    made = Provenance(settings={"judges": [judge, Stateful(1.0)]})
+    made.take_code(MadeUp)
+    before = values()
+    judge(["a"])
+    assert {name.rpartition(" ")[2] for name in before - values()} == {"seen"} and values()
+    assert held_values({"reward": Stateful(1.0)}) == {}
 
 
 @pytest.mark.parametrize("kind", [*READ, Axes], ids=lambda kind: kind.__name__)
 def test_a_field_whose_help_speaks_of_files_with_code_has_the_type(kind):
-    if kind is not Axes:
-        assert issubclass(kind, TrustArguments)
     texts = {field.name: text for _, field, text in described_fields(kind)}
     speaking = {name for name, text in texts.items() if "module:" in text or ".py:" in text}
-    speaking -= {"trust_run"}
-    assert speaking <= {*code_fields(kind)}
-    assert {each.name for each in fields(kind)} >= speaking
+    assert speaking <= fields_of(kind)
 
 
-def lists_of_fields(source: Source) -> list[list[str]]:
-    """Collections of constants in a file that name three or more fields that may name code."""
-    names = {name.rpartition(".")[2] for kind in READ for name in code_fields(kind)}
+def lists_of_fields(source: Source) -> list[ast.AST]:
+    """Collections in a file that name three or more fields that may name code."""
+    names = {name.rpartition(".")[2] for kind in READ for name in fields_of(kind)}
     found = []
     for node in source.nodes:
         items = getattr(node, "elts", None) or getattr(node, "keys", None) or []
-        texts = [str(item.value) for item in items if isinstance(item, ast.Constant)]
-        if len(names.intersection(texts)) > 2:
-            found.append(texts)
+        if len(names & {item.value for item in items if isinstance(item, ast.Constant)}) > 2:
+            found.append(node)
     return found
 
 
 def test_no_file_lists_the_fields_by_hand():
-    found = {source.module: lists_of_fields(source) for source in PACKAGE_SOURCES}
-    assert {module: lists for module, lists in found.items() if lists} == {}
-    for text in ("x = ('task', 'env', 'reward')", "x = {'task': 1, 'reward': 2, 'generator': 3}"):
-        assert len(lists_of_fields(Source("x", text))) == 1
+    assert [s.module for s in PACKAGE_SOURCES if lists_of_fields(s)] == []
+    assert lists_of_fields(Source("x", "x = ('task', 'env', 'reward')"))
+    assert lists_of_fields(Source("x", "x = {'task': 1, 'reward': 2, 'generator': 3}"))

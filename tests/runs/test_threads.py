@@ -5,13 +5,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
 import tokenrl
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 from tokenrl.runs.threads import alone, choose_threads, using_threads
 
 
@@ -57,49 +57,19 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(variables, 
     assert done.stdout.strip() == count
 
 
-def in_another_thread(function):
-    """What a function returns, or the error that it raises, in a thread of its own."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(function)
-        return future.exception() or future.result()
-
-
-SMALL = {"max_steps": 1, "quiet": True}
 RUNS = {
-    "train": lambda: tokenrl.train(task="vowels", cpu=True, **SMALL),
-    "control": lambda: tokenrl.train_agent(env="bandit", **SMALL),
-    "sft": lambda: tokenrl.sft(task="vowels", **SMALL),
-    "reward-model": lambda: tokenrl.train_reward_model(task="vowels", **SMALL),
+    "train": partial(tokenrl.train, task="vowels", cpu=True, quiet=True),
+    "control": partial(tokenrl.train_agent, env="bandit", quiet=True),
+    "sft": partial(tokenrl.sft, task="vowels", quiet=True),
+    "reward-model": partial(tokenrl.train_reward_model, task="vowels", quiet=True),
 }
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_no_other_thread_of_the_process_begins_a_run_while_one_is_going_on(kind, workplace):
-    with alone():
-        error = in_another_thread(RUNS[kind])
+    with alone(), ThreadPoolExecutor(1) as pool:
+        with refused("another thread of this process"):
+            pool.submit(RUNS[kind]).result()
         with alone(), using_threads(1):  # this thread may, as a callback that evaluates
-            pass
-    assert isinstance(error, Refused) and "another thread of this process" in str(error)
-    assert not Path("runs").exists()
-
-
-@pytest.mark.slow
-def test_a_run_beside_which_another_thread_tried_to_begin_has_the_numbers_of_one_alone(workplace):
-    def train(folder, **options):
-        options |= {"task": "vowels", "model": "tiny", "cpu": True, "quiet": True, "max_steps": 1}
-        options |= {
-            "prompts_per_step": 2,
-            "num_generations": 2,
-            "eval_size": 2,
-            "eval_generations": 0,
-        }
-        tokenrl.train(output_dir=folder, **options)
-
-    def callback(step, metrics):
-        answers.append(in_another_thread(partial(train, "second")))
-
-    answers = []
-    in_another_thread(partial(train, "first", callback=callback))
-    train("whole")
-    assert [*map(type, answers)] == [Refused] and not Path("second").exists()
-    assert Path("first/metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
+            pool.shutdown()
+    assert not (workplace / "runs").exists()

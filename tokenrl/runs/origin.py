@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module, metadata
-from itertools import islice
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 from tokenrl.configuration import values_of_code
 from tokenrl.errors import USER_CODE_FAILED
-from tokenrl.names import NamedFunction, source_file
-from tokenrl.user_code import PLAIN
+from tokenrl.names import NamedFunction, original, source_file
+from tokenrl.runs.files import plain
 
 _PACKAGES = (
     "tokenizers",
@@ -39,9 +39,6 @@ _INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
 _PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _NOT_HASHED = {"__main__", "__mp_main__", "tokenrl", "toy_tasks"}
 """Folders of installed packages, that of Python's own modules, and modules that start runs or have versions."""
-
-MOST = 10_000
-"""Items of a long list of objects, or of a dict, that count as its value."""
 
 
 def origin_of(
@@ -107,102 +104,82 @@ def code_of(
         objects: what stands for some of these, by name, such as the rewards of its task.
     """
     code = dict[str, Any]()
-    for setting, thing in _things({**values_of_code(kind, settings), **objects}):
-        label = f"{setting} {_name_of(thing)}"
+    for setting, _, value in values_of_code(kind, {**settings, **objects}):
+        is_text = isinstance(value, str) and not isinstance(value, NamedFunction)
+        if is_text or value is None:
+            continue
+        label = f"{setting} {_named(value).__module__}.{name_of(value)}"
+        if isinstance(value, NamedFunction):
+            label = f"{setting} {value}"
+            value = value.load()
         while label in code:  # as of two functions without a name
             label += "'"
-        code[label] = thing
+        code[label] = value
     return code
 
 
-def _things(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the functions and objects in settings, each with its setting, and as parts of a dict with its key."""
-    for name, value in named.items():
-        if isinstance(value, Mapping):
-            yield from _things({f"{name}.{key}": part for key, part in value.items()})
-        for part in value if isinstance(value, list | tuple) else [value]:
-            thing = part.load() if isinstance(part, NamedFunction) else part
-            if thing is not None and not isinstance(thing, str | Mapping):
-                yield name, thing
+def hashes_of_code(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of all code of the user: of modules, of functions and objects, and of their values."""
+    sources = {label: _hash(_source(thing)) for label, thing in code.items()}
+    values = {name: hash_of_value(value) for name, value in held_values(code).items()}
+    return module_hashes() | sources | values
 
 
-def hashes_of_values(code: Mapping[str, Any]) -> dict[str, str]:
-    """Return a hash of each value that functions and objects of the user hold beside their source.
+def held_values(code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that functions and objects of the user hold beside their source.
 
     These are the values of closures, defaults, partial applications and attributes. An object with a state_dict
     holds none: what it says is its state is no code.
-
-    Args:
-        code: the functions and objects, as `code_of` returns them.
     """
-    hashes = dict[str, str]()
-    for name, thing in code.items():
+    held = dict[str, Any]()
+    for label, thing in code.items():
         with suppress(*USER_CODE_FAILED):  # objects may compute attributes
-            values = {} if _is_own(thing) else _values_of(thing)
-            hashes |= {f"{name}.{key}": _hash(_stable(x).encode()) for key, x in values.items()}
-    return hashes
+            held |= {f"{label} {name}": value for name, value in _values_of(thing).items()}
+    return held
 
 
 def _values_of(code: Any) -> dict[str, Any]:
-    """Return the values that a function or an object holds, by name."""
+    """Return the values that a function or an object of the user holds, by name."""
     if isinstance(code, partial):
-        by_place = {str(place): value for place, value in enumerate(code.args)}
-        return _values_of(code.func) | by_place | code.keywords
+        return {**_values_of(code.func), "args": code.args, **code.keywords}
     if isinstance(code, MethodType):
-        return _values_of(code.__func__) | _values_of(code.__self__)
-    if isinstance(code, type) or hasattr(code, "state_dict"):
+        return _values_of(code.__self__)
+    if isinstance(code, type) or hasattr(code, "state_dict") or _is_own(code):
         return {}
     values = dict(getattr(code, "__dict__", {}))
     if isinstance(code, FunctionType):
         values |= inspect.getclosurevars(code).nonlocals
-        parameters = inspect.signature(code).parameters.values()
-        values |= {x.name: x.default for x in parameters if x.default is not x.empty}
+        values["defaults"] = code.__defaults__, code.__kwdefaults__
     return values
 
 
-def _stable(value: Any, above: tuple[int, ...] = ()) -> str:
-    """Return a text that equal values share in every process; of what has none the name of its type.
-
-    Of a long list, but one of numbers and texts alone, the first items count.
+def hash_of_value(value: Any, above: tuple[int, ...] = ()) -> str:
+    """Return a hash that equal values share in every process; what has no form of JSON counts by its type.
 
     Args:
         value: the value.
-        above: the ids of what it is a part of.
+        above: the ids of the functions that hold it.
     """
-    kind = type(value)
-    if kind in PLAIN:
-        return repr(value)
-    text = kind.__qualname__
-    if id(value) in above:
-        return text
-    inner = partial(_stable, above=(*above, id(value)))
-    with suppress(*USER_CODE_FAILED):
-        if hasattr(value, "dtype") and hasattr(value, "tolist"):
-            is_plain = not getattr(value.dtype, "hasobject", False)
-            return f"{value.dtype} {_hash(_bytes(value))}" if is_plain else inner(value.tolist())
-        if isinstance(value, Mapping):
-            pairs = islice(value.items(), MOST)
-            return f"{text} {len(value)} {sorted(map(inner, pairs))}"
-        if isinstance(value, set | frozenset):
-            return f"{text} {sorted(map(inner, value))}"
-        if isinstance(value, list | tuple):
-            is_plain = {*map(type, value)} <= PLAIN
-            items = value if is_plain else [*map(inner, value[:MOST])]
-            return f"{text} {len(value)} {items}"
-        if is_dataclass(value) or isinstance(value, FunctionType | MethodType | partial | type):
-            name = _name_of(value)
-            if _is_own(value) or _is_foreign(_file_of(_named(value).__module__)):
-                return name
-            return f"{name} {_hash_of_source(value)} {inner(_values_of(value))}"
-    return text
+    text = type(value).__qualname__
+    with suppress(
+        *USER_CODE_FAILED
+    ):  # objects may compute attributes, and a list be a part of itself
+        text = json.dumps(plain(value, partial(_text_of, above=above)), sort_keys=True)
+    return _hash(text.encode())
 
 
-def _bytes(array: Any) -> bytes:
-    """Return the shape and the numbers of an array of numpy or torch as bytes."""
-    numbers = array
-    if type(array).__module__.startswith("torch"):
-        numbers = array.detach().cpu().reshape(-1).view(sys.modules["torch"].uint8).numpy()
-    return f"{[*array.shape]}".encode() + bytes(numbers.tobytes())
+def _text_of(thing: Any, above: tuple[int, ...]) -> str:
+    """Return a hash of an array, of the source and the values of a function, or else the name of a type."""
+    if hasattr(thing, "tolist"):
+        array = thing.detach().cpu().double().numpy() if hasattr(thing, "detach") else thing
+        if array.dtype.hasobject:
+            return hash_of_value(array.tolist(), above)
+        return f"{array.shape} {_hash(array.tobytes())}"
+    is_code = isinstance(thing, FunctionType | MethodType | partial | type)
+    if is_code and id(thing) not in above:
+        values = hash_of_value(_values_of(thing), (*above, id(thing)))
+        return f"{name_of(thing)} {_hash(_source(thing))} {values}"
+    return name_of(thing)
 
 
 def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
@@ -218,68 +195,37 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     hashes = {}
     modules = (name.removeprefix("module ") for name in recorded if name.startswith("module "))
     for name in sorted({*sys.modules, *modules}):
-        path = _file_of(name)
+        module = sys.modules.get(name)
+        path = str(vars(module).get("__file__") if module else source_file(name))
         # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
-        if name.partition(".")[0] in _NOT_HASHED or _is_foreign(path):
+        is_foreign = path.startswith(_PYTHON) or _INSTALLED.search(path)
+        if name.partition(".")[0] in _NOT_HASHED or is_foreign:
             continue
         if (file := Path(path)).is_file():
-            hashes[f"module {_label_of(name)}"] = _hash(file.read_bytes())
+            # A file is imported under a hash of its path if its name is that of another module.
+            label = file.stem if name.startswith("tokenrl_file_") else name
+            hashes[f"module {label}"] = _hash(file.read_bytes())
     return hashes
 
 
-def _file_of(module: str) -> str:
-    """Return the path of the file of a module, imported or not; `None` as text without one."""
-    imported = sys.modules.get(module)
-    return str(vars(imported).get("__file__") if imported else source_file(module))
-
-
-def _label_of(module: str) -> str:
-    """Return the name of a module; a file has a hash of its path for one if its own is that of another module."""
-    return Path(_file_of(module)).stem if module.startswith("tokenrl_file_") else module
-
-
-def _is_foreign(path: str) -> bool:
-    """Return whether a file is one of Python or of an installed package."""
-    return path.startswith(_PYTHON) or bool(_INSTALLED.search(path))
-
-
-def names_of(code: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of functions and objects of the user in their order, by their settings."""
-    names = dict[str, str]()
-    for label, thing in code.items():
-        setting = label.partition(" ")[0]
-        name = str(_named(thing).__qualname__)
-        names[setting] = f"{names[setting]}, {name}" if setting in names else name
-    return names
-
-
-def hashes_of_sources(code: Mapping[str, Any]) -> dict[str, str]:
-    """Return a hash of the source of each function or object of the user."""
-    return {label: _hash_of_source(thing) for label, thing in code.items()}
-
-
-def _hash_of_source(code: Any) -> str:
-    """Return a hash of the source of a function, or of the class of a method or an object."""
+def _source(code: Any) -> bytes:
+    """Return the source of a function, or of the class of a method or an object; empty where nothing knows it."""
     source = _named(code)
     if isinstance(source, MethodType):  # which may call others of its class
         source = type(source.__self__)
-    text = ""
-    if not _is_own(code):
-        with suppress(OSError, TypeError):  # Python does not know it
-            text = inspect.getsource(source)
-    return _hash(text.encode())
+    with suppress(OSError, TypeError):
+        return b"" if _is_own(code) else inspect.getsource(source).encode()
+    return b""
+
+
+def name_of(code: Any) -> str:
+    """Return the name of a function, also of a partial application of it, or of the class of an object."""
+    return str(_named(code).__qualname__)
 
 
 def _named(code: Any) -> Any:
-    """Return what has the name of user code: the function of a partial application, or the class of an object."""
-    while isinstance(code, partial):
-        code = code.func
-    return code if hasattr(code, "__qualname__") else type(code)
-
-
-def _name_of(code: Any) -> str:
-    """Return the name of user code with that of its module."""
-    return f"{_label_of(_named(code).__module__)}.{_named(code).__qualname__}"
+    function = original(code)
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def _is_own(code: Any) -> bool:

@@ -24,10 +24,11 @@ from tokenrl.runs.files import State, flat, plain, remove, verify, write_json, w
 from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import (
     code_of,
-    hashes_of_sources,
-    hashes_of_values,
+    hash_of_value,
+    hashes_of_code,
+    held_values,
     module_hashes,
-    names_of,
+    name_of,
     versions,
 )
 from tokenrl.runs.processes import all_reduce_max, gather_objects
@@ -221,29 +222,29 @@ class Provenance:
     settings: Mapping[str, Any] = field(default_factory=dict)
     objects: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, Any] = field(default_factory=dict)
-    hashes: Mapping[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
     def take_code(self, kind: type[Any]) -> None:
         """Hash the code of the run, before a file of it can change; `kind` is the dataclass of the settings."""
         self.code = code_of(kind, self.settings, self.objects)
-        sources = hashes_of_sources(self.code)
-        self.hashes = module_hashes() | sources | hashes_of_values(self.code)
+        self.hashes = hashes_of_code(self.code)
 
     def state_dict(self) -> State:
         """Return what a continuation is compared with, by the part of the run that it belongs to.
 
         A value that has changed since the run began is state and no code, and so left out.
         """
-        now = hashes_of_values(self.code)
-        same = {name: x for name, x in self.hashes.items() if now.get(name, x) == x}
-        self.hashes = module_hashes() | same
+        for name, value in held_values(self.code).items():
+            if name in self.hashes and hash_of_value(value) != self.hashes[name]:
+                del self.hashes[name]
+        self.hashes = module_hashes() | self.hashes
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
-            "objects": names_of(self.code),
+            "objects": plain(self.objects, name_of),
             "code": self.hashes,
             "processes": self.processes,
             "versions": {**packages, "device": self.device},
@@ -264,13 +265,13 @@ class Provenance:
         self.inexact = []
         refused = []
         before = flat(state)
-        self.hashes = {**module_hashes(state["code"]), **self.hashes}
+        self.hashes = module_hashes(state["code"]) | self.hashes
         now = flat(self.state_dict())
         for name in sorted({*before, *now}):
             part, _, key = name.partition(".")
             values = before.get(name, _ABSENT), now.get(name, _ABSENT)
             # An engine may be another, but not the same one with other code.
-            is_free = key in FREE or (part in ("code", "objects") and _ABSENT in values)
+            is_free = key in FREE or (part == "code" and _ABSENT in values)
             if is_free or values[0] == values[1]:
                 continue
             text = f"{key or part}: {values[0]!r}, now {values[1]!r}"
@@ -280,12 +281,10 @@ class Provenance:
                 refused.append(text)
         if refused:
             raise Refused(
-                f"The run was started otherwise: {'; '.join(refused)}. Continue it with its own settings "
-                "(--config RUN), data, code and number of processes, or start a new run from the checkpoint's "
-                "weights with --model."
+                f"The run was started otherwise: {'; '.join(dict.fromkeys(refused))}. Continue it with its own "
+                "settings (--config RUN), data, code and number of processes, or start a new run from the "
+                "checkpoint's weights with --model."
             )
-        changing = hashes_of_values(self.code).keys() - state["code"].keys()
-        self.hashes = {name: x for name, x in self.hashes.items() if name not in changing}
         self.inexact += self.caveats
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")

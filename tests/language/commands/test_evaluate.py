@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from folders import read_json
 from refusals import refused
@@ -17,7 +15,6 @@ from tokenrl.language.commands.evaluate import as_trained
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import write_json
-from tokenrl.runs.threads import alone
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
@@ -167,9 +164,3 @@ def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, refusal
 def test_a_model_of_no_run_names_no_task(saved, refusal):
     error = refusal("evaluate --model", str(saved()))
     assert "Name the task to evaluate on: task (--task)" in error
-
-
-def test_nothing_is_evaluated_beside_a_run_of_another_thread(saved, workplace):
-    model = str(saved())
-    with alone(), ThreadPoolExecutor(1) as pool, refused("another thread of this process"):
-        pool.submit(tokenrl.evaluate, model=model, task="vowels", quiet=True).result()

@@ -53,7 +53,7 @@ def stranger(folder, workplace, monkeypatch):
     """`stranger(**names)`: a copy of the run, whose config.json names other code; `evil.py` tells."""
     shutil.copytree(folder, workplace, dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(workplace / "settings"))
-    for place in ("run/evil.py", "beside.py", "run/inner/evil.py"):
+    for place in ("run/evil.py", "beside.py", "run/inner/evil.py", "run(1)/evil.py"):
         Path(place).parent.mkdir(exist_ok=True)
         Path(place).write_text(EVIL.format(str(workplace / "executed")))
     Path("run/inner/__init__.py").write_text(EVIL.format(str(workplace / "executed")))
@@ -77,6 +77,8 @@ NAMES = {
     "other attribute": "rewards.py:__builtins__",
     "standard library": "subprocess:Popen",
     "attribute of a module": "beside.vowels:x",
+    "like a reward with options": "run(1)/evil.py:vowels",
+    "like one of the library": "./length(1)/../run(1)/evil.py:vowels",
 }
 
 
@@ -90,59 +92,21 @@ def test_no_code_of_a_stranger_is_executed(stranger, setting, name, refusal):
     assert not Path("executed").exists()
 
 
-FOLDERS = {
-    "like a reward with options": "run(1)",
-    "like a reward of the library": "./length(target=2)",
-    "like a puzzle": "./reasoning_gym:run",
-    "with a colon": "a:b",
-    "with blanks": " my run (copy)",
-    "like a file": "run.py",
-    "upwards": "run/../other(1)",
-}
-
-
-@pytest.mark.parametrize("place", FOLDERS.values(), ids=FOLDERS)
-@pytest.mark.parametrize("setting", ["task", "reward", "environment"])
-def test_a_folder_of_any_name_executes_nothing(stranger, setting, place, refusal):
-    name = f"{place}/evil.py:vowels"
-    stranger(**{setting: [name] if setting == "reward" else name})
-    shutil.copytree("run", place)
-    output = refusal("evaluate", "--model", place)
-    assert "names code that is not executed" in output and repr(name) in output
-    assert not Path("executed").exists()
-
-
-TEXTS = [f"{folder}/evil.py:vowels" for folder in FOLDERS.values()]
-TEXTS += [
-    *NAMES.values(),
-    "beside:vowels:mean",
-    "C:\\run\\evil.py:vowels",
-    "run/evil.py",
-    ":vowels",
-]
+TEXTS = [*NAMES.values(), "a:b/evil.py:vowels", "C:\\run\\evil.py:vowels", "run.py/evil.py:vowels"]
+TEXTS += ["reasoning_gym:run/evil.py:vowels", "./reasoning_gym:run/evil.py:vowels", "run/evil.py"]
 TEXTS += ["length(target=20)", " length (target=20)", "length:x", "length(1)/evil.py:vowels", "run"]
-TEXTS += [
-    "words.jsonl",
-    "in-memory:beside",
-    "reasoning_gym:beside",
-    "vowels",
-    "own/er:beside",
-    "none",
-]
+TEXTS += ["words.jsonl", "in-memory:beside", "vowels", "own/er:beside", "none", ":vowels", ""]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("setting", ["task", "reward"])
-def test_a_loader_imports_what_its_field_says_and_nothing_else(
-    stranger, setting, text, monkeypatch
-):
-    """So a text that passes as no code is none."""
+@pytest.mark.parametrize("load", [load_reward, own_task])
+def test_a_loader_imports_what_the_type_of_its_field_says(stranger, load, text, monkeypatch):
+    """So what passes as no code is none, and a folder of any name executes nothing."""
     imported = []
     monkeypatch.setattr("tokenrl.names.import_source", lambda source, _: imported.append(source))
-    monkeypatch.setattr("tokenrl.language.tasks.task.read_parts", lambda *_: [][1])
-    load = {"reward": load_reward, "task": own_task}[setting]
     with suppress(Refused):
         load(text)
+    setting = {load_reward: "reward", own_task: "task"}[load]
     assert imported == [source for *_, source in code_in(TrainArguments, {setting: text})]
 
 

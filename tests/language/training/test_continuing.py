@@ -15,7 +15,6 @@ from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, v
 import tokenrl
 from tests.states import state_of
 from tokenrl.core import Estimator
-from tokenrl.language import TransformersGenerator
 from tokenrl.names import import_attribute
 
 REFILLING = Estimator.preset(
@@ -209,86 +208,27 @@ def test_nor_is_one_whose_functions_have_changed(of_code):
         with refused(f"otherwise: .*{place}.*: .*Continue it"):
             of_code(**settings(**again | {name: changed}), resume="auto", max_steps=3)
     held(MINE)
-    with refused(r"otherwise: reward mine.score.scale: "):
+    with refused(r"otherwise: reward mine.score scale: "):
         other = again | {"scaled": partial(again["scaled"], scale=4.0)}
         of_code(**settings(**other), resume="auto", max_steps=3)
 
 
-def paid(completions, scale, **_):
-    return [scale * len(text) for text in completions]
-
-
 class Weighted:
     def __init__(self, scale):
-        self.scale = scale
-        self.calls, self.seen = 0, []
+        self.scale, self.seen = scale, []
 
     def __call__(self, completions, **_):
-        self.calls += 1
         self.seen += completions
         return [self.scale * len(text) for text in completions]
 
 
-class Counting(Weighted):
-    def state_dict(self):
-        return {"calls": self.calls, "scale": self.scale}
-
-    def load_state_dict(self, state):
-        self.calls = state["calls"]
-
-
-def enclosed(scale):
-    seen = []
-
-    def reward(completions, **_):
-        seen.append(completions)
-        return paid(completions, scale)
-
-    return reward
-
-
-HOLDERS = {
-    "closure": (enclosed, r"reward \S*enclosed\S*\.scale: "),
-    "object": (Weighted, r"reward \S*Weighted\.scale: "),
-}
-
-
-@pytest.mark.parametrize("kind", HOLDERS)
-def test_other_values_in_the_code_are_told_and_what_changes_in_the_run_is_state(kind, of_code):
-    """Calls and texts that a reward remembers differ in each continuation, also in another process."""
-    make, words = HOLDERS[kind]
-    of_code(reward=[make(1.0)])
-    with refused(f"started otherwise: {words}"):
-        of_code(reward=[make(2.0)], resume="auto", max_steps=2)
-    same = make(1.0)
-    assert of_code(reward=[same], resume="auto", max_steps=2).steps == 2
-    assert of_code(reward=[same], resume="auto", max_steps=3).steps == 3
-    hashes = read_json("run/config.json")["hashes"]
-    values = {name.rpartition(".")[2] for name in hashes if name.startswith("reward ")}
-    assert "scale" in values and not values & {"calls", "seen"}
-
-
-def test_a_reward_with_a_state_may_have_another_in_a_continuation(of_code):
-    of_code(reward=[Counting(1.0)])
-    assert of_code(reward=[Counting(2.0)], resume="auto", max_steps=2).steps == 2
-
-
-@pytest.mark.parametrize("setting", ["prompt_weights", "generator"])
-def test_changed_functions_of_other_settings_are_not_continued_either(setting, of_code):
-    makers = {"prompt_weights": weights_of, "generator": engine_of}
-    of_code(**{setting: makers[setting](1.0)})
-    with refused(rf"started otherwise: {setting} \S*scale: "):
-        of_code(**{setting: makers[setting](2.0)}, resume="auto", max_steps=2)
-    if setting == "generator":  # another one is allowed, with a warning
-        assert of_code(resume="auto", max_steps=2).steps == 2
-
-
-def weights_of(scale):
-    return lambda completions, means, variances: scale + variances
-
-
-def engine_of(scale):
-    return lambda policy, rows: TransformersGenerator(policy, int(scale) * (rows or 9))
+def test_nor_is_one_whose_objects_hold_other_values_but_those_that_change_are_state(of_code):
+    reward = Weighted(1.0)
+    of_code(reward=[reward])
+    with refused(r"otherwise: reward \S*Weighted scale: "):
+        of_code(reward=[Weighted(2.0)], resume="auto", max_steps=2)
+    assert of_code(reward=[reward], resume="auto", max_steps=2).steps == 2
+    assert of_code(reward=[Weighted(1.0)], resume="auto", max_steps=3).steps == 3
 
 
 def files_of(run, step):

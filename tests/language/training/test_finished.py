@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from folders import read_json, write_rows
-from refusals import stopped
 from tiny_models import letter_task, letters_trained
 
 from tests.states import state_of
@@ -124,42 +123,21 @@ def test_a_check_spends_nothing_of_what_a_reward_counts(tmp_path):
     assert (check.exit_reason, scorer.count) == ("check", 5)
 
 
-class Meddling:
-    """A reward whose `state_dict` changes settings of torch, and fails when it is called too often."""
+def test_the_state_dict_of_a_reward_changes_no_settings(tmp_path):
+    class Meddling:
+        def __call__(self, completions, **rows):
+            return [float(len(text)) for text in completions]
 
-    def __init__(self, calls=99):
-        self.calls = calls
+        def state_dict(self):
+            torch.set_num_threads(threads + 1)
+            return {}
 
-    def __call__(self, completions, **rows):
-        return [float(len(text)) for text in completions]
+        def load_state_dict(self, state):
+            torch.set_num_threads(threads + 1)
 
-    def state_dict(self):
-        torch.set_num_threads(2)
-        torch.set_default_dtype(torch.float64)
-        self.calls -= 1
-        return {"calls": [1, 2][1 if self.calls else 9]}
-
-    def load_state_dict(self, state):
-        torch.use_deterministic_algorithms(True)
-
-
-def test_a_state_dict_changes_no_numbers_and_its_failure_is_a_sentence(tmp_path):
-    def plain(completions, **rows):
-        return [float(len(text)) for text in completions]
-
-    plain.__name__ = "Meddling"
-    before = torch.get_num_threads()
-    for name, reward in (("plain", plain), ("meddling", Meddling())):
-        letters_trained(tmp_path / name, letter_task(reward), eval_every=9)
-    first, second = (
-        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "meddling")
-    )
-    assert first == second and torch.get_num_threads() == before
-    assert not torch.are_deterministic_algorithms_enabled()
-    with stopped(
-        r"At step 2: The state_dict of the reward function Meddling failed: it raised Index"
-    ):
-        letters_trained(tmp_path / "failed", letter_task(Meddling(3)), eval_every=9)
+    threads = torch.get_num_threads()
+    row = letters_trained(tmp_path / "run", letter_task(Meddling()), max_steps=1).metrics[-1]
+    assert row["step"] == 1 and torch.get_num_threads() == threads
 
 
 def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, refusal):

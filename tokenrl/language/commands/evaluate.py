@@ -177,7 +177,7 @@ def _of_run(args: Any, model: str, names: set[str]) -> dict[str, Any]:
     left_open = [name for name in vars(args) if getattr(args, name) is None]
     settings = {name: config[name] for name in left_open if name in names & config.keys()}
     # Objects of a Python program have no name elsewhere.
-    objects = str(values_of_code(type(args), settings))
+    objects = str([value for *_, value in values_of_code(type(args), settings)])
     has_objects = args.task is None or re.search("<|__main__:", objects)
     if config.get("command") == "" and has_objects:
         raise Refused(

@@ -19,18 +19,20 @@ import numpy as np
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
 from tokenrl.language.rewards.isolation import Attempt, await_all
-from tokenrl.runs.metric_table import recorded_names
+from tokenrl.names import original
+from tokenrl.runs.metric_table import all_metrics, fits
 from tokenrl.settings import LARGEST_REWARD, shown
-from tokenrl.user_code import ask, copied, guarded, own_process, user_code
+from tokenrl.user_code import copied, guarded, own_process, user_code
 
 Reward = Callable[..., Any]
 
-COLUMNS = "prompt teacher_prompt completion reward advantage truncated ending messages failure"
+COLUMNS = """prompt teacher_prompt completion reward advantage truncated ending messages failure rewards/{name}
+tokens/{name}"""
 RESERVED = {
-    "log_metric": recorded_names(),
-    "log_extra": (COLUMNS.split(), ("rewards/", "tokens/")),
+    "log_metric": [*(metric.name for metric in all_metrics()), "eval_{name}"],
+    "log_extra": COLUMNS.split(),
 }
-"""Reserved names and prefixes: of metrics for `log_metric`, of completions for `log_extra`."""
+"""The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`."""
 
 
 @dataclass
@@ -90,7 +92,6 @@ def call_rewards(
     objects: Mapping[str, list[Any]] | None = None,
     *,
     excused: tuple[type[Stopped], ...] = (),
-    keepers: Mapping[str, Any] | None = None,
 ) -> CallResults:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
@@ -105,7 +106,6 @@ def call_rewards(
         excused: `Failed` or `Late` or both. A function to which it happens is called again for each completion
             alone, and gives none to those to which it happens again. What it then logs is dropped. Its state is
             that of before the call again.
-        keepers: the objects whose states functions have, by the names of these functions.
 
     Raises:
         Stopped: a function raised anything (SystemExit too) or missed its deadline, and this is not excused; or
@@ -131,15 +131,14 @@ def call_rewards(
     for name in named:
         logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
         shared[name] = {**logs, **objects}
-    keepers = keepers or {}
-    before = states_of(keepers) if excused else {}
+    before = states_of(named) if excused else {}
     attempts = attempt_each(named, arguments, shared)
 
     def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
-        one = {name: named[name]}
-        owner = {name: keepers[name]} if name in keepers else {}
-        return call_rewards(one, own, state, locations[row], others, excused=excused, keepers=owner)
+        return call_rewards(
+            {name: named[name]}, own, state, locations[row], others, excused=excused
+        )
 
     count = len(rows["prompts"])
     late = np.zeros(count, dtype=bool)
@@ -152,7 +151,7 @@ def call_rewards(
         fault = _failure(name, error, described)
         if not isinstance(fault, excused):
             raise fault
-        restore_states({key: x for key, x in keepers.items() if key == name}, before)
+        restore_states(named, {key: x for key, x in before.items() if key == name})
         parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
         texts = [part.faults[name] for part in parts if part.faults]
         faults[name] = next(iter(texts), str(fault))
@@ -168,27 +167,44 @@ def call_rewards(
     return CallResults(values, late, columns, logged, seconds, faults)
 
 
-def states_of(keepers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the states of functions, by their names.
+def keeper(function: Any) -> Any:
+    """Return the object whose state a checkpoint holds for a reward: the reward, or that of which it is a method.
+
+    It has `state_dict` and `load_state_dict`. A module of torch is none, since no step changes its weights.
+
+    Returns:
+        The object, or None.
+    """
+    inner = original(function)
+    owner = getattr(inner, "__self__", inner)
+    saves = all(hasattr(owner, name) for name in ("state_dict", "load_state_dict"))
+    return owner if saves and not hasattr(owner, "named_parameters") else None
+
+
+def states_of(named: Mapping[str, Reward]) -> dict[str, Any]:
+    """Return copies of the states of those functions that have one, by their names.
 
     Raises:
         Stopped: a `state_dict` raised an error, or its state cannot be copied.
     """
-    return {
-        name: ask(owner.state_dict, f"The state_dict of the reward function {name} failed")
-        for name, owner in keepers.items()
-    }
+    states = {}
+    for name, function in named.items():
+        owner = keeper(function)
+        if owner is not None:
+            with guarded(f"The state_dict of the reward function {name} failed"):
+                states[name] = copied(owner.state_dict())
+    return states
 
 
-def restore_states(keepers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def restore_states(named: Mapping[str, Reward], states: Mapping[str, Any]) -> None:
     """Let functions continue from what `states_of` returned.
 
     Raises:
         Stopped: a `load_state_dict` raised an error.
     """
-    for name, owner in keepers.items():
+    for name, state in states.items():
         with guarded(f"The load_state_dict of the reward function {name} failed"):
-            owner.load_state_dict(copied(states[name]))
+            keeper(named[name]).load_state_dict(copied(state))
 
 
 def attempt_each(
@@ -217,15 +233,13 @@ def _check_name(function: str, call: str, name: Any) -> None:
     Raises:
         Stopped: it is no text of one line, or the run writes something itself under this name.
     """
-    names, beginnings = RESERVED[call]
+    names = RESERVED[call]
     is_text = isinstance(name, str) and name != "" and name.isprintable()
-    is_own = is_text and (name.removesuffix("_stderr") in names or name.startswith(beginnings))
-    if is_text and not is_own:
+    if is_text and not any(fits(name.removesuffix("_stderr"), own) for own in names):
         return
     raise Stopped(
         f"Reward function {function} gave {call} the name {shown(name)}: give a text of one line, such as "
-        f"'my_score', that is none of the run's own names, which are {', '.join(names)}, and all that begin "
-        f"with {' or '.join(beginnings)}."
+        f"'my_score', that is none of the run's own names, which are {', '.join(names)}, where braces stand for any."
     )
 
 

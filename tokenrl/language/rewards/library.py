@@ -270,11 +270,7 @@ _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)
 LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}
 
 
-def is_in_library(spec: str) -> bool:
-    """Return whether a reward is one of the library, also with options, as `length(target=20)` is."""
-    return spec.partition("(")[0].strip() in LIBRARY
-
-
 def source_of_reward(spec: str) -> str:
     """Return the module or the file that a named reward is imported from; empty for the library and for a folder."""
-    return "" if os.path.isdir(spec) or is_in_library(spec) else source_of(spec)
+    is_in_library = spec.partition("(")[0].strip() in LIBRARY
+    return "" if is_in_library or os.path.isdir(spec) else source_of(spec)

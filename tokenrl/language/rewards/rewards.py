@@ -34,6 +34,7 @@ from tokenrl.language.rewards.calls import (
     TrainerState,
     accepted_arguments,
     call_rewards,
+    keeper,
     restore_states,
     row_in_words,
     states_of,
@@ -43,12 +44,11 @@ from tokenrl.language.rewards.loading import (
     Range,
     declared_range,
     is_binary,
-    keeper,
     load_reward,
-    original,
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardProcess
+from tokenrl.names import original
 from tokenrl.settings import LARGEST_REWARD
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
@@ -203,11 +203,11 @@ class Rewards:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of each function that has one, by its name."""
-        return states_of(self.keepers)
+        return states_of(dict(zip(self.names, self.functions, strict=True)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        restore_states(self.keepers, state)
+        restore_states(dict(zip(self.names, self.functions, strict=True)), state)
 
     @property
     def range(self) -> Range | None:
@@ -295,13 +295,7 @@ class Rewards:
         if self.environments is not None and "environments" in rows:
             objects["environments"] = rows.pop("environments")
         results = call_rewards(
-            self._callers,
-            rows,
-            self.state,
-            locations,
-            objects,
-            excused=self._excused,
-            keepers=self.keepers,
+            self._callers, rows, self.state, locations, objects, excused=self._excused
         )
         self.late += int(results.late.sum())
         self.faults = results.faults | self.faults

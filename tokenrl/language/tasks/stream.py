@@ -16,7 +16,7 @@ from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.names import NamedFunction
 from tokenrl.runs.output import quantity
 from tokenrl.settings import check_choice
-from tokenrl.user_code import ask
+from tokenrl.user_code import guarded
 
 Array = NDArray[np.float64]
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -25,7 +25,6 @@ MIN_PROMPTS = 13
 """With fewer distinct training prompts (16, of which a fifth is held out) a policy learns them by heart."""
 DECAY = 0.875
 """Factor of what was seen of a prompt before, each time that it is drawn (as in the baseline 'tracker')."""
-FAILED = "prompt_weights failed"
 TINY = 1e-300
 """In place of a divisor of 0."""
 PRIOR = 2.0
@@ -169,9 +168,8 @@ class WeightedPrompts(PromptStream):
             check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
             column = rows.column(weights)
             self._function = lambda *_: column
-        self._moments = np.zeros(
-            (3, len(rows))
-        )  # completions, mean reward, squared distances from it
+        # Of each row the completions, their mean reward, and the sum of squared distances from it.
+        self._moments = np.zeros((3, len(rows)))
         super().__init__(rows, seed)
 
     def _start(self, position: int) -> None:
@@ -194,9 +192,9 @@ class WeightedPrompts(PromptStream):
         completions, means, distances = self._moments
         variances = distances / np.maximum(completions, TINY)
         kind = Stopped if completions.any() else Refused
-        seen = completions, means, variances
-        function = self._function
-        weights = ask(lambda *x: np.asarray(function(*x), float), FAILED, *seen, kind=kind)
+        with guarded("prompt_weights failed", kind):
+            weights = self._function(*self._moments[:2].copy(), variances)
+            weights = np.asarray(weights, float)
         if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:
             raise kind(
                 f"prompt_weights must give {len(means):,} finite numbers of at least 0, one for each training row."
