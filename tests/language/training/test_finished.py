@@ -126,6 +126,7 @@ def test_a_check_spends_nothing_of_what_a_reward_counts(tmp_path):
 def test_the_state_dict_of_a_reward_changes_no_settings(tmp_path):
     class Meddling:
         def __call__(self, completions, **rows):
+            seen.add(torch.get_num_threads())
             return [float(len(text)) for text in completions]
 
         def state_dict(self):
@@ -135,9 +136,9 @@ def test_the_state_dict_of_a_reward_changes_no_settings(tmp_path):
         def load_state_dict(self, state):
             torch.set_num_threads(threads + 1)
 
-    threads = torch.get_num_threads()
-    row = letters_trained(tmp_path / "run", letter_task(Meddling()), max_steps=1).metrics[-1]
-    assert row["step"] == 1 and torch.get_num_threads() == threads
+    seen, threads = set(), torch.get_num_threads()
+    letters_trained(tmp_path / "run", letter_task(Meddling()), max_steps=1)
+    assert seen == {threads}
 
 
 def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, refusal):
