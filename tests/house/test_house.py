@@ -24,15 +24,15 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 12_880,
+    "top": 13_330,
     "core": 19_720,
-    "runs": 24_570,
+    "runs": 25_610,
     "control": 10_720,
     "advisor": 2_050,
     "language": 100,
-    "language/policy": 11_820,
-    "language/rewards": 13_910,
-    "language/tasks": 11_120,
+    "language/policy": 11_830,
+    "language/rewards": 13_990,
+    "language/tasks": 11_220,
     "language/rollout": 26_790,
     "language/training": 23_580,
     "language/supervised": 7_730,

@@ -131,11 +131,11 @@ def held_values(code: Mapping[str, Any]) -> dict[str, Any]:
     These are the values of closures, defaults, partial applications and attributes. An object with a state_dict
     holds none: what it says is its state is no code.
     """
-    held = dict[str, Any]()
+    values = dict[str, Any]()
     for label, thing in code.items():
         with suppress(*USER_CODE_FAILED):  # objects may compute attributes
-            held |= {f"{label} {name}": value for name, value in _values_of(thing).items()}
-    return held
+            values |= {f"{label} {name}": value for name, value in _values_of(thing).items()}
+    return values
 
 
 def _values_of(code: Any) -> dict[str, Any]:

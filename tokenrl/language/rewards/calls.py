@@ -125,14 +125,13 @@ def call_rewards(
         logged.setdefault(name, []).append(float(value))
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
-    arguments = {**rows, "trainer_state": state}
     objects = objects or {}
     shared = {}
     for name in named:
         logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
         shared[name] = {**logs, **objects}
     before = states_of(named) if excused else {}
-    attempts = attempt_each(named, arguments, shared)
+    attempts = attempt_each(named, {**rows, "trainer_state": state}, shared)
 
     def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
