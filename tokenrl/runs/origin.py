@@ -161,9 +161,8 @@ def hash_of_value(value: Any, above: tuple[int, ...] = ()) -> str:
         above: the ids of the functions that hold it.
     """
     text = type(value).__qualname__
-    with suppress(
-        *USER_CODE_FAILED
-    ):  # objects may compute attributes, and a list be a part of itself
+    # Objects may compute attributes, and a list may be a part of itself.
+    with suppress(*USER_CODE_FAILED):
         text = json.dumps(plain(value, partial(_text_of, above=above)), sort_keys=True)
     return _hash(text.encode())
 

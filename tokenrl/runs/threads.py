@@ -47,7 +47,7 @@ def alone() -> Iterator[None]:
     if not _RUN.acquire(blocking=False):
         raise Refused(
             "A run is going on in another thread of this process, and two would change each other's numbers, as "
-            "they share generators and settings of torch: wait for it to end, or start this one as a process."
+            "they share generators and settings of torch: wait for it to end, or start another process."
         )
     try:
         yield

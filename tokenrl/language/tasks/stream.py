@@ -215,8 +215,8 @@ class WeightedPrompts(PromptStream):
         """
         rows = self._rows_of(numbers.tolist())
         completions, means, distances = self._moments
-        for weights in (completions, distances):
-            weights[rows] *= DECAY  # once, also where a row is there several times
+        for sums in (completions, distances):
+            sums[rows] *= DECAY  # once, also where a row is there several times
         # By Welford, since a difference of large squares would be all rounding.
         for row, reward in zip(rows, rewards.tolist(), strict=True):
             completions[row] += 1
