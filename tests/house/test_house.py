@@ -31,7 +31,7 @@ LIMITS = {
     "advisor": 2_050,
     "language": 100,
     "language/policy": 11_830,
-    "language/rewards": 13_990,
+    "language/rewards": 14_020,
     "language/tasks": 11_220,
     "language/rollout": 26_790,
     "language/training": 23_580,

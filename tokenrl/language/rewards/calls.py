@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import numbers
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,10 @@ Reward = Callable[..., Any]
 
 COLUMNS = """prompt teacher_prompt completion reward advantage truncated ending messages failure rewards/{name}
 tokens/{name}"""
-RESERVED = {
-    "log_metric": [*(metric.name for metric in all_metrics()), "eval_{name}"],
-    "log_extra": COLUMNS.split(),
-}
-"""The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`."""
+METRICS = dict.fromkeys(re.sub("/.*", "/{name}", metric.name) for metric in all_metrics())
+RESERVED = {"log_metric": [*METRICS, "eval_{name}"], "log_extra": COLUMNS.split()}
+"""The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`. What
+begins as one of them does, up to a slash, is the run's too."""
 
 
 @dataclass
