@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from refusals import stopped
 
 from tokenrl.errors import USER_CODE_FAILED, Stopped, raised
-from tokenrl.user_code import user_code
+from tokenrl.user_code import copied, user_code
 
 PRECISIONS = [
     "backends.fp32_precision",
@@ -52,6 +53,7 @@ torch.set_autocast_enabled('cpu', True)
 torch.set_autocast_dtype('cpu', torch.float16)
 torch.autocast('cpu', torch.bfloat16).__enter__()
 torch.no_grad().__enter__()
+kept.append(torch.inference_mode()); kept[-1].__enter__()
 kept.append(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)); kept[-1].__enter__()
 np.seterr(all='raise')""".splitlines()
 READ = """torch.get_float32_matmul_precision()
@@ -61,6 +63,7 @@ torch.get_default_dtype()
 torch.empty(0).device
 torch.get_num_threads()
 torch.is_grad_enabled()
+torch.is_inference_mode_enabled()
 torch.get_deterministic_debug_mode()
 torch.backends.cuda.flash_sdp_enabled()
 torch.backends.cuda.mem_efficient_sdp_enabled()
@@ -164,3 +167,19 @@ def test_what_handlers_around_would_miss_comes_out_as_a_failure_of_user_code(err
         raise error
     with pytest.raises(KeyboardInterrupt), told():
         raise KeyboardInterrupt
+
+
+def test_learning_goes_on_after_each_inference_mode_that_was_left_on():
+    weight = torch.ones(1, requires_grad=True)
+    for _ in range(3):
+        with user_code():
+            kept.append(torch.inference_mode())
+            kept[-1].__enter__()
+        (weight * 2).backward()
+    assert weight.grad == 6
+
+
+def test_a_million_texts_are_not_copied_one_by_one(monkeypatch):
+    monkeypatch.delattr(copy, "deepcopy")
+    state = {"scored": {str(number): 0.5 for number in range(1000)}, "pairs": [("a", 1)] * 9}
+    assert copied(state) == state and copied(state)["scored"] is not state["scored"]

@@ -1,9 +1,9 @@
 """Reads settings from files: the config.json of a run, or settings in JSON or YAML. Imports no torch.
 
-The config.json of a run may name code: a task, rewards, an environment, a baseline, an engine. Whoever reads
-the run of somebody else must not execute it. So each training notes hashes of the files that its settings
-name, among the settings of this user (`note_code`). `check_code` refuses a name whose file is not among them,
-has changed since, or lies in the directory of the run.
+The config.json of a run may name code: a task, rewards, an environment, a baseline, an engine. The types of the
+fields say which (`NamesCode`). Whoever reads the run of somebody else must not execute it. So each training notes
+hashes of the files that its settings name, among the settings of this user (`note_code`). `check_code` refuses a
+name whose file is not among them, has changed since, or lies in the directory of the run.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused, read_file, refusing
-from tokenrl.names import source_file
-from tokenrl.settings import Settings, arguments, field_types
+from tokenrl.names import NamesCode, source_file
+from tokenrl.settings import Settings, arguments, field_types, parts_of
 
 T = TypeVar("T")
 
@@ -39,14 +39,6 @@ RECORDED = {
     "hashes",
 }
 """Names in the config.json of a run that are no settings."""
-_CODE = ("task", "reward", "environment", "env", "generator", "teacher_context")
-"""Settings that may name code, as `module:name` or `file.py:name`; axes of the estimator may too."""
-_NO_CODE = {
-    "task": r"(reasoning_gym|in-memory):.*|.*/.*(?<!\.py):[^:]*",
-    "reward": r"\s*[A-Za-z_]\w*\s*\(.*",
-}
-"""Texts with a colon that name none, by setting: puzzles, a data set of the hub, a reward of the library."""
-
 TEXTS = ("prompt_template", "teacher_template", "system_prompt", "stop", "prompt")
 """Settings that hold text for the model."""
 ESCAPE = re.compile(
@@ -62,10 +54,9 @@ class TrustArguments(Settings, group="trust"):
     """Whether code that a run names is executed."""
 
     trust_run: bool = False
-    """Execute whatever the config.json of a run names: task, rewards, environment, baseline, engine. Give it
-    only for runs of people whom you trust. Without it, what you name yourself is executed, and of what the
-    run names only files outside of its directory with which you have trained and that have not changed
-    since."""
+    """Execute whatever code the config.json of a run names, such as rewards or a baseline. Give it only for
+    runs of people whom you trust. Without it, what you name yourself is executed, and of what the run names
+    only files outside of its directory with which you have trained and that have not changed since."""
 
 
 def configured(
@@ -201,10 +192,38 @@ def _from_yaml(text: str) -> Any:
     return config
 
 
-def note_code(settings: Mapping[str, Any]) -> None:
+def values_of_code(kind: Any, settings: Any) -> Iterator[tuple[str, NamesCode, Any]]:
+    """Yield each value of a field that may name code, with the name and the mark of the field.
+
+    Args:
+        kind: a dataclass of settings; the fields of those inside of it are called `estimator.baseline` and so on.
+        settings: the values by field, or an object of the class. One that stands in a list or a dict comes by itself.
+    """
+    values = getattr(settings, "__dict__", settings)
+    for name, hint in field_types(kind).items():
+        value = values.get(name)
+        for part in parts_of(hint):
+            if isinstance(part, NamesCode):
+                items = [*value.values()] if isinstance(value, Mapping) else value
+                for item in items if isinstance(items, list | tuple) else [items]:
+                    yield name, part, item
+            elif isinstance(part, type) and is_dataclass(part):
+                for inner, mark, item in values_of_code(part, value or {}):
+                    yield f"{name}.{inner}", mark, item
+
+
+def code_in(kind: Any, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the code that settings name: the setting, its text, and the module or the file that is imported."""
+    for name, mark, text in values_of_code(kind, settings):
+        if isinstance(text, str) and (source := mark.source(text)):
+            yield name, text, source
+
+
+def note_code(kind: type[Any], settings: Mapping[str, Any]) -> None:
     """Note the files that the settings of a training name, so that this user's runs may name them later."""
     with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
-        new = {_print(text) for text in code_in(settings)} - {None, *_noted()}
+        prints = {_print(text, source) for _, text, source in code_in(kind, settings)}
+        new = prints - {None, *_noted()}
         file = _notes()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(0o600)
@@ -212,24 +231,9 @@ def note_code(settings: Mapping[str, Any]) -> None:
             notes.writelines(f"{print_of_file}\n" for print_of_file in new)
 
 
-def code_in(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts in settings that name code, each with the name of its setting."""
-    estimator = settings.get("estimator", {})
-    axes = getattr(estimator, "__dict__", estimator)
-    of_axes = {f"estimator.{axis}": value for axis, value in axes.items()}
-    values = of_axes | {name: settings.get(name) for name in _CODE}
-    named = dict[str, str]()
-    for name, value in values.items():
-        no_code = _NO_CODE.get(name, "")
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and ":" in text and not re.fullmatch(no_code, text, re.DOTALL):
-                named[text] = name
-    return named
-
-
-def _print(text: str) -> str | None:
+def _print(text: str, source: str) -> str | None:
     """Return a hash of a name and the content of the file that importing it executes; None without a file."""
-    file = source_file(text.rpartition(":")[0])
+    file = source_file(source)
     if file is None:
         return None
     return sha256(text.encode() + b"\0" + file.read_bytes()).hexdigest()
@@ -249,6 +253,7 @@ def _notes() -> Path:
 
 
 def check_code(
+    kind: type[Any],
     settings: Mapping[str, Any],
     path: str | os.PathLike[str],
     stored: Mapping[str, Any],
@@ -259,6 +264,7 @@ def check_code(
     """Refuse code that the configuration of a run names, unless it is trusted or this user trained with it.
 
     Args:
+        kind: the dataclass of settings, whose types say which of them may name code.
         settings: the settings that are taken from the configuration.
         path: the directory of the run, its config.json, or a file of settings, which may name any code.
         stored: all that the configuration holds.
@@ -273,8 +279,8 @@ def check_code(
         return
     faults = [
         f"{name} {text!r:.200} {fault}"
-        for text, name in code_in(settings).items()
-        if {name, name.partition(".")[0]}.isdisjoint(typed) and (fault := _fault(text, run))
+        for name, text, source in code_in(kind, settings)
+        if {name, name.partition(".")[0]}.isdisjoint(typed) and (fault := _fault(text, source, run))
     ]
     if faults:
         raise Refused(
@@ -283,9 +289,8 @@ def check_code(
         )
 
 
-def _fault(text: str, run: Path) -> str:
+def _fault(text: str, source: str, run: Path) -> str:
     """Say why code that a run names must not be executed; nothing if it may be."""
-    source = text.rpartition(":")[0]
     file = source_file(source)
     if file is None:
         return f"was not found from {Path.cwd()}"
@@ -294,6 +299,6 @@ def _fault(text: str, run: Path) -> str:
         paths.append(Path.cwd())
     if any(path.resolve().is_relative_to(run) for path in paths):
         return "is looked for in the directory of the run"
-    if _print(text) not in _noted():
+    if _print(text, source) not in _noted():
         return "is no file with which you have trained, or it has changed since"
     return ""

@@ -194,7 +194,7 @@ def _starting_settings(name: str, command: Command, options: dict[str, Any]) -> 
         settings = vars(configured(kind, config, name, anew=anew))
         start |= {name: value for name, value in settings.items() if name in stored}
         trusted = options.get("trust_run", False)
-        check_code(start, config, stored, typed, trusted=trusted)
+        check_code(kind, start, config, stored, typed, trusted=trusted)
     if agent is not None:
         start |= agent_settings(agent, options.get("env", kind.env))
     if preset is not None or axes:

@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,33 @@ from tokenrl.user_code import user_code
 OWN_MODULES: dict[str, tuple[Path, bytes]] = {}
 """The modules of files that were imported here, and of those beside them that they imported: the file of each,
 and what stood in it."""
+
+
+def source_of(spec: str) -> str:
+    """Return the module or the file that a name of an object names; empty without a colon."""
+    return spec.rpartition(":")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class NamesCode:
+    """Metadata of a field whose texts may name code of the user, as `module:name` or `file.py:name`.
+
+    What every such field owes follows from it: code that a stranger's run names is not executed, and code that
+    has changed is not continued or compared.
+
+    Attributes:
+        source: returns, for a text, the module or the file that the field's own loader would import; empty if
+            it would import none. The loader asks it too.
+    """
+
+    source: Callable[[str], str] = source_of
+
+
+def original(function: Any) -> Any:
+    """Return the function that a partial application was made of, or the function itself."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 class NamedFunction(str):
@@ -74,7 +103,7 @@ def import_attribute(spec: str, purpose: str) -> Any:
     Raises:
         Refused: the module, the file or the attribute does not exist, or importing it raised an error.
     """
-    source, _, attribute = spec.rpartition(":")
+    source, attribute = source_of(spec), spec.rpartition(":")[2]
     if not source or not attribute:
         hint = ""
         with suppress(OSError):

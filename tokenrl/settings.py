@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, lru_cache
 from itertools import chain
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names, meaning
-from tokenrl.names import NamedFunction
+from tokenrl.names import NamedFunction, NamesCode
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 OPEN: Any = None
 """Default of a setting that a user may leave open: a run fills it in before its first step. As an argument it
 may be None; the settings of a run hold a value of the field's type."""
-OR_FUNCTION = "or a function"
+OR_FUNCTION = NamesCode()
 """Metadata of a field of names that also takes a function: its own name, or from Python the function."""
 OR_OBJECT = "or an object"
 """Metadata of a field of text that also takes an object, such as a model, from Python."""
@@ -83,8 +83,7 @@ MEASURED = "decides what is measured"
 class Settings:
     """Base of the dataclasses of settings. An object with a value that is not allowed cannot be made.
 
-    `group` is the title under which the help of the command line shows the fields that this class itself
-    declares. The fields of classes without a group are shown first, without a title.
+    `group` is the title of the fields that this class itself declares in the help; without one they come first.
     """
 
     group: typing.ClassVar[str] = ""
@@ -335,15 +334,20 @@ def allowed(hint: Any) -> str:
 
 def names_in(hint: Any) -> list[str]:
     """Return the names that a type allows, in any of its parts."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return list(map(str, parts))
-    return [*chain.from_iterable(map(names_in, parts))]
+    names = (get_args(part) for part in parts_of(hint) if get_origin(part) is Literal)
+    return [*map(str, chain.from_iterable(names))]
 
 
 def mentions(hint: Any, mark: object) -> bool:
     """Return whether a type has a mark, such as `OR_OBJECT` or the Ellipsis of tuples, in any of its parts."""
-    return hint is mark or any(mentions(part, mark) for part in get_args(hint))
+    return any(part is mark for part in parts_of(hint))
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """Yield a type and all of its parts, its metadata among them."""
+    yield hint
+    for part in get_args(hint):
+        yield from parts_of(part)
 
 
 def _bare(hint: Any) -> Any:

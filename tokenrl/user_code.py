@@ -1,4 +1,4 @@
-"""Runs user code, such as rewards, and restores the settings of torch and numpy that it changed.
+"""Runs user code, such as rewards: gives it copies, and restores the settings of torch and numpy that it changed.
 
 A process that the code forks ends where it would come out of the call. Imports no torch.
 """
@@ -6,6 +6,7 @@ A process that the code forks ends where it would come out of the call. Imports 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from functools import cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from tokenrl.errors import USER_CODE_FAILED, Ended, Stopped, describe
+from tokenrl.errors import USER_CODE_FAILED, Ended, Stopped, TokenrlError, describe, raised
 
 # The older interface to precision comes before the newer one, and the general before the particular.
 SETTINGS = """get_float32_matmul_precision set_float32_matmul_precision
@@ -56,6 +57,10 @@ get_num_threads set_num_threads
 get_deterministic_debug_mode set_deterministic_debug_mode"""
 """Settings of torch that decide numbers: the function that returns one and the function that sets it, with
 their argument, or an attribute. Releases of torch lack some."""
+
+
+PLAIN = {str, int, float, bool, type(None)}
+"""Types of values that cannot be changed in place."""
 
 
 class Setting(NamedTuple):
@@ -106,6 +111,44 @@ def user_code() -> Iterator[None]:
             _restore(settings, before)
 
 
+@contextlib.contextmanager
+def guarded(
+    failure: str, kind: type[TokenrlError] = Stopped, context: Any = user_code
+) -> Iterator[None]:
+    """Run code of a user in the block as `user_code` does; what it raises becomes one sentence.
+
+    Args:
+        failure: the beginning of the sentence: what has failed.
+        kind: the error that is raised.
+        context: what takes the place of `user_code` for code that is known to leave settings alone.
+
+    Raises:
+        TokenrlError: the code raised an error. One that is in plain words already stays as it is.
+    """
+    try:
+        with context():
+            yield
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise kind(f"{failure}: {raised(error)}.") from error
+
+
+def copied(value: Any) -> Any:
+    """Return a value that shares nothing with this one which could be changed in place.
+
+    Lists and dicts of texts and numbers are copied as a whole, as there may be millions of them.
+    """
+    kind = type(value)
+    if kind in PLAIN or kind not in (list, tuple, dict):
+        return value if kind in PLAIN else copy.deepcopy(value)
+    parts = value.values() if kind is dict else value
+    if {*map(type, parts)} <= PLAIN:
+        return value if kind is tuple else value.copy()
+    copies = map(copied, parts)
+    return dict(zip(value, copies, strict=True)) if kind is dict else kind(copies)
+
+
 def _restore(settings: list[Setting], before: list[Any]) -> None:
     """Give all settings their values, one after the other, since one may decide others.
 
@@ -135,7 +178,17 @@ def _settings_of(torch: Any) -> list[Setting]:
     def set_device(device: Any) -> None:
         torch.set_default_device(None if device.type == "cpu" else device)  # None is the fast way
 
-    settings = [Setting("default_device", torch.get_default_device, set_device)]
+    inference = contextlib.ExitStack()  # it is kept, as a mode ends when its context is collected
+
+    def set_inference_mode(is_on: bool) -> None:
+        inference.close()
+        inference.enter_context(torch.inference_mode(is_on))
+
+    modes = torch.is_inference_mode_enabled, set_inference_mode
+    settings = [
+        Setting("default_device", torch.get_default_device, set_device),
+        Setting("is_inference_mode_enabled", *modes),  # before the gradients, which it decides
+    ]
     for entry in SETTINGS.splitlines():
         name, *setter = entry.split()
         owner, _, attribute = name.rpartition(".")

@@ -24,15 +24,15 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_010,
-    "core": 19_750,
-    "runs": 24_890,
-    "control": 10_750,
+    "top": 13_330,
+    "core": 19_720,
+    "runs": 25_610,
+    "control": 10_720,
     "advisor": 2_050,
     "language": 100,
-    "language/policy": 11_840,
-    "language/rewards": 13_930,
-    "language/tasks": 11_120,
+    "language/policy": 11_830,
+    "language/rewards": 14_020,
+    "language/tasks": 11_220,
     "language/rollout": 26_790,
     "language/training": 24_350,
     "language/supervised": 7_730,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.names import NamedFunction, import_source
-from tokenrl.runs.origin import module_hashes, origin_of, repetition
+from tokenrl.runs.origin import hash_of_value, module_hashes, origin_of, repetition
 
 
 @dataclass
@@ -76,3 +80,39 @@ def test_modules_of_the_user_count_whatever_their_folder_is_called(folder, tmp_p
     (place / "helper_of_mine.py").write_text("ONE = 2")
     after = module_hashes()
     assert {name for name in names if before[name] != after[name]} == {"module helper_of_mine"}
+
+
+def scaled(scale, *_):
+    return lambda completions: [scale for _ in completions]
+
+
+VALUES = {
+    "plain": ({"a": [1, {"x", "y"}]}, {"a": [1, {"x", "z"}]}),
+    "array": (np.arange(9.0), np.arange(9.0) + 1e-9),
+    "shape": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "objects": (np.array(["a", None], object), np.array(["b", None], object)),
+    "tensor": (torch.ones(2).bfloat16(), torch.tensor([1, 2]).bfloat16()),
+    "function": (scaled(1), scaled(2)),
+    "dataclass": (Inner([partial(scaled, 1)]), Inner([partial(scaled, 2)])),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_value_of_code_has_a_hash_of_its_own_and_equal_ones_share_it(kind):
+    same, other = VALUES[kind]
+    assert hash_of_value(same) == hash_of_value(copy.deepcopy(same)) != hash_of_value(other)
+
+
+def test_a_function_may_hold_itself():
+    def recursive(scale):
+        return lambda n: recursive(scale)(n - 1) if n else scale
+
+    def deep(depth, scale):
+        return deep(depth - 1, scale) if depth else hash_of_value(recursive(scale))
+
+    assert deep(0, 1) == deep(50, 1) != deep(0, 2)
+
+
+def test_what_has_no_stable_form_counts_by_the_name_of_its_type():
+    first, again = ([{object(): Path(place)}, object()] for place in "ab")
+    assert hash_of_value(first) == hash_of_value(again)

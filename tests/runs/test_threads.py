@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
+from refusals import refused
 
+import tokenrl
 from tokenrl.errors import Stopped
-from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.runs.threads import alone, choose_threads, using_threads
 
 
 @pytest.mark.parametrize(
@@ -51,3 +55,21 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(variables, 
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, env=clean | variables, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == count
+
+
+RUNS = {
+    "train": partial(tokenrl.train, task="vowels", cpu=True, quiet=True),
+    "control": partial(tokenrl.train_agent, env="bandit", quiet=True),
+    "sft": partial(tokenrl.sft, task="vowels", quiet=True),
+    "reward-model": partial(tokenrl.train_reward_model, task="vowels", quiet=True),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_no_other_thread_of_the_process_begins_a_run_while_one_is_going_on(kind, workplace):
+    with alone(), ThreadPoolExecutor(1) as pool:
+        with refused("another thread of this process"):
+            pool.submit(RUNS[kind]).result()
+        with alone(), using_threads(1):  # this thread may, as a callback that evaluates
+            pool.shutdown()
+    assert not (workplace / "runs").exists()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
+from tokenrl.names import NamesCode
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
@@ -34,7 +35,7 @@ from tokenrl.settings import (
 class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
-    env: Annotated[str, MEASURED] = "CartPole-v1"
+    env: Annotated[str, NamesCode(), MEASURED] = "CartPole-v1"
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
     For your own environment, name the file or module that registers it: my_envs.py:Mine-v0 or
     my_package.envs:Mine-v0.

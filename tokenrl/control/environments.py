@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,10 +21,10 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised, refusing
+from tokenrl.errors import Refused, Stopped, TokenrlError, refusing
 from tokenrl.names import import_source
 from tokenrl.settings import LARGEST
-from tokenrl.user_code import user_code
+from tokenrl.user_code import guarded, user_code
 
 TRAP = {"size": 6, "decoy": 1, "decoy_reward": 0.5}
 OWN: dict[str, tuple[str, int, float | None, dict[str, Any]]] = {
@@ -248,16 +247,12 @@ class Environments:
             rewards, terminated, truncated = map(np.array, columns[:3])
             return self.flat(observations), rewards, terminated, truncated
 
-    @contextlib.contextmanager
-    def _failures(self, method: str, kind: type[TokenrlError] = Stopped) -> Iterator[None]:
-        """Run the environment's own code, and report an error of it by its name."""
-        try:
-            with self._in_context():
-                yield
-        except USER_CODE_FAILED as error:
-            raise kind(
-                f"The environment {self.env} failed in {method}(): {raised(error)}."
-            ) from error
+    def _failures(
+        self, method: str, kind: type[TokenrlError] = Stopped
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context that runs the environment's own code, and reports an error of it by its name."""
+        failure = f"The environment {self.env} failed in {method}()"
+        return guarded(failure, kind, self._in_context)
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""

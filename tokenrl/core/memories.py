@@ -6,16 +6,16 @@ its own baseline, so given the past the baseline is a constant, and the expected
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
-from tokenrl.user_code import user_code
+from tokenrl.errors import Refused, Stopped
+from tokenrl.user_code import guarded
 
 ROUNDING = 1e-6
 """How far a sum of rewards may be outside its range, because weights such as .1 have no exact binary form."""
@@ -61,20 +61,9 @@ def own_memory(baseline: Callable[[], Any]) -> Memory:
     return memory
 
 
-@contextmanager
-def failures_of_baseline(name: str) -> Iterator[None]:
-    """Report an error of a user's baseline in one sentence.
-
-    Raises:
-        Stopped: It raised one.
-    """
-    try:
-        with user_code():
-            yield
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
+def failures_of_baseline(name: str) -> AbstractContextManager[None]:
+    """Return a context that runs a user's baseline and reports an error of it in one sentence."""
+    return guarded(f"The baseline {name!r} failed")
 
 
 def read(memory: Memory, keys: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

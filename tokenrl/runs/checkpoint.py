@@ -23,7 +23,7 @@ from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import remove_debris
 from tokenrl.runs.files import State, atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
-from tokenrl.user_code import user_code
+from tokenrl.user_code import guarded, user_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,9 +170,11 @@ class Saver:
                 path = copy_of(log.name, partial)
                 path.parent.mkdir(exist_ok=True)
                 shutil.copyfile(log, path)
-            with user_code():  # of a memory of the user's own
-                state = {name: part.state_dict() for name, part in self._parts.items()}
-            write_state(partial, {"step": step, **state}, "this run")  # before older ones go
+            state: State = {"step": step}
+            for name, part in self._parts.items():
+                with guarded(f"The state of the {name} could not be read"):  # it may be user code
+                    state[name] = part.state_dict()
+            write_state(partial, state, "this run")  # before older ones go
         self._saved = step
         self._saved_at = time.monotonic()
         # remove all but the newest checkpoints, and the best one that each of these knows of

@@ -139,7 +139,7 @@ def plain(value: Any, write: Callable[[Any], str] | None = None) -> Any:
 
     Args:
         value: the value.
-        write: writes functions and other objects in another way.
+        write: writes tensors, numpy values, functions and other objects in another way.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value)
@@ -150,13 +150,14 @@ def plain(value: Any, write: Callable[[Any], str] | None = None) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = {part.name: getattr(value, part.name) for part in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item, write) for key, item in value.items()}
+        names = (key if isinstance(key, str) else _name(key) for key in value)
+        return dict(zip(names, (plain(item, write) for item in value.values()), strict=True))
     if isinstance(value, set | frozenset):
         return sorted((plain(item, write) for item in value), key=str)
     if isinstance(value, list | tuple):
         return [plain(item, write) for item in value]
-    if hasattr(value, "tolist"):  # numpy and torch, of any rank
-        return plain(value.tolist(), write)
+    if hasattr(value, "tolist") and write is None:  # numpy and torch, of any rank
+        return plain(value.tolist())
     return (write or _name)(value)
 
 

@@ -58,11 +58,14 @@ def all_metrics() -> tuple[Metric, ...]:
 def metric_of(name: str) -> Metric:
     """Return the row of a recorded number, such as `eval_pass@4_stderr`; an unknown number has a name alone."""
     name = re.sub("^eval_|_stderr$", "", name)
-    for metric in all_metrics():
-        pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(metric.name))
-        if re.fullmatch(pattern, name):
-            return metric
-    return Metric(name)
+    rows = (metric for metric in all_metrics() if fits(name, metric.name))
+    return next(rows, Metric(name))
+
+
+def fits(name: str, row: str) -> bool:
+    """Return whether a name is that of a row, in which braces stand for any name."""
+    pattern = re.sub(r"\\{\w+\\}", ".+", re.escape(row))
+    return bool(re.fullmatch(pattern, name))
 
 
 def is_rounding(error: float, value: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import platform
 import re
@@ -11,13 +12,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
-from tokenrl.names import source_file
+from tokenrl.configuration import values_of_code
+from tokenrl.errors import USER_CODE_FAILED
+from tokenrl.names import NamedFunction, original, source_file
 from tokenrl.runs.files import plain
 
 _PACKAGES = (
@@ -89,16 +93,92 @@ def _has_names(value: Any) -> bool:
     return True
 
 
-def code_of(settings: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hashes of the user's code, so that it can be compared: of objects by setting, of modules by name.
+def code_of(
+    kind: type[Any], settings: Mapping[str, Any], objects: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the functions and objects of the user that a run is made with, by their settings and names.
 
     Args:
-        settings: the settings of a run.
-        objects: the rewards and the environment of its task, by these names, if they count.
+        kind: the dataclass of settings, whose types say which of them may name code.
+        settings: the settings of the run.
+        objects: what stands for some of these, by name, such as the rewards of its task.
     """
-    held = {name: objects.get(name) for name in ("reward", "environment")}
-    held |= {name: settings.get(name) for name in ("estimator", "teacher_context")}
-    return {**plain(held, _with_hash), **module_hashes()}
+    code = dict[str, Any]()
+    for setting, _, value in values_of_code(kind, {**settings, **objects}):
+        is_text = isinstance(value, str) and not isinstance(value, NamedFunction)
+        if is_text or value is None:
+            continue
+        label = f"{setting} {_named(value).__module__}.{name_of(value)}"
+        if isinstance(value, NamedFunction):
+            label = f"{setting} {value}"
+            value = value.load()
+        while label in code:  # as of two functions without a name
+            label += "'"
+        code[label] = value
+    return code
+
+
+def hashes_of_code(code: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of all code of the user: of modules, of functions and objects, and of their values."""
+    sources = {label: _hash(_source(thing)) for label, thing in code.items()}
+    values = {name: hash_of_value(value) for name, value in held_values(code).items()}
+    return module_hashes() | sources | values
+
+
+def held_values(code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that functions and objects of the user hold beside their source.
+
+    These are the values of closures, defaults, partial applications and attributes. An object with a state_dict
+    holds none: what it says is its state is no code.
+    """
+    values = dict[str, Any]()
+    for label, thing in code.items():
+        with suppress(*USER_CODE_FAILED):  # objects may compute attributes
+            values |= {f"{label} {name}": value for name, value in _values_of(thing).items()}
+    return values
+
+
+def _values_of(code: Any) -> dict[str, Any]:
+    """Return the values that a function or an object of the user holds, by name."""
+    if isinstance(code, partial):
+        return {**_values_of(code.func), "args": code.args, **code.keywords}
+    if isinstance(code, MethodType):
+        return _values_of(code.__self__)
+    if isinstance(code, type) or hasattr(code, "state_dict") or _is_own(code):
+        return {}
+    values = dict(getattr(code, "__dict__", {}))
+    if isinstance(code, FunctionType):
+        values |= inspect.getclosurevars(code).nonlocals
+        values["defaults"] = code.__defaults__, code.__kwdefaults__
+    return values
+
+
+def hash_of_value(value: Any, above: tuple[int, ...] = ()) -> str:
+    """Return a hash that equal values share in every process; what has no form of JSON counts by its type.
+
+    Args:
+        value: the value.
+        above: the ids of the functions that hold it.
+    """
+    text = type(value).__qualname__
+    # Objects may compute attributes, and a list may be a part of itself.
+    with suppress(*USER_CODE_FAILED):
+        text = json.dumps(plain(value, partial(_text_of, above=above)), sort_keys=True)
+    return _hash(text.encode())
+
+
+def _text_of(thing: Any, above: tuple[int, ...]) -> str:
+    """Return a hash of an array, of the source and the values of a function, or else the name of a type."""
+    if hasattr(thing, "tolist"):
+        array = thing.detach().cpu().double().numpy() if hasattr(thing, "detach") else thing
+        if array.dtype.hasobject:
+            return hash_of_value(array.tolist(), above)
+        return f"{array.shape} {_hash(array.tobytes())}"
+    is_code = isinstance(thing, FunctionType | MethodType | partial | type)
+    if is_code and id(thing) not in above:
+        values = hash_of_value(_values_of(thing), (*above, id(thing)))
+        return f"{name_of(thing)} {_hash(_source(thing))} {values}"
+    return name_of(thing)
 
 
 def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
@@ -112,7 +192,8 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
         recorded: names of hashes of an earlier process; their modules count too, imported or not.
     """
     hashes = {}
-    for name in sorted({*sys.modules, *(name.removeprefix("module ") for name in recorded)}):
+    modules = (name.removeprefix("module ") for name in recorded if name.startswith("module "))
+    for name in sorted({*sys.modules, *modules}):
         module = sys.modules.get(name)
         path = str(vars(module).get("__file__") if module else source_file(name))
         # Texts, since a process has imported thousands of modules, and each checkpoint asks for all of them.
@@ -126,16 +207,29 @@ def module_hashes(recorded: Iterable[str] = ()) -> dict[str, str]:
     return hashes
 
 
-def _with_hash(value: Any) -> str:
-    """Return the name of a function, or of the class of an object, with a hash of its source."""
-    function = getattr(value, "func", value)  # of a partial application
-    if not hasattr(function, "__qualname__"):
-        function = type(function)
-    source = ""
-    if not str(function.__module__).startswith(("tokenrl.", "toy_tasks.")):  # which have versions
-        with suppress(OSError, TypeError):  # Python does not know it
-            source = inspect.getsource(function)
-    return f"{function.__qualname__} {_hash(source.encode())}"
+def _source(code: Any) -> bytes:
+    """Return the source of a function, or of the class of a method or an object; empty where nothing knows it."""
+    source = _named(code)
+    if isinstance(source, MethodType):  # which may call others of its class
+        source = type(source.__self__)
+    with suppress(OSError, TypeError):
+        return b"" if _is_own(code) else inspect.getsource(source).encode()
+    return b""
+
+
+def name_of(code: Any) -> str:
+    """Return the name of a function, also of a partial application of it, or of the class of an object."""
+    return str(_named(code).__qualname__)
+
+
+def _named(code: Any) -> Any:
+    function = original(code)
+    return function if hasattr(function, "__qualname__") else type(function)
+
+
+def _is_own(code: Any) -> bool:
+    """Return whether code is of this package, which has a version."""
+    return str(_named(code).__module__).startswith(("tokenrl.", "toy_tasks."))
 
 
 def _hash(text: bytes) -> str:

@@ -31,9 +31,18 @@ from tokenrl.runs.files import (
     writing,
 )
 from tokenrl.runs.metrics import LOGS
-from tokenrl.runs.origin import module_hashes, versions
+from tokenrl.runs.origin import (
+    code_of,
+    hash_of_value,
+    hashes_of_code,
+    held_values,
+    module_hashes,
+    name_of,
+    versions,
+)
 from tokenrl.runs.processes import all_reduce_max, gather_objects
 from tokenrl.runs.report import report_from_directory
+from tokenrl.runs.threads import alone
 from tokenrl.settings import Settings, arguments
 
 T = TypeVar("T")
@@ -81,7 +90,7 @@ def resume_settings(args: T, kind: str) -> T:
     stored = read_config(run) | {"output_dir": run}
     left_open = [name for name, value in vars(args).items() if value is None]
     chosen = {name: stored[name] for name in left_open if name in stored}
-    check_code(chosen, run, stored, trusted=options.trust_run)
+    check_code(type(args), chosen, run, stored, trusted=options.trust_run)
     return arguments(type(args), vars(args) | chosen)
 
 
@@ -140,12 +149,15 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     return None, []
 
 
-def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, list[str], int, int]:
-    """Lock the directory of a run, and find the checkpoint to continue from, as the main process alone does.
+def claim(
+    kind: str, args: Any, locks: contextlib.ExitStack, *, main: bool
+) -> tuple[RunDirectory | None, list[str], int, int]:
+    """Lock this process for a run; the main one also its directory, and it finds the checkpoint to continue from.
 
     Args:
         kind: the command that runs.
         args: its settings; None as `output_dir` takes the next of the numbered directories.
+        locks: gives the lock of this process back.
         main: whether this is the main process.
 
     Returns:
@@ -153,8 +165,9 @@ def claim(kind: str, args: Any, *, main: bool) -> tuple[RunDirectory | None, lis
         the step of the checkpoint; 0 where there is none.
 
     Raises:
-        Refused: the directory or the checkpoint cannot be used.
+        Refused: the directory or the checkpoint cannot be used, or another thread makes a run.
     """
+    locks.enter_context(alone())
     if not main:
         return None, [], 0, 0
     if args.overwrite and args.resume:
@@ -205,8 +218,9 @@ class Provenance:
         trained_prompts: hashes of the prompts that the model is trained on, in this run or before.
         chosen: the fingerprints of what the user chose, whatever the seed, by which runs are compared.
         settings: the settings of the run; known once it begins.
-        code: the rewards and the environment of the task, by these names, if they count; once the run begins,
-            hashes of them and of its other code.
+        objects: what the task holds for settings, such as its rewards, by their names, if they count.
+        code: the functions and objects of the user, by their settings, see `code_of`; known once the run begins.
+        hashes: hashes of them and of the user's modules.
         caveats: what makes every continuation inexact, in words.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
@@ -217,18 +231,32 @@ class Provenance:
     trained_prompts: frozenset[str] = frozenset()
     chosen: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
 
+    def take_code(self, kind: type[Any]) -> None:
+        """Hash the code of the run, before a file of it can change; `kind` is the dataclass of the settings."""
+        self.code = code_of(kind, self.settings, self.objects)
+        self.hashes = hashes_of_code(self.code)
+
     def state_dict(self) -> State:
-        """Return what a continuation is compared with, by the part of the run that it belongs to."""
-        self.code = {**module_hashes(), **self.code}
+        """Return what a continuation is compared with, by the part of the run that it belongs to.
+
+        A value that has changed since the run began is state and no code, and so left out.
+        """
+        for name, value in held_values(self.code).items():
+            if name in self.hashes and hash_of_value(value) != self.hashes[name]:
+                del self.hashes[name]
+        self.hashes = module_hashes() | self.hashes
         packages = {name: version for name, version in versions().items() if name != "platform"}
         return {
             "settings": plain(self.settings),
             "data or models": self.fingerprints,
-            "code": self.code,
+            "objects": plain(self.objects, name_of),
+            "code": self.hashes,
             "processes": self.processes,
             "versions": {**packages, "device": self.device},
         }
@@ -250,7 +278,7 @@ class Provenance:
         self.inexact = []
         refused = []
         before = flat(state)
-        self.code = {**module_hashes(state["code"]), **self.code}
+        self.hashes = module_hashes(state["code"]) | self.hashes
         now = flat(self.state_dict())
         for name in sorted({*before, *now}):
             part, _, key = name.partition(".")
@@ -266,9 +294,9 @@ class Provenance:
                 refused.append(text)
         if refused:
             raise Refused(
-                f"The run was started otherwise: {'; '.join(refused)}. Continue it with its own settings "
-                "(--config RUN), data, code and number of processes, or start a new run from the checkpoint's "
-                "weights with --model."
+                f"The run was started otherwise: {'; '.join(dict.fromkeys(refused))}. Continue it with its own "
+                "settings (--config RUN), data, code and number of processes, or start a new run from the "
+                "checkpoint's weights with --model."
             )
         self.inexact += self.caveats
         if self.device != "cpu":

@@ -43,7 +43,7 @@ from tokenrl.runs.metrics import (
     read_metrics,
     replace_last_row,
 )
-from tokenrl.runs.origin import code_of, module_hashes, origin_of, typed_command, versions
+from tokenrl.runs.origin import origin_of, typed_command, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
@@ -103,15 +103,16 @@ class Session:
         self.console = Console(quiet=quiet, every=every)
         self.stop = GracefulStop(quiet=quiet)
         self._trackers = Trackers(args, getattr(args, "logging_steps", 1), self.console.warn)
-        claimed = together(accelerator, lambda: claim(kind, args, main=self.main))
-        self._lock, self._skipped, *numbers = claimed
-        number, step = all_reduce_max(accelerator, numbers)
+        with contextlib.ExitStack() as locks:
+            claimed = together(accelerator, lambda: claim(kind, args, locks, main=self.main))
+            self._lock, self._skipped, *numbers = claimed
+            number, step = all_reduce_max(accelerator, numbers)
+            self._atexit = locks.pop_all()
         self.directory = str(directory_path(args.output_dir or numbered(kind, number)))
         self.output_dir = Path(self.directory).absolute()
         self.continues = step > 0
         self._checkpoint = self.output_dir / "checkpoints" / f"step_{step:06d}"
         self._has_begun = self._writes = False  # whether `steps` was called; and steps are recorded
-        self._atexit = contextlib.ExitStack()
         self.ended: str | None = None
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
@@ -177,9 +178,9 @@ class Session:
         settings, self.command = origin_of(self.kind, values, names or {}, config)
         self.provenance = provenance
         provenance.settings = settings
-        provenance.code = code_of(settings, provenance.code)  # before a file of it can change
+        provenance.take_code(type(args))
         if self.main:
-            note_code(plain(settings))
+            note_code(type(args), plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
         folder = self._checkpoint.parent
@@ -236,7 +237,7 @@ class Session:
         if not self.continues:
             stages = ("warm_start",) if "warm_started" in self._config else ()
             remove_run_files(self.output_dir, keep=stages)
-        hashes = self.provenance.chosen | module_hashes()
+        hashes = self.provenance.chosen | self.provenance.state_dict()["code"]
         write_json(self.output_dir / "config.json", {**self._config, "hashes": hashes})
         if self._wall_seconds:
             self.console.note("Nothing is left to do: the run had ended.")

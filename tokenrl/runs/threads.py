@@ -13,8 +13,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Annotated, Any
 
+from tokenrl.errors import Refused
 from tokenrl.settings import OPEN, Bounds, Settings
 
 SMALL = 10_000_000
@@ -30,17 +32,43 @@ class ThreadArguments(Settings, group="threads"):
     one for each processor for a larger one."""
 
 
-@contextmanager
-def using_threads(number: int | None) -> Iterator[None]:
-    """Let torch compute with this many threads inside the block; None leaves its number as it is."""
-    import torch
+_RUN = RLock()
+"""Held by the thread of this process in which a run is going on."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let no other thread of this process make a run during the block; this thread may begin further ones.
+
+    The global generators, and torch's settings and number of threads, are those of the whole process, so two runs at
+    the same time would change each other's numbers.
+
+    Raises:
+        Refused: a run is going on in another thread.
+    """
+    if not _RUN.acquire(blocking=False):
+        raise Refused(
+            "A run is going on in another thread of this process, and two would change each other's numbers, as "
+            "they share generators and settings of torch: wait for it to end, or start another process."
+        )
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _RUN.release()
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[None]:
+    """Let torch compute with this many threads inside the block, `alone`; None leaves its number as it is."""
+    import torch
+
+    with alone():
+        before = torch.get_num_threads()
+        torch.set_num_threads(number or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from refusals import refused
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.configuration import configured
+from tokenrl.configuration import code_in, configured
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.loading import load_reward
+from tokenrl.language.tasks.task import own_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import write_json
 
@@ -49,7 +53,7 @@ def stranger(folder, workplace, monkeypatch):
     """`stranger(**names)`: a copy of the run, whose config.json names other code; `evil.py` tells."""
     shutil.copytree(folder, workplace, dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(workplace / "settings"))
-    for place in ("run/evil.py", "beside.py", "run/inner/evil.py"):
+    for place in ("run/evil.py", "beside.py", "run/inner/evil.py", "run(1)/evil.py"):
         Path(place).parent.mkdir(exist_ok=True)
         Path(place).write_text(EVIL.format(str(workplace / "executed")))
     Path("run/inner/__init__.py").write_text(EVIL.format(str(workplace / "executed")))
@@ -73,6 +77,8 @@ NAMES = {
     "other attribute": "rewards.py:__builtins__",
     "standard library": "subprocess:Popen",
     "attribute of a module": "beside.vowels:x",
+    "like a reward with options": "run(1)/evil.py:vowels",
+    "like one of the library": "./length(1)/../run(1)/evil.py:vowels",
 }
 
 
@@ -84,6 +90,24 @@ def test_no_code_of_a_stranger_is_executed(stranger, setting, name, refusal):
     output = refusal("evaluate --model run")
     assert f"{setting} '{name}' " in output and "--trust-run" in output
     assert not Path("executed").exists()
+
+
+TEXTS = [*NAMES.values(), "a:b/evil.py:vowels", "C:\\run\\evil.py:vowels", "run.py/evil.py:vowels"]
+TEXTS += ["reasoning_gym:run/evil.py:vowels", "./reasoning_gym:run/evil.py:vowels", "run/evil.py"]
+TEXTS += ["length(target=20)", " length (target=20)", "length:x", "length(1)/evil.py:vowels", "run"]
+TEXTS += ["words.jsonl", "in-memory:beside", "vowels", "own/er:beside", "none", ":vowels", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("load", [load_reward, own_task])
+def test_a_loader_imports_what_the_type_of_its_field_says(stranger, load, text, monkeypatch):
+    """So what passes as no code is none, and a folder of any name executes nothing."""
+    imported = []
+    monkeypatch.setattr("tokenrl.names.import_source", lambda source, _: imported.append(source))
+    with suppress(Refused):
+        load(text)
+    setting = {load_reward: "reward", own_task: "task"}[load]
+    assert imported == [source for *_, source in code_in(TrainArguments, {setting: text})]
 
 
 TRAINED = {
@@ -111,6 +135,10 @@ COMMANDS = {
         "teacher": "self",
         "teacher_context": "run/evil.py:vowels",
     },
+    "train --config run --reward rewards.py:vowels --seed 2": {
+        "prompt_weights": "run/evil.py:vowels"
+    },
+    "reward-model --config run": {"kind": "reward-model", "reward": ["run/evil.py:vowels"]},
     "sft --config run": TRAINED | {"kind": "sft"},
     "control --config run": {"kind": "control", "env": "run/evil.py:Mine-v0"},
     "control --config run --env CartPole-v1": {"kind": "control", "estimator": BASELINE},
@@ -121,7 +149,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_executes_code_of_a_run_that_the_user_did_not_name(stranger, command, capsys):
     stranger(**COMMANDS[command])
-    if command.startswith(("control", "compare", "sft --config")):  # which know fewer settings
+    if command.startswith(
+        ("control", "compare", "sft --config", "reward-model")
+    ):  # which know fewer settings
         write_json(Path("run/config.json"), COMMANDS[command])
     printed = command.startswith("sample")  # without rewards
     assert main(command.split()) == (0 if printed else 2)

@@ -170,3 +170,40 @@ def test_async_functions_run_together_also_inside_a_running_loop():
     assert asyncio.run(notebook()) == asyncio.run(notebook()) == [1.0, 5.0, 1.0]
     # what a function keeps between calls stays usable
     assert len({*loops}) == 1 and not loops[0].is_closed()
+
+
+class Budgeted:
+    """Scores each text once; one with an x is counted before its error."""
+
+    def __init__(self):
+        self.scored = {}
+
+    def __call__(self, completions, **columns):
+        rewards = []
+        for text in completions:
+            rewards.append(0.0 if text in self.scored else text.count("1") / 3)
+            self.scored.setdefault(text, rewards[-1])
+            assert "x" not in text
+        return rewards
+
+    def state_dict(self):
+        return {"scored": self.scored}
+
+    def load_state_dict(self, state):
+        self.scored = state["scored"]
+
+
+def test_a_reward_with_a_state_that_is_called_again_counts_each_completion_once():
+    """As if the completion for which it raises an error had never been."""
+    budgeted = Budgeted()
+    rewards = Rewards([budgeted, length], abstains_on_error=True)
+    values = rewards(PROMPTS, ["111", "11", "1x", "1"], IDS, {}).values[:, 0]
+    assert values == pytest.approx([1, 2 / 3, math.nan, 1 / 3], nan_ok=True)
+    assert [*budgeted.scored] == ["111", "11", "1"]
+
+
+def test_a_state_that_cannot_be_read_is_told_in_a_sentence():
+    budgeted = Budgeted()
+    del budgeted.scored
+    with stopped("The state_dict of the reward function Budgeted failed: it raised AttributeE"):
+        Rewards(budgeted).state_dict()

@@ -19,6 +19,7 @@ from tokenrl.language.rewards.library import Length, RegexFormat
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.runs.metric_table import all_metrics
 
 COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
@@ -152,9 +153,21 @@ def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_ca
         logs[call_name](name, [777] * len(completions) if call_name == "log_extra" else 777)
         return [0.0] * len(completions)
 
-    message = rf"late gave {call_name} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
+    message = rf"late gave {call_name} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, "
     with stopped(message):
         call([length, late])
+
+
+@pytest.mark.parametrize("metric", all_metrics(), ids=lambda metric: metric.name)
+def test_a_metric_is_reserved_as_it_stands_in_the_table(metric):
+    def logs(completions, log_metric, trainer_state):
+        log_metric("my_" + metric.name, 1)
+        log_metric(metric.name.format(name="mine", k=4), 1)
+
+    with stopped(
+        f"{re.escape(metric.name.partition('{')[0])}.*own names.*pass@.k., .*prompts/.name., "
+    ):
+        call(logs)
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, math.nan], []])

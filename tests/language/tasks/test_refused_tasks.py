@@ -33,7 +33,7 @@ DATA = [
     (PromptTask("a", [GOOD], []), "eval_prompts is empty"),
     (PromptTask("a", [GOOD], [GOOD]), "has no reward.*reward=function"),
     (PromptTask("a", [GOOD], [GOOD], len, solved="0.9"), "solved is '0.9'; give a number, or None"),
-    (lambda: 1 / 0, "task '<lambda>' was read, and it raised ZeroDivisionError"),
+    (lambda: 1 / 0, "task '<lambda>' was read: it raised ZeroDivisionError"),
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ read = Task()
 def test_so_is_one_in_a_file(workplace, refusal, name, raises):
     (workplace / "mine.py").write_text(FILE.replace("RAISES", raises))
     error = refusal("train --task", f"mine.py:{name}", "--output-dir", "run", "--quiet")
-    assert f"task 'mine.py:{name}' was read, and it raised " in error and "(mine.py, line" in error
+    assert f"task 'mine.py:{name}' was read: it raised " in error and "(mine.py, line" in error
     assert not (workplace / "run").exists()
 
 

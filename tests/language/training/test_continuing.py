@@ -205,12 +205,30 @@ def test_nor_is_one_whose_functions_have_changed(of_code):
     assert " at 0x" not in Path("run/config.json").read_text()
     for place, name, before, after in HELD:
         changed = held(MINE.replace(before, after))[name]
-        with refused(f"otherwise: .*{place}: .*Continue it"):
+        with refused(f"otherwise: .*{place}.*: .*Continue it"):
             of_code(**settings(**again | {name: changed}), resume="auto", max_steps=3)
     held(MINE)
-    with refused(r"otherwise: .*reward: "):
+    with refused(r"otherwise: reward mine.score scale: "):
         other = again | {"scaled": partial(again["scaled"], scale=4.0)}
         of_code(**settings(**other), resume="auto", max_steps=3)
+
+
+class Weighted:
+    def __init__(self, scale):
+        self.scale, self.seen = scale, []
+
+    def __call__(self, completions, **_):
+        self.seen += completions
+        return [self.scale * len(text) for text in completions]
+
+
+def test_nor_is_one_whose_objects_hold_other_values_but_those_that_change_are_state(of_code):
+    reward = Weighted(1.0)
+    of_code(reward=[reward])
+    with refused(r"otherwise: reward \S*Weighted scale: "):
+        of_code(reward=[Weighted(2.0)], resume="auto", max_steps=2)
+    assert of_code(reward=[reward], resume="auto", max_steps=2).steps == 2
+    assert of_code(reward=[Weighted(1.0)], resume="auto", max_steps=3).steps == 3
 
 
 def files_of(run, step):

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from folders import read_json, write_rows
 from tiny_models import letter_task, letters_trained
 
@@ -125,6 +126,24 @@ def test_a_check_spends_nothing_of_what_a_reward_counts(tmp_path):
     scorer = Scorer()
     check = letters_trained(tmp_path / "run", letter_task(scorer), check=True)
     assert (check.exit_reason, scorer.count) == ("check", 5)
+
+
+def test_the_state_dict_of_a_reward_changes_no_settings(tmp_path):
+    class Meddling:
+        def __call__(self, completions, **rows):
+            seen.add(torch.get_num_threads())
+            return [float(len(text)) for text in completions]
+
+        def state_dict(self):
+            torch.set_num_threads(threads + 1)
+            return {}
+
+        def load_state_dict(self, state):
+            torch.set_num_threads(threads + 1)
+
+    seen, threads = set(), torch.get_num_threads()
+    letters_trained(tmp_path / "run", letter_task(Meddling()), max_steps=1)
+    assert seen == {threads}
 
 
 def test_evaluations_spend_what_a_reward_counts_only_where_they_are_asked_for(argv, refusal):

@@ -129,6 +129,34 @@ def test_weights_that_are_none_are_refused(weights, words):
         WeightedPrompts(ROWS, 0, weights, 0.5)
 
 
+def learnt(weights, rewards, steps=1):
+    """A stream after steps of all four prompts, each with these rewards."""
+    stream = WeightedPrompts(ROWS, 0, weights, 0.5)
+    for _ in range(steps):
+        numbers = torch.tensor([number for number, _ in stream.draw_prompts(4)])
+        values = torch.tensor(rewards * 4, dtype=torch.double)
+        stream.learn(numbers.repeat_interleave(len(rewards)), values)
+    return stream
+
+
+def test_a_function_of_weights_gets_copies_and_gives_settings_back():
+    def weights(*arrays):
+        torch.set_default_dtype(torch.float64)
+        for array in arrays:
+            array += 1
+        return arrays[0]
+
+    moments = [learnt(x, [1.0, 2.0]).state_dict()["moments"] for x in (weights, "variance")]
+    assert torch.equal(*moments) and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e8, -1e12])
+def test_the_variance_is_that_of_the_rewards_however_large_they_are(shift):
+    seen = []
+    learnt(lambda _, means, variances: seen.append(variances) or means * 0, [shift, shift + 1], 40)
+    assert seen[-1] == pytest.approx([0.25] * 4, rel=1e-9)
+
+
 @pytest.mark.parametrize("prompts", ["weighted", "inverse"])
 def test_the_gradient_of_a_step_is_the_textbook_sum_over_drawn_prompts(prompts):
     policy = make_policy("gpt2", dtype="float64")

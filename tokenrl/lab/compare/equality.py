@@ -7,6 +7,7 @@ decide it. Every way to a verdict asks `check_equal`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -89,14 +90,13 @@ def _is_measured(name: str, run: RecordedRun) -> bool:
     """
     kind = KINDS[run.kind]
     subject = name.removeprefix(HASH)
-    named = {owner for text, owner in code_in(run.config).items() if subject == _module(text)}
-    owners = {owner.partition(".")[0] for owner in (*named, subject)} & field_types(kind).keys()
+    named = [name for name, _, source in code_in(kind, run.config) if subject == _module(source)]
+    owners = {re.split("[. ]", owner)[0] for owner in (*named, subject)} & field_types(kind).keys()
     return not owners or not owners.isdisjoint(measured(kind))
 
 
-def _module(text: str) -> str:
-    """Return the name by which the module of a function is hashed, of its `module:name` or `file.py:name`."""
-    source = text.rpartition(":")[0]
+def _module(source: str) -> str:
+    """Return the name by which a module or a file is hashed."""
     return f"module {Path(source).stem if source.endswith('.py') else source}"
 
 

@@ -6,21 +6,20 @@ Where a field is `as_in_run`, the run that saved the model decides what is left 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from tokenrl.configuration import TrustArguments
 from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.sources import Task, TaskArguments
 from tokenrl.runs.files import OutputFile
-from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Seed, as_in_run
+from tokenrl.settings import Count, Natural, Number, Seed, as_in_run
 
 
 @dataclass(frozen=True)
 class OpenTaskArguments(TaskArguments, group="data", leaves_open=True):
     """How prompts are read, and how rewards are weighted and called. Default: as in the run for the same task."""
 
-    task: Annotated[str, OR_OBJECT] = as_in_run(None)
+    task: Task = as_in_run(None)
     """As in train; evaluate needs it for a model of no run."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenrl.configuration import check_code, read_config
+from tokenrl.configuration import check_code, read_config, values_of_code
 from tokenrl.errors import Refused
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import EvaluateArguments
@@ -29,8 +29,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import policy_of
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.records import IN_MEMORY
-from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
 from tokenrl.runs.files import plain, write_json
@@ -180,7 +179,7 @@ def _of_run(args: Any, model: str, names: set[str]) -> dict[str, Any]:
     left_open = [name for name in vars(args) if getattr(args, name) is None]
     settings = {name: config[name] for name in left_open if name in names & config.keys()}
     # Objects of a Python program have no name elsewhere.
-    objects = str([settings.get(name) for name in ("reward", "environment")])
+    objects = str([value for *_, value in values_of_code(type(args), settings)])
     has_objects = args.task is None or re.search("<|__main__:", objects)
     if config.get("command") == "" and has_objects:
         raise Refused(
@@ -188,7 +187,7 @@ def _of_run(args: Any, model: str, names: set[str]) -> dict[str, Any]:
             "task (--task) what it was trained on, and with reward (--reward) and environment "
             "(--environment) by what."
         )
-    check_code(settings, run, config, trusted=args.trust_run)
+    check_code(type(args), settings, run, config, trusted=args.trust_run)
     return settings
 
 

@@ -17,6 +17,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.language.policy.arguments import TINY, run_of
 from tokenrl.runs.files import model_directory
+from tokenrl.runs.threads import alone
 
 LARGE = 10_000_000
 """Parameters of a large model, which is bound by its matrix products. A smaller one is bound by the number of
@@ -153,7 +154,7 @@ def quietly() -> Iterator[None]:
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with alone(), warnings.catch_warnings():  # which loads in a type of the whole process
             warnings.filterwarnings(
                 "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
             )

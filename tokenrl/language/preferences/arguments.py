@@ -10,6 +10,7 @@ from typing import Annotated
 
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.supervised.arguments import DescentArguments
+from tokenrl.language.tasks.sources import RewardNames, Task
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
@@ -28,7 +29,7 @@ class RewardModelArguments(
     data: Annotated[str, OR_OBJECT] | None = None
     """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and usually
     prompt. Default: preferences made from the task."""
-    task: Annotated[str, OR_OBJECT] | None = None
+    task: Task | None = None
     """A toy task. Its tiny model is the default backbone; without data, preferences are made by sampling
     from its policy and comparing with its rule-based reward."""
     model: Annotated[str, OR_OBJECT] | None = None
@@ -36,7 +37,7 @@ class RewardModelArguments(
     warm-started and cached."""
     base_seed: Seed = 0
     """Seed of that tiny model and its warm start."""
-    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
+    reward: RewardNames = ()
     """Gold reward that chooses between completions, as in tokenrl train. Default: the task's own."""
     policy: Annotated[str, OR_OBJECT] | None = None
     """Model that samples the completions to compare. Default: the task's tiny model."""

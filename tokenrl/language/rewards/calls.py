@@ -7,9 +7,9 @@ under a deadline runs in a process of its own (worker.py); all of these processe
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import numbers
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,27 +20,19 @@ import numpy as np
 
 from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
 from tokenrl.language.rewards.isolation import Attempt, await_all
+from tokenrl.names import original
+from tokenrl.runs.metric_table import all_metrics, fits
 from tokenrl.settings import LARGEST_REWARD, shown
-from tokenrl.user_code import own_process, user_code
+from tokenrl.user_code import copied, guarded, own_process, user_code
 
 Reward = Callable[..., Any]
 
-METRICS = """
-step epoch learning_rate loss grad_norm grad_clipped padding clip_ratio skipped_steps idle_steps num_tokens
-num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained frac_rows_late refilled entropy
-kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss explained_variance collect update step_seconds
-tokens_per_second peak_memory_gib peak_cuda_memory_gib
-"""
-BEGINNINGS = ("eval_", "rewards/", "completions/", "episodes/", "gradient/", "sampling/")
-COLUMNS = "prompt teacher_prompt completion reward advantage truncated ending messages failure"
-RESERVED = {
-    "log_metric": (METRICS.split(), BEGINNINGS),
-    "log_extra": (COLUMNS.split(), ("rewards/", "tokens/")),
-}
-"""Reserved names and prefixes: of metrics for `log_metric`, of completions for `log_extra`."""
-
-PLAIN = {str, int, float, bool, type(None)}
-"""Types of values that cannot be changed in place."""
+COLUMNS = """prompt teacher_prompt completion reward advantage truncated ending messages failure rewards/{name}
+tokens/{name}"""
+METRICS = dict.fromkeys(re.sub("/.*", "/{name}", metric.name) for metric in all_metrics())
+RESERVED = {"log_metric": [*METRICS, "eval_{name}"], "log_extra": COLUMNS.split()}
+"""The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`. What
+begins as one of them does, up to a slash, is the run's too."""
 
 
 @dataclass
@@ -112,7 +104,8 @@ def call_rewards(
         locations: where the prompt of each completion stands in the data, for messages; empty if unknown.
         objects: further arguments with one value per completion, which are passed as they are.
         excused: `Failed` or `Late` or both. A function to which it happens is called again for each completion
-            alone, and gives none to those to which it happens again. What it then logs is dropped.
+            alone, and gives none to those to which it happens again. What it then logs is dropped. Its state is
+            that of before the call again.
 
     Raises:
         Stopped: a function raised anything (SystemExit too) or missed its deadline, and this is not excused; or
@@ -132,13 +125,13 @@ def call_rewards(
         logged.setdefault(name, []).append(float(value))
 
     described = partial(row_in_words, rows["prompts"], rows["completions"], locations)
-    arguments = {**rows, "trainer_state": state}
     objects = objects or {}
     shared = {}
     for name in named:
         logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
         shared[name] = {**logs, **objects}
-    attempts = attempt_each(named, arguments, shared)
+    before = states_of(named) if excused else {}
+    attempts = attempt_each(named, {**rows, "trainer_state": state}, shared)
 
     def again(name: str, row: slice) -> CallResults:
         own, others = ({key: x[row] for key, x in each.items()} for each in (rows, objects))
@@ -157,6 +150,7 @@ def call_rewards(
         fault = _failure(name, error, described)
         if not isinstance(fault, excused):
             raise fault
+        restore_states(named, {key: x for key, x in before.items() if key == name})
         parts = [again(name, slice(i, i + 1)) for i in range(count)] if count > 1 else []
         texts = [part.faults[name] for part in parts if part.faults]
         faults[name] = next(iter(texts), str(fault))
@@ -170,6 +164,46 @@ def call_rewards(
             columns.setdefault(column, []).extend(items)
     seconds = {name: attempt.seconds for name, attempt in attempts.items()}
     return CallResults(values, late, columns, logged, seconds, faults)
+
+
+def keeper(function: Any) -> Any:
+    """Return the object whose state a checkpoint holds for a reward: the reward, or that of which it is a method.
+
+    It has `state_dict` and `load_state_dict`. A module of torch is none, since no step changes its weights.
+
+    Returns:
+        The object, or None.
+    """
+    inner = original(function)
+    owner = getattr(inner, "__self__", inner)
+    saves = all(hasattr(owner, name) for name in ("state_dict", "load_state_dict"))
+    return owner if saves and not hasattr(owner, "named_parameters") else None
+
+
+def states_of(named: Mapping[str, Reward]) -> dict[str, Any]:
+    """Return copies of the states of those functions that have one, by their names.
+
+    Raises:
+        Stopped: a `state_dict` raised an error, or its state cannot be copied.
+    """
+    states = {}
+    for name, function in named.items():
+        owner = keeper(function)
+        if owner is not None:
+            with guarded(f"The state_dict of the reward function {name} failed"):
+                states[name] = copied(owner.state_dict())
+    return states
+
+
+def restore_states(named: Mapping[str, Reward], states: Mapping[str, Any]) -> None:
+    """Let functions continue from what `states_of` returned.
+
+    Raises:
+        Stopped: a `load_state_dict` raised an error.
+    """
+    for name, state in states.items():
+        with guarded(f"The load_state_dict of the reward function {name} failed"):
+            keeper(named[name]).load_state_dict(copied(state))
 
 
 def attempt_each(
@@ -198,14 +232,13 @@ def _check_name(function: str, call: str, name: Any) -> None:
     Raises:
         Stopped: it is no text of one line, or the run writes something itself under this name.
     """
-    names, beginnings = RESERVED[call]
+    names = RESERVED[call]
     is_text = isinstance(name, str) and name != "" and name.isprintable()
-    if is_text and name not in names and not name.startswith(beginnings):
+    if is_text and not any(fits(name.removesuffix("_stderr"), own) for own in names):
         return
     raise Stopped(
         f"Reward function {function} gave {call} the name {shown(name)}: give a text of one line, such as "
-        f"'my_score', that is none of the run's own names, which are {', '.join(names)}, and all that begin "
-        f"with {' or '.join(beginnings)}."
+        f"'my_score', that is none of the run's own names, which are {', '.join(names)}, where braces stand for any."
     )
 
 
@@ -230,17 +263,6 @@ def _failure(name: str, error: BaseException, described: partial[str]) -> Tokenr
     failure = Failed(problem)
     failure.__cause__ = error
     return failure
-
-
-def copied(value: Any) -> Any:
-    """Return a value of the data that shares nothing with it which could be changed in place."""
-    if type(value) in PLAIN:
-        return value
-    if type(value) is list:
-        return [item if type(item) in PLAIN else copied(item) for item in value]
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    return copy.deepcopy(value)
 
 
 def call_once(

@@ -25,10 +25,11 @@ from tokenrl.errors import (
     with_places,
     written,
 )
-from tokenrl.language.rewards.calls import copied, reward_number
+from tokenrl.language.rewards.calls import reward_number
 from tokenrl.language.rewards.isolation import Overdue, RandomStreams, call_all
 from tokenrl.language.rewards.tools import Message, check_tool, encodable, joined, reply, use
 from tokenrl.settings import LARGEST_REWARD, shown
+from tokenrl.user_code import copied
 
 REWARD = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 STEP = f"(text, reward, terminated, truncated, info), where the reward is {REWARD}"

@@ -8,6 +8,7 @@ model wrote is parsed, and never evaluated as code.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numbers import Number
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, suggest, with_places
+from tokenrl.names import source_of
 from tokenrl.settings import Count, NonNegative, Settings
 
 
@@ -277,3 +279,9 @@ class NumericAnswer(_Answer):
 
 _REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)
 LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}
+
+
+def source_of_reward(spec: str) -> str:
+    """Return the module or the file that a named reward is imported from; empty for the library and for a folder."""
+    is_in_library = spec.partition("(")[0].strip() in LIBRARY
+    return "" if is_in_library or os.path.isdir(spec) else source_of(spec)

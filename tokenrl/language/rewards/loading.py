@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import math
 import os
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.rewards.calls import Reward
-from tokenrl.language.rewards.library import LIBRARY
-from tokenrl.names import import_attribute
+from tokenrl.language.rewards.library import LIBRARY, source_of_reward
+from tokenrl.names import import_attribute, original
 from tokenrl.settings import arguments
 
 Range = tuple[float, float]
@@ -59,7 +58,7 @@ def load_reward(spec: Any) -> Reward:
             raise Refused(
                 f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}"
             ) from error
-    if ":" not in text and not text.endswith(".py"):
+    if not source_of_reward(text) and not text.endswith(".py"):
         problem = "the library has no such reward, and there is no such folder here"
         raise Refused(
             f"reward '{text}': {problem}.{suggest(name, LIBRARY)} Give module:function, path/to/file.py:function, "
@@ -95,27 +94,6 @@ def parse_spec(text: str, kind: str, examples: str) -> tuple[str, dict[str, Any]
         raise Refused(
             f"{problem}. Write options as name=value with plain values: {examples}."
         ) from error
-
-
-def original(function: Any) -> Any:
-    """Return the function that a partial application was made of, or the function itself."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
-def keeper(function: Any) -> Any:
-    """Return the object whose state a checkpoint holds for a reward: the reward, or that of which it is a method.
-
-    It has `state_dict` and `load_state_dict`. A module of torch is none, since no step changes its weights.
-
-    Returns:
-        The object, or None.
-    """
-    inner = original(function)
-    owner = getattr(inner, "__self__", inner)
-    saves = all(hasattr(owner, name) for name in ("state_dict", "load_state_dict"))
-    return owner if saves and not hasattr(owner, "named_parameters") else None
 
 
 def is_binary(function: Any) -> bool:

@@ -19,7 +19,6 @@ failure.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,19 +34,21 @@ from tokenrl.language.rewards.calls import (
     TrainerState,
     accepted_arguments,
     call_rewards,
+    keeper,
+    restore_states,
     row_in_words,
+    states_of,
 )
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import (
     Range,
     declared_range,
     is_binary,
-    keeper,
     load_reward,
-    original,
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardProcess
+from tokenrl.names import original
 from tokenrl.settings import LARGEST_REWARD
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
@@ -202,12 +203,11 @@ class Rewards:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of each function that has one, by its name."""
-        return {name: copy.deepcopy(owner.state_dict()) for name, owner in self.keepers.items()}
+        return states_of(dict(zip(self.names, self.functions, strict=True)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        for name, owner in self.keepers.items():
-            owner.load_state_dict(state[name])
+        restore_states(dict(zip(self.names, self.functions, strict=True)), state)
 
     @property
     def range(self) -> Range | None:

@@ -20,8 +20,6 @@ from tokenrl.language.tasks.rows import Rows
 SEED_DISTANCE = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
 two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
-PUZZLES = "reasoning_gym:"
-"""How the names of these tasks begin."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import numpy as np
 
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
 from tokenrl.language.tasks.rows import Rows, digits
+from tokenrl.language.tasks.sources import IN_MEMORY
 from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
-
-IN_MEMORY = "in-memory:"
-"""How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
 
 
 def remarks(rows: Rows) -> list[str]:
@@ -87,5 +85,5 @@ def provenance_of(
     processes = getattr(where, "num_processes", 1)
     trained = policy.trained_prompts.union(digits(np.unique(next(iter(rows.values())).keys)))
     kind = where.device.type
-    code = {} if task is None else {"reward": task.reward, "environment": task.environment}
-    return Provenance(fingerprints, processes, kind, trained, fingerprints, code=code)
+    objects = {} if task is None else {"reward": task.reward, "environment": task.environment}
+    return Provenance(fingerprints, processes, kind, trained, fingerprints, objects=objects)

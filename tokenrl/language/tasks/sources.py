@@ -6,18 +6,22 @@ Everything here runs before the first step, so whatever goes wrong is `Refused`.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
+from tokenrl.language.rewards.library import source_of_reward
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.rows import Row, Rows, question_of
+from tokenrl.names import NamesCode, source_of
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
@@ -26,10 +30,31 @@ CACHE_HINT = (
     "if it is damaged, delete it."
 )
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+IN_MEMORY = "in-memory:"
+"""How the names of data given from Python begin; a fingerprint of the rows follows."""
+PUZZLES = "reasoning_gym:"
+"""How the names of puzzles of reasoning-gym begin."""
+
+
+def source_of_task(name: str) -> str:
+    """Return the module or the file that a named task is imported from; empty for data, puzzles and toy tasks."""
+    module = source_of(name)
+    is_data = os.path.exists(name) or ("/" in module and not module.endswith(".py"))
+    is_made = name in import_module("toy_tasks").NAMES or name.startswith((PUZZLES, IN_MEMORY))
+    return "" if is_made or (is_data and not name.endswith(".py")) else module
+
+
+Task = Annotated[str, OR_OBJECT, NamesCode(source_of_task)]
+"""The type of a field that names a task."""
+RewardNames = Annotated[tuple[str, ...], OR_OBJECT, NamesCode(source_of_reward)]
+"""The type of a field that names rewards."""
 
 
 class LeftOut(str):
     """The default name of a task, which has a type of its own so that the same name can also be given."""
+
+
+LEFT_OUT = LeftOut("sort_digits")
 
 
 @dataclass(frozen=True)
@@ -53,7 +78,7 @@ class DataArguments(Settings, group="data", measured=True):
     on_abstain: Literal["zero", "leave-out"] = "zero"
     """What follows where one of several weighted rewards gives a completion no reward. zero: it counts as 0 in
     their sum. leave-out: the completion is left out of its group, as where none of them gives a reward."""
-    environment: Annotated[str, OR_OBJECT] | None = None
+    environment: Annotated[str, OR_OBJECT, NamesCode()] | None = None
     """Environment that answers to each turn of a completion, so that a row is an episode of several turns:
     `module:Env` or `file.py:Env`, a class or function that takes no arguments, or a dict of them by the
     value of each row's column environment. It has gymnasium's reset and step on text, or reset and methods
@@ -90,12 +115,12 @@ class DataArguments(Settings, group="data", measured=True):
 class TaskArguments(DataArguments, measured=True):
     """Where prompts and rewards come from."""
 
-    task: Annotated[str, OR_OBJECT] = LeftOut("sort_digits")
+    task: Task = LEFT_OUT
     """Name of a toy task, `module:attribute` (a task or an environment), a JSON, CSV, TSV or Parquet file, also
     compressed, a folder or hub name that `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From
     Python also a datasets.Dataset, a DatasetDict, a pandas DataFrame, a list of rows or a task object. An
     environment that is named without a task is the task."""
-    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
+    reward: RewardNames = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
     Several rewards are summed, with that of an environment too. none: training gets no reward, also from an

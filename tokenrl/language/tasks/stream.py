@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.names import NamedFunction
 from tokenrl.runs.output import quantity
 from tokenrl.settings import check_choice
-from tokenrl.user_code import user_code
+from tokenrl.user_code import guarded
 
 Array = NDArray[np.float64]
 Shuffle = Callable[[int, int], Iterator[list[int]]]  # of a number of rows and a seed
@@ -169,7 +169,8 @@ class WeightedPrompts(PromptStream):
             check_choice("prompt_weights", weights, ["uniform", "variance", *rows.columns])
             column = rows.column(weights)
             self._function = lambda *_: column
-        self._sums = np.zeros((3, len(rows)))  # of completions, rewards and squares
+        # Of each row the completions, their mean reward, and the sum of squared distances from it.
+        self._moments = np.zeros((3, len(rows)))
         super().__init__(rows, seed)
         self._peek(1)  # so that weights which cannot be used are refused now
 
@@ -193,17 +194,12 @@ class WeightedPrompts(PromptStream):
 
     def _present_chances(self) -> Array:
         """Return the chances that the rewards so far make [n]."""
-        completions, rewards, squares = self._sums
-        means, second = (rewards, squares) / np.maximum(completions, TINY)
-        variances = np.maximum(second - means**2, 0)
+        completions, means, distances = self._moments
+        variances = distances / np.maximum(completions, TINY)
         kind = Stopped if completions.any() else Refused
-        try:
-            with user_code():
-                weights = np.asarray(self._function(completions, means, variances), float)
-        except TokenrlError:
-            raise
-        except USER_CODE_FAILED as error:
-            raise kind(f"prompt_weights failed: {raised(error)}.") from error
+        with guarded("prompt_weights failed", kind):
+            weights = self._function(*self._moments[:2].copy(), variances)
+            weights = np.asarray(weights, float)
         if weights.shape != means.shape or not np.isfinite(weights).all() or weights.min() < 0:
             raise kind(
                 f"prompt_weights must give {len(means):,} finite numbers of at least 0, one for each training row."
@@ -232,20 +228,26 @@ class WeightedPrompts(PromptStream):
         What was seen of a prompt before counts less each time that the prompt comes back.
         """
         rows = [self._dealt[number] for number in numbers.tolist()]
-        self._sums[:, rows] *= DECAY  # once, also where a row is there several times
+        completions, means, distances = self._moments
+        for sums in (completions, distances):
+            sums[rows] *= DECAY  # once, also where a row is there several times
+        # By Welford, since a difference of large squares would be all rounding.
         for row, reward in zip(rows, rewards.tolist(), strict=True):
-            self._sums[:, row] += (1, reward, reward**2)
+            completions[row] += 1
+            distance = reward - means[row]
+            means[row] += distance / completions[row]
+            distances[row] += distance * (reward - means[row])
         return {"prompts/effective": float(1 / (self._passes[max(self._passes)] ** 2).sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue exactly."""
         under_way = self._passes.get(self.position // self._num_rows, np.empty(0))
-        sums, chances = (torch.from_numpy(x.copy()) for x in (self._sums, under_way))
-        return {**super().state_dict(), "sums": sums, "chances": chances}
+        moments, chances = (torch.from_numpy(x.copy()) for x in (self._moments, under_way))
+        return {**super().state_dict(), "moments": moments, "chances": chances}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of a saved state, with its rewards and with the chances of its pass."""
-        self._sums = state["sums"].numpy()
+        self._moments = state["moments"].numpy().copy()
         super().load_state_dict(state)
         if len(state.get("chances", ())):  # a pass is under way; an earlier version saved none
             self._passes = {self.position // self._num_rows: state["chances"].numpy()}

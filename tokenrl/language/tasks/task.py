@@ -16,28 +16,26 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import (
-    USER_CODE_FAILED,
-    Refused,
-    TokenrlError,
-    describe,
-    raised,
-    suggest,
-)
+from tokenrl.errors import Refused, describe, suggest
 from tokenrl.keywords import takes
-from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import records, sources
 from tokenrl.language.tasks.files import format_of
 from tokenrl.language.tasks.held_out import chosen, read_parts, separate
-from tokenrl.language.tasks.reasoning import PUZZLES, puzzles
+from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.rows import Rows
-from tokenrl.language.tasks.sources import DataArguments, TaskArguments, with_prompts
+from tokenrl.language.tasks.sources import (
+    PUZZLES,
+    DataArguments,
+    TaskArguments,
+    source_of_task,
+    with_prompts,
+)
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, shown
-from tokenrl.user_code import user_code
+from tokenrl.user_code import copied, guarded
 
 
 @dataclass
@@ -176,16 +174,9 @@ def own_task(
     name = source
     if not isinstance(source, str):
         name = getattr(source, "__name__", type(source).__name__)
-    try:
-        with user_code():
-            task = _made(source, name, eval_size, chat)
-            if task is None:
-                return None
-            return _complete(task, name, whole=whole)
-    except TokenrlError:
-        raise
-    except USER_CODE_FAILED as error:
-        raise Refused(f"task '{name}' was read, and {raised(error)}.") from error
+    with guarded(f"task '{name}' was read", Refused):
+        task = _made(source, name, eval_size, chat)
+        return None if task is None else _complete(task, name, whole=whole)
 
 
 def _of_data(source: Any, data: DataArguments, *, chat: bool) -> PromptTask:
@@ -210,11 +201,12 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
             return toy_tasks.load(source)
         if source.startswith(PUZZLES):
             return PromptTask(source, *puzzles(source, eval_size), pass_threshold=1.0)
-        module = source.rpartition(":")[0]
-        is_there = os.path.exists(source)
-        is_data = is_there or not module or ("/" in module and not module.endswith(".py"))
-        if is_data and not source.endswith(".py"):
-            if is_there or "/" in source or format_of(Path(source)) in sources.FORMATS:
+        if not source_of_task(source) and not source.endswith(".py"):
+            if (
+                os.path.exists(source)
+                or "/" in source
+                or format_of(Path(source)) in sources.FORMATS
+            ):
                 return None
             raise Refused(
                 f"There is no task '{source}'.{suggest(source, toy_tasks.NAMES)} Other forms: module:attribute, "
@@ -302,7 +294,7 @@ def find_task(
         )
     named = () if unrewarded else args.reward or ()
     source: Any = args.task
-    if isinstance(source, str) and source.startswith(records.IN_MEMORY):
+    if isinstance(source, str) and source.startswith(sources.IN_MEMORY):
         raise Refused(
             f"task '{source}' was data given from Python: give it again, or save it once with "
             "dataset.to_parquet('data.parquet') and name data.parquet by task (--task)."

@@ -29,7 +29,6 @@ from tokenrl.errors import (
     raised,
 )
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.calls import copied
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.engine_checks import (
     COARSE,
@@ -59,7 +58,7 @@ from tokenrl.language.rollout.scoring import Regime, Scores
 from tokenrl.language.rollout.vllm import VllmGenerator
 from tokenrl.names import NamedFunction
 from tokenrl.settings import shown
-from tokenrl.user_code import user_code
+from tokenrl.user_code import copied, user_code
 
 MakeGenerator = Callable[[Policy, int | None], Generator]
 """Makes a generator of a policy and the most completions that are sampled at once (None: all)."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenrl.errors import Placed, Refused, Stopped, TokenrlError, raised, with_places
+from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import Prompt
-from tokenrl.language.rewards.calls import accepted_arguments, call_once
+from tokenrl.language.rewards.calls import accepted_arguments
 from tokenrl.language.rollout.rewarded import Rewarded, Row, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
@@ -22,7 +22,7 @@ from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments
 from tokenrl.names import NamedFunction
-from tokenrl.user_code import user_code
+from tokenrl.user_code import copied, guarded
 
 COLUMN = "teacher_prompt"
 """Column of the data that holds what the teacher reads."""
@@ -111,7 +111,7 @@ class TeacherPrompts:
         texts = texts_of(policy, rows)
         rewards = rows.reward_list()
         contents = []
-        with user_code():
+        with guarded(f"{self.name} failed"):
             for i, prompt in enumerate(prompts):
                 first = i - i % size
                 siblings = [j for j in range(first, first + size) if j != i]
@@ -124,12 +124,8 @@ class TeacherPrompts:
                     "reward": rewards[i],
                 }
                 allowed = {name: columns[name] for name in self.keywords}
-                result = call_once(self.function, self.name, allowed, {})
-                if isinstance(result.error, TokenrlError):
-                    raise result.error
-                if result.error is not None:
-                    raise Stopped(f"{self.name} failed: {raised(result.error)}.") from result.error
-                contents.append(in_place(prompt, result.output, self.name))
+                content = self.function(**copied(allowed))
+                contents.append(in_place(prompt, copied(content), self.name))
         return contents
 
 
