@@ -26,5 +26,7 @@ def as_bits(state: Any) -> Any:
         return [as_bits(value) for value in state]
     if not isinstance(state, torch.Tensor):
         return type(state), repr(state)
+    if not state.numel():
+        return str(state.dtype), state.shape
     bits = state.detach().contiguous().flatten().view(torch.uint8)
     return str(state.dtype), state.shape, bits.numpy().tobytes()

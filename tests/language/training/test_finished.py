@@ -237,7 +237,7 @@ PLACES = {
     "context": (33, 2, OF_TEACHER | {"teacher_context": context}),
     "engine's weights": (3, 2, {"generator": Engine}),  # the first call is before the first step
     "memory": (3, 3, {"estimator": Estimator(baseline=Memory)}),
-    "weights": (5, 3, {"prompt_weights": weighted}),
+    "weights": (3, 4, {"prompt_weights": weighted}),  # called for each pass of four steps
 }
 """By what ends the run: its last call, the steps that are made then, and the settings. A step has 16 episodes."""
 PARTS = ("learner", "memory", "stream", "rewards", "run", "best")
