@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
-import traceback
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +15,12 @@ from statistics import fmean
 
 import pytest
 
-sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parents[2]))
+sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where this is the program
 
 import pyarrow.parquet as parquet  # noqa: E402
 from refusals import refused  # noqa: E402
 
 from tests.promises.capabilities import CAPABILITIES, REFUSED, covering, pair, pairs  # noqa: E402
-from tests.promises.runs import Workshop  # noqa: E402
 from tests.resume.killing import Moment, equal, left  # noqa: E402
 from tokenrl.cli import COMMANDS, main  # noqa: E402
 from tokenrl.flags import parse  # noqa: E402
@@ -55,41 +52,39 @@ def goes_on_after_a_kill(workshop, row, patch):
     equal(left(directory), left(workshop.whole(row)), workshop.nursery.said)
 
 
-def goes_on_after_its_end(workshop, row, patch):
-    """The evaluation at the end of a run changes nothing that is learnt after it."""
+def goes_on_after_its_end_with_its_own_code_alone(workshop, row, patch):
+    """The evaluation at the end of a run leaves nothing behind; with other code the run does not go on."""
     directory, codes = workshop.run(row, "ended", "--max-steps", "3")
     assert codes == {0}
+    text = (workshop.folder / "mine.py").read_text()
+    with workshop.with_file("mine.py", text + "\n# changed\n"):
+        assert workshop.run(row, "ended", "--resume", "auto")[1] == {2}
+    assert "module mine" in workshop.nursery.said
     assert workshop.run(row, "ended", "--resume", "auto")[1] == {0}, workshop.nursery.said
+    equal(left(directory), left(workshop.whole(row)), workshop.nursery.said)
+
+
+def learns_the_same_beside_rude_code_and_other_evaluations(workshop, row, patch):
+    """What user code does to its arguments and to its libraries changes no number."""
+    options = (
+        () if "counting reward" in row else ("--eval-every", "1")
+    )  # which spend what it counts
+    with workshop.with_file("rude"):
+        directory, codes = workshop.run(row, "rude", *options)
+    assert codes == {0}, workshop.nursery.said
     assert rows_of(directory) == rows_of(workshop.whole(row))
-    if "keep best" not in row:
-        assert left(directory)["weights"] == left(workshop.whole(row))["weights"]
-
-
-def learns_the_same_with_other_evaluations(workshop, row, patch):
-    directory, codes = workshop.run(row, "evaluated", "--eval-every", "1")
-    assert codes == {0}
-    if "counting reward" not in row:  # whose state evaluations spend where they are asked for
-        assert rows_of(directory) == rows_of(workshop.whole(row))
 
 
 def makes_the_update_in_two_processes(workshop, row, patch):
-    directory, codes = workshop.run(row, "shared", "--max-steps", "1", processes=2)
+    directory, codes = workshop.run(row, "shared", "--max-steps", "3", processes=2)
     if codes == {2}:
         assert "start one process" in workshop.nursery.said
         return
     assert codes == {0}, workshop.nursery.said
     here, there = (rows_of(path)[1] for path in (directory, workshop.whole(row)))
     assert here.keys() == there.keys()
-    for name in there:
+    for name in there.keys() - {"padding"}:
         assert here[name] == pytest.approx(there[name], rel=1e-3, abs=1e-5), name
-
-
-def bears_rude_code(workshop, row, patch):
-    """What user code does to its arguments and to its libraries changes no number."""
-    with workshop.with_file("rude"):
-        directory, codes = workshop.run(row, "rude")
-    assert codes == {0}, workshop.nursery.said
-    assert rows_of(directory) == rows_of(workshop.whole(row))
 
 
 def tells_a_failure_of_code(workshop, row, patch):
@@ -98,14 +93,6 @@ def tells_a_failure_of_code(workshop, row, patch):
     printed = workshop.nursery.said.rpartition("tokenrl: ")[2]
     assert codes <= {1, 2} and "Traceback" not in printed
     assert "told why" in printed or "abstained from every completion" in printed
-
-
-def goes_on_with_its_own_code_alone(workshop, row, patch):
-    workshop.run(row, "changed", moments=[THIRD])
-    text = (workshop.folder / "mine.py").read_text()
-    with workshop.with_file("mine.py", text + "\n# changed\n"):
-        assert workshop.run(row, "changed", "--resume", "auto")[1] == {2}
-    assert "module mine" in workshop.nursery.said
 
 
 def executes_no_code_of_a_stranger(workshop, row, patch):
@@ -161,33 +148,35 @@ def tries_its_update_in_a_check(workshop, row, patch):
 
 def shows_the_weights_of_its_gradient(workshop, row, patch):
     """The weights of tokens in tables are in proportion to the gradient by the log-probabilities, by autograd."""
-    gradients = {}
     latest = []
+    scored = []
     divide, score = Learner.micro_batches, Learner.score
 
-    def divided(self, *args, **options):
-        for index in divide(self, *args, **options):
-            latest.append(index)
+    def divided(self, rows, *args, **options):
+        for index in divide(self, rows, *args, **options):
+            latest[:] = [rows, index]
             yield index
 
-    def scored(self, rows):
-        scores = score(self, rows)
+    def with_gradient(self, part):
+        scores = score(self, part)
         scores.logprobs.retain_grad()
-        gradients.setdefault(self.sampling.step, []).append((latest[-1], scores.logprobs))
+        rows, index = latest
+        is_shown = rows.valid | ~rows.replayed
+        numbers = is_shown.cumsum(0)[index] - 1  # in the table
+        scored.append((numbers.tolist(), scores.logprobs))
         return scores
 
     patch.setattr(Learner, "micro_batches", divided)
-    patch.setattr(Learner, "score", scored)
+    patch.setattr(Learner, "score", with_gradient)
     patch.chdir(workshop.folder)
     directory = workshop.folder / f"shown {'-'.join(row)}"
-    steps = 3 if "critic first" in row else 1
-    words = [*workshop.words(row, directory), "--max-steps", str(steps)]
-    assert main(words) == 0
-    table = completions_of(directory, steps)
+    step = 3 if "critic first" in row else 1
+    assert main([*workshop.words(row, directory), "--max-steps", str(step)]) == 0
+    table = completions_of(directory, step)
     ratios = []
-    for index, logprobs in gradients.popitem()[1]:
-        for number, gradient in zip(index.tolist(), logprobs.grad, strict=True):
-            tokens = table[number].get("tokens/weight") if number < len(table) else None
+    for numbers, logprobs in scored:
+        for number, gradient in zip(numbers, logprobs.grad, strict=True):
+            tokens = table[number].get("tokens/weight")
             for weight, slope in zip(tokens or (), gradient.tolist(), strict=False):
                 if not math.isnan(weight) and abs(weight) > 1e-4:
                     ratios.append(slope / weight)
@@ -208,12 +197,10 @@ def counts_nothing_twice(workshop, row, patch):
 
 PROMISES = [
     goes_on_after_a_kill,
-    goes_on_after_its_end,
-    learns_the_same_with_other_evaluations,
+    goes_on_after_its_end_with_its_own_code_alone,
+    learns_the_same_beside_rude_code_and_other_evaluations,
     makes_the_update_in_two_processes,
-    bears_rude_code,
     tells_a_failure_of_code,
-    goes_on_with_its_own_code_alone,
     executes_no_code_of_a_stranger,
     shows_a_verdict_what_its_code_is,
     names_its_metrics_in_the_table,
@@ -248,33 +235,31 @@ def test_a_pair_that_cannot_meet_is_refused_in_words(workshop, names):
     assert REFUSED[names] in " ".join(workshop.nursery.said.split())
 
 
-def print_matrix(rows, promises):
-    """Print for each capability, by promise, in how many of its rows the promise holds."""
-    workshop = Workshop(Path(tempfile.mkdtemp()))
-    failures = []
-    for number, row in enumerate(rows):
-        for promise in promises:
-            try:
-                with pytest.MonkeyPatch.context() as patch:
-                    promise(workshop, row, patch)
-            except (Exception, pytest.fail.Exception) as error:
-                failures.append((row, promise))
-                last = traceback.format_exception_only(error)[-1].strip()
-                print(f"row {number}: {promise.__name__}: {last:.300}", row, flush=True)
-    width = max(map(len, CAPABILITIES))
-    for number, promise in enumerate(promises, 1):
-        print(f"{number:3} {promise.__name__.replace('_', ' ')}")
-    print(" " * width, *(f"{number:>6}" for number in range(1, len(promises) + 1)))
-    for name in CAPABILITIES:
-        of_name = [row for row in rows if name in row]
-        cells = []
-        for promise in promises:
-            held = sum((row, promise) not in failures for row in of_name)
-            cells.append(f"{held}/{len(of_name)}")
-        print(f"{name:{width}}", *(f"{cell:>6}" for cell in cells))
+class Matrix:
+    """Counts for each capability, by promise, in how many of its rows the promise holds, as pytest tests it."""
+
+    def __init__(self):
+        self.held = {}
+
+    def pytest_runtest_logreport(self, report):
+        _, bracket, words = report.nodeid.partition("[row")
+        if report.when == "call" and bracket:
+            number, _, promise = words.rstrip("]").partition("-")
+            self.held[int(number), promise] = report.passed
+
+    def print(self):
+        names = [promise.__name__ for promise in PROMISES]
+        for number, name in enumerate(names, 1):
+            print(f"{number:3} {name.replace('_', ' ')}")
+        width = max(map(len, CAPABILITIES))
+        print(" " * width, *(f"{number:>6}" for number in range(1, len(names) + 1)))
+        for capability in CAPABILITIES:
+            rows = [number for number, row in enumerate(ROWS) if capability in row]
+            cells = [f"{sum(self.held[row, name] for row in rows)}/{len(rows)}" for name in names]
+            print(f"{capability:{width}}", *(f"{cell:>6}" for cell in cells))
 
 
 if __name__ == "__main__":
-    names = {promise.__name__: promise for promise in PROMISES}
-    chosen = [names[name] for name in sys.argv[1:]] or PROMISES
-    print_matrix(ROWS, chosen)
+    matrix = Matrix()
+    pytest.main([__file__, "-m", "slow", "-k", "where_capabilities_meet"], plugins=[matrix])
+    matrix.print()

@@ -144,7 +144,8 @@ def training_step(
     metrics |= learner.adapt_beta(metrics, policy_learns)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    table = partial(step_table, learner, rewarded, rows, terms, rewards.names, scored)
+    of_step = replace(learner, estimator=estimator)  # KL control has changed its weight by now
+    table = partial(step_table, of_step, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
     return Record(metrics, table, timings, failures, unread, ends)
 
