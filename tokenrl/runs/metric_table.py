@@ -27,6 +27,7 @@ class Metric(NamedTuple):
         better: `more` or `less`; empty where neither is better by itself.
         panel: the charts that show it: reward, loss, accuracy or health.
         meaning: what it is, in a few words.
+        part: the part of the table that it stands in, such as `rewards`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Metric(NamedTuple):
     better: str = ""
     panel: str = ""
     meaning: str = ""
+    part: str = ""
 
     @property
     def caption(self) -> str:
@@ -51,8 +53,11 @@ class Metric(NamedTuple):
 def all_metrics() -> tuple[Metric, ...]:
     """Return the rows of the table, in its order."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    lines = re.findall(r"^[a-z].* \| .*$", text.replace("| - ", "|  "), flags=re.MULTILINE)
-    return tuple(Metric(*map(str.strip, line.split("|"))) for line in lines)
+    rows = []
+    for part in text.replace("| - ", "|  ").split("\n# ")[1:]:
+        heading, *lines = part.strip().splitlines()
+        rows += [Metric(*map(str.strip, [*line.split("|"), heading])) for line in lines]
+    return tuple(rows)
 
 
 def metric_of(name: str) -> Metric:

@@ -29,7 +29,11 @@ Reward = Callable[..., Any]
 
 COLUMNS = """prompt teacher_prompt completion reward advantage truncated ending messages failure rewards/{name}
 tokens/{name}"""
-METRICS = dict.fromkeys(re.sub("/.*", "/{name}", metric.name) for metric in all_metrics())
+METRICS = dict.fromkeys(
+    re.sub("/.*", "/{name}", metric.name)
+    for metric in all_metrics()
+    if metric.part != "preferences"  # of reward models alone
+)
 RESERVED = {"log_metric": [*METRICS, "eval_{name}"], "log_extra": COLUMNS.split()}
 """The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`. What
 begins as one of them does, up to a slash, is the run's too."""
