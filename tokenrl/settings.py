@@ -162,12 +162,7 @@ def shown(value: object, length: int = 200) -> str:
 
 
 def check_choice(name: str, value: object, names: Iterable[str]) -> None:
-    """Refuse a name that is not allowed.
-
-    Args:
-        name: The name of the setting, as the user wrote it (a field, "preset").
-        value: The user's value.
-        names: The names that exist.
+    """Refuse a value of the setting `name` that is none of some names.
 
     Raises:
         Refused: The name does not exist; the message lists those that do and, for a misspelling, the nearest.

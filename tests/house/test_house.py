@@ -24,30 +24,30 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 13_330,
-    "core": 19_720,
-    "runs": 25_610,
-    "control": 10_720,
-    "advisor": 2_050,
-    "language": 100,
-    "language/policy": 11_830,
-    "language/rewards": 14_020,
-    "language/tasks": 11_220,
-    "language/rollout": 26_790,
-    "language/training": 24_350,
-    "language/supervised": 7_730,
-    "language/commands": 4_500,
-    "language/preferences": 6_380,
-    "language/evaluation": 3_460,
-    "lab": 100,
-    "lab/exact": 12_230,
-    "lab/measure": 5_380,
-    "lab/compare": 15_300,
+    "top": 13_510,
+    "core": 19_750,
+    "runs": 26_520,
+    "control": 10_800,
+    "advisor": 2_080,
+    "language": 30,
+    "language/policy": 11_920,
+    "language/rewards": 14_090,
+    "language/tasks": 11_940,
+    "language/rollout": 27_500,
+    "language/training": 24_280,
+    "language/supervised": 7_760,
+    "language/commands": 4_550,
+    "language/preferences": 6_370,
+    "language/evaluation": 3_470,
+    "lab": 30,
+    "lab/exact": 12_260,
+    "lab/measure": 5_390,
+    "lab/compare": 16_650,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 211_854, 189, 90_140, 230_547, 59_849, 7_600
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_680, 190, 91_890, 248_440, 60_800, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

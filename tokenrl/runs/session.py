@@ -61,15 +61,14 @@ class Session:
     """One run of a training, as a context manager. Only the main process writes files and prints.
 
     Attributes:
-        kind: the command that runs, as in config.json.
+        kind, args: the command that runs, as in config.json, and the settings.
         accelerator, main: accelerate's handle of the processes, and whether this is the main process.
-        args: the settings.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
         command, provenance: how it was started, see `origin_of`, and what it is made from, its settings too.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
-        eval_before, evaluation: metrics of the evaluations before training and of the current step, or empty.
+        eval_before, evaluation: metrics of the evaluations before training and of this step, or empty.
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags, ended, reason: warnings about the outcome; why the run ends early (see `BY_ITSELF`), and in words.
         signal, exit_code: number of the signal that ends all processes of the run, or 0; the code of the outcome.
@@ -86,10 +85,9 @@ class Session:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
         Args:
-            kind: the command that runs.
-            args: its settings; None as `output_dir` takes the next of the numbered directories.
+            kind, args: the command that runs, and its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines.
-            accelerator: accelerate's handle of the processes; None in a run of a single process.
+            accelerator: accelerate's handle of the processes; None in a run of one.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
@@ -116,8 +114,7 @@ class Session:
         self.ended: str | None = None
         self.step = self._recorded = 0  # recorded: the last step in the log
         self.rows: list[dict[str, Any]] = [{"step": 0}]
-        self.flags: list[str] = []
-        self._warned: dict[str, str] = {}  # warnings by their topic
+        self.flags, self._warned = list[str](), dict[str, str]()  # warnings by their topic
         self.eval_before, self.evaluation = dict[str, float](), dict[str, float]()
         self._began = time.monotonic()
 
@@ -161,8 +158,7 @@ class Session:
         From here on a signal lets the step end and saves. The files of the directory stay as they are.
 
         Args:
-            args: the settings, a dataclass, complete but for the directory.
-            model: what is trained.
+            args, model: the settings, complete but for the directory; and what is trained.
             provenance: what the run is made from, which is compared with the checkpoint's.
             parts: whatever else has a state that a checkpoint must hold, by name.
             header: the rest of the header.
@@ -266,7 +262,7 @@ class Session:
         leave(self._owner)  # an environment may have forked this process
         self.evaluation = dict(metrics)
         if self.step == 0:
-            self.eval_before = dict(metrics)
+            self.eval_before = self.evaluation
             self.rows = [{"step": 0, **of_evaluation(metrics)}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
             self.rows[-1] |= of_evaluation(metrics)
@@ -380,8 +376,8 @@ class Session:
         for finding in findings:
             self.console.warn(str(finding))
         self.console.note(f"model   {Path(self.directory, 'model')}{report}")
-        again = bool(self.command)
-        for command in next_commands(self.kind, self.directory, self.args.seed, summary, again):
+        settings = self.args.seed, summary, bool(self.command)
+        for command in next_commands(self.kind, self.directory, *settings):
             self.console.note(f"next    {command}")
 
     def save(self) -> None:
@@ -399,6 +395,6 @@ class Session:
         if not self.main:
             return Stopped(str(error))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        remarks = {"flags": self.flags, "warnings": self.console.warnings}
-        summary = Outcome(**self.outcome() | failed).summary() | remarks
+        summary = Outcome(**self.outcome() | failed).summary()
+        summary |= {"flags": self.flags, "warnings": self.console.warnings}
         return Stopped(f"At step {self.step}: {write_failure(self.output_dir, summary, errors)}")
