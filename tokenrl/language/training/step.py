@@ -89,7 +89,6 @@ def training_step(
     """
     estimator = learner.estimator
     accelerator = learner.accelerator
-    parameters = learner.policy.trainable_parameters()
     sampling = replace(learner.sampling, step=step)
     policy_learns = policy_steps(learner.args, step) > 0  # before that the critic alone
     reward_seconds = dict(rewards.seconds)
@@ -99,11 +98,11 @@ def training_step(
     sampling = replace(sampling, num_generations=learner.group_size)
     collected = time.perf_counter()
 
-    failures = rewarded.failures or ()
     rows = experience(learner, rewarded, sampling)
-    whole = gather(accelerator, rows, failures)  # all N rows, on every process
+    whole = gather(accelerator, rows, rewarded.failures or ())  # all N rows, on every process
     terms = loss_terms(learner, whole, sampling, memory, rewards, stream)
     advantages = local(accelerator, terms.advantages)
+    parameters = learner.policy.trainable_parameters()
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
@@ -147,7 +146,7 @@ def training_step(
     of_step = replace(learner, estimator=estimator)  # KL control has changed its weight by now
     table = partial(step_table, of_step, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
-    return Record(metrics, table, timings, failures, unread, ends)
+    return Record(metrics, table, timings, rewarded.failures or (), unread, ends)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
