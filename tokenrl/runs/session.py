@@ -14,8 +14,8 @@ Each training writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome()), write_model)
 
-Checkpoints are saved between two steps and at the end, before an evaluation that is made only as the run ends; a
-step that fails saves nothing. What a user can mend is `Refused` before `steps`, and `Stopped` later.
+Checkpoints are saved between two steps, and at the end before the last evaluation; a step that fails saves nothing.
+What a user can mend is `Refused` before `steps`, and `Stopped` later.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Session:
         kind, args: the command that runs, as in config.json, and the settings.
         accelerator, main: accelerate's handle of the processes, and whether this is the main process.
         directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
-        console, saver, stop: print for people, hold the checkpoints, and catch the signals that end the run.
         continues: whether the run goes on from a checkpoint.
+        console, saver, stop: print, hold the checkpoints, and catch the signals that end the run.
         command, provenance: how it was started, see `origin_of`, and what it is made from, its settings too.
         step, rows: number of the current step, 0 before the first; the rows of metrics.jsonl up to it.
         eval_before, evaluation: metrics of the evaluations before training and of this step, or empty.
@@ -85,7 +85,8 @@ class Session:
         """Make and lock the directory. A run that it already holds stays untouched until `steps`.
 
         Args:
-            kind, args: the command that runs, and its settings; None as `output_dir` takes the next of the numbered directories.
+            kind: the command that runs.
+            args: its settings; None as `output_dir` takes the next of the numbered directories.
             every: steps between two printed lines.
             accelerator: accelerate's handle of the processes; None in a run of one.
 
@@ -158,12 +159,13 @@ class Session:
         From here on a signal lets the step end and saves. The files of the directory stay as they are.
 
         Args:
-            args, model: the settings, complete but for the directory; and what is trained.
+            args: the settings, complete but for the directory.
+            model: what is trained.
             provenance: what the run is made from, which is compared with the checkpoint's.
-            parts: whatever else has a state that a checkpoint must hold, by name.
+            parts: what else a checkpoint must hold, by name.
             header: the rest of the header.
             names: by field, the text in config.json for an object given from Python.
-            **facts: further entries of config.json that the report needs, such as the title.
+            **facts: further entries of config.json, such as the title.
 
         Raises:
             Refused: a state cannot be saved; the checkpoint, or another process, has other settings or data.
@@ -179,8 +181,7 @@ class Session:
             note_code(type(args), plain(settings))
         self._config = {"versions": versions(), **settings, **facts, "command": self.command}
         held: Any = {"maker": provenance, "session": self, **parts}
-        folder = self._checkpoint.parent
-        self.saver = Saver(folder, args, model, held, provenance.write)
+        self.saver = Saver(self._checkpoint.parent, args, model, held, provenance.write)
         together(self.accelerator, lambda: self.saver.check(parts, main=self.main))
         self._atexit.enter_context(self.stop)
         self.console.facts("", header)
