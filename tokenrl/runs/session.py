@@ -205,8 +205,7 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Yield the steps that are left; they end early after a signal, or once `end` is called.
 
-        Before the first of them config.json and the evaluation of step 0 are written. A run that the
-        directory held goes; of a continued run, what follows the checkpoint.
+        First config.json and step 0 are written; an older run in the directory, or what followed the checkpoint, goes.
 
         Raises:
             Refused: what the directory holds cannot be removed.
