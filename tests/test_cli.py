@@ -23,9 +23,9 @@ import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.core import Estimator
+from tokenrl.files import write_json
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import write_json
 from tokenrl.settings import arguments as made, field_types
 
 TRAIN = shlex.split(

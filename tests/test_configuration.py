@@ -9,8 +9,8 @@ from refusals import refused
 
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
+from tokenrl.files import write_json
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import write_json
 
 TRAINS = [name for name, command in COMMANDS.items() if command.trains]
 SPOILT = {

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from command_line import completes
 
-from tokenrl.runs.files import atomic_directory
+from tokenrl.files import atomic_directory
 
 NEW = ["--max-steps", "1", "--output-dir", "new"]
 COMMANDS = [

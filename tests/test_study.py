@@ -18,6 +18,7 @@ from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare import problems
 from tokenrl.language.supervised.base import load_base
+from tokenrl.language.training import planned
 
 STUDY = RECIPES / "study"
 
@@ -31,7 +32,7 @@ def test_a_plan_can_be_run_or_is_refused(path, monkeypatch):
     def own_model(args, task):
         return load_base(replace(args, model=None), task, weights=False)
 
-    monkeypatch.setattr(problems, "read_models", own_model)
+    monkeypatch.setattr(planned, "read_models", own_model)
     words = ["--config", str(path)]
     if path.stem.startswith(OF_EARLIER):
         with pytest.raises(Refused):

@@ -19,6 +19,7 @@ import tyro
 from tokenrl.advisor.advice import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Silent, TokenrlError, explain, suggest
+from tokenrl.files import OutputFile
 from tokenrl.flags import Command, options_of
 from tokenrl.lab.compare.arguments import CompareArguments, JudgeArguments
 from tokenrl.lab.exact.catalogue import LabArguments
@@ -27,7 +28,6 @@ from tokenrl.language.commands.arguments import EvaluateArguments, SampleArgumen
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.supervised.arguments import SftArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import OutputFile
 from tokenrl.runs.output import (
     UNREAD,
     checked_output,

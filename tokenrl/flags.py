@@ -28,10 +28,10 @@ from tokenrl.control.arguments import ABOUT_AGENT, AGENTS, ControlArguments, age
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
+from tokenrl.files import plain
 from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import plain
 from tokenrl.settings import OR_FUNCTION, arguments, field_types, mentions
 
 ABOUT_CONFIG = (

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -225,27 +225,37 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
 
     The public names are listed once, as the imports of the `__init__.pyi` beside the package's `__init__.py`,
     and type checkers read them there too. Of functions whose keywords are settings they see the signatures in
-    `tokenrl/signatures.pyi`; the import in the branch `else` says where these are at run time.
+    `tokenrl/signatures.pyi`; the import in the branch `else` says where these are at run time. What the stub lists
+    below a string is for other rooms of tokenrl, and `__dir__` leaves it out.
 
     Args:
         package: name of the package.
     """
     stub = Path(str(sys.modules[package].__file__)).with_suffix(".pyi")
-    homes = {
-        name.name: str(statement.module)
-        for statement in ast.walk(ast.parse(stub.read_text(encoding="utf-8")))
-        if isinstance(statement, ast.ImportFrom)
-        for name in statement.names
-    }
+    statements = ast.parse(stub.read_text(encoding="utf-8")).body
+    end = next((n for n, part in enumerate(statements) if isinstance(part, ast.Expr)), None)
+    homes = _homes(statements)
+    public = _homes(statements[:end])
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
-            public = ", ".join(sorted(homes))
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {public}")
+            names = ", ".join(sorted(public))
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {names}")
         home = importlib.import_module(homes[name])
         # a module inside a package, its attribute only once it is imported
         if not hasattr(home, name):
             return importlib.import_module(f"{homes[name]}.{name}")
         return getattr(home, name)
 
-    return __getattr__, lambda: sorted(homes)
+    return __getattr__, lambda: sorted(public)
+
+
+def _homes(statements: Sequence[ast.stmt]) -> dict[str, str]:
+    """Return the modules from which statements of a stub import names, by the name."""
+    return {
+        name.name: str(part.module)
+        for statement in statements
+        for part in ast.walk(statement)
+        if isinstance(part, ast.ImportFrom)
+        for name in part.names
+    }

@@ -9,12 +9,12 @@ from dataclasses import fields
 import pytest
 
 from tokenrl.control.arguments import ControlArguments
+from tokenrl.files import write_json
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.settings import settle
 from tokenrl.runs.directory import acquire_lock
-from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import append_rows
 from tokenrl.runs.origin import versions
 from toy_tasks.models import TinyModel

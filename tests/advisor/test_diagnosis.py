@@ -14,8 +14,8 @@ from refusals import refused
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
+from tokenrl.files import write_json
 from tokenrl.flags import parse
-from tokenrl.runs.files import write_json
 
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
 

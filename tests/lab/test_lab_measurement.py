@@ -15,24 +15,26 @@ from tiny_lab_model import WORDS, points, tiny_policy
 from torch.testing import assert_close
 
 from tokenrl.core import Estimator
+from tokenrl.files import plain
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables
 from tokenrl.lab.measure.projections import chosen_parameters, probes, project
-from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy, add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import Regime, score
 from tokenrl.language.training.loop import train
+from tokenrl.language.training.samples import Samples, collect_samples
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import plain
 from tokenrl.settings import arguments
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")
+PLAIN = {"distribution": Distribution(), "regime": Regime()}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def policy() -> Policy:
 @pytest.fixture(scope="module")
 def samples(policy: Policy) -> Samples:
     rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
-    return collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3), rows_at_once=24)
+    return collect_samples(policy, Rewards(points), rows, Sampling(2, 4, seed=3), rows_at_once=24)
 
 
 def directions(policy: Policy, count: int, seed: int = 0, chunk: int = 8) -> torch.Tensor:
@@ -56,7 +58,7 @@ def directions(policy: Policy, count: int, seed: int = 0, chunk: int = 8) -> tor
 
 
 def projected_samples(policy: Policy, samples: Samples, count: int) -> torch.Tensor:
-    options = {"count": count, "seed": 0, "max_length": 2}
+    options = {"count": count, "seed": 0, "max_length": 2, **PLAIN}
     parts = [project(policy, p, chosen_parameters(policy), **options) for p in samples.parts]
     return torch.cat(parts)
 
@@ -159,7 +161,7 @@ def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy)
     teacher = tiny_policy(seed=1)
     taught = with_teacher(policy, teacher)
     rows = [{"prompt": word} for word in WORDS]
-    samples = collect(taught, Rewards(points), rows, Sampling(2, 4, seed=3)).unrewarded()
+    samples = collect_samples(taught, Rewards(points), rows, Sampling(2, 4, seed=3)).unrewarded()
     part = samples.parts[0]
     logprobs = score(policy.model, part).logprobs
     reference = score(teacher.model, part).logprobs.detach()
@@ -168,7 +170,7 @@ def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy)
     to_go = gaps.flip(1).cumsum(1).flip(1)  # of each token with those after it
     wanted = {"opd": gaps, "opd_to_go": to_go}
     seen = torch.cat(
-        [project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2)]
+        [project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2, **PLAIN)]
     )
     for name, signal in wanted.items():
         loss = (signal * logprobs * part.mask).sum() / len(part)

@@ -17,9 +17,9 @@ from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.noise import measure_estimators, same_expectation
-from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, interval, reciprocal
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.training.samples import Samples
 
 torch.set_num_threads(1)
 

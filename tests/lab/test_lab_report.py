@@ -14,11 +14,11 @@ from folders import read_json
 from tokenrl.cli import main
 from tokenrl.core import off_policy
 from tokenrl.core.choices import CHOICES
+from tokenrl.files import plain
 from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.report import records
 from tokenrl.lab.exact.verdict import Verdict
-from tokenrl.runs.files import plain
 
 SOME = ["--estimators", "rloo", "grpo", "scale batch_std", "maxrl", "spo"]
 

@@ -25,11 +25,12 @@ from tests.resume.killing import Moment, equal, left  # noqa: E402
 from tokenrl.cli import COMMANDS, main  # noqa: E402
 from tokenrl.flags import parse  # noqa: E402
 from tokenrl.lab import measure_bias  # noqa: E402
-from tokenrl.lab.compare.equality import check_equal, differences  # noqa: E402
+from tokenrl.lab.compare.equality import check_equal  # noqa: E402
 from tokenrl.language.training import check  # noqa: E402
 from tokenrl.language.training.learner import Learner  # noqa: E402
 from tokenrl.runs.metric_table import metric_of  # noqa: E402
 from tokenrl.runs.reader import read_run  # noqa: E402
+from tokenrl.runs.side_by_side import differences  # noqa: E402
 
 ROWS = covering()
 THIRD = Moment("runs/session.py:record", 3)

@@ -15,8 +15,8 @@ from folders import read_json
 from refusals import refused, stopped
 from safetensors.torch import save_file
 
+from tokenrl.files import atomic_directory, model_directory, verify
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
-from tokenrl.runs.files import atomic_directory, model_directory, verify
 
 
 def write(folder):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.runs.test_checkpoint import save
 from tokenrl.errors import Refused
+from tokenrl.files import atomic_directory, recover, replacing, verify
 from tokenrl.runs.checkpoint import checkpoints
-from tokenrl.runs.files import atomic_directory, recover, replacing, verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="what crashes is a forked process")
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}

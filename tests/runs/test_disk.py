@@ -12,7 +12,7 @@ from folders import read_json
 from refusals import stopped
 
 from tests.runs.test_session import Counter, live
-from tokenrl.runs.files import verify
+from tokenrl.files import verify
 
 
 @pytest.fixture

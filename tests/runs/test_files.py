@@ -18,8 +18,7 @@ from refusals import refused, stopped
 from tests.runs.test_session import live
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.files import (
+from tokenrl.files import (
     atomic_directory,
     check_place,
     model_directory,
@@ -27,6 +26,7 @@ from tokenrl.runs.files import (
     write_json,
     write_text,
 )
+from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.metrics import append_rows, write_completions
 from tokenrl.runs.reader import read_run
 

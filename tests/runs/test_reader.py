@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from tokenrl.control import train_agent
+from tokenrl.files import write_json
 from tokenrl.runs import read_run
-from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
 

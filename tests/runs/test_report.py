@@ -11,7 +11,7 @@ import pytest
 from refusals import refused
 
 from runs.pages import EVIL, Page
-from tokenrl.runs.files import write_json
+from tokenrl.files import write_json
 from tokenrl.runs.metrics import (
     append_rows,
     of_evaluation,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from tokenrl.runs.schedules import set_rates, share_of_rate
+from tokenrl.core.schedules import set_rates, share_of_rate
 
 
 def optimizer():

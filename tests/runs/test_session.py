@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
+from tokenrl.files import verify
 from tokenrl.runs.best import Best
 from tokenrl.runs.checkpoint import SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
-from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import LOGS, TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome, read_run
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings

@@ -14,7 +14,7 @@ from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.files import flat
+from tokenrl.files import flat
 from tokenrl.runs.findings import Means, observe
 from tokenrl.runs.rules import judge
 

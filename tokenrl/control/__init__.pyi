@@ -21,3 +21,7 @@ if typing.TYPE_CHECKING:
     )
 else:
     from tokenrl.control.training import train_agent as train_agent
+
+"""For other rooms of tokenrl, beside the names above; no promise to users."""
+
+from tokenrl.control.setup import control_settings as control_settings

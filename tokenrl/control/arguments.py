@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.names import NamesCode
-from tokenrl.runs.checkpoint import SavingArguments
-from tokenrl.runs.metrics import TrackerArguments
-from tokenrl.runs.threads import ThreadArguments
+from tokenrl.runs import SavingArguments, ThreadArguments, TrackerArguments
 from tokenrl.settings import (
     MEASURED,
     OPEN,

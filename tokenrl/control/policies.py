@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Refused, read_file, refusing
-from tokenrl.runs.files import model_directory, write_json
+from tokenrl.files import model_directory, write_json
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """The log std of a Gaussian is clamped to this range, so that its density stays finite."""

@@ -15,12 +15,7 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import estimator_line, objective_line
-from tokenrl.runs.console import measured
-from tokenrl.runs.findings import Finding, observe
-from tokenrl.runs.metric_table import reaches
-from tokenrl.runs.reader import Outcome
-from tokenrl.runs.rules import judge
-from tokenrl.runs.session import Session
+from tokenrl.runs import Finding, Outcome, Session, judge, measured, observe, reaches
 
 SHOWN = ("baseline", "returns", "gamma", "scale", "ratio")
 """The axes that the header of a run shows, whatever they are."""

@@ -15,10 +15,10 @@ from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.refusals import check_horizon, check_sizes
+from tokenrl.core.schedules import check_warmup
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
-from tokenrl.runs.schedules import check_warmup
-from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.runs import choose_threads, using_threads
 from tokenrl.settings import lay
 
 UNSUPPORTED = {

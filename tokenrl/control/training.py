@@ -21,14 +21,19 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import AgentRun, ControlResult, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
+from tokenrl.core.schedules import set_rates, share_of_rate
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.runs.console import conclude, duration
-from tokenrl.runs.findings import Means, observe
-from tokenrl.runs.resume import Provenance, resume_settings
-from tokenrl.runs.rules import judge
-from tokenrl.runs.schedules import set_rates, share_of_rate
-from tokenrl.runs.session import Session
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs import (
+    Means,
+    Provenance,
+    Session,
+    conclude,
+    duration,
+    judge,
+    observe,
+    resume_settings,
+    using_threads,
+)
 from tokenrl.user_code import own_process
 
 NEW_EPISODES = (

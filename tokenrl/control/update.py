@@ -18,9 +18,9 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.memories import Memory, read, update
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import in_rows, unrounded
+from tokenrl.core.schedules import policy_steps, share_of_rate
 from tokenrl.core.statistics import explained
 from tokenrl.errors import Stopped
-from tokenrl.runs.schedules import policy_steps, share_of_rate
 
 
 @dataclass

@@ -1,7 +1,6 @@
 import typing
 
 from tokenrl.lab.compare.decisions import judge_scores as judge_scores
-from tokenrl.lab.compare.page import compare_runs as compare_runs
 from tokenrl.lab.compare.recorded import JudgedRuns as JudgedRuns, judge_recorded as judge_recorded
 from tokenrl.lab.exact.catalogue import named_estimators as named_estimators
 from tokenrl.lab.exact.control_problem import (
@@ -28,6 +27,7 @@ from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measur
 from tokenrl.lab.measure.measurement import (
     Measured as Measured,
 )
+from tokenrl.runs.side_by_side import compare_runs as compare_runs
 
 if typing.TYPE_CHECKING:
     from tokenrl.signatures import (

@@ -57,3 +57,12 @@ if typing.TYPE_CHECKING:
 else:
     from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
     from tokenrl.language.tasks.task import load_task as load_task
+
+"""For other rooms of tokenrl, beside the names above; no promise to users."""
+
+from tokenrl.language.commands.arguments import OpenModelArguments as OpenModelArguments
+from tokenrl.language.commands.opening import open_policy as open_policy, open_task as open_task
+from tokenrl.language.rollout.distribution import Distribution as Distribution
+from tokenrl.language.rollout.scoring import Regime as Regime, score as score
+from tokenrl.language.training.planned import plan_training as plan_training
+from tokenrl.language.training.samples import Samples as Samples, collect_samples as collect_samples

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tokenrl.core.schedules import policy_steps
 from tokenrl.errors import Refused
-from tokenrl.runs.files import State
+from tokenrl.files import State
 from tokenrl.runs.metric_table import Row, exceeds, metric_of
-from tokenrl.runs.schedules import policy_steps
 from tokenrl.settings import Natural, Settings
 
 DECISIVE = ("reward_greedy", "reward", "accuracy", "loss")

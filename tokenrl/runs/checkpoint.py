@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.configuration import TrustArguments
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised, refusing
+from tokenrl.files import State, atomic_directory, remove, trial_directory, verify
 from tokenrl.runs.best import Best, SelectionArguments
 from tokenrl.runs.directory import remove_debris
-from tokenrl.runs.files import State, atomic_directory, remove, trial_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative
 from tokenrl.user_code import guarded, user_code
 

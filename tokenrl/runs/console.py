@@ -17,6 +17,8 @@ from tokenrl.runs.metric_table import Row, Rows, is_rounding, metric_of
 from tokenrl.runs.output import drop_output, harmless, quantity, rich_console, rich_table, visible
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tokenrl.runs.findings import Finding
     from tokenrl.runs.session import Session
 
@@ -66,6 +68,13 @@ class Console:
             table.add_row(visible(name), visible(str(fact)))
         if facts:
             self.print(table)
+
+    def frame(self, title: str, frame: pd.DataFrame) -> None:
+        """Print a data frame, its rows by their names."""
+        table = rich_table(title, ("",), [*frame])
+        for cells in frame.itertuples():
+            table.add_row(*map(number, cells))
+        self.print(table)
 
     def completions_table(
         self, rows: Rows, numbers: Sequence[str] = ("reward", "advantage")

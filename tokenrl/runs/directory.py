@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, refusing
-from tokenrl.runs.files import TRAINED_PROMPTS, appending, recover, remove
+from tokenrl.files import TRAINED_PROMPTS, appending, recover, remove
 
 _FOLDERS = ("videos", "completions", "checkpoints", "warm_start", "tensorboard")
 _FILES = (

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenrl.files import plain, write_text
 from tokenrl.runs.console import measured, message_text, number
-from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.runs.output import harmless
 from tokenrl.runs.plots import svg

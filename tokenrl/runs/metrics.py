@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe, read_file, refusing, suggest
-from tokenrl.runs.files import appending, flat, plain, replacing, write_text, writing
+from tokenrl.files import appending, flat, plain, replacing, write_text, writing
 from tokenrl.runs.metric_table import Row, Rows
 from tokenrl.settings import Settings
 
@@ -28,7 +28,7 @@ LOGS = ("metrics.jsonl", "timings.jsonl")
 def append_rows(run: Path, step: int, metrics: Row, timings: Row | None = None) -> None:
     """Append a line to metrics.jsonl and to timings.jsonl: `step`, then the other keys in alphabetical order.
 
-    Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
+    Every line is strict JSON: NaN is written as null and an infinity as a string (see `files`).
 
     Args:
         run: the run directory.

@@ -21,8 +21,8 @@ from typing import Any
 
 from tokenrl.configuration import values_of_code
 from tokenrl.errors import USER_CODE_FAILED
+from tokenrl.files import plain
 from tokenrl.names import NamedFunction, original, source_file
-from tokenrl.runs.files import plain
 
 _PACKAGES = (
     "tokenizers",

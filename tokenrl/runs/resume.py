@@ -11,15 +11,7 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config
 from tokenrl.errors import Refused, Silent, TokenrlError, describe, read_file
-from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
-from tokenrl.runs.directory import (
-    RunDirectory,
-    directory_path,
-    new_directory,
-    newest,
-    numbered,
-)
-from tokenrl.runs.files import (
+from tokenrl.files import (
     TRAINED_PROMPTS,
     State,
     flat,
@@ -29,6 +21,14 @@ from tokenrl.runs.files import (
     write_json,
     write_text,
     writing,
+)
+from tokenrl.runs.checkpoint import checkpoints, copy_of, step_of, tables
+from tokenrl.runs.directory import (
+    RunDirectory,
+    directory_path,
+    new_directory,
+    newest,
+    numbered,
 )
 from tokenrl.runs.metrics import LOGS
 from tokenrl.runs.origin import (

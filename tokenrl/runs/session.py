@@ -29,10 +29,10 @@ from typing import Any
 
 from tokenrl.configuration import note_code, read_config
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
+from tokenrl.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
 from tokenrl.runs.console import Console, next_commands
 from tokenrl.runs.directory import directory_path, numbered, remove_run_files
-from tokenrl.runs.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.metric_table import Row
 from tokenrl.runs.metrics import (
     LOGS,

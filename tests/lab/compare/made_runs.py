@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenrl.files import write_json
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.loop import judge_directory
 from tokenrl.lab.compare.plan import Plan, start_plan
 from tokenrl.lab.compare.problems import make_plan
-from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import append_rows
 from tokenrl.settings import arguments
 

@@ -16,11 +16,11 @@ from refusals import refused, stopped
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Interrupted
+from tokenrl.files import model_directory as verified, write_json
 from tokenrl.lab.compare import execution, loop
 from tokenrl.lab.compare.execution import _write_settings
 from tokenrl.lab.compare.loop import judge_directory
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import model_directory as verified, write_json
 
 SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episodes": 4}
 WALK = PLANNED | SHORT | {"arms": ("reinforce", "reinforce_timestep_mean")}

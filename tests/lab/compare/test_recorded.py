@@ -13,9 +13,9 @@ from made_runs import FINISHED, noise, rising, write_run
 from refusals import refused, stopped
 
 from tokenrl.cli import main
+from tokenrl.files import write_json
 from tokenrl.lab import judge_recorded, judge_scores
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.files import write_json
 
 NOISE = (-0.03, 0.01, 0.02, -0.01, 0.03, -0.02)
 USUAL = {

@@ -10,11 +10,11 @@ from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_
 from refusals import stopped
 
 import tokenrl
+from tokenrl.files import write_json
 from tokenrl.lab.compare.loop import best_rates, judge_directory
 from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.table import read_runs
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.files import write_json
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 

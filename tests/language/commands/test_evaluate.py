@@ -9,12 +9,12 @@ from tiny_models import vowel_reward
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
+from tokenrl.files import write_json
 from tokenrl.flags import parse
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.commands.evaluate import as_trained
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import write_json
 from toy_tasks import load
 
 WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]

@@ -16,10 +16,10 @@ import tokenrl
 from tokenrl.cli import main
 from tokenrl.configuration import code_in, configured
 from tokenrl.errors import Refused
+from tokenrl.files import write_json
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.tasks.task import own_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import write_json
 
 WORDS = "".join(f'{{"prompt": "{word}"}}\n' for word in ("cat", "dog", "mat", "log", "one", "two"))
 OWN = (

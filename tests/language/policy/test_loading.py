@@ -13,12 +13,12 @@ from folders import read_json
 from refusals import refused
 from tiny_models import make_model, make_policy, make_tokenizer
 
+from tokenrl.files import write_json
 from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saved import SavedModel
 from tokenrl.language.policy.saving import base_named, save_policy
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.files import write_json
 
 LOADERS = [load_policy, RewardModel, reward_backbone]
 

@@ -8,8 +8,8 @@ from refusals import refused
 from tiny_models import TEMPLATE, letters_trained, make_policy, make_task
 
 from tokenrl import evaluate
+from tokenrl.files import write_json
 from tokenrl.language.policy.arguments import PromptArguments, saved_form
-from tokenrl.runs.files import write_json
 from tokenrl.runs.output import harmless
 
 USER = [{"role": "user", "content": "the cat"}]

@@ -341,7 +341,7 @@ def test_tables_pad_messages_with_nulls_that_no_template_sees_and_lists_keep_the
 
 UNORDERED = """
 from dataclasses import dataclass
-from tokenrl.runs.files import canonical
+from tokenrl.files import canonical
 
 @dataclass(frozen=True)
 class Point:

@@ -12,8 +12,8 @@ from refusals import stopped
 from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.advisor.diagnosis import advise_run
+from tokenrl.files import verify
 from tokenrl.runs import rules
-from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import read_metrics
 
 DEMONSTRATIONS = [{"prompt": "ab>", "completion": "a"}]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.runs.files import OutputFile
+from tokenrl.files import OutputFile
 from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, field_types, shown
 
 BY_NAME = (

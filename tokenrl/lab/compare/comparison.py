@@ -16,7 +16,7 @@ from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
 from tokenrl.lab.compare.plan import Plan, Role
 from tokenrl.lab.compare.table import ENDED
-from tokenrl.runs.findings import LOST_SHARE
+from tokenrl.runs import LOST_SHARE
 
 LOST = {
     "grad_clipped": (

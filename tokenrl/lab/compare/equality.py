@@ -8,27 +8,21 @@ decide it. Every way to a verdict asks `check_equal`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from tokenrl.configuration import RECORDED, code_in
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.configuration import code_in
+from tokenrl.control import ControlArguments
 from tokenrl.errors import Refused
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.files import flat
-from tokenrl.runs.reader import RecordedRun
-from tokenrl.runs.resume import APART, ROUNDING
+from tokenrl.language import TrainArguments
+from tokenrl.runs import HASH, ROUNDING, RecordedRun, facts_of
 from tokenrl.settings import MEASURED, field_types, mentions
 
 KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The settings of the commands whose runs can be compared."""
-HASH = "hash of "
-"""How the name of a fact begins that is a hash."""
 WITHIN_ARM = {"seed", "chat_time", *ROUNDING} - {"generator"}
 """Settings that may differ between the runs of an arm."""
 WITHIN = "Runs of one arm differ in their seeds alone."
@@ -44,14 +38,6 @@ def measured(kind: Any) -> set[str]:
     groups = [base for base in kind.__mro__ if getattr(base, "measured", False)]
     names = {each.name for group in groups for each in fields(group)}
     return names | {name for name, hint in field_types(kind).items() if mentions(hint, MEASURED)}
-
-
-def facts_of(run: RecordedRun) -> dict[str, str]:
-    """Return settings and hashes of a run as text, by name; what changes no number is left out."""
-    left_out = RECORDED | APART
-    settings = {name: value for name, value in run.config.items() if name not in left_out}
-    hashes = {f"{HASH}{name}": text for name, text in run.config.get("hashes", {}).items()}
-    return {name: str(x) for name, x in flat({"kind": run.kind, **settings, **hashes}).items()}
 
 
 def check_equal(runs: Iterable[tuple[str, RecordedRun]], varying: Sequence[str] = ()) -> None:
@@ -98,15 +84,3 @@ def _is_measured(name: str, run: RecordedRun) -> bool:
 def _module(source: str) -> str:
     """Return the name by which a module or a file is hashed."""
     return f"module {Path(source).stem if source.endswith('.py') else source}"
-
-
-def differences(runs: Mapping[str, RecordedRun], left_out: Collection[str] = ()) -> pd.DataFrame:
-    """Return the facts in which runs differ, a row for each, with a column for each run and - where one has none.
-
-    Args:
-        runs: the runs by their names.
-        left_out: facts that do not matter.
-    """
-    table = pd.DataFrame({name: facts_of(run) for name, run in runs.items()}).fillna("-")
-    table = table.drop(index=[*table.index.intersection([*left_out])])
-    return table[table.nunique(axis=1) > 1]

@@ -17,14 +17,12 @@ from typing import Any, Literal, Protocol
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Interrupted, Refused, is_special, refusing
+from tokenrl.files import MANIFEST, appending, atomic_directory, remove, write_json
 from tokenrl.lab.compare.intervals import LEAST_PAIRS
 from tokenrl.lab.compare.looks import looked_twice
 from tokenrl.lab.compare.plan import Plan, PlannedRun, differing, read_plan
 from tokenrl.lab.compare.table import is_done
-from tokenrl.runs.console import Console
-from tokenrl.runs.directory import in_use
-from tokenrl.runs.files import MANIFEST, appending, atomic_directory, remove, write_json
-from tokenrl.runs.signals import GracefulStop
+from tokenrl.runs import Console, GracefulStop, in_use
 
 TICK = 0.2
 """Seconds between two looks at the runs under way."""

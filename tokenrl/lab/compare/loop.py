@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from tokenrl.files import write_json
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
@@ -31,10 +32,7 @@ from tokenrl.lab.compare.plan import (
 )
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import read_runs
-from tokenrl.runs.console import Console, number
-from tokenrl.runs.directory import directory_path
-from tokenrl.runs.files import write_json
-from tokenrl.runs.output import rich_table
+from tokenrl.runs import Console, directory_path
 
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 
@@ -181,12 +179,8 @@ def judge_directory(output_dir: str | Path) -> Comparison:
 def _print_result(comparison: Comparison, console: Console) -> None:
     """Print scores and verdicts, what they do not mean, and the path of the report."""
     plan = comparison.plan
-    arms = comparison.family.table()
     title = f"{plan.problem}: {plan.metric}, mean over the seeds that did not fail"
-    table = rich_table(title, ("arm",), [*arms])
-    for cells in arms.itertuples():
-        table.add_row(*map(number, cells))
-    console.rich.print(table)
+    console.frame(title, comparison.family.table())
     headline, sentences, caveats = comparison.words
     console.note("\n- ".join([headline, *sentences, *caveats]))
     for run in comparison.runs.query("failed or state != 'finished'").itertuples():

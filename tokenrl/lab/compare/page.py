@@ -1,8 +1,7 @@
-"""Writes the page of a comparison, first the verdict, last the raw tables; and the page of several runs."""
+"""Writes the page of a comparison, first the verdict, last the raw tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -10,18 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from tokenrl.files import canonical, write_json, write_text
 from tokenrl.lab.compare.comparison import Comparison
-from tokenrl.lab.compare.equality import differences
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.plan import SCORES
-from tokenrl.runs.console import ending, with_errors
-from tokenrl.runs.files import canonical, check_place, write_json, write_text
-from tokenrl.runs.markup import write_page
-from tokenrl.runs.origin import versions
-from tokenrl.runs.plots import Chart, Forest
-from tokenrl.runs.reader import read_run
-from tokenrl.runs.report import charts, curve
+from tokenrl.runs import Chart, Forest, charts, versions, write_page
 
 SCHEMA = 1
 """The version of comparison.json; it rises when a field gets another meaning or goes."""
@@ -117,48 +110,3 @@ def _arm_summary(comparison: Comparison) -> pd.DataFrame:
     means = sound.filter([*SCORES, "entropy", "grad_clipped", "learning_rate"])
     frame = comparison.family.table()[["failed"]].join(means.dropna(axis=1, how="all"))
     return frame.rename(columns=lambda name: str(name).replace("_", " "))
-
-
-def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
-    """Write a page that shows runs side by side: final numbers, settings that differ, and learning curves.
-
-    Args:
-        runs: the directories of the runs, finished or not. Runs of different commands have few numbers in
-            common.
-        output: the file to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        Refused: a directory holds no run, or the file cannot be written there.
-        Stopped: the file could not be written.
-    """
-    recorded = {str(run): read_run(run) for run in runs}
-    output = Path(output)
-    check_place(output)
-    numbers = {}
-    for name, run in recorded.items():
-        numbers[name] = {
-            "title": run.title,
-            "ended": ending(run.summary),
-            **with_errors(run.summary.get("eval_after")),
-        }
-    marks = {run.mark for run in recorded.values()}
-    loss = all(run.learns_by_loss for run in recorded.values())
-
-    def drawn(name: str) -> dict[str, dict[str, pd.DataFrame]]:
-        """Return the curves of a metric in training and of evaluations, by run."""
-        return {
-            metric: {label: curve(run.metrics, metric) for label, run in recorded.items()}
-            for metric in (name, f"eval_{name}")
-        }
-
-    return write_page(
-        output,
-        "comparison.html",
-        title=f"Comparison of {len(recorded)} runs",
-        numbers=pd.DataFrame(numbers),
-        settings=differences(recorded),
-        learning=[*charts(drawn, marks.pop() if len(marks) == 1 else None, loss)],
-    )

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, read_file, refusing
+from tokenrl.files import flat, write_json
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
 from tokenrl.lab.compare.looks import looked_twice
-from tokenrl.runs.directory import acquire_lock
-from tokenrl.runs.files import flat, write_json
+from tokenrl.runs import acquire_lock
 from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]

@@ -7,23 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from tokenrl.control.environments import describe
-from tokenrl.control.setup import control_settings
+from tokenrl.control import control_settings, describe
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import read_changes
 from tokenrl.errors import Refused, nearest
+from tokenrl.files import plain
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.equality import KINDS, measured
 from tokenrl.lab.compare.looks import check_looks
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, folder_of
-from tokenrl.language.policy.arguments import fill_form
-from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.settings import check_choices, settle
-from tokenrl.language.training.teacher import read_models
-from tokenrl.runs.files import plain
-from tokenrl.runs.origin import typed_command
+from tokenrl.language import plan_training
+from tokenrl.runs import typed_command
 from tokenrl.settings import (
     Positive,
     arguments,
@@ -104,14 +99,14 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
     usual = own if kind == "control" else {**own, "estimator": FITTING}
-    run, task, reward_range = _settled(usual, kind, announce)
+    run, solved, reward_range = _settled(usual, kind, announce)
     every = run.eval_every
     if own.get("eval_every") is None:
         every = max(1, run.max_steps // EVALUATIONS)
     settings = FIXED[kind] | own | {setting: getattr(run, setting) for setting in CHOSEN[kind]}
     per_step = _samples_per_step(settings, Estimator())
     margin = args.margin
-    ceiling = task.solved
+    ceiling = solved
     if reward_range:
         low, high = reward_range
         margin = margin or MARGIN * (high - low)
@@ -132,7 +127,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         unit=_unit(settings),
         every=every * per_step,
         margin=margin,
-        solved=task.solved,
+        solved=solved,
         ceiling=ceiling,
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
@@ -209,25 +204,19 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
 
 def _settled(
     settings: Mapping[str, Any], kind: Kind, announce: Callable[[str], None] = lambda text: None
-) -> tuple[Any, Any, tuple[float, float] | None]:
-    """Return the arguments of a run, with what was left open; its task; and the range of its reward.
+) -> tuple[Any, float | None, tuple[float, float] | None]:
+    """Return the arguments of a run, with what was left open; its threshold; and the range of its reward.
 
     Raises:
         Refused: settings contradict each other, as far as that is known before the run.
     """
     run: Any = arguments(KINDS[kind], settings)
-    if kind == "control":
-        spec = describe(run.env, run.max_episode_steps)
-        if "estimator" in settings:
-            control_settings(run, spec)
-        return run, spec, None
-    run = fill_form(run)
-    task, reward = find_task(run, may_lack_rewards=True)
-    policy = read_models(run, task)
-    for warning in division_of(task, run.eval_size, {"the model": policy})[1]:
-        announce(f"warning: {warning}")
-    check_choices(run, task)
-    return settle(run, task, policy).args, task, reward.range
+    if kind == "train":
+        return plan_training(run, announce)
+    spec = describe(run.env, run.max_episode_steps)
+    if "estimator" in settings:
+        control_settings(run, spec)
+    return run, spec.solved, None
 
 
 def _unit(settings: Mapping[str, Any]) -> str:

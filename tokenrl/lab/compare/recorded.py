@@ -14,16 +14,16 @@ from typing import Any
 import pandas as pd
 
 from tokenrl.errors import Refused, refusing
+from tokenrl.files import write_json
 from tokenrl.lab.compare.arguments import JudgeArguments
 from tokenrl.lab.compare.comparison import judge_rows
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.equality import WITHIN_ARM, check_equal, differences
+from tokenrl.lab.compare.equality import WITHIN_ARM, check_equal
 from tokenrl.lab.compare.judgement import Judgement, required
 from tokenrl.lab.compare.page import verdicts_of
 from tokenrl.lab.compare.plan import SCORES
 from tokenrl.lab.compare.table import ENDED, Axis, row_of
-from tokenrl.runs.files import write_json
-from tokenrl.runs.reader import RecordedRun, read_run
+from tokenrl.runs import RecordedRun, differences, read_run
 from tokenrl.settings import check_choice
 
 BASELINE, CANDIDATE = "baseline", "candidate"

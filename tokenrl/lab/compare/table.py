@@ -14,10 +14,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import read_file
 from tokenrl.lab.compare.equality import check_equal
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
-from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import Mean, evaluations
-from tokenrl.runs.reader import RecordedRun, read_run
-from tokenrl.runs.signals import SIGNALS, ended_by_itself
+from tokenrl.runs import RecordedRun, ended_by_itself, in_use, read_run
 
 State = Literal["finished", "failed", "stopped", "running", "absent"]
 """How a run stands: it ended as its training decided; it broke off; a signal ended it; it is under way; or it has
@@ -145,10 +142,10 @@ def _scores(run: RecordedRun, axis: Axis) -> dict[str, Any]:
     samples = axis.along(steps)
     curve = pd.DataFrame({"samples": [0.0, *axis.points]})
     for name in CURVES:
-        means = pd.DataFrame(evaluations(run.evaluations, name), columns=Mean._fields)
-        if len(means):
-            at = samples.reindex(means["step"], method="ffill")
-            curve[name] = np.interp(curve["samples"], at, means["value"])
+        evaluated, values = run.series(f"eval_{name}")
+        if values:
+            at = samples.reindex(evaluated, method="ffill")
+            curve[name] = np.interp(curve["samples"], at, values)
     scores = {"samples": samples.iloc[-1], "curve": curve}
     for name in curve.columns.intersection(["reward", "reward_greedy"]):
         scores[name.replace("reward", "area")] = curve[name].iloc[1:].mean()
@@ -169,7 +166,7 @@ def _state(directory: Path, run: RecordedRun | None) -> tuple[State, str]:
         return "finished", ""
     if in_use(directory):
         return "running", "It is under way."
-    if summary.get("exit_reason") in SIGNALS.values():
+    if str(summary.get("exit_reason")).startswith("SIG"):
         return "stopped", f"{summary['exit_reason']} stopped it; the same command goes on with it."
     if not (run or printed):
         return "absent", "It has not begun."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.runs.files import OutputFile
+from tokenrl.files import OutputFile
 from tokenrl.settings import Settings
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
+from tokenrl.files import write_json
 from tokenrl.foreign import meaning
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.explanation import explain
 from tokenrl.lab.exact.samplers import measure_off_policy
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
-from tokenrl.runs.files import write_json
 from tokenrl.runs.output import rich_console, rich_table
 from tokenrl.runs.threads import using_threads
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from tokenrl.configuration import TrustArguments
-from tokenrl.language.commands.arguments import OpenDistribution, OpenTaskArguments
-from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.runs.files import OutputFile
+from tokenrl.files import OutputFile
+from tokenrl.language import OpenModelArguments
 from tokenrl.settings import OR_OBJECT, Count, Seed, Several, as_in_run
 
 DEFAULT_ESTIMATORS = (
@@ -33,9 +31,7 @@ OF_TEACHER = ("rloo", "opd", "opd_to_go")
 
 
 @dataclass(frozen=True)
-class MeasureArguments(
-    OpenDistribution, ModelArguments, OpenTaskArguments, LoraArguments, TrustArguments
-):
+class MeasureArguments(OpenModelArguments):
     """Measure signal, noise and direction of the gradients of estimators, on the same completions.
 
     With the directory of a run, its `model/` or a checkpoint, the task with its data, its reward, the length of

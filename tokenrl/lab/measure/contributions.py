@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import ascent_slopes
-from tokenrl.lab.measure.rollouts import Samples
+from tokenrl.language import Samples
 
 
 class Contributions(NamedTuple):

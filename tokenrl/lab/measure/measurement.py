@@ -6,12 +6,11 @@ The command, `tokenrl lab measure`, prints tables with what their columns mean, 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
 from tokenrl.core.statistics import Interval, generator_of
 from tokenrl.errors import Refused
+from tokenrl.files import write_json
 from tokenrl.keywords import takes
 from tokenrl.lab.measure.arguments import DEFAULT_ESTIMATORS, OF_TEACHER, MeasureArguments
 from tokenrl.lab.measure.noise import Measurement, measure_estimators
@@ -28,18 +28,9 @@ from tokenrl.lab.measure.projections import (
     chosen_parameters,
     project,
 )
-from tokenrl.lab.measure.rollouts import Samples, collect
-from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.distribution import distribution_of
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.runs.console import Console
-from tokenrl.runs.files import write_json
-from tokenrl.runs.output import rich_console, rich_table
-from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, shown
-
-if TYPE_CHECKING:
-    from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language import Policy, Samples, collect_samples, open_policy, open_task
+from tokenrl.runs import Console, choose_threads, rich_console, rich_table, using_threads
+from tokenrl.settings import arguments
 
 MAX_ROWS = 1024
 """Completions per forward pass, if their logits are few."""
@@ -88,14 +79,10 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     Raises:
         Refused: For a preset, a number or a layer that cannot be used, or a task with too few prompts.
     """
-    from tokenrl.language.supervised.defaults import completion_limit
-    from tokenrl.language.tasks.task import check_single_turn, find_task
-
     names = args.estimators or (DEFAULT_ESTIMATORS if args.teacher is None else OF_TEACHER)
     estimators = {name: Estimator.preset(name) for name in names}
-    args = _checked(args, console.note)
-    task, rewards = find_task(args)
-    check_single_turn(rewards, "lab measure")
+    _check(args)
+    args, task, rewards = open_task(args, console.note, "lab measure")
     order = torch.randperm(len(task.train_prompts), generator=generator_of(args.seed, "prompts"))
     prompts = list(task.train_prompts.take(order[: args.num_prompts].tolist()))
     if len(prompts) == 1:
@@ -104,14 +91,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
         raise Refused(
             f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts."
         )
-    policy = _policy(args, task, console)
-    sampling = Sampling(
-        max_completion_length=args.max_completion_length
-        or completion_limit(task, args.model, policy)[0],
-        num_generations=args.num_generations,
-        seed=args.seed,
-        **distribution_of(args),
-    )
+    policy, sampling = open_policy(args, task, console.note)
     rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
     parameters = chosen_parameters(policy, args.layers)
     size = sum(p.numel() for p in parameters.values())
@@ -120,7 +100,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     console.note(f"Differentiating {completions} completions in {size:,} parameters ({layers}).")
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
-        samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
+        samples = collect_samples(policy, rewards, prompts, sampling, rows_at_once=rows)
         samples = replace(samples, has_teacher=args.teacher is not None)
         projections = _projections(policy, samples, parameters, args, console)
         measurements = measure_estimators(
@@ -131,36 +111,6 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
             seed=args.seed,
         )
     return Measured(policy.source, task.name, _settings(args, samples), measurements)
-
-
-def _policy(args: MeasureArguments, task: PromptTask, console: Console) -> Policy:
-    """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
-    from tokenrl.language.policy.loading import device_for
-    from tokenrl.language.policy.model import load_policy
-    from tokenrl.language.supervised.base import adapt, load_base
-    from tokenrl.language.training.arguments import KlArguments
-    from tokenrl.language.training.teacher import load_teacher, with_teacher
-
-    adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
-    if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
-        console.note(
-            f"{args.model} trained an adapter, so the gradient is measured in the adapter."
-        )
-        trained = load_policy(
-            adapter, merge_adapter=False, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        )
-        args = replace(args, model=trained)  # type: ignore[arg-type]
-    policy = load_base(args, task, console.note)
-    device = device_for(policy.size, args.cpu)
-    if args.teacher is not None:
-        teacher = load_teacher(KlArguments(teacher=args.teacher), args, policy)
-        console.note(f"Teacher: {teacher.line}.")
-        assert teacher.policy is not None  # as the name is that of a model
-        policy = with_teacher(policy, teacher.policy)
-        teacher.policy.model.to(device)
-    adapt(args, policy)
-    policy.model.to(device)
-    return policy
 
 
 def _projections(
@@ -199,11 +149,8 @@ def rows_at_once(policy: Policy, length: int) -> int:
     return max(1, min(MAX_ROWS, MAX_LOGITS // (length * vocabulary)))
 
 
-def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
-    """Check the numbers; return the arguments as in the run of the model, where they were left open."""
-    from tokenrl.language.commands.evaluate import as_in_runs
-    from tokenrl.language.policy.arguments import fill_form, form_line
-
+def _check(args: MeasureArguments) -> None:
+    """Refuse numbers that do not fit each other, and what has no forward-mode derivative."""
     prompts = args.num_prompts
     step = args.prompts_per_step
     if args.gradient_checkpointing:
@@ -213,15 +160,6 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
             f"num_prompts={prompts} with prompts_per_step={step}: give a multiple of {step}, at least "
             f"{4 * step}."
         )
-    args = fill_form(as_in_runs(args, announce))
-    if args.task is None and args.model is not None:
-        raise Refused(
-            f"Name the task to measure on: task (--task). No run of one saved {shown(args.model, 100)}."
-        )
-    args = replace(args, task="sort_digits" if args.task is None else args.task)
-    for line in form_line(args.form, args.model).values():
-        announce(f"Asked: {line}.")
-    return args
 
 
 def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:

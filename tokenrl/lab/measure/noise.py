@@ -13,8 +13,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.statistics import Interval
 from tokenrl.lab.measure.contributions import Contributions, contributions
-from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Resampling, cosine, interval, reciprocal
+from tokenrl.language import Samples
 
 
 @dataclass(frozen=True)

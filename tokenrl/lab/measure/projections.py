@@ -17,10 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenrl.core.statistics import generator_of
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.rollout import Rollout, to_host
-from tokenrl.language.rollout.scoring import UNCHANGED, USUAL, Regime, score
+from tokenrl.language import Distribution, Policy, Regime, Rollout, score
 
 
 def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -82,8 +79,8 @@ def project(
     count: int,
     seed: int,
     max_length: int,
-    distribution: Distribution = UNCHANGED,
-    regime: Regime = USUAL,
+    distribution: Distribution,
+    regime: Regime,
     after: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Project the score of every token of a rollout on `count` probes, divided by sqrt(K).
@@ -126,7 +123,7 @@ def project(
             tangents.append(torch.vmap(slopes)(directions))  # [c, n, t]
             del directions  # else they are still there while the next ones are drawn
             after()
-    (derivatives,) = to_host([torch.cat(tangents)])
+    derivatives = torch.cat(tangents).cpu()
     projections = derivatives.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
     return torch.nn.functional.pad(projections, (0, 0, 0, max_length - projections.shape[1])).cpu()
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenrl.configuration import TrustArguments
-from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
+from tokenrl.files import OutputFile
+from tokenrl.language.policy.arguments import (
+    LoadingArguments,
+    LoraArguments,
+    ModelArguments,
+    PromptArguments,
+)
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.tasks.sources import Task, TaskArguments
-from tokenrl.runs.files import OutputFile
 from tokenrl.settings import Count, Natural, Number, Seed, as_in_run
 
 
@@ -30,6 +35,13 @@ class OpenTaskArguments(TaskArguments, group="data", leaves_open=True):
 @dataclass(frozen=True)
 class OpenDistribution(Distribution, group="sampling", leaves_open=True):
     """How completions are sampled: from which tokens, with which probabilities. Default: as in the run."""
+
+
+@dataclass(frozen=True)
+class OpenModelArguments(
+    OpenDistribution, ModelArguments, OpenTaskArguments, LoraArguments, TrustArguments
+):
+    """Which model is differentiated, and on which task. Default: as in the run that saved the model."""
 
 
 @dataclass(frozen=True)

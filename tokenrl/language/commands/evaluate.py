@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import check_code, read_config, values_of_code
 from tokenrl.errors import Refused
+from tokenrl.files import plain, write_json
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import EvaluateArguments
 from tokenrl.language.evaluation.best_of_n import best_of_n_metrics
@@ -32,7 +33,6 @@ from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
 from tokenrl.runs.console import measured
-from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import rich_console, rich_table, visible
 from tokenrl.runs.reader import read_run

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tokenrl.configuration import UNIQUE_KEYS, read_config
 from tokenrl.errors import Refused, read_file, refusing
-from tokenrl.runs.files import TRAINED_PROMPTS
+from tokenrl.files import TRAINED_PROMPTS
 from tokenrl.settings import (
     MEASURED,
     OR_OBJECT,

@@ -15,8 +15,8 @@ from torch import nn
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, read_file, refusing
+from tokenrl.files import model_directory
 from tokenrl.language.policy.arguments import TINY, run_of
-from tokenrl.runs.files import model_directory
 from tokenrl.runs.threads import alone
 
 LARGE = 10_000_000

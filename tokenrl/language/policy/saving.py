@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused, read_file, refusing
+from tokenrl.files import write_json, write_text
 from tokenrl.language.policy.arguments import run_of
 from tokenrl.language.policy.loading import quietly, refuse_attention_of_hub
-from tokenrl.runs.files import write_json, write_text
 
 CONFIG = "adapter_config.json"
 KEPT = ("bos_token_id", "pad_token_id", "eos_token_id", "max_length", "max_new_tokens")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest, with_places
+from tokenrl.files import canonical
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import (
     chosen,
@@ -23,7 +24,6 @@ from tokenrl.language.tasks.held_out import (
 from tokenrl.language.tasks.rows import Row, hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
-from tokenrl.runs.files import canonical
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import expit
 
 from tokenrl.errors import Refused
+from tokenrl.files import write_text
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
@@ -22,7 +23,6 @@ from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.task import check_single_turn
-from tokenrl.runs.files import write_text
 from tokenrl.settings import check_number
 
 

@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from tokenrl.errors import Refused
+from tokenrl.files import atomic_directory, writing
 from tokenrl.language.policy.arguments import (
     TINY,
     LoadingArguments,
@@ -38,7 +39,6 @@ from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.supervised.fit import fit
 from tokenrl.language.tasks.task import PromptTask, own_task
-from tokenrl.runs.files import atomic_directory, writing
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 

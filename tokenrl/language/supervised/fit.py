@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.schedules import share_of_rate
 from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
@@ -25,7 +26,6 @@ from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.rows import Row, Rows
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.stream import RowOrder, batch_orders
-from tokenrl.runs.schedules import share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.settings import MAX_COUNT
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
+from tokenrl.files import canonical
 from tokenrl.language.tasks.memory import memory_splits
 from tokenrl.language.tasks.rows import Rows, digits, hashes, prompt_key
 from tokenrl.language.tasks.sources import read_splits
-from tokenrl.runs.files import canonical
 from tokenrl.runs.output import quantity
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tokenrl.files import canonical
 from tokenrl.language.policy.saving import fingerprint as model_fingerprint, tokenizer_fingerprint
 from tokenrl.language.tasks.rows import Rows, digits
 from tokenrl.language.tasks.sources import IN_MEMORY
-from tokenrl.runs.files import canonical
 from tokenrl.runs.resume import Provenance
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Placed, Refused, with_places
-from tokenrl.runs.files import canonical
+from tokenrl.files import canonical
 
 Row = Mapping[str, Any]
 

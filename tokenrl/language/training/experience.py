@@ -22,9 +22,9 @@ from torch import Tensor
 from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
+from tokenrl.files import canonical
 from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
 from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, lengths, to_host
-from tokenrl.runs.files import canonical
 from tokenrl.runs.processes import agreed, all_reduce_sum, gather_objects, gather_rows
 
 if TYPE_CHECKING:

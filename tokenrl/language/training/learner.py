@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokenrl.core.divergences import next_beta
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Stopped
+from tokenrl.files import State
 from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import Distribution
@@ -33,7 +34,6 @@ from tokenrl.language.training.engines import engine_of, kept_tokens, start_engi
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
-from tokenrl.runs.files import State
 from tokenrl.runs.processes import all_reduce_sum, broadcast_weights, sum_gradients
 from tokenrl.settings import part_of
 

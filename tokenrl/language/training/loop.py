@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tokenrl.core.schedules import policy_steps, set_rates, share_of_rate
 from tokenrl.errors import Finished, Refused, Stopped, ending
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
@@ -43,7 +44,6 @@ from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
 from tokenrl.runs.resume import Provenance, check_processes, resume_settings, together
-from tokenrl.runs.schedules import policy_steps, set_rates, share_of_rate
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of

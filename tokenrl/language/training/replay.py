@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.statistics import generator_of
+from tokenrl.files import State
 from tokenrl.language.rollout.rewarded import Rewarded
 from tokenrl.language.rollout.rollout import COLUMNS, cat
 from tokenrl.language.training.experience import Experience, data_keys
-from tokenrl.runs.files import State
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
+from tokenrl.core.schedules import policy_steps
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
@@ -25,7 +26,6 @@ from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
 from tokenrl.language.training.experience import Experience
 from tokenrl.runs.processes import agreed, gather_objects, local
-from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards

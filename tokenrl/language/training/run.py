@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.memories import Memory
+from tokenrl.files import State
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
@@ -27,7 +28,6 @@ from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.console import duration
-from tokenrl.runs.files import State
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 

@@ -12,6 +12,7 @@ import torch
 
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.refusals import check_horizon
+from tokenrl.core.schedules import check_warmup, policy_steps
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
@@ -31,7 +32,6 @@ from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
-from tokenrl.runs.schedules import check_warmup, policy_steps
 from tokenrl.settings import arguments, lay, part_of
 
 

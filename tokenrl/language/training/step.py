@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.memories import Memory, update
+from tokenrl.core.schedules import policy_steps
 from tokenrl.core.statistics import explained, generator_of
 from tokenrl.errors import ending
 from tokenrl.language.rollout.rewarded import averaged, unread_tokens
@@ -41,7 +42,6 @@ from tokenrl.language.training.rows import (
 )
 from tokenrl.language.training.tokens import step_table
 from tokenrl.runs.processes import local, sum_gradients
-from tokenrl.runs.schedules import policy_steps
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards

@@ -48,7 +48,7 @@ class Samples(Experience):
         return replace(self, rewards=nothing, greedy_rewards=nothing)
 
 
-def collect(
+def collect_samples(
     policy: Policy,
     rewards: Rewards,
     rows: Sequence[Mapping[str, Any]],
