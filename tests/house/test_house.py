@@ -33,8 +33,8 @@ LIMITS = {
     "language/policy": 11_920,
     "language/rewards": 14_090,
     "language/tasks": 11_940,
-    "language/rollout": 27_500,
-    "language/training": 24_970,
+    "language/rollout": 27_700,
+    "language/training": 24_890,
     "language/supervised": 7_760,
     "language/commands": 5_070,
     "language/preferences": 6_370,
@@ -42,12 +42,12 @@ LIMITS = {
     "lab": 30,
     "lab/exact": 12_260,
     "lab/measure": 4_430,
-    "lab/compare": 16_650,
+    "lab/compare": 15_980,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_920, 195, 93_000, 248_800, 60_800, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_070, 195, 93_000, 249_320, 60_800, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenrl.lab.exact.explanation import written
 from tokenrl.runs.console import Console
-from tokenrl.runs.findings import Finding
 from tokenrl.runs.output import rich_table
+from tokenrl.runs.rules import Finding
 from tokenrl.settings import Count, Seed, Settings, Several
 
 LEVELS = {"void": "grave problem", "act": "problem", "watch": "remark"}

@@ -20,9 +20,9 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.findings import LOST_SHARE, Observed, evaluations, observe
+from tokenrl.runs.findings import Observed, evaluations, observe
 from tokenrl.runs.reader import RecordedRun, read_run
-from tokenrl.runs.rules import judge
+from tokenrl.runs.rules import LOST_SHARE, judge
 
 COMMANDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""

@@ -15,8 +15,8 @@ from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.refusals import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
 from tokenrl.files import flat
-from tokenrl.runs.findings import Means, observe
-from tokenrl.runs.rules import judge
+from tokenrl.runs.findings import observe
+from tokenrl.runs.rules import Means, judge
 
 APPROACHES = {
     "episodes": "the mean of the other episodes at the same step needs no critic",

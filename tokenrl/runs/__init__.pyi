@@ -21,12 +21,7 @@ from tokenrl.runs.directory import (
     directory_path as directory_path,
     in_use as in_use,
 )
-from tokenrl.runs.findings import (
-    LOST_SHARE as LOST_SHARE,
-    Finding as Finding,
-    Means as Means,
-    observe as observe,
-)
+from tokenrl.runs.findings import observe as observe
 from tokenrl.runs.markup import write_page as write_page
 from tokenrl.runs.metric_table import reaches as reaches
 from tokenrl.runs.metrics import TrackerArguments as TrackerArguments
@@ -39,7 +34,12 @@ from tokenrl.runs.resume import (
     Provenance as Provenance,
     resume_settings as resume_settings,
 )
-from tokenrl.runs.rules import judge as judge
+from tokenrl.runs.rules import (
+    LOST_SHARE as LOST_SHARE,
+    Finding as Finding,
+    Means as Means,
+    judge as judge,
+)
 from tokenrl.runs.side_by_side import HASH as HASH, differences as differences, facts_of as facts_of
 from tokenrl.runs.signals import GracefulStop as GracefulStop
 from tokenrl.runs.threads import (

@@ -19,7 +19,7 @@ from tokenrl.runs.output import drop_output, harmless, quantity, rich_console, r
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tokenrl.runs.findings import Finding
+    from tokenrl.runs.rules import Finding
     from tokenrl.runs.session import Session
 
 _LOSS_NOTE = (

@@ -1,20 +1,16 @@
-"""What the rules about numbers (`runs.rules`) read, `Observed`, with its one reader, and what they return."""
+"""What the rules about numbers (`runs.rules`) read, `Observed`, with its one reader."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenrl.runs.metric_table import Row, Rows, exceeds, finite
+from tokenrl.runs.rules import LOST_SHARE, Means
 
-Weight = Literal["watch", "act", "void"]
-
-LOST_SHARE = 0.5
-"""Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
-it, as a share of effective samples: importance weights then about double the variance of the gradient."""
 LONGEST_TENTH = 100
 """Most steps of which means are taken, since those of a long run are read again at each step."""
 LATEST_STEPS = 3
@@ -29,38 +25,6 @@ ENDLESS = (
     "tokenrl sft), or needs strings that end completions (--stop)."
 )
 """What helps where the limit cuts most completions, and a higher limit may not."""
-METRICS = {
-    "reward": "reward",
-    "entropy": "entropy",
-    "cut": "completions/clipped_ratio",
-    "logp_difference": "sampling/logp_difference/mean",
-    "effective_samples": "sampling/effective_sample_size",
-    "evidence": "sampling/evidence",
-    "explained": "explained_variance",
-    "prompts": "prompts/effective",
-}
-"""The metric behind each field of `Means` but `equal`."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a rule found.
-
-    Attributes:
-        flag: a short name for programs, such as `policy-destroyed`.
-        weight: `watch` is a remark; `act` says that a setting should change; `void` says that the numbers
-            mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
-            the same, with the finding beside it.
-        text: one or more whole sentences, with the numbers.
-    """
-
-    flag: str
-    weight: Weight
-    text: str
-
-    def __str__(self) -> str:
-        """Return the finding as one line, its flag first."""
-        return f"{self.flag}: {self.text}"
 
 
 class Mean(NamedTuple):
@@ -73,33 +37,6 @@ class Mean(NamedTuple):
     def exceeds(self, mean: Mean, errors: float) -> bool:
         """Return whether it is above another mean by more than so many standard errors of their difference."""
         return exceeds(self.value, mean.value, errors * math.hypot(self.error, mean.error))
-
-
-@dataclass(frozen=True)
-class Means:
-    """Means of metrics over some steps; nan where no step has a finite number, so that no comparison holds.
-
-    Attributes:
-        reward: the mean reward of the samples.
-        entropy: in nats per action; nan for a density, whose entropy may well be negative.
-        cut: the share of completions that the limit cuts.
-        logp_difference: nats per token between the log-probabilities of sampler and trainer.
-        effective_samples: the effective sample size, as a share of the completions.
-        evidence: nats of evidence that an engine samples from other probabilities than it reports.
-        explained: the share of the variance of the returns that the critic explains.
-        prompts: the number of prompts of equal weight that are as concentrated as the weights of the prompts.
-        equal: the share of groups with equal rewards; where no groups are compared, of steps.
-    """
-
-    reward: float = math.nan
-    entropy: float = math.nan
-    cut: float = math.nan
-    logp_difference: float = math.nan
-    effective_samples: float = math.nan
-    evidence: float = math.nan
-    explained: float = math.nan
-    prompts: float = math.nan
-    equal: float = math.nan
 
 
 class Latest(NamedTuple):
@@ -176,9 +113,9 @@ class Observed:
     entropy_coef: float = 0.0
     on_abstain: str = ""
 
-    step: Means = Means()
-    recent: Means = Means()
-    whole: Means = Means()
+    step: Means = field(default_factory=Means)
+    recent: Means = field(default_factory=Means)
+    whole: Means = field(default_factory=Means)
     latest: Latest | None = None
     skipped: float = math.nan
     sampled: Sequence[Mean] = ()
@@ -278,7 +215,8 @@ def observe(rows: Rows, settings: Any) -> Observed:
 def _means(rows: Rows, settings: Any) -> Means:
     """Return the means of metrics over some rows."""
     estimator = settings.estimator
-    means = {name: _mean(_number(row, metric) for row in rows) for name, metric in METRICS.items()}
+    metrics = {part.name: part.metadata["metric"] for part in fields(Means) if part.metadata}
+    means = {name: _mean(_number(row, metric) for row in rows) for name, metric in metrics.items()}
     if getattr(settings, "head", "softmax") != "softmax":
         means["entropy"] = math.nan
     num_envs = getattr(settings, "num_envs", 0)

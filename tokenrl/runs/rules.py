@@ -1,19 +1,28 @@
 """One table of rules about what the numbers of a training mean.
 
-A rule is a flag, a predicate and a sentence. The predicate reads one record (see `runs.findings`) and weighs
-what it means; rules keep no state. A rule is silent if a number that it compares was not observed, because no
-comparison with nan holds. Several rules may have the same flag; the first that applies speaks for it.
+A rule is a flag, a predicate and a sentence. The predicate reads one record (see `runs.findings`), with the means of
+the metrics that stand here, and weighs what it means; rules keep no state. A rule is silent if a number that it
+compares was not observed, because no comparison with nan holds. Several rules may have the same flag; the first that
+applies speaks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import hypot, inf, log
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from math import hypot, inf, log, nan
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tokenrl.runs.findings import LOST_SHARE, Finding, Observed
 from tokenrl.runs.metric_table import exceeds, reaches
 
+if TYPE_CHECKING:
+    from tokenrl.runs.findings import Observed
+
+Weight = Literal["watch", "act", "void"]
+
+LOST_SHARE = 0.5
+"""Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
+it, as a share of effective samples: importance weights then about double the variance of the gradient."""
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
 MIN_ERRORS = 4.5
@@ -52,6 +61,59 @@ BY_HEART = (
     "--learning-rate, or --estimator.beta to stay near the base. " + KEEP_BEST
 )
 """Sentences, or their beginnings, that several rules share."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found.
+
+    Attributes:
+        flag: a short name for programs, such as `policy-destroyed`.
+        weight: `watch` is a remark; `act` says that a setting should change; `void` says that the numbers
+            mean nothing as they are: a check is then not passed. An arm of a comparison has its verdict all
+            the same, with the finding beside it.
+        text: one or more whole sentences, with the numbers.
+    """
+
+    flag: str
+    weight: Weight
+    text: str
+
+    def __str__(self) -> str:
+        """Return the finding as one line, its flag first."""
+        return f"{self.flag}: {self.text}"
+
+
+def of(metric: str) -> Any:
+    """Return a field that holds the mean of a metric, nan without one."""
+    return field(default=nan, metadata={"metric": metric})
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means of metrics over some steps; nan where no step has a finite number, so that no comparison holds.
+
+    Attributes:
+        reward: the mean reward of the samples.
+        entropy: in nats per action; nan for a density, whose entropy may well be negative.
+        cut: the share of completions that the limit cuts.
+        logp_difference: nats per token between the log-probabilities of sampler and trainer.
+        effective_samples: the effective sample size, as a share of the completions.
+        evidence: nats of evidence that an engine samples from other probabilities than it reports.
+        explained: the share of the variance of the returns that the critic explains.
+        prompts: the number of prompts of equal weight that are as concentrated as the weights of the prompts.
+        equal: the share of groups with equal rewards; where no groups are compared, of steps.
+    """
+
+    reward: float = of("reward")
+    entropy: float = of("entropy")
+    cut: float = of("completions/clipped_ratio")
+    logp_difference: float = of("sampling/logp_difference/mean")
+    effective_samples: float = of("sampling/effective_sample_size")
+    evidence: float = of("sampling/evidence")
+    explained: float = of("explained_variance")
+    prompts: float = of("prompts/effective")
+    equal: float = nan
 
 
 class Rule(NamedTuple):

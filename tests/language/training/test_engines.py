@@ -236,7 +236,12 @@ class Limited(Engine):
     """An engine that says what it can do."""
 
     abilities = Abilities(
-        exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.5, 1.5)
+        exact=False,
+        agrees=True,
+        distributed=False,
+        min_p_last=False,
+        temperatures=(0.5, 1.5),
+        options=("temperature", "top_p", "min_p"),
     )
 
     def __init__(self, policy, _):
@@ -275,6 +280,7 @@ class Failing(Engine):
     [
         ({"temperature": 2}, r"temperature was given as 2; Limited samples from 0\.5 to 1\.5"),
         ({"top_p": 0.9, "min_p": 0.1}, "Limited applies min_p before top_p"),
+        ({"top_k": 5}, "top_k was given as 5; Limited does not sample with it"),
         ({"generator": Wordy}, "An engine has abilities {'exact': False}"),
         ({"generator": Rough}, r"differ from the trainer's by 0\.04 nats per token"),
         ({"generator": lambda policy, _: None}, "'NoneType' object has no attribute 'sync'"),

@@ -97,8 +97,8 @@ class EvaluateArguments(
     binary, a threshold of the task, or --pass-threshold. Default: 1 and num_generations."""
     pass_threshold: Number | None = None
     """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
-    declared binary (of the library: exact_match, numeric_answer, regex_format; or a function with
-    `function.binary = True`), else the threshold of the task, if it has one."""
+    declared binary (as exact_match of the library, or a function with `function.binary = True`), else the
+    threshold of the task, if it has one."""
     best_of: Natural = 0
     """Largest n of best-of-n. This many completions are sampled for each prompt, the rewards named by
     --reward choose among them, and the task's own reward measures the choice. 0: not measured."""

@@ -24,7 +24,7 @@ from tokenrl.language.tasks.held_out import (
 from tokenrl.language.tasks.rows import Row, hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.runs.console import conclude
-from tokenrl.runs.findings import Finding, Weight
+from tokenrl.runs.rules import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tokenrl.errors import Refused
 from tokenrl.language.policy.copies import copied
 from tokenrl.language.rollout.decoding import decode
+from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.reading import Histories
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling, on_device
@@ -40,6 +42,7 @@ class Abilities:
         distributed: it samples in a run of several processes.
         min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
         temperatures: the lowest and the highest temperature that it samples at.
+        options: the fields of `Distribution` that it samples with; the others must have their defaults.
     """
 
     exact: bool = True
@@ -47,6 +50,26 @@ class Abilities:
     distributed: bool = True
     min_p_last: bool = True
     temperatures: tuple[float, float] = (0.0, math.inf)
+    options: tuple[str, ...] = tuple(option.name for option in fields(Distribution))
+
+    def check(self, distribution: Distribution, engine: str) -> None:
+        """Refuse a distribution of tokens that an engine does not sample from, under the engine's name."""
+        for option in fields(Distribution):
+            value = getattr(distribution, option.name)
+            if option.name not in self.options and value != option.default:
+                raise Refused(
+                    f"{option.name} was given as {value}; {engine} does not sample with it: take transformers."
+                )
+        if distribution.top_p < 1 and distribution.min_p and not self.min_p_last:
+            raise Refused(
+                f"{engine} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
+            )
+        lowest, highest = self.temperatures
+        if not lowest <= distribution.temperature <= highest:
+            raise Refused(
+                f"temperature was given as {distribution.temperature:g}; {engine} samples from {lowest:g} to "
+                f"{highest:g}."
+            )
 
 
 class Generator:

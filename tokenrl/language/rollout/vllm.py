@@ -34,6 +34,8 @@ from tokenrl.runs.output import without_warnings
 IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Environment variables of vLLM: it has no process of its own, so that it reads the trainer's weights, and
 its threads are not bound to cores, which the trainer uses too."""
+OPTIONS = ("temperature", "top_k", "top_p", "min_p")
+"""The fields of `Distribution` that vLLM samples with, under the same names."""
 FALL_BACK = "--generator transformers samples without it"
 
 
@@ -49,7 +51,12 @@ class VllmGenerator(Generator):
     policy: Policy
     engine: Any
     abilities: ClassVar = Abilities(
-        exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0)
+        exact=False,
+        agrees=True,
+        distributed=False,
+        min_p_last=False,
+        temperatures=(0.01, 2.0),
+        options=OPTIONS,
     )
 
     @classmethod
@@ -169,9 +176,7 @@ class VllmGenerator(Generator):
         stops = self.policy.stops
         common: dict[str, Any] = {
             "max_tokens": sampling.max_completion_length,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
+            **{name: getattr(sampling, name) for name in OPTIONS},
             "logprobs": min(sampling.keep_tokens, shape_of(self.policy).vocab_size),
             "flat_logprobs": True,
             "ignore_eos": True,  # all of the policy's are in the next list
@@ -180,13 +185,13 @@ class VllmGenerator(Generator):
             "include_stop_str_in_output": True,
             "detokenize": stops is not None,
         }
-        temperature = 0.0
         seeds = [None] * rows
-        if draws is not None:
-            temperature = sampling.temperature
+        if draws is None:
+            common["temperature"] = 0.0
+        else:
             # As many seeds as there are uniform numbers of 64 bits.
             seeds = (draws[:, 0].double() * 2**53).long().tolist()
-        return [SamplingParams(temperature=temperature, seed=seed, **common) for seed in seeds]
+        return [SamplingParams(seed=seed, **common) for seed in seeds]
 
     def sync(self, policy: Policy) -> None:
         """Hand the weights of the policy over to the engine, and drop what it computed with others.

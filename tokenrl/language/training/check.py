@@ -24,10 +24,10 @@ from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, observe_run
 from tokenrl.runs.console import conclude
-from tokenrl.runs.findings import Finding, Means, Weight, share_equal
+from tokenrl.runs.findings import share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, quantity, visible
-from tokenrl.runs.rules import judge
+from tokenrl.runs.rules import Finding, Means, Weight, judge
 from tokenrl.runs.session import Session
 
 ENOUGH = 32

@@ -176,19 +176,11 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
         raise Refused(
             f"{engine.name} samples in a run of one process, and this run has {processes}: take transformers."
         )
-    if args.top_p < 1 and args.min_p and not engine.abilities.min_p_last:
-        raise Refused(
-            f"{engine.name} applies min_p before top_p, and scoring after it: give top_p or min_p, not both."
-        )
+    engine.abilities.check(args, engine.name)
     if args.sync_every > 1 and ("greedy_rewards" in estimator.needs or not engine.lags):
         raise Refused(
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
-        )
-    lowest, highest = engine.abilities.temperatures
-    if not lowest <= args.temperature <= highest:
-        raise Refused(
-            f"temperature was given as {args.temperature:g}; {engine.name} samples from {lowest:g} to {highest:g}."
         )
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(

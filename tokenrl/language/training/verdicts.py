@@ -15,15 +15,9 @@ from tokenrl.language.evaluation.estimates import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
-from tokenrl.runs.findings import (
-    Finding,
-    Gain,
-    Observed,
-    observe,
-    share_equal,
-)
+from tokenrl.runs.findings import Gain, Observed, observe, share_equal
 from tokenrl.runs.metric_table import Rows, exceeds, finite, is_rounding, reaches
-from tokenrl.runs.rules import judge
+from tokenrl.runs.rules import Finding, judge
 from tokenrl.runs.session import Session
 
 
