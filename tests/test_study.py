@@ -17,8 +17,8 @@ from tokenrl.cli import COMMANDS
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare import problems
+from tokenrl.language.commands import planned
 from tokenrl.language.supervised.base import load_base
-from tokenrl.language.training import planned
 
 STUDY = RECIPES / "study"
 

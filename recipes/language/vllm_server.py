@@ -63,7 +63,11 @@ class VllmServer:
     patience, pause, largest = 600.0, 2.0, 2**28
 
     abilities = Abilities(
-        exact=False, agrees=True, distributed=False, min_p_last=False, temperatures=(0.01, 2.0),
+        exact=False,
+        agrees=True,
+        distributed=False,
+        min_p_last=False,
+        temperatures=(0.01, 2.0),
         options=("temperature", "top_k", "top_p", "min_p"),
     )
 

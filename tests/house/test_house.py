@@ -34,9 +34,9 @@ LIMITS = {
     "language/rewards": 14_090,
     "language/tasks": 11_940,
     "language/rollout": 27_700,
-    "language/training": 24_890,
+    "language/training": 24_280,
     "language/supervised": 7_760,
-    "language/commands": 5_070,
+    "language/commands": 5_780,
     "language/preferences": 6_370,
     "language/evaluation": 3_470,
     "lab": 30,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_070, 195, 93_000, 249_320, 60_800, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_070, 195, 92_400, 249_320, 60_800, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -20,6 +20,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables
 from tokenrl.lab.measure.projections import chosen_parameters, probes, project
+from tokenrl.language.commands.samples import Samples, collect_samples
 from tokenrl.language.policy.model import Policy, add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -27,7 +28,6 @@ from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, score
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.samples import Samples, collect_samples
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
 from tokenrl.settings import arguments

@@ -18,8 +18,8 @@ from tokenrl.lab.measure.contributions import contributions
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.noise import measure_estimators, same_expectation
 from tokenrl.lab.measure.unit_statistics import Resampling, interval, reciprocal
+from tokenrl.language.commands.samples import Samples
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.training.samples import Samples
 
 torch.set_num_threads(1)
 

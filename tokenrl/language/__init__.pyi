@@ -62,7 +62,7 @@ else:
 
 from tokenrl.language.commands.arguments import OpenModelArguments as OpenModelArguments
 from tokenrl.language.commands.opening import open_policy as open_policy, open_task as open_task
+from tokenrl.language.commands.planned import plan_training as plan_training
+from tokenrl.language.commands.samples import Samples as Samples, collect_samples as collect_samples
 from tokenrl.language.rollout.distribution import Distribution as Distribution
 from tokenrl.language.rollout.scoring import Regime as Regime, score as score
-from tokenrl.language.training.planned import plan_training as plan_training
-from tokenrl.language.training.samples import Samples as Samples, collect_samples as collect_samples
