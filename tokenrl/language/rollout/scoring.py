@@ -30,7 +30,6 @@ from tokenrl.language.rollout.rollout import (
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rollout.batch import TokenSteps
     from tokenrl.language.rollout.sampling import Sampling
 
 
@@ -44,7 +43,6 @@ class Regime:
             to compute all of them, as where something comes after the head.
         plain_cache: whether the model's cache may only be handed back to it in sampling.
         keeps_turns: whether episodes may keep caches from turn to turn.
-        token_steps: the memory in which tokens are sampled one by one; None for that of a batch.
         remarks: what is unusual, in words, for a run's header; empty if nothing is.
     """
 
@@ -52,7 +50,6 @@ class Regime:
     tokens_at_once: int | None = None
     plain_cache: bool = False
     keeps_turns: bool = False
-    token_steps: TokenSteps | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
