@@ -58,9 +58,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
-    "centred by the top": {
-        "estimator": preset("rloo", importance_centre=True, importance_centre_top=5)
-    },
     "optimal": {"estimator": preset("rloo", baseline="optimal")},
     "top_k and top_p": {"top_k": 5, "top_p": 0.9},
     "bfloat16": {"mixed_precision": "bf16"},

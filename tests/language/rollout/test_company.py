@@ -15,7 +15,7 @@ from tokenrl.language.rollout.sampling import Sampling
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 LENGTH, SIZE = 18, 3
 DRAWS = torch.rand(9, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_tokens=4)
+KEPT = Sampling(LENGTH, SIZE, keep_hidden=True, keep_score_norms=True, keep_distribution=True)
 NUMBERS = ("logprobs", "entropy", "score_norms", "hidden", "sampling_distribution")
 REGIMES = ("plain", "few at once", "turns")
 

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.reading import Last, forward
-from tokenrl.language.rollout.rollout import listed
 from tokenrl.language.rollout.sampling import Sampling, draw
 
 if TYPE_CHECKING:
@@ -107,8 +106,6 @@ def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, 
         numbers["score_norms"] = score_norm_of(logprobs, p)
     if sampling.keep_hidden:
         numbers["hidden"] = last.hidden
-    if sampling.keep_tokens:
-        most = logp.topk(min(sampling.keep_tokens, logp.shape[1])).indices
-        ids = most.sort(dim=1).values  # in the order of the vocabulary
-        numbers["sampling_distribution"] = listed(ids, logp.gather(1, ids))
+    if sampling.keep_distribution:
+        numbers["sampling_distribution"] = logp
     return numbers

@@ -51,11 +51,10 @@ def collect_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
     if not greedy:
-        if sampling.keep_tokens and rollout.sampling_distribution is None:
+        if sampling.keep_distribution and rollout.sampling_distribution is None:
             raise Refused(
-                "importance_centre needs the sampler's probabilities of its most probable tokens, and this "
-                "generator returns none: its Rollout has no sampling_distribution. Set importance_centre to "
-                "False, or return it (see tokenrl.language.Rollout)."
+                "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
+                "transformers returns. Take it, or set importance_centre to False."
             )
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
