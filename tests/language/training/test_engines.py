@@ -231,6 +231,10 @@ class Failing(Engine):
     [
         ({"temperature": 2}, r"temperature was given as 2; Limited samples from 0\.5 to 1\.5"),
         ({"top_p": 0.9, "min_p": 0.1}, "Limited applies min_p before top_p"),
+        (
+            {"estimator": Estimator(importance_centre=True)},
+            "probabilities of all tokens, which only the generator transformers returns",
+        ),
         ({"generator": Wordy}, "An engine has abilities {'exact': False}"),
         ({"generator": Rough}, r"differ from the trainer's by 0\.04 nats per token"),
         ({"generator": lambda policy, _: None}, "'NoneType' object has no attribute 'sync'"),

@@ -1,7 +1,6 @@
 """Any generator trains every preset: what it does not return comes from a scoring pass."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.language.rollout.scoring import Regime
-from tokenrl.language.training.engines import start_engine
 
 DIFFERENT = {"rloo", "remax", "optimal", "dapo", "gspo", "ppo"}
 """Presets that need something of the engine that the others do not, or that take it elsewhere."""
@@ -134,12 +131,7 @@ def test_the_centres_are_those_of_the_samplers_distribution():
     assert apart(slope, stepped(Estimator(baseline="none"), **options)[0]) > 0.1
 
 
-def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch):
-    checked = partial(
-        start_engine, lambda policy, _: Different(policy), regime=Regime(), rows_at_once=None
-    )
-    with refused("which only the generator transformers returns"):
-        stepped(Estimator(importance_centre=True), engine=checked)
+def test_centring_is_refused_for_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 95)
     with refused("of 96 tokens at each position.*up to 95 tokens. Set importance_centre"):
         stepped(Estimator(importance_centre=True))

@@ -79,12 +79,14 @@ class Engine(NamedTuple):
         make: makes the generator.
         abilities: what its class, or that function, says that it can do.
         lags: whether it can sample from weights of earlier steps.
+        is_default: whether it samples from the trainer's own model.
     """
 
     name: str
     make: MakeGenerator
     abilities: Abilities
     lags: bool
+    is_default: bool
 
 
 def engine_of(named: Any, cache: float) -> Engine:
@@ -107,8 +109,8 @@ def engine_of(named: Any, cache: float) -> Engine:
     if engine in ENGINES.values():
         make = partial(make, cache=cache)
     announces = getattr(engine, "announce", Generator.announce) is not Generator.announce
-    lags = announces or engine is TransformersGenerator
-    return Engine(name, make, _abilities_of(engine), lags)
+    is_default = engine is TransformersGenerator
+    return Engine(name, make, _abilities_of(engine), announces or is_default, is_default)
 
 
 def _abilities_of(engine: Any) -> Abilities:

@@ -18,7 +18,6 @@ from torch import Tensor
 from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
-from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
@@ -51,11 +50,6 @@ def collect_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
     if not greedy:
-        if sampling.keep_distribution and rollout.sampling_distribution is None:
-            raise Refused(
-                "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
-                "transformers returns. Take it, or set importance_centre to False."
-            )
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
     return reward_rows(policy, rewards, rollout, [row for _, row in prompts])
