@@ -89,11 +89,6 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         "number of turns +0.[1-9]",
         "environment's +0.[1-9]",
     ),
-    "top_tokens --samplers noise=0.3 --tops 1 2 3 --vocabulary 4 --problems 2": (
-        r"top 0 0.0608 ",
-        r"top 1 0.0389 ",
-        r"top 3 0.0000 ",
-    ),
 }
 LADDER = {
     "vanilla": ("none", "exact"),

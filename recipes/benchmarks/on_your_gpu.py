@@ -9,8 +9,7 @@ says why and the rest goes on.
    three estimators. Rounding alone may lie between them. It can also flip a token, which changes all that
    follows, so metrics are compared for as long as the completions agree (if that is not long, `--seed 1`).
 2. Speed: seconds of a step and peak memory for models of 1 M to 1.5 B parameters, tokenrl with its default
-   flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it. The
-   line below each is tokenrl with `--capture auto`.
+   flags, beside TRL where it is installed, with the attention `sdpa` and in bfloat16 where the GPU has it.
    `step_against_trl.py --work gpu-1m` also tries TRL's other settings.
 3. Episodes: seconds of a step of 8 x 8 episodes of 12 turns, as in `turns_against_trl.py`, alike.
 
@@ -36,7 +35,6 @@ import tempfile
 import time
 from argparse import Namespace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +138,9 @@ def main(seed: int = 0, tiny: bool = False) -> int:
     )
     for columns, heading, bf16, rows in tables:
         print_heading(columns, heading)
-        for row, options in product(rows, ({}, {"capture": "auto"})):
+        for row in rows:
             if time.monotonic() < ends:
-                args.tokenrl = options
-                cells = row(args, [] if options else [{"bf16": bf16, "attention": "sdpa"}])
-                print_row(["captured", *cells[1:]] if options else cells)
+                print_row(row(args, [{"bf16": bf16, "attention": "sdpa"}]))
     return 0
 
 

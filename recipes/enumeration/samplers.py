@@ -29,7 +29,6 @@ from tokenrl.lab import Perturbation, off_policy_moments, perturbed_problem
 CORRECTIONS = {
     "none": "rloo",
     "none, centred": "importance_centre=True",
-    "none, centred, top 1": "importance_centre=True,importance_centre_top=1",
     "token": "importance=token",
     "token, truncate 2": "importance=token,importance_cap=2.0",
     "token, mask 2": "importance=token,importance_cap=2.0,importance_bound=mask",

@@ -40,7 +40,6 @@ CORRECTIONS = {
     "token": (",importance=token,importance_cap=2", "#E69F00"),
     "geometric": (",importance=geometric", "#CC79A7"),
     "sequence": (",importance=sequence,importance_cap=2", "#009E73"),
-    "centre": (",importance_centre=true", "#56B4E9"),
 }
 APART = ("logp_difference/mean", "effective_sample_size")
 

@@ -20,7 +20,6 @@ import pretended
 
 import tokenrl
 from tokenrl.language.policy import loading
-from tokenrl.language.rollout import batch, forward
 from tokenrl.runs import markup
 
 PADDED = [{"prompt": "1234567>"[-n:]} for n in (3, 8, 5, 6, 4, 7)]
@@ -59,9 +58,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"estimator": "dapo", "reward": first_is_odd, "max_refills": 2},
     "memory of prompts": {"estimator": "spo", "num_generations": 1, "reward": first_is_odd},
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
-    "centred by the top": {
-        "estimator": preset("rloo", importance_centre=True, importance_centre_top=5)
-    },
     "optimal": {"estimator": preset("rloo", baseline="optimal")},
     "top_k and top_p": {"top_k": 5, "top_p": 0.9},
     "bfloat16": {"mixed_precision": "bf16"},
@@ -74,8 +70,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "stop strings": {"stop": ("11", "3"), "max_completion_length": 24},
     "gradient checkpointing": {"gradient_checkpointing": True},
-    "token-steps": {"capture": "auto", "task": PADDED, "max_completion_length": 20},
-    "token-steps of episodes": {"capture": "auto", "task": "guess_number", "reward": None},
     "guess_number": {"task": "guess_number", "reward": None},
     "calculator": {"task": "calculator", "reward": None},
     "check": {"check": True},
@@ -97,18 +91,6 @@ COMMON = {
 }
 
 
-made: list[Any] = []
-"""The buckets into which the present run has loaded batches."""
-
-
-def loading_into(load: Callable[..., None]) -> Callable[..., None]:
-    def recorded(bucket: Any, *rows: Any) -> None:
-        made.append(bucket)
-        load(bucket, *rows)
-
-    return recorded
-
-
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -118,11 +100,9 @@ def trained(folder: Path, cpu: bool, **options: Any) -> dict[str, Any]:
     """Train; return the rows of metrics and the waits of the last step but one."""
     marks: list[dict[str, int]] = []
     options = {name: value for name, value in (COMMON | options).items() if value is not None}
-    made.clear()
     callback = lambda step, metrics: marks.append(dict(pretended.waits))  # noqa: E731
     result = tokenrl.train(**options, output_dir=folder, cpu=cpu, callback=callback)
     assert (result.policy.device.type == pretended.NAME) != cpu
-    assert bool(made) == (not cpu and "capture" in options)
     rows = []
     waits: dict[str, int] = {}
     if not options.get("check"):
@@ -233,8 +213,6 @@ def main() -> None:
         trained(Path(root, "made on the CPU"), cpu=True, max_steps=1)
     results = {name: {"cpu": attempted(name, Path(root, f"{name} cpu"), True)} for name in names}
     pretended.begin()
-    forward.CAPTURING = (pretended.NAME,)  # without a graph
-    batch.Batch.take = loading_into(batch.Batch.take)
     for name in names:
         results[name]["device"] = attempted(name, Path(root, f"{name} device"), False)
         print(json.dumps({"name": name, **results[name]}), flush=True)

@@ -36,7 +36,6 @@ CORRECTIONS = {
     "masked": {"importance": "sequence", "importance_cap": 1.2, "importance_bound": "mask"},
     "centred": {"importance_centre": True},
     "token, centred": {"importance": "token", "importance_cap": 1.2, "importance_centre": True},
-    "centred, top 1": {"importance_centre": True, "importance_centre_top": 1},
     "prefix": {"importance": "prefix"},
     "clipped": {"importance": "prefix", "importance_clip": 0.2},
 }
@@ -119,45 +118,34 @@ def slope_of_centre(fields: dict, z: torch.Tensor, log_mu: torch.Tensor) -> torc
     return torch.autograd.grad(centres.sum(), leaf)[0]
 
 
+@pytest.mark.parametrize("drawn_by", ["both", "policy", "sampler"])
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_centres_of_the_top_tokens_are_those_of_the_formula(weights: dict):
-    draw = seeded(3)
-    z, noise = normals(draw, 2, 50, 9)
-    other = (2 * z + noise).log_softmax(-1)
-    bounds = Estimator(**weights).importance_range
-    masks = weights.get("importance_bound") == "mask"
-    for top in (1, 3, 8):
-        fields = weights | {"importance_centre_top": top}
-        leaf = z.clone().requires_grad_()
-        ids = other.argsort(-1, descending=True)[:, :top]
-        log_p = leaf.log_softmax(-1).gather(1, ids)
-        p, q = log_p.detach().exp(), other.exp().gather(1, ids)
-        alpha = (1 - q.sum(1)) / (1 - p.sum(1))
-
-        def f(ratio: torch.Tensor) -> torch.Tensor:
-            return bounded(ratio, bounds, masks=masks) if weights else torch.ones_like(ratio)
-
-        centre = (q * f(p / q) - (alpha * f(1 / alpha))[:, None] * p) * log_p
-        wanted = torch.autograd.grad(centre.sum(), leaf)[0]
-        assert_close(slope_of_centre(fields, z, other), wanted)
-
-
-def test_top_tokens_beyond_which_nothing_is_drawn_are_all():
-    """In float32 too, where their probabilities add up to 1 but for rounding; also if pi can draw others."""
-    z = torch.randn(400, 30, generator=seeded(1))
-    cut = z.masked_fill(z < z.topk(6).values[:, -1:], -torch.inf).log_softmax(-1)
-    for weights in WEIGHTS:
-        fields = weights | {"importance_centre_top": 6}
-        listed, whole = slope_of_centre(fields, z, cut), slope_of_centre(weights, z, cut)
-        assert_close(listed, whole, rtol=1e-4, atol=1e-6)
-    listed = slope_of_centre(fields, cut, z.log_softmax(-1))  # others that only the sampler draws
-    assert listed.isfinite().all()
+def test_centres_are_those_of_the_formula(weights: dict, drawn_by: str):
+    """Over the tokens that both can draw; some may be left out by the policy or by the sampler."""
+    z, noise = normals(seeded(3), 2, 50, 9)
+    other = 2 * z + noise
+    ids = torch.arange(9).expand(50, 9)
+    if drawn_by != "both":
+        ids = z.topk(6).indices
+        cut = torch.full_like(z, -torch.inf)
+        z, other = (
+            x if name == drawn_by else cut.scatter(1, ids, x.gather(1, ids))
+            for name, x in (("policy", z), ("sampler", other))
+        )
+    log_mu = other.log_softmax(-1)
+    leaf = z.clone().requires_grad_()
+    log_p, mu = leaf.log_softmax(-1).gather(1, ids), log_mu.exp().gather(1, ids)
+    ratio = log_p.detach().exp() / mu
+    if weights:
+        masks = weights.get("importance_bound") == "mask"
+        mu = mu * bounded(ratio, Estimator(**weights).importance_range, masks=masks)
+    wanted = torch.autograd.grad((mu * log_p).sum(), leaf)[0]
+    assert_close(slope_of_centre(weights, z, log_mu), wanted)
 
 
 REFUSED = [
     ({"importance_cap": 2.0}, "importance_cap is set.*Set importance=token"),
     ({"importance": "token", "importance_clip": 0.5}, "importance_clip.*is 'token'.*'prefix'"),
-    ({"importance_centre_top": 8}, "importance_centre_top.*importance_centre is False"),
     ({"importance": "prefix", "importance_centre": True}, "importance 'prefix' weights whole"),
     ({"importance": "token", "importance_bound": "mask"}, "neither is set. Set importance_cap"),
     (

@@ -167,10 +167,8 @@ class Axes(Settings):
     """The smallest importance weight; None for no bound."""
     importance_centre: bool = False
     """Subtract from each token's score its mean over the sampler's vocabulary at that prefix (arXiv 2609.20807).
-    Without weights the gradient is then that of the sampler's own expected reward, up to a factor."""
-    importance_centre_top: Count | None = None
-    """Use the sampler's probabilities of its k likeliest tokens, with this k. The rest is spread as the policy's, which
-    is a bias (see `tokenrl lab exact`). None for all tokens."""
+    Without weights the gradient is then that of the sampler's own expected reward, up to a factor. In training it
+    needs the generator transformers, and a vocabulary of at most 4,096 tokens."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: Literal[

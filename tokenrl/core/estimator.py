@@ -318,18 +318,9 @@ class Estimator(Axes):
     def score_centres(
         self, logprobs: Float[Tensor, "*N V"], sampling_logprobs: Float[Tensor, "*N V"]
     ) -> Float[Tensor, " *N"]:
-        """Return the weighted mean score of a token under the sampler; see `losses.score_centres`.
+        """Return the weighted mean score of a token under the sampler; see `losses.score_centres`."""
+        from tokenrl.core.losses import score_centres
 
-        With importance_centre_top both may be those of so many tokens only, the sampler's most probable ones;
-        of a larger vocabulary these are taken.
-        """
-        from tokenrl.core.losses import score_centres, with_others
-
-        top = self.importance_centre_top
-        if top is not None and top <= logprobs.shape[-1]:
-            ids = sampling_logprobs.topk(top).indices
-            logprobs = with_others(logprobs.gather(-1, ids))
-            sampling_logprobs = with_others(sampling_logprobs.gather(-1, ids))
         bounds = None if self.importance == "none" else self.importance_range
         masks = self.importance_bound == "mask"
         return score_centres(logprobs, sampling_logprobs, bounds, masks=masks)

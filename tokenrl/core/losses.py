@@ -215,19 +215,6 @@ def score_centres(
     return (chances * logprobs).sum(-1)
 
 
-def with_others(logprobs: Float[Tensor, "*N k"]) -> Float[Tensor, "*N k+1"]:
-    """Append the log-probability of all other tokens together to those of k tokens; -inf if there is none.
-
-    If the others have probabilities under mu that are proportional to those under pi, all their ratios are
-    that of the sums, and `score_centres` of these k + 1 has the gradient of that of the whole vocabulary: a
-    sum of `pi grad log pi` over the others is the gradient of their sum.
-    """
-    rounding = 16 * torch.finfo(logprobs.dtype).eps
-    remainder = 1 - logprobs.exp().sum(-1, keepdim=True)
-    log_others = remainder.clamp(min=rounding).log().masked_fill(remainder <= rounding, -torch.inf)
-    return torch.cat([logprobs, log_others], dim=-1)
-
-
 def token_entropy(logits: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
     """Return `H = -sum_v p_v log p_v` in nats; a token whose logit is -inf is impossible and adds 0."""
     logprobs = logits.log_softmax(-1)

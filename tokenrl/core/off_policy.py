@@ -52,11 +52,6 @@ CENTRED = Effect(
     "less its mean over the vocabulary, the score of the policy is 1/a times that of the sampler "
     "softmax(a z + d), z the policy's logits: the update is on-policy for the sampler",
 )
-CENTRED_TOP = Effect(
-    BIASED,
-    "beyond the sampler's importance_centre_top most probable tokens its probabilities are taken as "
-    "proportional to the policy's, which holds for no such sampler in general",
-)
 BOUNDED = Effect(
     BIASED,
     "beyond importance_cap or importance_floor the weight is no ratio of probabilities: completions that are "
@@ -67,7 +62,7 @@ BOUNDED = Effect(
 def correction(axes: Axes) -> Effect:
     """Return what importance and its bounds do by themselves."""
     if axes.importance_centre and axes.importance == "none":
-        return CENTRED if axes.importance_centre_top is None else CENTRED_TOP
+        return CENTRED
     effect = CORRECTIONS[axes.importance]
     bounded = axes.importance_cap or axes.importance_floor
     return BOUNDED if bounded and effect.status == EXACT_FOR_POLICY else effect

@@ -101,11 +101,6 @@ def check_importance(axes: Axes) -> None:
             "or more and importance_floor to 0.9999 or less, such as 3 and 0.3, or importance_bound "
             "'truncate', which rounding does not change."
         )
-    if axes.importance_centre_top is not None and not axes.importance_centre:
-        raise Refused(
-            "importance_centre_top says how many tokens importance_centre is computed from, and "
-            "importance_centre is False. Set it to True, or leave importance_centre_top out."
-        )
     for axis in ("importance", "ratio"):
         if axes.importance_centre and axes.chosen(axis).whole_row:
             raise Refused(

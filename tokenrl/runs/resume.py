@@ -65,7 +65,6 @@ ROUNDING = {
     "cpu",
     "generator",
     "generator_cache",
-    "capture",
 }
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _PER_PROCESS = (_SAVING | _SHOWING | ROUNDING | {"trust_run", "base model"}) - {"generator"}

@@ -397,7 +397,7 @@ def test_episodes_under_an_adapter_and_looks_that_come_late_are_the_same(monkeyp
             for parameter in turns.policy.trainable_parameters():
                 parameter.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter)) / 3)
         expected[family] = turns, talked(plainly(turns))
-    monkeypatch.setitem(module.LOOK_EVERY, "cpu", 3)
+    monkeypatch.setitem(module.LOOK_EVERY, "cpu", 4)
     for family, (turns, episodes) in expected.items():
         with Reads(turns) as reads:
             assert_same(talked(turns), episodes)

@@ -14,7 +14,6 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenrl.core import Estimator
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.distribution import Distribution
@@ -23,11 +22,6 @@ from tokenrl.language.rollout.sampling import UNIFORM_BITS, draw, on_device
 from tokenrl.language.rollout.scoring import Regime, score, score_in_parts
 
 TRUNCATED = Distribution(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
-
-
-CENTRED = Estimator(
-    importance="token", importance_cap=1.02, importance_centre=True, importance_centre_top=4
-)
 
 
 def rollout_of(policy, length=6, prompts=PROMPTS, **how):
@@ -41,8 +35,6 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     """The gradient of a weighted sum of all scores that have one, and all scores of the actions."""
     policy.model.zero_grad()
     options = {"distribution": distribution, "entropy": True, "score_norms": True}
-    if rollout.sampling_distribution is not None:
-        options["centres"] = CENTRED.score_centres
     if policy.reference is not None:
         scored = score_in_parts(policy.reference, rollout, Regime(**how), states=True)
         is_whole = "tokens_at_once" not in how
@@ -55,9 +47,6 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
     if scores.token_kl is not None:
         total = total + weights * scores.token_kl
         columns.append(scores.token_kl)
-    if scores.centres is not None:
-        total = total + weights.square() * scores.centres
-        columns.append(scores.centres)
     torch.where(rollout.mask, total, 0).sum().backward()
     values = torch.stack([x.detach()[rollout.mask] for x in columns])
     return gradient(policy.model), values
@@ -74,8 +63,7 @@ def objective(policy, rollout, distribution=TRUNCATED.whole, **how):
 )
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share, length):
     policy = make_policy(architecture, dtype=dtype)
-    rollout = rollout_of(policy, length, keep_tokens=4)
-    assert rollout.sampling_distribution.shape == (*rollout.mask.shape, 4, 2)
+    rollout = rollout_of(policy, length)
     policy.reference = make_policy(architecture, dtype=dtype, seed=1).model
     # bfloat16 rounds other logits below the bound in either way of computing them
     how = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
 import torch
 from tiny_models import PROMPTS, make_policy
 
@@ -16,7 +14,7 @@ from tokenrl.language.rollout.vllm import VllmGenerator
 
 
 class Flat(SimpleNamespace):
-    """Log-probabilities of a completion: at each position the sampled token, then the most probable ones."""
+    """Log-probabilities of a completion: at each position the sampled token, and then another one."""
 
     def __len__(self) -> int:
         return len(self.start_indices)
@@ -38,13 +36,10 @@ class Answering:
             assert request["prompt_token_ids"] == prompt.tolist()
             mask = rollout.mask[row]
             chosen = rollout.completion_ids[row][mask]
-            logp = rollout.sampling_distribution[row][mask][..., 1]  # in the vocabulary's order
-            top = logp.topk(parameters[row].logprobs).indices
-            ids = torch.cat([chosen[:, None], top], dim=1)
+            logp = rollout.sampling_logprobs[row][mask]
+            both = torch.stack([logp, torch.zeros_like(logp)], dim=1)
             logprobs = Flat(
-                token_ids=ids.flatten().tolist(),
-                logprobs=logp.gather(1, ids).flatten().tolist(),
-                start_indices=list(range(0, ids.numel(), ids.shape[1])),
+                logprobs=both.flatten().tolist(), start_indices=list(range(0, both.numel(), 2))
             )
             reason = "length" if rollout.truncated[row] else "stop"
             completion = {"token_ids": chosen.tolist(), "finish_reason": reason}
@@ -53,23 +48,15 @@ class Answering:
         return answers
 
 
-@pytest.mark.parametrize(("keep", "listed"), [(0, 0), (3, 3), (500, 96)])
-def test_the_tokens_that_are_asked_for_are_those_that_are_read(monkeypatch, keep, listed):
+def test_the_log_probabilities_are_those_of_the_sampled_tokens(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     policy = make_policy(initializer_range=0.1)
     ids = [policy.encode(prompt) for prompt in PROMPTS[:2]]
-    sampling = Sampling(6, 3, step=1, top_k=5, keep_tokens=keep)
+    sampling = Sampling(6, 3, step=1, top_k=5)
     draws = uniforms("training", sampling, range(2))
-    sampler = TransformersGenerator(policy)
-    engine = Answering(sampler.generate(ids, replace(sampling, keep_tokens=96), draws))
-    expected = sampler.generate(ids, sampling, draws)
+    expected = TransformersGenerator(policy).generate(ids, sampling, draws)
+    engine = Answering(expected)
     rollout = VllmGenerator(policy, engine).generate(ids, sampling, draws)
-    assert {parameters.logprobs for parameters in engine.asked} == {listed}
+    assert {parameters.logprobs for parameters in engine.asked} == {0}
     for name in ("completion_ids", "mask", "truncated", "sampling_logprobs"):
         torch.testing.assert_close(getattr(rollout, name), getattr(expected, name))
-    columns = [x.sampling_distribution for x in (rollout, expected)]
-    if keep:
-        columns = [x.gather(2, x[..., :1].argsort(2).expand(x.shape)) for x in columns]  # by ids
-        torch.testing.assert_close(*columns)
-    else:
-        assert columns == [None, None]

@@ -8,6 +8,7 @@ from refusals import refused
 from tiny_models import (
     Engine,
     apart,
+    gradient,
     letters_trained,
     make_policy,
     make_task,
@@ -74,7 +75,7 @@ class Different(Engine):
             weight.data += 0.02 * torch.randn_like(weight)
 
     def generate(self, prompt_ids, sampling, draws):
-        sampling = dataclasses.replace(sampling, top_k=5, keep_tokens=sampling.keep_tokens or 96)
+        sampling = dataclasses.replace(sampling, top_k=5)
         rollout = super().generate(prompt_ids, sampling, draws)
         noise = self.noise * torch.randn_like(rollout.sampling_logprobs) * rollout.mask
         reported = rollout.sampling_logprobs + noise
@@ -106,29 +107,34 @@ def lengthy(completion_ids, **_):
     return [len(ids) + sum(ids) / 1000 + number / 7 for number, ids in enumerate(completion_ids)]
 
 
-@pytest.mark.parametrize("top", [1, 4, 5, 200])
-def test_the_centres_are_those_of_the_samplers_top_tokens(top):
-    """Of five tokens that are drawn; with five or more kept, the gradient is that of all tokens."""
+def test_the_centres_are_those_of_the_samplers_distribution():
+    """Beside the textbook, in which each row is scored alone."""
     options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": 4, "engine": Different}
-    capped = Estimator(importance="token", importance_cap=1.5, importance_centre=True)
-    slope, _, learner = stepped(dataclasses.replace(capped, importance_centre_top=top), **options)
+    estimator = Estimator(baseline="none", importance_centre=True)
+    slope, _, learner = stepped(estimator, **options)
+    policy = make_policy(dtype="float64", initializer_range=0.1)
     rollout = learner.generator.rollout
-    assert rollout.sampling_distribution.shape[2:] == (min(top, 96), 2)
-    assert (apart(slope, stepped(capped, **options)[0]) < 1e-6) == (top >= 5)
+    ids = [
+        ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)
+    ]
+    total = 0.0
+    for row, (reward, chosen) in enumerate(zip(lengthy(ids), ids, strict=True)):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+        logits = policy.model(torch.tensor([[*prompt, *chosen]])).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(-1)
+        mu = rollout.sampling_distribution[row][rollout.mask[row]].exp()
+        assert (mu > 0).sum() == 5 * len(chosen)
+        of_chosen = logp[range(len(chosen)), chosen]
+        total = total - reward * (of_chosen - (mu * logp).sum(1)).sum() / len(ids)
+    total.backward()
+    assert apart(slope, gradient(policy.model)) < 1e-6
+    assert apart(slope, stepped(Estimator(baseline="none"), **options)[0]) > 0.1
 
 
-def test_centring_is_refused_without_the_probabilities_of_all_tokens(monkeypatch):
-    class Silent(Engine):
-        def generate(self, *args):
-            return dataclasses.replace(super().generate(*args), sampling_distribution=None)
-
-    with refused("most probable tokens, and this generator returns none"):
-        stepped(Estimator(importance_centre=True), engine=Silent)
-    monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 10)
-    words = "at each position.*up to 10 tokens. Set importance_centre_top"
-    for top, kept in ((None, 96), (11, 11)):
-        with refused(f"of {kept} tokens {words}"):
-            stepped(Estimator(importance_centre=True, importance_centre_top=top))
+def test_centring_is_refused_for_a_large_vocabulary(monkeypatch):
+    monkeypatch.setattr("tokenrl.language.training.engines.MOST_TOKENS", 95)
+    with refused("of 96 tokens at each position.*up to 95 tokens. Set importance_centre"):
+        stepped(Estimator(importance_centre=True))
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])

@@ -8,10 +8,7 @@ from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy
 from torch.testing import assert_close
 
 from tokenrl import train
-from tokenrl.language.rollout.agreement import check_token_steps
-from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.forward import Forward, half_copy, with_attention
-from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.scoring import Regime, score
 
 pytestmark = [
@@ -27,8 +24,8 @@ def on(device: str, **config):
     return policy
 
 
-def sampled(policy, generator=None):
-    settings = {"num_generations": 3, "max_completion_length": 6, "seed": 1, "generator": generator}
+def sampled(policy):
+    settings = {"num_generations": 3, "max_completion_length": 6, "seed": 1}
     return completions(policy, [policy.encode(p) for p in PROMPTS], **settings)
 
 
@@ -36,26 +33,6 @@ def test_sampling_draws_the_same_tokens():
     here, there = (sampled(on(device)) for device in ("cpu", "cuda"))
     assert torch.equal(here.completion_ids, there.completion_ids.cpu())
     assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
-
-
-def test_captured_token_steps_sample_the_tokens_of_the_plain_way():
-    policy = on("cuda")
-    expected = sampled(policy)
-    steps = TokenSteps()
-    assert check_token_steps(policy, Regime(), steps) == ""
-    captured = TransformersGenerator(policy, regime=Regime(token_steps=steps))
-    for _ in range(2):  # captured, and replayed
-        rollout = sampled(policy, captured)
-        assert torch.equal(rollout.completion_ids, expected.completion_ids)
-        assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
-    buckets = len(steps)
-    with torch.no_grad():
-        for p in policy.model.parameters():
-            p.mul_(1.5)
-    changed = sampled(policy, captured)
-    assert len(steps) == buckets
-    assert not torch.equal(changed.completion_ids, expected.completion_ids)
-    assert torch.equal(changed.completion_ids, sampled(policy).completion_ids)
 
 
 def total(scores, rollout):

@@ -141,9 +141,7 @@ NAMES = "remax ppo optimal dapo gspo cispo"
 KINDS = {
     **{name: Estimator.preset(name) for name in NAMES.split()},
     "timestep mean": Estimator.preset("reinforce_timestep_mean", beta=0.1),
-    "centred, top 3": Estimator(
-        importance="token", importance_centre=True, importance_centre_top=3, ratio="token"
-    ),
+    "centred": Estimator(importance="token", importance_centre=True, ratio="token"),
     "truncated": Estimator(truncations="mask", aggregation="token_mean", returns="reward_to_go"),
 }
 COLUMNS = ("logprobs", "sampling_logprobs", "entropy", "score_norms", "hidden")

@@ -60,7 +60,6 @@ EXTRA = {
     "importance token, cap 2": "importance=token,importance_cap=2.0",
     "importance prefix, clip 0.2": "importance=prefix,importance_clip=0.2",
     "importance none, centred": "importance_centre=True",
-    "importance none, centred by the top 1": "importance_centre=True,importance_centre_top=1",
     "batch_mean, full path KL": "beta=0.2,kl_placement=loss,kl_estimator=full_path,"
     "baseline=batch_mean",
     "discounted": "gamma=0.7",

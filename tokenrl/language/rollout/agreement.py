@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.batch import TokenSteps
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.rollout import Rollout
@@ -32,8 +31,6 @@ TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.fl
 and of a gradient, relative to its norm. Rounding stays far below them, in TensorFloat-32 too."""
 COARSE = (0.12, 0.5)
 """The same for bfloat16 and for quantised weights."""
-HANDED_BACK = "its cache is only handed back to it"
-"""Why neither turns nor token-steps keep a cache that no row may leave."""
 PIECE = 3
 """Tokens whose logits are computed at once in a trial of chunks, of a few more."""
 
@@ -83,7 +80,8 @@ def check_model(
         remarks["prompts"] = f"computed anew for each completion when scored ({prompts})"
     if logits:
         remarks["logits"] = f"of all tokens at once when scored ({logits})"
-    if turns and (fault := HANDED_BACK if cache else _failure(_continue_rows, policy)):
+    handed_back = "its cache is only handed back to it"  # so that no row may leave it
+    if turns and (fault := handed_back if cache else _failure(_continue_rows, policy)):
         remarks["turns"] = f"each reads its whole history again ({fault})"
     head = head_of(policy.model)
     return Regime(
@@ -104,33 +102,6 @@ def checked_generator(policy: Policy, environments: Any = None) -> TransformersG
     """
     turns = environments is not None
     return TransformersGenerator(policy, regime=check_model(policy, gradient=False, turns=turns))
-
-
-def check_token_steps(
-    policy: Policy, regime: Regime, steps: TokenSteps, *, hidden: bool = False
-) -> str:
-    """Try whether tokens may be sampled in memory that keeps its address.
-
-    Args:
-        policy: the policy.
-        regime: how it is sampled without this memory.
-        steps: the memory.
-        hidden: whether the hidden states are needed too, as by a critic.
-
-    Returns:
-        Why they may not, in words; empty if they may.
-    """
-
-    def compare() -> None:
-        plain = _sampled(policy, regime, hidden)
-        rollout = _sampled(policy, replace(regime, token_steps=steps), hidden)
-        if not len(steps):
-            raise WrongRollout("its cache does not keep all tokens")
-        trial = Trial.of(policy, rollout, "sampling in fixed memory")
-        if not trial.is_coarse and not torch.equal(rollout.completion_ids, plain.completion_ids):
-            raise WrongRollout("sampling in fixed memory draws other tokens")
-
-    return HANDED_BACK if regime.plain_cache else _failure(compare)
 
 
 def _recomputes(policy: Policy) -> bool:

@@ -77,22 +77,21 @@ class Cache:
         layers = self.layers
         return bool(layers) and all(map(_has_rows, layers)) and columns <= self.window
 
-    def zeros(self, rows: int, columns: int, room: int = 0, column: Tensor | None = None) -> Cache:
+    def zeros(self, rows: int, columns: int, room: int) -> Cache:
         """Return a cache of the same kind that holds zeros.
 
         Args:
             rows: rows of keys, of values, and of states.
             columns: their tokens.
             room: further tokens for which memory is set aside.
-            column: in memory that keeps its size, where the next token is written, on the device [1].
         """
         held = copy.copy(self.held)
         held.layers = []
         for layer in self.layers:
             size = columns + room
             tokens = [x.new_zeros(rows, x.shape[1], size, x.shape[3]) for x in _tokens(layer)]
-            if column is not None or (tokens and type(layer) in (DynamicLayer, Memory)):
-                held.layers.append(Memory(tokens, columns, column))
+            if tokens and type(layer) in (DynamicLayer, Memory):
+                held.layers.append(Memory(tokens, columns))
                 continue
             blank = copy.copy(layer)
             for name, value in vars(layer).items():
@@ -105,19 +104,18 @@ class Cache:
         return Cache(self.name, held)
 
     def put(self, rows: Tensor, source: Cache, index: Tensor, columns: Tensor) -> None:
-        """Write over rows of this cache, from its first column on.
+        """Write over rows of this cache.
 
         Args:
             rows: numbers of n of its rows [n].
-            source: a cache of the same kind, also this one.
+            source: a cache of the same kind.
             index: the rows of the source that are written [n].
-            columns: the columns of the source that are written [width], or those of each row [n, width].
+            columns: the columns of the source that are written, for each row [n, columns].
         """
-        width = columns.shape[-1]
         for layer, of_source in zip(self.layers, source.layers, strict=True):
             for x, y in zip(_tokens(layer), _tokens(of_source), strict=True):
                 heads = torch.arange(x.shape[1], device=x.device)[:, None]
-                x[rows, :, :width] = y[index[:, None, None], heads, columns[..., None, :]]
+                x[rows] = y[index[:, None, None], heads, columns[:, None]]
             for x, y in zip(_states(layer), _states(of_source), strict=True):
                 x[rows] = y[index]
 
@@ -191,28 +189,26 @@ class Cache:
 
 
 class Memory(DynamicLayer):
-    """Keys and values of t tokens, in memory that has room for more or keeps its size; without autograd.
+    """Keys and values of t tokens, in memory that has room for more; without autograd.
 
     It overrides all methods that a forward pass calls, so that it does not rely on attributes that a release
     may rename.
 
     Attributes:
         whole: the memory of keys and of values, each [n, heads, room, d].
-        length: t; in memory that keeps its size, all of it counts as written, and needs a mask.
-        column: where the next token is written in memory that keeps its size, on the device [1]; else None.
+        length: t.
     """
 
     whole: list[Tensor]
     length: int
 
-    def __init__(self, whole: list[Tensor], length: int, column: Tensor | None = None) -> None:
+    def __init__(self, whole: list[Tensor], length: int) -> None:
         """Take memory of keys and of values, of which the first `length` tokens are written."""
         self.is_initialized = True
         self.dtype = whole[0].dtype
         self.device = whole[0].device
         self.whole = whole
         self.length = length
-        self.column = column
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -229,15 +225,10 @@ class Memory(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
         start = self.length
-        if self.column is None:
-            self.length += key_states.shape[2]
+        self.length += key_states.shape[2]
         for whole, x in zip(self.whole, (key_states, value_states), strict=True):
-            if self.column is None:
-                whole[:, :, start : self.length] = x
-            else:
-                whole.index_copy_(2, self.column, x)
-        keys, values = self.whole
-        return keys[:, :, : self.length], values[:, :, : self.length]
+            whole[:, :, start : self.length] = x
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Return t."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.batch import WINDOW, Batch, drawn
+from tokenrl.language.rollout.batch import Batch, drawn
 from tokenrl.language.rollout.reading import Histories, Prefix, padding, read
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device, to_host, zeroed
 from tokenrl.language.rollout.sampling import Sampling
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.policy.stops import StopStrings
 
+WINDOW = 8
+"""Tokens of a completion that a device samples between two looks at which rows are left. A look waits until the device
+has computed all that it was given; rows that end before it are sampled on, and cut."""
 LOOK_EVERY = {"cpu": 1}
-"""Tokens of a completion that a device samples between two looks at which rows are left; by default `WINDOW`. A look
-waits until the device has computed all that it was given; rows that end before it are sampled on, and cut."""
+"""The same of kinds of devices for which it is not `WINDOW`."""
 
 NOT_FINITE = (
     "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
@@ -56,20 +58,19 @@ def decode(
     prompt_index = torch.arange(len(prompts)).repeat_interleave(sampling.group_size)
     prefixes = None if histories is None else histories.take(numbers, prompts)
     batch, first = _begun(policy, regime, prefixes, prompts, prompt_index, sampling, draws)
+    window = [batch.add(first)]
     shape = len(prompt_index), length
-    table = {name: x.new_zeros(*shape, *x.shape[2:]) for name, x in batch.columns.items()}
+    table = {name: x.new_zeros(*shape, *x.shape[1:]) for name, x in window[0].items()}
     rows = to_device(torch.arange(len(prompt_index)), device)  # that are still in the batch
     look_every = LOOK_EVERY.get(device.type, WINDOW)
     for start in range(0, length, look_every):
         end = min(start + look_every, length)
-        batch.begin(None if draws is None else draws[rows, start:end])
-        if not start:
-            batch.write(first)
-        for _ in range(max(1, start), end):
-            batch.step()
-        for name, x in batch.columns.items():
-            table[name][rows, start:end] = x[: len(rows), : end - start]
-        alive = batch.alive[: len(rows)]
+        for t in range(start + len(window), end):
+            window.append(batch.step(None if draws is None else draws[rows, t]))
+        for name, column in table.items():
+            column[rows, start:end] = torch.stack([numbers[name] for numbers in window], dim=1)
+        window = []
+        alive = batch.alive
         if policy.stops is not None:
             at_stops = _end_at_stops(policy.stops, table["ids"], table["mask"], start, end - 1)
             alive.logical_and_(~at_stops[rows])
@@ -90,7 +91,7 @@ def decode(
         # Copying the cache costs as much as keeping a few finished rows.
         if len(unfinished) <= 0.75 * len(rows) and not regime.plain_cache:
             index = to_device(unfinished, device)
-            batch = _selected(regime, batch, index, width + length)
+            batch.select(index)
             rows = rows[index]
     rollout = _rollout(
         table,
@@ -124,9 +125,8 @@ def _begun(
         draws: uniforms [N, T]; None for greedy completions.
 
     Returns:
-        The batch, and what was drawn, which is not written down yet.
+        The batch, and what was drawn, which is not added to it yet.
     """
-    tokens = max(map(len, prompts)) + sampling.max_completion_length
     if prefixes is not None:
         places = {ids: place for place, ids in enumerate(prefixes)}
         index = torch.tensor([places[tuple(prompts[i])] for i in index.tolist()])
@@ -140,21 +140,22 @@ def _begun(
     uniforms = None if draws is None else draws[:, 0]
     first = drawn(sampling, last.of(rows), uniforms)
     mask, position = padding(policy, prompts)
-    batch = Batch.of(policy, sampling, cache, mask, position, first, draws)
+    batch = Batch(
+        policy=policy,
+        sampling=sampling,
+        cache=cache,
+        mask=mask if cache.takes_positions else None,
+        position=position,
+        eos=torch.tensor(policy.eos_ids, device=policy.device),
+        alive=torch.ones_like(position, dtype=torch.bool),
+        token=torch.zeros_like(position),
+    )
     if not regime.plain_cache:
         # A cache with a row for each prompt is not copied.
-        if regime.token_steps is not None or not torch.equal(index, torch.arange(len(prompts))):
-            batch = _selected(regime, batch, rows, tokens)
+        if not torch.equal(index, torch.arange(len(prompts))):
+            batch.select(rows)
         batch.cache.make_room(sampling.max_completion_length)
     return batch, first
-
-
-def _selected(regime: Regime, batch: Batch, index: Tensor, tokens: int) -> Batch:
-    """Return the rows `index` of a batch, in memory that keeps its address if the regime and the cache allow it."""
-    bucket = None if regime.token_steps is None else regime.token_steps.take(batch, index, tokens)
-    if bucket is None:
-        batch.select(index)
-    return bucket or batch
 
 
 def _rollout(table: Mapping[str, Tensor], pad_id: int, **columns: Any) -> Rollout:

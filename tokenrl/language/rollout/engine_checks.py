@@ -7,22 +7,19 @@ not equal the trainer's. What is refused here is further away than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import WrongRollout
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.rollout import Rollout, to_device, tokens_of
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, score_in_parts
 from tokenrl.runs.processes import gather_objects
 
 COMPARED = 32
-"""Completions of an engine that the trainer scores for a check alone, at most."""
+"""Greedy completions of an engine that the trainer scores for a check alone, at most."""
 ROUNDING = 0.05
 """Largest difference, in nats per token, between the log-probabilities of the trainer and of an engine that
 agrees with it, in float32."""
@@ -35,8 +32,6 @@ FARTHEST = 1.0
 stay below it, and a warning tells of them (`sampling-differs`)."""
 FARTHEST_TOKEN, SHORT = 5.0, 8
 """A token counts for at most 5 nats, also a greedy one. A row counts as 8 tokens or more."""
-ELSEWHERE = 0.2
-"""The largest share of probability, averaged over tokens, that an engine's distribution may have on other tokens."""
 SHARES = (-0.03, -0.01, 0.01, 0.03)
 """The share of its capital that each bet puts on a token: below 0 that the engine is surer than it says. Larger ones
 would notice some lies earlier, but may lose more than there is on an improbable token."""
@@ -49,26 +44,17 @@ LESS_PROBABLE = 0.25
 and the share of the tokens that may be even less probable."""
 
 
-def check_samples(
-    rows: Rollout, sampling: Sampling, policy: Policy, regime: Regime, limit: float
-) -> None:
+def check_samples(rows: Rollout, sampling: Sampling, limit: float) -> None:
     """Compare sampled completions with the trainer.
 
     Args:
         rows: N completions with the trainer's `logprobs`.
         sampling: how they were sampled.
-        policy: the policy that was to be sampled.
-        regime: how it is scored.
         limit: nats per token by which a row, or all rows together, may differ at temperature 1.
 
     Raises:
-        WrongRollout: log-probabilities of the sampled tokens differ by more, or distributions of all tokens have
-            more than the share `ELSEWHERE` of the probability on other tokens.
+        WrongRollout: log-probabilities of the sampled tokens differ by more.
     """
-
-    def total_variation(logp: Tensor, of_sampler: Tensor) -> Tensor:
-        return (logp.exp() - of_sampler.exp()).abs().sum(dim=1) / 2
-
     limit /= min(1.0, sampling.temperature)  # the temperature divides what rounding changes
     gaps = (rows.sampling_logprobs - rows.logprobs).abs().double() * rows.mask  # [N, T]
     counts = rows.mask.sum(dim=1)
@@ -80,18 +66,6 @@ def check_samples(
         raise WrongRollout(
             f"sampling_logprobs differ from the trainer's by {gap:.2g} nats per token, and by {of_row[row]:.2g} in "
             f"row {row} of {len(rows)}, so these tokens are of other weights, another distribution or another prompt"
-        )
-    if rows.sampling_distribution is None:
-        return
-    few = rows.take(torch.arange(min(COMPARED, len(rows))))
-    scores: Any = score_in_parts(
-        policy.model, few, regime, distribution=sampling, centres=total_variation
-    )
-    share = float(scores.centres[few.mask].double().mean())
-    if share > ELSEWHERE:
-        raise WrongRollout(
-            f"sampling_distribution has {share:.0%} of the probability on other tokens than the trainer's, so it is "
-            "of other weights, or not that of this sampler"
         )
 
 
@@ -170,24 +144,3 @@ def check_greedy(rows: Rollout, policy: Policy, regime: Regime) -> None:
     share = float((gaps > LESS_PROBABLE).double().mean())
     if share > LESS_PROBABLE or bool((gaps > FARTHEST_TOKEN).any()):
         raise WrongRollout(f"{share:.0%} of its greedy tokens are not the most probable ones")
-
-
-def faults_of_distributions(table: Rollout, vocabulary: int) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield the same of the distributions of tokens, without an order of the tokens that are listed."""
-    name = "sampling_distribution"
-    listed, logp = tokens_of(table.sampling_distribution)  # [N, T, K]
-    ids, sampled, mask = (
-        to_device(x[..., None], logp.device)
-        for x in (table.completion_ids, table.sampling_logprobs, table.mask)
-    )
-    is_repeated = (listed.sort(dim=2).values.diff(dim=2) == 0).any(dim=2, keepdim=True)
-    is_wrong = (listed < 0) | (listed >= vocabulary) | is_repeated
-    yield name, is_wrong & mask, f"of different tokens, from 0 to {vocabulary - 1}"
-    is_sampled = listed == ids
-    whole = logp.where(~is_sampled, sampled.to(logp.dtype))
-    excess = whole.logsumexp(dim=2, keepdim=True)
-    if logp.shape[2] < vocabulary:  # the tokens that are not listed have the rest
-        excess = excess.clamp(min=0)
-    agrees = ~is_sampled | ((logp - sampled).abs() <= ROUNDING)
-    rule = "of log-probabilities that add up to 1 and agree with sampling_logprobs"
-    yield name, ~((excess.abs() <= ROUNDING) & agrees) & mask, rule

@@ -23,8 +23,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.copies import sharing_copy
 from tokenrl.language.policy.loading import LARGE
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.agreement import check_model, check_token_steps
-from tokenrl.language.rollout.batch import TokenSteps
+from tokenrl.language.rollout.agreement import check_model
 from tokenrl.language.rollout.head import head_of
 from tokenrl.language.rollout.passes import Copies, Passes
 from tokenrl.language.rollout.scoring import USUAL, Regime
@@ -32,10 +31,6 @@ from tokenrl.language.rollout.scoring import USUAL, Regime
 SHORT = 128
 """On a CPU, the updates of a large model compute attention by the plain formula with completions of at most
 so many tokens."""
-CAPTURING = ("cuda",)
-"""Kinds of devices on which a token-step may be captured as a graph."""
-LAUNCHED = 1e9
-"""Below so many parameters a GPU starts the operations of a token-step more slowly than it computes them."""
 ON_CPU = 250_000
 """Overhead of a pass on a CPU in tokens, times the square root of the number of parameters.
 
@@ -167,8 +162,6 @@ def choose_forward(
         model = policy.model
         if attention == "eager":
             model = with_attention(model, "eager")
-    if getattr(args, "capture", "no") == "auto":
-        regime = _captured(policy, regime, hidden)
     kind = attention.replace("_", " ")
     words = f"{PRECISIONS[precision]} ({reason}), attention {kind}{suffix}, {line}"
     settings = {"mixed_precision": precision, "training_attention": attention} | sizes
@@ -219,17 +212,6 @@ def _attention(
         return args.training_attention
     suits = size >= LARGE and length <= SHORT
     return "eager" if device.type == "cpu" and suits else "as_loaded"
-
-
-def _captured(policy: Policy, regime: Regime, hidden: bool) -> Regime:
-    """Let small models on a GPU sample by captured token-steps; a remark says whether they do."""
-    fault = "not below 1 B parameters on a CUDA device"
-    steps = TokenSteps()
-    if policy.device.type in CAPTURING and policy.size < LAUNCHED:
-        fault = check_token_steps(policy, regime, steps, hidden=hidden)
-    words = f"not captured ({fault})" if fault else "captured, with buffers for each size of batch"
-    remarks = {**regime.remarks, "token-steps": words}
-    return replace(regime, token_steps=None if fault else steps, remarks=remarks)
 
 
 def _sizes(args: Any, model: Any) -> tuple[dict[str, int], str]:

@@ -74,26 +74,22 @@ def without_head(head: nn.Linear | None) -> Iterator[list[Tensor] | None]:
 
 
 def score_tokens(
-    states: Tensor, head: nn.Linear | None, ids: Tensor, chunks: Chunks
+    states: Tensor, head: nn.Linear, ids: Tensor, chunks: Chunks
 ) -> tuple[Tensor, ...]:
-    """Score M tokens from the hidden states before them, or from their logits.
+    """Score M tokens from the hidden states before them.
 
     The product with the head has the precision of its weights; all else is computed in float32 or better.
 
     Args:
-        states: what the head is given for each token [M, H]; the logits [M, V] without a head.
-        head: makes the logits, some at once; None where all logits exist.
+        states: what the head is given for each token [M, H].
+        head: makes the logits.
         ids: the tokens [M].
         chunks: how many logits are computed at once, and which scores are needed.
 
     Returns:
         The log-probabilities, the entropies in nats, the squared norms of the scores in logit space, and the KL to
-        the reference in nats; each [M], and 0 where it is not needed. Then the log-probabilities of the listed
-        tokens [M, K]; K is 0 if none are needed. All but the norms have a gradient.
+        the reference in nats; each [M], and 0 where it is not needed. All but the norms have a gradient.
     """
-    if head is None:
-        logp = chunks.distribution.log_probabilities(states, ids)
-        return _scores(logp, ids, slice(None), chunks)
     states = states.to(head.weight.dtype)
     scores: tuple[Tensor, ...] = _Scores.apply(states, head.weight, head.bias, ids, chunks)
     return scores
@@ -109,7 +105,6 @@ class Chunks(NamedTuple):
         norms: whether the squared norms of the scores are needed.
         reference: what the head of the reference is given for each token [M, H], and that head, for the KL
             (`states` of its `Scores`); None if no KL is needed.
-        listed: ids of further tokens whose log-probabilities are needed, at the place of each token [M, K].
     """
 
     at_once: int
@@ -117,7 +112,6 @@ class Chunks(NamedTuple):
     entropy: bool
     norms: bool
     reference: tuple[Tensor, nn.Module] | None
-    listed: Tensor
 
     @torch.no_grad()
     def ref_logprobs(self, tokens: slice) -> Tensor:
@@ -162,32 +156,30 @@ class _Scores(torch.autograd.Function):
         parts = []
         totals = []
         for tokens, logits, _ in chunks.of(states, weight, bias, ids):
-            part = _scores(logits.log_softmax(-1), ids[tokens], tokens, chunks)
+            part = scores_of(logits.log_softmax(-1), ids[tokens], tokens, chunks)
             parts.append(part)
             totals.append(logits.gather(1, ids[tokens, None]).squeeze(1) - part[0])
-        logprobs, entropy, norms, divergence, listed = map(torch.cat, zip(*parts, strict=True))
+        logprobs, entropy, norms, divergence = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(states, weight, bias, ids, torch.cat(totals), entropy, divergence)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
-        return logprobs, entropy, norms, divergence, listed
+        return logprobs, entropy, norms, divergence
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor, by_listed: Tensor
+        ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any, by_kl: Tensor
     ) -> tuple[Any, ...]:
         *inputs, ids, total, entropy, divergence = ctx.saved_tensors
         states, weight, bias = inputs
         chunks: Chunks = ctx.chunks
-        # What p is multiplied by: the gradient of any log-probability lowers all logits.
-        by_any = by_logprob + by_listed.sum(dim=1)
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
         back: list[Tensor | None] = []
         for x, is_needed in zip(inputs, ctx.needs_input_grad, strict=False):
             back.append(torch.zeros_like(x, dtype=total.dtype) if is_needed else None)
         for tokens, logits, narrow in chunks.of(states, weight, bias, ids):
             logp = logits.sub_(total[tokens, None])
-            factor = -by_any[tokens, None]
+            factor = -by_logprob[tokens, None]  # p is multiplied by it
             if chunks.entropy:
                 bounded = logp.clamp(min=-1e4)
                 factor = factor - (bounded + entropy[tokens, None]) * by_entropy[tokens, None]
@@ -196,7 +188,6 @@ class _Scores(torch.autograd.Function):
                 factor = factor + (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
             slope = logp.exp_().mul_(factor)
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])
-            slope.scatter_add_(1, chunks.listed[tokens], by_listed[tokens])
             slope.div_(chunks.distribution.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
@@ -211,8 +202,15 @@ class _Scores(torch.autograd.Function):
         return (*back, None, None)  # autograd gives each the precision of its input
 
 
-def _scores(logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> tuple[Tensor, ...]:
-    """Return what `score_tokens` returns of m tokens with these ids [m], from all log-probabilities [m, V]."""
+def scores_of(logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> tuple[Tensor, ...]:
+    """Return what `score_tokens` returns of m tokens with these ids [m], from all log-probabilities [m, V].
+
+    Args:
+        logp: the log-probabilities.
+        ids: the tokens.
+        tokens: their place among all M tokens.
+        chunks: which scores are needed.
+    """
     chosen = logp.gather(1, ids[:, None]).squeeze(1)
     entropy = norms = divergence = torch.zeros_like(chosen)
     if chunks.entropy or chunks.norms or chunks.reference is not None:
@@ -223,7 +221,7 @@ def _scores(logp: Tensor, ids: Tensor, tokens: slice, chunks: Chunks) -> tuple[T
             entropy = entropy_of(logp, p)
         if chunks.norms:
             norms = score_norm_of(chosen, p)
-    return chosen, entropy, norms, divergence, logp.gather(1, chunks.listed[tokens])
+    return chosen, entropy, norms, divergence
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -28,8 +28,8 @@ class Column(NamedTuple):
     """Declares the tensors of a column of a `Rollout`.
 
     Attributes:
-        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion, K tokens whose
-            probabilities are listed, and 2. Along P the rows are padded on the left, along T on the right.
+        axes: a letter for each axis: N rows, P tokens of the prompt, T tokens of the completion. Along P the rows
+            are padded on the left, along T on the right.
         dtype: the type of its numbers; an engine may return a wider or a narrower one of the same kind.
         low: the least number at an action; None where any may stand.
         high: the largest number at an action; ids of tokens also end with the vocabulary.
@@ -49,9 +49,8 @@ COLUMNS = {
     "mask": Column("NT", torch.bool),
     "sampling_logprobs": Column("NT", torch.float32, -1000, 0),  # less is never sampled
     "truncated": Column("N", torch.bool),
-    "sampling_distribution": Column("NTK2", torch.float32),
 }
-"""The columns of a `Rollout` that an engine fills, all or all but the last."""
+"""The columns of a `Rollout` that an engine fills."""
 OF_PROMPTS = [name for name, column in COLUMNS.items() if "P" in column.axes]
 OF_ROWS = ("by_function",)
 """Columns of two dimensions whose second is not the tokens of the completion."""
@@ -63,8 +62,8 @@ ABSENT: Any = None
 class Rollout:
     """A table of N completions, as a generator has sampled them. The G rows of a prompt are consecutive.
 
-    An engine fills the columns down to `truncated`, and may fill the next five; the trainer scores what it needs
-    and the engine left out (`with_missing_fields`). The columns from `turns` on are None without an environment. T
+    An engine fills the columns down to `truncated`; the trainer scores what else it needs
+    (`with_missing_fields`). The columns from `turns` on are None without an environment. T
     is the longest completion, P the longest prompt. Off the mask the columns of tokens are 0.
 
     Attributes:
@@ -78,9 +77,8 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        sampling_distribution: the K most probable tokens of the distribution that was sampled from, or the whole
-            vocabulary, in any order [N, T, K, 2]. Each has two numbers: its id, and its log-probability, which is
-            -inf where it is never drawn. For centred scores.
+        sampling_distribution: log-probabilities of all tokens under the distribution that was sampled from
+            [N, T, V], for centred scores. The default generator fills it.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with other kernels or weights reports others, and a KL is the policy's.
         entropy: entropy in nats of the policy at each action [N, T].
@@ -225,20 +223,6 @@ def zeroed(x: Tensor, mask: Tensor) -> Tensor:
     """Return the numbers of tokens [N, T, ...] with 0 off the mask [N, T]."""
     off = to_device(~mask, x.device)
     return x.masked_fill(off.view(*off.shape, *[1] * (x.ndim - 2)), 0)
-
-
-def listed(ids: Tensor, logprobs: Tensor) -> Tensor:
-    """Return the column `sampling_distribution` of tokens [..., K] with these log-probabilities [..., K].
-
-    Float32 holds each id exactly, up to 16 million tokens.
-    """
-    return torch.stack([ids.to(logprobs.dtype), logprobs], dim=-1)
-
-
-def tokens_of(distribution: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ids and the log-probabilities of a column `sampling_distribution`, each [..., K]."""
-    ids, logprobs = distribution.unbind(-1)
-    return ids.long(), logprobs
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

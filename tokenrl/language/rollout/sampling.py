@@ -61,8 +61,8 @@ class Sampling(Distribution):
         keep_score_norms: also return the squared norms of the scores, which the optimal baselines read. What
             a generator cannot return is left to a scoring pass.
         keep_hidden: also return the last hidden states, which a critic reads.
-        keep_tokens: also return the log-probabilities of so many most probable tokens, of all if there are no
-            more, for centred scores.
+        keep_distribution: also return the log-probabilities of all tokens, for centred scores; only the default
+            generator does so.
 
     Raises:
         Refused: a number is out of range.
@@ -75,7 +75,7 @@ class Sampling(Distribution):
     truncate_prompts: bool = False
     keep_score_norms: bool = False
     keep_hidden: bool = False
-    keep_tokens: Natural = 0
+    keep_distribution: bool = False
 
     @property
     def group_size(self) -> int:

@@ -17,20 +17,25 @@ from torch import Tensor, nn
 
 from tokenrl.language.rollout.cache import Cache, positions_of
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
+from tokenrl.language.rollout.head import (
+    Chunks,
+    head_of,
+    last,
+    score_tokens,
+    scores_of,
+    without_head,
+)
 from tokenrl.language.rollout.rollout import (
     Rollout,
     Table,
     pad_right,
     small_on_host,
     to_device,
-    tokens_of,
     zeroed,
 )
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rollout.batch import TokenSteps
     from tokenrl.language.rollout.sampling import Sampling
 
 
@@ -44,7 +49,6 @@ class Regime:
             to compute all of them, as where something comes after the head.
         plain_cache: whether the model's cache may only be handed back to it in sampling.
         keeps_turns: whether episodes may keep caches from turn to turn.
-        token_steps: the memory in which tokens are sampled one by one; None for that of a batch.
         remarks: what is unusual, in words, for a run's header; empty if nothing is.
     """
 
@@ -52,7 +56,6 @@ class Regime:
     tokens_at_once: int | None = None
     plain_cache: bool = False
     keeps_turns: bool = False
-    token_steps: TokenSteps | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -108,8 +111,9 @@ def score(
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
         states: also return what the head is given for each token, see `Scores`.
-        centres: a function of the log-probabilities of the policy and of the sampler, of the K tokens that
-            `sampling_distribution` lists for each of M actions [M, K], whose result [M] is returned too.
+        centres: a function of the log-probabilities of all tokens under the policy and the sampler
+            (`sampling_distribution`), each [M, V] for M actions, whose result [M] is returned too. All logits exist
+            at once then.
         reference: what the head of the reference is given for each token (`states` of its scores), and this head,
             which makes its logits. The KL to it is returned too, at the same temperature over all tokens, whatever
             `distribution` keeps.
@@ -117,27 +121,27 @@ def score(
     device = next(model.parameters()).device
     actions = tuple(to_device(x, device) for x in rollout.mask.nonzero(as_tuple=True))
     count = len(actions[0])
-    at_once = regime.tokens_at_once
+    at_once = regime.tokens_at_once if centres is None else None
     head = None
     if at_once is not None and (states or count > at_once):
         head = head_of(model)
     with without_head(head) as inputs:
         before, *last_hidden = _forward(model, rollout, regime, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)[actions]  # [M]
-    listed = ids[:, None][:, :0]
-    if centres is not None:
-        sampler = rollout.sampling_distribution.to(device)[actions]
-        listed, of_sampler = tokens_of(sampler)  # [M, K]
     if reference is not None:
         ref_states, ref_head = reference
         reference = ref_states[actions], ref_head
-    chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference, listed)
-    *numbers, of_policy = score_tokens(before[actions], head, ids, chunks)
+    chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference)
+    if head is not None:
+        numbers = score_tokens(before[actions], head, ids, chunks)
+    else:
+        logp = distribution.log_probabilities(before[actions], ids)  # [M, V]
+        numbers = scores_of(logp, ids, slice(None), chunks)
     needed = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
     needed["token_kl"] = reference is not None
     of_each = {name: x for name, x in zip(needed, numbers, strict=True) if needed[name]}
     if centres is not None:
-        of_each["centres"] = centres(of_policy, of_sampler)
+        of_each["centres"] = centres(logp, rollout.sampling_distribution.to(device)[actions])
     columns: dict[str, Any] = {
         name: x.new_zeros(rollout.mask.shape).index_put(actions, x) for name, x in of_each.items()
     }

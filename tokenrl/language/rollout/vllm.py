@@ -25,9 +25,8 @@ from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.isolation import RandomStreams
 from tokenrl.language.rollout.decoding import NOT_FINITE
-from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import Abilities, Generator
-from tokenrl.language.rollout.rollout import Rollout, listed, pad_left, zeroed
+from tokenrl.language.rollout.rollout import Rollout, pad_left, zeroed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.output import without_warnings
 
@@ -150,13 +149,11 @@ class VllmGenerator(Generator):
             self.policy.stops.end(ids, lengths, finished)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         flat = [completion.logprobs for completion in completions]
-        # At each position the sampled token comes first, and then the most probable or all, if they are wanted.
-        logprobs = _padded([torch.tensor(row.logprobs)[row.start_indices] for row in flat], mask)
+        # At each position the sampled token comes first.
+        rows = [torch.tensor(row.logprobs)[row.start_indices] for row in flat]
+        logprobs = zeroed(pad_sequence(rows, batch_first=True)[:, : mask.shape[1]], mask)
         if not torch.isfinite(logprobs).all():
             raise Stopped(NOT_FINITE)
-        columns: dict[str, Any] = {}
-        if sampling.keep_tokens:
-            columns["sampling_distribution"] = _padded([_distribution(row) for row in flat], mask)
         prompts, prompt_mask = pad_left(prompt_ids, self.policy.pad_id)
         return Rollout(
             prompt_ids=prompts[index],
@@ -166,7 +163,6 @@ class VllmGenerator(Generator):
             mask=mask,
             sampling_logprobs=logprobs,
             truncated=~finished,
-            **columns,
         )
 
     def _parameters(self, sampling: Sampling, draws: Tensor | None, rows: int) -> list[Any]:
@@ -177,7 +173,7 @@ class VllmGenerator(Generator):
         common: dict[str, Any] = {
             "max_tokens": sampling.max_completion_length,
             **{name: getattr(sampling, name) for name in OPTIONS},
-            "logprobs": min(sampling.keep_tokens, shape_of(self.policy).vocab_size),
+            "logprobs": 0,  # of the sampled tokens alone
             "flat_logprobs": True,
             "ignore_eos": True,  # all of the policy's are in the next list
             "stop_token_ids": self.policy.ends,
@@ -253,18 +249,6 @@ def _save_configuration(policy: Policy, folder: str) -> None:
     configuration.save_pretrained(folder)
     if policy.stops is not None:
         policy.tokenizer.save_pretrained(folder)
-
-
-def _padded(rows: list[Tensor], mask: Tensor) -> Tensor:
-    """Return the numbers of the tokens of each row as [N, T, ...], 0 off the mask [N, T]."""
-    column = pad_sequence(rows, batch_first=True)
-    return zeroed(column[:, : mask.shape[1]], mask)
-
-
-def _distribution(flat: Any) -> Tensor:
-    """Return the most probable tokens at each position of a completion [T, K, 2]."""
-    columns = listed(torch.tensor(flat.token_ids), torch.tensor(flat.logprobs))
-    return columns.view(len(flat), -1, 2)[:, 1:]  # without the sampled token in front
 
 
 @contextlib.contextmanager

@@ -63,10 +63,6 @@ class SamplingArguments(Distribution, group="sampling"):
     present ones."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
-    capture: Literal["auto", "no"] = "no"
-    """auto: on a CUDA device, models below 1 B parameters sample by token-steps that are captured as CUDA
-    graphs, if these agree with the plain way on a few tokens. It was tried on no GPU yet; without capture
-    it gives the same tokens."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them. What a teacher reads in
     place of a prompt is never cut."""

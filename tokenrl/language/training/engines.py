@@ -38,7 +38,6 @@ from tokenrl.language.rollout.engine_checks import (
     Bets,
     check_greedy,
     check_samples,
-    faults_of_distributions,
 )
 from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.generator import (
@@ -67,6 +66,8 @@ UNUSABLE = (
 )
 MOST_TOKENS = 4096
 """The most tokens whose probabilities are kept at each position: 1 MiB for a completion of 64 tokens."""
+OF_TRAINER = (*Scores._fields, "sampling_distribution")
+"""Columns that are the trainer's own, whatever an engine says of them."""
 ENGINES: dict[str, Any] = {"transformers": TransformersGenerator, "vllm": VllmGenerator}
 
 
@@ -78,12 +79,14 @@ class Engine(NamedTuple):
         make: makes the generator.
         abilities: what its class, or that function, says that it can do.
         lags: whether it can sample from weights of earlier steps.
+        is_default: whether it samples from the trainer's own model.
     """
 
     name: str
     make: MakeGenerator
     abilities: Abilities
     lags: bool
+    is_default: bool
 
 
 def engine_of(named: Any, cache: float) -> Engine:
@@ -106,8 +109,8 @@ def engine_of(named: Any, cache: float) -> Engine:
     if engine in ENGINES.values():
         make = partial(make, cache=cache)
     announces = getattr(engine, "announce", Generator.announce) is not Generator.announce
-    lags = announces or engine is TransformersGenerator
-    return Engine(name, make, _abilities_of(engine), lags)
+    is_default = engine is TransformersGenerator
+    return Engine(name, make, _abilities_of(engine), announces or is_default, is_default)
 
 
 def _abilities_of(engine: Any) -> Abilities:
@@ -118,24 +121,19 @@ def _abilities_of(engine: Any) -> Abilities:
     raise Refused(f"An engine has abilities {shown(abilities)}; give tokenrl.language.Abilities.")
 
 
-def kept_tokens(estimator: Estimator, policy: Policy) -> int:
-    """Return how many tokens of the sampler are kept with their probabilities at each position.
+def check_vocabulary(estimator: Estimator, policy: Policy) -> None:
+    """Refuse centred scores of a vocabulary that is too large to keep the probabilities of all tokens.
 
     Raises:
-        Refused: they are too many.
+        Refused: it is too large.
     """
-    if not estimator.importance_centre:
-        return 0
     size: int = shape_of(policy).vocab_size
-    count = min(size, estimator.importance_centre_top or size)
-    if count > MOST_TOKENS:
+    if estimator.importance_centre and size > MOST_TOKENS:
         raise Refused(
-            f"importance_centre keeps the sampler's probabilities of {count:,} tokens at each position, which "
-            f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre_top to the number of most "
-            "probable tokens that are kept, such as 64, or importance_centre to False; importance 'token' "
+            f"importance_centre keeps the sampler's probabilities of {size:,} tokens at each position, which "
+            f"is possible up to {MOST_TOKENS:,} tokens. Set importance_centre to False; importance 'token' "
             "or 'sequence' needs the probabilities of the sampled tokens only."
         )
-    return count
 
 
 def start_engine(
@@ -233,7 +231,7 @@ class CheckedEngine(Generator):
                 limit = COARSE
         try:
             with self._told(UNUSABLE):
-                check_samples(rows, sampling, self.policy, self.regime, limit)
+                check_samples(rows, sampling, limit)
         except Stopped as error:  # its weights may be older now
             if agrees or not self.samples_compared:
                 raise
@@ -288,7 +286,7 @@ def checked(
 ) -> Rollout:
     """Return the rollout that an engine returned as training reads it: copied, on the CPU, 0 off the mask.
 
-    The columns that the trainer computes itself are left out, whatever an engine says of them.
+    The trainer's own columns are left out.
 
     Args:
         answer: what the engine returned.
@@ -303,13 +301,11 @@ def checked(
         raise WrongRollout(f"it is {shown(answer)}, not a Rollout")
     ids, present = pad_left(prompt_ids, policy.pad_id)
     index = torch.arange(len(ids)).repeat_interleave(sampling.group_size)
-    vocabulary: int = shape_of(policy).vocab_size
-    listed = min(sampling.keep_tokens or vocabulary, vocabulary)
-    sizes = {"N": len(index), "P": ids.shape[1], "K": listed, "2": 2}
+    sizes = {"N": len(index), "P": ids.shape[1]}
     columns: dict[str, Any] = {
         name: _declared(name, x, sizes)
         for name, x in answer.on_host().columns().items()
-        if name not in Scores._fields
+        if name not in OF_TRAINER
     }
     for name, column in COLUMNS.items():
         if "T" in column.axes and name in columns:
@@ -388,5 +384,3 @@ def _faults(
     # Where a completion ends before the limit without an end, either value is wrong.
     is_wrong |= table.truncated & (counts < limit)
     yield "truncated", is_wrong, f"True where {limit} tokens have no end, and False elsewhere"
-    if table.sampling_distribution is not None:
-        yield from faults_of_distributions(table, shape_of(policy).vocab_size)

@@ -30,7 +30,7 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.engines import engine_of, kept_tokens, start_engine
+from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -170,7 +170,7 @@ class Learner:
         return {
             "keep_score_norms": "score_norms" in needs,
             "keep_hidden": "values" in needs,
-            "keep_tokens": kept_tokens(self.estimator, self.policy),
+            "keep_distribution": self.estimator.importance_centre,
         }
 
     @property
@@ -351,7 +351,7 @@ def make_learner(
         Refused: a model cannot be sampled and scored, or not in the regime that the settings ask for.
     """
     device = accelerator.device
-    kept_tokens(args.estimator, policy)  # refused before anything is computed
+    check_vocabulary(args.estimator, policy)  # before anything is computed
     policy.model.to(device)
     broadcast_weights(policy.model)
     if args.estimator.beta:

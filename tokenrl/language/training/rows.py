@@ -19,7 +19,6 @@ from tokenrl.core.memories import Memory, read
 from tokenrl.core.objectives import check_rewards
 from tokenrl.core.rows import LossTerms, unrounded, zero_spread
 from tokenrl.core.schedules import policy_steps
-from tokenrl.errors import Refused
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
@@ -51,12 +50,6 @@ def collect_rows(
         policy, learner.generator, prompts, sampling, "training", rewards.environments
     )
     if not greedy:
-        if sampling.keep_tokens and rollout.sampling_distribution is None:
-            raise Refused(
-                "importance_centre needs the sampler's probabilities of its most probable tokens, and this "
-                "generator returns none: its Rollout has no sampling_distribution. Set importance_centre to "
-                "False, or return it (see tokenrl.language.Rollout)."
-            )
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
     return reward_rows(policy, rewards, rollout, [row for _, row in prompts])

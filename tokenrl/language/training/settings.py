@@ -182,6 +182,11 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
+    if estimator.importance_centre and not engine.is_default:
+        raise Refused(
+            "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
+            "transformers returns. Take it, or set importance_centre to False."
+        )
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
