@@ -47,6 +47,7 @@ class Rewarded(Rollout):
         greedy_rewards: reward of the greedy completion of each row's prompt, NaN without one [N]; None where no
             baseline reads it.
         ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        factors: factor of each row's gradient, by the chance of its prompt [N]; None for 1.
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
     """
@@ -60,6 +61,7 @@ class Rewarded(Rollout):
     dense_rewards: Tensor | None = None
     greedy_rewards: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    factors: Tensor | None = None
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
 
     def reward_list(self) -> list[float]:
@@ -262,14 +264,13 @@ def completion_rows(
     itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
     without functions, and where all abstained, as from a failed episode.
     """
-    rewards = rows.rewards.tolist()
     columns: dict[str, Any] = {
         **_columns(rows.data),
         "prompt": prompts_of(policy, rows, rows.data),
         "completion": texts_of(policy, rows),
         "reward": [
             x if rewarded and names else None
-            for x, rewarded in zip(rewards, rows.valid, strict=True)
+            for x, rewarded in zip(rows.rewards.tolist(), rows.valid, strict=True)
         ],
     }
     for name, values in zip(names, rows.by_function.T.tolist(), strict=True):

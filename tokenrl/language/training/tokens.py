@@ -97,7 +97,7 @@ def gradient_weights(learner: Learner, rows: Experience, terms: LossTerms) -> Te
     others = torch.zeros_like(rows.logprobs)
     scores = Scores(logprobs, entropy=rows.entropy, centres=others, token_kl=others)
     loss = learner.estimator.loss(**loss_inputs(rows, scores, advantages, weights))
-    return -len(terms.factors) * torch.autograd.grad(loss, logprobs)[0]
+    return -len(terms.in_divisor) * torch.autograd.grad(loss, logprobs)[0]
 
 
 def token_lists(
