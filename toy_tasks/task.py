@@ -75,12 +75,16 @@ class Task:
     # It is not an argument, so dataclasses.replace(task, demonstrations=...) cannot keep an outdated hash.
     fingerprint: str = field(init=False)
 
+    @property
+    def base(self) -> Task:
+        """The task that makes the task's own model: this one."""
+        return self
+
     def __post_init__(self) -> None:
-        warm_start = asdict(self.warm_start) if self.warm_start else None
         parts = {
             "demonstrations": self.demonstrations,
             "build": asdict(self.build),
-            "warm_start": warm_start,
+            "warm_start": asdict(self.warm_start) if self.warm_start else None,
         }
         text = json.dumps(parts, sort_keys=True)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])

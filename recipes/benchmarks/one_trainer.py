@@ -41,7 +41,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 LETTERS = "".join(chr(c) for c in range(33, 127))
@@ -279,7 +278,7 @@ def train_tokenrl(spec: dict[str, Any], clock: Clock, policy: Policy, **settings
     wrapped = wrap(policy.model, policy.tokenizer)
     if not clock.shape.ends and policy.environment is None:
         wrapped.eos_ids = ()
-    task = SimpleNamespace(
+    task = tokenrl.PromptTask(
         name="benchmark",
         train_prompts=policy.rows,
         eval_prompts=policy.rows[:1],

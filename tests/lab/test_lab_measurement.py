@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Regime, score
+from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.teacher import with_teacher
 from tokenrl.runs.console import Console
@@ -181,7 +181,7 @@ def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy)
 
 
 ROWS = [{"prompt": word} for word in WORDS * 8]
-TASK = SimpleNamespace(
+TASK = PromptTask(
     name="points", train_prompts=ROWS, eval_prompts=ROWS, reward=points, max_completion_length=2
 )
 FEW = {"task": TASK, "num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
@@ -205,9 +205,7 @@ def test_a_teacher_is_measured_beside_the_reward_and_not_with_it(policy: Policy)
     measured = measure_gradients(model=policy, teacher=teacher, **FEW)
     rloo, opd, to_go = measured.estimators
     assert [rloo.estimator, opd.estimator, to_go.estimator] == ["rloo", "opd", "opd_to_go"]
-    task = SimpleNamespace(
-        **vars(TASK) | {"reward": lambda prompts, **_: [float(len(p)) for p in prompts]}
-    )
+    task = replace(TASK, reward=lambda prompts, **_: [float(len(p)) for p in prompts])
     again = measure_gradients(model=policy, teacher=teacher, **FEW | {"task": task}).estimators
     assert again[1].variance == opd.variance and again[0].variance != rloo.variance
 
@@ -215,7 +213,7 @@ def test_a_teacher_is_measured_beside_the_reward_and_not_with_it(policy: Policy)
 def test_a_task_of_one_prompt_has_it_in_every_group(policy: Policy):
     variances = []
     for rows in (ROWS[:1], ROWS[:1] * 16):
-        task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows})
+        task = replace(TASK, train_prompts=rows)
         measured = measure_gradients(model=policy, estimators=("rloo",), **FEW | {"task": task})
         variances.append(measured.estimators[0].variance.value)
     assert variances[0] == variances[1] > 0
@@ -267,7 +265,7 @@ def test_the_prompts_are_drawn_by_the_seed_from_all_rows(policy: Policy):
         return [float(len(ids)) for ids in completion_ids]
 
     rows = [{"prompt": "a", "number": i} for i in range(48)]
-    task = SimpleNamespace(**vars(TASK) | {"train_prompts": rows, "reward": noted})
+    task = replace(TASK, train_prompts=rows, reward=noted)
     for seed in (0, 0, 1):
         measure_gradients(model=policy, **FEW | {"task": task, "seed": seed, "estimators": "rloo"})
     assert drawn[0] == drawn[2] != drawn[4] and max(drawn[0]) > 16 == len(drawn[0])

@@ -172,7 +172,7 @@ def test_a_wrong_declaration_is_caught(
     for choice, status in changes.items():
         axis, name = choice.split()
         monkeypatch.setitem(CHOICES[axis], name, replace(CHOICES[axis][name], status=status))
-    verdict = measure_bias(estimator, SMALL)
+    verdict = measure_bias(replace(estimator), SMALL)  # made anew, with the changed entries
     assert verdict.declared != found == verdict.found and not verdict.ok
 
 

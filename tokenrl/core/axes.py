@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from inspect import signature
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tokenrl import settings
 from tokenrl.core.choices import (
@@ -96,7 +96,15 @@ cached_signature = cache(signature)
 
 @dataclass(frozen=True)
 class Axes(Settings):
-    """The choice on each axis. The defaults are RLOO, which is unbiased, with any KL in the reward."""
+    """The choice on each axis. The defaults are RLOO, which is unbiased, with any KL in the reward.
+
+    Attributes:
+        entries: the entry of each choice that is in force, by its axis; a user's baseline has `YOUR_OWN`. Another
+            objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
+    """
+
+    __slots__ = ("entries",)  # made once, and no field: `vars` and `replace` leave it out
+    entries: ClassVar[Mapping[str, Choice]]
 
     baseline: BaselineOrFunction = "rloo"
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
@@ -226,22 +234,23 @@ class Axes(Settings):
     ] = "default"
     """The estimate of that gradient; default is leave_one_out for 'max_at_k' and maxrl for 'log_success'."""
 
-    @property
-    def entries(self) -> dict[str, Choice]:
-        """The entry of each choice that is in force, by its axis; a user's baseline has `YOUR_OWN`.
-
-        Another objective stands in place of the baseline. A KL and an entropy bonus are there if they have a weight.
-        """
-        entries = {}
-        for axis, names in CHOICES.items():
-            entries[axis] = names.get(str(getattr(self, axis)), YOUR_OWN)
-        if self.objective != "reward":
-            entries["baseline"] = OBJECTIVES[self.objective, self.form]
+    def __post_init__(self) -> None:
+        """Find the entries of what is chosen; what excludes each other may have none."""
+        super().__post_init__()
+        entries = {
+            axis: names.get(str(getattr(self, axis)), YOUR_OWN) for axis, names in CHOICES.items()
+        }
+        if self.other_objective:
+            entries["baseline"] = OBJECTIVES.get((self.objective, self.form), YOUR_OWN)
         if self.entropy_coef:
             entries["entropy"] = ENTROPY
         if self.beta:
-            entries["kl"] = KL_EFFECTS[self.kl_placement, self.kl_estimator]
-        return entries
+            entries["kl"] = KL_EFFECTS.get((self.kl_placement, self.kl_estimator), YOUR_OWN)
+        object.__setattr__(self, "entries", entries)
+
+    def __reduce__(self) -> Any:
+        """Let pickle and copies make the object anew from its fields."""
+        return partial(type(self), **vars(self)), ()
 
     def chosen(self, axis: str) -> Choice:
         """Return the entry of the choice on an axis."""
@@ -327,8 +336,7 @@ class Axes(Settings):
     @property
     def clip_range(self) -> tuple[float, float]:
         """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
-        above = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return 1.0 - self.epsilon, 1.0 + above
+        return 1.0 - self.epsilon, 1.0 + (self.epsilon_high or self.epsilon)
 
     @property
     def importance_range(self) -> tuple[float, float]:

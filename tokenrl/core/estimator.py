@@ -381,8 +381,7 @@ class Estimator(Axes):
         weights = self.token_weights(
             in_gradient.to(policy.dtype), max_length=max_length, valid=in_divisor
         )
-        factors = weights.new_ones(len(weights))
-        return LossTerms(policy, weights, in_gradient, in_divisor, returns, factors)
+        return LossTerms(policy, weights, in_gradient, in_divisor, returns)
 
 
 @cache

@@ -173,12 +173,10 @@ class LossTerms(NamedTuple):
     """The rows that the loss is divided by."""
     returns: Float[Tensor, "N T"]
     """The targets of a critic."""
-    factors: Float[Tensor, " N"]
-    """The factors of the rows' gradients, which the weights do not have."""
 
     def to(self, dtype: torch.dtype) -> LossTerms:
         """Return the terms in the precision of the loss, whatever the rewards have."""
-        names = ("advantages", "weights", "returns", "factors")
+        names = ("advantages", "weights", "returns")
         return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
 
 

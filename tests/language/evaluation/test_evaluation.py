@@ -18,6 +18,7 @@ from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rewarded import completion_rows
 from tokenrl.language.rollout.sampling import Sampling
 from toy_tasks.models import TinyModel
 
@@ -219,19 +220,21 @@ def test_of_episodes_what_the_policy_chose_is_measured_alone():
     policy, sampling = tiny(context=64), Sampling(9, 4)
     metrics = evaluate_policy(policy, ROWS, rewards, sampling).metrics
     evaluator = Evaluator(policy, TransformersGenerator(policy))
-    rows = evaluator.rows(ROWS, rewards, sampling, "evaluation")
+    table = evaluator.table(ROWS, rewards, sampling, "evaluation")
+    rows = completion_rows(policy, table, rewards.names)
+    lengths = table.mask.sum(dim=1).tolist()
     counts = []
-    for row in rows:
+    for row, length in zip(rows, lengths, strict=True):
         texts = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
         counts.append(len(texts))
         # a character is a token, and a turn has an EOS
-        assert 0 < row["length"] <= len("".join(texts)) + len(texts)
+        assert 0 < length <= len("".join(texts)) + len(texts)
         if row["ending"] == "max_tokens":  # a turn that was cut is not answered
             texts.pop()
         assert row["reward"] == "".join(texts).count("a")
     assert {*counts} >= {1, 2} and any("ab" in row["completion"] for row in rows)
     expected = {
-        "completions/mean_length": np.mean([row["length"] for row in rows]),
+        "completions/mean_length": np.mean(lengths),
         "episodes/turns": np.mean(counts),
     }
     endings = [row["ending"] for row in rows]

@@ -272,10 +272,11 @@ def test_a_warm_started_base_is_made_once_for_each_seed(cache, monkeypatch):
         return make_model(seed=seed), make_tokenizer()
 
     options = {"batch_size": 2, "learning_rate": 0.01}
-    task = PromptTask("toy", ROWS, ROWS, demonstrations=ROWS)
-    task.build, task.warm_start, task.fingerprint = build, SimpleNamespace(steps=4, **options), "1"
+    base = SimpleNamespace(build=build, demonstrations=ROWS, fingerprint="1")
+    base.warm_start = SimpleNamespace(steps=4, **options)
+    task = PromptTask("toy", ROWS, ROWS, demonstrations=ROWS, base=base)
     folders = [warm_started_base(task, seed=seed, announce=output.append) for seed in (0, 0, 1)]
-    task.fingerprint = "2"
+    base.fingerprint = "2"
     folders.append(warm_started_base(task))
     assert built == [0, 1, 0] and len(output) == 2 and len(set(folders)) == 3
     for seed, folder in enumerate(folders[1:3]):  # of the weights and of the rows' order

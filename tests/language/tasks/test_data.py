@@ -98,7 +98,7 @@ def test_no_error_of_the_hub_reaches_the_user_raw(hub):
 
 
 def test_a_task_of_the_users_own_module_or_file(tmp_path):
-    (tmp_path / "my_helper.py").write_text("LENGTH = 7")
+    (tmp_path / "my_helper.py").write_text("NAME = 'helped'")
     (tmp_path / "my_task.py").write_text(
         textwrap.dedent("""
         from dataclasses import dataclass
@@ -107,11 +107,10 @@ def test_a_task_of_the_users_own_module_or_file(tmp_path):
             name: str = "mine"
             train_prompts: tuple = ({"prompt": "a"}, {"prompt": ""})
             eval_prompts: tuple = ({"prompt": [{"role": "user", "content": "b"}]},)
-            max_completion_length: int = 3
             reward: object = len
         def build():
-            from my_helper import LENGTH
-            return Mine(max_completion_length=LENGTH)
+            from my_helper import NAME
+            return Mine(NAME)
         task = Mine()
         class box:
             inner = task
@@ -119,8 +118,8 @@ def test_a_task_of_the_users_own_module_or_file(tmp_path):
             raise OSError("no disk")
         """)
     )
-    assert load_task("my_task:task").max_completion_length == 3
-    assert load_task("my_task:build").max_completion_length == 7
+    assert load_task("my_task:task").name == "mine"
+    assert load_task("my_task:build").name == "helped"
     assert load_task("my_task:box.inner") == load_task("my_task:task")
     assert load_task(f"{tmp_path}/my_task.py:task").name == "mine"
     other = load_task("my_task:task", reward=reward)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from tokenrl.language.supervised.base import make_tiny
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import settle
 
 ROWS = [{"prompt": "a"}]
 
@@ -62,9 +61,8 @@ def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environm
         assert rewards.environments.reset(read.train_prompts[:1], [0])[0].failure == ""
 
 
-@pytest.mark.parametrize("train", [[{"prompt": "a"}], print, {0: None}])
-def test_a_task_may_call_something_else_than_settings_and_a_model_train_and_build(train):
-    task = PromptTask("t", [{"prompt": "a"}], [{"prompt": "b"}], len)
-    task.train, task.build = train, print
-    args = TrainArguments(model="tiny")
-    assert settle(args, own_task(task), make_tiny(args, own_task(task))).args.max_steps == 200
+def test_of_an_object_that_is_no_task_of_the_package_four_attributes_are_read():
+    others = {"train": print, "build": print, "base": 1, "solved": "x", "environment": 3}
+    four = {"name": "t", "train_prompts": ROWS, "eval_prompts": [{"prompt": "b"}], "reward": len}
+    read = own_task(SimpleNamespace(**four, **others))
+    assert read == own_task(PromptTask(**four)) and read.reward is len

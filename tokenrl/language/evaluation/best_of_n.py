@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import rel_entr
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.estimates import estimates
+from tokenrl.language.evaluation.estimates import estimates, known_rewards
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
@@ -97,12 +97,9 @@ def best_of_n_metrics(
         policy, generator, prompts, choosing, sampling, stream="best_of_n"
     ):
         gold_batch = reward_rows(policy, gold, batch, batch.data)
-        is_rewarded = (batch.valid & gold_batch.valid).view(-1, size)
-        proxies = batch.rewards.view(-1, size)
-        golds = gold_batch.rewards.view(-1, size)
-        for i, columns in enumerate(is_rewarded):
-            chosen_by.append(proxies[i, columns].numpy())
-            measured_by.append(golds[i, columns].numpy())
+        valid = batch.valid & gold_batch.valid
+        chosen_by += known_rewards(batch.rewards, valid, size)
+        measured_by += known_rewards(gold_batch.rewards, valid, size)
     by_prompt = {}
     powers = [2**k for k in range(size.bit_length())]
     for n in sorted({*powers, size}):

@@ -1,14 +1,19 @@
-"""Estimates means over prompts with their standard errors, and the best of k samples without bias."""
+"""Says what metrics are means of, and estimates means over prompts and the best of k samples without bias."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tokenrl.runs.metric_table import is_rounding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokenrl.language.rollout.rewarded import Rewarded
 
 
 class Estimate(NamedTuple):
@@ -51,6 +56,33 @@ def estimates(
     for name, values in by_prompt.items():
         metrics[name], metrics[f"{name}_stderr"] = over_prompts(values)
     return {name: x for name, x in metrics.items() if name in always or not math.isnan(x)}
+
+
+def metric_values(rows: Rewarded, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return what is averaged over completions in a step as in an evaluation, by the names of the metrics.
+
+    The numbers are in float64, N of each metric but for rewards of functions, which may abstain.
+
+    Args:
+        rows: N completions.
+        names: names of the F reward functions.
+    """
+    values = {
+        "completions/mean_length": rows.mask.sum(dim=1),
+        "completions/clipped_ratio": rows.truncated,
+    }
+    for name, column in zip(names, rows.by_function.T, strict=True):
+        abstained = column.isnan()
+        values[f"rewards/{name}/abstained"] = abstained
+        if not abstained.all():
+            values[f"rewards/{name}/mean"] = column[~abstained]
+    return {name: x.double() for name, x in values.items()}
+
+
+def known_rewards(rewards: Tensor, valid: Tensor, size: int) -> list[np.ndarray]:
+    """Return the rewards [N] of each prompt's `size` completions, without those that are not valid [N]."""
+    groups = zip(rewards.split(size), valid.split(size), strict=True)
+    return [of_prompt[is_valid].numpy() for of_prompt, is_valid in groups]
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:

@@ -7,29 +7,35 @@ rewards of single functions are averaged over completions or tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from tokenrl.errors import Refused
-from tokenrl.language.evaluation.estimates import best_of, estimates, over_prompts
+from tokenrl.language.evaluation.estimates import (
+    best_of,
+    estimates,
+    known_rewards,
+    metric_values,
+    over_prompts,
+)
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model, checked_generator
+from tokenrl.language.rollout.episodes import ENDINGS
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import (
     Rewarded,
     completion_kl,
-    in_rows,
-    prompts_of,
+    completion_rows,
+    episode_metrics,
     sample_and_reward,
-    texts_of,
 )
+from tokenrl.language.rollout.rollout import cat
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.language.tasks.rows import Row
@@ -39,6 +45,12 @@ from tokenrl.runs.processes import agreed, gather_objects
 from tokenrl.runs.reader import Tabled
 
 SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
+RARE = ("/abstained", *(f"episodes/{ending}" for ending in ENDINGS))
+"""Ends of the names of metrics that are left out where they are 0."""
+LEFT_OUT: Any = dict.fromkeys(
+    ("data", "logs", "environments", "openings", "sampling_distribution", "hidden")
+)
+"""The columns that no process sends to the others."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +59,7 @@ class Evaluation(Tabled):
 
     Attributes:
         metrics: the metrics by name.
-        rows: the greedy completions as table rows, one for each prompt.
+        rows: the greedy completions as table rows, one for each prompt, see `completion_rows`.
         by_prompt: the metrics that are means over prompts, for each prompt by itself.
         sampling: how completions were sampled, such as its `max_completion_length`.
         failures: what failed in each episode, an empty text if nothing did; none without an environment.
@@ -105,32 +117,30 @@ class Evaluator:
         if self.reference is not None:
             single = prompts if rewards.environments is None else ()
             _check_reference(self.policy, self.reference, single, sampling)
-        passes = []
-        failures = []
+        tables = []
         # The greedy completions, then those that are sampled.
         for count in dict.fromkeys((0, size)):
             draw = replace(sampling, num_generations=count)
-            collect = self.rows if self.accelerator is None else agreed(self.rows)
-            rows = collect(prompts, rewards, draw, "evaluation")
-            everywhere = rows if self.accelerator is None else gather_objects(rows)
-            passes.append(sorted(everywhere, key=lambda row: row["place"]))
-            failures += [row["failure"] for row in passes[-1] if "failure" in row]
-        greedy = passes[0]
-        rows = passes[-1]
+            tables.append(self.table(prompts, rewards, draw, "evaluation"))
+        greedy = tables[0]
         by_prompt = {}
         if rewards.functions:
-            by_prompt["reward_greedy"] = [row["reward"] for row in greedy]
+            by_prompt["reward_greedy"] = greedy.reward_list()
         if size:
-            by_prompt |= _by_prompt(rows, size, rewards, k)
-        return Evaluation(_metrics(rows, by_prompt, rewards), greedy, by_prompt, sampling, failures)
+            by_prompt |= _by_prompt(tables[-1], size, rewards, k)
+        metrics = _metrics(tables[-1], by_prompt, rewards.names)
+        rows = completion_rows(self.policy, greedy, rewards.names)
+        failures = [failure for table in tables for failure in table.failures or ()]
+        return Evaluation(metrics, rows, by_prompt, sampling, failures)
 
-    def rows(
+    def table(
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, stream: str
-    ) -> list[dict[str, Any]]:
-        """Sample and reward completions, and return a row for each of this process, in the order of prompts.
+    ) -> Rewarded:
+        """Sample, reward and score completions; return those of all processes, in the order of the prompts.
 
-        The reward of a row is NaN if every function abstained. With a reference, a sampled row has estimates of
-        its KL.
+        With a reference, sampled completions have its log-probabilities, up to where it ends: those of the policy
+        stand after that, so that they add nothing to the KL. What only its own process needs is left out, as what
+        functions logged.
 
         Args:
             prompts: rows with a `prompt`; other columns reach the rewards.
@@ -138,50 +148,41 @@ class Evaluator:
             sampling: how to sample.
             stream: the stream of random numbers, a name in `STREAMS`.
         """
-        policy = self.policy
-        rows = []
-        generator = self.generator
+        collect = self._batches if self.accelerator is None else agreed(self._batches)
+        batches = collect(prompts, rewards, sampling, stream)
+        table = cat(batches if self.accelerator is None else gather_objects(batches))
+        table = table.take(table.prompt_index.argsort(stable=True))
+        data = [prompts[i] for i in table.prompt_index.tolist()]
+        return replace(table, data=data, logs=[{}] * len(data))
+
+    def _batches(
+        self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, stream: str
+    ) -> list[Rewarded]:
+        """Return the batches of this process, without what is left out."""
+        batches = []
         for batch in sample_and_reward(
-            policy,
-            generator,
+            self.policy,
+            self.generator,
             prompts,
             rewards,
             sampling,
             stream=stream,
             accelerator=self.accelerator,
         ):
-            batch = with_missing_fields(
-                policy,
-                batch,
-                self.regime,
-                sampling,
-                torch.arange(len(batch)).split(SCORED_AT_ONCE),
-            )
+            parts = torch.arange(len(batch)).split(SCORED_AT_ONCE)
+            batch = with_missing_fields(self.policy, batch, self.regime, sampling, parts)
             if sampling.num_generations:
-                generator.check(batch, sampling)
-            columns: dict[str, Any] = {
-                "place": batch.prompt_index.tolist(),
-                "prompt": prompts_of(policy, batch, batch.data),
-                "completion": texts_of(policy, batch),
-                "reward": batch.reward_list(),
-                "rewards": batch.by_function.tolist(),
-                "entropy": batch.entropy.double().sum(dim=1).tolist(),
-                "length": batch.mask.sum(dim=1).tolist(),
-                "truncated": batch.truncated.tolist(),
-            }
-            if batch.messages is not None:
-                columns["turns"] = [
-                    sum(turn["role"] == "assistant" for turn in chat) for chat in batch.messages
-                ]
-                columns |= {"ending": batch.endings, "failure": batch.failures}
-                columns["messages"] = batch.messages
-            if self.reference is not None and sampling.num_generations:
-                columns |= self._kl(self.reference, batch, sampling)
-            rows += in_rows(columns)
-        return rows
+                self.generator.check(batch, sampling)
+                if self.reference is not None:
+                    logprobs = self._ref_logprobs(self.reference, batch, sampling, parts)
+                    batch = replace(batch, ref_logprobs=logprobs)
+            batches.append(replace(batch, **LEFT_OUT))
+        return batches
 
-    def _kl(self, reference: Policy, batch: Rewarded, sampling: Sampling) -> dict[str, list[float]]:
-        """Return estimates of the KL to the reference for each row of a batch, by name."""
+    def _ref_logprobs(
+        self, reference: Policy, batch: Rewarded, sampling: Sampling, parts: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the log-probabilities under the reference, up to where it ends [N, T]."""
         read = batch
         if self.reference_prompts is not None:
             read = batch.behind(self.reference_prompts(batch), reference.pad_id)
@@ -189,7 +190,7 @@ class Evaluator:
             reference.model,
             read,
             self.reference_regime,
-            parts=torch.arange(len(batch)).split(SCORED_AT_ONCE),
+            parts=parts,
             distribution=sampling.whole,
         )
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
@@ -197,9 +198,7 @@ class Evaluator:
         at_end = torch.isin(batch.completion_ids, torch.tensor([*ends], dtype=torch.int64))
         over = at_end & batch.mask
         earlier = over.cumsum(dim=1) - over.long()
-        mask = batch.mask & (earlier == 0)
-        kl = completion_kl(batch.logprobs, scores.logprobs, mask)
-        return {name: values.tolist() for name, values in kl.items()}
+        return torch.where(earlier == 0, scores.logprobs, batch.logprobs)
 
 
 def evaluate_policy(
@@ -279,19 +278,19 @@ def _check_reference(
 
 
 def _by_prompt(
-    rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]
+    table: Rewarded, size: int, rewards: Rewards, k: Sequence[int]
 ) -> dict[str, list[float]]:
     """Compute the metrics that are means over prompts, for each of B prompts; nan where there is no value.
 
     Args:
-        rows: the rows of the B * G sampled completions, prompt by prompt.
+        table: the B * G sampled completions, prompt by prompt.
         size: G.
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
     each = {}
     if rewards.functions:
-        rewarded = known_rewards(rows, size)
+        rewarded = known_rewards(table.rewards, table.valid, size)
         mark = rewards.pass_threshold
         each["reward"] = [over_prompts(total).value for total in rewarded]
         for subset in k:
@@ -301,41 +300,26 @@ def _by_prompt(
                 each[f"pass@{subset}"] = [
                     best_of(reaches(total, mark), subset) for total in rewarded
                 ]
-    for name in ("kl", "kl_k3"):
-        if name in rows[0]:
-            groups = np.array([row[name] for row in rows]).reshape(-1, size)
-            each[name] = [fmean(group) for group in groups]
+    if table.ref_logprobs is not None:
+        for name, kl in completion_kl(table.logprobs, table.ref_logprobs, table.mask).items():
+            each[name] = [fmean(group) for group in kl.view(-1, size).tolist()]
     return each
 
 
 def _metrics(
-    rows: Sequence[Row], by_prompt: Mapping[str, Sequence[float]], rewards: Rewards
+    table: Rewarded, by_prompt: Mapping[str, Sequence[float]], names: Sequence[str]
 ) -> dict[str, float]:
     """Average rewards of single functions over completions, the entropy over tokens, others over prompts."""
-
-    def mean(name: str) -> float:
-        return over_prompts([row[name] for row in rows]).value
-
     metrics = estimates(by_prompt, always=("reward", "reward_greedy"))
     if "reward" in by_prompt:
-        metrics["reward"] = mean("reward")
-    metrics["completions/mean_length"] = mean("length")
-    metrics["completions/clipped_ratio"] = mean("truncated")
-    for i, name in enumerate(rewards.names):
-        column = [row["rewards"][i] for row in rows]
-        abstained = fmean(map(math.isnan, column))
-        if abstained < 1:
-            metrics[f"rewards/{name}/mean"] = over_prompts(column).value
-        if abstained:
-            metrics[f"rewards/{name}/abstained"] = abstained
-    tokens = sum(row["length"] for row in rows)
-    entropy = sum(row["entropy"] for row in rows)
-    metrics["entropy"] = entropy / max(1, tokens)
-    if "ending" in rows[0]:
-        metrics["episodes/turns"] = mean("turns")
-        endings = [row["ending"] for row in rows]
-        for ending in dict.fromkeys(endings):
-            metrics[f"episodes/{ending}"] = endings.count(ending) / len(endings)
+        metrics["reward"] = over_prompts(table.reward_list()).value
+    values = metric_values(table, names)
+    means = {name: over_prompts(x.numpy()).value for name, x in values.items()}
+    if table.turns is not None:
+        means |= episode_metrics(table)
+    metrics |= {name: mean for name, mean in means.items() if mean or not name.endswith(RARE)}
+    entropies = table.entropy.double().sum(dim=1).tolist()
+    metrics["entropy"] = sum(entropies) / max(1, int(table.mask.sum()))
     return metrics
 
 
@@ -347,10 +331,3 @@ def transcript(prompt: str, messages: Sequence[Row], ending: str, failure: str |
     turns = [("prompt", prompt), *turns, ("ending", ending)]
     indent = "\n           "
     return "\n".join(f"{role:<11}{text}".replace("\n", indent) for role, text in turns)
-
-
-def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:
-    """Return the rewards of each prompt's `size` completions, without those that are NaN."""
-    totals = np.array([row["reward"] for row in rows], dtype=np.float64)
-    groups = totals.reshape(-1, size)
-    return [group[~np.isnan(group)] for group in groups]

@@ -46,6 +46,8 @@ class Rewarded(Rollout):
             at the last action of the row. None without an environment.
         greedy_rewards: reward of the greedy completion of each row's prompt, NaN without one [N]; None where no
             baseline reads it.
+        ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        factors: factor of each row's gradient, by the chance of its prompt [N]; None for 1.
         logged: not a column: for each call of the reward functions the means of their values for
             `log_metric`, and the number of rows. Rows that were replaced since count too.
     """
@@ -58,6 +60,8 @@ class Rewarded(Rollout):
     logs: Sequence[Row] = ABSENT
     dense_rewards: Tensor | None = None
     greedy_rewards: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    factors: Tensor | None = None
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
 
     def reward_list(self) -> list[float]:
@@ -251,26 +255,22 @@ def completion_rows(
     policy: Policy,
     rows: Rewarded,
     names: Sequence[str],
-    advantages: Tensor,
+    advantages: Tensor | None = None,
     teacher_prompts: Sequence[list[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return this process's completions with their rewards and advantages, as rows of a table.
+    """Return completions with their rewards, and in training their advantages, as rows of a table.
 
     A row also has the columns of its prompt's row, such as the right answer, but for names that it uses
     itself, and the prompt of a teacher that reads another one, special tokens included. The reward is None
-    without functions, and where all abstained, as from a failed episode. Where each token has an advantage of
-    its own, the row holds that of the first token.
+    without functions, and where all abstained, as from a failed episode.
     """
-    if advantages.ndim == 2:
-        advantages = advantages[:, 0]
-    rewards = rows.rewards.tolist()
     columns: dict[str, Any] = {
         **_columns(rows.data),
         "prompt": prompts_of(policy, rows, rows.data),
         "completion": texts_of(policy, rows),
         "reward": [
             x if rewarded and names else None
-            for x, rewarded in zip(rewards, rows.valid, strict=True)
+            for x, rewarded in zip(rows.rewards.tolist(), rows.valid, strict=True)
         ],
     }
     for name, values in zip(names, rows.by_function.T.tolist(), strict=True):
@@ -281,7 +281,9 @@ def completion_rows(
         columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
     if rows.replayed.any():
         columns["replayed"] = rows.replayed.tolist()
-    columns |= {"advantage": advantages.tolist(), "truncated": rows.truncated.tolist()}
+    if advantages is not None:
+        columns["advantage"] = advantages.tolist()
+    columns["truncated"] = rows.truncated.tolist()
     if rows.messages is not None:
         columns |= {"ending": rows.endings, "messages": rows.messages}
         columns["failure"] = [failure or None for failure in rows.failures]

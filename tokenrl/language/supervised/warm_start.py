@@ -12,14 +12,12 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from tokenrl.configuration import read_config
+from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Interrupted, Refused, read_file
-from tokenrl.language.evaluation.evaluation import Evaluator, known_rewards
+from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import trained_prompts
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
@@ -131,10 +129,10 @@ def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> b
     count = min(PROMPTS, len(task.train_prompts))
     prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
     evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
-    rows = evaluator.rows(prompts, rewards, sampling, "probe")
-    is_unequal = [len(np.unique(group)) > 1 for group in known_rewards(rows, size)]
-    has_ended = [not row["truncated"] for row in rows]
-    return min(fmean(is_unequal), fmean(has_ended)) >= ENOUGH
+    table = evaluator.table(prompts, rewards, sampling, "probe")
+    equal = zero_spread(table.rewards, size, table.valid)
+    shares = [float(x.double().mean()) for x in (~equal, ~table.truncated)]
+    return min(shares) >= ENOUGH
 
 
 def folder_of(run: str) -> Path:

@@ -126,6 +126,10 @@ class PromptStream(RowOrder):
         self.draw(count)
         return prompts
 
+    def factors(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the factors by which prompts count alike, by their numbers in the latest draw [N]: all are 1."""
+        return torch.ones(len(numbers))
+
     def learn(self, numbers: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         """Take the rewards of a step, on which this order does not depend; return no metrics."""
         return {}

@@ -1,8 +1,8 @@
 """Makes a complete task of whatever a user gives: prompts, a reward, and a limit for the completion length.
 
-A user may give any object with attributes of `PromptTask`, the name of a toy task, `module:attribute`, any source
-that `datasets` reads, or data in memory. `as_task` makes a `PromptTask` of it, which has every attribute that the
-package reads. Streaming and multimodal data are left out.
+A user may give a `PromptTask`, any object with its first four attributes, the name of a toy task,
+`module:attribute`, any source that `datasets` reads, or data in memory. `as_task` makes a `PromptTask` of it, which
+has every attribute that the package reads. Streaming and multimodal data are left out.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from tokenrl.user_code import copied, guarded
 class PromptTask:
     """A task that is made of rows and a reward.
 
-    Any object with `name`, `train_prompts`, `eval_prompts` and `reward` is taken as a task too, and other
-    attributes of these names count.
+    Any object with `name`, `train_prompts`, `eval_prompts` and `reward` is taken as a task too; of its other
+    attributes none is read.
 
     Attributes:
         name: the task's name, for records and messages.
@@ -226,16 +226,14 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
 
 
 def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
-    """Return an object with the attributes of a task as a task with all of them, if it has what is needed.
+    """Return a task, or an object with the attributes of any task, as a task that is checked.
 
-    Prompts are as they are read from data. An attribute `train` or `build` may mean something else.
+    Prompts are as they are read from data.
     """
+    is_own = isinstance(task, (PromptTask, importlib.import_module("toy_tasks").Task))
+    names = [f.name for f in fields(PromptTask)] if is_own else ("name", *ROWS, "reward")
     # A property of the user's is read once.
-    values = {
-        f.name: value
-        for f in fields(PromptTask)
-        if (value := getattr(task, f.name, MISSING)) is not MISSING
-    }
+    values = {name: x for name in names if (x := getattr(task, name, MISSING)) is not MISSING}
     missing = [attribute for attribute in ("name", *ROWS) if attribute not in values]
     if missing:
         raise Refused(
@@ -254,11 +252,6 @@ def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
         if table or (attribute in ROWS and not whole):
             table = with_prompts(table, subject, DataArguments())
         values[attribute] = table
-    train = values.get("train")
-    if not (isinstance(train, Mapping) and {*map(type, train)} <= {str}):
-        values["train"] = {}
-    if callable(getattr(task, "build", None)) and hasattr(task, "fingerprint"):
-        values["base"] = task
     return PromptTask(**values)
 
 

@@ -23,6 +23,7 @@ from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.files import canonical
+from tokenrl.language.evaluation.estimates import metric_values
 from tokenrl.language.rollout.rewarded import Rewarded, Row, completion_kl, failures_of, prompt_text
 from tokenrl.language.rollout.rollout import ABSENT, OF_PROMPTS, lengths, to_host
 from tokenrl.runs.processes import agreed, all_reduce_sum, gather_objects, gather_rows
@@ -42,7 +43,6 @@ class Experience(Rewarded):
     Attributes:
         valid: False where every function abstained, from the completion or from the greedy one that is needed [N].
         greedy_rewards: those of `Rewarded`, with 0 in place of NaN.
-        ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
         ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
             Its logits [N, T, V], if no head can be taken apart. None where they are computed again in each pass.
         values: the critic's value of the state before each action [N, T]; None without a critic.
@@ -54,7 +54,6 @@ class Experience(Rewarded):
             None where it reads the same.
     """
 
-    ref_logprobs: Tensor | None = None
     ref_states: Tensor | None = None
     values: Tensor | None = None
     keys: Tensor = ABSENT
@@ -157,49 +156,41 @@ def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dic
     differences, _ = from_first(rows.rewards.view(shape), rows.valid.view(shape))
     if rows.replayed.any():
         rows = rows.take((~rows.replayed).nonzero().flatten())
-    rewards = rows.rewards
-    valid = rows.valid
     mask = rows.mask
     counts = mask.sum(dim=1).double()
-    tokens = mask.sum().clamp(min=1)
-    rewarded = rewards[valid]
-    means = rewards.masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
-    metrics = dict[str, Tensor]()
+    values = metric_values(rows, names)
+    metrics = {name: x.mean() for name, x in values.items()}
     errors = dict[str, Tensor]()
     if names:
+        rewarded = rows.rewards[rows.valid]
+        means = rows.rewards.masked_fill(~rows.valid, math.nan).view(-1, group_size).nanmean(dim=1)
         errors["reward"] = mean_and_error(means[~means.isnan()])[1]
-        metrics["reward"], metrics["reward_std"] = _mean_and_spread(rewarded)
+        metrics |= {"reward": rewarded.mean(), "reward_std": _spread(rewarded)}
         metrics["frac_reward_zero_std"] = (differences == 0).all(dim=1).double().mean()
+    for name in names:
+        if f"rewards/{name}/mean" in values:
+            metrics[f"rewards/{name}/std"] = _spread(values[f"rewards/{name}/mean"])
+    if rows.ref_logprobs is not None:
+        for name, estimates in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
+            metrics[name], errors[name] = mean_and_error(estimates, group_size)
     # Equal prompts with equal completions are one of both; the mask tells completions of padding apart.
     texts = torch.cat([rows.prompt_ids, rows.completion_ids.masked_fill(~mask, -1)], dim=1)
     metrics |= {
         "completions/unique": torch.tensor(len(texts.unique(dim=0)) / len(texts)),
-        "entropy": (rows.entropy * mask).double().sum() / tokens,
-        "completions/mean_length": counts.mean(),
+        "entropy": (rows.entropy * mask).double().sum() / mask.sum().clamp(min=1),
         "completions/min_length": counts.min(),
         "completions/max_length": counts.max(),
-        "completions/clipped_ratio": rows.truncated.double().mean(),
         "num_tokens": lengths(mask).sum() + rows.prompt_mask.sum(),
     }
-    if rows.ref_logprobs is not None:
-        for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
-            metrics[name], errors[name] = mean_and_error(values, group_size)
     metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
-    if len(rewarded) < len(rewards):
-        metrics["frac_rows_abstained"] = 1 - valid.double().mean()
-    for column, name in enumerate(names):
-        values = rows.by_function[:, column]
-        metrics[f"rewards/{name}/abstained"] = values.isnan().double().mean()
-        values = values[~values.isnan()]
-        if len(values):
-            mean, spread = _mean_and_spread(values)
-            metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": spread}
+    if not rows.valid.all():
+        metrics["frac_rows_abstained"] = 1 - rows.valid.double().mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of values, which is 0 of a single one."""
-    return values.mean(), values.std(correction=min(1, len(values) - 1))
+def _spread(values: Tensor) -> Tensor:
+    """Return the standard deviation of values, which is 0 of a single one."""
+    return values.std(correction=min(1, len(values) - 1))
 
 
 def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from tokenrl.core.schedules import policy_steps
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample_rows
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
-from tokenrl.language.tasks.stream import PromptStream, WeightedPrompts
+from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import Experience
 from tokenrl.runs.processes import agreed, gather_objects, local
 
@@ -61,7 +61,8 @@ def rows_of_step(
     """Sample and reward the rows of a step, with those that replace equal groups and those that are replayed.
 
     They have the reward of the greedy completion, if the baseline reads it (ReMax, arXiv 2310.10505); NaN where
-    every function abstained from it.
+    every function abstained from it. And they have the factors of their prompts, if the gradient is divided by the
+    chances.
     """
     prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
     rows = collect_rows(learner, rewards, prompts, sampling)
@@ -76,6 +77,8 @@ def rows_of_step(
         greedy = collect_rows(learner, rewards, prompts, replace(sampling, num_generations=0))
         of_prompts = greedy.rewards.masked_fill(~greedy.valid, math.nan)
         rows = replace(rows, greedy_rewards=of_prompts.repeat_interleave(size))
+    if learner.estimator.prompts == "inverse":
+        rows = replace(rows, factors=stream.factors(rows.prompt_index))
     return rows
 
 
@@ -130,9 +133,8 @@ def loss_terms(
     sampling: Sampling,
     memory: Memory,
     rewards: Rewards,
-    stream: PromptStream,
 ) -> LossTerms:
-    """Return the advantages and what counts of all N rows, in loss and divisor, with factors of their prompts.
+    """Return the advantages and what counts of all N rows, in loss and divisor.
 
     Nothing is in the gradient where the policy may not move yet.
 
@@ -166,8 +168,6 @@ def loss_terms(
         component_weights=torch.from_numpy(rewards.weights),  # [F]
         **inputs,
     )
-    if isinstance(stream, WeightedPrompts) and estimator.prompts == "inverse":
-        terms = terms._replace(factors=stream.factors(rows.prompt_index))
     if not policy_steps(learner.args, sampling.step):  # the critic learns alone
         terms = terms._replace(in_gradient=terms.in_gradient & False)
     return terms.to(dtype)
@@ -178,16 +178,15 @@ def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor
 
     Args:
         learner: the settings.
-        terms: which rows and tokens are learnt from, and the factors of their gradients.
+        terms: which rows and tokens are learnt from.
         chosen: True for the rows of the update [N].
     """
-    weights = learner.estimator.token_weights(
+    return learner.estimator.token_weights(
         terms.in_gradient.to(terms.weights),  # so that 1/N has that precision
         max_length=learner.sampling.max_completion_length,
         valid=terms.in_divisor,
         chosen=chosen,
     )
-    return weights * terms.factors[:, None]
 
 
 def learning_rows(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
@@ -216,12 +215,15 @@ def loss_inputs(
         rows: the rows.
         scores: their present scores.
         advantages: one for each row [n] or for each token, of any width [n, ...].
-        weights: each token's weight in the loss of the whole update, of any width [n, ...].
+        weights: each token's weight in the loss of the whole update, without the factors of the rows, of any
+            width [n, ...].
     """
     width = rows.mask.shape[1]
     names = ("mask", "old_logprobs", "sampling_logprobs", "ref_logprobs")
     columns = {name: getattr(rows, name) for name in names}
     columns["advantages"] = advantages if advantages.ndim == 1 else pad_right(advantages, width)
+    if rows.factors is not None:
+        weights = weights * rows.factors.to(weights)[:, None]
     columns["weights"] = pad_right(weights, width)
     device = scores.logprobs.device
     inputs = {name: None if x is None else to_device(x, device) for name, x in columns.items()}

@@ -100,7 +100,7 @@ def training_step(
 
     rows = experience(learner, rewarded, sampling)
     whole = gather(accelerator, rows, rewarded.failures or ())  # all N rows, on every process
-    terms = loss_terms(learner, whole, sampling, memory, rewards, stream)
+    terms = loss_terms(learner, whole, sampling, memory, rewards)
     advantages = local(accelerator, terms.advantages)
     parameters = learner.policy.trainable_parameters()
     updates: list[dict[str, float]] = []

@@ -40,6 +40,8 @@ def step_table(
 ) -> list[dict[str, Any]]:
     """Return this process's completions of a step as rows of a table; see `completion_rows` and `token_lists`.
 
+    Where each token has an advantage of its own, the row holds that of the first token.
+
     Args:
         learner: the settings.
         rewarded: this process's n rows.
@@ -51,7 +53,8 @@ def step_table(
     """
     advantages = local(learner.accelerator, terms.advantages)
     weights = gradient_weights(learner, rows, terms)
-    table = completion_rows(learner.policy, rewarded, names, advantages, rows.teacher_prompts)
+    of_rows = advantages.reshape(len(rows), -1)[:, 0]
+    table = completion_rows(learner.policy, rewarded, names, of_rows, rows.teacher_prompts)
     numbers = {"logprob": rows.logprobs, "entropy": rows.entropy, "weight": weights}
     if rows.ref_logprobs is not None:
         of_teacher = learner.args.teacher is not None
@@ -94,7 +97,7 @@ def gradient_weights(learner: Learner, rows: Experience, terms: LossTerms) -> Te
     others = torch.zeros_like(rows.logprobs)
     scores = Scores(logprobs, entropy=rows.entropy, centres=others, token_kl=others)
     loss = learner.estimator.loss(**loss_inputs(rows, scores, advantages, weights))
-    return -len(terms.factors) * torch.autograd.grad(loss, logprobs)[0]
+    return -len(terms.in_divisor) * torch.autograd.grad(loss, logprobs)[0]
 
 
 def token_lists(
