@@ -42,7 +42,7 @@ KINDS = {
     ),
     "running mean": Kind(
         f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3 --warmup-steps 3 "
-        "--sync-every 2 --mixed-precision bf16 --optimizer sgd"
+        "--sync-every 3 --mixed-precision bf16 --optimizer sgd"
     ),
     "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best --patience 1"),
     "teacher": Kind(
