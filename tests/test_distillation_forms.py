@@ -64,9 +64,7 @@ def test_the_other_forms_are_those_of_the_lab(recipe):
 def test_the_tables_have_these_numbers(recipe, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     flags = f"--output {page} --figure {tmp_path / 'figure.png'} --lengths 1 2 --problems 3"
-    monkeypatch.setattr(
-        sys, "argv", ["distillation_forms.py", *flags.split(), "--vocabularies", "3"]
-    )
+    monkeypatch.setattr(sys, "argv", ["distillation_forms.py", *flags.split()])
     runpy.run_path(str(RECIPE), run_name="__main__")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     written = page.read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ import re
 import pytest
 from folders import RECIPES, ROOT
 
-from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import TokenrlError
 from tokenrl.lab.compare.judgement import UNMET
 from tokenrl.runs.output import UNREAD
@@ -46,15 +45,6 @@ def test_a_blank_line_in_a_table_and_a_missing_cell_are_seen():
 def section(page, heading):
     text = (PAGES / page).read_text(encoding="utf-8")
     return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_flags_of_the_reference_are_flags_of_the_command(name, capsys):
-    page = (PAGES / "reference" / f"{name.replace(' ', '_')}.md").read_text(encoding="utf-8")
-    with pytest.raises(SystemExit):
-        main([*name.split(), "--help"])
-    flags = {*re.findall(r"^\| `(--[a-z-]+)`", page, re.MULTILINE)}
-    assert flags and flags <= {*re.findall(r"--[a-z-]+", capsys.readouterr().out)}
 
 
 def test_every_exit_code_is_in_the_list():

@@ -29,10 +29,10 @@ updates where PPO makes many small ones, and steps 64 environments in one call.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def main(seeds: int = 3) -> None:
     """
     about = versions(run(TRAINER, {"part": "device"}), "gymnasium", "stable_baselines3")
     print_heading(COLUMNS, f"{about}; 1 thread; {ENV}")
-    args = argparse.Namespace(rounds=seeds, tokenrl={})
+    args = Namespace(rounds=seeds, tokenrl={})
     _, *both = alternate(Path(__file__), {}, [{}], args, "stable_baselines3")
     solved = [str(sum(result.get("solved", False) for result in results)) for results in both]
     print_row([*solved, *times(*both, ".2f"), *(middle(x, "steps", ",.0f") for x in both)])

@@ -31,7 +31,6 @@ gives both one thread.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -40,13 +39,15 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from one_trainer import SHAPES, WORK
+import tyro
+from one_trainer import WORK
 
 TRAINER = Path(__file__).with_name("one_trainer.py")
 SETTINGS: list[dict[str, Any]] = [
@@ -83,7 +84,7 @@ def alternate(
     program: Path,
     spec: dict[str, Any],
     settings: Sequence[dict[str, Any]],
-    args: argparse.Namespace,
+    args: Namespace,
     rival: str = "trl",
 ) -> tuple[dict[str, Any], Results, Results]:
     """Measure a rival and tokenrl in turn.
@@ -147,7 +148,7 @@ def versions(device: dict[str, Any], *names: str) -> str:
 
 
 def shape_row(
-    name: str, args: argparse.Namespace, settings: Sequence[dict[str, Any]] = SETTINGS
+    name: str, args: Namespace, settings: Sequence[dict[str, Any]] = SETTINGS
 ) -> list[str]:
     """Measure both on a shape; returns a row of the table."""
     spec = {"work": name, "steps": args.steps}
@@ -157,24 +158,22 @@ def shape_row(
     return [name, best, *times(*both), *peaks(*both)]
 
 
-def parsed(parser: argparse.ArgumentParser, steps: int) -> argparse.Namespace:
-    """The arguments, with those that all benchmarks against TRL have."""
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=steps, help="of each measurement, 2 or more")
-    parser.add_argument("--tokenrl", type=json.loads, default={}, metavar="JSON")
-    return parser.parse_args()
+def main(
+    work: tuple[str, ...] = tuple(WORK), rounds: int = 3, steps: int = 10, tokenrl: str = "{}"
+) -> None:
+    """Measure both trainers on shapes of work.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", nargs="+", choices=SHAPES, default=list(WORK), metavar="NAME")
-    args = parsed(parser, steps=10)
+    Args:
+        work: Shapes, of which `one_trainer.py` has further ones.
+        rounds: Rounds, each of both trainers.
+        steps: Steps of each measurement, 2 or more.
+        tokenrl: Further settings of tokenrl, in JSON.
+    """
+    args = Namespace(rounds=rounds, steps=steps, tokenrl=json.loads(tokenrl))
     print_heading(COLUMNS, versions(run(TRAINER, {"part": "device"})))
-    for name in args.work:
+    for name in work:
         print_row(shape_row(name, args))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -37,22 +37,23 @@ that take long are awaited one by one in TRL, async or not, and together in toke
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import json
 import math
 import string
 import sys
+from argparse import Namespace
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import tyro
 from one_trainer import Clock, Policy, Shape, device, make_model, print_measurement, train
 from step_against_trl import (
     SETTINGS,
     TRAINER,
     alternate,
-    parsed,
     peaks,
     print_heading,
     print_row,
@@ -208,9 +209,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return clock.measurement() | {"read": read}
 
 
-def row(
-    turns: int, wait: float, args: argparse.Namespace, settings: list[dict[str, Any]]
-) -> list[str]:
+def row(turns: int, wait: float, args: Namespace, settings: list[dict[str, Any]]) -> list[str]:
     """Measure tokenrl and, where it has settings, TRL in turn; returns a row of the table."""
     spec = {"turns": turns, "wait": wait, "steps": args.steps, "shape": asdict(QWEN)}
     _, *both = alternate(Path(__file__), spec, settings, args)
@@ -223,23 +222,31 @@ def row(
     return [*cells, *(beside or ["", ""]), *peaks(*both)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--turns", nargs="+", type=int, default=[1, 4, 12])
-    waits = "seconds until the tool answers; 0: a tool that is not async"
-    parser.add_argument("--wait", nargs="+", type=float, default=[0, 0.05], help=waits)
-    args = parsed(parser, steps=6)
+def main(
+    turns: tuple[int, ...] = (1, 4, 12),
+    wait: tuple[float, ...] = (0, 0.05),
+    rounds: int = 3,
+    steps: int = 6,
+    tokenrl: str = "{}",
+) -> None:
+    """Measure both trainers on episodes.
+
+    Args:
+        turns: Numbers of turns of an episode.
+        wait: Seconds until the tool answers; 0: a tool that is not async.
+        rounds: Rounds, each of both trainers.
+        steps: Steps of each measurement, 2 or more.
+        tokenrl: Further settings of tokenrl, in JSON.
+    """
+    args = Namespace(rounds=rounds, steps=steps, tokenrl=json.loads(tokenrl))
     print_heading(COLUMNS, versions(run(TRAINER, {"part": "device"})))
-    for wait in args.wait:
-        for turns in args.turns:
-            if turns > 1 or not wait:  # an episode of one turn has no answers
-                print_row(row(turns, wait, args, SETTINGS[:1]))
+    for seconds, count in product(wait, turns):
+        if count > 1 or not seconds:  # an episode of one turn has no answers
+            print_row(row(count, seconds, args, SETTINGS[:1]))
 
 
 if __name__ == "__main__":
     if "--measure" in sys.argv:  # in a process of its own
         print_measurement(measure)
     else:
-        main()
+        tyro.cli(main, description=__doc__)

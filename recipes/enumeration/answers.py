@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import tyro
-from figures import show
+from figures import program, show
 from torch import Tensor
 
 from tokenrl import Estimator
@@ -378,7 +378,7 @@ def stale(problems: int) -> None:
     show("A sampler that is some steps behind", rows, problems)
 
 
-SECTIONS: dict[str, Callable[[int], None]] = {
+SECTIONS = {
     "signs": signs,
     "verifier": verifier,
     "adaptive": adaptive,
@@ -386,12 +386,7 @@ SECTIONS: dict[str, Callable[[int], None]] = {
     "entropies": entropies,
     "stale": stale,
 }
-
-
-def main(sections: tuple[str, ...] = tuple(SECTIONS), problems: int = 20) -> None:
-    """Print the tables of some sections, or of all."""
-    for section in sections:
-        SECTIONS[section](problems)
+main = program(SECTIONS)
 
 
 if __name__ == "__main__":

@@ -60,16 +60,15 @@ Results = dict[Case, dict[str, list[Moments]]]  # by form, one for each problem
 
 
 def distillation_problem(
-    seed: int, distance: float, length: int, vocabulary: int = 3, ends: tuple[int, ...] = ()
+    seed: int, distance: float, length: int, ends: tuple[int, ...] = ()
 ) -> Problem:
     """List all completions of a length. The teacher's logits are the student's plus `distance` times noise."""
-    rows = all_completions(vocabulary, length, ends=ends)
+    rows = all_completions(3, length, ends=ends)
     draw = torch.Generator().manual_seed(seed)
-    shape = (len(rows.prefixes), vocabulary)
-    student, noise = torch.randn(2, *shape, generator=draw, dtype=torch.double)
+    shape = (2, len(rows.prefixes), 3)
+    student, noise = torch.randn(shape, generator=draw, dtype=torch.double)
     problem = tabular_problem(
         seed,
-        vocabulary=vocabulary,
         length=length,
         rows=rows,
         logits=student,
@@ -114,31 +113,15 @@ def rloo_of_log_ratio(problem: Problem) -> Moments:
     return Moments(mean[None], problem.gradient(beta=1.0), float(variance + signal))
 
 
-def one_logit() -> dict[str, Moments]:
-    """Return the moments of forms where both tokens share a logit, and the closed forms have more noise.
-
-    Token 0 ends, and tokens 0 and 1 are equally probable. The teacher gives token 1 the probability .7, and after
-    it .58.
-    """
-    teacher = torch.tensor([[0.3, 0.7], [0.42, 0.58]], dtype=torch.double).log()
-    problem = tabular_problem(
-        0, vocabulary=2, length=2, logits=torch.zeros(2, 2), reference=teacher
-    )
-    shared = torch.tensor([0.0, 1.0, 0.0, 1.0]).double()[:, None]  # the logits of token 1
-    names = ("scores", "entropy_slopes", "kl_slopes")
-    slopes = {name: getattr(problem, name) @ shared for name in names}
-    return measure(replace(problem, rewards=torch.zeros_like(problem.rewards), **slopes))
-
-
 OTHERS: dict[str, Callable[[Problem], Moments]] = {
     f"RLOO of {GROUP}, KL in the reward": rloo_of_log_ratio,
     "iw_opd of TRL": iw_opd,
 }
 
 
-def measure(problem: Problem, presets: tuple[str, ...] = PRESETS) -> dict[str, Moments]:
-    """Return the moments of presets for a step of one completion."""
-    return {name: exact_moments(Estimator.preset(name), problem, group_size=1) for name in presets}
+def measure(problem: Problem) -> dict[str, Moments]:
+    """Return the moments of the presets for a step of one completion."""
+    return {name: exact_moments(Estimator.preset(name), problem, group_size=1) for name in PRESETS}
 
 
 def relative_error(moments: Moments, completions: float) -> float:
@@ -189,15 +172,6 @@ def tables(results: Results) -> Iterator[str]:
     yield table("same error: exact form, biased form", crossings)
 
 
-def baseline_cell(problems: int, distance: float, vocabulary: int) -> str:
-    """Return how vopd changes the variance of opd at one position: the median, and the worst."""
-    ratios = []
-    for seed in range(problems):
-        moments = measure(distillation_problem(seed, distance, 1, vocabulary), ("vopd", "opd"))
-        ratios.append(moments["vopd"].variance / moments["opd"].variance)
-    return f"{median(ratios):.2f} ({max(ratios):.2f})"
-
-
 def draw(results: dict[str, Results], output: Path) -> None:
     """Draw the error against the number of completions, for both kinds of the longest completions."""
     steps = torch.logspace(0, 4, 60).tolist()
@@ -221,10 +195,9 @@ def main(
     output: Path = PAGE,
     figure: Path = RECIPES / "figures" / "distillation_forms.png",
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5),
-    vocabularies: tuple[int, ...] = (3, 30, 1000),
     problems: int = 24,
 ) -> None:
-    """Write the tables and the figure. Print vopd's variance at one position."""
+    """Write the tables and the figure."""
     cases = [(1.0, length) for length in lengths]
     cases += [(distance, lengths[-1]) for distance in DISTANCES if distance != 1]
     results: dict[str, Results] = {}
@@ -243,15 +216,6 @@ def main(
     below = rest.partition(END)[2]
     output.write_text(above + "\n\n".join([*parts, END]) + below, encoding="utf-8")
     draw(results, figure)
-    columns = {
-        f"distance {x:g}": {
-            f"vocabulary of {n}": baseline_cell(problems, x, n) for n in vocabularies
-        }
-        for x in DISTANCES
-    }
-    print(table("vopd / opd: median (worst)", columns))
-    shared = [f"{name} {moments.variance:.3g}" for name, moments in one_logit().items()]
-    print(f"variances with one logit for both tokens: {', '.join(shared)}")
     print(f"{output}: {problems} problems of each kind")
 
 

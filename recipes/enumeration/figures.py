@@ -57,6 +57,24 @@ def show(
     print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
 
 
+Sections = Mapping[str, Callable[[int], None]]
+
+
+def program(named: Sections, draw: Callable[[int], None] | None = None) -> Callable[..., None]:
+    """Return a program that prints sections of tables, which take the number of problems, and may draw a figure."""
+
+    def main(
+        sections: tuple[str, ...] = tuple(named), problems: int = 20, figure: bool = False
+    ) -> None:
+        """Print the tables of some sections, or of all; with `figure` draw the figure too, if there is one."""
+        for section in sections:
+            named[section](problems)
+        if figure and draw is not None:
+            draw(problems)
+
+    return main
+
+
 Curves = dict[str, tuple[Callable[[Tensor], Tensor], str, str]]
 """The weight of a prompt by its success rate, with a colour and a line, by name."""
 

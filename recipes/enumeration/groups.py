@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import tyro
 from answers import of_groups, rloo
-from figures import save, show
+from figures import program, save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -202,7 +202,7 @@ def means(_: int) -> None:
     show(f"After {STEPS} steps of the expected gradient", rows, 1)
 
 
-def draw() -> None:
+def draw(_: int) -> None:
     """Draw the mean length by the probability of a right answer, along the ascent of each divisor."""
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -218,16 +218,7 @@ def draw() -> None:
 
 
 SECTIONS = {"bias": bias, "branches": branches, "means": means}
-
-
-def main(
-    sections: tuple[str, ...] = (*SECTIONS,), problems: int = 20, figure: bool = False
-) -> None:
-    """Print the tables of some sections, or of all; with `figure` draw the figure too."""
-    for section in sections:
-        SECTIONS[section](problems)
-    if figure:
-        draw()
+main = program(SECTIONS, draw)
 
 
 if __name__ == "__main__":

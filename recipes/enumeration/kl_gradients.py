@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import tyro
-from figures import save, show
+from figures import program, save, show
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -216,16 +216,7 @@ def draw(problems: int) -> None:
 
 
 SECTIONS = {"forms": forms, "noise": noise, "squares": squares}
-
-
-def main(
-    sections: tuple[str, ...] = (*SECTIONS,), problems: int = 20, figure: bool = False
-) -> None:
-    """Print the tables of some sections, or of all; with `figure` draw the figure too."""
-    for section in sections:
-        SECTIONS[section](problems)
-    if figure:
-        draw(problems)
+main = program(SECTIONS, draw)
 
 
 if __name__ == "__main__":

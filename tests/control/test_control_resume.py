@@ -8,8 +8,6 @@ from tokenrl import train_agent
 
 SMALL = {"num_envs": 4, "eval_episodes": 3, "max_steps": 6, "save_every": 3, "eval_every": 2}
 PIECES = {"num_steps": 7, "estimator": "ppo", "num_iterations": 2, "num_minibatches": 3}
-EPISODES = {"normalize_observations": True, "learning_rate_schedule": "linear", "quiet": True}
-EPISODES |= {"estimator": "reinforce_running_mean"}
 
 
 def results(folder):
@@ -24,12 +22,6 @@ def continued(run, name, options):
     middle = str(copy / "checkpoints" / "step_000003")
     train_agent(output_dir=copy, resume=middle, **SMALL | options)
     return results(copy)
-
-
-def test_whole_episodes_continue_exactly(tmp_path):
-    """All numbers of the log and all weights are equal, though no state of an environment was saved."""
-    run = train_agent(output_dir=tmp_path / "run", **SMALL | EPISODES).output_dir
-    assert continued(run, "again", EPISODES) == results(run)
 
 
 def test_pieces_continue_with_new_episodes_and_say_so(tmp_path, said):

@@ -48,6 +48,15 @@ def samples(policy: Policy) -> Samples:
     return collect_samples(policy, Rewards(points), rows, Sampling(2, 4, seed=3), rows_at_once=24)
 
 
+@pytest.fixture(scope="module")
+def taught(policy: Policy) -> Samples:
+    """Samples without a reward, with a teacher."""
+    rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
+    learner = with_teacher(policy, tiny_policy(seed=1))
+    how = Sampling(2, 4, seed=3)
+    return collect_samples(learner, Rewards(points), rows, how, rows_at_once=24).unrewarded()
+
+
 def directions(policy: Policy, count: int, seed: int = 0, chunk: int = 8) -> torch.Tensor:
     """The probes as one matrix [K, D], in the order of the parameters, as `project` scales them."""
     parameters = chosen_parameters(policy)
@@ -93,38 +102,48 @@ def test_layers_are_chosen_by_name(policy: Policy):
         Estimator.preset("gspo"),
         Estimator.preset("remax"),
         Estimator(returns="reward_to_go", aggregation="token_mean"),
+        Estimator.preset("opd"),
+        Estimator.preset("opd_to_go"),
     ],
-    ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}",
+    ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}-{e.beta:g}",
 )
 def test_a_step_is_the_gradient_that_training_takes(
-    policy: Policy, samples: Samples, estimator
+    policy: Policy, samples: Samples, taught: Samples, estimator
 ) -> None:
     """The loss of one step of four prompts, once through the model and autograd, once from projections."""
-    z = directions(policy, 9)
+    z, seen = directions(policy, 9), taught if estimator.beta else samples
     rows = torch.arange(16)
-    part = samples.parts[0].take(rows)
-    mask = part.mask.double()
-    advantages = estimator.advantages(
-        samples.rewards[rows],
-        mask,
+    part = seen.parts[0].take(rows)
+    old = seen.logprobs[rows]
+    columns = {"logprobs": old, "ref_logprobs": seen.ref_logprobs[rows]}
+    advantages, weights, mask, *_ = estimator.loss_terms(
+        seen.rewards[rows],
+        part.mask.double(),
         group_size=4,
-        greedy_rewards=samples.greedy_rewards[rows],
-        logprobs=samples.logprobs[rows],
-    ).policy
+        max_length=2,
+        greedy_rewards=seen.greedy_rewards[rows],
+        **columns,
+    )
     logprobs = score(policy.model, part).logprobs
-    weights = estimator.token_weights(mask, max_length=2)
-    old = logprobs.detach()
-    loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=old)
+    loss = estimator.loss(
+        logprobs, advantages, weights, mask, old_logprobs=old, ref_logprobs=columns["ref_logprobs"]
+    )
     grads = torch.autograd.grad(loss, policy.trainable_parameters())
     wanted = -z @ torch.cat([g.flatten() for g in grads])
     assert wanted.norm() > 1e-3
-    seen = projected_samples(policy, samples, 9)
-    units = contributions(estimator, samples, seen, prompts_per_step=4)
+    found = projected_samples(policy, seen, 9)
+    units = contributions(estimator, seen, found, prompts_per_step=4)
     assert units.coupled == (
         estimator.aggregation == "token_mean" or estimator.scale == "token_whiten"
     )
     mean = units.values[: 4 // units.groups].mean(0)
     assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_what_a_teacher_says_is_that_of_its_own_pass(policy: Policy, taught: Samples):
+    for part, logprobs in zip(taught.parts, taught.ref_logprobs.split(24), strict=True):
+        reference = score(tiny_policy(seed=1).model, part).logprobs.detach()
+        assert_close(logprobs[:, : part.mask.shape[1]], reference * part.mask)
 
 
 def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples):
@@ -154,30 +173,6 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
     assert dropped.coupled and not kept.coupled
     assert_close(dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14)
     assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
-
-
-def test_the_signal_of_a_teacher_is_the_gradient_of_the_kl_to_it(policy: Policy):
-    """The KL of whole completions to another model, once by autograd and once from projections."""
-    teacher = tiny_policy(seed=1)
-    taught = with_teacher(policy, teacher)
-    rows = [{"prompt": word} for word in WORDS]
-    samples = collect_samples(taught, Rewards(points), rows, Sampling(2, 4, seed=3)).unrewarded()
-    part = samples.parts[0]
-    logprobs = score(policy.model, part).logprobs
-    reference = score(teacher.model, part).logprobs.detach()
-    assert_close(samples.ref_logprobs[:, : part.mask.shape[1]], reference * part.mask)
-    gaps = (logprobs.detach() - reference) * part.mask
-    to_go = gaps.flip(1).cumsum(1).flip(1)  # of each token with those after it
-    wanted = {"opd": gaps, "opd_to_go": to_go}
-    seen = torch.cat(
-        [project(policy, part, chosen_parameters(policy), count=9, seed=0, max_length=2, **PLAIN)]
-    )
-    for name, signal in wanted.items():
-        loss = (signal * logprobs * part.mask).sum() / len(part)
-        grads = torch.autograd.grad(loss, policy.trainable_parameters(), retain_graph=True)
-        expected = -directions(policy, 9) @ torch.cat([g.flatten() for g in grads])
-        units = contributions(Estimator.preset(name), samples, seen, prompts_per_step=2)
-        assert_close(units.values.mean(0), expected, rtol=1e-8, atol=1e-10)
 
 
 ROWS = [{"prompt": word} for word in WORDS * 8]

@@ -26,7 +26,7 @@ from tokenrl.cli import COMMANDS, main  # noqa: E402
 from tokenrl.flags import parse  # noqa: E402
 from tokenrl.lab import measure_bias  # noqa: E402
 from tokenrl.lab.compare.equality import check_equal  # noqa: E402
-from tokenrl.language.training import check  # noqa: E402
+from tokenrl.language.training import check, loop  # noqa: E402
 from tokenrl.language.training.learner import Learner  # noqa: E402
 from tokenrl.runs.metric_table import metric_of  # noqa: E402
 from tokenrl.runs.reader import read_run  # noqa: E402
@@ -148,10 +148,13 @@ def tries_its_update_in_a_check(workshop, row, patch):
 
 
 def shows_the_weights_of_its_gradient(workshop, row, patch):
-    """The weights of tokens in tables are in proportion to the gradient by the log-probabilities, by autograd."""
+    """The weights of tokens in tables are in proportion to the gradient by the log-probabilities, by autograd.
+
+    In the third step, where prompts are weighted, old rows are replayed, and the critic has learnt alone.
+    """
     latest = []
     scored = []
-    divide, score = Learner.micro_batches, Learner.score
+    divide, score, make = Learner.micro_batches, Learner.score, loop.training_step
 
     def divided(self, rows, *args, **options):
         for index in divide(self, rows, *args, **options):
@@ -167,13 +170,13 @@ def shows_the_weights_of_its_gradient(workshop, row, patch):
         scored.append((numbers.tolist(), scores.logprobs))
         return scores
 
+    patch.setattr(loop, "training_step", lambda *args: scored.clear() or make(*args))
     patch.setattr(Learner, "micro_batches", divided)
     patch.setattr(Learner, "score", with_gradient)
     patch.chdir(workshop.folder)
     directory = workshop.folder / f"shown {'-'.join(row)}"
-    step = 3 if "critic first" in row else 1
-    assert main([*workshop.words(row, directory), "--max-steps", str(step)]) == 0
-    table = completions_of(directory, step)
+    assert main([*workshop.words(row, directory), "--max-steps", "3"]) == 0
+    table = completions_of(directory, 3)
     ratios = []
     for numbers, logprobs in scored:
         for number, gradient in zip(numbers, logprobs.grad, strict=True):

@@ -41,7 +41,8 @@ KINDS = {
         f"{TRAIN} --estimator grpo --estimator.beta 0.05 --target-kl 0.5 --keep best --patience 2"
     ),
     "running mean": Kind(
-        f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3 --warmup-steps 3"
+        f"{TRAIN} --estimator reinforce_running_mean --micro-batch-size 3 --warmup-steps 3 "
+        "--sync-every 3 --mixed-precision bf16 --optimizer sgd"
     ),
     "adapter": Kind(f"{TRAIN} --estimator remax --lora-r 4 --keep best --patience 1"),
     "teacher": Kind(

@@ -393,21 +393,6 @@ def test_the_best_weights_are_kept_beside_the_newest_and_handed_over(tmp_path, m
     assert names == ["step_000004", "step_000012", "step_000014"]
 
 
-@pytest.mark.parametrize("step", [5, 9])
-def test_a_run_that_keeps_the_best_and_was_killed_keeps_the_same(tmp_path, step):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    options = {"max_steps": 14, "score": falling, "keep": "best", "patience": 3}
-    options |= {"keep_checkpoints": 1, "save_every": 3}
-    usual = live(whole, **options)
-    assert (usual.exit_reason, usual.steps, usual.best["step"]) == ("no-improvement", 10, 4)
-    with pytest.raises(Killed):
-        live(run, at(step, Killed()), **options)
-    live(run, **options, resume="auto")
-    assert results_of(run) == results_of(whole)
-    again = live(run, at(11, Killed()), **options, resume="auto")  # nothing is left to do
-    assert again.exit_reason == "no-improvement" and results_of(run) == results_of(whole)
-
-
 def test_a_run_whose_best_checkpoint_is_damaged_says_so_and_keeps_its_last_one(tmp_path):
     options = {"max_steps": 14, "score": falling, "save_every": 5, "keep": "best"}
     with stopped(r"step_000004 cannot be used: .*step_000014; --resume auto"):

@@ -1,4 +1,4 @@
-"""A run continues bit for bit from a checkpoint, and only with its own data, models and settings."""
+"""A run continues only with its own data, models and settings; that it does so bit for bit is in tests/promises."""
 
 from __future__ import annotations
 
@@ -7,66 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from families import family_policy
 from folders import read_json
 from refusals import refused
-from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, vowel_reward
+from tiny_models import PROMPTS, make_policy, make_task
 
 import tokenrl
-from tests.states import state_of
+from tests.resume.killing import left
 from tokenrl.core import Estimator
 from tokenrl.names import import_attribute
-
-REFILLING = Estimator.preset(
-    "dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss"
-)
-
-
-def coarse(completion_ids, **_):
-    """Equal in some groups, so that they are refilled."""
-    return [float(sum(i % 3 == 0 for i in ids) > 1) for ids in completion_ids]
-
-
-KINDS = {
-    "critic, own teacher": {
-        "estimator": Estimator.preset("ppo", beta=0.5, kl_placement="loss"),
-        "teacher": "self",
-        "teacher_decay": 0.7,
-        "teacher_template": "{prompt} on the",
-        "top_p": 0.9,
-        "num_minibatches": 2,
-    },
-    "critic that learns alone, weighted prompts": {
-        "estimator": "vapo",
-        "value_warmup": 2,
-        "prompt_weights": "variance",
-    },
-    "refills, KL control": {
-        "estimator": REFILLING,
-        "target_kl": 0.3,
-        "max_refills": 1,
-        "reward": coarse,
-    },
-    "running mean, sgd, bfloat16 copy, replay": {
-        "estimator": Estimator.preset("reinforce_running_mean", importance="sequence"),
-        "optimizer": "sgd",
-        "lr_scheduler_type": "linear",
-        "mixed_precision": "bf16",
-        "keep": "best",
-        "replay": 2,
-        "replay_memory": 3,
-    },
-    "own teacher, adapter, bfloat16 copy": {
-        "estimator": "opd_full_path",
-        "teacher": "self",
-        "teacher_decay": 0.7,
-        "teacher_template": "{prompt} on the",
-        "reward": "none",
-        "lora_r": 2,
-        "mixed_precision": "bf16",
-    },
-}
-"""A kind for each part of a language model's training that has a state of its own."""
 
 
 def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_one(tmp_path):
@@ -231,45 +179,16 @@ def test_nor_is_one_whose_objects_hold_other_values_but_those_that_change_are_st
     assert of_code(reward=[Weighted(1.0)], resume="auto", max_steps=3).steps == 3
 
 
-def files_of(run, step):
-    """What a run leaves that must not depend on an interruption."""
-    weights = {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")}
-    summary = read_json(run / "summary.json")
-    results = {name: value for name, value in summary.items() if "second" not in name}
-    state = state_of(run / "checkpoints" / f"step_{step:06d}")
-    return (run / "metrics.jsonl").read_bytes(), weights, state, results
-
-
-SAVED = {"max_steps": 3, "learning_rate": 0.01, "save_every": 2, "keep_checkpoints": 9}
-SAVED |= {"eval_every": 2, "warmup_steps": 2, "threads": 1, "quiet": True}
-
-
-def continues(run, train) -> bool:
-    """Whether a run that goes on in the middle leaves what it had left as a whole."""
-    train(output_dir=run)
-    whole = files_of(run, 3)
-    train(output_dir=run, resume=run / "checkpoints" / "step_000002")
-    return files_of(run, 3) == whole
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_part_of_a_training_continues_bit_for_bit(tmp_path, kind):
-    def train(**settings):
-        policy = family_policy("llama", vocabulary=96)
-        policy.tokenizer, policy.eos_ids = make_tokenizer(), ENDS
-        settings |= {"model": policy, "task": make_task(), "reward": vowel_reward, "cpu": True}
-        settings |= {"prompts_per_step": 3, "num_generations": 2, "stop_after_zero_spread": 0}
-        tokenrl.train(max_completion_length=6, **SAVED, **settings | KINDS[kind])
-
-    assert continues(tmp_path / "run", train)
-
-
 def test_a_supervised_training_continues_bit_for_bit(tmp_path):
     rows = [{"prompt": prompt, "completion": " dog" * len(prompt)} for prompt in PROMPTS * 2]
+    saved = {"max_steps": 3, "learning_rate": 0.01, "save_every": 2, "keep_checkpoints": 9}
+    saved |= {"eval_every": 2, "warmup_steps": 2, "threads": 1, "quiet": True}
 
     def train(**settings):
-        tokenrl.sft(model=make_policy(), task=rows, batch_size=3, **SAVED, **settings)
+        model, run = make_policy(), tmp_path / "run"
+        tokenrl.sft(model=model, task=rows, batch_size=3, output_dir=run, **saved, **settings)
+        return left(run)
 
-    assert continues(tmp_path / "run", train)
+    assert train() == train(resume=tmp_path / "run" / "checkpoints" / "step_000002")
     with refused("seed: 0, now 5"):
-        train(output_dir=tmp_path / "run", resume="auto", seed=5)
+        train(resume="auto", seed=5)

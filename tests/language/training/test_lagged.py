@@ -1,7 +1,7 @@
 """`sync_every`: training samples from weights of earlier steps, evaluations from the present ones."""
 
 import pytest
-from tiny_models import make_policy, make_task, quickly
+from tiny_models import make_policy, make_task
 
 from tokenrl import evaluate, train
 from tokenrl.runs.metrics import read_metrics
@@ -29,19 +29,3 @@ def test_each_third_step_samples_from_the_present_weights(tmp_path):
     # of the last weights, whatever the copy holds
     final = evaluate(model=tmp_path / "lagged", task=make_task(), num_generations=1, seed=2)
     assert final.metrics["reward"] == pytest.approx(run.eval_after["reward"])
-
-
-FAR = {"sync_every": 4, "learning_rate": 0.3}
-HALF = {"sync_every": 2, "mixed_precision": "bf16"}
-
-
-@pytest.mark.parametrize("options", quickly([FAR, HALF], [HALF]), ids=str)
-def test_a_continuation_samples_from_the_saved_copy(options, tmp_path):
-    """Also inside a period in which the copy is 3 to 12 nats per token away."""
-    options = {"lr_scheduler_type": "constant", **options}
-    _, whole = trained(tmp_path / "whole", **options)
-    trained(tmp_path / "parts", max_steps=3, **options)
-    _, rows = trained(tmp_path / "parts", resume="auto", **options)
-    assert rows[-2:] == whole[-2:]
-    assert "learning_rate" not in options or min(gaps(whole)[1:4]) > 2
-    assert all(row["sampling/kept_mass"] <= 1 for row in whole[1:])

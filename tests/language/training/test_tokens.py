@@ -7,20 +7,15 @@ import torch
 from refusals import refused
 from tiny_models import (
     LETTERS,
-    apart,
-    gradient,
     letter_task,
     letters,
     letters_trained,
     llama_decoder,
-    weights,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tokenrl import Estimator
 from tokenrl.language.policy.stops import pieces
-from tokenrl.language.training import tokens
 from tokenrl.runs.metrics import read_completions
 from tokenrl.runs.reader import read_run
 
@@ -68,41 +63,6 @@ def test_the_numbers_are_those_of_the_model_and_of_the_estimator(trained):
         weights.append(abs(row["advantage"]))
         assert (table["ratio"] - 1).abs().max() > 1e-3  # the first update has moved it
     assert max(weights) > 1
-
-
-OFTEN = [{"prompt": text, "often": 1 + 5 * number} for number, text in enumerate(LETTERS[:4])]
-CASES = {
-    "weights of prompts": {"prompt_weights": "often"},
-    "replay with an importance": {"replay": 2, "estimator": Estimator(importance="sequence")},
-    "a sampled KL, in micro-batches": {"estimator": Estimator(beta=0.5, kl_placement="loss")},
-    "a critic that has learnt alone": {"estimator": "a2c", "value_warmup": 1},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_weights_are_those_of_the_gradient(tmp_path, monkeypatch, case):
-    """Their sum over the scores of all tokens is what plain SGD has moved the policy by in the last step."""
-    monkeypatch.setattr(tokens, "_HEAVIEST", 99)
-    task = letter_task(share_of_a, train_prompts=OFTEN, eval_prompts=OFTEN[:1])
-    options = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "log_completions": 1}
-    options |= {"prompts_per_step": 3, "micro_batch_size": 5} | CASES[case]
-    earlier, run = (
-        letters_trained(tmp_path / str(steps), task, max_steps=steps, **options) for steps in (2, 3)
-    )
-    model = earlier.policy.model
-    rows = read_completions(run.output_dir / "completions" / "step_000003.parquet")
-    total = 0.0
-    for row in rows:
-        ids = letters()[1].convert_tokens_to_ids([*row["prompt"], *row["tokens/text"]])
-        logits = model(torch.tensor([ids])).logits[0, 2:-1]
-        scores = logits.log_softmax(-1)[range(len(logits)), ids[3:]]
-        total = total + (torch.tensor(row["tokens/weight"]) * scores).sum() / len(rows)
-    moved = weights(run.policy.model) - weights(model)
-    model.zero_grad()
-    total.backward()
-    assert apart(gradient(model), moved) < 1e-3
-    is_waiting = "value_warmup" in options  # where no token has a weight in the first step
-    assert bool(run.tokens(1)["weight"].abs().max()) != is_waiting
 
 
 def test_what_was_not_kept_is_refused(trained):

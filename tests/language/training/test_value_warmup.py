@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from refusals import refused
-from tiny_models import letter_task, letters, letters_trained, weights
+from tiny_models import letter_task, letters_trained
 
 from tokenrl.control import train_agent
 from tokenrl.core import Estimator
@@ -29,9 +28,7 @@ def test_the_weight_of_the_kl_the_patience_and_the_rate_wait_for_the_policy(tmp_
     assert rates == [0.0] * 5 + [0.01]
 
 
-def test_a_check_tries_the_update_of_the_policy(tmp_path):
-    check = trained(tmp_path, check=True)
-    assert not torch.equal(weights(check.policy.model), weights(letters()[0]))
+def test_a_check_tries_the_update_of_the_policy():
     broken = {"reward_scale": 1e30, "estimator": "a2c", "value_warmup": 1, "max_steps": 2}
     agent = train_agent(env="bandit", num_envs=4, eval_episodes=4, check=True, quiet=True, **broken)
     assert "skipped" in agent.flags  # its gradient is not finite
