@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 15_600,
     "core": 20_020,
-    "runs": 24_900,
+    "runs": 25_060,
     "control": 10_800,
     "advisor": 2_080,
     "language": 30,
@@ -42,12 +42,12 @@ LIMITS = {
     "lab": 30,
     "lab/exact": 12_260,
     "lab/measure": 4_430,
-    "lab/compare": 15_980,
+    "lab/compare": 15_720,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 219_070, 195, 92_400, 249_320, 60_800, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_990, 195, 92_400, 249_320, 60_800, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
@@ -292,7 +292,7 @@ def test_no_files_import_each_other_in_a_circle():
 GUESTS = ("control", "lab/compare", "lab/measure")
 """Rooms that enter others by their doors, so that a change inside of those costs nothing here."""
 DOORS = ("control", "language", "runs")
-MOST_NAMES = 19
+MOST_NAMES = 20
 """Names that a guest takes from one room at most; with more the seam between the two is wrong."""
 
 

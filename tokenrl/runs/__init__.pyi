@@ -28,6 +28,7 @@ from tokenrl.runs.metrics import TrackerArguments as TrackerArguments
 from tokenrl.runs.origin import typed_command as typed_command, versions as versions
 from tokenrl.runs.output import rich_console as rich_console, rich_table as rich_table
 from tokenrl.runs.plots import Chart as Chart, Forest as Forest
+from tokenrl.runs.reader import ENDED as ENDED, state_of as state_of
 from tokenrl.runs.report import charts as charts
 from tokenrl.runs.resume import (
     ROUNDING as ROUNDING,
@@ -35,7 +36,6 @@ from tokenrl.runs.resume import (
     resume_settings as resume_settings,
 )
 from tokenrl.runs.rules import (
-    LOST_SHARE as LOST_SHARE,
     Finding as Finding,
     Means as Means,
     judge as judge,

@@ -12,19 +12,28 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.console import ending, evaluations as before_and_after
+from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import evaluations
 from tokenrl.runs.metric_table import Row, finite
 from tokenrl.runs.metrics import read_completions, read_metrics
+from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
 if TYPE_CHECKING:
     import pandas as pd
+
+State = Literal["finished", "failed", "stopped", "running", "absent"]
+"""How a run stands: it ended as its training decided; it broke off; a signal ended it; it is under way; or it has
+not begun. Verdicts are about runs of the first two states alone."""
+ENDED: tuple[State, ...] = ("finished", "failed")
+LOG_TAIL = 400
+"""Most characters of what a run has printed that say why it failed."""
 
 
 class Tabled:
@@ -274,6 +283,27 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
         file = path / f"{name}.json"
         files[name] = read_config(file) if file.exists() else {}
     return RecordedRun(path=path, metrics=read_metrics(path / "metrics.jsonl"), **files)
+
+
+def state_of(directory: Path, run: RecordedRun | None, printed: str) -> tuple[State, str]:
+    """Return how a run stands, and in words why it has not finished.
+
+    Args:
+        directory: its directory.
+        run: what its files say; None where it has written none.
+        printed: what its process has printed.
+    """
+    summary = run.summary if run else {}
+    if ended_by_itself(summary):
+        return "finished", ""
+    if in_use(directory):
+        return "running", "It is under way."
+    if summary.get("exit_reason") in SIGNALS.values():
+        return "stopped", f"{summary['exit_reason']} stopped it; the same command goes on with it."
+    if not (run or printed.strip()):
+        return "absent", "It has not begun."
+    error = summary.get("error") or " ".join(printed.strip()[-LOG_TAIL:].split())
+    return "failed", str(error or "It was ended from outside, as for want of memory.")
 
 
 def _rows_of(log: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import check_plan, read_plan, start_plan
 from tokenrl.lab.compare.problems import make_plan, read_arm
+from tokenrl.lab.compare.table import points
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 
@@ -60,7 +61,7 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
         "dapo",
     )
     assert (planned.budget, planned.unit) == (40 * 16 * 8, "completions")
-    assert planned.evaluated_at[-1] == planned.budget
+    assert points(planned.budget, planned.every)[-1] == planned.budget
     runs = [run.settings for run in planned.runs({})[: len(planned.arms)]]
     every = runs[0]["eval_every"]
     assert [run["max_steps"] for run in runs] == [40, math.ceil(40 * 8 / 9), 80, 20, 40, 40]
@@ -68,7 +69,7 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
     assert [run["eval_every"] for run in runs] == evaluations, "after the same samples"
     assert [run["learning_rate"] for run in runs] == [2e-4] * 4 + [1e-3, 2e-4]
     rates = {"rloo": 5e-4}
-    assert [run.learning_rate for run in planned.runs(rates)[:2]] == [5e-4, 2e-4]
+    assert [run.settings["learning_rate"] for run in planned.runs(rates)[:2]] == [5e-4, 2e-4]
     assert planned.describe()["steps"] == (
         "rloo: 40; remax: 36; grpo,num_generations=4: 80; rloo,prompts_per_step=32: 20; "
         "rloo,learning_rate=1e-3: 40; dapo: 40"
@@ -105,7 +106,7 @@ def test_an_arm_has_its_own_rates_or_those_of_all(rate, rates, words):
     arms = ("rloo", "grpo,learning_rate=(1e-4,4e-4)", "remax,learning_rate=1")
     planned = toy(*arms, learning_rate=rate, first_seed=3)
     assert [list(arm.rates) for arm in planned.arms] == rates
-    tried = {(run.arm, run.learning_rate, run.seed) for run in planned.tuning_runs()}
+    tried = {(run.arm, run.settings["learning_rate"], run.seed) for run in planned.tuning_runs()}
     expected = set()
     for arm, of_arm in zip(arms, rates, strict=True):
         seeds = (20_003, 20_004, 20_005) if len(of_arm) > 1 else ()

@@ -134,7 +134,7 @@ def test_each_arm_is_compared_at_its_best_rate_and_an_edge_is_told(tmp_path):
 
     def make(runs):
         for run in runs:
-            end = 1 - abs(math.log2(run.learning_rate / best[run.arm]))
+            end = 1 - abs(math.log2(run.settings["learning_rate"] / best[run.arm]))
             write_run(tmp_path / run.path, **rising(end)(run.seed))
         return read_runs(plan, runs, tmp_path)
 

@@ -15,9 +15,10 @@ from tokenrl.errors import Stopped
 from tokenrl.lab.compare.decisions import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
 from tokenrl.lab.compare.plan import Plan, Role
-from tokenrl.lab.compare.table import ENDED
-from tokenrl.runs import LOST_SHARE
+from tokenrl.runs import ENDED
 
+MOST = 0.5
+"""Above this share it is most of the updates, of the completions or of the runs."""
 LOST = {
     "grad_clipped": (
         "Clipping: the gradient was clipped in most updates of {arms}. There the bound sets the size of a step; the "
@@ -121,12 +122,12 @@ class Comparison:
             )
         for metric, (text, headline) in LOST.items():
             shares = by_arm[metric].mean()
-            arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > LOST_SHARE]
+            arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > MOST]
             if arms:
                 yield text.format(arms=joined(arms)), headline
         for arm, of_arm in by_arm:
             counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
-            for flag in counts[counts > LOST_SHARE * len(of_arm)].index:
+            for flag in counts[counts > MOST * len(of_arm)].index:
                 yield f"Training of {arm}: {flag} in most of its runs.", ""
         best = by_arm["learning_rate"].first()
         for arm in self.plan.arms:
@@ -143,7 +144,7 @@ def judge_rows(runs: pd.DataFrame, metric: str, problem: str = "", **options: An
     """Judge runs by a score; those that have not ended are left out.
 
     Args:
-        runs: a row for each run, as `table.row_of` makes it, with its arm and seed.
+        runs: a row for each run, as `table.rows_of` makes it, with its arm and seed.
         metric: the score.
         problem: the name of the problem.
         **options: as `judge_scores` takes them.

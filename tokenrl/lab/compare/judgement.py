@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pandas as pd
 from scipy import stats
@@ -203,11 +203,6 @@ class Family:
         return {arm for d in open_ones for arm in (d.arm, d.reference)}
 
     @property
-    def rivals(self) -> list[str]:
-        """The arms that are compared with the reference."""
-        return [arm.arm for arm in self.arms if arm.arm != self.reference]
-
-    @property
     def against_reference(self) -> dict[str, PairedDifference]:
         """The differences to the reference, by arm."""
         return {d.arm: d for d in self.differences if d.reference == self.reference}
@@ -298,31 +293,16 @@ class Judgement:
         return pd.DataFrame(rows).drop(columns=["differences", "adjusted"])
 
 
-class Requirement(NamedTuple):
-    """The verdicts of which a program requires one of an arm; none if it requires nothing."""
-
-    verdicts: set[str]
-    arm: str
-
-    def exit_code(self, family: Family) -> int:
-        """Return 0 if a family has such a verdict, else 3."""
-        if not self.verdicts or family.against_reference[self.arm].verdict in self.verdicts:
-            return 0
-        return UNMET
-
-
-def required(words: str | None, rivals: Sequence[str]) -> Requirement:
-    """Read what `--require` says, such as better|equivalent:grpo.
+def required(words: str, rivals: Collection[str]) -> tuple[set[str], str]:
+    """Return the verdicts of which `--require` asks for one, and the arm, such as better|equivalent:grpo.
 
     Args:
-        words: the text; None requires nothing.
+        words: the text.
         rivals: the arms that have verdicts.
 
     Raises:
         Refused: it names something else.
     """
-    if words is None:
-        return Requirement(set(), "")
     names, _, arm = words.partition(":")
     verdicts = {*names.split("|")}
     if not verdicts <= {*HEADLINES} or arm not in rivals:
@@ -330,7 +310,15 @@ def required(words: str | None, rivals: Sequence[str]) -> Requirement:
             f"require was given as {words!r}; name one or more of {', '.join(HEADLINES)}, separated by |, and "
             f"after a colon one of the arms {', '.join(rivals)}."
         )
-    return Requirement(verdicts, arm)
+    return verdicts, arm
+
+
+def exit_code(words: str | None, family: Family) -> int:
+    """Return 0 if a family has what `--require` asks for, or it asks for nothing; else 3."""
+    if words is None:
+        return 0
+    verdicts, arm = required(words, family.against_reference)
+    return 0 if family.against_reference[arm].verdict in verdicts else UNMET
 
 
 def decides(verdict: VerdictWord) -> bool:

@@ -20,7 +20,7 @@ from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import collect, execute
-from tokenrl.lab.compare.judgement import Requirement, required
+from tokenrl.lab.compare.judgement import exit_code, required
 from tokenrl.lab.compare.page import record, write_comparison
 from tokenrl.lab.compare.plan import (
     Plan,
@@ -62,7 +62,9 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> result.judgement.verdicts()
     """
     args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
-    requirement_of(args)
+    if args.require is not None:
+        reference = args.reference or args.arms[0]
+        required(args.require, [arm for arm in args.arms if arm != reference])
     console = Console(quiet=args.quiet)
     root = directory_path(args.output_dir)
     plan = make_plan(args, console.note)
@@ -95,30 +97,21 @@ def compare_each(args: CompareArguments) -> int:
 
     All are planned before the first is run, so that what cannot work is refused then.
     """
-    requirement = requirement_of(args)
     kind = "env" if args.env else "task"
     names = getattr(args, kind)
     parts = [args]
     if len(names) > 1:
-        changes: list[dict[str, Any]] = [
-            {kind: (name,), "output_dir": f"{args.output_dir}/{folder_of(name)}"} for name in names
-        ]
-        parts = [replace(args, **of_one) for of_one in changes]
+        folder = args.output_dir
+        alone: Any = [{kind: (x,), "output_dir": f"{folder}/{folder_of(x)}"} for x in names]
+        parts = [replace(args, **changes) for changes in alone]
         for part in () if args.dry_run else parts:
             compare(replace(part, dry_run=True, quiet=True))
     codes = [0]
     for part in parts:
         result = compare(part)
         if isinstance(result, Comparison):
-            codes += [result.exit_code, requirement.exit_code(result.family)]
+            codes += [result.exit_code, exit_code(args.require, result.family)]
     return max(codes)
-
-
-def requirement_of(args: CompareArguments) -> Requirement:
-    """Return what `require` asks for; see `required`."""
-    return required(
-        args.require, [arm for arm in args.arms if arm != (args.reference or args.arms[0])]
-    )
 
 
 def _judged(

@@ -85,11 +85,6 @@ class PlannedRun:
         """The command that makes the run."""
         return "control" if "env" in self.settings else "train"
 
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the run."""
-        return float(self.settings["learning_rate"])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -130,12 +125,6 @@ class Plan:
     failure_below: float | None = None
     all_pairs: bool = False
     command: str = ""
-
-    @property
-    def evaluated_at(self) -> tuple[int, ...]:
-        """Numbers of samples at which curves are read; the last is the budget."""
-        step = self.every or self.budget
-        return (*range(step, self.budget, step), self.budget)
 
     def run(self, arm: Arm, seed: int, rate: float, role: Role = "comparison") -> PlannedRun:
         """Plan one run."""

@@ -18,12 +18,12 @@ from tokenrl.files import write_json
 from tokenrl.lab.compare.arguments import JudgeArguments
 from tokenrl.lab.compare.comparison import judge_rows
 from tokenrl.lab.compare.decisions import judge_scores
-from tokenrl.lab.compare.equality import WITHIN_ARM, check_equal
-from tokenrl.lab.compare.judgement import Judgement, required
+from tokenrl.lab.compare.equality import WITHIN_ARM
+from tokenrl.lab.compare.judgement import Judgement, exit_code
 from tokenrl.lab.compare.page import verdicts_of
 from tokenrl.lab.compare.plan import SCORES
-from tokenrl.lab.compare.table import ENDED, Axis, row_of
-from tokenrl.runs import RecordedRun, differences, read_run
+from tokenrl.lab.compare.table import Axis, points, rows_of
+from tokenrl.runs import ENDED, differences, read_run
 from tokenrl.settings import check_choice
 
 BASELINE, CANDIDATE = "baseline", "candidate"
@@ -78,28 +78,22 @@ def judge_recorded(
         )
     arms = [BASELINE] * len(baseline) + [CANDIDATE] * len(candidate)
     runs = [*map(read_run, (*baseline, *candidate))]
-    check_equal(zip(arms, runs, strict=True))
-    axis = _axis(runs[0])
-    rows = []
-    for arm, run in zip(arms, runs, strict=True):
-        row = {"arm": arm, "seed": run.config.get("seed")}
-        row |= row_of(run.path, run, axis, metric, failure_below)
+    first = runs[0].config  # with which all agree, or they are refused
+    steps = points(int(first.get("max_steps") or 1), int(first.get("eval_every") or 0))
+    known = [
+        ({"arm": arm, "seed": run.config.get("seed")}, run.path, run)
+        for arm, run in zip(arms, runs, strict=True)
+    ]
+    rows = rows_of(known, Axis("step", steps), metric, failure_below)
+    for row, run in zip(rows, runs, strict=True):
         if row["state"] not in ENDED:
             raise Refused(
                 f"{run.path} has not ended: {row['reason']} Judge it once it has; to leave out runs that take long, or "
                 "that were stopped, would favour an arm."
             )
-        rows.append(row)
     judgement = judge_rows(pd.DataFrame(rows), metric, margin=margin)
-    first = {BASELINE: runs[0], CANDIDATE: runs[len(baseline)]}
-    return JudgedRuns(judgement, differences(first, left_out=WITHIN_ARM))
-
-
-def _axis(run: RecordedRun) -> Axis:
-    """Return the steps of the evaluations that a run plans, in which all that are compared agree."""
-    last = int(run.config["max_steps"])
-    every = int(run.config["eval_every"] or last)
-    return Axis("step", (*range(every, last, every), last))
+    of_arms = {BASELINE: runs[0], CANDIDATE: runs[len(baseline)]}
+    return JudgedRuns(judgement, differences(of_arms, left_out=WITHIN_ARM))
 
 
 def judge(args: JudgeArguments) -> int:
@@ -123,15 +117,14 @@ def judge(args: JudgeArguments) -> int:
     else:
         judgement = _of_file(args)
         record = verdicts_of(judgement)
-    requirements = [required(args.require, family.rivals) for family in judgement.families]
+    codes = [exit_code(args.require, family) for family in judgement.families]
     for family in judgement.families:
         title = [family.problem] if family.problem else []
         print("", *title, family.table().to_string(), "", family.headline(), sep="\n")
         print("".join(f"- {sentence}\n" for sentence in family.sentences()), end="")
     if args.json:
         write_json(Path(args.json), record)
-    pairs = zip(requirements, judgement.families, strict=True)
-    return max(requirement.exit_code(family) for requirement, family in pairs)
+    return max(codes)
 
 
 def _of_file(args: JudgeArguments) -> Judgement:

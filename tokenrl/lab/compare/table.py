@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,8 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import read_file
 from tokenrl.lab.compare.equality import check_equal
 from tokenrl.lab.compare.plan import SCORES, Plan, PlannedRun
-from tokenrl.runs import RecordedRun, ended_by_itself, in_use, read_run
+from tokenrl.runs import ENDED, RecordedRun, ended_by_itself, read_run, state_of
 
-State = Literal["finished", "failed", "stopped", "running", "absent"]
-"""How a run stands: it ended as its training decided; it broke off; a signal ended it; it is under way; or it has
-not begun. Verdicts are about runs of the first two states alone."""
-ENDED: tuple[State, ...] = ("finished", "failed")
 CURVES = (
     "reward",
     "reward_greedy",
@@ -35,7 +31,6 @@ COUNTS = {
 """The metric that counts samples, by the unit of the budget."""
 TRAINED = {"entropy": "entropy", "grad_clipped": "grad_clipped", "completions/clipped_ratio": "cut"}
 """Metrics of training steps, with the names of their means in the table; entropy is the mean of the last tenth."""
-LOG_TAIL = 400
 
 
 class Axis(NamedTuple):
@@ -57,6 +52,12 @@ class Axis(NamedTuple):
         return counts.cumsum() if self.counter == "episodes" else counts.cummax()
 
 
+def points(budget: int, every: int) -> tuple[int, ...]:
+    """Return the numbers at which runs are evaluated, up to the budget; `every` is 0 for the budget alone."""
+    step = every or budget
+    return (*range(step, budget, step), budget)
+
+
 def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, ended or not.
 
@@ -69,66 +70,68 @@ def read_runs(plan: Plan, runs: Iterable[PlannedRun], root: Path) -> list[dict[s
         root: its directory.
 
     Returns:
-        For each run `problem`, `arm`, `seed`, `role`, `path`, `learning_rate`, and what `row_of` returns.
+        For each run `problem`, `arm`, `seed`, `role`, `path`, `learning_rate`, and what `rows_of` returns.
 
     Raises:
         Refused: a file of a run is damaged, or two runs cannot be compared (see `check_equal`).
     """
-    rows = []
-    recorded = []
-    axis = Axis(COUNTS[plan.unit], plan.evaluated_at)
+    read = []
     for run in runs:
         directory = root / run.path
         record = read_run(directory) if (directory / "metrics.jsonl").is_file() else None
-        if record is not None:
-            recorded.append((run.arm, record))
-        row = {**vars(run), "learning_rate": run.learning_rate}
-        del row["settings"]
-        rows.append(row | row_of(directory, record, axis, plan.metric, plan.failure_below))
-    check_equal(recorded, varying=["learning_rate"])
-    return rows
+        facts = {**vars(run), "learning_rate": float(run.settings["learning_rate"])}
+        del facts["settings"]
+        read.append((facts, directory, record))
+    axis = Axis(COUNTS[plan.unit], points(plan.budget, plan.every))
+    return rows_of(read, axis, plan.metric, plan.failure_below, varying=["learning_rate"])
 
 
-def row_of(
-    directory: Path,
-    run: RecordedRun | None,
+def rows_of(
+    runs: Sequence[tuple[Mapping[str, Any], Path, RecordedRun | None]],
     axis: Axis,
     metric: str,
     failure_below: float | None,
-) -> dict[str, Any]:
-    """Return what the table says of a run, ended or not.
+    varying: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Return the rows of runs, ended or not, once it is sure that they can be compared.
 
     A run that ended before the budget keeps the values of its last evaluation, also if it failed.
 
     Args:
-        directory: its directory.
-        run: what its files say; None where it has written none.
-        axis: where its curve is read.
+        runs: for each what is known beforehand, its `arm` among that, its directory, and what its files say; None
+            where it has written none.
+        axis: where the curves are read.
         metric: the score that decides.
-        failure_below: the reward at the end below which it failed; None for no such reward.
+        failure_below: the reward at the end below which a run failed; None for no such reward.
+        varying: settings that may differ between the runs of an arm, beside the seed.
 
     Returns:
-        `state`; `reason`, why it has not finished or has failed; `failed`, also without a score or by its reward at
-        the end; `flags` of its own verdict, as summary.json has them; `samples`; the scores; means over training
-        steps; and its `curve`, a frame of the metrics of evaluations by `samples`, interpolated between evaluations
-        and constant after the last; None without any.
+        For each run what is known, and `state`; `reason`, why it has not finished or has failed; `failed`, also
+        without a score or by its reward at the end; `flags` of its own verdict, as summary.json has them; `samples`;
+        the scores; means over training steps; and its `curve`, a frame of the metrics of evaluations by `samples`,
+        interpolated between evaluations and constant after the last; None without any.
+
+    Raises:
+        Refused: two runs cannot be compared (see `check_equal`).
     """
-    state, reason = _state(directory, run)
-    flags = run.summary.get("flags", []) if run else []
-    row: dict[str, Any] = {
-        "state": state,
-        "flags": " ".join(flags),
-        **dict.fromkeys(SCORES, math.nan),
-    }
-    row["curve"] = None
-    if run and run.metrics:
-        row |= _scores(run, axis)
+    check_equal([(facts["arm"], run) for facts, _, run in runs if run is not None], varying)
     threshold = -math.inf if failure_below is None else failure_below
-    if state == "finished" and math.isnan(row[metric]):
-        reason = f"It has no {metric}."
-    elif state == "finished" and row["reward"] < threshold:
-        reason = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
-    return row | {"reason": reason, "failed": state in ENDED and reason != ""}
+    rows = []
+    for facts, directory, run in runs:
+        log = Path(f"{directory}.log")
+        printed = read_file(log).decode("utf-8", "replace") if log.is_file() else ""
+        state, reason = state_of(directory, run, printed)
+        row = {**facts, "state": state, "flags": "", **dict.fromkeys(SCORES, math.nan)}
+        row["curve"] = None
+        if run is not None:
+            row["flags"] = " ".join(run.summary.get("flags", []))
+            row |= _scores(run, axis) if run.metrics else {}
+        if state == "finished" and math.isnan(row[metric]):
+            reason = f"It has no {metric}."
+        elif state == "finished" and row["reward"] < threshold:
+            reason = f"Its reward at the end, {row['reward']:.3g}, is below {threshold:g}."
+        rows.append(row | {"reason": reason, "failed": state in ENDED and reason != ""})
+    return rows
 
 
 def _scores(run: RecordedRun, axis: Axis) -> dict[str, Any]:
@@ -155,23 +158,6 @@ def _scores(run: RecordedRun, axis: Axis) -> dict[str, Any]:
     tenth = max(1, len(trained) // 10)
     scores |= trained[[*TRAINED]].mean().rename(TRAINED)
     return scores | {"entropy": trained["entropy"][-tenth:].mean()}
-
-
-def _state(directory: Path, run: RecordedRun | None) -> tuple[State, str]:
-    """Return how a run stands, and why it has not finished."""
-    summary = run.summary if run else {}
-    log = Path(f"{directory}.log")
-    printed = read_file(log).decode("utf-8", "replace").strip()[-LOG_TAIL:] if log.is_file() else ""
-    if ended_by_itself(summary):
-        return "finished", ""
-    if in_use(directory):
-        return "running", "It is under way."
-    if str(summary.get("exit_reason")).startswith("SIG"):
-        return "stopped", f"{summary['exit_reason']} stopped it; the same command goes on with it."
-    if not (run or printed):
-        return "absent", "It has not begun."
-    error = summary.get("error") or " ".join(printed.split())
-    return "failed", str(error or "It was ended from outside, as for want of memory.")
 
 
 def is_done(run: PlannedRun, root: Path) -> bool:
