@@ -147,8 +147,7 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
         processes: the number of processes of the run.
 
     Raises:
-        Refused: two choices contradict each other, there is no learning rate for the optimiser, or there are
-            no demonstrations for a warm start.
+        Refused: two choices contradict each other, or a learning rate or demonstrations are missing.
     """
     estimator = args.estimator
     episodic = task.environment is not None
@@ -182,11 +181,7 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
-    if estimator.importance_centre and not engine.is_default:
-        raise Refused(
-            "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
-            "transformers returns. Take it, or set importance_centre to False."
-        )
+    engine.check_centres(estimator)
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
