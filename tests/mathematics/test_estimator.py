@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import typing
 
 import pytest
@@ -26,6 +28,16 @@ def test_presets(name):
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11)
     assert (changed.reference, changed.preset_name) == ("", "custom estimator")
+
+
+def test_entries_are_those_of_the_fields_also_of_copies():
+    e = Estimator(scale="group_std", beta=0.1)
+    assert vars(e).keys() == {field.name for field in dataclasses.fields(e)}
+    for same in (pickle.loads(pickle.dumps(e)), copy.deepcopy(e), Estimator(**vars(e))):
+        assert same == e and same.entries == e.entries
+    assert e.entries["scale"] == CHOICES["scale"]["group_std"]
+    changed = dataclasses.replace(e, scale="none", beta=0)
+    assert changed.entries["scale"] == CHOICES["scale"]["none"] and "kl" not in changed.entries
 
 
 IN_LOSS = {"beta": 0.1, "kl_placement": "loss"}
