@@ -35,6 +35,8 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         r"0.0   0.2500 +\S+   0.0625  0.250          0.0250",
         r"128 reward_to_go timestep_mean +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +0\.5\d\d",
         r"total +none +2.91",
+        r"timestep_mean +2.01",
+        r"reward_to_go +none +2.89",
         r"timestep_mean +1.99",
         "figure: variance_horizon.png",
     ),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import runpy
-from itertools import product
 from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from folders import RECIPES
 from gymnasium.utils.env_checker import check_env
 
 from tokenrl.control.environments import OWN, describe
-from tokenrl.core import Estimator
 
 UP, RIGHT, DOWN, LEFT = range(4)
 LINE = [*range(1, 12)]
@@ -72,34 +69,3 @@ def test_numbers_of_the_trap(capsys):
     for policy, value in ((along_the_wall, 0.9), (TO_THE_RIGHT, 0.49)):
         assert ENTROPY.values_of(grid, policy)[0] == pytest.approx(value)
     assert 0.49 < describe("trap").solved < 0.9
-
-
-BANDIT = program("1_bandit")
-
-
-@pytest.mark.parametrize("baseline", ["none", "timestep_mean"])
-@pytest.mark.parametrize("returns", ["total", "reward_to_go"])
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_mean_and_variance_of_the_bandit_are_those_of_all_episodes(steps, returns, baseline):
-    """Over all 2^T episodes, weighed by their chances, with the true mean for a baseline."""
-    actions = torch.tensor(list(product((0, 1), repeat=steps)))
-    rewards = torch.arange(steps, 0, -1).double()
-    if returns == "total":
-        rewards = torch.full_like(rewards, steps)
-    for theta in (-2.3, 0.0, 0.7):
-        s = BANDIT.probability(theta)
-        chances = torch.where(actions == 0, s, 1 - s).prod(-1)
-        exact = "none"
-        if baseline != "none":
-            exact = lambda totals, mask, b=s * rewards, **_: b.expand(mask.shape)  # noqa: E731
-        estimator = Estimator(returns=returns, baseline=exact)
-        g = BANDIT.episode_gradients(estimator, theta, actions)
-        mean = chances @ g
-        measured = torch.stack([mean, chances @ (g - mean).square()])
-        formulas = (
-            BANDIT.expected_gradient(theta, steps),
-            BANDIT.gradient_variance(theta, steps, returns, baseline),
-        )
-        assert measured.tolist() == pytest.approx(
-            [float(x) for x in formulas], rel=1e-10, abs=1e-12
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from itertools import islice
 from types import SimpleNamespace
 
@@ -388,18 +387,3 @@ def recorded(reward, into):
         return rewards
 
     return f
-
-
-def by_hand(name, rewards):
-    """Advantages of one group of rewards, written out."""
-    if name == "reinforce":
-        return rewards
-    if name == "reinforce_running_mean":
-        return [r - 0.2 for r in rewards]  # the value that `one_step` starts its running mean from
-    total, n = sum(rewards), len(rewards)
-    if name == "rloo":
-        return [r - (total - r) / (n - 1) for r in rewards]
-    centred = [r - total / n for r in rewards]
-    if name == "dr_grpo":
-        return centred
-    return [c / (math.sqrt(sum(x * x for x in centred) / (n - 1)) + 1e-4) for c in centred]

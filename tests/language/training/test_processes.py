@@ -1,7 +1,5 @@
 """Two processes do what one does: the same update, the same metrics, no rank left waiting.
 
-Replay, weights of prompts and averaged teachers are in tests/promises.
-
 Run as a program, this file is one of the processes.
 """
 
@@ -36,6 +34,8 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.stream import WeightedPrompts
 from tokenrl.runs.metrics import read_metrics
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
@@ -90,6 +90,17 @@ SCENARIOS = {
     "refilled": ("dapo", {}, flat_on_both),
     "episodes": (Estimator(returns="reward_to_go"), {"micro_batch_size": 4}, vowel_reward),
     "failing episodes": ("grpo", {"num_generations": 4}, vowel_reward),
+    "own teacher": (
+        Estimator.preset("rloo_opd"),
+        {"teacher": "self", "teacher_decay": 0.5, "teacher_template": "{prompt} on", "lora_r": 2},
+        vowel_reward,
+    ),
+    "weighted prompts": (
+        Estimator(prompts="inverse"),
+        {"prompt_weights": "variance"},
+        vowel_reward,
+    ),
+    "replay": (Estimator(importance="token"), {"replay": 2, "micro_batch_size": 4}, vowel_reward),
     "refilled by an engine": (
         "dapo",
         {"generator": lambda policy, _: Engine(policy)},
@@ -124,7 +135,14 @@ def outcome(name: str) -> dict:
         reward = Rewards([reward], [0.5, 1.0], environments=environments)
     # the longest completion is the first's, or the second's
     step = 8 + list(SCENARIOS).index(name) % 2
-    metrics = one_step(learner, step=step, reward=reward).metrics
+    if learner.replay is not None:
+        one_step(learner, step=1, reward=reward)
+    stream = None
+    if "weighted" in name:
+        rows = Rows.of({"prompt": prompt} for prompt in PROMPTS)
+        stream = WeightedPrompts(rows, 2, lambda _, means, variances: 1 + means + variances, 0.1)
+        one_step(learner, step=1, reward=reward, stream=stream)
+    metrics = one_step(learner, step=step, reward=reward, stream=stream).metrics
     return {
         "gradient": gradient(policy.model),
         "weights": weights(policy.model),

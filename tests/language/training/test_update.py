@@ -9,7 +9,6 @@ import torch
 from tiny_models import (
     ENDS,
     apart,
-    by_hand,
     flat_second_prompt,
     gradient,
     make_learner,
@@ -96,11 +95,6 @@ def test_the_gradient_does_not_depend_on_micro_batches(name, monkeypatch):
         assert other.metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
-def advantages_of(name, rewards):
-    """Advantages by hand of groups of three rewards each."""
-    return [item for start in range(0, 12, 3) for item in by_hand(name, rewards[start : start + 3])]
-
-
 @pytest.mark.parametrize(
     ("share", "temperature", "truncations"),
     [(True, 0.7, "keep"), (False, 1.0, "keep"), (True, 1.0, "mask")],
@@ -115,9 +109,11 @@ def test_the_gradient_is_the_textbook_sum(name, share, temperature, truncations)
     learner = make_learner(policy, estimator, temperature=temperature, micro_batch_size=5, **SHORT)
     scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
-    advantages = advantages_of(name, [reward for *_, reward in seen])
+    rewards = torch.tensor([reward for *_, reward in seen], dtype=torch.double)
+    how = {"group_size": 3, "baseline_value": 0.2}  # where `one_step` begins its running mean
+    advantages = Estimator.preset(name).advantages(rewards, torch.ones(12, 1), **how).policy
     rows = []
-    for (prompt, ids, _), advantage in zip(seen, advantages, strict=True):
+    for (prompt, ids, _), advantage in zip(seen, advantages.tolist(), strict=True):
         share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
         if truncations == "mask" and ids[-1] not in ENDS:
             advantage = 0.0
