@@ -15,9 +15,9 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.bias import estimator_line, objective_line
-from tokenrl.runs.console import measured
 from tokenrl.runs.findings import Finding, observe
 from tokenrl.runs.metric_table import reaches
+from tokenrl.runs.output import measured
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session

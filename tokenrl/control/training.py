@@ -22,8 +22,8 @@ from tokenrl.control.run import AgentRun, ControlResult, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
 from tokenrl.keywords import arguments_of_call, takes
-from tokenrl.runs.console import conclude, duration
 from tokenrl.runs.findings import Means, observe
+from tokenrl.runs.output import duration
 from tokenrl.runs.resume import Provenance, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import set_rates, share_of_rate
@@ -213,5 +213,5 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
         groups=groups,
         others_differ=session.eval_before["reward_stderr"] > 0,
     )
-    conclude(session, "environment, policy and estimator", measurements, judge(observed))
+    session.conclude("environment, policy and estimator", measurements, judge(observed))
     return replace(run.result(session), flags=session.flags)

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenrl.runs.console import measured, message_text, number
 from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.metric_table import Row, Rows
-from tokenrl.runs.output import harmless
+from tokenrl.runs.output import harmless, measured, message_text, number
 from tokenrl.runs.plots import svg
 
 if TYPE_CHECKING:

@@ -31,10 +31,10 @@ from tokenrl.lab.compare.plan import (
 )
 from tokenrl.lab.compare.problems import make_plan
 from tokenrl.lab.compare.table import read_runs
-from tokenrl.runs.console import Console, number
+from tokenrl.runs.console import Console
 from tokenrl.runs.directory import directory_path
 from tokenrl.runs.files import write_json
-from tokenrl.runs.output import rich_table
+from tokenrl.runs.output import number, rich_table
 
 NOTE = "Each run has an ordinary run directory. If this is stopped or killed, the same command continues it."
 

@@ -15,10 +15,10 @@ from tokenrl.lab.compare.equality import differences
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.plan import SCORES
-from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.files import canonical, check_place, write_json, write_text
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.origin import versions
+from tokenrl.runs.output import ending, with_errors
 from tokenrl.runs.plots import Chart, Forest
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.report import charts, curve
