@@ -123,9 +123,5 @@ def _tokens(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
 
 def _heaviest(rows: Rows) -> list[Row]:
     """Return the three completions that have tokens with the largest weights in the gradient."""
-    sizes = {
-        index: row["tokens"]["weight"].abs().max()
-        for index, row in enumerate(rows)
-        if row.get("tokens") is not None
-    }
-    return [rows[index] for index in sorted(sizes, key=lambda index: -sizes[index])[:3]]
+    read = [row for row in rows if row.get("tokens") is not None]
+    return sorted(read, key=lambda row: -row["tokens"]["weight"].abs().max())[:3]

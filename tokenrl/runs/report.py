@@ -111,9 +111,8 @@ def _rewards(run: RecordedRun) -> Iterator[Chart]:
     names = dict.fromkeys(name for row in run.metrics for name in row)
     means = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
     for name in means if len(means) > 1 else ():
-        curves = {
-            label: values for label, values in _curves(run, name)[name].items() if len(values)
-        }
+        drawn = _curves(run, name)[name].items()
+        curves = {label: values for label, values in drawn if len(values)}
         yield Chart(name.removesuffix("/mean"), "mean, before its weight", curves, large=False)
 
 

@@ -298,12 +298,13 @@ class Session:
     def record(self, metrics: Row, timings: Row | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
+        both = {**metrics, **times}
         if self._writes:
             append_rows(self.output_dir, self.step, metrics, times)
-            self._trackers.write(self.step, {**metrics, **times})
+            self._trackers.write(self.step, both)
         self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
-        self.console.step(self.step, self.args.max_steps, {**metrics, **times})
+        self.console.step(self.step, self.args.max_steps, both)
 
     def end(self, reason: str, words: str = "") -> None:
         """End the run after this step, for a reason of `BY_ITSELF` or `check`."""
@@ -332,7 +333,7 @@ class Session:
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state.get(name, ""))  # earlier versions saved no reason
+            setattr(self, name, state[name])
         self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:
@@ -374,9 +375,8 @@ class Session:
         try:
             report_from_directory(self.output_dir)
         except Exception as error:  # a report that fails must not lose the trained model
-            self.console.warn(
-                f"No report could be made ({error}). Try tokenrl report {self.directory}"
-            )
+            again = f"tokenrl report {self.directory}"
+            self.console.warn(f"No report could be made ({error}); {again} tries again.")
         settings = self.args.seed, summary, bool(self.command)
         commands = next_commands(self.kind, self.directory, *settings)
         self.console.finish(summary, findings, self.directory, commands)
