@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tokenrl.runs.console import Console, measured
+from tokenrl.runs.console import Console
+from tokenrl.runs.output import measured
 
 AFTER = {"pass@8": 1.0, "reward": 0.875, "reward_stderr": 0.0123}
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,

@@ -18,9 +18,9 @@ from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, describe
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import Observed, evaluations, observe
+from tokenrl.runs.output import ending
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import LOST_SHARE, judge
 

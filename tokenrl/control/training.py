@@ -27,7 +27,6 @@ from tokenrl.runs import (
     Means,
     Provenance,
     Session,
-    conclude,
     duration,
     judge,
     observe,
@@ -218,5 +217,5 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
         groups=groups,
         others_differ=session.eval_before["reward_stderr"] > 0,
     )
-    conclude(session, "environment, policy and estimator", measurements, judge(observed))
+    session.conclude("environment, policy and estimator", measurements, judge(observed))
     return replace(run.result(session), flags=session.flags)

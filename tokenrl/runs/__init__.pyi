@@ -10,12 +10,7 @@ from tokenrl.runs.signals import ended_by_itself as ended_by_itself
 """For other rooms of tokenrl, beside the names above; no promise to users."""
 
 from tokenrl.runs.checkpoint import SavingArguments as SavingArguments
-from tokenrl.runs.console import (
-    Console as Console,
-    conclude as conclude,
-    duration as duration,
-    measured as measured,
-)
+from tokenrl.runs.console import Console as Console
 from tokenrl.runs.directory import (
     acquire_lock as acquire_lock,
     directory_path as directory_path,
@@ -26,7 +21,12 @@ from tokenrl.runs.markup import write_page as write_page
 from tokenrl.runs.metric_table import reaches as reaches
 from tokenrl.runs.metrics import TrackerArguments as TrackerArguments
 from tokenrl.runs.origin import typed_command as typed_command, versions as versions
-from tokenrl.runs.output import rich_console as rich_console, rich_table as rich_table
+from tokenrl.runs.output import (
+    duration as duration,
+    measured as measured,
+    rich_console as rich_console,
+    rich_table as rich_table,
+)
 from tokenrl.runs.plots import Chart as Chart, Forest as Forest
 from tokenrl.runs.reader import ENDED as ENDED, state_of as state_of
 from tokenrl.runs.report import charts as charts

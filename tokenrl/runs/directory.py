@@ -19,7 +19,6 @@ from tokenrl.files import TRAINED_PROMPTS, appending, recover, remove
 _FOLDERS = ("videos", "completions", "checkpoints", "warm_start", "tensorboard")
 _FILES = (
     *_FOLDERS,
-    "learning_curve.png",
     "report.html",
     "summary.json",
     "timings.jsonl",

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenrl.files import plain, write_text
-from tokenrl.runs.console import measured, message_text, number
 from tokenrl.runs.metric_table import Row, Rows
-from tokenrl.runs.output import harmless
+from tokenrl.runs.output import harmless, measured, message_text, number
 from tokenrl.runs.plots import svg
 
 if TYPE_CHECKING:
@@ -124,9 +123,5 @@ def _tokens(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
 
 def _heaviest(rows: Rows) -> list[Row]:
     """Return the three completions that have tokens with the largest weights in the gradient."""
-    sizes = {
-        index: row["tokens"]["weight"].abs().max()
-        for index, row in enumerate(rows)
-        if row.get("tokens") is not None
-    }
-    return [rows[index] for index in sorted(sizes, key=lambda index: -sizes[index])[:3]]
+    read = [row for row in rows if row.get("tokens") is not None]
+    return sorted(read, key=lambda row: -row["tokens"]["weight"].abs().max())[:3]

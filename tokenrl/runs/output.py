@@ -1,17 +1,23 @@
-"""Keeps the output clean: texts cannot harm a terminal, libraries stay quiet, failed output ends in no traceback."""
+"""Writes numbers and texts for people, and keeps the output clean.
+
+Texts cannot harm a terminal, libraries stay quiet, failed output ends in no traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.errors import Stopped
+from tokenrl.runs.metric_table import Row, is_rounding, metric_of
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -26,6 +32,11 @@ _LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
+CELL = 60
+"""Characters of a text that a table shows, of which half may be of its end."""
+_MAX_DECIMALS = 6  # of a number with its error
+_FAILURES = ("policy-destroyed", "nothing-learnt")
+"""Flags of a summary without which the reason why a run ended would mislead."""
 _HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -189,3 +200,95 @@ def rich_table(
     for name in numbers:
         table.add_column(name, justify="right", **options)
     return table
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a chat message, and the calls of tools in it as JSON."""
+    parts = filter(None, (message["content"], *(message.get("tool_calls") or ())))
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
+
+
+def number(value: Any) -> str:
+    """Return a number as text with four significant figures, or a dash for None."""
+    if value is None:
+        return "-"
+    try:
+        return f"{float(value):.4g}"
+    except (TypeError, ValueError, OverflowError):
+        return visible(str(value), CELL)
+
+
+def measured(value: Any, error: Any = None) -> str:
+    """Return a number with its standard error as text, such as 0.912 ± 0.012; one without error as `number`.
+
+    Both are rounded to the second significant figure of the error.
+    """
+    if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
+        return number(value)
+    error = 0.0 if is_rounding(error, value) else error
+    if error < 10 ** (1 - _MAX_DECIMALS):
+        return f"{number(value)} ± {error:.1g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{float(value):.{decimals}f} ± {error:.{decimals}f}"
+
+
+def with_errors(metrics: Row | None) -> dict[str, str]:
+    """Return each metric as text by its name, with the standard error that the metrics hold beside it.
+
+    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first, without
+    those that repeat them (see `distinct`).
+    """
+    metrics = distinct(metrics)
+    return {
+        name: measured(metrics[name], metrics.get(f"{name}_stderr"))
+        for name in sorted(metrics, key=lambda name: metric_of(name).panel != "reward")
+        if not name.endswith("_stderr")
+    }
+
+
+def distinct(metrics: Row | None) -> dict[str, Any]:
+    """Return metrics without the metrics of a single reward function, which repeat the reward itself."""
+    metrics = dict(metrics or {})
+    names = [name for name in metrics if name.startswith("rewards/")]
+    if len({name.split("/")[1] for name in names}) == 1:
+        for name in names:
+            if metrics[name] == metrics.get("reward"):
+                del metrics[name]
+    return metrics
+
+
+def evaluations(summary: Row) -> list[tuple[str, str, str]]:
+    """Return for each metric its name and its values before and after training, from summary.json."""
+    before = with_errors(summary.get("eval_before"))
+    after = with_errors(summary.get("eval_after"))
+    return [(visible(name), before.get(name, "-"), after.get(name, "-")) for name in before | after]
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text, such as 0:42 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
+
+
+def ending(summary: Row) -> str:
+    """Return one line on how a run ended (reason with flags, steps, time, rate), from summary.json."""
+    flags = [flag for flag in summary.get("flags") or () if flag in _FAILURES]
+    remarks = [f" ({words})" for words in (*flags, summary.get("reason")) if words]
+    parts = [visible("".join([str(summary.get("exit_reason", "unfinished")), *remarks]))]
+    if summary.get("steps") is not None:
+        parts.append(f"{summary['steps']} steps")
+    if summary.get("wall_seconds") is not None:
+        parts.append(duration(summary["wall_seconds"]))
+    return ", ".join([*parts, *rates(summary)])
+
+
+def rates(metrics: Row) -> list[str]:
+    """Return the rates that were measured, as text: tokens or environment steps per second."""
+    return [
+        f"{metrics[name]:,.0f} {metric_of(name).unit}"
+        for name in ("tokens_per_second", "env_steps_per_second")
+        if metrics.get(name)
+    ]

@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenrl.runs.console import number
+from tokenrl.runs.output import number
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,11 +18,11 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.best import kept_weights
 from tokenrl.runs.checkpoint import step_of, tables
-from tokenrl.runs.console import ending, evaluations as before_and_after
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.findings import evaluations
 from tokenrl.runs.metric_table import Row, finite
 from tokenrl.runs.metrics import read_completions, read_metrics
+from tokenrl.runs.output import ending, evaluations as before_and_after
 from tokenrl.runs.signals import SIGNALS, ended_by_itself
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ class RecordedRun:
         ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
         marks = {"solved": self.config.get("solved"), "gold reward on these labels": ceiling}
         for name, value in marks.items():
-            number = finite(value)
-            if not math.isnan(number):
+            if not math.isnan(number := finite(value)):
                 return name, number
         return None
 
@@ -199,16 +198,13 @@ class RecordedRun:
         files = tables(self.path / "completions")
         last = len(files) - 1
         numbers = {last - round(i * last / max(1, steps - 1)) for i in range(steps) if files}
-        for file in (files[number] for number in sorted(numbers)):
-            table = read_completions(file)
-            if most is not None:
-                stride = max(1, math.ceil(len(table) / most))
-                table = [
-                    row
-                    for index, row in enumerate(table)
-                    if index % stride == 0 or row.get("tokens/text")
-                ]
-            rows += [{"step": step_of(file), **row} for row in table]
+        for number in sorted(numbers):
+            step = {"step": step_of(files[number])}
+            table = read_completions(files[number])
+            stride = max(1, math.ceil(len(table) / (most or math.inf)))
+            for index, row in enumerate(table):
+                if index % stride == 0 or row.get("tokens/text"):
+                    rows.append(step | row)
         return rows
 
     def tokens(self, step: int | None = None, row: int = 0) -> pd.DataFrame:

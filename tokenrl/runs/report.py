@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.runs.best import kept_weights
-from tokenrl.runs.console import distinct, ending, evaluations as before_and_after
 from tokenrl.runs.findings import evaluations
 from tokenrl.runs.markup import write_page
 from tokenrl.runs.metric_table import Rows, all_metrics
 from tokenrl.runs.metrics import read_metrics
+from tokenrl.runs.output import distinct, ending, evaluations as before_and_after
 from tokenrl.runs.plots import Chart
 from tokenrl.runs.reader import RecordedRun, read_run, token_table
 
@@ -111,9 +111,8 @@ def _rewards(run: RecordedRun) -> Iterator[Chart]:
     names = dict.fromkeys(name for row in run.metrics for name in row)
     means = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
     for name in means if len(means) > 1 else ():
-        curves = {
-            label: values for label, values in _curves(run, name)[name].items() if len(values)
-        }
+        drawn = _curves(run, name)[name].items()
+        curves = {label: values for label, values in drawn if len(values)}
         yield Chart(name.removesuffix("/mean"), "mean, before its weight", curves, large=False)
 
 
@@ -131,10 +130,10 @@ def _curves(run: RecordedRun, name: str) -> dict[str, dict[str, pd.DataFrame]]:
 
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
-    rows = run.completions(_MAX_STEPS, _MAX_ROWS)
-    for row in rows:
+    rows = []
+    for row in run.completions(_MAX_STEPS, _MAX_ROWS):
         if row.get("ending") and "messages" in row:  # an episode is shown as a chat
             row["completion"] = row.pop("messages")
-    tables = [token_table(row) for row in rows]
-    texts = [{k: v for k, v in row.items() if not k.startswith("tokens/")} for row in rows]
-    return [distinct(row) | {"tokens": table} for row, table in zip(texts, tables, strict=True)]
+        texts = {name: value for name, value in row.items() if not name.startswith("tokens/")}
+        rows.append(distinct(texts) | {"tokens": token_table(row)})
+    return rows

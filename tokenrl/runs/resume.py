@@ -41,6 +41,7 @@ from tokenrl.runs.origin import (
     versions,
 )
 from tokenrl.runs.processes import all_reduce_max, gather_objects
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.threads import alone
 from tokenrl.settings import Settings, arguments
@@ -93,20 +94,29 @@ def resume_settings(args: T, kind: str) -> T:
     return arguments(type(args), vars(args) | chosen)
 
 
-def write_failure(run: Path, summary: dict[str, Any], errors: Iterable[BaseException]) -> str:
-    """Write summary.json and the report of a run that failed; return what failed and what helps, in words."""
+def write_failure(
+    outcome: Mapping[str, Any], errors: Iterable[BaseException], **facts: list[str]
+) -> str:
+    """Write summary.json and the report of a run that failed; return what failed and what helps, in words.
+
+    Args:
+        outcome: the fields of `Outcome`.
+        errors: what failed.
+        **facts: further entries of summary.json.
+    """
+    run = outcome["output_dir"]
     texts = [str(e) if isinstance(e, TokenrlError) else describe(e) for e in errors]
-    summary["error"] = " ".join(dict.fromkeys(texts))
-    summary["remedy"] = "No checkpoint had been saved yet: see --save-minutes and --save-every."
+    error = " ".join(dict.fromkeys(texts))
+    remedy = "No checkpoint had been saved yet: see --save-minutes and --save-every."
     with contextlib.suppress(Refused):
         if path := find_checkpoint(run)[0]:
-            summary["remedy"] = (
-                f"The last complete checkpoint is {path}; --resume auto continues from it."
-            )
+            remedy = f"The last complete checkpoint is {path}; --resume auto continues from it."
+    failed = {**outcome, "exit_reason": "failed", "eval_after": None}
+    summary = Outcome(**failed).summary() | facts | {"error": error, "remedy": remedy}
     with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
         write_json(run / "summary.json", summary)
         report_from_directory(run)
-    return f"{summary['error']} {summary['remedy']}"
+    return f"{error} {remedy}"
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:
@@ -150,25 +160,25 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
 def claim(
     kind: str, args: Any, locks: contextlib.ExitStack, *, main: bool
-) -> tuple[RunDirectory | None, list[str], int, int]:
+) -> tuple[list[str], int, int]:
     """Lock this process for a run; the main one also its directory, and it finds the checkpoint to continue from.
 
     Args:
         kind: the command that runs.
         args: its settings; None as `output_dir` takes the next of the numbered directories.
-        locks: gives the lock of this process back.
+        locks: gives the locks back.
         main: whether this is the main process.
 
     Returns:
-        The locked directory, what is wrong with newer checkpoints, the number of a numbered directory, and
-        the step of the checkpoint; 0 where there is none.
+        What is wrong with newer checkpoints, the number of a numbered directory, and the step of the checkpoint;
+        0 where there is none.
 
     Raises:
         Refused: the directory or the checkpoint cannot be used, or another thread makes a run.
     """
     locks.enter_context(alone())
     if not main:
-        return None, [], 0, 0
+        return [], 0, 0
     if args.overwrite and args.resume:
         raise Refused(
             "overwrite replaces the run in output_dir, resume continues it: give one of both."
@@ -180,30 +190,35 @@ def claim(
     else:
         path = directory_path(args.output_dir).absolute()
         directory = RunDirectory(path, may_hold_run=bool(args.overwrite or args.resume))
+    locks.callback(directory.release)
     if not args.resume:
-        return directory, [], number, 0
-    try:
-        checkpoint, faults = find_checkpoint(directory.path, args.resume)
-    except Refused:
-        directory.release()
-        raise
-    return directory, faults, number, step_of(checkpoint) if checkpoint else 0
+        return [], number, 0
+    checkpoint, faults = find_checkpoint(directory.path, args.resume)
+    return faults, number, step_of(checkpoint) if checkpoint else 0
 
 
-def cut_back(run: Path, checkpoint: Path) -> None:
+def cut_back(run: Path, checkpoint: Path) -> float:
     """Remove what a run wrote after a checkpoint, which is made again.
+
+    Returns:
+        The seconds that the run had taken when it ended, if it had; else 0.
 
     Raises:
         Stopped: a file cannot be written or removed.
     """
     step = step_of(checkpoint)
-    with writing(run / "summary.json"):
-        remove(run / "summary.json")
+    seconds = 0.0
+    summary = run / "summary.json"
+    with contextlib.suppress(Refused, KeyError):  # it is missing or damaged
+        seconds = read_config(summary)["wall_seconds"]
+    with writing(summary):
+        remove(summary)
     for name in LOGS:
         write_text(run / name, read_file(copy_of(name, checkpoint)).decode())
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)
+    return seconds
 
 
 @dataclass

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.configuration import note_code, read_config
+from tokenrl.configuration import note_code
 from tokenrl.errors import USER_CODE_FAILED, Lost, Refused, Silent, Stopped, explain
 from tokenrl.files import State, atomic_directory, plain, write_json
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, copy_of, step_of
@@ -49,6 +49,7 @@ from tokenrl.runs.processes import all_reduce_max
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Provenance, claim, cut_back, is_main, together, write_failure
+from tokenrl.runs.rules import Finding
 from tokenrl.runs.signals import SIGNALS, GracefulStop
 from tokenrl.runs.threads import without_cudnn_attention
 from tokenrl.user_code import leave, own_process
@@ -103,8 +104,9 @@ class Session:
         self.stop = GracefulStop(quiet=quiet)
         self._trackers = Trackers(args, getattr(args, "logging_steps", 1), self.console.warn)
         with contextlib.ExitStack() as locks:
+            locks.callback(self._trackers.close)  # last, since a tracker may be slow to end
             claimed = together(accelerator, lambda: claim(kind, args, locks, main=self.main))
-            self._lock, self._skipped, *numbers = claimed
+            self._skipped, *numbers = claimed
             number, step = all_reduce_max(accelerator, numbers)
             self._atexit = locks.pop_all()
         self.directory = str(directory_path(args.output_dir or numbered(kind, number)))
@@ -120,9 +122,6 @@ class Session:
         self._began = time.monotonic()
 
     def __enter__(self) -> Session:
-        self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
-        if self._lock is not None:
-            self._atexit.callback(self._lock.release)
         self._atexit.enter_context(without_warnings(self.console.rich.quiet))
         self._atexit.enter_context(without_cudnn_attention())
         return self
@@ -212,13 +211,10 @@ class Session:
         """
         if self.continues:
             self.console.warnings += self._warned.values()
-            if self.ended or self.step >= self.args.max_steps:
-                self._wall_seconds = self.wall_seconds
-                with contextlib.suppress(Refused, KeyError):  # it is missing or damaged
-                    summary = read_config(self.output_dir / "summary.json")
-                    self._wall_seconds = summary["wall_seconds"]
             if self.main:
-                cut_back(self.output_dir, self._checkpoint)
+                seconds = cut_back(self.output_dir, self._checkpoint)
+                if self.ended or self.step >= self.args.max_steps:
+                    self._wall_seconds = seconds or self.wall_seconds
         self._has_begun = True
         if self.main:
             self._begin()
@@ -261,19 +257,19 @@ class Session:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         leave(self._owner)  # an environment may have forked this process
         self.evaluation = dict(metrics)
+        row = of_evaluation(metrics)
         if self.step == 0:
             self.eval_before = self.evaluation
-            self.rows = [{"step": 0, **of_evaluation(metrics)}]
+            self.rows = [{"step": 0, **row}]
         elif self.step == self._recorded:  # after the last step, whose line is already written
-            self.rows[-1] |= of_evaluation(metrics)
+            self.rows[-1] |= row
             if self.main:
                 replace_last_row(self.output_dir, self.rows[-1])
-            self._trackers.write(self.step, of_evaluation(metrics))
-        best = self.saver.best
-        best.judge(self.step, metrics)
-        if best.exhausted and self.ended is None and self.step > self._recorded:
+            self._trackers.write(self.step, row)
+        self.saver.best.judge(self.step, metrics)
+        if self.saver.best.exhausted and self.ended is None and self.step > self._recorded:
             self.end("no-improvement")
-        return of_evaluation(metrics)
+        return row
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
@@ -302,17 +298,27 @@ class Session:
     def record(self, metrics: Row, timings: Row | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
         times = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
+        both = {**metrics, **times}
         if self._writes:
             append_rows(self.output_dir, self.step, metrics, times)
-            self._trackers.write(self.step, {**metrics, **times})
+            self._trackers.write(self.step, both)
         self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
-        self.console.step(self.step, self.args.max_steps, {**metrics, **times})
+        self.console.step(self.step, self.args.max_steps, both)
 
-    def end(self, reason: str, words: str = "", exit_code: int = 0) -> None:
-        """End the run after this step, for a reason of `BY_ITSELF` or `check`; a signal has its own exit code."""
+    def end(self, reason: str, words: str = "") -> None:
+        """End the run after this step, for a reason of `BY_ITSELF` or `check`."""
         self.ended, self.reason = reason, words
-        self.exit_code = self.stop.exit_code or exit_code
+
+    def conclude(self, parts: str, lines: Mapping[str, str], findings: Sequence[Finding]) -> None:
+        """End a check and print what came of it, see `Console.checked`; with a problem its exit code is 2."""
+        problems = [finding for finding in findings if finding.weight == "void"]
+        remarks = [finding for finding in findings if finding.weight != "void"]
+        self.end("check")
+        self.exit_code = self.stop.exit_code or (Refused.exit_code if problems else 0)
+        self.flags += [finding.flag for finding in (*problems, *remarks)]
+        if self.main:
+            self.console.checked(parts, lines, problems, remarks)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -327,7 +333,7 @@ class Session:
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state.get(name, ""))  # earlier versions saved no reason
+            setattr(self, name, state[name])
         self._began -= state["wall_seconds"]
 
     def outcome(self) -> dict[str, Any]:
@@ -345,7 +351,7 @@ class Session:
         }
 
     def finish(
-        self, ended: Outcome, write: Callable[[Path], None], findings: Sequence[object] = ()
+        self, ended: Outcome, write: Callable[[Path], None], findings: Sequence[Finding] = ()
     ) -> None:
         """Write the model, the summary and the report of a run that has ended, and print the result.
 
@@ -366,19 +372,14 @@ class Session:
             self.provenance.write(folder)
         summary = ended.summary() | {"warnings": [*self.console.warnings, *map(str, findings)]}
         write_json(self.output_dir / "summary.json", summary)
-        report = f"\nreport  {Path(self.directory, 'report.html')}"
         try:
             report_from_directory(self.output_dir)
         except Exception as error:  # a report that fails must not lose the trained model
-            report = f"\nagain   tokenrl report {self.output_dir}"
-            self.console.warn(f"No report could be made: {error}")
-        self.console.finish(summary)
-        for finding in findings:
-            self.console.warn(str(finding))
-        self.console.note(f"model   {Path(self.directory, 'model')}{report}")
+            again = f"tokenrl report {self.directory}"
+            self.console.warn(f"No report could be made ({error}); {again} tries again.")
         settings = self.args.seed, summary, bool(self.command)
-        for command in next_commands(self.kind, self.directory, *settings):
-            self.console.note(f"next    {command}")
+        commands = next_commands(self.kind, self.directory, *settings)
+        self.console.finish(summary, findings, self.directory, commands)
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless only a part of it has been done."""
@@ -394,7 +395,6 @@ class Session:
             errors.append(explain(fault) or fault)
         if not self.main:
             return Stopped(str(error))
-        failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        summary = Outcome(**self.outcome() | failed).summary()
-        summary |= {"flags": self.flags, "warnings": self.console.warnings}
-        return Stopped(f"At step {self.step}: {write_failure(self.output_dir, summary, errors)}")
+        outcome = self.outcome() | {"steps": self._recorded}
+        words = write_failure(outcome, errors, flags=self.flags, warnings=self.console.warnings)
+        return Stopped(f"At step {self.step}: {words}")

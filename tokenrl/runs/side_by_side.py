@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from tokenrl.configuration import RECORDED
 from tokenrl.files import check_place, flat
-from tokenrl.runs.console import ending, with_errors
 from tokenrl.runs.markup import write_page
+from tokenrl.runs.output import ending, with_errors
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.report import charts, curve
 from tokenrl.runs.resume import APART

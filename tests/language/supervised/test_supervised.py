@@ -296,6 +296,7 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, said):
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 4)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert (rows[1]["loss"], rows[4]["loss"]) == (ended.loss_before, ended.loss_after)
+    assert (rows[1]["learning_rate"], rows[4]["epoch"]) == (0.03, 2)
     evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
     assert list(evaluated) == [0, 2, 4] and len(rows) == 5
     ends = (ended.eval_before["reward"], ended.eval_after["reward"])

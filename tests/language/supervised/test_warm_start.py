@@ -19,7 +19,7 @@ from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.supervised.fit import SupervisedTraining, as_in_episodes, fit
-from tokenrl.language.supervised.warm_start import is_complete
+from tokenrl.language.supervised.warm_start import facts_of
 from tokenrl.language.training import loop
 from tokenrl.language.training.loop import train
 
@@ -191,15 +191,15 @@ def test_a_check_makes_no_warm_start_and_takes_one_that_is_there(run, tmp_path):
     # now the model is warm, and its rewards are all equal
     assert "no-signal" in run(check=True).flags
     folder = tmp_path / "run" / "warm_start"
-    assert is_complete(folder, 4) and not is_complete(folder, 5)
+    assert facts_of(folder)["updates"] == 4
     config = (folder / "config.json").rename(folder / "moved")
-    assert not is_complete(folder, 4)
+    assert not facts_of(folder)
     config.rename(folder / "config.json")
     for damaged in ({}, [], None, {"exit_reason": "finished", "steps": 4}):
         (folder / "summary.json").write_text(json.dumps(damaged))
-        assert not is_complete(folder, 4)
+        assert not facts_of(folder)
     assert run(overwrite=False, resume="auto", max_steps=2).warm_started["updates"] == 4
-    assert is_complete(folder, 4)
+    assert facts_of(folder)["updates"] == 4
 
 
 def test_what_cannot_be_warm_started_is_refused(run):

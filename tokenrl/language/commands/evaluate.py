@@ -32,9 +32,8 @@ from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
-from tokenrl.runs.console import measured
 from tokenrl.runs.metric_table import metric_of
-from tokenrl.runs.output import rich_console, rich_table, visible
+from tokenrl.runs.output import measured, rich_console, rich_table, visible
 from tokenrl.runs.reader import read_run
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, field_types, lay, part_of

@@ -34,8 +34,7 @@ from tokenrl.language.tasks.rows import Row
 from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.language.training.tokens import token_lists
-from tokenrl.runs.console import number
-from tokenrl.runs.output import harmless, rich_console, rich_table, visible
+from tokenrl.runs.output import harmless, number, rich_console, rich_table, visible
 from tokenrl.runs.threads import choose_threads, using_threads
 
 

@@ -39,8 +39,8 @@ from tokenrl.language.rollout.rollout import cat
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Regime, score_in_parts, with_missing_fields
 from tokenrl.language.tasks.rows import Row
-from tokenrl.runs.console import message_text, with_errors
 from tokenrl.runs.metric_table import reaches
+from tokenrl.runs.output import message_text, with_errors
 from tokenrl.runs.processes import agreed, gather_objects
 from tokenrl.runs.reader import Tabled
 

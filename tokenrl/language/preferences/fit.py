@@ -29,7 +29,7 @@ from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.forward import choose_passes
-from tokenrl.language.rollout.passes import Passes, Shapes
+from tokenrl.language.rollout.passes import Passes
 from tokenrl.language.supervised.defaults import settled
 from tokenrl.language.supervised.fit import Descent, run_updates
 from tokenrl.language.tasks.held_out import division_of
@@ -102,18 +102,15 @@ class PreferenceTraining(Descent):
             Refused: a text is longer than the model's context.
         """
         trained = [p for p in reward_model.model.parameters() if p.requires_grad]
-        super().__init__(trained, len(pairs), args, passes)
+        self._encoded = encode_pairs(reward_model, pairs)
+        # Both texts are padded to the longest, and have no prompt apart.
+        columns = [2 * max(map(len, texts)) for texts in self._encoded]
+        super().__init__(trained, columns, [0] * len(columns), args, passes)
         self._model = copy.copy(reward_model)
         self._model.model = passes.model
-        self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
         self._center = args.center_rewards_coefficient
         self._rewards: list[Tensor] = []
-
-    def shapes(self, batch: Sequence[int]) -> Shapes:
-        """Return the shapes of pairs: both texts are padded to the longest, and have no prompt apart."""
-        longest = [2 * max(map(len, self._encoded[i])) for i in batch]
-        return longest, [0] * len(batch), range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the share of the pairs of a pass in the mean over the batch."""
@@ -134,7 +131,6 @@ class PreferenceTraining(Descent):
         Raises:
             Stopped: the loss or its gradient became NaN or infinite.
         """
-        learning_rate = self.learning_rate
         self._rewards.clear()
         metrics = super().update()
         chosen, rejected = torch.cat(self._rewards, dim=1).float()
@@ -145,8 +141,6 @@ class PreferenceTraining(Descent):
             "margin": float(difference.mean()),
             "rewards/chosen": float(chosen.mean()),
             "rewards/rejected": float(rejected.mean()),
-            "learning_rate": learning_rate,
-            "epoch": self.step * self._args.batch_size / len(self._encoded),
             "num_tokens": self.tokens,
         }
 

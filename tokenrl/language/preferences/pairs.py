@@ -23,7 +23,6 @@ from tokenrl.language.tasks.held_out import (
 )
 from tokenrl.language.tasks.rows import Row, hashes, prompt_key
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
-from tokenrl.runs.console import conclude
 from tokenrl.runs.rules import Finding, Weight
 from tokenrl.runs.session import Session
 from tokenrl.settings import check_number
@@ -236,7 +235,7 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "pairs": f"{len(train):,} to train on, {len(trained):,} of them distinct; {len(held_out):,} held out",
         "chosen": f"the longer in {shares['longer']:.0%}, the shorter in {shares['shorter']:.0%}",
     }
-    conclude(session, "data, model and loss", measured, findings)
+    session.conclude("data, model and loss", measured, findings)
 
 
 def _mistakes(

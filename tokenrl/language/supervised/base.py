@@ -13,7 +13,6 @@ import string
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +119,20 @@ def make_tiny(args: ModelArguments, task: PromptTask) -> Policy:
     if task.base:
         build = task.base.build
     else:
-        parts = (task.train_prompts, task.eval_prompts, task.demonstrations)
+        rows: list[Any] = [*task.train_prompts, *task.eval_prompts, *task.demonstrations]
         environment = task.environment
-        rows: list[Any] = [*chain.from_iterable(parts)]
         template = getattr(args, "teacher_template", None)
-        texts = (args.system_prompt or "", template or "", *(args.stop or ()))
-        form = {"texts": texts, "chat": bool(args.chat)}
         calls = any(row.get("tools") and not isinstance(row["prompt"], str) for row in rows)
         if environment is not None or calls:
             rows.append({"prompt": WRITTEN})
-        form["tools"] = calls or (environment and Environments(environment).has_tools)
         limit = getattr(args, "max_completion_length", None) or task.max_completion_length
-        room = max(1024, limit or 0)
         build = partial(
-            importlib.import_module("toy_tasks.models").model_for_rows, rows, room=room, **form
+            importlib.import_module("toy_tasks.models").model_for_rows,
+            rows,
+            texts=(args.system_prompt or "", template or "", *(args.stop or ())),
+            chat=bool(args.chat),
+            tools=calls or (environment and Environments(environment).has_tools),
+            room=max(1024, limit or 0),
         )
     policy = wrap(*build(args.base_seed), source=TINY)
     policy.model.to(getattr(torch, args.dtype.replace("auto", "float32")))

@@ -19,7 +19,7 @@ from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import joined
 from tokenrl.language.rollout.forward import Forward
-from tokenrl.language.rollout.passes import Passes, Shapes
+from tokenrl.language.rollout.passes import Passes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
 from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
@@ -30,8 +30,6 @@ from tokenrl.runs.session import Session
 from tokenrl.settings import MAX_COUNT
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
-PROGRESS = ("step", "tokens", "loss_before", "loss_after")
-"""The fields of a `Descent` that say how far it has come."""
 
 
 class Descent(ABC):
@@ -40,51 +38,47 @@ class Descent(ABC):
     An update has as many passes as its rows need; its loss and its weights are those of the whole batch.
 
     Attributes:
-        step: number of updates so far.
         tokens: number of tokens learnt from so far.
-        loss_before: loss of the first batch before its update; None before the first.
-        loss_after: the same of the latest batch.
     """
 
+    tokens = 0
     subject: str
     """What is trained, in words, for errors."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], rows: int, args: DescentArguments, passes: Passes
+        self,
+        parameters: Sequence[nn.Parameter],
+        columns: Sequence[int],
+        prompts: Sequence[int],
+        args: DescentArguments,
+        passes: Passes,
     ) -> None:
         """Start before the first update.
 
         Args:
             parameters: the weights to train.
-            rows: number of rows.
+            columns: of each row, the tokens of its completion or texts.
+            prompts: of each row, the tokens of a prompt before them; see `Shapes`.
             args: the settings; `max_steps`, `batch_size` and `learning_rate` are not open.
             passes: how passes are computed.
         """
         self._parameters = list(parameters)
+        self._columns = columns
+        self._prompts = prompts
         self._args = args
         self._passes = passes
-        self._batches = RowOrder(rows, args.seed, batch_orders)
+        self._batches = RowOrder(len(columns), args.seed, batch_orders)
         self._optimizer = torch.optim.AdamW(
             self._parameters,
             lr=args.learning_rate,
             weight_decay=args.weight_decay,
             fused=self._parameters[0].device.type in ("cpu", "cuda"),
         )
-        self.step = self.tokens = 0
-        self.loss_before: float | None = None
-        self.loss_after: float | None = None
 
     @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next update."""
-        args = self._args
-        return args.learning_rate * share_of_rate(
-            args.lr_scheduler_type, self.step, args.max_steps, args.warmup_steps
-        )
-
-    @abstractmethod
-    def shapes(self, batch: Sequence[int]) -> Shapes:
-        """Return the shapes of the rows of a batch [3, B], by their numbers."""
+    def step(self) -> int:
+        """The number of updates so far."""
+        return self._batches.position // self._args.batch_size
 
     @abstractmethod
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
@@ -94,18 +88,23 @@ class Descent(ABC):
         """Update the weights on the next batch.
 
         Returns:
-            `loss`, before the update, `grad_norm` before clipping, and `padding`, the share of the columns of
-            completions or texts that were computed and belong to no token.
+            `loss`, before the update, `grad_norm` before clipping, `learning_rate`, and `padding`, the share of the
+            columns of completions or texts that were computed and belong to no token. And `epoch`, the passes over
+            the rows so far.
 
         Raises:
             Stopped: the loss or the norm of its gradient is NaN or infinite; the weights are as before.
         """
-        batch = self._batches.draw(self._args.batch_size)
-        shapes = self.shapes(batch)
+        args = self._args
         passes = self._passes
-        parts = passes.divide(shapes, self._args.micro_batch_size)
-        self._optimizer.param_groups[0]["lr"] = self.learning_rate
-        self.step += 1
+        kind = args.lr_scheduler_type
+        share = share_of_rate(kind, self.step, args.max_steps, args.warmup_steps)
+        rate = args.learning_rate * share
+        batch = self._batches.draw(args.batch_size)
+        lengths = [self._columns[i] for i in batch]
+        prompts = [self._prompts[i] for i in batch]
+        parts = passes.divide((lengths, prompts, range(len(batch))), args.micro_batch_size)
+        self._optimizer.param_groups[0]["lr"] = rate
         passes.copy_weights()
         self._optimizer.zero_grad()
         losses = []
@@ -114,8 +113,7 @@ class Descent(ABC):
             loss.backward()
             passes.accumulate_gradients()
             losses.append(loss.detach())
-        largest_norm = self._args.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self._parameters, largest_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, args.max_grad_norm or math.inf)
         loss_before = torch.stack(losses).sum().item()
         for name, value in {"loss": loss_before, "norm of the gradient": float(norm)}.items():
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
@@ -126,18 +124,19 @@ class Descent(ABC):
                     "at fault, as that of attention."
                 )
         self._optimizer.step()
-        lengths = shapes[0]
         columns = sum(len(part) * max(lengths[i] for i in part) for part in parts)
-        self.loss_after = loss_before
-        if self.loss_before is None:
-            self.loss_before = loss_before
-        padding = 1 - sum(lengths) / columns
-        return {"loss": loss_before, "grad_norm": float(norm), "padding": padding}
+        return {
+            "loss": loss_before,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "padding": 1 - sum(lengths) / columns,
+            "epoch": self._batches.position / len(self._columns),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
         return {
-            **{name: getattr(self, name) for name in PROGRESS},
+            "tokens": self.tokens,
             "batches": self._batches.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -148,8 +147,7 @@ class Descent(ABC):
         Raises:
             Refused: the number of rows, the seed or the shapes of the weights differ from what was saved.
         """
-        for name in PROGRESS:
-            setattr(self, name, state[name])
+        self.tokens = state["tokens"]
         self._batches.load_state_dict(state["batches"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -332,15 +330,10 @@ class SupervisedTraining(Descent):
             args: the settings, as in `Descent`.
             forward: how the policy is computed.
         """
-        super().__init__(policy.trainable_parameters(), len(pairs), args, forward)
+        prompts, completions = ([*map(len, texts)] for texts in zip(*pairs, strict=True))
+        super().__init__(policy.trainable_parameters(), completions, prompts, args, forward)
         self._pairs = pairs
         self._forward = forward
-
-    def shapes(self, batch: Sequence[int]) -> Shapes:
-        """Return the shapes of demonstrations; each has a prompt of its own."""
-        prompts = [self._pairs[i][0] for i in batch]
-        completions = [self._pairs[i][1] for i in batch]
-        return list(map(len, completions)), list(map(len, prompts)), range(len(batch))
 
     def loss(self, rows: Sequence[int], batch: Sequence[int]) -> Tensor:
         """Return the negative log-likelihood of the rows' completions over the number of the batch's tokens."""
@@ -348,7 +341,7 @@ class SupervisedTraining(Descent):
         logprobs = score(self._forward.model, part, self._forward.regime).logprobs
         mask = to_device(part.mask, logprobs.device)
         self.tokens += int(part.mask.sum())
-        tokens = sum(len(self._pairs[i][1]) for i in batch)
+        tokens = sum(self._columns[i] for i in batch)
         return -torch.where(mask, logprobs, 0).sum() / tokens
 
     def held_out_loss(self, pairs: Sequence[Pair]) -> float:

@@ -43,9 +43,9 @@ from tokenrl.language.tasks.held_out import (
 )
 from tokenrl.language.tasks.records import provenance_of, recorded
 from tokenrl.language.tasks.task import find_task
-from tokenrl.runs.console import number
 from tokenrl.runs.findings import Observed, evaluations
 from tokenrl.runs.origin import repetition
+from tokenrl.runs.output import number
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.rules import judge
@@ -142,11 +142,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             title=f"{name}, supervised, seed {settings.seed}",
             **recorded(task),
         )
-        evaluate = _evaluation(
-            settings, task, rewards, training, forward, length, session.console.warn
-        )
+        evaluate = _evaluation(session, task, rewards, training, forward, length)
         run_updates(session, training, evaluate)
-        return _finish(session, training, policy, header)
+        return _finish(session, policy, header)
 
 
 def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) -> dict[str, Any]:
@@ -166,18 +164,18 @@ def _header(args: SftArguments, origins: Mapping[str, str], forward: Forward) ->
 
 
 def _evaluation(
-    args: SftArguments,
+    session: Session,
     task: Any,
     rewards: Rewards,
     training: SupervisedTraining,
     forward: Forward,
     length: int,
-    warn: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
     """Return a function that evaluates the policy on held-out rows.
 
     It computes the loss of those that have a completion, and with a reward what completions of the policy earn.
     """
+    args = session.args
     policy = forward.policy
     numbers = chosen(task.eval_prompts, args.eval_size or EVALUATED)
     prompts = task.eval_prompts.take(numbers)
@@ -189,7 +187,7 @@ def _evaluation(
     if not prompts or not (rewards.functions or pairs):
         return dict
     for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:
-        warn(warning)
+        session.console.warn(warning)
     sampling = Sampling(length, seed=args.seed)
     generator = TransformersGenerator(policy, regime=forward.regime)
 
@@ -205,19 +203,15 @@ def _evaluation(
     return evaluate
 
 
-def _finish(
-    session: Session, training: SupervisedTraining, policy: Policy, header: Mapping[str, Any]
-) -> SftResult:
+def _finish(session: Session, policy: Policy, header: Mapping[str, Any]) -> SftResult:
     """Save the model with its card, write summary and report, and show how the run ended."""
     args = session.args
     policy.trained_prompts = session.provenance.trained_prompts
+    losses = [row["loss"] for row in session.rows[1:]] or [None]
     ended = SftResult(
-        **session.outcome(),
-        loss_before=training.loss_before,
-        loss_after=training.loss_after,
-        policy=policy,
+        **session.outcome(), loss_before=losses[0], loss_after=losses[-1], policy=policy
     )
-    facts: dict[str, Any] = {**header, "final loss": training.loss_after, "weights": ended.weights}
+    facts: dict[str, Any] = {**header, "final loss": ended.loss_after, "weights": ended.weights}
     facts |= {f"{name} after": value for name, value in ended.eval_after.items()}
     title = f"{session.provenance.settings['task']}, supervised, seed {args.seed}"
     card = Card(title, facts, repetition(session.command), args.model, ["sft"])

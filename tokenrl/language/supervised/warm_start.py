@@ -1,9 +1,10 @@
 """Teaches a model the form of a task's answers before it is rewarded (`tokenrl train --warm-start`).
 
 A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. A warm
-start is `tokenrl sft` with all weights, before an adapter is added, in the folder warm_start of the training's
-directory; the training begins with its model. Its learning rate is constant after the warm-up, so the weights
-after an update do not depend on the number of updates, and a longer warm start continues a shorter one.
+start is a run of `tokenrl sft` with all weights, before an adapter is added, in the folder warm_start of the
+training's directory; the training begins with its model. The main process alone makes it, and the training has
+no more than its directory by then: it opens its own run later. Its learning rate is constant after the warm-up, so
+the weights after an update do not depend on the number of updates, and a longer warm start continues a shorter one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 from tokenrl.configuration import read_config
 from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Interrupted, Refused, read_file
-from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.arguments import trained_prompts
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy
@@ -25,6 +25,8 @@ from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
+from tokenrl.language.rollout.rewarded import sample_and_reward
+from tokenrl.language.rollout.rollout import cat
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import with_own_weights
 from tokenrl.language.supervised.defaults import demonstrations
@@ -35,19 +37,33 @@ from tokenrl.runs.signals import SIGNALS
 from tokenrl.settings import part_of
 
 SETTINGS: dict[str, Any] = {
-    **{"batch_size": 16, "lr_scheduler_type": "constant", "warmup_steps": 10},
-    **{"eval_every": 0, "save_every": 50, "keep_checkpoints": 1},
+    "batch_size": 16,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 10,
+    "eval_every": 0,
+    "save_every": 50,
+    "keep_checkpoints": 1,
 }
 """The settings of `tokenrl sft` that every warm start has."""
 SHARED = (
-    *("seed", "quiet", "cpu", "threads", "save_minutes", "training_attention"),
-    *("micro_batch_size", "tokens_per_pass", "pass_overhead", "mixed_precision"),
+    "seed",
+    "quiet",
+    "cpu",
+    "threads",
+    "save_minutes",
+    "training_attention",
+    "micro_batch_size",
+    "tokens_per_pass",
+    "pass_overhead",
+    "mixed_precision",
 )
 """Those that it has from the training."""
-SKIPPED = (
-    "skipped by the rule of auto, since at least half of the groups already have unequal rewards; --warm-start "
-    "without auto always runs"
-)
+SKIPPED: dict[str, Any] = {
+    "updates": 0,
+    "in_words": "skipped by the rule of auto, since at least half of the groups already have unequal rewards; "
+    "--warm-start without auto always runs",
+}
+"""The facts of a warm start that auto skips."""
 PROMPTS = 32
 """Training prompts on which auto measures what the policy can do already."""
 ENOUGH = 0.5
@@ -80,30 +96,25 @@ def warm_start(
         Stopped: the loss became NaN or infinite.
         Interrupted: a signal ended the warm start, after it had been saved.
     """
-    is_there = is_complete(folder, args.warm_start_steps)
-    if is_there and (args.check or not args.overwrite):
-        return facts_of(folder)
-    if args.check:
-        return {}
+    facts = facts_of(folder)
+    if facts.get("updates") != args.warm_start_steps or (args.overwrite and not args.check):
+        facts = {}
+    if facts or args.check:
+        return facts
     if args.resume and not folder.exists():
         with suppress(Refused):
-            recorded = dict(read_config(folder.parent).get("warm_started") or {})
+            recorded = read_config(folder.parent).get("warm_started") or {}
             if recorded.get("updates") == 0:
-                return recorded
+                return SKIPPED
     if args.warm_start == "auto" and is_ready(args, policy, task, rewards):
-        return {"updates": 0, "in_words": SKIPPED}
+        return SKIPPED
     if policy.has_adapter:
         raise Refused(
             "warm_start trains all weights, but the model has an adapter: merge it first."
         )
+    rows = {"demonstrations": demonstrations(task), "environment": task.environment}
     ended = sft(
-        task=PromptTask(
-            task.name,
-            task.train_prompts,
-            (),
-            demonstrations=demonstrations(task),
-            environment=task.environment,
-        ),
+        task=PromptTask(task.name, task.train_prompts, (), **rows),
         model=replace(with_own_weights(policy, args.model), reference=None),
         output_dir=str(folder),
         max_steps=args.warm_start_steps,
@@ -128,25 +139,11 @@ def is_ready(args: Any, policy: Policy, task: PromptTask, rewards: Rewards) -> b
     sampling = replace(part_of(args, Sampling), num_generations=size)
     count = min(PROMPTS, len(task.train_prompts))
     prompts = [row for _, row in PromptStream(task.train_prompts, args.seed).draw_prompts(count)]
-    evaluator = Evaluator(policy, checked_generator(policy, rewards.environments))
-    table = evaluator.table(prompts, rewards, sampling, "probe")
-    equal = zero_spread(table.rewards, size, table.valid)
-    shares = [float(x.double().mean()) for x in (~equal, ~table.truncated)]
+    generator = checked_generator(policy, rewards.environments)
+    rows = cat([*sample_and_reward(policy, generator, prompts, rewards, sampling, stream="probe")])
+    is_equal = zero_spread(rows.rewards, size, rows.valid)
+    shares = [float(x.double().mean()) for x in (~is_equal, ~rows.truncated)]
     return min(shares) >= ENOUGH
-
-
-def folder_of(run: str) -> Path:
-    """Return the run directory of the warm start of a training, from that of the training."""
-    return Path(run).absolute() / "warm_start"
-
-
-def is_complete(folder: Path, updates: int) -> bool:
-    """Return whether the folder holds a warm start of so many updates, and its undamaged model."""
-    with suppress(Refused, OSError, ValueError, LookupError, TypeError):
-        summary = json.loads(read_file(folder / "summary.json"))
-        find_model(folder / "model")
-        return summary["exit_reason"] == "finished" and facts_of(folder)["updates"] == updates
-    return False
 
 
 def start_from(policy: Policy, folder: Path) -> None:
@@ -161,14 +158,19 @@ def start_from(policy: Policy, folder: Path) -> None:
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Return the facts of a complete warm start for config.json and summary.json.
+    """Return the facts of a warm start that has ended, for config.json and summary.json.
 
     Returns:
         `updates`, the loss of the first and of the last update in nats per token, the time that its chat
-        template read, if it read any, and a sentence, `in_words`.
+        template read, if it read any, and a sentence, `in_words`. Nothing where none has ended, or its model is
+        damaged.
     """
-    summary = json.loads(read_file(folder / "summary.json"))
-    facts = {name: summary[name] for name in ("loss_before", "loss_after")}
-    facts |= {"updates": summary["steps"], "chat_time": read_config(folder).get("chat_time")}
-    sentence = "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token"
-    return facts | {"in_words": sentence.format_map(facts)}
+    with suppress(Refused, OSError, ValueError, LookupError, TypeError):
+        summary = json.loads(read_file(folder / "summary.json"))
+        find_model(folder / "model")
+        facts = {name: summary[name] for name in ("loss_before", "loss_after")}
+        facts |= {"updates": summary["steps"], "chat_time": read_config(folder).get("chat_time")}
+        sentence = "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token"
+        if summary["exit_reason"] == "finished":
+            return facts | {"in_words": sentence.format_map(facts)}
+    return {}

@@ -23,7 +23,6 @@ from tokenrl.language.training.experience import examples
 from tokenrl.language.training.run import RunResult, TrainingRun
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import asks_in_text, observe_run
-from tokenrl.runs.console import conclude
 from tokenrl.runs.findings import share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.output import harmless, quantity, visible
@@ -94,7 +93,7 @@ def check_run(run: TrainingRun, session: Session) -> RunResult:
     for finding in judge(observed):
         if not (is_open and finding.flag == "truncation" and finding.weight == "watch"):
             findings.append(finding)
-    conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
+    session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     return run.result(session)
 
 

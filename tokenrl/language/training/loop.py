@@ -150,7 +150,7 @@ def _warm_start(
     """
     if not args.warm_start:
         return {}
-    folder = warm_start.folder_of(session.directory)
+    folder = session.output_dir / "warm_start"
     make = partial(warm_start.warm_start, args, task, rewards, folder, policy)
     facts = together(session.accelerator, make if session.main else dict)
     warmed: dict[str, Any] = gather_objects([facts])[0]

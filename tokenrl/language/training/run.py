@@ -27,7 +27,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
-from tokenrl.runs.console import duration
+from tokenrl.runs.output import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 
