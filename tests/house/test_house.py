@@ -24,30 +24,30 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 15_600,
-    "core": 20_020,
-    "runs": 25_060,
+    "top": 15_650,
+    "core": 19_850,
+    "runs": 25_100,
     "control": 10_800,
-    "advisor": 2_080,
+    "advisor": 2_100,
     "language": 30,
-    "language/policy": 11_920,
-    "language/rewards": 14_090,
-    "language/tasks": 11_940,
-    "language/rollout": 27_700,
-    "language/training": 24_280,
-    "language/supervised": 7_760,
-    "language/commands": 5_780,
-    "language/preferences": 6_370,
-    "language/evaluation": 3_470,
+    "language/policy": 11_950,
+    "language/rewards": 14_150,
+    "language/tasks": 11_950,
+    "language/rollout": 25_050,
+    "language/training": 24_100,
+    "language/supervised": 7_650,
+    "language/commands": 5_800,
+    "language/preferences": 6_350,
+    "language/evaluation": 3_400,
     "lab": 30,
-    "lab/exact": 12_260,
-    "lab/measure": 4_430,
-    "lab/compare": 15_720,
+    "lab/exact": 12_300,
+    "lab/measure": 4_450,
+    "lab/compare": 15_750,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 218_990, 195, 92_400, 249_320, 60_800, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 216_000, 194, 89_600, 244_000, 59_200, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
