@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import completes
@@ -60,7 +61,7 @@ def test_evaluations_that_a_task_recommends_spend_nothing_of_what_a_reward_count
     assert reward.count == 3 * 16
 
 
-OWN_MODEL = {"build": lambda seed: letters(), "fingerprint": ""}
+OWN_MODEL = {"base": SimpleNamespace(build=lambda seed: letters(), warm_start=None)}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from folders import read_json
@@ -119,7 +120,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     toy = make_task()
     toy.train, toy.max_completion_length = {"learning_rate": 0.9}, 2
     toy.demonstrations = [{"prompt": "a", "completion": "the cat sat on the mat"}]
-    toy.build, toy.fingerprint = lambda seed: (make_model(), make_tokenizer()), "toy"
+    toy.base = SimpleNamespace(build=lambda seed: (make_model(), make_tokenizer()), warm_start=None)
     values = {"max_steps": 1, "eval_every": 0, "cpu": True, "output_dir": str(tmp_path / "run")}
     result = train(task=toy, model=str(saved()), **values)
     output = said()
