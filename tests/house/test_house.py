@@ -32,7 +32,7 @@ LIMITS = {
     "language": 30,
     "language/policy": 11_950,
     "language/rewards": 14_150,
-    "language/tasks": 11_950,
+    "language/tasks": 12_000,
     "language/rollout": 25_050,
     "language/training": 24_100,
     "language/supervised": 7_650,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from refusals import refused
 
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
@@ -15,7 +16,7 @@ FILE = """
 import sys
 
 class Task:
-    name, reward, max_completion_length = "mine", "exact_match", 4
+    name, reward = "mine", "exact_match"
     eval_prompts = [{"prompt": "a"}]
 
     @property
@@ -62,7 +63,9 @@ def test_a_column_that_most_rows_of_a_task_lack_is_none_for_rewards_and_environm
 
 
 def test_of_an_object_that_is_no_task_of_the_package_four_attributes_are_read():
-    others = {"train": print, "build": print, "base": 1, "solved": "x", "environment": 3}
+    others = {"train": print, "build": print, "base": 1}
     four = {"name": "t", "train_prompts": ROWS, "eval_prompts": [{"prompt": "b"}], "reward": len}
     read = own_task(SimpleNamespace(**four, **others))
     assert read == own_task(PromptTask(**four)) and read.reward is len
+    with refused("SimpleNamespace with environment, solved, which only a tokenrl.PromptTask may"):
+        own_task(SimpleNamespace(**four, solved=1, environment=print))

@@ -42,8 +42,8 @@ from tokenrl.user_code import copied, guarded
 class PromptTask:
     """A task that is made of rows and a reward.
 
-    Any object with `name`, `train_prompts`, `eval_prompts` and `reward` is taken as a task too; of its other
-    attributes none is read.
+    Any object with `name`, `train_prompts`, `eval_prompts` and `reward` is taken as a task too. It is refused with a
+    further attribute that would change a run (`SPECIFIC`); others are its own affair.
 
     Attributes:
         name: the task's name, for records and messages.
@@ -84,6 +84,14 @@ class PromptTask:
 
 ROWS = ("train_prompts", "eval_prompts")
 """The attributes that a task has beside its name, whatever it is for."""
+SPECIFIC = (
+    "environment",
+    "demonstrations",
+    "max_completion_length",
+    "solved",
+    "pass_threshold",
+)
+"""Attributes that are read of a `PromptTask` alone."""
 TRAIN_EPISODES = 512
 EVAL_EPISODES = 64
 """Rows to train and to evaluate on of a task that is an environment alone. They are all the same, but each
@@ -241,6 +249,12 @@ def _complete(task: Any, name: str, *, whole: bool) -> PromptTask:
             "tokenrl.PromptTask, or give it those attributes."
         )
     title = f"task '{values['name']}'"
+    unread = [name for name in SPECIFIC if not is_own and hasattr(task, name)]
+    if unread:
+        raise Refused(
+            f"{title} is a {type(task).__name__} with {', '.join(unread)}, which only a tokenrl.PromptTask may have: "
+            "make one with them."
+        )
     for attribute in ("solved", "pass_threshold", "max_completion_length"):
         number = values.get(attribute)
         if number is not None and not isinstance(number, Real):
