@@ -198,7 +198,8 @@ def choose_precision(
         return "no", "a GPU without bfloat16"
     if size < LARGE:
         return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
-    capabilities = torch.cpu.get_capabilities()
+    # torch 2.10 does not name them.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return "bf16", "a CPU that multiplies in bfloat16"
     return "no", "a CPU without bfloat16"
