@@ -140,10 +140,10 @@ def training_step(
     metrics |= update_baselines(learner, memory, rows, whole, terms.returns, ends)
     with ending(ends):
         metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
+    of_step = replace(learner)  # KL control changes its weight now
     metrics |= learner.adapt_beta(metrics, policy_learns)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    of_step = replace(learner, estimator=estimator)  # KL control has changed its weight by now
     table = partial(step_table, of_step, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
     return Record(metrics, table, timings, rewarded.failures or (), unread, ends)
