@@ -60,8 +60,7 @@ class TeacherPrompts:
         if self.template is None:
             return in_place(prompt, row.get(COLUMN), source)
         text = prompt if isinstance(prompt, str) else prompt[last_of_user(prompt)]["content"]
-        replacement, _ = filled(self.template, {**row, "prompt": text}, source)
-        return in_place(prompt, replacement, source)
+        return in_place(prompt, filled(self.template, {**row, "prompt": text}, source)[0], source)
 
     def check(self, policy: Policy, rows: Sequence[Row], sampling: Sampling) -> None:
         """Check the prompts of rows of the data, which must leave room for a completion; a function has none yet.
