@@ -64,7 +64,7 @@ def write_report(args: ReportArguments) -> int:
     if several:
         from tokenrl.lab import compare_runs
 
-        page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
+        page = compare_runs(args.run_dir, args.output or "comparison.html")
     elif os.path.isfile(os.path.join(run, "plan.json")):
         from tokenrl.lab.compare.loop import judge_directory
         from tokenrl.lab.compare.page import write_comparison
