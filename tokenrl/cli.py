@@ -110,8 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return UNREAD
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(argv: list[str]) -> int:

@@ -32,9 +32,11 @@ from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.sources import IN_MEMORY, TaskArguments
 from tokenrl.language.tasks.task import PromptTask, find_task, own_task
+from tokenrl.runs.findings import Observed
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import measured, rich_console, rich_table, visible
 from tokenrl.runs.reader import read_run
+from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, field_types, lay, part_of
 
@@ -79,6 +81,8 @@ def _evaluations(args: EvaluateArguments) -> tuple[Any, dict[str, Evaluation]]:
                 first = next(iter(results.values()))
                 differences = paired_differences(first.by_prompt, result.by_prompt)
                 result = replace(result, metrics=result.metrics | differences)
+            for finding in judge(Observed(constant=result.constant), "constant-answer"):
+                remark(str(finding))
             results[name] = result
     return args.task, results
 

@@ -83,6 +83,7 @@ class TrainingRun:
             replaced ones included.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
         failures: what failed in each episode of the latest evaluation; empty without an environment.
+        constant: the greedy completion of the latest evaluation if it is the same for all prompts; else empty.
     """
 
     plan: TrainPlan
@@ -98,6 +99,7 @@ class TrainingRun:
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
     failures: Sequence[str] = ()
+    constant: str = ""
 
     def __post_init__(self) -> None:
         """Let reward functions know the length of the run."""
@@ -170,13 +172,15 @@ class TrainingRun:
         failures = list(self.failures)
         late = self.rewards.late
         totals = dict(self.totals)
-        return {"totals": totals, "means": self.means, "failures": failures, "late": late}
+        evaluated = {"means": self.means, "failures": failures, "constant": self.constant}
+        return {"totals": totals, "late": late, **evaluated}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.totals = Counter(state["totals"])
         self.means = state["means"]
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
+        self.constant = state.get("constant", "")
         self.rewards.late = state.get("late", 0)
 
     def result(self, session: Session) -> RunResult:

@@ -80,8 +80,10 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
-    flags_of_end = ("nothing-learnt", "learnt-by-heart", "critic-useless", "few-prompts")
-    for finding in judge(observed, *flags_of_end, "entropy-collapsed", "greedy-fell"):
+    flags_of_end = ("nothing-learnt", "constant-answer", "learnt-by-heart", "critic-useless")
+    for finding in judge(
+        observed, *flags_of_end, "few-prompts", "entropy-collapsed", "greedy-fell"
+    ):
         if flags and finding.flag == "nothing-learnt":
             finding = replace(finding, flag="policy-destroyed")
         if finding.weight != "watch":
@@ -122,6 +124,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     return replace(
         observed,
         is_solved=solved is not None and reaches(reward, solved),
+        constant=run.constant,
         lowest_rate=run.plan.usual_rate,
         highest_rate=run.plan.usual_rate,
         abstention=observed.abstention and " ".join([observed.abstention, *faults]),
