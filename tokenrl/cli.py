@@ -128,7 +128,8 @@ def _run(argv: list[str]) -> int:
 
         print(__version__)
         return 0
-    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+    both = " ".join(argv[:2])
+    name = both if both in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
     try:

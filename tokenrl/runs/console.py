@@ -35,7 +35,7 @@ _LOSS_NOTE = (
     "watch the reward and the evaluation. The training reward is the mean of this step's samples; the held-out greedy "
     "reward, of the latest evaluation, is that of the most probable completions or actions."
 )
-_SHOWN = {"reward": "training reward"}
+_SHOWN = {"reward": "training reward", "kl": "kl", "loss": "loss"}
 MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _EPISODE = 300
 """Characters of an episode that a table shows, whose answer comes after the calls of tools."""
@@ -184,8 +184,9 @@ class Console:
                 `eval_reward_greedy` (the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        names = [name for name in ("reward", "kl", "loss") if name in metrics][:1]
-        parts = [f"{_SHOWN.get(name, name)} {number(metrics[name])}" for name in names]
+        parts = [
+            f"{word} {number(metrics[key])}" for key, word in _SHOWN.items() if key in metrics
+        ][:1]
         evaluated = metrics.get("eval_reward_greedy")
         if evaluated is not None:
             self._evaluation = [f"held-out greedy reward {number(evaluated)}"]

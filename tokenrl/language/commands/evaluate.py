@@ -82,7 +82,7 @@ def _evaluations(args: EvaluateArguments) -> tuple[Any, dict[str, Evaluation]]:
                 differences = paired_differences(first.by_prompt, result.by_prompt)
                 result = replace(result, metrics=result.metrics | differences)
             for finding in judge(Observed(constant=result.constant), "constant-answer"):
-                remark(str(finding))
+                remark(finding.text)
             results[name] = result
     return args.task, results
 

@@ -172,8 +172,13 @@ class TrainingRun:
         failures = list(self.failures)
         late = self.rewards.late
         totals = dict(self.totals)
-        evaluated = {"means": self.means, "failures": failures, "constant": self.constant}
-        return {"totals": totals, "late": late, **evaluated}
+        return {
+            "totals": totals,
+            "means": self.means,
+            "failures": failures,
+            "constant": self.constant,
+            "late": late,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
