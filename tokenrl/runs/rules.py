@@ -329,9 +329,8 @@ RULES = (
     Rule(
         "nothing-learnt",
         lambda run: run.is_unlearnt and "act",
-        "The reward has no gain beyond noise. Where rewards differ, more steps (--max-steps), larger ones "
-        "(--prompts-per-step, --num-envs) or a higher --learning-rate than {run.learning_rate:g} may give one; where "
-        "they do not, prompts or episodes that the policy sometimes solves, a graded reward, or demonstrations.",
+        "The reward has no gain beyond noise. Where rewards differ, more steps (--max-steps) or a higher "
+        "--learning-rate than {run.learning_rate:g} may give one; else easier prompts or a graded reward.",
     ),
     Rule(
         "constant-answer",

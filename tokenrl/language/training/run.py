@@ -47,8 +47,9 @@ class RunResult(Outcome):
         tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
             greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `learnt-by-heart` (training prompts
-            gained, held-out ones hardly), `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
+            completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
+            `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
