@@ -33,8 +33,10 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import policy_of
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import find_task
+from tokenrl.runs.findings import Observed
 from tokenrl.runs.metric_table import metric_of
 from tokenrl.runs.output import measured, rich_console, rich_table
+from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of
 
@@ -77,6 +79,8 @@ def _evaluations(args: EvaluateArguments) -> tuple[Any, dict[str, Evaluation]]:
                 first = next(iter(results.values()))
                 differences = paired_differences(first.by_prompt, result.by_prompt)
                 result = replace(result, metrics=result.metrics | differences)
+            for finding in judge(Observed(constant=result.constant), "constant-answer"):
+                remark(finding.text)
             results[name] = result
     return args.task, results
 

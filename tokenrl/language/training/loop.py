@@ -338,6 +338,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     if rewarded := means.get("reward", means.get("reward_greedy")):
         run.means = [*run.means[:1], rewarded]
     run.failures = evaluation.failures
+    run.constant = evaluation.constant
     failed = failures_of(run.failures)
     if run.failures and all(run.failures) and not session.step:
         raise Stopped(f"There is nothing to learn from: {failed}")

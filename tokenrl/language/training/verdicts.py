@@ -30,6 +30,7 @@ TOLD = (
 """Findings of a step that are told when they come up."""
 OF_END = (
     "nothing-learnt",
+    "constant-answer",
     "learnt-by-heart",
     "critic-useless",
     "few-prompts",
@@ -138,6 +139,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     return replace(
         observed,
         is_solved=solved is not None and reaches(reward, solved),
+        constant=run.constant,
         lowest_rate=run.plan.usual_rate,
         highest_rate=run.plan.usual_rate,
         abstention=observed.abstention and " ".join([observed.abstention, *faults]),
