@@ -43,6 +43,8 @@ def fails_later(completions):
     calls += 1
     if calls > 3: raise SystemExit(0)
     return [len(c) for c in completions]
+class Game:
+    def reset(self): ...
 """
 
 
@@ -323,6 +325,9 @@ train --output-dir --quiet | Missing value for argument '--output-dir'
 train --warm-start often | warm_start was given as 'often'; it must be True or False, or one of auto.
 train extra | There is no flag extra. No flag takes this word: a text with spaces stands in quotes
 train --task good.jsonl --model MODEL | --reward
+train --task made_up_rewards.py | The file defines fails, fails_later, Game.
+train --reward made_up_rewards.py | The file defines fails, fails_later, Game.
+train --environment made_up_rewards.py --reward none | The file defines fails, fails_later, Game.
 train --task vowels --reward made_up_rewards:fails --eval-size 2 --model MODEL | KeyError
 report | Name the output directory
 evaluate --task vowels | Name the model

@@ -210,7 +210,7 @@ def test_gae_is_a_loop_over_actions_from_the_last_to_the_first(gamma, lam, lengt
         for mixing, column in ((of_policy, policy + values), (of_critic, targets)):
             after = value_after = beyond[row]
             for t in reversed(range(int(actions.nonzero().max()) + 1)):
-                after, value_after = gamma * after, gamma * value_after  # a discount of each position
+                after, value_after = gamma * after, gamma * value_after  # at each position
                 if actions[t]:
                     after = rewards[row, t] + (1 - mixing) * value_after + mixing * after
                     value_after = values[row, t]
