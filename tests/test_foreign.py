@@ -162,6 +162,7 @@ algorithm.adv_estimator=grpo data.seed=3 | train | It is --estimator grpo.
 --overwrite=True | train | no flag True. No flag takes this word
 --prompt-template a b c | train | no flag b. No flag takes this word
 --max-steps 5 6 | compare | no flag 6. No flag takes this word
+runs/a | train | There is no flag runs/a. No flag takes this word
 """
 
 
@@ -178,8 +179,6 @@ def test_where_a_command_has_a_run_or_a_model_it_may_be_the_first_word():
         assert (getattr(parsed, first), parsed.seed) == ("runs/a", 3)
     words = ["runs/a", "runs/b", "--task", "vowels"]
     assert parse("evaluate", COMMANDS["evaluate"], words).model == ("runs/a", "runs/b")
-    with refused("There is no flag runs/a. No flag takes this word"):
-        parse("train", COMMANDS["train"], ["runs/a"])
 
 
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, refusal):
