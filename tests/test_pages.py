@@ -38,7 +38,7 @@ BRIEF = {  # what shortens a command of a page
 PACKAGES = {"LunarLander-v3": "Box2D"}
 """What a command needs that may not be installed; without it the command is refused."""
 TINY = {"max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
-SHORTENED = ("README", "resume", "estimators", "speed", "own_task")
+SHORTENED = ("README", "resume", "estimators", "own_task")
 
 
 def name_of(page):
