@@ -35,6 +35,10 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown to a file: its path and its anchor."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 """A formula of a built page: its element, whether it stands in a line, and its LaTeX."""
+MOVED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Moved</title>
+<link rel="canonical" href="{0}"><meta http-equiv="refresh" content="0; url={0}">
+<p>This page has moved <a href="{0}">here</a>.</p></html>
+"""
 PICTURES = (".png", ".svg")
 LANGUAGES = {
     ".py": "python",
@@ -155,16 +159,11 @@ def replace_search(site: Path, asked: dict[str, str]) -> None:
 def redirect(site: Path) -> None:
     """Let each address of a page that has moved lead to where its text is now, by the lines of moved.txt."""
     for line in SETTINGS.with_name("moved.txt").read_text(encoding="utf-8").splitlines():
-        old, new = line.split()
-        target = os.path.relpath(new, Path(old).parent)
+        old, new = map(Path, line.split())
+        target = os.path.relpath(new, old.parent)
         page = site / old
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Moved</title>'
-            f'<link rel="canonical" href="{target}"><meta http-equiv="refresh" content="0; url={target}">'
-            f'<p>This page has moved: <a href="{target}">{new}</a>.</p></html>\n',
-            encoding="utf-8",
-        )
+        page.write_text(MOVED.format(target), encoding="utf-8")
 
 
 def main(output: Path = ROOT / "build") -> None:

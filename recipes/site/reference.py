@@ -14,7 +14,7 @@ that are written by hand (`run_directory.md`, `glossary.md`, `papers.md`) lie be
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from inspect import cleandoc
 from pathlib import Path
@@ -31,16 +31,21 @@ from tokenrl.runs import all_metrics
 from tokenrl.settings import allowed, field_types
 
 PAGES = Path(__file__).parents[1] / "pages" / "reference"
-COMMAND_PAGES = (
-    ("train",),
-    ("sft", "reward-model"),
-    ("evaluate", "sample"),
-    ("control",),
-    ("compare", "judge", "report", "advise"),
-    ("lab exact", "lab measure"),
+COMMAND_PAGES = """train
+sft, reward-model
+evaluate, sample
+control
+compare, judge, report, advise
+lab exact, lab measure"""
+"""The commands that share a page, which is called by its first word."""
+ROOMS = (
+    "tokenrl.core",
+    "tokenrl.language",
+    "tokenrl.control",
+    "tokenrl.lab",
+    "tokenrl.runs",
+    "tokenrl",
 )
-"""The commands that share a page, which is called by the first word of the first."""
-ROOMS = ("core", "language", "control", "lab", "runs")
 SETTINGS = {field for command in COMMANDS.values() for field in field_types(command.arguments)}
 FLAGS = ("flag", "default", "allowed", "meaning")
 (POSITIONAL,) = tyro.conf.Positional[str].__metadata__
@@ -102,11 +107,11 @@ def settings_tables(kind: type[Any], prefix: str = "--", level: str = "##") -> I
             yield f"{level} {heading}\n\n" + cards("flags", FLAGS, rows)
 
 
-def command_page(names: tuple[str, ...]) -> str:
+def command_page(names: str) -> str:
     """Return the page of a command, or of several, with a section for each."""
-    level = "##" if len(names) == 1 else "###"
-    parts = [part for name in names for part in command_parts(name, level)]
-    return page(f"tokenrl {', '.join(names)}", *parts)
+    level = "###" if "," in names else "##"
+    parts = [part for name in names.split(", ") for part in command_parts(name, level)]
+    return page(f"tokenrl {names}", *parts)
 
 
 def command_parts(name: str, level: str) -> Iterator[str]:
@@ -220,37 +225,35 @@ def public_functions(package: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{method}", function
 
 
-def python_page(room: str, elsewhere: Mapping[str, str]) -> str:
-    """Return the page of the public names of a package, with signatures and docstrings.
-
-    Names that are `elsewhere`, on the page of a room, are links to it.
-    """
-    package = importlib.import_module(room)
-    parts, links = [cleandoc(package.__doc__ or "")], []
-    for name, thing in public_functions(package):
-        _, dot, last = name.rpartition(".")
-        if name in elsewhere:
-            links += [] if dot else [f"[`{name}`]({elsewhere[name]}#{name.lower()})"]
-            continue
-        code = f"class {name}" if inspect.isclass(thing) else signature_of(last, thing)
-        level = "###" if dot else "##"
-        parts.append(f"{level} {name}\n\n```py\n{code}\n```\n\n{documented(thing)}")
-    if links:
-        parts.insert(1, f"These are on the pages of their rooms: {', '.join(links)}.")
-    return page(room, *parts)
+def entry(name: str, thing: Any) -> str:
+    """Return the section of a public name, with its signature and docstring."""
+    _, dot, last = name.rpartition(".")
+    code = f"class {name}" if inspect.isclass(thing) else signature_of(last, thing)
+    return f"##{'#' * len(dot)} {name}\n\n```py\n{code}\n```\n\n{documented(thing)}"
 
 
 def pages() -> dict[str, str]:
-    """Return all pages by the name of their files."""
-    named = {f"{names[0].split()[0]}.md": command_page(names) for names in COMMAND_PAGES}
+    """Return all pages by the name of their files; a public name is on the page of one package."""
+    named = {
+        f"{names.split()[0].strip(',')}.md": command_page(names)
+        for names in COMMAND_PAGES.splitlines()
+    }
     named["axes.md"] = axes_page()
-    homes: dict[str, str] = {}
+    homes: dict[tuple[str, Any], str] = {}
     for room in ROOMS:
-        file = f"tokenrl_{room}.md"
-        named[file] = python_page(f"tokenrl.{room}", {})
-        names = public_functions(importlib.import_module(f"tokenrl.{room}"))
-        homes |= {name: file for name, _ in names}
-    return named | {"tokenrl.md": python_page("tokenrl", homes)}
+        file = f"{room.replace('.', '_')}.md"
+        package = importlib.import_module(room)
+        functions = [*public_functions(package)]
+        links = [
+            f"[`{found[0]}`]({homes[found]}#{found[0].lower()})"
+            for found in functions
+            if found in homes and "." not in found[0]
+        ]
+        also = [f"These are on the pages of their rooms: {', '.join(links)}."] if links else []
+        entries = [entry(*found) for found in functions if found not in homes]
+        named[file] = page(room, cleandoc(package.__doc__ or ""), *also, *entries)
+        homes |= dict.fromkeys(functions, file)
+    return named
 
 
 def main(output: Path = PAGES) -> None:
