@@ -1,6 +1,8 @@
 # Every target works as the first command after a clone: the virtual environment is made on demand.
 PYTHON    ?= python3
 VENV      ?= .venv
+# The build of torch: none for what pip takes, on Linux the one for NVIDIA GPUs; or a backend of uv: cpu, auto, cu130.
+TORCH     ?=
 TASK      ?= sort_digits
 ESTIMATOR ?= rloo
 SEED      ?= 0
@@ -22,6 +24,7 @@ test test-newest test-lowest test-slow test-gpu test-vllm: export PYTHONDONTWRIT
 
 help:
 	@echo "make train      install the package, train the default task ($(TASK), $(ESTIMATOR)) into $(RUN)"
+	@echo "                TORCH=cpu takes the small build of torch, without CUDA; so does make install TORCH=cpu"
 	@echo "make install    install the package with all that the tests and the tools below need"
 	@echo "make docs       build the site of the documentation into build/site"
 	@echo "make test       quick tests            make test-slow   the slow ones"
@@ -39,7 +42,12 @@ $(STAMP): WHAT := .[dev]
 $(PACKAGE) $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tokenrl needs Python 3.10 or later; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '$(WHAT)'
+else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) -c constraints.txt -e '$(WHAT)'
+endif
 	@# pip makes byte code with one processor only; a file for another release of Python has none, which is no failure.
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	touch $(PACKAGE) $@

@@ -7,6 +7,7 @@ sort_digits.
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,13 @@ def uneven() -> Any:
         _trained_on("uneven", slice(0, 480, 2), slice(4000, 4096, 2)),
         eval_prompts=_ranked(slice(1, 480, 2), slice(4001, 4096, 2)),
     )
+
+
+def fifty() -> Any:
+    """Question 16: train on 50 prompts of sort_digits, as somebody with few rows would."""
+    task: Any = load_task("sort_digits")
+    few = random.Random(0).sample(list(task.train_prompts), 50)
+    return replace(task, name="sort_digits_fifty", train_prompts=few)
 
 
 def _trained_on(name: str, *parts: slice) -> Any:
