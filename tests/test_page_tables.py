@@ -44,7 +44,9 @@ def test_a_blank_line_in_a_table_and_a_missing_cell_are_seen():
 
 
 def test_every_exit_code_is_in_the_list():
-    first_cells = re.findall(r"(?m)^\|([^|]*)", section(PAGES / "reference/run_directory.md", "Exit codes"))
+    first_cells = re.findall(
+        r"(?m)^\|([^|]*)", section(PAGES / "reference/run_directory.md", "Exit codes")
+    )
     kinds = TokenrlError.__subclasses__()
     raised = {kind.exit_code for kind in kinds if "exit_code" in vars(kind)}
     codes = {*map(int, re.findall(r"\d+", " ".join(first_cells)))}
