@@ -20,6 +20,7 @@ from folders import read_json, write_rows
 from refusals import refused
 
 import tokenrl
+import tokenrl.__main__
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.core import Estimator
@@ -63,6 +64,15 @@ def assert_repeats(name: str, run: Path) -> None:
     for file in ("metrics.jsonl", f"model/{weights.name}"):
         assert (run / file).read_bytes() == (Path("again") / file).read_bytes(), file
     assert main(["train" if name == "control" else "control", "--config", str(run)]) == 2
+
+
+def test_ctrl_c_before_a_run_is_acknowledged(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenrl.cli.main", interrupted)
+    assert tokenrl.__main__.main() == 130
+    assert "stopped by Ctrl-C. A training saves nothing before" in capsys.readouterr().err
 
 
 def test_train_evaluate_sample_report(model, capsys, refusal, tmp_path):

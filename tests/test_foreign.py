@@ -85,7 +85,11 @@ def test_what_hints_name_is_taken_as_flags_and_as_keywords_and_is_the_same():
     cases = [(name, value, "") for name, value in numbers.items()]
     for row in table():
         if row.ours and row.needs <= settings and "estimator" not in row.ours:
-            cases += [(row.names[0], value, row.remark) for value in row.values]
+            cases += [
+                (row.names[0], value, row.remark)
+                for value in row.values
+                if None not in row.ours.values()
+            ]
     for name, value, remark in cases:
         keywords, flags = (
             re.sub("^It is (.*: )?", "", meaning(name, settings, value, flags=as_flags))
@@ -111,6 +115,54 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
         for words in ([flag, "8"], [f"{flag}=8"]):
             assert refusal("train", *words).startswith(f"tokenrl: There is no flag {flag}. ")
+
+
+TYPED = """
+--group-size 4 | train evaluate sample compare lab_measure | It is --num-generations 4.
+--num-samples=4 | train evaluate sample compare lab_measure | It is --num-generations 4.
+--n_samples 4 | train evaluate sample compare lab_measure | It is --num-generations 4.
+--n-generations 4 | train evaluate sample compare lab_measure | It is --num-generations 4.
+--rollout-n 4 | train evaluate sample compare lab_measure | It is --num-generations 4.
+actor_rollout_ref.rollout.n=4 | train compare | It is --num-generations 4.
+--max-tokens 4 | train reward-model evaluate sample compare lab_measure | It is --max-completion-length 4.
+--max-new-tokens 4 | train reward-model evaluate sample compare lab_measure | It is --max-completion-length 4.
+--max-length 4 | train reward-model evaluate sample compare lab_measure | It is --max-completion-length,
+--max-length 4 | sft | Rows are not cut or packed
+--device cpu | train sft compare lab_measure | It is --cpu, a switch
+--device cuda | train sft compare lab_measure | A GPU is used where there is one
+--device cuda | evaluate sample reward-model | A GPU is used where there is one
+--device cpu | control | Agents are trained on the CPU
+--wandb | train sft reward-model control compare | It is --report-to wandb.
+--wandb me | evaluate lab_exact | Trackers follow trainings
+--lr 1e-3 | train sft reward-model control compare | It is --learning-rate 1e-3.
+--steps 3 | train sft reward-model control compare | It is --max-steps 3.
+--lr 1e-3 --steps 2 | evaluate sample judge advise lab_measure | This command trains nothing
+--run x | evaluate sample lab_measure | It is --model x.
+--checkpoint x | evaluate sample lab_measure | It is --model x.
+--checkpoint x | advise | It is --run x.
+--checkpoint x | train sft control | It is --resume, a checkpoint's directory
+--run x | judge | those to judge as candidate
+--run x | report | Directories of runs are given as plain words
+--trainer.total_epochs 3 | train | It is --max-steps, which is epochs x rows
+algorithm.adv_estimator=grpo data.seed=3 | train | It is --estimator grpo.
+"""
+
+
+@pytest.mark.parametrize("row", TYPED.strip().splitlines())
+def test_words_that_people_type_lead_to_the_flag_of_each_command(row, refusal):
+    words, commands, sentence = row.split(" | ")
+    for command in commands.split():
+        assert sentence in refusal(f"{command.replace('_', ' ')} {words}")
+
+
+def test_where_a_command_has_a_run_or_a_model_it_may_be_the_first_word():
+    for name, first in {"evaluate": "model", "sample": "model", "advise": "run"}.items():
+        parsed = parse(name, COMMANDS[name], ["runs/a", "--seed", "3"])
+        assert (getattr(parsed, first), parsed.seed) == ("runs/a", 3)
+    words = ["runs/a", "runs/b", "--task", "vowels"]
+    assert parse("evaluate", COMMANDS["evaluate"], words).model == ("runs/a", "runs/b")
+    with refused("There is no flag runs/a. No flag takes this word"):
+        parse("train", COMMANDS["train"], ["runs/a"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +196,11 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(refusa
             "use_vllm",
             "This command samples with transformers; the setting generator of tokenrl train takes vllm.",
         ),
-        ("control", "per_device_train_batch_size", ""),
+        (
+            "control",
+            "per_device_train_batch_size",
+            "A step samples num_steps x num_envs steps of environments, which num_minibatches divides into updates.",
+        ),
         ("train", "made_up", ""),
         (
             "train",

@@ -35,7 +35,8 @@ BRIEF = {  # what shortens a command of a page
     "reward-model": "--max-steps 1",
     "sft": "--max-steps 1",
 }
-PACKAGES = {"LunarLander-v3": "Box2D"}
+WORDS = "reasoning_gym:spell_backward(min_word_len=3, max_word_len=4, size=2000)"
+PACKAGES = {"LunarLander-v3": "Box2D", WORDS: "reasoning_gym"}
 """What a command needs that may not be installed; without it the command is refused."""
 TINY = {"max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
 SHORTENED = ("README", "resume", "estimators", "own_task")

@@ -6,12 +6,17 @@ import sys
 
 
 def main() -> int:
-    """Run one command and return its exit code; an interruption while it is imported is silent too."""
+    """Run one command and return its exit code; say of an interruption, also while it is imported, what is saved."""
     try:
         from tokenrl.cli import main as run
 
         return run()
     except KeyboardInterrupt:
+        print(
+            "\ntokenrl: stopped by Ctrl-C. A training saves nothing before its first step. The same command with "
+            "--resume auto goes on from its last checkpoint, or begins again where there is none.",
+            file=sys.stderr,
+        )
         return 130
 
 

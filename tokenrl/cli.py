@@ -64,7 +64,7 @@ def write_report(args: ReportArguments) -> int:
     if several:
         from tokenrl.lab import compare_runs
 
-        page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
+        page = compare_runs(args.run_dir, args.output or "comparison.html")
     elif os.path.isfile(os.path.join(run, "plan.json")):
         from tokenrl.lab.compare.loop import judge_directory
         from tokenrl.lab.compare.page import write_comparison
@@ -110,8 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return UNREAD
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(argv: list[str]) -> int:
@@ -130,7 +128,8 @@ def _run(argv: list[str]) -> int:
 
         print(__version__)
         return 0
-    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+    both = " ".join(argv[:2])
+    name = both if both in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
     try:

@@ -42,6 +42,8 @@ FRAME = re.compile("^.*[─-]{8}.*$|[│|]", re.MULTILINE)
 """The frame around tyro's errors, with its title: they are shown as plain text."""
 ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
 """By flag that may stand without a value, the flag with the value that it then has."""
+FIRST = {"evaluate": "--model", "sample": "--model", "advise": "--run", "lab measure": "--model"}
+"""By command the flag that may be left out where its values are the first words, as in `evaluate runs/a`."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -81,6 +83,8 @@ def options_of(name: str, command: Command, argv: list[str]) -> dict[str, Any]:
     hints = dict(field_types(kind))
     words = [word for word in argv if word not in ("-h", "--help")]
     is_help = len(words) < len(argv)
+    if name in FIRST and words and not words[0].startswith("-"):
+        words.insert(0, FIRST[name])
     options = dict[str, Any]()
     unknown = list[str]()
     if words or not is_help:
@@ -145,8 +149,8 @@ def _read_options(command: Command, argv: list[str], prog: str) -> tuple[dict[st
 
 def _collected(kind: Any, argv: list[str]) -> list[str]:
     """Return the words of a command line, where a list flag that is repeated adds to its first values."""
-    hints = {f"--{name}".replace("_", "-"): hint for name, hint in field_types(kind).items()}
-    lists = {flag for flag, hint in hints.items() if mentions(hint, ...)}
+    types = field_types(kind).items()
+    lists = {f"--{name}".replace("_", "-") for name, hint in types if mentions(hint, ...)}
     parts = defaultdict[Any, list[str]](list)
     owner: Any = ""
     for number, word in enumerate(argv):

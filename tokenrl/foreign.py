@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     names: list[str]
     values: list[str]
-    ours: dict[str, str | int | None]
+    ours: dict[str, Any]
     remark: str
     needs: set[str]
 
@@ -76,7 +76,7 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
     """Say what a setting of another toolkit is called here.
 
     Args:
-        name: The user's name of the setting, with underscores.
+        name: The user's name of the setting, with underscores; of one with dots the last part is known too.
         settings: The settings that the command has, from `settings_of`; none for a value that a setting of ours
             had in earlier versions.
         value: The user's value.
@@ -88,11 +88,11 @@ def meaning(name: str, settings: Iterable[str], value: Any = None, *, flags: boo
     settings = set(settings)
     if name in settings:
         return ""
-    name = name.removeprefix("estimator.")
-    axis = f"estimator.{name}"
+    last = name.rpartition(".")[2]
+    axis = f"estimator.{last}"
     if axis in settings:
         return f"It is an axis of the estimator: {_written({axis: value}, flags=flags)}."
-    rows = [row for row in table() if name in row.names and row.needs <= settings]
+    rows = [row for row in table() if {name, last} & {*row.names} and row.needs <= settings]
     for row in rows:
         if value is not None and str(value).lower() in row.values:
             return row.sentence(value, flags=flags)
@@ -155,7 +155,8 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
     """Refuse words of a command line that are no flags of the command.
 
     Args:
-        unknown: The words; those that are not flags are values of the flags before them.
+        unknown: The words. Those that are not flags are values of the flags before them, or NAME=VALUE as verl
+            writes its settings.
         hints: The type of each setting that the command has.
         prog: The command.
 
@@ -165,7 +166,7 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
     values = dict[str, str]()
     flag = ""
     for word in unknown:
-        if word.startswith("--") or not values:
+        if word.startswith("--") or not values or (values[flag] and "=" in word):
             flag, _, values[flag] = word.partition("=")
         elif not values[flag]:
             values[flag] = word
@@ -173,11 +174,12 @@ def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None
     flags = _written(dict.fromkeys(settings), flags=True).split()
     sentences = {}
     for flag, value in values.items():
-        sentence = meaning(flag[2:].replace("-", "_"), settings, value or "true", flags=True)
-        if not flag.startswith("--"):
+        name = flag.removeprefix("--").replace("-", "_")
+        sentence = meaning(name, settings, value or "true", flags=True)
+        if not (sentence or flag.startswith("--")):
             sentence = (
-                "No flag takes this word: a text with spaces stands in quotes, and a switch takes no value, as "
-                f"--quiet or --no-quiet. See {prog} --help."
+                "No flag takes this word: a text with spaces stands in quotes, a switch takes no value, as --quiet "
+                f"or --no-quiet, and a run follows its flag, such as --model. See {prog} --help."
             )
         sentences[flag] = sentence or f"{nearest(flag, flags)} See {prog} --help.".strip()
     _refuse("flag", sentences)

@@ -85,22 +85,21 @@ def alternate(
     spec: dict[str, Any],
     settings: Sequence[dict[str, Any]],
     args: Namespace,
-    rival: str = "trl",
 ) -> tuple[dict[str, Any], Results, Results]:
-    """Measure a rival and tokenrl in turn.
+    """Measure TRL and tokenrl in turn.
 
-    The first round tries all settings of the rival, and the later ones only the fastest. Without the rival's package
-    only tokenrl is measured.
+    The first round tries all settings of TRL, and the later ones only the fastest. Without TRL, tokenrl is measured
+    alone.
 
     Returns:
-        The fastest setting of the rival, and the results of both by round.
+        The fastest setting of TRL, and the results of both by round.
     """
     theirs: Results = []
     ours: Results = []
-    settings = list(settings) if find_spec(rival) else []
+    settings = list(settings) if find_spec("trl") else []
     for number in range(args.rounds):
         spec = spec | {"round": number}
-        results = [run(program, spec | {"who": rival} | setting) for setting in settings]
+        results = [run(program, spec | {"who": "trl"} | setting) for setting in settings]
         times = [result.get("seconds", math.inf) for result in results]
         fastest = times.index(min(times)) if times else 0
         settings = settings[fastest : fastest + 1]
@@ -109,19 +108,19 @@ def alternate(
     return settings[0] if settings else {}, theirs, ours
 
 
-def middle(results: Results, key: str, form: str) -> str:
-    """The median over rounds, or why there is none."""
-    values = [result[key] for result in results if key in result]
-    return format(statistics.median(values), form) if values else results[0].get("error", "")
+def middle(results: Results) -> str:
+    """The median of the seconds over rounds, or why there is none."""
+    values = [result["seconds"] for result in results if "seconds" in result]
+    return f"{statistics.median(values):.3f}" if values else results[0]["error"]
 
 
-def times(theirs: Results, ours: Results, form: str = ".3f") -> list[str]:
+def times(theirs: Results, ours: Results) -> list[str]:
     """Seconds of TRL and of tokenrl, and their ratio with its range, of rounds in which neither failed."""
     pairs = [pair for pair in zip(theirs, ours, strict=True) if all("seconds" in x for x in pair)]
     ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
     ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
     ratio += f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-    return [middle(theirs, "seconds", form), middle(ours, "seconds", form), ratio]
+    return [middle(theirs), middle(ours), ratio]
 
 
 def peaks(*both: Results) -> list[str]:
@@ -140,11 +139,10 @@ def print_heading(columns: Sequence[str], heading: str) -> None:
     print(f"|{'---|' * len(columns)}", flush=True)
 
 
-def versions(device: dict[str, Any], *names: str) -> str:
+def versions(device: dict[str, Any]) -> str:
     """The device, as `one_trainer.py` describes it, and the versions of what is measured."""
-    names = ("tokenrl", "torch", *(names or ("transformers", "trl")))
-    found = [name.replace("tokenrl", "tokenrl-lm") for name in names if find_spec(name)]
-    return f"{device['name']}; {', '.join(f'{name} {version(name)}' for name in found)}"
+    names = ("tokenrl-lm", "torch", "transformers", *(["trl"] if find_spec("trl") else ()))
+    return f"{device['name']}; {', '.join(f'{name} {version(name)}' for name in names)}"
 
 
 def shape_row(

@@ -55,6 +55,16 @@ def test_findings_in_a_run(made_up, kind, run, flag, weight):
     assert findings_of(made_up(kind, **run))[flag].weight == weight
 
 
+@pytest.mark.parametrize("flags", [["nothing-learnt"], []])
+def test_after_nothing_was_learnt_it_is_named_what_to_change(made_up, flags):
+    run = made_up("train", evaluated={0: 0.2, 40: 0.21})
+    write_json(run / "summary.json", read_json(run / "summary.json") | {"flags": flags})
+    found = findings_of(run)
+    assert ("nothing-learnt" in found) == bool(flags)
+    if flags:
+        assert "or a higher --learning-rate than" in found["nothing-learnt"].text
+
+
 @pytest.mark.parametrize(
     ("kind", "run"),
     [

@@ -44,8 +44,9 @@ def test_log_gets_plain_lines_each_k_steps():
     text = printed(every=10)
     lines = [line for line in text.splitlines() if line.startswith("step ")]
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 4, 10, 20, 30, 40]
-    assert lines[0] == "step  1/40  reward 0.025  1,000 tokens/s"
-    assert lines[3].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
+    assert lines[0] == "step  1/40  training reward 0.025  1,000 tokens/s"
+    rewards = "training reward 0.25  held-out greedy reward 0.25"
+    assert lines[3].startswith(f"step 10/40  {rewards}  1,000 tokens/s  ETA 0:")
     assert "ETA" not in lines[-1] and "\x1b" not in text and "\r" not in text
 
 

@@ -28,7 +28,8 @@ class AdviseArguments(Settings):
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
     For your own environment, name the file or module that registers it: my_envs.py:Mine-v0."""
     run: str = ""
-    """Directory of a run of `tokenrl train` or `tokenrl control`, finished or not, to diagnose."""
+    """Directory of a run of `tokenrl train` or `tokenrl control`, finished or not, to diagnose. On a command line
+    it may stand first without its flag: tokenrl advise runs/a."""
     max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
     episodes: Several = 50

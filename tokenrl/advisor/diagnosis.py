@@ -89,7 +89,12 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     if solved is None and is_language:  # all rewards are 1, or nearly
         is_solved = EASY_REWARD <= recent.reward <= 1 and recent.equal > LOST_SHARE
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
-    gained = bool(run.summary and evaluated) and evaluated[-1].exceeds(evaluated[0], SURE)
+    gained = run.summary and evaluated and evaluated[-1].exceeds(evaluated[0], SURE)
+    unlearnt = (
+        bool(run.summary)
+        and not gained
+        and (not is_language or "nothing-learnt" in run.summary.get("flags", ()))
+    )
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
     latest = observed.latest
     if latest and gained:  # what was lost for a while was won back
@@ -98,6 +103,7 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     return replace(
         observed,
         is_solved=is_solved,
+        is_unlearnt=unlearnt,
         whole=recent,
         skipped=skipped / updates,
         latest=latest,

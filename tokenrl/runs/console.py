@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 _LOSS_NOTE = (
     "The loss is no measure of progress: it is made for its gradient, and its value says little; "
-    "watch the reward and the evaluation."
+    "watch the reward and the evaluation. The training reward is the mean of this step's samples; the held-out greedy "
+    "reward, of the latest evaluation, is that of the most probable completions or actions."
 )
+_SHOWN = {"reward": "training reward", "kl": "kl", "loss": "loss"}
 MAX_SILENCE = 5.0  # seconds without a line, after which one is printed
 _EPISODE = 300
 """Characters of an episode that a table shows, whose answer comes after the calls of tools."""
@@ -179,14 +181,15 @@ class Console:
             step: number of updates made so far.
             total: number of the last step.
             metrics: of this step. Shown are `reward` (or else `kl`, or else `loss`),
-                `eval_reward_greedy` (or else `eval_reward`; the last evaluation stays on the line), and
+                `eval_reward_greedy` (the last evaluation stays on the line), and
                 `tokens_per_second` or `env_steps_per_second`, as far as they are present.
         """
-        names = [name for name in ("reward", "kl", "loss") if name in metrics][:1]
-        parts = [f"{name} {number(metrics[name])}" for name in names]
-        evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
+        parts = [
+            f"{word} {number(metrics[key])}" for key, word in _SHOWN.items() if key in metrics
+        ][:1]
+        evaluated = metrics.get("eval_reward_greedy")
         if evaluated is not None:
-            self._evaluation = [f"eval {number(evaluated)}"]
+            self._evaluation = [f"held-out greedy reward {number(evaluated)}"]
         parts += [*self._evaluation, *rates(metrics)]
         now = time.monotonic()
         if self._timed_from is None:

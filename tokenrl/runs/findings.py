@@ -90,6 +90,8 @@ class Observed:
 
         gain: how much the reward of held-out prompts gained.
         is_solved: whether the last evaluation reaches the threshold.
+        is_unlearnt: whether a run that is diagnosed has ended without a gain.
+        constant: the greedy completion of all prompts of the last evaluation; empty if they differ.
 
         groups: in words, what was compared before training, in the step of a check; else empty.
         others_differ: whether other samples of the same policy have unequal rewards.
@@ -124,6 +126,8 @@ class Observed:
 
     gain: Gain = Gain()
     is_solved: bool = False
+    is_unlearnt: bool = False
+    constant: str = ""
 
     groups: str = ""
     others_differ: bool = False

@@ -190,7 +190,7 @@ def remedy(run: Observed) -> str:
     if is_by_heart(run):
         return BY_HEART
     if run.gain.equal < LOST_SHARE:
-        return "More steps, more completions a step or a higher rate may give one."
+        return "More steps (--max-steps), larger ones (--prompts-per-step) or a higher --learning-rate may give one."
     if run.can_warm_start:
         return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
     if run.step.cut >= LOST_SHARE:
@@ -325,6 +325,20 @@ RULES = (
         GAIN
         + "It is no gain beyond noise. {remedy} In {run.gain.equal:.0%} of the steps no two rewards that are "
         "compared differed.",
+    ),
+    Rule(
+        "nothing-learnt",
+        lambda run: run.is_unlearnt and "act",
+        "The reward has no gain beyond noise. Where rewards differ, more steps (--max-steps) or a higher "
+        "--learning-rate than {run.learning_rate:g} may give one; else easier prompts or a graded reward.",
+    ),
+    Rule(
+        "constant-answer",
+        lambda run: run.constant and ("watch" if run.is_solved else "act"),
+        "All greedy completions of the evaluation are the same, {run.constant:.80}, though the prompts differ. Unless "
+        "one answer is right for all, the reward is what a constant earns: give prompts whose right answers are "
+        "spread more evenly, a reward that a constant does not earn, demonstrations (tokenrl sft), or a bonus for "
+        "entropy (--estimator.entropy-coef).",
     ),
     # Whatever the reward of samples: the weights of the best evaluation are lost.
     Rule(

@@ -13,7 +13,12 @@ from tiny_models import Engine, textbook_logprobs
 
 from tokenrl.language.commands.evaluate import paired_differences
 from tokenrl.language.evaluation.estimates import best_of, over_prompts
-from tokenrl.language.evaluation.evaluation import SCORED_AT_ONCE, Evaluator, evaluate_policy
+from tokenrl.language.evaluation.evaluation import (
+    SCORED_AT_ONCE,
+    Evaluation,
+    Evaluator,
+    evaluate_policy,
+)
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
@@ -116,6 +121,17 @@ def test_only_a_declaration_or_a_threshold_says_what_is_right():
     metrics, right = evaluate([graded], mark=0.5, k=(1,)), evaluate([twice], k=(1,))
     assert 0 < metrics["pass@1"] == right["reward"] < metrics["best@1"] + metrics["pass@1"]
     assert metrics["best@1"] == pytest.approx(metrics["reward"]) != metrics["pass@1"]
+
+
+def test_a_greedy_completion_that_different_prompts_share_is_told():
+    def constant(*pairs):
+        rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+        return Evaluation({}, rows, {}, Sampling(max_completion_length=3)).constant
+
+    assert constant(("a", "7"), ("b", "7")) == "'7'"
+    assert constant(("a", ""), ("b", "")) == "''"
+    assert constant(("a", "7"), ("b", "8")) == ""
+    assert constant(("a", "7"), ("a", "7")) == constant(("a", "7")) == ""
 
 
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():

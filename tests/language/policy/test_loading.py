@@ -11,6 +11,7 @@ import pytest
 import torch
 from folders import read_json
 from refusals import refused
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model, make_policy, make_tokenizer
 
 from tokenrl.files import write_json
@@ -68,6 +69,23 @@ def test_another_precision_or_vocabulary_is_refused(sources, tmp_path):
 def test_a_model_without_its_language_head_is_refused(sources):
     with refused(r"lacks lm_head\.weight"):
         load_policy(sources[RewardModel])
+
+
+def test_weights_that_do_not_fit_are_refused_in_a_sentence_and_others_left_out_without_a_table(
+    tmp_path, capfd
+):
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["lm_head.weight"]
+    more = weights | {"value_head.weight": head.clone()}
+    save_file(more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_policy(tmp_path)
+    smaller = weights | {"lm_head.weight": head[:, 1:].clone()}
+    save_file(smaller, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with refused(r"lacks .*lm_head\.weight.*, or has it in another size\. Give one with its head"):
+        load_policy(tmp_path)
+    assert "LOAD REPORT" not in capfd.readouterr().err
 
 
 # ---- what is no model ----

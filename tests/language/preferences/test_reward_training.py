@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from folders import read_json
+from folders import read_json, write_rows
 from refusals import refused, stopped
 from tiny_models import (
     ARCHITECTURES,
@@ -190,11 +190,30 @@ def test_a_task_makes_its_own_preferences(tmp_path, cache):
     train_reward_model(output_dir=tmp_path / "b", data=str(file), **options)
 
 
+def test_preferences_that_are_given_as_the_task_are_the_data(tmp_path, saved):
+    file = tmp_path / "prefs.ndjson"
+    write_rows(file, rows_to_learn(20))
+    options = {"model": str(saved()), "max_steps": 1, "quiet": True}
+    after = [
+        train_reward_model(output_dir=tmp_path / f"run{number}", **source, **options).eval_after
+        for number, source in enumerate(
+            [{"data": str(file)}, {"task": str(file)}, {"task": rows_to_learn(20)}]
+        )
+    ]
+    assert after[0] == after[1] == after[2]
+    config = read_json(tmp_path / "run1" / "config.json")
+    assert config["title"] == f"Reward model, {file}, seed 0"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"data": None}, r"data \(--data\).*task \(--task\)"),
         ({"model": None}, r"model \(--model\)"),
+        (
+            {"data": None, "task": [{"prompt": "a"}] * 4},
+            "has no column 'chosen'.*Preferences are rows",
+        ),
         ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 6 pairs.*64 tokens"),
         ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "'margin' were both given"),
     ],

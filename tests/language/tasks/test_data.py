@@ -166,13 +166,13 @@ def test_empty_data_is_refused(name):
         (
             "a.csv",
             b'prompt,answer\n"a\nb",1\nc,d,e\n',
-            "line 4 of .* has 3 cells, and there are 2 columns",
+            "Line 4 of .* has 3 cells, and there are 2 columns",
         ),
         ("a.csv", b'prompt,answer\n"a,1\n', "unexpected end of data"),
-        ("a.csv", b"prompt,prompt\na,b\n", "two columns of .* are called 'prompt'"),
+        ("a.csv", b"prompt,prompt\na,b\n", "Two columns of .* are called 'prompt'"),
         ("a.json", b'[{"prompt": "a"}, {"prompt": "\\ud800"}]', "item 2 of .* is no UTF-8"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2 of .* is no UTF-8"),
-        ("a.csv", b"prompt,answer\nnull,1\n\xe9t\xe9,2\n", "line 3 of .* is no UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "Line 2 of .* is no UTF-8"),
+        ("a.csv", b"prompt,answer\nnull,1\n\xe9t\xe9,2\n", "Line 3 of .* is no UTF-8"),
         ("folder/train.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .*train.jsonl is null"),
     ],
 )

@@ -6,7 +6,9 @@ from collections import UserDict
 
 import datasets
 import pandas
+import pyarrow
 import pytest
+import torch
 from folders import read_json
 from refusals import refused
 from tiny_models import letters_trained
@@ -26,6 +28,19 @@ def chat(*turns):
 
 def exact(prompts, completions, answer, **columns):
     return [float(text[:1] == a) for text, a in zip(completions, answer, strict=True)]
+
+
+class Items:
+    """Rows by their number, as datasets of torch and of reasoning-gym have them; iteration would not end."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return dict(self.rows[number % len(self.rows)])
 
 
 def dataset(rows=ROWS):
@@ -52,6 +67,8 @@ def start(tmp_path, task, **options):
         lambda rows: {"train": pandas.DataFrame(rows).set_index("prompt")},
         lambda rows: datasets.DatasetDict(train=dataset(rows)),
         lambda rows: dataset(rows).with_format("numpy"),
+        lambda rows: Items(rows),
+        lambda rows: {"train": torch.utils.data.Subset(Items(rows), range(len(rows)))},
         lambda rows: dataset([{**row, "prompt": ""} for row in rows]).with_transform(_restored),
     ],
 )
@@ -97,6 +114,25 @@ def test_a_column_that_a_reward_asks_for_and_that_is_not_there_is_refused(tmp_pa
     with refused("'answer'"):
         start(tmp_path, dataset().remove_columns("answer"))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+class Broken(Items):
+    def __getitem__(self, number):
+        return {"prompt": 1 / (2 - number)}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Items([]), r"Items.* it must be .*an object with __len__ and __getitem__ whose items"),
+        (range(3), r"range\(0, 3\) \(range\); it must be"),
+        (pyarrow.table({"prompt": ["a"]}), r"of pyarrow table.to_pylist\(\)"),
+        (Broken(ROWS), r"it raised ZeroDivisionError.* \(test_memory.py, line"),
+    ],
+)
+def test_an_object_without_rows_as_its_items_is_refused(data, words):
+    with refused(words):
+        memory_splits(data)
 
 
 # ---- fingerprints ----

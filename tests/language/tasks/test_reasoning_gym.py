@@ -28,6 +28,17 @@ def test_a_puzzle_is_a_task_with_its_own_score():
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
 
 
+def test_a_data_set_of_puzzles_is_data_beside_a_reward_of_the_users():
+    gym = pytest.importorskip("reasoning_gym")
+    data = gym.create_dataset("leg_counting", size=12, seed=1)
+    task = load_task(data, reward=len, prompt_column="question", eval_size=3)
+    rows = [*task.train_prompts, *task.eval_prompts]
+    assert sorted(row["question"] for row in rows) == sorted(entry["question"] for entry in data)
+    assert all(row["prompt"] == row["question"] and row["metadata"]["animals"] for row in rows)
+    with refused("no column 'prompt'. Did you mean 'question'.*prompt_column"):
+        load_task(data, reward=len)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [

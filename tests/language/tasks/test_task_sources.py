@@ -1,5 +1,7 @@
 """Prompts from columns and templates, and imports by name, without a file of data."""
 
+import datetime
+
 import pytest
 from refusals import refused
 
@@ -23,6 +25,59 @@ def test_columns_and_templates():
     for template in ("{questoin}", "{}", "{question", "{hint[gone]}"):
         with refused("prompt_template"):
             with_prompts(read(ROWS), "here", DataArguments(prompt_template=template))
+
+
+NESTED = {
+    "robot": {"pose": {"x": 0.5}, "joints": [1, {"name": "wrist"}]},
+    "robot.id": "r2",
+    "row": {"items": ["ä", None, True]},
+    "when": datetime.date(2026, 1, 31),
+    "hole": {"value": None},
+    "number": {7: "seven"},
+    "question": "q",
+}
+FILLED = {
+    "{robot.pose.x}": "0.5",
+    "{robot[pose][x]:.2f}|{when:%Y}|{when.year}": "0.50|2026|2026",
+    "{robot.joints.0} {robot.joints[1].name}": "1 wrist",
+    "{robot.id}{number.7}": "r2seven",
+    "{row}": '{"items": ["ä", null, true]}',
+    "{row.items}{row.items.0}": '["ä", null, true]ä',
+    "{row.items!s:>22}": '     ["ä", null, true]',
+    "{{robot.pose.x}}": "{robot.pose.x}",
+}
+UNFILLED = {
+    "{robot.pose.z}": "there is no 'z'. Available: x",
+    "{robt.pose}": "there is no 'robt'. Did you mean 'robot'",
+    "{robot.joints.2}": "there is no '2'. Available: 0, 1",
+    "{row.keys}": "there is no 'keys'. Available: items",
+    "{question.upper}": "there is no 'upper'",
+    "{question.__class__}": "there is no '__class__'",
+    "{when.replace}": "there is no 'replace'",
+    "{hole.value}": "column 'hole.value' is None",
+}
+
+
+@pytest.mark.parametrize("template", FILLED)
+def test_a_template_reads_parts_of_nested_columns_and_writes_lists_and_objects_as_json(template):
+    (row,) = with_prompts(read([NESTED]), "here", DataArguments(prompt_template=template))
+    assert row["prompt"] == FILLED[template] and row["robot"] == NESTED["robot"]
+
+
+@pytest.mark.parametrize("template", UNFILLED)
+def test_a_part_that_there_is_not_is_refused_with_those_that_there_are(template):
+    with refused(f"the prompt of row 0 cannot be made .*{UNFILLED[template]}"):
+        with_prompts(read([NESTED]), "here", DataArguments(prompt_template=template))
+
+
+def test_a_question_is_known_again_by_the_part_that_a_template_names():
+    rows = [[{"robot": {"name": name, "run": run}} for name in "ab"] for run in (1, 2)]
+    first, second = (
+        with_prompts(read(part), "here", DataArguments(prompt_template=template))
+        for part, template in zip(rows, ("{robot.name}?", "Who is {robot.name}?"), strict=True)
+    )
+    assert (first.hashes != second.hashes).all()
+    assert (first.keys[-1] == second.keys[-1]).all()
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])

@@ -12,6 +12,7 @@ from refusals import refused
 from test_finished import Counting
 from tiny_models import letter_task, letters, letters_trained, vowel_reward
 
+from tokenrl.language.commands.planned import plan_training
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.loop import train
 
@@ -35,7 +36,7 @@ def test_a_recommendation_holds_where_nothing_was_given_and_the_header_says_so(t
     task = letter_task(vowel_reward, train=ADVICE)
     run = letters_trained(tmp_path / "run", task, max_steps=None, quiet=False)
     assert (run.steps, *settings_of(tmp_path / "run")) == (1, 0.5, 2)
-    words = "settings temperature 0.5, warmup_steps 2 (recommended by the task)"
+    words = "settings temperature 0.5, warmup_steps 2, max_steps 1 (recommended by the task)"
     assert words in (output := said()) and "1 steps (recommended by the task)" in output
     letters_trained(tmp_path / "run", task, max_steps=2, resume="auto")
     letters_trained(tmp_path / "given", task, temperature=1.0)  # its default
@@ -43,6 +44,22 @@ def test_a_recommendation_holds_where_nothing_was_given_and_the_header_says_so(t
     options = {"output_dir": str(tmp_path / "object"), "cpu": True, "quiet": True}
     train(TrainArguments(task=task, model=letters(), warmup_steps=1, **options))
     assert settings_of(tmp_path / "object") == (0.5, 1)
+
+
+def test_what_equals_a_recommendation_is_shown_as_given_where_it_was_given(tmp_path, said):
+    task = letter_task(vowel_reward, train=ADVICE)
+    options = {"max_steps": 1, "temperature": 0.5, "quiet": False}
+    letters_trained(tmp_path, task, **options)
+    output = said()
+    assert "1 steps x 4 prompts x 4 completions (given)" in output
+    assert "settings warmup_steps 2 (recommended by the task)" in output
+
+
+def test_a_plan_of_several_trainings_has_what_the_task_recommends():
+    task = letter_task(vowel_reward, train=ADVICE)
+    for given, temperature in (([], 0.5), (["temperature"], 1.0)):
+        args = TrainArguments(task=task, model=letters())
+        assert plan_training(args, print, given).args.temperature == temperature
 
 
 def test_so_it_does_beside_flags_and_files_of_settings(workplace):

@@ -260,7 +260,7 @@ def with_prompts(*columns):
     [
         ({"teacher": None}, "teacher_template makes what a teacher reads, and there is none"),
         ({"teacher_decay": 0.5, "teacher": other_model()}, "for the teacher self"),
-        ({"teacher_template": "{question}"}, r"KeyError: 'question'.*there are prompt, answer\)"),
+        ({"teacher_template": "{question}"}, r"there is no 'question'.*Available: answer, prompt"),
         ({"teacher_context": own}, "takes completion and reward of the row itself.*compute differ"),
         ({"teacher_context": lambda prompt, hint: ""}, "parameter 'hint'.*Available: completions"),
         ({"teacher_context": "nowhere.py:f"}, "there is no file nowhere.py"),

@@ -77,7 +77,7 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     model, tokenizer = letters()
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
     result = train(tmp_path / "run", nothing, model=(model, tokenizer), max_steps=6)
-    assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
+    assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt", "constant-answer"))
     output = printed(capsys)
     assert output.count("step 1: Every completion was cut at 3 tokens") == 1
     assert output.count("warning: step 3: In 3 steps in a row no two rewards that are") == 1
@@ -129,7 +129,7 @@ def test_who_already_solves_the_prompts_is_not_told_to_learn_them(tmp_path, caps
 
 def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):
     few_steps = train(tmp_path / "run", max_steps=5)
-    assert few_steps.flags == ("nothing-learnt",)
+    assert few_steps.flags == ("nothing-learnt", "constant-answer")
     assert few_steps.eval_before["reward"] < few_steps.eval_after["reward"]
     assert "It is no gain beyond noise. More steps" in printed(capsys)
 

@@ -17,8 +17,6 @@ from tokenrl.lab.compare.judgement import Family, Judgement, digits, joined
 from tokenrl.lab.compare.plan import Plan, Role
 from tokenrl.runs import ENDED
 
-MOST = 0.5
-"""Above this share it is most of the updates, of the completions or of the runs."""
 LOST = {
     "grad_clipped": (
         "Clipping: the gradient was clipped in most updates of {arms}. There the bound sets the size of a step; the "
@@ -122,12 +120,12 @@ class Comparison:
             )
         for metric, (text, headline) in LOST.items():
             shares = by_arm[metric].mean()
-            arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > MOST]
+            arms = [f"{arm} ({share:.0%})" for arm, share in shares.items() if share > 1 / 2]
             if arms:
                 yield text.format(arms=joined(arms)), headline
         for arm, of_arm in by_arm:
             counts = of_arm["flags"].str.split().explode().value_counts(sort=False)
-            for flag in counts[counts > MOST * len(of_arm)].index:
+            for flag in counts[counts > len(of_arm) / 2].index:
                 yield f"Training of {arm}: {flag} in most of its runs.", ""
         best = by_arm["learning_rate"].first()
         for arm in self.plan.arms:

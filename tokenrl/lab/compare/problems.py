@@ -212,7 +212,7 @@ def _settled(
     """
     run: Any = arguments(KINDS[kind], settings)
     if kind == "train":
-        return plan_training(run, announce)
+        return plan_training(run, announce, settings)
     spec = describe(run.env, run.max_episode_steps)
     if "estimator" in settings:
         control_settings(run, spec)

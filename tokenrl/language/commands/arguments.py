@@ -59,7 +59,7 @@ class SampleArguments(
     """
 
     model: str = ""
-    """Local directory or hub name."""
+    """Local directory or hub name. On a command line it may stand first without its flag: tokenrl sample runs/a."""
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
     num_generations: Natural = 4
@@ -89,7 +89,8 @@ class EvaluateArguments(
 
     model: str | tuple[str, ...] = ""
     """Local directory or hub name. Several are evaluated one after the other, on the same prompts and with
-    the same random numbers, and each is compared with the first, prompt by prompt."""
+    the same random numbers, and each is compared with the first, prompt by prompt. On a command line they may
+    stand first without their flag: tokenrl evaluate runs/a runs/b."""
     num_generations: Natural | None = None
     """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from tokenrl.language.policy.arguments import fill_form
 from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.settings import check_choices, settle
+from tokenrl.language.training.settings import settle, task_of
 from tokenrl.language.training.teacher import read_models
 
 
@@ -27,21 +26,22 @@ class PlannedTraining(NamedTuple):
     reward_range: tuple[float, float] | None
 
 
-def plan_training(args: TrainArguments, announce: Callable[[str], None]) -> PlannedTraining:
+def plan_training(
+    args: TrainArguments, announce: Callable[[str], None], keywords: Collection[str] = ()
+) -> PlannedTraining:
     """Settle the settings of a training with its task and with the configuration of its model, without weights.
 
     Args:
         args: what was given.
         announce: prints a warning about the data.
+        keywords: the names of settings that were given, perhaps as their defaults.
 
     Raises:
         Refused: settings contradict each other, or do not fit the task or the model, as far as that is known before
             the run.
     """
-    args = fill_form(args)
-    task, reward = find_task(args, may_lack_rewards=True)
+    args, _, task, reward, _ = task_of(fill_form(args), 1, keywords)
     policy = read_models(args, task)
     for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
         announce(f"warning: {warning}")
-    check_choices(args, task)
     return PlannedTraining(settle(args, task, policy).args, task.solved, reward.range)

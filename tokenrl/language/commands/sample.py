@@ -13,7 +13,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.commands.arguments import SampleArguments
-from tokenrl.language.commands.evaluate import as_in_runs, opened, remark, state_of
+from tokenrl.language.commands.opening import as_in_runs, load_saved, place, remark, state_of
 from tokenrl.language.evaluation.evaluation import transcript
 from tokenrl.language.policy.arguments import fill_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
@@ -79,7 +79,8 @@ class Sampler:
         task, self.rewards, args = self._task(args, config.get("max_completion_length") or 64)
         self.rewards.state = state_of(args.model)
         self.environments = self.rewards.environments
-        self.policy, self._length = opened(args, args.model, task, 64)
+        self.policy = load_saved(args, args.model)
+        self._length = place(args, self.policy, args.model, task, length=64)
         self._generator = checked_generator(self.policy, self.environments)
         self._args = args
         rows = [*task.train_prompts, *task.eval_prompts]

@@ -88,8 +88,8 @@ def best_of_n_metrics(
         Refused: `num_generations` is 0, or a prompt cannot be completed.
         Stopped: a reward function failed.
     """
-    check_number("num_generations", sampling.num_generations, at_least=1)
     size = sampling.num_generations
+    check_number("num_generations", size, at_least=1)
     chosen_by = []  # for each prompt the rewards that decide the choice
     measured_by = []
     generator = checked_generator(policy, choosing.environments)

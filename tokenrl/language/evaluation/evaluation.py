@@ -71,12 +71,22 @@ class Evaluation(Tabled):
     sampling: Sampling
     failures: Sequence[str] = ()
 
+    @property
+    def constant(self) -> str:
+        """The greedy completion with quotes, if it is the same for different prompts; else an empty text."""
+        prompts, answers = (
+            {repr(row[name]) for row in self.rows} for name in ("prompt", "completion")
+        )
+        return max(answers) if len(answers) == 1 < len(prompts) else ""
+
     def _rows(self) -> list[tuple[str, ...]]:
         return [(type(self).__name__, "value"), *with_errors(self.metrics).items()]
 
     def _ending(self) -> list[str]:
-        sizes = f"{len(self.rows)} prompts, a greedy completion and {self.sampling.num_generations} samples"
-        return [f"{sizes} of each, of at most {self.sampling.max_completion_length} tokens"]
+        return [
+            f"{len(self.rows)} prompts, a greedy completion and {self.sampling.num_generations} samples of each, "
+            f"of at most {self.sampling.max_completion_length} tokens"
+        ]
 
 
 @dataclass(frozen=True)
@@ -195,8 +205,8 @@ class Evaluator:
         )
         # Of what follows where the reference ends, but the policy does not, it has learnt nothing.
         ends = {*reference.ends} - {*self.policy.ends}
-        at_end = torch.isin(batch.completion_ids, torch.tensor([*ends], dtype=torch.int64))
-        over = at_end & batch.mask
+        ids = torch.tensor([*ends], dtype=torch.int64)
+        over = torch.isin(batch.completion_ids, ids) & batch.mask
         earlier = over.cumsum(dim=1) - over.long()
         return torch.where(earlier == 0, scores.logprobs, batch.logprobs)
 
@@ -313,8 +323,7 @@ def _metrics(
     metrics = estimates(by_prompt, always=("reward", "reward_greedy"))
     if "reward" in by_prompt:
         metrics["reward"] = over_prompts(table.reward_list()).value
-    values = metric_values(table, names)
-    means = {name: over_prompts(x.numpy()).value for name, x in values.items()}
+    means = {name: over_prompts(x.numpy()).value for name, x in metric_values(table, names).items()}
     if table.turns is not None:
         means |= episode_metrics(table)
     metrics |= {name: mean for name, mean in means.items() if mean or not name.endswith(RARE)}

@@ -143,16 +143,18 @@ def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Itera
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide the progress bars of transformers inside the block, and warnings between it and peft.
+    """Hide progress bars and warnings of transformers inside the block, and warnings between it and peft.
 
-    A run has a progress bar of its own. Peft asks a model whether it recomputes activations under the name
-    that this had before transformers 5. It warns of tied embeddings, which `merged` takes care of, and of
-    adapters whose weights are not loaded.
+    Its table of weights that do not fit is for `load_policy` to tell in a sentence. A run has a progress bar of
+    its own. Peft asks a model whether it recomputes activations under the name that this had before transformers
+    5. It warns of tied embeddings, which `merged` takes care of, and of adapters whose weights are not loaded.
     """
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with alone(), warnings.catch_warnings():  # which loads in a type of the whole process
             warnings.filterwarnings(
@@ -161,6 +163,7 @@ def quietly() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*tied|.*is a no-op", UserWarning)
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
 

@@ -309,10 +309,16 @@ def load_policy(
             base, options["revision"] = base_named(name, trust_remote_code)
         whole: Any = AutoModelForCausalLM
         options |= {} if weights else {"device_map": "meta"}
-        model, keys = whole.from_pretrained(base, **options, output_loading_info=True)
-        if missing := ", ".join(sorted(keys["missing_keys"])):  # transformers would draw them
+        model, keys = whole.from_pretrained(
+            base, **options, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        # transformers would draw them
+        if missing := ", ".join(
+            sorted(map(str, [*keys["missing_keys"], *keys["mismatched_keys"]]))
+        ):
             raise Refused(
-                f"{base!r} is no whole causal language model: it lacks {missing:.200}. Give one with its head."
+                f"{base!r} is no whole causal language model: it lacks {missing:.200}, or has it in another size. "
+                "Give one with its head, whose weights have the names and sizes of its config.json."
             )
         if adapter:
             model = with_adapter(model, tokenizer, name)

@@ -28,7 +28,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import load_base, warm_started_base
 from tokenrl.language.supervised.defaults import completion_limit
 from tokenrl.language.tasks.sources import TaskArguments
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import find_task, own_task
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
@@ -72,13 +72,19 @@ def load_reward_data(args: RewardModelArguments, announce: Callable[[str], None]
             "Name the preferences to learn from: data (--data) with the columns prompt, chosen and rejected, or "
             "task (--task), to make them from its policy and reward."
         )
-    task = rewards = None
+    data = args.data
+    task: Any = None
+    rewards = None
     if args.task is not None:
-        task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
-    if args.data is not None:
-        name = args.data if isinstance(args.data, str) else "data in memory"
+        task = own_task(args.task)
+        if task is None and data is None and not args.reward:
+            data = args.task  # rows without a reward can only be preferences
+        else:
+            task, rewards = find_task(TaskArguments(task=task or args.task, reward=args.reward))
+    if data is not None:
+        name = data if isinstance(data, str) else "data in memory"
         train, held_out, words = load_pairs(
-            args.data,
+            data,
             split=args.split,
             eval_split=args.eval_split,
             eval_size=args.eval_size,
@@ -135,7 +141,7 @@ def make_backbone(
         return reward_backbone(args.model, seed=args.seed)
     if task is None:
         raise Refused(
-            "Name a model to start from: model (--model), a directory or hub name, or task (--task) for its own."
+            "Name a model to start from: model (--model), a directory or hub name, or a toy task (--task) for its own."
         )
     base = warm_started_base(task, seed=args.base_seed, announce=announce)
     return reward_backbone(str(base), seed=args.seed)

@@ -199,8 +199,9 @@ def final_number(text: str) -> Decimal | None:
 
     It is the first number in the last `\boxed{...}` (after its last `=`). Without a box it is the first
     number after the last `####`, as in GSM8K, else the last number of the text. Numbers may be written as
-    `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`. A comma divides thousands: `1,234` is 1234. Digits with
-    other commas or points, such as `12,50`, `1.234,5` or `3,4`, may mean several things and are no number.
+    `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`. A point begins the fraction and a comma divides thousands:
+    `3.14`, `1,234` is 1234, `1,234.56`. Digits with other commas or points, such as `3,14`, `12,50` or `1.234,56`,
+    may mean several things and are no number; `1.234` is less than 2 wherever it was written.
     """
     text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
     boxed = _last_boxed(text)
@@ -249,8 +250,8 @@ class NumericAnswer(_Answer):
 
     `final_number` reads both; nothing is rounded, but quotients to 28 digits. A whole answer, such as 1234567
     or 7.0, has to be met exactly. Another answer y, which may have been rounded, is met by a number x if
-    `|x - y| <= 1e-6 min(1, |y|)`. The reward abstains where the column holds no number, such as `12,50`, whose
-    comma may mean a point or divide a list. A number counts
+    `|x - y| <= 1e-6 min(1, |y|)`. The reward abstains where the column holds no number, such as `3,14` or
+    `1.234,56`, whose commas may mean points or divide a list: write a decimal point into the data. A number counts
     wherever it stands in the text; add `regex_format` to reward its place too.
 
     Attributes:

@@ -20,6 +20,9 @@ from tokenrl.settings import (
     Settings,
 )
 
+RECOMMENDED = "recommended by the task"
+"""Origin of a setting, in words."""
+
 
 @dataclass(frozen=True)
 class PassArguments(Settings, group="optimiser"):

@@ -22,7 +22,7 @@ from tokenrl.language.policy.arguments import TINY
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import formed
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.supervised.arguments import SftArguments
+from tokenrl.language.supervised.arguments import RECOMMENDED, SftArguments
 from tokenrl.language.supervised.fit import Pair, encode_demonstrations
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import as_prompt
@@ -41,7 +41,6 @@ TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
 """A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
 SFT_ANY = {"max_steps": 200, "batch_size": 64}
 SFT_TOY = {"max_steps": 250, "batch_size": 16}
-RECOMMENDED = "recommended by the task"
 WARM = {"max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
 """By setting of `tokenrl sft`, the field of a toy task's warm start that recommends it."""
 RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))

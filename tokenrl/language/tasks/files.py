@@ -8,6 +8,7 @@ becomes a date, one fraction makes fractions of all whole numbers beside it, `00
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -21,10 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import UNIQUE_KEYS
-from tokenrl.errors import Placed
+from tokenrl.errors import Placed, Refused
 from tokenrl.language.tasks.rows import Rows
 
 SPACE = re.compile(r"[ \t\r\n]*")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a file in UTF-16 begins, which Excel writes as Unicode text."""
+CONVERSION = (
+    "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, or from Python "
+    "Path(NEW).write_text(Path(FILE).read_text('cp1252'), 'utf-8'). If not, name the encoding that it has there."
+)
+HEADER = (
+    "If lines stand above the one that names the columns, leave them out: two by tail -n +3 FILE > NEW, or from "
+    "Python by task=pandas.read_csv(FILE, sep=';', skiprows=2, dtype=str)."
+)
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_CELL_CHARACTERS = 2**31 - 1
 SEPARATORS = ",;\t|"
@@ -74,8 +85,10 @@ def read_rows(
         The rows of each split, all with the same columns. Each knows its line, or its item in a list of JSON.
 
     Raises:
-        ValueError: a file is no UTF-8 or is not of this kind, or an object of JSON has a key twice; the
-            message names the line or the item.
+        Refused: a file is neither UTF-8 nor marked as UTF-16, or the header of CSV does not fit its lines; the
+            message names the line.
+        ValueError: a file is not of this kind, or an object of JSON has a key twice; the message names the line
+            or the item.
     """
     read = partial(_csv_rows, separator=separator) if kind == "csv" else _json_rows
     return {split: Rows.of(_rows_of(files, read)) for split, files in splits.items()}
@@ -90,12 +103,23 @@ def _rows_of(files: Sequence[Path], read: Callable[..., Any]) -> Iterator[Placed
 
 
 def _text(file: Path) -> str:
+    """Return the text of a file, which is UTF-8 unless it begins with a mark of UTF-16.
+
+    No other encoding is sure: bytes that are no UTF-8 are letters in each of those with one byte a character.
+    """
+    with COMPRESSED.get(file.suffix, Path.open)(file, "rb") as stream:
+        content: bytes = stream.read()
+    if content.startswith(UTF_16):
+        return content.decode("utf-16")
     try:
-        with COMPRESSED.get(file.suffix, Path.open)(file, "rb") as stream:
-            return str(stream.read(), "utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} of {file} is no UTF-8") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        words = content[: error.start + 1].rpartition(b"\n")[2][-30:].decode("cp1252", "replace")
+        raise Refused(
+            f"Line {line} of {file} is no UTF-8. In Windows-1252 (Latin-1) there stands {words!r}. If that is right, "
+            f"{CONVERSION}"
+        ) from None
 
 
 def _json_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -125,7 +149,8 @@ def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
         try:
             value, end = UNIQUE_KEYS.raw_decode(text, start)
         except ValueError as error:
-            row = line if format_of(file) == ".jsonl" else getattr(error, "lineno", line)
+            is_of_lines = format_of(file) in (".jsonl", ".ndjson")
+            row = line if is_of_lines else getattr(error, "lineno", line)
             words = getattr(error, "msg", error)
             raise ValueError(f"line {row} of {file} is no JSON: {words}") from None
         yield f"line {line}", value
@@ -145,13 +170,15 @@ def _csv_rows(text: str, file: Path, separator: str) -> Iterator[tuple[str, dict
     columns: list[str] = next(filter(None, lines), [])
     for column in columns:
         if columns.count(column) > 1:
-            raise ValueError(f"two columns of {file} are called {column!r}: name each by itself")
+            raise Refused(
+                f"Two columns of {file} are called {column!r}: name each by itself. {HEADER}"
+            )
     first = lines.line_num + 1
     for cells in lines:
         if len(cells) > len(columns):
-            raise ValueError(
-                f"line {first} of {file} has {len(cells)} cells, and there are {len(columns)} columns: write a "
-                f'cell with {separator!r} in quotes, "like{separator}this"'
+            raise Refused(
+                f"Line {first} of {file} has {len(cells)} cells, and there are {len(columns)} columns, "
+                f'{columns}: write a cell with {separator!r} in quotes, "like{separator}this". {HEADER}'
             )
         if cells:
             values = [cell or None for cell in cells]

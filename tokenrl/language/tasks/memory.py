@@ -8,11 +8,13 @@ from typing import Any
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.settings import shown
+from tokenrl.user_code import guarded
 
 FORMS = (
     "a name, a task object, a datasets.Dataset (from_dict, from_list; of a stream from_list(list(data.take(N)))), "
-    'a pandas.DataFrame, a list of rows, such as [{"prompt": ...}], or a dict of splits of these. Of a table of '
-    "polars give frame.to_dicts(), of pyarrow table.to_pylist()"
+    'a pandas.DataFrame, a list of rows, such as [{"prompt": ...}], an object with __len__ and __getitem__ whose '
+    "items are dicts, or a dict of splits of these. Of a table of polars give frame.to_dicts(), of pyarrow "
+    "table.to_pylist()"
 )
 
 
@@ -20,7 +22,8 @@ def memory_splits(data: Any) -> dict[str, Rows]:
     """Copy all splits of data that was given from Python.
 
     Args:
-        data: a `datasets.Dataset`, a pandas `DataFrame`, a list of rows, or a mapping of splits to one of these.
+        data: a `datasets.Dataset`, a pandas `DataFrame`, a list of rows, another object whose items are rows
+            (`__len__` and `__getitem__`, as of torch and reasoning-gym), or a mapping of splits to one of these.
             A missing value of pandas (NaN, NA, NaT) is None; an index without a name is left out.
 
     Returns:
@@ -51,8 +54,7 @@ def _rows(data: Any, source: str) -> Rows:
     if isinstance(data, pandas.DataFrame):
         columns = _of_frame(data, source)
     elif not isinstance(data, datasets.Dataset):
-        description = f"{shown(data, 100)} ({type(data).__name__})"
-        raise Refused(f"{source} is {description}; it must be {FORMS}.")
+        columns = _of_items(data, source)
     elif data.format["type"] == "custom":  # a function changes rows where they are read
         columns = Rows.of(data, source).columns
     else:
@@ -60,6 +62,18 @@ def _rows(data: Any, source: str) -> Rows:
         schema = data.features.arrow_schema
     written = {name: _before_arrow(schema, name, values) for name, values in columns.items()}
     return Rows(written, [f"row {number}" for number in range(len(data))])
+
+
+def _of_items(data: Any, source: str) -> dict[str, list[Any]]:
+    """Return the columns of an object whose items are rows, each read once."""
+    fault = f"{source} is {shown(data, 100)} ({type(data).__name__}); it must be {FORMS}"
+    if hasattr(data, "__getitem__"):
+        with guarded(fault, Refused):
+            items = (data[number] for number in range(len(data)))
+            first = next(items, None)
+            if isinstance(first, Mapping):
+                return Rows.of([first, *items], source).columns
+    raise Refused(f"{fault}.")
 
 
 def _of_frame(frame: Any, source: str) -> dict[str, list[Any]]:

@@ -15,21 +15,31 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tokenrl.errors import Placed, Refused, describe, suggest, with_places
+from tokenrl.errors import Placed, Refused, refusing, suggest, with_places
 from tokenrl.language.policy.arguments import WRITTEN
 from tokenrl.language.rewards.library import source_of_reward
 from tokenrl.language.tasks.files import COMPRESSED, HALF_OF_PAIR, format_of, read_rows
 from tokenrl.language.tasks.memory import memory_splits
-from tokenrl.language.tasks.rows import Row, Rows, question_of
+from tokenrl.language.tasks.rows import Rows, question_of
+from tokenrl.language.tasks.templates import filled
 from tokenrl.names import NamesCode, source_of
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings, shown
 
+FORMAT_HINT = "Rows are objects of JSON, or lines of CSV below a header that names their columns."
 CACHE_HINT = (
-    " The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
+    "The hub needs a network or a copy in the cache of datasets (HF_DATASETS_CACHE), which must be writable; "
     "if it is damaged, delete it."
 )
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""By the ending of a file, what it is read as."""
 IN_MEMORY = "in-memory:"
 """How the names of data given from Python begin; a fingerprint of the rows follows."""
 PUZZLES = "reasoning_gym:"
@@ -97,8 +107,9 @@ class DataArguments(Settings, group="data", measured=True):
     prompt may have messages, whole conversations: a last turn of the assistant is the answer, and no part of
     the prompt."""
     prompt_template: str | None = None
-    """Template that makes the prompt from columns, such as '{question} Answer:'; replaces prompt_column. In a
-    shell write $'{question}\\nAnswer:' for a line break."""
+    """Template that makes the prompt from columns, such as '{question} Answer:'; replaces prompt_column. Dots
+    lead into nested columns, as in '{robot.pose.x}'; lists and objects are written as JSON. In a shell write
+    $'{question}\\nAnswer:' for a line break."""
     split: str = "train"
     """Split of a dataset to train on."""
     eval_split: str | None = None
@@ -159,17 +170,13 @@ def read_splits(name: str) -> dict[str, Rows]:
             "Read a database or a spreadsheet with pandas, such as frame = pandas.read_sql('select * from TABLE', "
             "sqlite3.connect(FILE)); then give task=frame, or frame.to_parquet('rows.parquet') and that file."
         )
-    try:
+    remedy = FORMAT_HINT if path.exists() else CACHE_HINT
+    with refusing(f"task '{name}': the data could not be read", remedy):
         if is_file and ending != ".parquet":
             separator = "\t" if ending == ".tsv" else ","
             splits = read_rows({"train": [path]}, FORMATS[ending], separator)
         else:
             splits = _by_datasets(path, name)
-    except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
-        hint = "" if path.exists() else CACHE_HINT
-        raise Refused(
-            f"task '{name}': the data could not be read ({describe(error)}).{hint}"
-        ) from error
     if is_file and not splits["train"]:
         raise Refused(f"The file '{name}' is empty: give data with at least one row.")
     return splits
@@ -238,14 +245,13 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
     if data.prompt_template is not None:
         template = data.prompt_template
         subject = f"{source}, prompt_template {template!r}: the prompt of"
-        cells = [*map(Cells, rows)]
-        pairs = zip(cells, rows.locations, strict=True)
-        prompts: list[Any] = [filled(template, row, f"{subject} {place}") for row, place in pairs]
-        fillings = [question_of(" ".join(sorted(row.used))) for row in cells]
+        pairs = [filled(template, row, f"{subject} {place}") for place, row in with_places(rows)]
+        prompts: list[Any] = [prompt for prompt, _ in pairs]
+        fillings = [question_of(" ".join(sorted(used))) for _, used in pairs]
     elif column not in rows.columns:
         raise Refused(
             f"{source} has no column '{column}'.{suggest(column, rows.columns)} Name it by prompt_column, or give "
-            "a prompt_template (--prompt-template)."
+            "a prompt_template (--prompt-template). In CSV the first line names the columns."
         )
     elif column == "messages":
         rows = Rows.of(_from_conversations(rows, source))
@@ -261,45 +267,6 @@ def with_prompts(rows: Rows, source: str, data: DataArguments, *, chat: bool = F
         if chat and isinstance(prompt, str):
             prompts[number] = [{"role": "user", "content": prompt}]
     return Rows({**rows.columns, "prompt": prompts}, rows.locations, fillings or rows.fillings)
-
-
-class Cells(dict[str, Any]):
-    """The cells of a row for a template; a missing value is an error, since None would enter the prompt.
-
-    Attributes:
-        used: the values that the template has put into the prompt so far, as texts without blanks at their ends.
-    """
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.used: list[str] = []
-
-    def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        if value is None or value != value:
-            raise ValueError(f"column {name!r} is {value!r}")
-        self.used.append(str(value).strip())
-        return value
-
-
-def filled(template: str, row: Row, subject: str) -> str:
-    """Return a prompt that a template makes from the columns of a row.
-
-    Args:
-        template: the template, with columns in braces.
-        row: the row.
-        subject: what a message says that cannot be made.
-
-    Raises:
-        Refused: the template cannot be filled from the row.
-    """
-    try:
-        return template.format_map(row if isinstance(row, Cells) else Cells(row))
-    except Exception as error:  # values have formats of their own
-        raise Refused(
-            f"{subject} cannot be made ({describe(error)}). Name columns in braces (there are "
-            f"{', '.join(map(str, row))}), each with a value, and write {{{{ for a brace."
-        ) from error
 
 
 def as_prompt(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, check_model
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.language.supervised.arguments import PassArguments
+from tokenrl.language.supervised.arguments import RECOMMENDED, PassArguments
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -33,6 +33,7 @@ from tokenrl.settings import (
     Seed,
     Settings,
     field_types,
+    lay,
 )
 
 if TYPE_CHECKING:
@@ -309,11 +310,11 @@ EARLY |= {"trust_run", "trust_remote_code"}
 
 def with_advice(
     choices: TrainArguments, task: PromptTask, keywords: Collection[str] = ()
-) -> TrainArguments:
-    """Return settings with what a task recommends in place of those that were not given.
+) -> tuple[TrainArguments, dict[str, str]]:
+    """Lay what was given over what a task recommends; return the settings and the origins of those recommended.
 
     What a task recommends for a model that it makes itself holds for that one only, which is known once the model
-    is loaded: then it lies below what was given (see `settle`).
+    is loaded: then `settle` lays it below these settings.
 
     Args:
         choices: what was given, over the defaults.
@@ -332,11 +333,10 @@ def with_advice(
         raise Refused(
             f"The task {task.name!r} recommends by `train` what it cannot: {', '.join(barred)}.{near}"
         )
-    own = {
-        name: x
-        for name, x in task.train.items()
-        if name not in keywords and vars(choices)[name] == usual[name]
-    }
+    advice = {} if task.base else dict(task.train)
     if choices.optimizer == "sgd":
-        own.pop("learning_rate", None)  # it is one of AdamW
-    return choices if task.base else replace(choices, **own)
+        advice.pop("learning_rate", None)  # it is one of AdamW
+    chosen = {name: vars(choices)[name] for name in advice}
+    given = {name: x for name, x in chosen.items() if name in keywords or x != usual[name]}
+    values, origins = lay((RECOMMENDED, advice), ("given", given))
+    return replace(choices, **values), origins

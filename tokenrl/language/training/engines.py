@@ -88,18 +88,6 @@ class Engine(NamedTuple):
     lags: bool
     is_default: bool
 
-    def check_centres(self, estimator: Estimator) -> None:
-        """Refuse centred scores where the probabilities of all tokens are not the trainer's own.
-
-        Raises:
-            Refused: the engine is not the default one.
-        """
-        if estimator.importance_centre and not self.is_default:
-            raise Refused(
-                "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
-                "transformers returns. Take it, or set importance_centre to False."
-            )
-
 
 def engine_of(named: Any, cache: float) -> Engine:
     """Return the engine of a run.

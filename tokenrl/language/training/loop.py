@@ -173,8 +173,8 @@ def _prepare(
     accelerator = session.accelerator
     processes = accelerator.num_processes
     read_task = partial(task_of, choices, processes, keywords)
-    choices, task, rewards, prompts = together(accelerator, read_task)
-    facts = first_facts(choices, session.directory, task, rewards)
+    choices, origins, task, rewards, prompts = together(accelerator, read_task)
+    facts = first_facts(choices, origins, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
@@ -186,8 +186,9 @@ def _prepare(
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
     has_state = bool(rewards.keepers)
-    settled = partial(settle, choices, task, policy, has_state=has_state, processes=processes)
-    plan = together(accelerator, settled)
+    plan = together(
+        accelerator, partial(settle, choices, task, policy, origins, has_state, processes)
+    )
     console.facts("", model_facts(plan, policy, teacher))
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
@@ -337,6 +338,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     if rewarded := means.get("reward", means.get("reward_greedy")):
         run.means = [*run.means[:1], rewarded]
     run.failures = evaluation.failures
+    run.constant = evaluation.constant
     failed = failures_of(run.failures)
     if run.failures and all(run.failures) and not session.step:
         raise Stopped(f"There is nothing to learn from: {failed}")

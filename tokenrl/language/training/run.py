@@ -47,8 +47,9 @@ class RunResult(Outcome):
         tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
             greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `learnt-by-heart` (training prompts
-            gained, held-out ones hardly), `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
+            completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
+            `critic-useless`, `few-prompts`, `entropy-collapsed`, `greedy-fell`,
             `environment-fails` (episodes of the last evaluation failed). A check has a short name for each
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
@@ -83,6 +84,7 @@ class TrainingRun:
             replaced ones included.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
         failures: what failed in each episode of the latest evaluation; empty without an environment.
+        constant: the greedy completion of the latest evaluation if it is the same for all prompts; else empty.
     """
 
     plan: TrainPlan
@@ -98,6 +100,7 @@ class TrainingRun:
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
     failures: Sequence[str] = ()
+    constant: str = ""
 
     def __post_init__(self) -> None:
         """Let reward functions know the length of the run."""
@@ -170,13 +173,20 @@ class TrainingRun:
         failures = list(self.failures)
         late = self.rewards.late
         totals = dict(self.totals)
-        return {"totals": totals, "means": self.means, "failures": failures, "late": late}
+        return {
+            "totals": totals,
+            "means": self.means,
+            "failures": failures,
+            "constant": self.constant,
+            "late": late,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.totals = Counter(state["totals"])
         self.means = state["means"]
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
+        self.constant = state.get("constant", "")
         self.rewards.late = state.get("late", 0)
 
     def result(self, session: Session) -> RunResult:

@@ -17,9 +17,9 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.supervised.arguments import RECOMMENDED
 from tokenrl.language.supervised.base import vocabulary_of
 from tokenrl.language.supervised.defaults import (
-    RECOMMENDED,
     completion_limit,
     demonstrations,
     layers_below,
@@ -53,17 +53,18 @@ def settle(
     choices: TrainArguments,
     task: PromptTask,
     policy: Policy,
-    *,
+    origins: dict[str, str] | None = None,
     has_state: bool = False,
     processes: int = 1,
 ) -> TrainPlan:
-    """Lay what was given over what the task recommends and over the defaults; refuse sizes that do not fit.
+    """Lay settings over what the task recommends for its model and over the defaults; refuse sizes that do not fit.
 
     Args:
-        choices: what was given, after `with_advice` and `check_choices`.
+        choices: what was given, as `task_of` returns it.
         task: the task.
         policy: the policy, which needs no weights.
-        has_state: whether a reward has a state, so that no evaluation is made unless it is asked for.
+        origins: where values come from that `with_advice` laid; the others were given.
+        has_state: whether a reward has a state: then no evaluation is made unless it is asked for.
         processes: the number of processes of the run.
 
     Raises:
@@ -76,15 +77,15 @@ def settle(
             task, choices.model, policy, truncate=choices.truncate_prompts
         )
         layers.append((origin, {"max_completion_length": limit}))
-    values, origins = lay(*layers, ("given", vars(choices)))
-    origins |= {name: RECOMMENDED for name, x in task.train.items() if values.get(name) == x}
+    values, laid = lay(*layers, ("given", vars(choices)))
+    laid |= origins or {}
     if values["eval_every"] is None:
         values["eval_every"] = 0 if has_state else _evaluation_interval(values, task)
     if values["log_completions"] is None:
         values["log_completions"] = values["eval_every"]
     args = arguments(TrainArguments, values)
     _check_sizes(args, processes)
-    return TrainPlan(args, origins, usual_rate if args.optimizer == "adamw" else math.nan)
+    return TrainPlan(args, laid, usual_rate if args.optimizer == "adamw" else math.nan)
 
 
 def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
@@ -105,9 +106,9 @@ OFF = ("", "no", "none", "false", "0", "1", "default")
 
 
 def task_of(
-    choices: TrainArguments, processes: int, keywords: Collection[str] = ()
-) -> tuple[TrainArguments, PromptTask, Rewards, TeacherPrompts | None]:
-    """Return the settings, see `with_advice`, the task, the rewards and how the teacher's prompts are made.
+    choices: TrainArguments, processes: int = 1, keywords: Collection[str] = ()
+) -> tuple[TrainArguments, dict[str, str], PromptTask, Rewards, TeacherPrompts | None]:
+    """Return settings and origins, see `with_advice`, task and rewards, and how the teacher's prompts are made.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
@@ -115,7 +116,7 @@ def task_of(
     task, rewards = find_task(choices, may_lack_rewards=True)
     if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
-    choices = with_advice(choices, task, keywords)
+    choices, origins = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
@@ -135,7 +136,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return choices, task, rewards, prompts
+    return choices, origins, task, rewards, prompts
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -181,7 +182,11 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
             f"sync_every was given as {args.sync_every}; weights of earlier steps sample with the generator "
             "transformers or an engine that has announce, and without greedy completions (baseline remax)."
         )
-    engine.check_centres(estimator)
+    if estimator.importance_centre and not engine.is_default:
+        raise Refused(
+            "importance_centre needs the sampler's probabilities of all tokens, which only the generator "
+            "transformers returns. Take it, or set importance_centre to False."
+        )
     if args.replay and (episodic or estimator.importance_centre):
         raise Refused(
             f"replay was given as {args.replay}; it repeats completions of one turn, without an environment, and "
@@ -332,7 +337,7 @@ def bias_of_context(args: TrainArguments) -> str:
 
 
 def first_facts(
-    choices: TrainArguments, directory: str, task: PromptTask, rewards: Rewards
+    choices: TrainArguments, origins: dict[str, str], run: str, task: PromptTask, rewards: Rewards
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
@@ -357,7 +362,7 @@ def first_facts(
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
-    advice = [f"{name} {x}" for name, x in task.train.items() if vars(choices)[name] == x]
+    advice = [f"{name} {vars(choices)[name]}" for name, x in origins.items() if x == RECOMMENDED]
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
@@ -366,7 +371,7 @@ def first_facts(
         "order": f"{stage}{order}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,
-        "run": directory,
+        "run": run,
     }
 
 

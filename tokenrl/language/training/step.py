@@ -137,13 +137,11 @@ def training_step(
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
-    metrics |= update_baselines(learner, memory, rows, whole, terms.returns, ends)
-    with ending(ends):
-        metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
+    metrics |= update_memories(learner, memory, stream, rows, whole, terms.returns, ends)
+    of_step = replace(learner)  # KL control changes its weight now
     metrics |= learner.adapt_beta(metrics, policy_learns)
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    of_step = replace(learner, estimator=estimator)  # KL control has changed its weight by now
     table = partial(step_table, of_step, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
     return Record(metrics, table, timings, rewarded.failures or (), unread, ends)
@@ -168,28 +166,30 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:
             yield chosen.repeat_interleave(size)
 
 
-def update_baselines(
+def update_memories(
     learner: Learner,
     memory: Memory,
+    stream: PromptStream,
     rows: Experience,
     whole: Experience,
     returns: Tensor,
     ends: list[str],
 ) -> dict[str, float]:
-    """Update the memory, the replay and the critic with this step's rows, after the policy's update used them.
+    """Update memory, replay, critic and chances of prompts with this step's rows, which updated the policy before.
 
     Args:
         learner: holds the replay and the critic.
         memory: what the baseline remembers of earlier steps.
+        stream: learns from rewards how often each prompt is drawn.
         rows: this process's n rows.
         whole: all N rows of the step.
         returns: the critic's targets [N, T].
-        ends: the words with which a memory ends the run join them.
+        ends: the words with which a memory or the stream ends the run join them.
 
     Returns:
         `baseline`, the mean value that this step read from the memory; `value_loss`, the critic's loss before
-        its update; and `explained_variance`, what its values explained of the returns. Each only where the
-        estimator has it.
+        its update; `explained_variance`, what its values explained of the returns; and the metrics of the stream.
+        Each only where there is such a part.
     """
     metrics = {}
     if learner.replay is not None:
@@ -200,13 +200,14 @@ def update_baselines(
     if learner.critic is not None:
         assert whole.values is not None  # which a critic has computed
         accelerator = learner.accelerator
-        states = (whole.mask & whole.rewarded[:, None]).to(returns.dtype)
-        weights = states / states.sum().clamp(min=1)
+        learnt = whole.mask & whole.rewarded[:, None]
+        weights = learnt.to(returns.dtype) / learnt.sum().clamp(min=1)
         width = rows.mask.shape[1]
         targets, weights = (local(accelerator, x)[:, :width] for x in (returns, weights))
         metrics["value_loss"] = learner.critic.update(
             learner.estimator, rows.hidden, targets, weights, accelerator
         )
-        learnt = states > 0
         metrics["explained_variance"] = explained(whole.values[learnt], returns[learnt])
+    with ending(ends):
+        metrics |= stream.learn(whole.prompt_index[whole.rewarded], whole.rewards[whole.rewarded])
     return metrics

@@ -18,8 +18,9 @@ from tokenrl.language.rewards.calls import accepted_arguments
 from tokenrl.language.rollout.rewarded import Rewarded, Row, texts_of
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.supervised.defaults import check_prompts
-from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt, filled
+from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask
+from tokenrl.language.tasks.templates import filled
 from tokenrl.language.training.arguments import KlArguments
 from tokenrl.names import NamedFunction
 from tokenrl.user_code import copied, guarded
@@ -59,7 +60,7 @@ class TeacherPrompts:
         if self.template is None:
             return in_place(prompt, row.get(COLUMN), source)
         text = prompt if isinstance(prompt, str) else prompt[last_of_user(prompt)]["content"]
-        return in_place(prompt, filled(self.template, {**row, "prompt": text}, source), source)
+        return in_place(prompt, filled(self.template, {**row, "prompt": text}, source)[0], source)
 
     def check(self, policy: Policy, rows: Sequence[Row], sampling: Sampling) -> None:
         """Check the prompts of rows of the data, which must leave room for a completion; a function has none yet.

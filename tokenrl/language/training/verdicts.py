@@ -20,6 +20,25 @@ from tokenrl.runs.metric_table import Rows, exceeds, finite, is_rounding, reache
 from tokenrl.runs.rules import Finding, judge
 from tokenrl.runs.session import Session
 
+TOLD = (
+    "policy-destroyed",
+    "truncation",
+    "sampling-differs",
+    "sampled-elsewhere",
+    "rewards-abstain",
+)
+"""Findings of a step that are told when they come up."""
+OF_END = (
+    "nothing-learnt",
+    "constant-answer",
+    "learnt-by-heart",
+    "critic-useless",
+    "few-prompts",
+    "entropy-collapsed",
+    "greedy-fell",
+)
+"""Findings about a run that has ended."""
+
 
 def judge_start(run: TrainingRun, session: Session) -> None:
     """Warn of samples that earn less than the greedy completions, from the evaluation before training."""
@@ -39,8 +58,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     idle = steps_without_signal(run, session)
     observed = replace(observe_run(run, session.rows), idle_steps=idle)
     texts = {finding.flag: finding.text for finding in judge(observed)}
-    flags = ("policy-destroyed", "truncation", "sampling-differs", "sampled-elsewhere")
-    for flag in (*flags, "rewards-abstain"):
+    for flag in TOLD:
         if flag in texts:
             session.warn_once(flag, f"{start} {texts[flag]}")
     if remark := run.learner.generator.remark:
@@ -80,8 +98,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         elif not run.unrewarded:
             observed = replace(observed, gain=gain)
     findings = []
-    flags_of_end = ("nothing-learnt", "learnt-by-heart", "critic-useless", "few-prompts")
-    for finding in judge(observed, *flags_of_end, "entropy-collapsed", "greedy-fell"):
+    for finding in judge(observed, *OF_END):
         if flags and finding.flag == "nothing-learnt":
             finding = replace(finding, flag="policy-destroyed")
         if finding.weight != "watch":
@@ -122,6 +139,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
     return replace(
         observed,
         is_solved=solved is not None and reaches(reward, solved),
+        constant=run.constant,
         lowest_rate=run.plan.usual_rate,
         highest_rate=run.plan.usual_rate,
         abstention=observed.abstention and " ".join([observed.abstention, *faults]),
