@@ -32,6 +32,12 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
     )
 
 
+def section(page: Path, heading: str) -> str:
+    """The text of a page below a heading that begins so, up to the next one of its level."""
+    text = page.read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}")[2].partition("\n## ")[0]
+
+
 def write_files(page: Path) -> None:
     """Write the blocks of a page that begin with the name of a file."""
     for _, text, _ in blocks(page):

@@ -11,9 +11,10 @@ from collections import Counter
 import pytest
 import torch
 from folders import RECIPES
+from pages import section
 from torch.testing import assert_close
 
-PAGES = RECIPES / "pages" / "explain" / "answers"
+PAGES = RECIPES / "pages" / "explain"
 SEEDS = (0, 3)
 
 
@@ -139,22 +140,29 @@ def test_the_tokens_that_are_kept_have_the_highest_entropies(recipe, share):
 @pytest.mark.slow
 def test_the_pages_show_what_the_program_prints(recipe, capsys, monkeypatch):
     """Each number of a table of a page is printed, rounded to as many digits."""
-    pages = {"signs": "positives", "verifier": "verifier", "adaptive": "adaptive"}
-    pages |= {"informed": "teacher_context", "entropies": "entropy_tokens"}
-    for section, page in pages.items():
-        recipe["main"]((section,))
+    answers = {
+        "signs": ("rewards", "Is it better to learn from right answers"),
+        "verifier": ("rewards", "What does a noisy reward"),
+        "adaptive": ("rewards", "May I sample until"),
+        "informed": ("rewards", "May the teacher see"),
+        "entropies": ("groups", "Should only the uncertain tokens"),
+    }
+    for name, (page, heading) in answers.items():
+        recipe["main"]((name,))
         printed = [float(x) for x in re.findall(r"-?\d+\.\d{3}", capsys.readouterr().out)]
-        table = re.findall(r"^\|(.*)\|$", (PAGES / f"{page}.md").read_text(), re.MULTILINE)[2:]
+        text = section(PAGES / f"{page}.md", heading)
+        table = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)[2:]
+        assert table
         for line in table:
             for cell in line.split("|")[1:]:
                 for number in re.findall(r"(?<![\d.])-?\d*\.\d+", cell):
                     digits = len(number.partition(".")[2])
-                    assert any(round(x, digits) == float(number) for x in printed), (page, cell)
+                    assert any(round(x, digits) == float(number) for x in printed), (name, cell)
     recipe["main"](("stale",))
     out = capsys.readouterr().out
     table = re.findall(
         r"^\| (\d+) steps? \| (\S+) \((\S+)\) \| (\S+) \((\S+)\) \| (\S+) \((\S+)\)",
-        (PAGES.parent / "off_policy.md").read_text(),
+        (PAGES / "off_policy.md").read_text(),
         re.MULTILINE,
     )
     assert len(table) == 3

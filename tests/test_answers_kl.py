@@ -88,7 +88,7 @@ def test_the_page_has_every_form_that_is_exact(recipes):
         if module.error(module.placed(problem, name), truth) < 1e-10
     ]
     assert {*exact} == {pair for pair, choice in KL_EFFECTS.items() if choice.status == "exact"}
-    page = (RECIPES / "pages" / "explain" / "answers" / "kl.md").read_text()
+    page = (RECIPES / "pages" / "explain" / "kl.md").read_text()
     assert page.count("| $\\nabla \\mathrm{KL}$ |") == len(exact)
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from folders import RECIPES, ROOT
+from pages import section
 
 from tokenrl.errors import TokenrlError
 from tokenrl.lab.compare.judgement import UNMET
@@ -42,13 +43,10 @@ def test_a_blank_line_in_a_table_and_a_missing_cell_are_seen():
     assert [*faults(whole.replace(" | 5", ""))] == ["| a | b |"]
 
 
-def section(page, heading):
-    text = (PAGES / page).read_text(encoding="utf-8")
-    return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-
-
 def test_every_exit_code_is_in_the_list():
-    first_cells = re.findall(r"(?m)^\|([^|]*)", section("reference/run_directory.md", "Exit codes"))
+    first_cells = re.findall(
+        r"(?m)^\|([^|]*)", section(PAGES / "reference/run_directory.md", "Exit codes")
+    )
     kinds = TokenrlError.__subclasses__()
     raised = {kind.exit_code for kind in kinds if "exit_code" in vars(kind)}
     codes = {*map(int, re.findall(r"\d+", " ".join(first_cells)))}
@@ -56,7 +54,7 @@ def test_every_exit_code_is_in_the_list():
 
 
 def test_the_settings_that_may_change_are_those_that_a_continuation_accepts():
-    table = section("guides/resume.md", "What may change").replace("-", "_")
+    table = section(PAGES / "guides/resume.md", "What may change").replace("-", "_")
     free, _, rounding = table.partition("| rounding")
     for names, settings in ((free, FREE), (rounding, ROUNDING)):
         assert {*re.findall(r"`__([a-z_]+)`", names.partition("\n\nA")[0])} >= settings

@@ -39,7 +39,7 @@ WORDS = "reasoning_gym:spell_backward(min_word_len=3, max_word_len=4, size=2000)
 PACKAGES = {"LunarLander-v3": "Box2D", WORDS: "reasoning_gym"}
 """What a command needs that may not be installed; without it the command is refused."""
 TINY = {"max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
-SHORTENED = ("README", "resume", "estimators", "speed", "own_task")
+SHORTENED = ("README", "resume", "estimators", "own_task")
 
 
 def name_of(page):

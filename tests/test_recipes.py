@@ -240,7 +240,7 @@ def test_every_recipe_is_in_the_list_with_its_command_and_is_run():
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_pages.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     here = {command.split()[0] for command in (*EXACT, *TRAINED, *LEARNING)}
-    assert here | {"answers", "defaults", "estimators_table"} | ELSEWHERE == set(PROGRAMS)
+    assert here | {"answers", "estimators_table"} | ELSEWHERE == set(PROGRAMS)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -267,14 +267,22 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there():
 
 
 def test_the_page_of_defaults_says_what_the_code_does(run, tmp_path, said):
+    from tokenrl import Estimator
     from tokenrl.core import PRESETS
 
     page, path = RECIPES / "pages" / "explain" / "defaults.md", tmp_path / "defaults.md"
-    run(f"defaults --output {path} --figure {tmp_path / 'd.png'} --estimators nanochat trl_rloo")
+    words = f"--page {page} --output {path} --figure {tmp_path / 'd.png'}"
+    run(f"estimators_table {words} --estimators nanochat trl_rloo")
     lines = page.read_text().splitlines()
     presets = [line.split("`")[1] for line in lines if re.match(r"\| `\w+` \| \w+ / \w+ \|", line)]
     toolkits = {name: preset for name, preset in PRESETS.items() if preset.beyond}
     assert presets == [*toolkits, "dr_grpo", "rloo"]
+    for name in presets:
+        e = Estimator.preset(name)
+        kl = f"{e.kl_estimator} in the {e.kl_placement}, {e.beta:g}" if e.beta else "none"
+        aggregation = e.aggregation + ", zero spread dropped" * (e.zero_spread == "drop")
+        axes = f"| `{name}` | {e.baseline} / {e.scale} | {aggregation} | {e.ratio} | {kl} | "
+        assert any(line.startswith(axes) for line in lines), axes
     written = [line for line in path.read_text().splitlines() if line.startswith("| `")]
     assert len(written) == 2 and set(written) < set(lines)
     ((_, settings, _),) = [block for block in blocks(page) if block[0] == "yaml"]

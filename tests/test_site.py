@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -44,7 +45,7 @@ ERRANDS = {
         "csv",
         "dataset",
     ),
-    "2_division.html": (
+    "study/questions.html#2-": (
         "what does GRPO's std do",
         "why divide by the standard deviation",
         "std",
@@ -63,13 +64,19 @@ ERRANDS = {
         "files",
         "summary.json",
     ),
-    "guides/gpu.html": (
+    "guides/fast_and_small.html": (
         "use a GPU or a Mac",
         "does it run on Apple silicon?",
         "gpu",
         "mac",
         "cuda",
+        "windows",
+        "quantization",
     ),
+    "guides/fast_and_small.html#out-of-memory": ("out of memory",),
+    "guides/read_a_run.html#completions-are-cut": ("stop token",),
+    "tutorials/own_task.html#slow-rewards": ("asks a server",),
+    "guides/compare.html#judge": ("judge my own runs",),
     "estimators.html#a-baseline-of-your-own": (
         "add my own baseline and check its bias",
         "how do I write a custom baseline and test if it is biased?",
@@ -88,20 +95,32 @@ ERRANDS = {
         "tool",
         "environment",
     ),
-    "answers/positives.html": ("is negative-only better?",),
-    "answers/verifier.html": ("noisy reward",),
-    "answers/teacher_context.html": ("self-distillation",),
+    "rewards.html#is-it-better": ("is negative-only better?",),
+    "rewards.html#what-does-a-noisy": ("noisy reward",),
+    "rewards.html#may-the-teacher": ("self-distillation",),
     "reference/train.html": ("flag that bounds completions",),
     "guides/compare.html": ("how many seeds",),
-    "reference/metrics.html": ("units of metrics",),
-    "answers/kl.html": ("unbiased KL", "k3 or k1"),
-    "answers/token_mean.html": ("token mean or sequence mean",),
-    "answers/group_advantage.html": ("group advantage biased",),
-    "answers/branching.html": ("vineppo",),
+    "reference/train.html#metrics": ("units of metrics",),
+    "explain/kl.html#which": ("unbiased KL", "k3 or k1"),
+    "groups.html#token-mean": ("token mean or sequence mean",),
+    "groups.html#is-the-group": ("group advantage biased",),
+    "groups.html#does-it-pay": ("vineppo",),
     "run_directory.html": ("Hugging Face format",),
     "evaluate.html": ("compare two rewards",),
 }
 """The pages that answer what a new user types into the search, as a question and in other words."""
+SEARCH = """
+const { readFileSync } = require("node:fs");
+const [script, file, ...queries] = process.argv.slice(1);
+const { items } = JSON.parse(readFileSync(file)), answers = [];
+globalThis.self = globalThis;
+globalThis.postMessage = ({ data }) => answers.push(data?.items.map(({ id }) => items[id].location));
+require("node:vm").runInThisContext(readFileSync(script));
+onmessage({ data: { type: 0, data: { items } } });
+queries.forEach((input) => onmessage({ data: { type: 2, data: { input } } }));
+console.log(JSON.stringify(answers.slice(1)));
+"""
+"""Asks the search of a site, as its pages do, and prints the addresses of the first results of each query."""
 
 
 @pytest.mark.skipif(
@@ -174,6 +193,39 @@ def test_every_link_anchor_and_picture_exists(site):
     assert broken == []
     listed = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
     assert len(listed) > 40 and all((site / path).is_file() for path in listed)
+
+
+@pytest.mark.slow
+def test_the_address_of_each_page_that_has_moved_leads_to_its_text(site):
+    lines = (SITE / "moved.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 40
+    for old, new in map(str.split, lines):
+        assert not (ROOT / old).with_suffix(".md").exists(), f"{old} is a page again"
+        text = (site / old).read_text(encoding="utf-8")
+        (target,) = re.findall(r'http-equiv="refresh" content="0; url=([^"]+)"', text)
+        assert re.findall(r'rel="canonical" href="([^"]+)"', text) == [target]
+        address, anchor = urldefrag(target)
+        page = ((site / old).parent / address).resolve()
+        assert page == site / urldefrag(new)[0], old
+        assert not anchor or anchor in Links(page.read_text(encoding="utf-8")).anchors, old
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("node") is None, reason="there is no node to run the search with")
+def test_the_search_leads_to_the_section_that_answers(site):
+    (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
+    queries = [(words, right) for right, wordings in ERRANDS.items() for words in wordings]
+    command = ["node", "-e", SEARCH, str(worker), str(site / "search.json")]
+    asked = subprocess.run(
+        [*command, *(words for words, _ in queries)], capture_output=True, text=True, check=True
+    )
+    answers = json.loads(asked.stdout)
+    missed = [
+        (words, right, found[:3])
+        for (words, right), found in zip(queries, answers, strict=True)
+        if not any(right in address for address in found[:3])
+    ]
+    assert missed == []
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from tokenrl.language.supervised.base import load_base
 
 STUDY = RECIPES / "study"
 
+QUESTIONS = verify.sections(STUDY / "questions.md")
 OF_EARLIER = ("12_", "13_", "zero_", "2_adamw_2", "2_sgd_2")
 """Plans with lists of models, rates or group sizes, which only the code of that time reads; see method.md."""
 
@@ -54,21 +55,17 @@ def direction(arm, rewards, mask, size):
     return weights.flatten() / weights.norm()
 
 
-@pytest.mark.parametrize(
-    ("page", "column"), [("1_rates", 1), ("1_rates", 2), ("8_actions", 1), ("8_actions", 2)]
-)
-def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(page, column):
-    text = (STUDY / "questions" / f"{page}.md").read_text()
+@pytest.mark.parametrize(("question", "column"), [("1", 1), ("1", 2), ("8", 1), ("8", 2)])
+def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(question, column):
     cells = {
-        line.split("`")[1]: line.split(" | ")[column] for line in re.findall("(?m)^[|] `.*", text)
+        line.split("`")[1]: line.split(" | ")[column]
+        for line in re.findall("(?m)^[|] `.*", QUESTIONS[question])
     }
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(64, generator=generator, dtype=torch.double)
     lengths = torch.randint(3, 9, (64,), generator=generator)
     size = 8
-    if (
-        page == "8_actions"
-    ):  # an agent's rollout is a group, and its return the length of its episode
+    if question == "8":  # an agent's rollout is a group, and its return the length of its episode
         size = 64
         rewards = lengths.double()
     elif column == 1:  # sort_digits
@@ -82,52 +79,46 @@ def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(page, column):
         assert least < cosine < most, (arm, twin, cosine)
 
 
-SLOW = {"7_lora", "12_bases", "13_molecules"}
+SLOW = {"7", "12", "13"}
 
 
-def numbered(page):
-    return pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+def numbered(question):
+    return pytest.param(question, marks=[pytest.mark.slow] if question in SLOW else [])
 
 
-@pytest.mark.parametrize("page", [numbered(page) for page in verify.PAGES])
-def test_a_page_says_what_the_raw_tables_say(page):
-    path = STUDY / "questions" / f"{page}.md"
-    assert [*verify.wrong_rows(path, verify.PAGES[page]())] == []
+@pytest.mark.parametrize("question", [numbered(question) for question in verify.QUESTIONS])
+def test_a_question_says_what_the_raw_tables_say(question):
+    numbers = verify.QUESTIONS[question]()
+    assert [*verify.wrong_rows(question, QUESTIONS[question], numbers)] == []
 
 
-def test_every_page_is_verified():
-    assert {path.stem for path in (STUDY / "questions").iterdir()} == {*verify.PAGES}
+def test_every_question_is_verified():
+    assert {*QUESTIONS} == {*verify.QUESTIONS}
 
 
 @pytest.mark.parametrize(
-    ("page", "right", "wrong", "noticed"),
+    ("question", "right", "wrong", "noticed"),
     [
+        ("1", "+0.0446 [0.0311,", "+0.0446 [0.0312,", "question 1, reinforce: the raw tables"),
+        ("1", "1] better, at", "1] worse, at", "question 1, reinforce: the raw tables"),
+        ("1", "| `opo` |", "| `opo2` |", "opo2: nothing is computed"),
         (
-            "1_rates",
-            "+0.0446 [0.0311,",
-            "+0.0446 [0.0312,",
-            "1_rates.md, reinforce: the raw tables",
-        ),
-        ("1_rates", "1] better, at", "1] worse, at", "1_rates.md, reinforce: the raw tables"),
-        ("1_rates", "| `opo` |", "| `opo2` |", "opo2: nothing is computed"),
-        (
-            "2_division",
+            "2",
             "| 0.03 | 0.0075 |",
             "| 0.0075 | 0.03 |",
             "sgd, G = 8, like: the raw tables",
         ),
-        ("3_entropy", "-0.019 [", "+0.019 [", "3_entropy.md, reinforce: the raw"),
-        ("9_zero", "+.097 [.061, .133]", "+.097 [.061, .134]", "9_zero.md, reverse_text: the raw"),
+        ("3", "-0.019 [", "+0.019 [", "question 3, reinforce: the raw"),
+        ("9", "+.097 [.061, .133]", "+.097 [.061, .134]", "question 9, reverse_text: the raw"),
     ],
 )
-def test_a_changed_number_is_noticed(page, right, wrong, noticed, tmp_path):
-    text = (STUDY / "questions" / f"{page}.md").read_text()
+def test_a_changed_number_is_noticed(question, right, wrong, noticed):
+    text = QUESTIONS[question]
     assert right in text
-    changed = tmp_path / f"{page}.md"
-    changed.write_text(text.replace(right, wrong, 1))
+    changed = text.replace(right, wrong, 1)
     (line,) = [
         line
-        for line in verify.wrong_rows(changed, verify.PAGES[page]())
+        for line in verify.wrong_rows(question, changed, verify.QUESTIONS[question]())
         if re.search(noticed, line)
     ]
     assert line
@@ -138,17 +129,16 @@ def test_a_changed_raw_table_is_noticed(tmp_path, monkeypatch, capsys):
     shutil.copytree(STUDY / "tables" / "1_countdown", folder / "1_countdown")
     (folder / "manifest.csv").write_text(verify.manifest(folder))
     monkeypatch.setattr(verify, "TABLES", folder)
-    monkeypatch.setattr(verify, "PAGES", {"page": lambda: verify.tuned("1_countdown")})
+    monkeypatch.setattr(verify, "QUESTIONS", {"1": lambda: verify.tuned("1_countdown")})
     verify.runs.cache_clear()
-    (tmp_path / "questions").mkdir()
     rows = [f"| {arm} | {cell} |\n" for arm, cell in verify.tuned("1_countdown")]
-    (tmp_path / "questions" / "page.md").write_text("".join(rows))
+    (tmp_path / "questions.md").write_text("## 1. A question?\n" + "".join(rows))
     verify.main()
     assert "holds" in capsys.readouterr().out
     path = folder / "1_countdown" / "runs.csv"
     path.write_text(path.read_text().replace("0.4", "0.5"))
     verify.runs.cache_clear()
-    with pytest.raises(SystemExit, match=r"(?s)manifest.csv does not.*page.md, rloo: the raw"):
+    with pytest.raises(SystemExit, match=r"(?s)manifest.csv does not.*question 1, rloo: the raw"):
         verify.main()
     verify.runs.cache_clear()
 

@@ -4,8 +4,8 @@
 
 A completion has up to three tokens of three; its logits are a random linear function of four parameters, so that all
 prefixes share them. Each section is a question; a row of its table holds medians over 20 such problems. Look at the
-bias, the sine of the angle between the expected gradient and the true one: 0 means the same direction. The pages of
-`recipes/pages/explain/answers` have the text.
+bias, the sine of the angle between the expected gradient and the true one: 0 means the same direction. `rewards.md` and
+`groups.md` in `recipes/pages/explain` have the text.
 """
 
 # /// script

@@ -1,7 +1,9 @@
-"""Writes the numbers of the table of presets, and draws them: what each declares, and what enumeration finds.
+"""Writes the numbers of a table of presets, and draws them: what each declares, and what enumeration finds.
+
+    python recipes/enumeration/estimators_table.py
 
 `recipes/pages/explain/estimators.md`, where only the last three cells of each preset's row are replaced, and
-`recipes/figures/map.png` are its output.
+`recipes/figures/map.png` are its output. `recipes/pages/explain/defaults.md` has the command for its own table.
 With `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
@@ -22,7 +24,6 @@ from figures import save
 from matplotlib.figure import Figure
 
 from tokenrl import measure_bias
-from tokenrl.core import PRESETS
 from tokenrl.lab import Verdict
 
 RECIPES = Path(__file__).parents[1]
@@ -34,12 +35,6 @@ COLOURS = {  # of Okabe and Ito
     "asymptotic": "#E69F00",
     "biased": "#D55E00",
 }
-# The presets of toolkits are in defaults.md, those with a KL to a teacher in distillation.md.
-PAPERS = tuple(
-    name
-    for name, p in PRESETS.items()
-    if not (p.beyond or {"beta", "kl_placement"} <= p.fields.keys())
-)
 ROW = re.compile(r"(\| `(\w+)` \| .*? \|)(?: [^|]* \|){3}")
 
 
@@ -81,24 +76,24 @@ def draw(verdicts: dict[str, Verdict], rloo: Verdict, output: Path) -> None:
 
 
 def main(
-    output: Path = PAGE,
+    page: Path = PAGE,
+    output: Path | None = None,
     figure: Path = RECIPES / "figures" / "map.png",
-    estimators: tuple[str, ...] = PAPERS,
+    estimators: tuple[str, ...] = (),
 ) -> None:
-    """Write the page and the figure. The name and the formula of each preset are in the page already."""
+    """Write the page and the figure. The other cells of each preset's row are in the page already."""
     rloo = measure_bias("rloo")
-    verdicts = {name: measure_bias(name) for name in estimators}
-    lines = []
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
+    verdicts, lines = {}, []
+    for line in page.read_text(encoding="utf-8").splitlines():
         found = ROW.fullmatch(line)
         if found is None:
             lines.append(line)
-        elif found[2] in verdicts:
-            verdict = verdicts[found[2]]
+        elif not estimators or found[2] in estimators:
+            verdict = verdicts[found[2]] = measure_bias(found[2])
             lines.append(f"{found[1]} {verdict.declared} | {numbers(verdict, rloo)}")
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output or page).write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw({name: x for name, x in verdicts.items() if x.of_reward is None}, rloo, figure)
-    print(f"{output}: {len(estimators)} presets")
+    print(f"{output or page}: {len(verdicts)} presets")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 `bias` asks what the advantage of a row is on average, and what that does to the gradient. `branches` asks whether
 values of prefixes from sampled continuations are worth their tokens. `means` follows the exact gradient of three
-divisors where right answers are short, long, or both; `--figure` draws it. The pages are `group_advantage.md`,
-`branching.md` and `token_mean.md` in `recipes/pages/explain/answers`.
+divisors where right answers are short, long, or both; `--figure` draws it. The page is
+`recipes/pages/explain/groups.md`.
 """
 
 # /// script

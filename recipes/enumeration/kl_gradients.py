@@ -5,8 +5,7 @@
 A completion has up to three tokens of three, and its policy is a random distance away from the reference. Each row
 has the medians over 20 such problems, whose prefixes have logits of their own, and the worst problem. Look at the
 error: the length of the difference between the expected gradient and the true one, over the length of the true one.
-The figure shows how the error grows with the distance. The pages are `recipes/pages/explain/answers/kl.md`,
-`kl_per_token.md` and `recipes/pages/explain/squares.md`.
+The figure shows how the error grows with the distance. The page is `recipes/pages/explain/kl.md`.
 """
 
 # /// script

@@ -5,7 +5,7 @@
 Each of 18 prompts has one parameter of its own, the logit of its probability p of a right answer, and a step draws one
 prompt with eight completions under RLOO. Look at `noise`, the second moment of the step over the square of its mean,
 and at `cosine`, that of the mean to the gradient of the mean reward over all prompts.
-`recipes/pages/explain/answers/curriculum.md` has the text.
+`recipes/pages/explain/rewards.md` has the text.
 """
 
 # /// script

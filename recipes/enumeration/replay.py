@@ -17,11 +17,12 @@ mean reward relative to the length of the latter. The row is weighted by the imp
 # ///
 
 from dataclasses import replace
-from statistics import median
+from functools import partial
 
 import numpy as np
 import torch
 import tyro
+from figures import show
 
 from tokenrl import Estimator
 from tokenrl.lab import Perturbation, Problem, exact_moments, perturbed_problem
@@ -78,13 +79,13 @@ def main(problems: int = 20) -> None:
     Args:
         problems: number of problems.
     """
-    change = Perturbation(noise=0.5)
-    drawn = [perturbed_problem(seed, change, group_size=1) for seed in range(problems)]
-    by_case = [[(x, replayed(x, *case)) for x in drawn] for case in CASES.values()]
-    print(f"{'importance':10}", *(f"{name:>10}" for name in CASES))
-    for weights in WEIGHTS:
-        cells = [median(bias(*pair, weights) for pair in case) for case in by_case]
-        print(f"{weights:10}", *(f"{cell:10.3f}" for cell in cells))
+
+    def biases(weights: str, seed: int) -> dict[str, float]:
+        problem = perturbed_problem(seed, Perturbation(noise=0.5), group_size=1)
+        rows = {name: replayed(problem, *case) for name, case in CASES.items()}
+        return {name: bias(problem, row, weights) for name, row in rows.items()}
+
+    show("Bias by importance", {x: partial(biases, x) for x in WEIGHTS}, problems)
 
 
 if __name__ == "__main__":

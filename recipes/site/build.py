@@ -35,6 +35,10 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown to a file: its path and its anchor."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 """A formula of a built page: its element, whether it stands in a line, and its LaTeX."""
+MOVED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Moved</title>
+<link rel="canonical" href="{0}"><meta http-equiv="refresh" content="0; url={0}">
+<p>This page has moved <a href="{0}">here</a>.</p></html>
+"""
 PICTURES = (".png", ".svg")
 LANGUAGES = {
     ".py": "python",
@@ -143,12 +147,23 @@ def replace_search(site: Path, asked: dict[str, str]) -> None:
     (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
     shutil.copy(SETTINGS.with_name("search.js"), worker)
     index = json.loads((site / "search.json").read_text(encoding="utf-8"))
-    items = [item for item in index["items"] if QUESTIONS.stem + ".html#" not in item["location"]]
+    address = f"{QUESTIONS.with_suffix('.html').as_posix()}#"
+    items = [item for item in index["items"] if not item["location"].startswith(address)]
     for item in items:
         item["text"] = re.sub(r"\\[(\[].*?\\[)\]]", " ", item["text"], flags=re.DOTALL)
         item["asked"] = asked.get(item["location"], "")
     text = json.dumps(index | {"items": items})
     (site / "search.json").write_text(text, encoding="utf-8")
+
+
+def redirect(site: Path) -> None:
+    """Let each address of a page that has moved lead to where its text is now, by the lines of moved.txt."""
+    for line in SETTINGS.with_name("moved.txt").read_text(encoding="utf-8").splitlines():
+        old, new = map(Path, line.split())
+        target = os.path.relpath(new, old.parent)
+        page = site / old
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(MOVED.format(target), encoding="utf-8")
 
 
 def main(output: Path = ROOT / "build") -> None:
@@ -175,6 +190,7 @@ def main(output: Path = ROOT / "build") -> None:
         text = FORMULA.sub(typeset, page.read_text(encoding="utf-8"))
         page.write_text(text, encoding="utf-8")
     replace_search(output / "site", questions(docs / QUESTIONS))
+    redirect(output / "site")
     markdown = sorted(path.relative_to(docs) for path in docs.rglob("*.md"))
     for path in markdown:
         shutil.copy(docs / path, output / "site" / path)

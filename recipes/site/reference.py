@@ -31,13 +31,20 @@ from tokenrl.runs import all_metrics
 from tokenrl.settings import allowed, field_types
 
 PAGES = Path(__file__).parents[1] / "pages" / "reference"
+COMMAND_PAGES = """train
+sft, reward-model
+evaluate, sample
+control
+compare, judge, report, advise
+lab exact, lab measure"""
+"""The commands that share a page, which is called by its first word."""
 ROOMS = (
-    "tokenrl",
     "tokenrl.core",
     "tokenrl.language",
     "tokenrl.control",
     "tokenrl.lab",
     "tokenrl.runs",
+    "tokenrl",
 )
 SETTINGS = {field for command in COMMANDS.values() for field in field_types(command.arguments)}
 FLAGS = ("flag", "default", "allowed", "meaning")
@@ -83,8 +90,8 @@ def default_of(field: Any) -> str:
     return ", else ".join(words) or "-"
 
 
-def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
-    """Yield a heading and a table for each group of the settings of a command."""
+def settings_tables(kind: type[Any], prefix: str = "--", level: str = "##") -> Iterator[str]:
+    """Yield a heading of a level and a table for each group of the settings of a command."""
     hints = field_types(kind)
     groups: dict[str, list[Any]] = {owner.group: [] for owner in dataclasses_of(kind)}
     for owner, field, text in described_fields(kind):
@@ -97,28 +104,36 @@ def settings_tables(kind: type[Any], prefix: str = "--") -> Iterator[str]:
     for title, rows in groups.items():
         if rows:
             heading = f"{title[0].upper()}{title[1:]}" if title else "Main settings"
-            yield f"## {heading}\n\n" + cards("flags", FLAGS, rows)
+            yield f"{level} {heading}\n\n" + cards("flags", FLAGS, rows)
 
 
-def command_page(name: str) -> str:
-    """Return the page of a command: what it does, an example, and each flag with its default and bounds."""
+def command_page(names: str) -> str:
+    """Return the page of a command, or of several, with a section for each."""
+    level = "###" if "," in names else "##"
+    parts = [part for name in names.split(", ") for part in command_parts(name, level)]
+    return page(f"tokenrl {names}", *parts)
+
+
+def command_parts(name: str, level: str) -> Iterator[str]:
+    """Yield what a command does, an example, and each flag with its default and bounds; train has the metrics."""
     command = COMMANDS[name]
     summary, _, details = cleandoc(command.arguments.__doc__).partition("\n\n")
     texts = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8")
     examples = dict(text.split("\n", 1) for text in texts.split("\n## ")[1:])
-    parts = [summary, examples[name].strip(), *filter(None, [details])]
+    if level == "###":
+        yield f"## tokenrl {name}"
+    yield from (summary, examples[name].strip(), *filter(None, [details]))
     if "estimator" in field_types(command.arguments):
-        parts.append(
-            "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
-        )
-    tables = [*settings_tables(command.arguments)]
+        yield "`--estimator.AXIS` changes one axis of the estimator: see [the axes](axes.md)."
+    yield from settings_tables(command.arguments, level=level)
     if f"{name}, results" in examples:
-        tables.append("## Results\n\n" + examples[f"{name}, results"].strip())
-    return page(f"tokenrl {name}", *parts, *tables)
+        yield f"{level} Results\n\n" + examples[f"{name}, results"].strip()
+    if name == "train":
+        yield from metrics()
 
 
 def axes_page() -> str:
-    """Return the page of the axes of the estimator: settings, and what each choice does to the gradient."""
+    """Return the page of the estimator: its axes, what each choice does to the gradient, and the presets."""
     parts = [cleandoc(str(Estimator.__doc__)), *settings_tables(Estimator, "--estimator.")]
     for axis, choices in CHOICES.items():
         rows = [
@@ -129,11 +144,11 @@ def axes_page() -> str:
             f"## Choices of {axis}\n\n"
             + table(("choice", "expected gradient", "why", "needs"), rows)
         )
-    return page("The axes of the estimator", *parts)
+    return page("The axes and presets of the estimator", *parts, *presets())
 
 
-def presets_page() -> str:
-    """Return the page of all presets: fields, paper, declared bias, and what no axis expresses."""
+def presets() -> tuple[str, ...]:
+    """Return a section on all presets: fields, paper, declared bias, and what no axis expresses."""
     rows = []
     for name, preset in PRESETS.items():
         changes = ", ".join(f"{axis}={value}" for axis, value in preset.fields.items())
@@ -143,24 +158,23 @@ def presets_page() -> str:
     fields = ("fields that differ from rloo", "expected gradient")
     head = ("preset", "who has it", "paper or toolkit", *fields)
     beyond = [(f"`{name}`", preset.beyond) for name, preset in PRESETS.items() if preset.beyond]
-    about = "## What no axis expresses\n\nWhat the toolkits do beside these fields, and what it changes."
+    about = "### What no axis expresses\n\nWhat the toolkits do beside these fields, and what it changes."
     words = ("preset", "what no axis expresses, and what it changes")
-    return page("The presets", table(head, rows), about, table(words, beyond))
+    return "## The presets", table(head, rows), about, table(words, beyond)
 
 
-def metrics_page() -> str:
-    """Return the page of all metrics."""
+def metrics() -> Iterator[str]:
+    """Yield a section on all metrics."""
     rows = [
         (f"`{metric.name}`", metric.unit or "-", metric.better or "-", metric.meaning)
         for metric in all_metrics()
     ]
-    about = (
+    yield (
+        "## Metrics and their units\n\n"
         "What `metrics.jsonl`, `timings.jsonl`, `summary.json` and `tokenrl evaluate` hold. Metrics of held-out "
         "prompts begin with `eval_`, and `NAME_stderr` is the standard error of `NAME`."
     )
-    return page(
-        "Metrics and their units", about, table(("name", "unit", "better", "meaning"), rows)
-    )
+    yield table(("name", "unit", "better", "meaning"), rows)
 
 
 def documented(thing: Any) -> str:
@@ -211,23 +225,35 @@ def public_functions(package: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{method}", function
 
 
-def python_page(room: str) -> str:
-    """Return the page of the public names of a package, with signatures and docstrings."""
-    package = importlib.import_module(room)
-    parts = [cleandoc(package.__doc__ or "")]
-    for name, thing in public_functions(package):
-        _, dot, last = name.rpartition(".")
-        code = f"class {name}" if inspect.isclass(thing) else signature_of(last, thing)
-        level = "###" if dot else "##"
-        parts.append(f"{level} {name}\n\n```py\n{code}\n```\n\n{documented(thing)}")
-    return page(room, *parts)
+def entry(name: str, thing: Any) -> str:
+    """Return the section of a public name, with its signature and docstring."""
+    _, dot, last = name.rpartition(".")
+    code = f"class {name}" if inspect.isclass(thing) else signature_of(last, thing)
+    return f"##{'#' * len(dot)} {name}\n\n```py\n{code}\n```\n\n{documented(thing)}"
 
 
 def pages() -> dict[str, str]:
-    """Return all pages by the name of their files."""
-    named = {f"{name.replace(' ', '_')}.md": command_page(name) for name in COMMANDS}
-    named |= {"axes.md": axes_page(), "presets.md": presets_page(), "metrics.md": metrics_page()}
-    return named | {f"{room.replace('.', '_')}.md": python_page(room) for room in ROOMS}
+    """Return all pages by the name of their files; a public name is on the page of one package."""
+    named = {
+        f"{names.split()[0].strip(',')}.md": command_page(names)
+        for names in COMMAND_PAGES.splitlines()
+    }
+    named["axes.md"] = axes_page()
+    homes: dict[tuple[str, Any], str] = {}
+    for room in ROOMS:
+        file = f"{room.replace('.', '_')}.md"
+        package = importlib.import_module(room)
+        functions = [*public_functions(package)]
+        links = [
+            f"[`{found[0]}`]({homes[found]}#{found[0].lower()})"
+            for found in functions
+            if found in homes and "." not in found[0]
+        ]
+        also = [f"These are on the pages of their rooms: {', '.join(links)}."] if links else []
+        entries = [entry(*found) for found in functions if found not in homes]
+        named[file] = page(room, cleandoc(package.__doc__ or ""), *also, *entries)
+        homes |= dict.fromkeys(functions, file)
+    return named
 
 
 def main(output: Path = PAGES) -> None:

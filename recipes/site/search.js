@@ -29,8 +29,8 @@ const MISSPELT = 0.4; // of a word that differs by one letter
 const NAME = 3; // of a name such as group_std beside its parts
 const COMMON = 0.2; // of a stop word beside other words
 const FACTORS = [
-  [/reference\/tokenrl|CHANGELOG/, 0.5],
-  [/reference\/(?!run_directory|glossary|metrics|papers)|pages\/index/, 0.8],
+  [/reference\/tokenrl|CHANGELOG/, 0.4],
+  [/reference\/(?!run_directory|glossary|papers)|pages\/index/, 0.8],
 ]; // of pages that list much and explain little
 const SHOWN = 0.05; // of the best score, below which nothing is shown
 

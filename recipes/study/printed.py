@@ -1,4 +1,4 @@
-"""Compares the cells of tables that a page prints with those that are computed again."""
+"""Compares the cells of tables that a question prints with those that are computed again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ COPY = re.compile(r" [=≈] [a-z]\w*")
 """The mark of an arm whose gradient is that of another arm, up to a factor."""
 
 
+def sections(page: Path) -> dict[str, str]:
+    """Return the text of each question of a page, by its number."""
+    _, *parts = re.split(r"^## (\d+)\. ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 def rows_of(text: str) -> dict[str, list[str]]:
-    """Return the cells that are not empty of each row of the tables in a page, without the marks of copies."""
+    """Return the cells that are not empty of each row of the tables in a text, without the marks of copies."""
     rows = {}
     for line in re.findall(r"^\| (.*) \|$", COPY.sub("", text), re.MULTILINE):
         label, *cells = re.split(r" *\| *", line.replace("`", ""))
@@ -25,17 +31,17 @@ def bare(cells: list[str]) -> list[str]:
     return [re.sub(r"\+(?=[\d.])|\b0(?=\.)", "", cell) for cell in cells]
 
 
-def wrong_rows(page: Path, numbers: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield a line for each row of a page that does not have the numbers of the raw tables."""
-    text = page.read_text()
+def wrong_rows(question: str, text: str, numbers: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line for each row of a question's text that does not have the numbers of the raw tables."""
     computed = defaultdict(list)
     for row, cell in numbers:
         computed[row].append(cell)
     below_mark = rows_of(text.partition("<!-- table")[2].partition("\n\n")[0])
     for row in [*below_mark][2:]:
         if row not in computed:
-            yield f"{page.name}, {row}: nothing is computed for this row"
+            yield f"question {question}, {row}: nothing is computed for this row"
     printed = rows_of(text)
     for row, cells in computed.items():
         if bare(printed.get(row, [])) != bare(cells):
-            yield f"{page.name}, {row}: the raw tables have {cells}, the page {printed.get(row)}"
+            there = printed.get(row)
+            yield f"question {question}, {row}: the raw tables have {cells}, the page {there}"

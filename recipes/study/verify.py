@@ -3,7 +3,7 @@
     python recipes/study/verify.py     each row of the tables of questions, in a minute
 
 It shares nothing with `tokenrl compare`: intervals are scipy's, and simulated for questions 7, 12 and 13
-(`intervals.py`). A page's function yields pairs: the label of a row, and the next cell of that row that is not empty.
+(`intervals.py`). The function of a question yields pairs: the label of a row, and its next cell that is not empty.
 """
 
 # /// script
@@ -40,7 +40,7 @@ from intervals import (
     side,
     student,
 )
-from printed import wrong_rows
+from printed import sections, wrong_rows
 
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
@@ -353,24 +353,24 @@ def curriculum() -> Numbers:
 
 
 AGENTS = ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default")
-PAGES: dict[str, Callable[[], Numbers]] = {
-    "1_rates": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
-    "2_division": division,
-    "3_entropy": entropy,
-    "4_signs": signs,
-    "5_clipping": clipping,
-    "6_noise": noise,
-    "7_lora": lora,
-    "8_actions": partial(tuned, *AGENTS, margin=25, form=".1f"),
-    "9_zero": zero,
-    "10_unclipped": unclipped,
-    "11_learned": learned,
-    "12_bases": partial(units, "12_sort_digits", "12_reverse_text", "12_countdown"),
-    "13_molecules": partial(units, "13_molecules"),
-    "14_groups": groups,
-    "15_curriculum": curriculum,
+QUESTIONS: dict[str, Callable[[], Numbers]] = {
+    "1": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
+    "2": division,
+    "3": entropy,
+    "4": signs,
+    "5": clipping,
+    "6": noise,
+    "7": lora,
+    "8": partial(tuned, *AGENTS, margin=25, form=".1f"),
+    "9": zero,
+    "10": unclipped,
+    "11": learned,
+    "12": partial(units, "12_sort_digits", "12_reverse_text", "12_countdown"),
+    "13": partial(units, "13_molecules"),
+    "14": groups,
+    "15": curriculum,
 }
-"""What computes the cells of each page."""
+"""What computes the cells of each question."""
 
 
 def manifest(tables: Path) -> str:
@@ -385,12 +385,13 @@ def manifest(tables: Path) -> str:
 
 
 def main() -> None:
-    """Verify the pages of the study."""
+    """Verify the questions of the study."""
     wrong = []
     if manifest(TABLES) != (TABLES / "manifest.csv").read_text():
         wrong.append("manifest.csv does not list the raw tables as they are")
-    for name, numbers in PAGES.items():
-        wrong += wrong_rows(TABLES.parent / "questions" / f"{name}.md", numbers())
+    texts = sections(TABLES.parent / "questions.md")
+    for question, numbers in QUESTIONS.items():
+        wrong += wrong_rows(question, texts[question], numbers())
     if wrong:
         raise SystemExit("\n".join(wrong))
     print("Each row that was computed holds.")
