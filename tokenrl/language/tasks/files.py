@@ -28,6 +28,10 @@ from tokenrl.language.tasks.rows import Rows
 SPACE = re.compile(r"[ \t\r\n]*")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """How a file in UTF-16 begins, which Excel writes as Unicode text."""
+CONVERSION = (
+    "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, or from Python "
+    "Path(NEW).write_text(Path(FILE).read_text('cp1252'), 'utf-8'). If not, name the encoding that it has there."
+)
 HEADER = (
     "If lines stand above the one that names the columns, leave them out: two by tail -n +3 FILE > NEW, or from "
     "Python by task=pandas.read_csv(FILE, sep=';', skiprows=2, dtype=str)."
@@ -114,8 +118,7 @@ def _text(file: Path) -> str:
         words = content[: error.start + 1].rpartition(b"\n")[2][-30:].decode("cp1252", "replace")
         raise Refused(
             f"Line {line} of {file} is no UTF-8. In Windows-1252 (Latin-1) there stands {words!r}. If that is right, "
-            "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, or from Python Path(NEW).write_text("
-            "Path(FILE).read_text('cp1252'), 'utf-8'). If not, name the encoding that it has there."
+            f"{CONVERSION}"
         ) from None
 
 
