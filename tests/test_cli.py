@@ -43,6 +43,8 @@ def fails_later(completions):
     calls += 1
     if calls > 3: raise SystemExit(0)
     return [len(c) for c in completions]
+class Game:
+    def reset(self): ...
 """
 
 
@@ -137,10 +139,6 @@ def test_evaluate_prints_a_table_and_compares_models_prompt_by_prompt(model, cap
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
     assert "difference/reward" not in base
-    together = tokenrl.evaluate(model=["run", model], task="vowels", eval_size=16)
-    assert list(together) == ["run", model]
-    alone = {k: v for k, v in trained.items() if not k.startswith("difference/")}
-    assert together["run"].metrics == alone
 
 
 @pytest.fixture
@@ -323,6 +321,9 @@ train --output-dir --quiet | Missing value for argument '--output-dir'
 train --warm-start often | warm_start was given as 'often'; it must be True or False, or one of auto.
 train extra | There is no flag extra. No flag takes this word: a text with spaces stands in quotes
 train --task good.jsonl --model MODEL | --reward
+train --task made_up_rewards.py | The file defines fails, fails_later, Game.
+train --reward made_up_rewards.py | The file defines fails, fails_later, Game.
+train --environment made_up_rewards.py --reward none | The file defines fails, fails_later, Game.
 train --task vowels --reward made_up_rewards:fails --eval-size 2 --model MODEL | KeyError
 report | Name the output directory
 evaluate --task vowels | Name the model

@@ -10,17 +10,16 @@ from command_line import completes
 
 from tokenrl.files import atomic_directory
 
-NEW = ["--max-steps", "1", "--output-dir", "new"]
-COMMANDS = [
-    ["train", "--task", "vowels", "--model", "saved", *NEW],
-    ["train", "--task", "vowels", "--reward", "saved", *NEW],
-    ["sft", "--task", "rows.jsonl", "--model", "saved", *NEW],
-    ["reward-model", "--data", "rows.jsonl", "--model", "saved", *NEW],
-    ["evaluate", "--task", "vowels", "--model", "saved"],
-    ["sample", "--model", "saved", "--prompt", "abc>"],
-    ["lab", "measure", "--task", "vowels", "--model", "saved"],
-    ["control", "--env", "bandit", "--load", "agent/checkpoints/step_000001", *NEW],
-]
+COMMANDS = """
+train --task vowels --model saved --max-steps 1 --output-dir new
+train --task vowels --reward saved --max-steps 1 --output-dir new
+sft --task rows.jsonl --model saved --max-steps 1 --output-dir new
+reward-model --data rows.jsonl --model saved --max-steps 1 --output-dir new
+evaluate --task vowels --model saved
+sample --model saved --prompt abc>
+lab measure --task vowels --model saved
+control --env bandit --load agent/checkpoints/step_000001 --max-steps 1 --output-dir new
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +40,12 @@ def damaged(files, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:4]))
+@pytest.mark.parametrize("command", COMMANDS.strip().splitlines())
 def test_every_command_refuses_a_damaged_checkpoint_and_names_the_file(
     damaged, command, refusal, cache, monkeypatch
 ):
     monkeypatch.chdir(damaged)
-    output = " ".join(refusal(*command).split())
-    weights = "policy" if command[0] == "control" else "model"
+    output = " ".join(refusal(command).split())
+    weights = "policy" if "control" in command else "model"
     assert f"its file {weights}.safetensors is missing, altered" in output
     assert not (damaged / "new" / "config.json").exists()

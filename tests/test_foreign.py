@@ -145,6 +145,24 @@ actor_rollout_ref.rollout.n=4 | train compare | It is --num-generations 4.
 --run x | report | Directories of runs are given as plain words
 --trainer.total_epochs 3 | train | It is --max-steps, which is epochs x rows
 algorithm.adv_estimator=grpo data.seed=3 | train | It is --estimator grpo.
+--per_device_train_batch_size 8 | train | It is --prompts-per-step, which is per_device_train_batch_size x
+--per_device_train_batch_size 8 | control | A step samples num_steps x num_envs steps of environments, which
+--rollout_batch_size 8 | train | It is --prompts-per-step, in prompts over all processes, not in completions.
+--num_train_epochs 3 | control | The length of a run is max_steps, in steps.
+--scale_rewards 3 | train | Of its values true and group is --estimator.scale group_std; batch is --estimator.scale
+--train_dataset x | train | It is --task x.
+--train_dataset x | reward-model | It is --data x.
+--beta 3 | train | It is an axis of the estimator: --estimator.beta 3.
+--estimator.trust_sides 1 | train | Tokens are dropped where they moved in the direction of their advantage, which
+--use_vllm true | sample | This command samples with transformers; the setting generator of tokenrl train takes vllm.
+--greedy | sample | It is --num-generations 0.
+--warmup_steps 3 | control | There is no flag --warmup_steps. Did you mean '--num-steps'? See
+--made_up 3 | train | There is no flag --made_up. Did you mean '--model'? See
+--overwrite True | train | no flag True. No flag takes this word
+--overwrite=True | train | no flag True. No flag takes this word
+--prompt-template a b c | train | no flag b. No flag takes this word
+--max-steps 5 6 | compare | no flag 6. No flag takes this word
+runs/a | train | There is no flag runs/a. No flag takes this word
 """
 
 
@@ -161,57 +179,6 @@ def test_where_a_command_has_a_run_or_a_model_it_may_be_the_first_word():
         assert (getattr(parsed, first), parsed.seed) == ("runs/a", 3)
     words = ["runs/a", "runs/b", "--task", "vowels"]
     assert parse("evaluate", COMMANDS["evaluate"], words).model == ("runs/a", "runs/b")
-    with refused("There is no flag runs/a. No flag takes this word"):
-        parse("train", COMMANDS["train"], ["runs/a"])
-
-
-@pytest.mark.parametrize(
-    ("command", "name", "sentence"),
-    [
-        (
-            "train",
-            "per_device_train_batch_size",
-            "It is --prompts-per-step, which is per_device_train_batch_size x gradient_accumulation_steps x "
-            "processes / num_generations, as TRL counts completions; micro_batch_size and tokens_per_pass "
-            "change memory only.",
-        ),
-        (
-            "train",
-            "rollout_batch_size",
-            "It is --prompts-per-step, in prompts over all processes, not in completions.",
-        ),
-        ("control", "num_train_epochs", "The length of a run is max_steps, in steps."),
-        (
-            "train",
-            "scale_rewards",
-            "Of its values true and group is --estimator.scale group_std; batch is --estimator.scale "
-            "batch_std; false and none is --estimator.scale none.",
-        ),
-        ("reward-model", "train_dataset", "It is --data."),
-        ("train", "train_dataset", "It is --task."),
-        ("train", "beta", "It is an axis of the estimator: --estimator.beta."),
-        ("control", "warmup_steps", ""),
-        (
-            "sample",
-            "use_vllm",
-            "This command samples with transformers; the setting generator of tokenrl train takes vllm.",
-        ),
-        (
-            "control",
-            "per_device_train_batch_size",
-            "A step samples num_steps x num_envs steps of environments, which num_minibatches divides into updates.",
-        ),
-        ("train", "made_up", ""),
-        (
-            "train",
-            "estimator.trust_sides",
-            "Tokens are dropped where they moved in the direction of their advantage, which trust_sides 1 was; leave "
-            "trust_sides out.",
-        ),
-    ],
-)
-def test_the_hint_is_that_of_the_command(command, name, sentence):
-    assert meaning(name, KNOWN[command], flags=True) == sentence
 
 
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, refusal):
@@ -298,23 +265,3 @@ def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refuse
             function(args=GRPOConfig(), model="m")
     with refused("the keywords seed, quiet would be lost"):
         tokenrl.train(COMMANDS["train"].arguments(), seed=1, quiet=True)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("train --overwrite True", "no flag True. No flag takes this word"),
-        ("train --overwrite=True", "no flag True. No flag takes this word"),
-        ("train --prompt-template a b c", "no flag b. No flag takes this word"),
-        ("compare --max-steps 5 6", "no flag 6. No flag takes this word"),
-        ("sample --greedy", "There is no flag --greedy. It is --num-generations 0"),
-        ("train --reward own.py", "The file defines right, Game."),
-        ("train --task own.py", "The file defines right, Game."),
-        ("train --environment own.py --reward none", "The file defines right, Game."),
-    ],
-)
-def test_a_value_too_many_and_a_file_without_a_name_are_refused_with_what_to_write(
-    line, words, workplace, refusal
-):
-    (workplace / "own.py").write_text("def right(): ...\nclass Game:\n    def reset(self): ...\n")
-    assert words in refusal(line)

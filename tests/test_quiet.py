@@ -12,16 +12,7 @@ from tokenrl.cli import main
 
 STEP = "--prompts-per-step 2 --num-generations 2 --eval-generations 0 --max-steps 1 --max-completion-length 6"
 RUNS = {
-    "train": [
-        "train",
-        "--task",
-        "rows.jsonl",
-        "--reward",
-        "exact_match",
-        "--lora-r",
-        "2",
-        *STEP.split(),
-    ],
+    "train": f"train --task rows.jsonl --reward exact_match --lora-r 2 {STEP}".split(),
     "control": ["control", "--env", "CartPole-v1", "--max-steps", "1"],
 }
 

@@ -23,92 +23,75 @@ from tokenrl.core import PRESETS, Estimator
 SITE, PAGES = RECIPES / "site", RECIPES / "pages"
 FILES = sorted(path.relative_to(ROOT) for path in PAGES.rglob("*.md"))
 SIZES = [(1280, 900), (390, 800)]
-ERRANDS = {
-    "guides/choose.html": (
-        "which estimator should I take",
-        "what algorithm is best for me, and why?",
-        "which estimator for one completion per prompt",
-        "choose",
-    ),
-    "guides/choose.html#passk": ("which estimator for pass@k", "pass@k"),
-    "guides/choose.html#agents": ("which estimator for agents", "agents"),
-    "guides/read_a_run.html": (
-        "my reward stays 0",
-        "why does the model not learn anything?",
-        "loss is zero",
-        "zero",
-    ),
-    "tutorials/own_task.html": (
-        "train on my CSV",
-        "train on my CSV with a reward in Python",
-        "how do I use my own dataset?",
-        "csv",
-        "dataset",
-    ),
-    "study/questions.html#2-": (
-        "what does GRPO's std do",
-        "why divide by the standard deviation",
-        "std",
-        "normalise",
-    ),
-    "guides/resume.html": (
-        "resume after a kill",
-        "my job was interrupted, how do I continue?",
-        "resume",
-        "kill",
-        "chekpoint",
-    ),
-    "reference/run_directory.html": (
-        "what is in each file of a run",
-        "what do the output files contain",
-        "files",
-        "summary.json",
-    ),
-    "guides/fast_and_small.html": (
-        "use a GPU or a Mac",
-        "does it run on Apple silicon?",
-        "gpu",
-        "mac",
-        "cuda",
-        "windows",
-        "quantization",
-    ),
-    "guides/fast_and_small.html#out-of-memory": ("out of memory",),
-    "guides/read_a_run.html#completions-are-cut": ("stop token",),
-    "tutorials/own_task.html#slow-rewards": ("asks a server",),
-    "guides/compare.html#judge": ("judge my own runs",),
-    "estimators.html#a-baseline-of-your-own": (
-        "add my own baseline and check its bias",
-        "how do I write a custom baseline and test if it is biased?",
-        "baseline",
-        "bias",
-    ),
-    "explain/distillation.html": (
-        "distil from a teacher",
-        "how do I distill a large model into a small one?",
-        "teacher",
-        "distillation",
-    ),
-    "tutorials/tools.html": (
-        "an environment of several turns with a tool",
-        "multi-turn agent with tool calls",
-        "tool",
-        "environment",
-    ),
-    "rewards.html#is-it-better": ("is negative-only better?",),
-    "rewards.html#what-does-a-noisy": ("noisy reward",),
-    "rewards.html#may-the-teacher": ("self-distillation",),
-    "reference/train.html": ("flag that bounds completions",),
-    "guides/compare.html": ("how many seeds",),
-    "reference/train.html#metrics": ("units of metrics",),
-    "explain/kl.html#which": ("unbiased KL", "k3 or k1"),
-    "groups.html#token-mean": ("token mean or sequence mean",),
-    "groups.html#is-the-group": ("group advantage biased",),
-    "groups.html#does-it-pay": ("vineppo",),
-    "run_directory.html": ("Hugging Face format",),
-    "evaluate.html": ("compare two rewards",),
-}
-"""The pages that answer what a new user types into the search, as a question and in other words."""
+ERRANDS = """
+guides/choose.html | which estimator should I take
+guides/choose.html | what algorithm is best for me, and why?
+guides/choose.html | which estimator for one completion per prompt
+guides/choose.html | choose
+guides/choose.html#passk | which estimator for pass@k
+guides/choose.html#passk | pass@k
+guides/choose.html#agents | which estimator for agents
+guides/choose.html#agents | agents
+guides/read_a_run.html | my reward stays 0
+guides/read_a_run.html | why does the model not learn anything?
+guides/read_a_run.html | loss is zero
+guides/read_a_run.html | zero
+tutorials/own_task.html | train on my CSV
+tutorials/own_task.html | train on my CSV with a reward in Python
+tutorials/own_task.html | how do I use my own dataset?
+tutorials/own_task.html | csv
+tutorials/own_task.html | dataset
+study/questions.html#2- | what does GRPO's std do
+study/questions.html#2- | why divide by the standard deviation
+study/questions.html#2- | std
+study/questions.html#2- | normalise
+guides/resume.html | resume after a kill
+guides/resume.html | my job was interrupted, how do I continue?
+guides/resume.html | resume
+guides/resume.html | kill
+guides/resume.html | chekpoint
+reference/run_directory.html | what is in each file of a run
+reference/run_directory.html | what do the output files contain
+reference/run_directory.html | files
+reference/run_directory.html | summary.json
+guides/fast_and_small.html | use a GPU or a Mac
+guides/fast_and_small.html | does it run on Apple silicon?
+guides/fast_and_small.html | gpu
+guides/fast_and_small.html | mac
+guides/fast_and_small.html | cuda
+guides/fast_and_small.html | windows
+guides/fast_and_small.html | quantization
+guides/fast_and_small.html#out-of-memory | out of memory
+guides/read_a_run.html#completions-are-cut | stop token
+tutorials/own_task.html#slow-rewards | asks a server
+guides/compare.html#judge | judge my own runs
+estimators.html#a-baseline-of-your-own | add my own baseline and check its bias
+estimators.html#a-baseline-of-your-own | how do I write a custom baseline and test if it is biased?
+estimators.html#a-baseline-of-your-own | baseline
+estimators.html#a-baseline-of-your-own | bias
+explain/distillation.html | distil from a teacher
+explain/distillation.html | how do I distill a large model into a small one?
+explain/distillation.html | teacher
+explain/distillation.html | distillation
+tutorials/tools.html | an environment of several turns with a tool
+tutorials/tools.html | multi-turn agent with tool calls
+tutorials/tools.html | tool
+tutorials/tools.html | environment
+rewards.html#is-it-better | is negative-only better?
+rewards.html#what-does-a-noisy | noisy reward
+rewards.html#may-the-teacher | self-distillation
+reference/train.html | flag that bounds completions
+guides/compare.html | how many seeds
+reference/train.html#metrics | units of metrics
+explain/kl.html#which | unbiased KL
+explain/kl.html#which | k3 or k1
+groups.html#token-mean | token mean or sequence mean
+groups.html#is-the-group | group advantage biased
+groups.html#does-it-pay | vineppo
+run_directory.html | Hugging Face format
+evaluate.html | compare two rewards
+"""
+"""The page that answers what a new user types into the search, as a question and in other words."""
 SEARCH = """
 const { readFileSync } = require("node:fs");
 const [script, file, ...queries] = process.argv.slice(1);
@@ -214,15 +197,15 @@ def test_the_address_of_each_page_that_has_moved_leads_to_its_text(site):
 @pytest.mark.skipif(which("node") is None, reason="there is no node to run the search with")
 def test_the_search_leads_to_the_section_that_answers(site):
     (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
-    queries = [(words, right) for right, wordings in ERRANDS.items() for words in wordings]
+    errands = [line.split(" | ") for line in ERRANDS.strip().splitlines()]
     command = ["node", "-e", SEARCH, str(worker), str(site / "search.json")]
     asked = subprocess.run(
-        [*command, *(words for words, _ in queries)], capture_output=True, text=True, check=True
+        [*command, *(words for _, words in errands)], capture_output=True, text=True, check=True
     )
     answers = json.loads(asked.stdout)
     missed = [
         (words, right, found[:3])
-        for (words, right), found in zip(queries, answers, strict=True)
+        for (right, words), found in zip(errands, answers, strict=True)
         if not any(right in address for address in found[:3])
     ]
     assert missed == []
@@ -267,22 +250,14 @@ def test_the_site_works_in_a_browser_and_asks_no_other_machine(site, home, brows
 
 
 @pytest.mark.slow
-def test_the_search_leads_to_the_page_that_answers(home, browser):
+def test_the_box_of_the_search_shows_what_the_search_finds(home, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(home, wait_until="networkidle")
     page.keyboard.press("Control+k")
-    box, results = page.get_by_role("combobox", name="Search"), page.get_by_role("option")
-    missed = []
-    for right, wordings in ERRANDS.items():
-        for words in wordings:
-            box.fill("", timeout=10_000)
-            results.first.wait_for(state="detached", timeout=10_000)
-            box.fill(words)
-            results.first.wait_for(timeout=10_000)
-            first = [link.get_attribute("href") for link in results.all()[:3]]
-            if not any(right in link for link in first):
-                missed.append((words, right, first))
-    assert missed == []
+    page.get_by_role("combobox", name="Search").fill("out of memory", timeout=10_000)
+    results = page.get_by_role("option")
+    results.first.wait_for(timeout=10_000)
+    assert "#out-of-memory" in " ".join(link.get_attribute("href") for link in results.all()[:3])
 
 
 @pytest.mark.slow

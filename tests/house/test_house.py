@@ -32,9 +32,9 @@ LIMITS = {
     "language": 30,
     "language/policy": 11_950,
     "language/rewards": 14_150,
-    "language/tasks": 12_000,
+    "language/tasks": 12_400,
     "language/rollout": 25_050,
-    "language/training": 24_100,
+    "language/training": 24_120,
     "language/supervised": 7_650,
     "language/commands": 5_800,
     "language/preferences": 6_350,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 216_000, 194, 89_600, 244_000, 59_200, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 216_450, 194, 89_600, 244_000, 58_000, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -189,56 +189,32 @@ def test_returns_by_hand():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
-def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
-    draw = seeded(4)
-    rewards, values = normals(draw, 2, 3, 5)
-    lengths, beyond = [5, 3, 1], torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    e = Estimator(baseline="value", returns="gae", gamma=gamma, lam=lam)
+@pytest.mark.parametrize(
+    ("lam", "length_lam", "value_lam"),
+    [(0.0, 0, None), (0.7, 0, None), (1.0, 0, None), (0.7, 0, 1.0), (0.7, 0.4, 0.3)],
+)
+def test_gae_is_a_loop_over_actions_from_the_last_to_the_first(gamma, lam, length_lam, value_lam):
+    """Off the mask, also between two actions, anything may stand; beyond a row stands what follows its end."""
+    rewards, values = normals(seeded(4), 2, 3, 5)
+    beyond = torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    fields = {"lam": lam, "length_lam": length_lam, "value_lam": value_lam}
+    e = Estimator(baseline="value", returns="gae", gamma=gamma, **fields)
     inputs = {"values": values.masked_fill(~mask, torch.nan), "bootstrap": beyond}
     policy, targets = e.advantages(rewards * mask, mask, group_size=None, **inputs)
     assert (policy[~mask] == 0).all()
-    for row, n in enumerate(lengths):
-        after = torch.cat([values[row, 1:n], beyond[row, None]])
-        errors = rewards[row, :n] + gamma * after - values[row, :n]
-        positions = torch.arange(n).double()
-        later = (positions - positions[:, None]).clamp(min=0)
-        discounts = ((gamma * lam) ** later).triu()
-        assert_close(policy[row, :n], discounts @ errors)
-        assert_close(targets[row, :n] - values[row, :n], policy[row, :n])
-
-
-@pytest.mark.parametrize(("lam", "length_lam", "value_lam"), [(0.7, 0, 1.0), (0.7, 0.4, 0.3)])
-def test_the_critic_may_have_a_lambda_of_its_own_and_lengths_decide_that_of_the_policy(
-    lam, length_lam, value_lam
-):
-    """A loop over the actions of each row, from the last to the first."""
-    rewards, values = normals(seeded(4), 2, 3, 5)
-    lengths = [5, 3, 1]
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    fields = {"lam": lam, "length_lam": length_lam, "value_lam": value_lam}
-    e = Estimator(baseline="value", returns="gae", gamma=0.9, **fields)
-    policy, targets = e.advantages(rewards * mask, mask, group_size=None, values=values)
-    for row, n in enumerate(lengths):
+    for row, actions in enumerate(mask):
+        n = int(actions.sum())
         of_policy = max(0.0, 1 - 1 / (length_lam * n)) if length_lam else lam
-        for mixing, column in ((of_policy, policy + values), (value_lam, targets)):
-            after = value_after = 0.0
-            for t in reversed(range(n)):
-                after = rewards[row, t] + 0.9 * ((1 - mixing) * value_after + mixing * after)
-                value_after = values[row, t]
-                assert_close(column[row, t], after)
-
-
-def test_gae_passes_through_positions_that_are_no_actions():
-    e = Estimator(baseline="value", returns="gae", lam=0.7)
-    rewards, values = normals(seeded(4), 2, 3, 5)
-    mask = torch.tensor([[True, False, True, True, False]])
-    apart = e.advantages(rewards * mask, mask.expand(3, 5), group_size=None, values=values)
-    together = e.advantages(
-        rewards[:, mask[0]], torch.ones(3, 3), group_size=None, values=values[:, mask[0]]
-    )
-    assert_close(apart.policy[:, mask[0]], together.policy)
+        of_critic = of_policy if value_lam is None else value_lam
+        for mixing, column in ((of_policy, policy + values), (of_critic, targets)):
+            after = value_after = beyond[row]
+            for t in reversed(range(int(actions.nonzero().max()) + 1)):
+                after, value_after = gamma * after, gamma * value_after  # at each position
+                if actions[t]:
+                    after = rewards[row, t] + (1 - mixing) * value_after + mixing * after
+                    value_after = values[row, t]
+                    assert_close(column[row, t], after)
 
 
 HEAVY = ("opo", "optimal", "shrinkage")

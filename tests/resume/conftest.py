@@ -18,6 +18,6 @@ def nursery(tmp_path_factory):
     rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
     (folder / "digits.jsonl").write_text("\n".join(rows))
     nursery = Nursery(folder)
-    warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
-    assert nursery.run(warm) == 0, nursery.said  # the task's model is made once
+    warm = "sft --task sort_digits --max-steps 1 --output-dir warm --quiet"
+    assert nursery.run(warm.split()) == 0, nursery.said  # the task's model is made once
     return nursery

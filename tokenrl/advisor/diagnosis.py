@@ -90,11 +90,6 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
         is_solved = EASY_REWARD <= recent.reward <= 1 and recent.equal > LOST_SHARE
     evaluated = evaluations(rows, "reward") or evaluations(rows, "reward_greedy")
     gained = run.summary and evaluated and evaluated[-1].exceeds(evaluated[0], SURE)
-    unlearnt = (
-        bool(run.summary)
-        and not gained
-        and (not is_language or "nothing-learnt" in run.summary.get("flags", ()))
-    )
     skipped = (0.0, *run.series("skipped_steps")[1])[-1]
     latest = observed.latest
     if latest and gained:  # what was lost for a while was won back
@@ -103,7 +98,9 @@ def observe_recorded(run: RecordedRun, arguments: Any) -> Observed:
     return replace(
         observed,
         is_solved=is_solved,
-        is_unlearnt=unlearnt,
+        is_unlearnt=bool(run.summary)
+        and not gained
+        and (not is_language or "nothing-learnt" in run.summary.get("flags", ())),
         whole=recent,
         skipped=skipped / updates,
         latest=latest,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenrl.files import write_json
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison
+from tokenrl.lab.compare.execution import _write_settings
 from tokenrl.lab.compare.loop import judge_directory
 from tokenrl.lab.compare.plan import Plan, start_plan
 from tokenrl.lab.compare.problems import make_plan
@@ -86,6 +87,26 @@ def rising(end: float, size: float = 0.002, **options: Any) -> Runs:
     return of_seed
 
 
+def write_missing(
+    runs: Iterable[Any],
+    root: Path,
+    of_run: Callable[[Any], Mapping[str, Any]] = lambda run: rising(0.5)(run.seed),
+    **_: Any,
+) -> None:
+    """Write the runs that a comparison has not yet, in place of `execute`, which makes them.
+
+    Args:
+        runs: the runs.
+        root: the directory of the comparison.
+        of_run: the arguments of `write_run`; none for a run that is never made.
+    """
+    for run in runs:
+        values = of_run(run)
+        if values and not (root / run.path).exists():
+            _write_settings(run, root)
+            write_run(root / run.path, **values)
+
+
 def planned(settings: Mapping[str, Any]) -> Plan:
     """Write the plan that `tokenrl.compare` makes of its keywords, and make none of the runs."""
     args = arguments(CompareArguments, with_shared(settings))
@@ -104,10 +125,7 @@ def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comp
     """
     settings = {**WALK, "arms": tuple(arms), "output_dir": str(output_dir), **options}
     plan = planned(settings)
-    for run in plan.runs({}):
-        values = arms[run.arm](run.seed)
-        if values and not (output_dir / run.path).exists():
-            write_run(output_dir / run.path, **values)
+    write_missing(plan.runs({}), output_dir, lambda run: arms[run.arm](run.seed))
     return judge_directory(output_dir)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import completes
 from folders import read_json
-from made_runs import WALK as PLANNED, compared, planned, rising, write_run
+from made_runs import WALK as PLANNED, compared, planned, rising, write_missing, write_run
 from refusals import refused, stopped
 
 import tokenrl
@@ -75,8 +75,7 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
     locked = "Another process works on the comparison"
 
     def execute(runs, root, **options):
-        for run in runs:
-            write_run(root / run.path, **rising(0.5)(run.seed))
+        write_missing(runs, root)
         with refused(locked):
             tokenrl.compare(**settings)
 
@@ -87,11 +86,7 @@ def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypat
 def test_several_problems_are_planned_before_the_first_and_each_has_its_directory(
     workplace, monkeypatch, refusal
 ):
-    def execute(runs, root, **options):
-        for run in runs:
-            write_run(root / run.path, **rising(0.5)(run.seed))
-
-    monkeypatch.setattr(loop, "execute", execute)
+    monkeypatch.setattr(loop, "execute", write_missing)
     flags = "--arms reinforce a2c --seeds 2 --max-steps 3 --num-envs 4 --output-dir all --env walk"
     assert "CartPole-v7" in refusal("compare", *flags.split(), "CartPole-v7")
     assert not Path("all").exists()

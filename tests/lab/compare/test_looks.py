@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from folders import RECIPES, read_json
-from made_runs import WALK, rising, write_run
+from made_runs import WALK, rising, write_missing
 from refusals import refused, stopped
 from scipy import stats
 
 import tokenrl
 from tokenrl.lab import judge_scores
-from tokenrl.lab.compare import execution, loop
+from tokenrl.lab.compare import loop
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.intervals import ALPHA
 from tokenrl.lab.compare.looks import error_of_looks, levels_of_looks, spent
@@ -107,26 +109,27 @@ def test_a_look_at_fewer_than_six_seeds_decides_nothing_and_spends_nothing():
     assert with_early == without and with_early.look == 8
 
 
+def clear(run):
+    """A run of an arm that is clearly better, or of one whose difference follows the seed."""
+    noise = 0.01 * np.random.default_rng([run.seed, len(run.arm)]).normal()
+    end = {"reinforce": 0.5, "a2c": 0.9, "rloo": 0.5 + 0.004 * run.seed}[run.arm]
+    return rising(end + noise)(run.seed)
+
+
 def test_decided_arms_make_no_more_runs_and_a_killed_comparison_goes_on_to_the_same(
     tmp_path, monkeypatch
 ):
     settings = WALK | {"arms": ("reinforce", "a2c", "rloo"), "seeds": (6, 9, 12)}
-    made = []
+    made = set()
     kill_at = [0]
 
-    def end_of(run):
-        noise = 0.01 * np.random.default_rng([run.seed, len(run.arm)]).normal()
-        return {"reinforce": 0.5, "a2c": 0.9, "rloo": 0.5 + 0.004 * run.seed}[run.arm] + noise
+    def of_run(run):
+        if 0 < kill_at[0] <= run.seed:
+            raise KeyboardInterrupt
+        made.add((run.arm, run.seed))
+        return clear(run)
 
-    def execute(runs, root, **options):
-        for run in runs:
-            if 0 < kill_at[0] <= run.seed:
-                raise KeyboardInterrupt
-            if not (root / run.path).exists():
-                made.append((run.arm, run.seed))
-                write_run(root / run.path, **rising(end_of(run))(run.seed))
-
-    monkeypatch.setattr(loop, "execute", execute)
+    monkeypatch.setattr(loop, "execute", partial(write_missing, of_run=of_run))
     results = []
     for name, moments in (("whole", [0]), ("killed", [8, 0])):
         made.clear()
@@ -151,13 +154,11 @@ def test_code_that_is_changed_between_two_looks_is_noticed(tmp_path, monkeypatch
         "output_dir": tmp_path / "run",
     }
 
-    def execute(runs, root, **options):
-        for run in runs:
-            config = {"hashes": {"module rewards": "1" if run.seed < 6 else "2"}}
-            if not (root / run.path).exists():
-                write_run(root / run.path, config=config, **rising(0.5)(run.seed))
+    def of_run(run):
+        config = {"hashes": {"module rewards": "1" if run.seed < 6 else "2"}}
+        return rising(0.5, config=config)(run.seed)
 
-    monkeypatch.setattr(loop, "execute", execute)
+    monkeypatch.setattr(loop, "execute", partial(write_missing, of_run=of_run))
     with refused(
         "seed_0 and .*seed_6 cannot be compared, as they differ in hash of module rewards"
     ):
@@ -168,14 +169,7 @@ def test_code_that_is_changed_between_two_looks_is_noticed(tmp_path, monkeypatch
 
 def test_runs_that_were_judged_are_collected_by_their_look_alone(tmp_path, monkeypatch):
     """Twelve seeds that take over six runs which had a verdict are two looks, wherever the six seeds lie."""
-
-    def execute(runs, root, **options):
-        for run in runs:
-            if not (root / run.path).exists():
-                execution._write_settings(run, root)
-                write_run(root / run.path, **rising(0.5)(run.seed))
-
-    monkeypatch.setattr(loop, "execute", execute)
+    monkeypatch.setattr(loop, "execute", write_missing)
     arms = WALK | {"arms": ("reinforce", "a2c")}
     for name, options in {
         "six": {"seeds": 6},
@@ -194,14 +188,7 @@ def test_runs_that_were_judged_are_collected_by_their_look_alone(tmp_path, monke
 
 
 def test_a_program_reads_the_verdict_from_a_file_and_from_the_exit_code(tmp_path, monkeypatch):
-    def execute(runs, root, **options):
-        for run in runs:
-            if not (root / run.path).exists():
-                noise = 0.01 * np.random.default_rng([run.seed, len(run.arm)]).normal()
-                end = {"reinforce": 0.5, "a2c": 0.9}[run.arm] + noise
-                write_run(root / run.path, **rising(end)(run.seed))
-
-    monkeypatch.setattr(loop, "execute", execute)
+    monkeypatch.setattr(loop, "execute", partial(write_missing, of_run=clear))
     settings = WALK | {
         "arms": ("reinforce", "a2c"),
         "seeds": (6, 9),

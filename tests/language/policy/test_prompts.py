@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from command_line import completes
 from refusals import refused
@@ -129,15 +131,30 @@ def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, m
 # ---- special tokens in a prompt, and what a model writes ----
 
 
-def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys, said):
-    model, words = str(saved(kind="chat")), 'contains "<eos>"'
-    completes("sample --model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0")
-    assert capsys.readouterr().err.count(words) == 1
-    task = make_task(["a <eos> b", "the cat"])
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (("a <eos> b", "<eos>"), 'contains "<eos>"'),
+        (
+            ("the Ω", "cat Ω"),
+            r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'Ω'",
+        ),
+        (("the cat", "a"), "(contains|loses) "),
+    ],
+)
+def test_sample_evaluate_and_train_warn_of_what_the_tokenizer_changes_once(
+    prompts, words, saved, tmp_path, capsys
+):
+    def told():
+        return len(re.findall(words, " ".join("".join(capsys.readouterr()).split())))
+
+    model, task = str(saved(kind="chat")), make_task(prompts)
+    completes("sample --model", model, "--prompt", *prompts, "--num-generations", "0")
+    counts = [told()]
     evaluate(model=model, task=task, num_generations=0)
-    assert capsys.readouterr().err.count(words) == 1
+    counts.append(told())
     letters_trained(tmp_path / "run", task, model=model, quiet=False, max_steps=1)
-    assert said().count(words) == 1
+    assert [*counts, told()] == [words[0] != "("] * 3
 
 
 def test_what_a_model_writes_cannot_change_the_terminal(saved, capsys):

@@ -194,15 +194,14 @@ def test_preferences_that_are_given_as_the_task_are_the_data(tmp_path, saved):
     file = tmp_path / "prefs.ndjson"
     write_rows(file, rows_to_learn(20))
     options = {"model": str(saved()), "max_steps": 1, "quiet": True}
-    after = [
-        train_reward_model(output_dir=tmp_path / f"run{number}", **source, **options).eval_after
-        for number, source in enumerate(
-            [{"data": str(file)}, {"task": str(file)}, {"task": rows_to_learn(20)}]
-        )
-    ]
-    assert after[0] == after[1] == after[2]
-    config = read_json(tmp_path / "run1" / "config.json")
-    assert config["title"] == f"Reward model, {file}, seed 0"
+    options |= {"output_dir": tmp_path / "run", "overwrite": True}
+    of_data, of_rows, of_task = (
+        train_reward_model(**{name: source}, **options).eval_after
+        for name, source in (("data", str(file)), ("task", rows_to_learn(20)), ("task", str(file)))
+    )
+    assert of_data == of_rows == of_task
+    title = read_json(tmp_path / "run" / "config.json")["title"]
+    assert title == f"Reward model, {file}, seed 0"
 
 
 @pytest.mark.parametrize(

@@ -332,8 +332,6 @@ def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
     for options, words in (
         ({"reward": (vowel_reward,), "completion_column": "gold"}, "no demonstrations"),
         ({"completion_column": "anser"}, "no column 'anser'.*Did you mean 'answer'"),
-        ({"split": "test"}, "no split 'test'"),
-        ({"model": None}, "no model of its own"),
     ):
         with refused(words):
             sft(**values | options)

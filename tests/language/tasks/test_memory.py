@@ -110,12 +110,6 @@ def test_a_question_alone_is_the_whole_prompt():
 # ---- refusals ----
 
 
-def test_a_column_that_a_reward_asks_for_and_that_is_not_there_is_refused(tmp_path):
-    with refused("'answer'"):
-        start(tmp_path, dataset().remove_columns("answer"))
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
 class Broken(Items):
     def __getitem__(self, number):
         return {"prompt": 1 / (2 - number)}

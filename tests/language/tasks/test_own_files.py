@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -37,19 +38,22 @@ def test_marks_say_how_a_file_is_encoded_alone_and_in_a_folder(name, encoding):
         assert read_splits(path.partition("/")[0])["train"] == ROWS
 
 
+def in_shell(pattern, caught, file, new):
+    """Run the command that a refusal gives."""
+    command = re.search(pattern, str(caught.value))[0].replace("FILE", file).replace("NEW", new)
+    subprocess.run(command, shell=True, check=True)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_latin_1_is_never_guessed_and_what_the_refusal_says_converts_it(name):
     Path(name).write_bytes(WRITTEN[name].encode("cp1252"))
     with refused(f"Line . of {name} is no UTF-8.* there stands '.*Wie heiß'") as caught:
         read_splits(name)
-    words = str(caught.value).replace("FILE", name).replace("NEW", f"new_{name}")
-    command = re.search(r"iconv .*?(?=, or)", words)[0]
-    subprocess.run(command, shell=True, check=True)
+    in_shell(r"iconv .*?(?=, or)", caught, name, f"new_{name}")
     assert read_splits(f"new_{name}")["train"] == ROWS
     Path(f"new_{name}").unlink()
-    program = re.search(r"from Python (Path.*?'utf-8'\))", words)[1]
-    program = re.sub(rf"\((new_)?{name}\)", lambda path: f"({path[0][1:-1]!r})", program)
-    exec(program, {"Path": Path})
+    program = re.search(r"from Python (Path.*?'utf-8'\))", str(caught.value))[1]
+    exec(program, {"Path": Path, "FILE": name, "NEW": f"new_{name}"})
     assert read_splits(f"new_{name}")["train"] == ROWS
 
 
@@ -69,15 +73,11 @@ def test_lines_above_the_header_are_refused_and_what_the_refusal_says_leaves_the
     Path("a.csv").write_text(ABOVE[above] + BANK)
     with refused("a.csv .*If lines stand above the one that names the columns") as caught:
         read_splits("a.csv")
-    words = str(caught.value).replace("FILE", "a.csv").replace("NEW", "b.csv")
-    subprocess.run(re.search("tail .*?b.csv", words)[0], shell=True, check=True)
-    rows = [
-        {"Datum": "02.01.2026", "Zweck": "Miete", "Betrag": "-850,00"},
-        {"Datum": "05.01.2026", "Zweck": "Markt", "Betrag": "-42,17"},
-    ]
+    in_shell("tail .*?NEW", caught, "a.csv", "b.csv")
+    rows = [*csv.DictReader(BANK.splitlines(), delimiter=";")]
     assert read_splits("b.csv")["train"] == rows
-    expression = re.search(r"task=(pandas.*\))", words)[1].replace("a.csv", "'a.csv'")
-    assert memory_splits(eval(expression, {"pandas": pandas}))["train"] == rows
+    expression = re.search(r"task=(pandas.*\))", str(caught.value))[1]
+    assert memory_splits(eval(expression, {"pandas": pandas, "FILE": "a.csv"}))["train"] == rows
 
 
 def test_a_header_without_the_column_is_refused_with_what_stands_in_the_first_line():

@@ -67,19 +67,11 @@ def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     assert vars(result.args).items() >= {**expected, "lr_scheduler_type": "linear"}.items()
     assert result.origins["learning_rate"] == f"{parameter_count(other):,} parameters, LoRA"
     assert result.origins["max_steps"] == "default for other models"
+    usual = settle(TrainArguments(model="x"), make_task(), other)
+    assert (usual.args.max_steps, usual.args.prompts_per_step) == (200, 16)
     # 20/3 of the 80 completions of an evaluation, in steps of 64
     long = TrainArguments(model="x", eval_generations=9)
     assert settle(long, digits, other).args.eval_every == 9
-
-
-def test_own_tasks_and_given_values_win():
-    own = make_task()
-    own.train = {"max_steps": 7, "learning_rate": 0.5}
-    result = settle(TrainArguments(model="x", max_steps=3), own, make_policy())
-    assert (result.args.learning_rate, result.args.max_completion_length) == (0.5, 8)
-    assert (result.origins["max_steps"], result.args.max_steps) == ("given", 3)
-    plain = settle(TrainArguments(model="x"), make_task(), make_policy()).args
-    assert (plain.max_steps, plain.prompts_per_step) == (200, 16)
 
 
 def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(digits):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from refusals import refused
 from tiny_models import (
+    PROMPTS,
     Engine,
+    alone,
     apart,
     gradient,
     letters_trained,
@@ -142,14 +144,13 @@ def test_the_metrics_say_how_far_the_sampler_is_off(micro_batch_size):
     """Against the log-probabilities of each completion by a pass of its own."""
     options = {"dtype": "float64", "reward": lengthy, "micro_batch_size": micro_batch_size}
     _, record, learner = stepped(Estimator(), architecture="gpt2", engine=Different, **options)
-    model = make_policy("gpt2", dtype="float64", initializer_range=0.1).model
-    rollout, ratios = learner.generator.rollout, []
-    for row, mask in enumerate(rollout.mask):
-        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
-        chosen = rollout.completion_ids[row][mask]
-        logits = model(torch.cat([prompt, chosen])[None]).logits[0, len(prompt) - 1 : -1]
-        logp = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        ratios.append((logp - rollout.sampling_logprobs[row][mask]).detach())
+    policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
+    rollout = learner.generator.rollout
+    with torch.no_grad():
+        logprobs, _ = alone(policy.model, [*map(policy.encode, PROMPTS)], rollout)
+    ratios = (logprobs - rollout.sampling_logprobs[rollout.mask]).split(
+        rollout.mask.sum(1).tolist()
+    )
     sizes = torch.cat(ratios).abs()
     weights = torch.stack([ratio.sum().exp() for ratio in ratios])
     expected = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -29,11 +28,8 @@ from torch.testing import assert_close
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.rewarded import completion_kl
-from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.experience import experience
 from tokenrl.language.training.rows import collect_rows
 from tokenrl.runs.metrics import read_completions
@@ -157,19 +153,6 @@ def test_a_text_takes_the_place_of_the_last_message_of_the_user():
         ids = scored_rows(learner, rows=data).teacher_prompts
         text = policy.tokenizer.decode(ids[0])
         assert text.endswith(" one u user one two a assistant one") and ids[0] == ids[2]
-
-
-def test_a_kl_is_evaluated_behind_what_the_teacher_reads():
-    policy = student_of()
-    for template, least in (("{prompt}", 0.0), (READS, 0.1)):
-        learner = make_learner(policy, IN_REWARD, ROWS, teacher="self", teacher_template=template)
-        prompts = partial(learner.teacher_prompts.of, policy, sampling=learner.sampling)
-        reads = {"reference": replace(policy), "reference_prompts": prompts}
-        evaluator = Evaluator(policy, learner.generator, **reads)
-        table = evaluator.table(ROWS, Rewards(vowel_reward), Sampling(6, 2), "evaluation")
-        kl = completion_kl(table.logprobs, table.ref_logprobs, table.mask)["kl"]
-        largest = float(kl.abs().max())
-        assert largest > least if least else largest < 1e-12
 
 
 def taught(folder, **options):

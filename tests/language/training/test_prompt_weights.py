@@ -86,31 +86,6 @@ def test_what_is_remembered_makes_the_chances_of_the_next_pass_and_is_saved():
         WeightedPrompts(ROWS, 4, "variance", 0.5).load_state_dict(stream.state_dict())
 
 
-def rarely_seen(completions, _means, _variances):
-    return 1 / (1 + completions)
-
-
-@pytest.mark.parametrize("weights", ["variance", rarely_seen])
-@pytest.mark.parametrize("per_step", [1, 2])  # prompts
-def test_chances_that_follow_rewards_count_each_prompt_once_in_the_mean(weights, per_step):
-    """With chances that rewards move within a pass, the means of ten prompts go from .84 to 1.08."""
-    right = np.array([0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1, 1])
-    rows = Rows.of([{"prompt": str(i)} for i in range(10)])
-    counted = np.zeros((150, 10))  # of runs: the factors of each prompt, on a mean of 1
-    for seed, own in enumerate(counted):
-        rng = np.random.default_rng(10_000 + seed)
-        stream = WeightedPrompts(rows, seed, weights, 0.3)
-        for _ in range(30 // per_step):
-            prompts = stream.draw_prompts(per_step)
-            drawn = [int(row["prompt"]) for _, row in prompts]
-            numbers = torch.tensor([number for number, _ in prompts])
-            np.add.at(own, drawn, stream.factors(numbers).numpy() / 3)
-            rewards = rng.random(2 * per_step) < np.repeat(right[drawn], 2)
-            stream.learn(numbers.repeat_interleave(2), torch.from_numpy(rewards).double())
-    errors = counted.std(0) / np.sqrt(len(counted))
-    assert (abs(counted.mean(0) - 1) < 4 * errors + 1e-9).all()
-
-
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

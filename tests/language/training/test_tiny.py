@@ -117,18 +117,3 @@ def test_a_tiny_model_for_tools_writes_calls_and_reads_them(tmp_path):
     assert message["tool_calls"] == [{"type": "function", "function": call}]
     written = policy.encode([user, message, {"role": "tool", "content": "7"}])
     assert written[: len(prompt + ids)] == prompt + ids
-
-
-def test_evaluate_and_sample_warn_of_characters_that_the_tokenizer_lacks(data, capsys):
-    completes(f"train --task plain.jsonl {TWO} --model tiny {SMALL} --output-dir run")
-    write_rows("other.jsonl", [{"prompt": f"{n}+é=", "answer": "1"} for n in range(10)])
-    lost = r"The tokenizer loses \d+ of \d+ characters of prompts \([\d.]+%\): 'é'"
-    for command, is_told in (
-        (f"evaluate --model run --task other.jsonl {TWO}", True),
-        ("sample --model run --prompt é+1=", True),
-        ("sample --model run --prompt 1+1=", False),
-    ):
-        capsys.readouterr()
-        completes(command)
-        error = " ".join(capsys.readouterr().err.split())
-        assert bool(re.search(lost, error)) == is_told, command

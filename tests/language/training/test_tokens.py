@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from refusals import refused
+from test_training import share_of_a
 from tiny_models import (
     LETTERS,
     letter_task,
@@ -18,10 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from tokenrl.language.policy.stops import pieces
 from tokenrl.runs.metrics import read_completions
 from tokenrl.runs.reader import read_run
-
-
-def share_of_a(completions, **columns):
-    return [text.count("a") / max(1, len(text)) for text in completions]
 
 
 @pytest.fixture(scope="module")

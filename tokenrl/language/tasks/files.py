@@ -28,10 +28,6 @@ from tokenrl.language.tasks.rows import Rows
 SPACE = re.compile(r"[ \t\r\n]*")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """How a file in UTF-16 begins, which Excel writes as Unicode text."""
-CONVERSION = (
-    "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, or from Python "
-    "Path(NEW).write_text(Path(FILE).read_text('cp1252'), 'utf-8'). If not, name the encoding that it has there."
-)
 HEADER = (
     "If lines stand above the one that names the columns, leave them out: two by tail -n +3 FILE > NEW, or from "
     "Python by task=pandas.read_csv(FILE, sep=';', skiprows=2, dtype=str)."
@@ -118,7 +114,8 @@ def _text(file: Path) -> str:
         words = content[: error.start + 1].rpartition(b"\n")[2][-30:].decode("cp1252", "replace")
         raise Refused(
             f"Line {line} of {file} is no UTF-8. In Windows-1252 (Latin-1) there stands {words!r}. If that is right, "
-            f"{CONVERSION}"
+            "convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, or from Python Path(NEW).write_text("
+            "Path(FILE).read_text('cp1252'), 'utf-8'). If not, name the encoding that it has there."
         ) from None
 
 
@@ -149,8 +146,7 @@ def _json_values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
         try:
             value, end = UNIQUE_KEYS.raw_decode(text, start)
         except ValueError as error:
-            is_of_lines = format_of(file) in (".jsonl", ".ndjson")
-            row = line if is_of_lines else getattr(error, "lineno", line)
+            row = line if format_of(file) != ".json" else getattr(error, "lineno", line)
             words = getattr(error, "msg", error)
             raise ValueError(f"line {row} of {file} is no JSON: {words}") from None
         yield f"line {line}", value

@@ -336,7 +336,10 @@ def with_advice(
     advice = {} if task.base else dict(task.train)
     if choices.optimizer == "sgd":
         advice.pop("learning_rate", None)  # it is one of AdamW
-    chosen = {name: vars(choices)[name] for name in advice}
-    given = {name: x for name, x in chosen.items() if name in keywords or x != usual[name]}
+    given = {
+        name: x
+        for name, x in vars(choices).items()
+        if name in advice and (name in keywords or x != usual[name])
+    }
     values, origins = lay((RECOMMENDED, advice), ("given", given))
     return replace(choices, **values), origins

@@ -170,15 +170,12 @@ class TrainingRun:
 
     def state_dict(self) -> State:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
-        failures = list(self.failures)
-        late = self.rewards.late
-        totals = dict(self.totals)
         return {
-            "totals": totals,
+            "totals": dict(self.totals),
             "means": self.means,
-            "failures": failures,
+            "failures": list(self.failures),
             "constant": self.constant,
-            "late": late,
+            "late": self.rewards.late,
         }
 
     def load_state_dict(self, state: State) -> None:
