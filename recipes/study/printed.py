@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -45,3 +46,14 @@ def wrong_rows(question: str, text: str, numbers: Iterable[tuple[str, str]]) -> 
         if bare(printed.get(row, [])) != bare(cells):
             there = printed.get(row)
             yield f"question {question}, {row}: the raw tables have {cells}, the page {there}"
+
+
+def manifest(tables: Path) -> str:
+    """Return a line for each raw table: its file, the number of its rows, and the SHA-256 of its bytes."""
+    lines = ["file,rows,sha256"]
+    for path in sorted(tables.rglob("*.csv")):
+        if path.name != "manifest.csv":
+            content = path.read_bytes()
+            rows, digest = content.count(b"\n") - 1, hashlib.sha256(content).hexdigest()
+            lines.append(f"{path.relative_to(tables).as_posix()},{rows},{digest}")
+    return "\n".join(lines) + "\n"

@@ -15,7 +15,6 @@ It shares nothing with `tokenrl compare`: intervals are scipy's, and simulated f
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
@@ -40,7 +39,7 @@ from intervals import (
     side,
     student,
 )
-from printed import sections, wrong_rows
+from printed import manifest, sections, wrong_rows
 
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
@@ -299,20 +298,26 @@ def units(*parts: str) -> Numbers:
 
 
 def by_base(part: str) -> pd.DataFrame:
-    """Return areas of question 14 by base and arm, from the evaluations of each run."""
+    """Return areas of question 14 or 16 by base and arm, from the evaluations of each run."""
     table = pd.read_csv(TABLES / part / "curves.csv").query("samples > 0")
     sizes = r",num_generations=(\d+),prompts_per_step=\d+"
     table["arm"] = table["arm"].str.replace(sizes, r" \1", regex=True)
     return table.groupby(["base", "arm"])["reward"].mean().unstack()[table["arm"].unique()]
 
 
+def against_eights(part: str, comparisons: int) -> Numbers:
+    """Questions 14 and 16: the differences to groups of eight of a part, whose comparisons share 5 %."""
+    areas = by_base(part)
+    yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
+    for arm, gap in gaps(areas).items():
+        yield arm, student(gap, comparisons).cell()
+
+
 def groups() -> Numbers:
     """Question 14: differences to groups of eight; 64 prompts beside eight with the same baseline; two arms by rate."""
     tasks = ("sort_digits", "reverse_text", "countdown")
     for task in tasks:
-        areas = by_base(f"14_{task}")
-        yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
-        yield from ((arm, gap.cell()) for arm, gap in against(gaps(areas)).items())
+        yield from against_eights(f"14_{task}", 9)
     areas = by_base("14_factors").join(by_base("14_sort_digits"))
     for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
         yield from beside(baseline, areas[f"{baseline} 8"], areas[f"{baseline} 1"])
@@ -352,6 +357,12 @@ def curriculum() -> Numbers:
                 yield f"{arm}, {part[3:]}", cell
 
 
+def default() -> Numbers:
+    """Question 16: the differences to groups of eight in both new cases."""
+    for part in ("16_fifty", "16_target_length"):
+        yield from against_eights(part, 4)
+
+
 AGENTS = ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default")
 QUESTIONS: dict[str, Callable[[], Numbers]] = {
     "1": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
@@ -369,19 +380,9 @@ QUESTIONS: dict[str, Callable[[], Numbers]] = {
     "13": partial(units, "13_molecules"),
     "14": groups,
     "15": curriculum,
+    "16": default,
 }
 """What computes the cells of each question."""
-
-
-def manifest(tables: Path) -> str:
-    """Return a line for each raw table: its file, the number of its rows, and the SHA-256 of its bytes."""
-    lines = ["file,rows,sha256"]
-    for path in sorted(tables.rglob("*.csv")):
-        if path.name != "manifest.csv":
-            content = path.read_bytes()
-            rows, digest = content.count(b"\n") - 1, hashlib.sha256(content).hexdigest()
-            lines.append(f"{path.relative_to(tables).as_posix()},{rows},{digest}")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
