@@ -147,6 +147,7 @@ class VllmServer:
         with closing(HTTPConnection(self.host, timeout=max(1.0, seconds))) as connection:
             connection.connect()  # without a proxy
             line = connection.sock
+            until = time.monotonic() + connection.timeout
             late = threading.Timer(connection.timeout, self.hang_up, [line])
             self.lines.append(line)
             late.start()
@@ -155,7 +156,7 @@ class VllmServer:
                 answer = connection.getresponse()
                 text = answer.read(self.largest)
             finally:
-                is_late = not late.is_alive()
+                is_late = time.monotonic() >= until  # the timer may have hung up, and not have ended
                 late.cancel()
                 self.lines.remove(line)
         if len(text) == self.largest:
