@@ -156,9 +156,8 @@ class VllmServer:
                 answer = connection.getresponse()
                 text = answer.read(self.largest)
             finally:
-                is_late = (
-                    time.monotonic() >= until
-                )  # the timer may have hung up, and not have ended
+                # the timer may have hung up and not have ended
+                is_late = time.monotonic() >= until
                 late.cancel()
                 self.lines.remove(line)
         if len(text) == self.largest:
