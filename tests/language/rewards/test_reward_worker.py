@@ -159,8 +159,8 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     names = ("worked.py:length", "worked.py:backtracks")
     task = PromptTask("mine", rows, rows, None)
-    _, rewards = find_task(TaskArguments(task=task, reward=names, reward_timeout=0.5))
-    message = r"^Reward function backtracks did not return within 0.5 s \(reward_timeout=0.5\)"
+    _, rewards = find_task(TaskArguments(task=task, reward=names, reward_timeout=3))
+    message = r"^Reward function backtracks did not return within 3 s \(reward_timeout=3\)"
     with stopped(message):
         rewards(PROMPTS, COMPLETIONS, IDS, {})
     wait_for(lambda: not any(map(running, started(tmp_path))))
