@@ -305,19 +305,19 @@ def by_base(part: str) -> pd.DataFrame:
     return table.groupby(["base", "arm"])["reward"].mean().unstack()[table["arm"].unique()]
 
 
-def against_eights(part: str, comparisons: int) -> Numbers:
-    """Questions 14 and 16: the differences to groups of eight of a part, whose comparisons share 5 %."""
-    areas = by_base(part)
-    yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
-    for arm, gap in gaps(areas).items():
-        yield arm, student(gap, comparisons).cell()
+def against_eights(comparisons: int, *parts: str) -> Numbers:
+    """Questions 14 and 16: the differences to groups of eight of parts; the comparisons of a part share 5 %."""
+    for part in parts:
+        areas = by_base(part)
+        yield areas.columns[0], f"reference, {areas.iloc[:, 0].mean():.3f}"
+        for arm, gap in gaps(areas).items():
+            yield arm, student(gap, comparisons).cell()
 
 
 def groups() -> Numbers:
     """Question 14: differences to groups of eight; 64 prompts beside eight with the same baseline; two arms by rate."""
     tasks = ("sort_digits", "reverse_text", "countdown")
-    for task in tasks:
-        yield from against_eights(f"14_{task}", 9)
+    yield from against_eights(9, *(f"14_{task}" for task in tasks))
     areas = by_base("14_factors").join(by_base("14_sort_digits"))
     for baseline in ("reinforce_baseline", "reinforce_running_mean", "reinforce"):
         yield from beside(baseline, areas[f"{baseline} 8"], areas[f"{baseline} 1"])
@@ -357,12 +357,6 @@ def curriculum() -> Numbers:
                 yield f"{arm}, {part[3:]}", cell
 
 
-def default() -> Numbers:
-    """Question 16: the differences to groups of eight in both new cases."""
-    for part in ("16_fifty", "16_target_length"):
-        yield from against_eights(part, 4)
-
-
 AGENTS = ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default")
 QUESTIONS: dict[str, Callable[[], Numbers]] = {
     "1": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
@@ -380,7 +374,7 @@ QUESTIONS: dict[str, Callable[[], Numbers]] = {
     "13": partial(units, "13_molecules"),
     "14": groups,
     "15": curriculum,
-    "16": default,
+    "16": partial(against_eights, 4, "16_fifty", "16_target_length"),
 }
 """What computes the cells of each question."""
 

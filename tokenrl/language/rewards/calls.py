@@ -316,7 +316,7 @@ def accepted_arguments(function: Reward, subject: str, available: Mapping[str, A
             can_be_passed = p.name in available and p.kind is not p.POSITIONAL_ONLY
             if p.default is p.empty and not can_be_passed:
                 problem = "that is no column of the data, or that cannot be passed by keyword"
-                hint = suggest(p.name, {*available} - {"trainer_state", "log_extra", "log_metric"})
+                hint = suggest(p.name, {*available} - {"trainer_state", *RESERVED})
                 hint += " Rename it, or give it a default."
                 raise Refused(f"{subject} has a parameter '{p.name}' {problem}.{hint}")
     return [name for name in available if name in names]

@@ -138,11 +138,10 @@ def training_step(
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
     metrics |= update_memories(learner, memory, stream, rows, whole, terms.returns, ends)
-    of_step = replace(learner)  # KL control changes its weight now
-    metrics |= learner.adapt_beta(metrics, policy_learns)
+    table = partial(step_table, replace(learner), rewarded, rows, terms, rewards.names, scored)
+    metrics |= learner.adapt_beta(metrics, policy_learns)  # the table keeps the weight before
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
-    table = partial(step_table, of_step, rewarded, rows, terms, rewards.names, scored)
     unread = unread_tokens(learner.policy, rewarded)
     return Record(metrics, table, timings, rewarded.failures or (), unread, ends)
 
