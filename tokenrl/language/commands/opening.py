@@ -19,6 +19,7 @@ from tokenrl.language.policy.loading import device_for
 from tokenrl.language.policy.model import Policy, load_policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.supervised.base import adapt, load_base, policy_of
 from tokenrl.language.supervised.defaults import completion_limit
@@ -197,7 +198,8 @@ def open_policy(
     length = place(args, policy, args.model, task, announce)
     if policy.reference is not None:
         policy.reference.to(policy.device)
-    return policy, part_of(replace(args, max_completion_length=length), Sampling)
+    sampling = part_of(replace(args, max_completion_length=length), Sampling)
+    return policy, with_allowed(policy, [*task.train_prompts, *task.eval_prompts], sampling)
 
 
 def load_saved(args: Any, model: str) -> Policy:

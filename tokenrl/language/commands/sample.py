@@ -19,6 +19,7 @@ from tokenrl.language.policy.arguments import fill_form, run_of
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import (
     prompt_text,
@@ -139,6 +140,7 @@ class Sampler:
             length = max(1, min(length, room))
         length = args.max_completion_length or length
         sampling = Sampling(length, args.num_generations, args.seed, **distribution_of(args))
+        sampling = with_allowed(policy, [row], sampling)
         prompts = [(self._completed, row)]
         self._completed += 1
         options = "interactive", self.environments

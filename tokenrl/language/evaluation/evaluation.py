@@ -26,6 +26,7 @@ from tokenrl.language.evaluation.estimates import (
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import check_model, checked_generator
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.episodes import ENDINGS
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import (
@@ -118,6 +119,7 @@ class Evaluator:
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
     ) -> Evaluation:
         """Evaluate the policy on held-out prompts, as `evaluate_policy` says; several processes share them."""
+        sampling = with_allowed(self.policy, prompts, sampling)
         size = sampling.num_generations
         k = check_sizes(k, size)
         if not prompts:

@@ -146,6 +146,7 @@ def write_generation(
     if settings is None:  # of a reward model
         return
     values = {name: getattr(settings, name) for name in KEPT} | DRAWN | distribution
+    values.pop("allowed", None)  # which transformers cannot hold; the run's settings do
     if ends := policy.ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     GenerationConfig(**values).save_pretrained(directory)

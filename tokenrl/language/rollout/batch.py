@@ -6,7 +6,7 @@ The host is asked for nothing meanwhile, so that a device may compute several to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Batch:
         eos: the ids that end a row.
         alive: True for the rows that have not ended [R].
         token: the last token that was drawn [R].
+        keys: of a rule for completions, the key of the position of the next token, see `AllowedTokens` [R]; else None.
     """
 
     policy: Policy
@@ -45,6 +46,7 @@ class Batch:
     eos: Tensor
     alive: Tensor
     token: Tensor
+    keys: Tensor | None = None
 
     def select(self, index: Tensor) -> None:
         """Make the rows `index` the batch."""
@@ -54,6 +56,8 @@ class Batch:
         self.token = self.token[index]
         if self.mask is not None:
             self.mask = self.mask[index]
+        if self.keys is not None:
+            self.keys = self.keys[index]
 
     def step(self, uniforms: Tensor | None) -> dict[str, Tensor]:
         """Feed each row its last token, and draw the next one; see `add`.
@@ -69,7 +73,7 @@ class Batch:
         tokens = self.token[:, None]
         self.cache, last = forward(self.policy.model, self.sampling, tokens, **options)
         self.position = self.position + 1
-        return self.add(drawn(self.sampling, last, uniforms))
+        return self.add(drawn(self.sampling, last, uniforms, self.keys))
 
     def add(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add a token to each row.
@@ -83,25 +87,33 @@ class Batch:
         mask = self.alive
         self.token = numbers["ids"]
         self.alive = mask & ~torch.isin(self.token, self.eos)
+        if "keys" in numbers:
+            rules: Any = self.sampling.allowed
+            self.keys = rules.following(numbers["keys"], self.token)
         return {**numbers, "mask": mask}
 
 
-def drawn(sampling: Sampling, last: Last, uniforms: Tensor | None) -> dict[str, Tensor]:
+def drawn(
+    sampling: Sampling, last: Last, uniforms: Tensor | None, keys: Tensor | None
+) -> dict[str, Tensor]:
     """Draw one token per row, and compute its columns of a `Rollout`; the host is not asked for anything.
 
     Args:
         sampling: the distribution, and which columns are kept.
         last: what follows the last token of n rows.
         uniforms: random numbers [n]; None to take the most probable token.
+        keys: of a rule for completions, the keys of the positions of the tokens [n]; else None.
 
     Returns:
         The tokens, `ids` [n], and the columns [n, ...].
     """
-    logp = sampling.log_probabilities(last.logits)
+    logp = sampling.log_probabilities(last.logits, keys=keys)
     p = logp.exp()
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     logprobs = logp.gather(1, token[:, None]).squeeze(1)
     numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
+    if keys is not None:
+        numbers["keys"] = keys
     if sampling.keep_score_norms:
         numbers["score_norms"] = score_norm_of(logprobs, p)
     if sampling.keep_hidden:

@@ -127,6 +127,7 @@ def _begun(
     Returns:
         The batch, and what was drawn, which is not added to it yet.
     """
+    of_prompts = index
     if prefixes is not None:
         places = {ids: place for place, ids in enumerate(prefixes)}
         index = torch.tensor([places[tuple(prompts[i])] for i in index.tolist()])
@@ -138,7 +139,11 @@ def _begun(
     cache, last = read(policy, sampling, prompts, before)
     rows = to_device(index, policy.device)
     uniforms = None if draws is None else draws[:, 0]
-    first = drawn(sampling, last.of(rows), uniforms)
+    keys = None
+    if sampling.allowed:
+        rules: Any = sampling.allowed
+        keys = to_device(rules.begins[of_prompts], policy.device)
+    first = drawn(sampling, last.of(rows), uniforms, keys)
     mask, position = padding(policy, prompts)
     batch = Batch(
         policy=policy,

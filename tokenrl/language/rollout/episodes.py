@@ -76,12 +76,15 @@ def play(
     ]
     parts = list[_Part]()
     one_each = replace(sampling, num_generations=min(1, sampling.num_generations))
+    rules: Any = sampling.allowed
+    needed = rules.needed_by(data).tolist() if rules else [1] * len(rows)
     for turn in range(environments.max_turns):
-        active = [i for i, row in enumerate(rows) if not row.ending]
+        active = [i for i, row in enumerate(rows) if row.goes_on(policy, needed[i])]
         if not active:
             break
-        for length, index in _calls(policy, rows, active).items():
+        for length, index in _calls(policy, rows, active, exactly=bool(rules)).items():
             of_turn = replace(one_each, max_completion_length=length)
+            of_turn = of_turn.beginning([data[i] for i in index])
             parts.append(_sampled(policy, generator, rows, index, draws, of_turn, turn))
         waiting = [rows[i] for i in active if not rows[i].ending]
         messages = [row.messages[-1] for row in waiting]
@@ -181,6 +184,12 @@ class _Row:
             return limit
         return min(limit, policy.context - len(self.prompt) - len(self.tokens))
 
+    def goes_on(self, policy: Policy, needed: int) -> bool:
+        """Return whether the policy writes another turn; without `needed` tokens left for it the episode ends."""
+        if not self.ending and self.room(policy, self.budget) < needed:
+            self.ending = "max_tokens" if self.budget < needed else "context_overflow"
+        return not self.ending
+
     def write(self, message: dict[str, Any], ids: list[int]) -> None:
         """Add a turn of the policy."""
         self.messages.append(message)
@@ -231,15 +240,19 @@ def _seeds(
     return seeds
 
 
-def _calls(policy: Policy, rows: Sequence[_Row], active: Sequence[int]) -> dict[int, list[int]]:
+def _calls(
+    policy: Policy, rows: Sequence[_Row], active: Sequence[int], *, exactly: bool
+) -> dict[int, list[int]]:
     """Return the rows that a call samples, by the length of the call.
 
-    A row that may choose fewer tokens is cut afterwards; but no row is sampled beyond the model's context.
+    A row that may choose fewer tokens is cut afterwards, but not where `exactly` so many are sampled as it may
+    choose; and no row is sampled beyond the model's context.
     """
     budget = max(rows[i].budget for i in active)
     calls: dict[int, list[int]] = {}
     for i in active:
-        calls.setdefault(rows[i].room(policy, budget), []).append(i)
+        limit = rows[i].budget if exactly else budget
+        calls.setdefault(rows[i].room(policy, limit), []).append(i)
     return calls
 
 

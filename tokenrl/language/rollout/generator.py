@@ -42,7 +42,8 @@ class Abilities:
         distributed: it samples in a run of several processes.
         min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
         temperatures: the lowest and the highest temperature that it samples at.
-        options: the fields of `Distribution` that it samples with; the others must have their defaults.
+        options: the fields of `Distribution` that it samples with; the others must have their defaults. With
+            `allowed` an engine finds which tokens are allowed in `sampling.allowed`, see `AllowedTokens`.
     """
 
     exact: bool = True
@@ -50,7 +51,7 @@ class Abilities:
     distributed: bool = True
     min_p_last: bool = True
     temperatures: tuple[float, float] = (0.0, math.inf)
-    options: tuple[str, ...] = tuple(option.name for option in fields(Distribution))
+    options: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p")
 
     def check(self, distribution: Distribution, engine: str) -> None:
         """Refuse a distribution of tokens that an engine does not sample from, under the engine's name."""
@@ -166,6 +167,8 @@ class TransformersGenerator(Generator):
         regime: how the model is sampled. A run has tried it on its own model at its start.
     """
 
+    abilities = Abilities(options=tuple(option.name for option in fields(Distribution)))
+
     policy: Policy
     rows_at_once: int | None = None
     cache: float = 2.0
@@ -219,8 +222,8 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                of_part = rows[start:end], prompt_ids[start:end]
-                part = decode(self.policy, self.regime, histories, *of_part, sampling, uniforms)
+                of_part = rows[start:end], prompt_ids[start:end], sampling.of_prompts(slice(start, end))
+                part = decode(self.policy, self.regime, histories, *of_part, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:
             for module in training:

@@ -103,6 +103,7 @@ class Chunks(NamedTuple):
         distribution: how probabilities follow from the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
+        keys: the keys of the positions of the tokens [M], where a rule says which tokens are allowed; else None.
         reference: what the head of the reference is given for each token [M, H], and that head, for the KL
             (`states` of its `Scores`); None if no KL is needed.
     """
@@ -111,14 +112,20 @@ class Chunks(NamedTuple):
     distribution: Distribution
     entropy: bool
     norms: bool
+    keys: Tensor | None
     reference: tuple[Tensor, nn.Module] | None
 
     @torch.no_grad()
     def ref_logprobs(self, tokens: slice) -> Tensor:
-        """Return the log-probabilities [m, V] under the reference, at the same temperature over all tokens."""
+        """Return the log-probabilities [m, V] under the reference, at the same temperature over all allowed tokens."""
         assert self.reference is not None
         states, head = self.reference
-        return self.distribution.whole.log_probabilities(head(states[tokens]))
+        keys = self.keys_of(tokens)
+        return self.distribution.whole.log_probabilities(head(states[tokens]), keys=keys)
+
+    def keys_of(self, tokens: slice) -> Tensor | None:
+        """Return the keys of the positions of some tokens, if a rule needs them."""
+        return None if self.keys is None else self.keys[tokens]
 
     def of(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
@@ -139,7 +146,8 @@ class Chunks(NamedTuple):
             logits = product.to(_wide(weight))
             if self.distribution.temperature != 1:
                 logits.div_(self.distribution.temperature)
-            yield tokens, self.distribution.truncated(logits, ids[tokens]), product
+            keys = self.keys_of(tokens)
+            yield tokens, self.distribution.truncated(logits, ids[tokens], keys), product
 
 
 class _Scores(torch.autograd.Function):

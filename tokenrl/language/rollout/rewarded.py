@@ -17,6 +17,7 @@ from tokenrl.core.returns import at_last_action
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import locations_of
 from tokenrl.language.policy.stops import decoded, markers
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.episodes import ENDINGS, play
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rollout import ABSENT, Rollout, lengths
@@ -91,10 +92,13 @@ def sample_rows(
         prompt_ids: the token ids of the prompts, where they were encoded before; episodes have others.
     """
     numbers = [number for number, _ in prompts]
+    data = [row for _, row in prompts]
+    sampling = with_allowed(policy, data, sampling)
     if environments is not None:
         rollout = play(policy, generator, environments, prompts, sampling, stream)
     else:
-        ids = prompt_ids or encode(policy, [row for _, row in prompts], sampling)
+        ids = prompt_ids or encode(policy, data, sampling)
+        sampling = sampling.beginning(data)
         draws = uniforms(stream, sampling, numbers)
         rollout = generator.generate(ids, sampling, draws).on_host()
     return replace(rollout, prompt_index=torch.tensor(numbers)[rollout.prompt_index])
@@ -228,6 +232,7 @@ def sample_and_reward(
         rank = accelerator.process_index
         world = accelerator.num_processes
     environments = rewards.environments
+    sampling = with_allowed(policy, prompts, sampling)
     # All of them on every process, so that every process refuses a prompt that is too long.
     encoded = encode(policy, prompts, sampling) if environments is None else []
     encoded = encoded[rank::world]

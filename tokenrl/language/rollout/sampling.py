@@ -8,8 +8,8 @@ the same seed never share a random number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from tokenrl.settings import Bounds, Count, Natural
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
 
+S = TypeVar("S", bound="Sampling")
 STREAMS = {
     "training": 0,
     "interactive": 0,
@@ -52,7 +53,7 @@ class Sampling(Distribution):
     Attributes:
         max_completion_length: T, the most tokens that a completion may have, EOS included; at least 1.
         num_generations: G, the number of completions per prompt; 0 means only the greedy completion.
-        temperature, top_k, top_p, min_p: the distribution of tokens, see `Distribution`; by keyword only. It
+        temperature, top_k, top_p, min_p, allowed: the distribution of tokens, see `Distribution`; by keyword only. It
             is part of the policy: completions are sampled and scored under the same distribution.
         seed: seed of the random numbers, from 0 to 2**60 - 1. Code that samples also names a stream (see
             `STREAMS`), so that different purposes with one seed use different numbers.
@@ -81,6 +82,21 @@ class Sampling(Distribution):
     def group_size(self) -> int:
         """Number of rows per prompt: G sampled completions, or the greedy one."""
         return max(1, self.num_generations)
+
+    def beginning(self: S, data: Sequence[Any]) -> S:
+        """Return the sampling of completions of these rows of the data, in this order, where a rule allows some.
+
+        The rule has been read (`with_allowed`).
+        """
+        if not self.allowed:
+            return self
+        rules: Any = self.allowed
+        return replace(self, allowed=rules.beginning(data, self.max_completion_length))
+
+    def of_prompts(self: S, prompts: slice) -> S:
+        """Return the sampling of some of the prompts of a call, where a rule allows some completions."""
+        rules: Any = self.allowed
+        return replace(self, allowed=replace(rules, begins=rules.begins[prompts])) if rules else self
 
 
 def encode(

@@ -128,14 +128,15 @@ def score(
     with without_head(head) as inputs:
         before, *last_hidden = _forward(model, rollout, regime, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)[actions]  # [M]
+    keys = to_device(rollout.keys, device)[actions] if distribution.allowed else None  # [M]
     if reference is not None:
         ref_states, ref_head = reference
         reference = ref_states[actions], ref_head
-    chunks = Chunks(at_once or count, distribution, entropy, score_norms, reference)
+    chunks = Chunks(at_once or count, distribution, entropy, score_norms, keys, reference)
     if head is not None:
         numbers = score_tokens(before[actions], head, ids, chunks)
     else:
-        logp = distribution.log_probabilities(before[actions], ids)  # [M, V]
+        logp = distribution.log_probabilities(before[actions], ids, keys)  # [M, V]
         numbers = scores_of(logp, ids, slice(None), chunks)
     needed = {"logprobs": True, "entropy": entropy, "score_norms": score_norms}
     needed["token_kl"] = reference is not None

@@ -17,6 +17,7 @@ from tokenrl.errors import Stopped
 from tokenrl.files import State
 from tokenrl.language.policy.copies import frozen_copy
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.rollout.forward import Forward, choose_forward, shape_of
 from tokenrl.language.rollout.generator import Generator
@@ -132,6 +133,7 @@ class Learner:
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run, none of which is open.
         engine: the engine of the run, as messages call it.
+        sampling: how the run samples; callers set the step.
         generator: samples the run's completions.
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
@@ -149,6 +151,7 @@ class Learner:
     estimator: Estimator
     args: TrainArguments
     engine: str
+    sampling: Sampling
     generator: Generator
     critic: Critic | None = None
     teacher_prompts: TeacherPrompts | None = None
@@ -157,11 +160,6 @@ class Learner:
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
-
-    @cached_property
-    def sampling(self) -> Sampling:
-        """How the run samples; callers set the step."""
-        return part_of(self.args, Sampling)
 
     @cached_property
     def kept(self) -> dict[str, Any]:
@@ -334,6 +332,7 @@ def make_learner(
     accelerator: Any,
     teacher: Teacher | None = None,
     *,
+    rows: Sequence[Any] = (),
     turns: bool = False,
     **decided: Any,
 ) -> Learner:
@@ -344,6 +343,7 @@ def make_learner(
         policy: the policy to train.
         accelerator: accelerate's handle of device, precision and processes.
         teacher: the teacher; None without one. The model of another policy is this policy's reference already.
+        rows: all rows of the task that are sampled, whose completions a rule may allow.
         turns: whether episodes of several turns are sampled.
         **decided: settings that the run has decided, which join those about computing.
 
@@ -352,6 +352,7 @@ def make_learner(
     """
     device = accelerator.device
     check_vocabulary(args.estimator, policy)  # before anything is computed
+    sampling = with_allowed(policy, rows, part_of(args, Sampling))
     policy.model.to(device)
     broadcast_weights(policy.model)
     if args.estimator.beta:
@@ -387,6 +388,7 @@ def make_learner(
         estimator=args.estimator,
         args=replace(args, **decided, **computing),
         engine=engine.name,
+        sampling=sampling,
         generator=generator,
         teacher_prompts=None if teacher is None else teacher.prompts,
     )

@@ -205,7 +205,9 @@ def _prepare(
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
         turns = rewards.environments is not None
-        learner = make_learner(plan.args, policy, accelerator, teacher, turns=turns, **decided)
+        sampled = [*task.train_prompts, *task.eval_prompts]
+        options = {"rows": sampled, "turns": turns, **decided}
+        learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
     weights = choices.prompt_weights, choices.prompt_floor
@@ -235,7 +237,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     teacher = None if run.teacher is None else run.teacher.name
     session.open(
         run.args,
-        SavedModel(policy, distribution=distribution_of(run.learner.sampling)),
+        SavedModel(policy, distribution=distribution_of(run.args)),
         provenance,
         parts | {"run": run},
         run.facts(),
@@ -389,7 +391,7 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
         facts |= {f"{name} {moment}": numbers[name] for name in rewards}
     facts["weights"] = ended.weights
     card = Card(run.title, facts, repetition(session.command), run.args.model)
-    distribution = distribution_of(run.learner.sampling)
+    distribution = distribution_of(run.args)
     save = partial(save_policy, ended.policy, card=card, distribution=distribution)
     session.finish(ended, save, findings)
     run.learner.accelerator.wait_for_everyone()
