@@ -21,6 +21,9 @@ NEVER = 2**40
 BEFORE = "="
 """Text behind which texts are encoded, as some tokenizers put a space in front of one that stands alone."""
 
+CELLS = 2**21
+"""Most states of a table that is walked at once: 8 MB."""
+
 
 @dataclass(frozen=True)
 class Automaton:
@@ -233,13 +236,13 @@ def _part_of_edges(edges: Sequence[Mapping[int, int]], accepting: Collection[int
         for token, target in row.items():
             columns[token].append((state, target))
     symbols: dict[Any, int] = {}
-    of_tokens = [symbols.setdefault(tuple(columns[i]), len(symbols)) for i in sorted(columns)]
+    of_tokens = [symbols.setdefault(tuple(column), len(symbols)) for column in columns.values()]
     rows = [(state, s, target) for column, s in symbols.items() for state, target in column]
     accepts = np.isin(np.arange(len(edges)), [*accepting])
-    return _part(sorted(columns), of_tokens, np.array(rows).reshape(-1, 3).T, accepts)
+    return _part([*columns], of_tokens, np.array(rows).reshape(-1, 3).T, accepts)
 
 
-def _part(tokens: Any, symbols: Any, edges: np.ndarray, accepting: np.ndarray) -> Part:
+def _part(tokens: Any, symbols: Any, edges: Any, accepting: np.ndarray) -> Part:
     """Return an automaton with the number of tokens that are needed from each state.
 
     Args:
@@ -251,13 +254,14 @@ def _part(tokens: Any, symbols: Any, edges: np.ndarray, accepting: np.ndarray) -
     Raises:
         Refused: no completion fits.
     """
-    sources, labels, targets = edges.astype(np.int64)
+    sources, labels, targets = np.asarray(edges, dtype=np.int64)
     needed = _distances(sources, targets, accepting)
     if needed[0] == NEVER:
         raise Refused(
             "No completion fits the rule: no sequence of the tokenizer's tokens leads to an end."
         )
-    ids, of_ids = (np.array(numbers, dtype=np.int64) for numbers in (tokens, symbols))
+    order = np.argsort(tokens)
+    ids, of_ids = np.array([tokens, symbols], dtype=np.int64)[:, order]
     return Part(ids, of_ids, sources, labels, targets, accepting, needed)
 
 
@@ -274,5 +278,41 @@ def _distances(sources: np.ndarray, targets: np.ndarray, ends: np.ndarray) -> np
 
 @lru_cache(maxsize=64)
 def _part_of_text(rule: str, tokenizer: Any, eos_ids: tuple[int, ...]) -> Part:
-    """Return the automaton of a regular expression or a JSON schema."""
-    raise Refused(f"Regular expressions and schemas, such as {rule!r:.60}, cannot be read yet.")
+    """Return the automaton of a regular expression, or of the text of a JSON schema.
+
+    State 0 is that before the first token, which may write less than the same token later.
+
+    Raises:
+        Refused: no completion fits, the tokenizer does not fit, or the rule cannot be read.
+    """
+    from tokenrl.language.policy.patterns import byte_automaton
+    from tokenrl.language.policy.token_bytes import token_bytes
+
+    table, accepting = byte_automaton(rule)
+    written = token_bytes(tokenizer)
+    ids = sorted(written.keys() - {*eos_ids}, key=lambda i: len(written[i][1]))
+    tokens, of_tokens = [], []
+    symbols: dict[bytes, int] = {}
+    chunk = max(1, CELLS // len(table))
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        firsts, later = zip(*(written[i] for i in part), strict=True)
+        columns = _walk(table, np.arange(len(table)), later)  # [n, S]
+        columns[:, 0] = _walk(table, np.array([1]), firsts)[:, 0]
+        for row in np.flatnonzero(columns.any(1)):
+            tokens.append(part[row])
+            of_tokens.append(symbols.setdefault(columns[row].tobytes(), len(symbols)))
+    moves = np.frombuffer(b"".join(symbols), table.dtype).reshape(-1, len(table))
+    labels, sources = moves.nonzero()
+    return _part(tokens, of_tokens, [sources, labels, moves[labels, sources]], accepting)
+
+
+def _walk(table: np.ndarray, states: np.ndarray, texts: Sequence[bytes]) -> np.ndarray:
+    """Return the state after each of n texts from each of S states [n, S]."""
+    after = np.tile(states.astype(table.dtype), (len(texts), 1))
+    lengths = np.array([len(text) for text in texts])
+    for k in range(lengths.max()):
+        longer = np.flatnonzero(lengths > k)
+        step = np.array([texts[row][k] for row in longer.tolist()])
+        after[longer] = table[after[longer], step[:, None]]
+    return after
