@@ -28,6 +28,7 @@ def train(
     args: TrainArguments | None = ..., *, callback: Callable[[int, dict[str, typing.Any]], typing.Any] | None = ...,
     allow_no_baseline: bool = ...,
     allow_own_feedback: bool = ...,
+    allowed: typing.Any = ...,
     base_seed: int = ...,
     best_metric: str | os.PathLike[str] | None = ...,
     chat: bool | None = ...,
@@ -128,6 +129,7 @@ def train(
 
 def sft(
     args: SftArguments | None = ..., *,
+    allowed: typing.Any = ...,
     base_seed: int = ...,
     batch_size: int | None = ...,
     best_metric: str | os.PathLike[str] | None = ...,
@@ -297,6 +299,7 @@ def train_agent(
 @typing.overload
 def evaluate(
     args: EvaluateArguments | None = ..., *, model: str | os.PathLike[str] = ...,
+    allowed: typing.Any | None = ...,
     best_of: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
@@ -340,6 +343,7 @@ def evaluate(
 @typing.overload
 def evaluate(
     args: EvaluateArguments | None = ..., *, model: list[str] | tuple[str, ...],
+    allowed: typing.Any | None = ...,
     best_of: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
@@ -382,6 +386,7 @@ def evaluate(
 
 def sample(
     args: SampleArguments | None = ..., *,
+    allowed: typing.Any = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,
     chat_time: str | os.PathLike[str] | None = ...,
@@ -424,6 +429,7 @@ def compare(
     all_pairs: bool = ...,
     allow_no_baseline: typing.Any = ...,
     allow_own_feedback: typing.Any = ...,
+    allowed: typing.Any = ...,
     arms: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ...,
     base_seed: typing.Any = ...,
     best_metric: typing.Any = ...,
@@ -555,6 +561,7 @@ def compare(
 
 def measure_gradients(
     *,
+    allowed: typing.Any | None = ...,
     base_seed: int = ...,
     chat: bool | None = ...,
     chat_template_kwargs: str | os.PathLike[str] | Mapping[str, typing.Any] | None = ...,

@@ -189,7 +189,8 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", rows=None,
     task = own_task(task)
     args = settle(args, task, policy).args
     policy, teacher = teacher_of(args, args, policy, teacher_prompts(args, task))
-    return make_learner(args, policy, make_accelerator(args.cpu), teacher=teacher)
+    options = {"teacher": teacher, "rows": task.train_prompts}
+    return make_learner(args, policy, make_accelerator(args.cpu), **options)
 
 
 def scored(learner, **how):

@@ -66,6 +66,7 @@ CAPABILITIES = {
         "baseline",
         "--estimator.baseline none --estimator.objective max_at_k --estimator.objective-order 2",
     ),
+    "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
     "turns": Capability("task", "--environment mine.py:Turns --max-turns 2", "Turns"),
 }
 REFUSED: Mapping[tuple[str, str], str] = {

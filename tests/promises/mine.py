@@ -13,6 +13,8 @@ import random
 import numpy as np
 import torch
 
+from tokenrl.language.policy.automata import Automaton
+
 
 def usual(function):
     """Let a function behave as badly as code can, where a file asks for it."""
@@ -113,6 +115,19 @@ def weights(completions, means, variances):
 @usual
 def context(prompt, completions, rewards):
     return f"{prompt} {completions[0]}"
+
+
+@usual
+def rule(row):
+    """Texts in which letters of the first half of the alphabet and others alternate, with an even length for some rows."""
+    halves = [letters(0), letters(1)]
+    edges = [dict.fromkeys(halves[0], 1), dict.fromkeys(halves[1], 0)]
+    return Automaton(edges, [0] if "t" in row["prompt"] else [0, 1])
+
+
+def letters(half):
+    every = sorted("acdeghilmnostuvwx ")
+    return every[half::2]
 
 
 class Turns:

@@ -8,21 +8,21 @@ can end within the tokens that are left. So no completion is ever cut: each that
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Refused, locations_of
+from tokenrl.errors import Refused, with_places
 from tokenrl.files import canonical
-from tokenrl.language.policy.automata import Automaton, Part, part_of_rule
+from tokenrl.language.policy.automata import Automaton, automaton_of
+from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rollout.distribution import COLUMN, file_of_rule, text_of_rule
-from tokenrl.language.rollout.rollout import to_device, zeroed
 from tokenrl.names import import_attribute
 from tokenrl.settings import shown
 from tokenrl.user_code import copied, guarded
@@ -48,12 +48,11 @@ class AllowedTokens:
         first: the number of each state's first edge [S + 1]; its edges are consecutive.
         labels: the class of tokens of each edge [E].
         targets: the state to which each edge leads [E].
-        needed: the least number of tokens from each state to the end, EOS included [S].
+        needed: the least number of tokens from each state to the end, EOS included, or infinity [S].
+        numbers: 0 to the most edges of a state.
         count: the number C.
-        width: the most edges of a state.
         starts: the first state of each row, by the row as text; empty if all rows begin in state 0.
         begins: the key of the first position of each of the B prompts that are sampled now; None before.
-        copies: the same table on other devices.
     """
 
     classes: Tensor
@@ -61,86 +60,49 @@ class AllowedTokens:
     labels: Tensor
     targets: Tensor
     needed: Tensor
+    numbers: Tensor
     count: int
-    width: int
-    starts: Mapping[str, int] = field(default_factory=dict)
+    starts: Mapping[str, int]
     begins: Tensor | None = None
-    copies: dict[str, AllowedTokens] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> AllowedTokens:
-        """Return the table on a device, to which it is copied once."""
-        if device == self.classes.device:
-            return self
-        if str(device) not in self.copies:
-            moved: dict[str, Any] = {
-                name: to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)
-            }
-            self.copies[str(device)] = replace(self, **moved, copies={})
-        return self.copies[str(device)]
-
-    def needed_by(self, data: Sequence[Row]) -> Tensor:
-        """Return the least number of tokens of a completion of each of B rows, EOS included [B]."""
-        return self.needed[self._states_of(data)]
+    def states_of(self, data: Sequence[Row]) -> Tensor:
+        """Return the first state of each of B rows of the data [B]."""
+        states = [self.starts[canonical(dict(row))] if self.starts else 0 for row in data]
+        return torch.tensor(states, device=self.classes.device)
 
     def beginning(self, data: Sequence[Row], length: int) -> AllowedTokens:
         """Return the table for completions of B rows, of at most `length` tokens each."""
-        return replace(self, begins=self._states_of(data) * STRIDE + length)
-
-    def _states_of(self, data: Sequence[Row]) -> Tensor:
-        if not self.starts:
-            return torch.zeros(len(data), dtype=torch.int64)
-        return torch.tensor([self.starts[canonical(dict(row))] for row in data])
+        return replace(self, begins=self.states_of(data) * STRIDE + length)
 
     def mask(self, keys: Tensor) -> Tensor:
         """Return which tokens are allowed at n positions, given by their keys [n]: booleans [n, V]."""
-        table = self.on(keys.device)
-        label, _, fits = table._edges(keys)
-        label = label.masked_fill(~fits, self.count)
-        allowed = fits.new_zeros(len(keys), self.count + 1).scatter_(1, label, fits)
-        allowed[:, self.count] = False
-        return allowed.index_select(1, table.classes)
+        label, _, fits = self._edges(keys)
+        allowed = fits.new_zeros(len(keys), self.count + 1)
+        allowed.scatter_(1, torch.where(fits, label, self.count), fits)
+        return allowed[:, self.classes]
 
-    def following(self, keys: Tensor, ids: Tensor) -> Tensor:
-        """Return the keys of the positions after n tokens that are allowed at n positions [n]."""
-        return self._taken(keys, ids)[0]
-
-    def walk(self, ids: Tensor, mask: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the key of each position of completions that something else has written.
+    def following(self, keys: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys of the positions after n tokens, and whether each token is allowed; both [n].
 
         Args:
-            ids: ids of N completions [N, T].
-            mask: True on their tokens [N, T].
-            begins: the keys of their first positions [N].
-
-        Returns:
-            The keys, and where a token is not allowed; both [N, T].
+            keys: the keys of the positions of the tokens [n].
+            ids: the tokens [n].
         """
-        keys = torch.zeros_like(ids)
-        wrong = torch.zeros_like(mask)
-        for t in range(ids.shape[1]):
-            keys[:, t] = begins
-            begins, is_allowed = self._taken(begins, ids[:, t])
-            wrong[:, t] = mask[:, t] & ~is_allowed
-        return zeroed(keys, mask), wrong
-
-    def _taken(self, keys: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys after n tokens, and which of these are allowed; state 0 follows where one is not."""
-        table = self.on(keys.device)
-        label, target, fits = table._edges(keys)
-        is_taken = fits & (label == table.classes[ids][:, None])
+        label, target, fits = self._edges(keys)
+        is_taken = fits & (label == self.classes[ids][:, None])
         state = (target * is_taken).sum(dim=1)
-        return state * STRIDE + (keys % STRIDE - 1).clamp(min=0), is_taken.any(dim=1)
+        return state * STRIDE + keys % STRIDE - 1, is_taken.any(dim=1)
 
     def _edges(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the edges of n positions, given by their keys [n].
 
         Returns:
             The class of tokens of each edge, the state to which it leads, and whether it is allowed, as the
-            completion can end from there within the tokens that are left; each [n, width].
+            completion can end from there within the tokens that are left; each [n, most edges of a state].
         """
         state = keys // STRIDE
         begin = self.first[state][:, None]
-        number = begin + torch.arange(self.width, device=keys.device)
+        number = begin + self.numbers
         is_edge = number < self.first[state + 1][:, None]
         number = torch.where(is_edge, number, begin)
         target = self.targets[number]
@@ -161,61 +123,75 @@ def with_allowed(policy: Policy, rows: Sequence[Row], sampling: S) -> S:
     Raises:
         Refused: a rule cannot be read, nothing fulfils it, or it needs more tokens than a completion may have.
     """
-    rule = sampling.allowed
+    rule: Any = sampling.allowed
     if not rule or isinstance(rule, AllowedTokens):
         return sampling
     if policy.stops is not None:
-        raise Refused(
-            "allowed says where a completion may end, and so do stop strings: give allowed without stop."
-        )
+        raise Refused("allowed says where a completion ends, and so does stop: give one of them.")
     rule_of = _rule_of(rule)
-    locations = locations_of(rows) or [f"row {number}" for number in range(len(rows))]
-    parts: list[Part] = []
-    numbers: dict[str, int] = {}
-    of_rows: dict[str, int] = {}
-    for row, location in zip(rows, locations, strict=True):
+    automata: dict[str, Automaton] = {}
+    locations: dict[str, str] = {}
+    of_rows: dict[str, str] = {}
+    for location, row in with_places(rows):
         own = rule if rule_of is None else rule_of(row, location)
         text = canonical(own)
-        if text not in numbers:
-            numbers[text] = len(parts)
-            parts.append(_part(own, policy, sampling.max_completion_length, location))
+        if text not in automata:
+            automata[text] = _read(own, policy, location)
+            locations[text] = location
         if rule_of is None:
             break
-        of_rows[canonical(dict(row))] = numbers[text]
-    vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    table, begins = merged(parts, vocabulary, policy.eos_ids)
-    starts = {row: begins[number] for row, number in of_rows.items()}
-    return replace(sampling, allowed=replace(table, starts=starts))
+        of_rows[canonical(dict(row))] = text
+    table, begins = joined(policy, [*automata.values()])
+    limit = sampling.max_completion_length
+    for begin, location in zip(begins, locations.values(), strict=True):
+        needed = float(table.needed[begin])
+        if needed > limit:
+            remedy = f"the shortest has {needed:g} tokens, EOS included: raise max_completion_length"
+            raise Refused(
+                f"allowed, for {location}: no completion of at most {limit} tokens is allowed; "
+                f"{remedy if math.isfinite(needed) else 'correct the rule'}."
+            )
+    states = dict(zip(automata, begins, strict=True))
+    read: Any = replace(table, starts={row: states[text] for row, text in of_rows.items()})
+    return replace(sampling, allowed=read)
 
 
-def _part(rule: Any, policy: Policy, length: int, location: str) -> Part:
-    """Compile the rule of a row, whose location a refusal names."""
-    if str(rule).startswith('{"edges"'):
-        saved = json.loads(rule)
-        rule = Automaton([dict(edges) for edges in saved["edges"]], saved["accepting"])
+def _read(rule: Any, policy: Policy, location: str) -> Automaton:
+    """Return the automaton of a row's rule over tuples of ids; a refusal names the row."""
     try:
-        part = part_of_rule(rule, policy.tokenizer, policy.eos_ids)
+        return automaton_of(rule, policy.tokenizer, policy.eos_ids)
     except Refused as error:
         raise Refused(f"allowed, for {location}: {error}") from error
-    needed = int(part.needed[0])
-    if needed > length:
-        raise Refused(
-            f"allowed, for {location}: the shortest completion that it allows has {needed} tokens, EOS included, and "
-            f"max_completion_length is {length}: raise it to {needed} or more."
-        )
-    return part
+
+
+def check_allowed(policy: Policy, sampling: Sampling, row: Row, ids: Sequence[int]) -> None:
+    """Refuse a completion of a row that its rule does not allow.
+
+    Args:
+        policy: decodes the completion.
+        sampling: holds the rule, which was read for this row.
+        row: the row of the data.
+        ids: the completion, EOS included.
+    """
+    rules: Any = sampling.allowed
+    keys = rules.beginning([row], len(ids)).begins
+    for position, token in enumerate(ids):
+        keys, is_allowed = rules.following(keys, torch.full_like(keys, token))
+        if not is_allowed:
+            before, after = decoded(policy.tokenizer, [ids[:position], ids[position:]])
+            raise Refused(
+                f"allowed refuses this completion: after {shown(before)} it goes on with {shown(after)}. "
+                "Correct the completion or the rule."
+            )
 
 
 def _rule_of(rule: Any) -> Callable[[Row, str], Any] | None:
     """Return what makes the rule of each row of the data; None if all rows have the same."""
-    column = str(rule).removeprefix(COLUMN)
-    if column != str(rule):
-        return partial(_choices, column)
-    if isinstance(rule, str) and not file_of_rule(rule):
-        return None
-    function = import_attribute(rule, "allowed") if isinstance(rule, str) else rule
-    name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
-    return partial(_asked, function, name)
+    if callable(rule):
+        return partial(_asked, rule)
+    if rule.startswith(COLUMN):
+        return partial(_choices, rule.removeprefix(COLUMN))
+    return partial(_asked, import_attribute(rule, "allowed")) if file_of_rule(rule) else None
 
 
 def _choices(column: str, row: Row, location: str) -> list[str]:
@@ -223,13 +199,13 @@ def _choices(column: str, row: Row, location: str) -> list[str]:
     choices = row.get(column)
     if not isinstance(choices, list | tuple) or not choices:
         raise Refused(
-            f"allowed takes the choices of each row from the column {column!r}, and in {location} it holds "
-            f"{shown(choices)}: give a list of one text or more."
+            f"allowed takes the choices of a row from its column {column!r}, which holds {shown(choices)} in "
+            f"{location}: give a list of one text or more."
         )
     return [*map(str, choices)]
 
 
-def _asked(function: Callable[[Any], Any], name: str, row: Row, location: str) -> Any:
+def _asked(function: Callable[[Any], Any], row: Row, location: str) -> Any:
     """Return the rule that a function of the user's makes of a row, as text or as a list of choices.
 
     Raises:
@@ -237,68 +213,73 @@ def _asked(function: Callable[[Any], Any], name: str, row: Row, location: str) -
     """
     rules = []
     for _ in range(2):
-        with guarded(f"allowed: {name} failed for {location}", Refused):
+        with guarded(f"The function of allowed failed for {location}", Refused):
             rule = function(copied(dict(row)))
         rules.append([*rule] if isinstance(rule, list | tuple) else text_of_rule(rule))
     if rules[0] != rules[1]:
         raise Refused(
-            f"allowed: {name} returned {shown(rules[0], 80)} for {location}, and {shown(rules[1], 80)} when it was "
-            "asked again: a rule has to follow from the row alone."
+            f"The function of allowed returned {shown(rules[0], 80)} for {location}, and {shown(rules[1], 80)} when "
+            "it was asked again: a rule has to follow from the row alone."
         )
     return rules[0]
 
 
-def merged(
-    parts: Sequence[Part], vocabulary: int, eos_ids: Sequence[int]
-) -> tuple[AllowedTokens, list[int]]:
-    """Put automata into one table, and return it with the first state of each.
+def joined(policy: Policy, automata: Sequence[Automaton]) -> tuple[AllowedTokens, list[int]]:
+    """Put automata into one table on the device of a policy, and return it with the first state of each.
 
     Args:
-        parts: the automata.
-        vocabulary: V, the tokens of the model.
-        eos_ids: the tokens that end a completion.
+        policy: writes the completions.
+        automata: automata whose edges have tuples of ids in place of tokens.
     """
-    classes = np.zeros(vocabulary, dtype=np.int64)
-    for part in parts:  # tokens of a class act alike in all automata before
-        pairs = classes[part.tokens] * (part.symbols.max(initial=0) + 1) + part.symbols
-        classes[part.tokens] = classes.max() + 1 + np.unique(pairs, return_inverse=True)[1]
-    classes[[*eos_ids]] = classes.max() + 1
-    names, classes = np.unique(classes, return_inverse=True)
-    count = len(names) - (names[0] == 0)
-    classes = (classes - 1) % (count + 1) if names[0] == 0 else classes
-    end = sum(len(part.accepting) for part in parts)
-    begins: list[int] = []
-    eos = classes[eos_ids[0]]
-    edges = [(np.array([end]), np.array([eos]), np.array([end]))]
-    for part in parts:
-        begin = begins[-1] + len(parts[len(begins) - 1].accepting) if begins else 0
-        begins.append(begin)
-        ending = np.flatnonzero(part.accepting)
-        edges.append((begin + ending, np.full_like(ending, eos), np.full_like(ending, end)))
-        source, label, target = _by_class(part, classes)
-        edges.append((begin + source, label, begin + target))
-    sources, labels, targets = map(np.concatenate, zip(*edges, strict=True))
-    order = np.argsort(sources, kind="stable")
-    first = np.searchsorted(sources[order], np.arange(end + 2))
-    needed = np.concatenate([*(part.needed for part in parts), [0]])
-    table = AllowedTokens(
-        classes=torch.from_numpy(classes),
-        first=torch.from_numpy(first),
-        labels=torch.from_numpy(labels[order]),
-        targets=torch.from_numpy(targets[order]),
-        needed=torch.from_numpy(needed),
-        count=count,
-        width=int(np.diff(first).max()),
+    begins = [*accumulate((len(automaton.edges) for automaton in automata), initial=0)]
+    end = begins.pop()
+    symbols: dict[Any, int] = {policy.eos_ids: 0}
+    edges = [(end, 0, end)]
+    for begin, automaton in zip(begins, automata, strict=True):
+        edges += [(begin + state, 0, end) for state in automaton.accepting]
+        for state, following in enumerate(automaton.edges, begin):
+            for ids, target in following.items():
+                edges.append((state, symbols.setdefault(ids, len(symbols)), begin + target))
+    of_tokens: dict[int, list[int]] = {}
+    for ids, number in symbols.items():
+        for token in ids:
+            of_tokens.setdefault(token, []).append(number)
+    numbers: dict[tuple[int, ...], int] = {}
+    classes = {
+        token: numbers.setdefault((*of_token,), len(numbers)) for token, of_token in of_tokens.items()
+    }
+    members: list[list[int]] = [[] for _ in symbols]
+    for of_class, number in numbers.items():
+        for symbol in of_class:
+            members[symbol].append(number)
+    rows = sorted(
+        (state, number, target) for state, symbol, target in edges for number in members[symbol]
     )
-    return table, begins
+    sources, labels, targets = torch.tensor(rows).T
+    vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    first = torch.searchsorted(sources, torch.arange(end + 2))
+    columns = {
+        "classes": torch.tensor([classes.get(token, len(numbers)) for token in range(vocabulary)]),
+        "first": first,
+        "labels": labels,
+        "targets": targets,
+        "needed": torch.tensor(_distances(rows, end)),
+        "numbers": torch.arange(int(first.diff().max())),
+    }
+    on_device: Any = {name: x.to(policy.device) for name, x in columns.items()}
+    return AllowedTokens(**on_device, count=len(numbers), starts={}), begins
 
 
-def _by_class(part: Part, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return source, class of tokens and target of the edges of an automaton, each class by itself."""
-    count = classes.max() + 1
-    symbols, of_symbol = np.divmod(np.unique(part.symbols * count + classes[part.tokens]), count)
-    begin = np.searchsorted(symbols, np.arange(part.symbols.max(initial=0) + 2))
-    repeats = np.diff(begin)[part.labels]
-    numbers = np.arange(repeats.sum()) - np.repeat(repeats.cumsum() - repeats, repeats)
-    label = of_symbol[np.repeat(begin[part.labels], repeats) + numbers]
-    return np.repeat(part.sources, repeats), label, np.repeat(part.targets, repeats)
+def _distances(edges: Sequence[tuple[int, int, int]], end: int) -> list[float]:
+    """Return the least number of edges from each state to the last one, infinity where there is no way."""
+    before: list[list[int]] = [[] for _ in range(end + 1)]
+    for state, _, target in edges:
+        before[target].append(state)
+    distances = [math.inf] * end + [0.0]
+    queue = [end]
+    for state in queue:
+        for earlier in before[state]:
+            if distances[earlier] == math.inf:
+                distances[earlier] = distances[state] + 1
+                queue.append(earlier)
+    return distances

@@ -89,7 +89,7 @@ class Batch:
         self.alive = mask & ~torch.isin(self.token, self.eos)
         if "keys" in numbers:
             rules: Any = self.sampling.allowed
-            self.keys = rules.following(numbers["keys"], self.token)
+            self.keys = rules.following(numbers["keys"], self.token)[0]
         return {**numbers, "mask": mask}
 
 

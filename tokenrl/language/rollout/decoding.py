@@ -142,7 +142,7 @@ def _begun(
     keys = None
     if sampling.allowed:
         rules: Any = sampling.allowed
-        keys = to_device(rules.begins[of_prompts], policy.device)
+        keys = rules.begins[of_prompts]
     first = drawn(sampling, last.of(rows), uniforms, keys)
     mask, position = padding(policy, prompts)
     batch = Batch(

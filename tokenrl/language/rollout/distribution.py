@@ -63,6 +63,10 @@ def text_of_rule(rule: Any) -> Any:
     )
 
 
+Rule = Annotated[str, OR_OBJECT, NamesCode(file_of_rule)]
+"""The type of a field with a rule for completions, see `text_of_rule`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distribution(Settings, group="sampling"):
     """How completions are sampled, and scored alike: from which tokens, with which probabilities."""
@@ -77,7 +81,7 @@ class Distribution(Settings, group="sampling"):
     min_p: Annotated[float, Bounds(at_least=0, below=1)] = 0.0
     """Sample from the tokens of at least this share of the highest probability, and score under the same
     distribution; 0: off."""
-    allowed: Annotated[str, OR_OBJECT, NamesCode(file_of_rule)] = ""
+    allowed: Rule = ""
     """Sample only completions that a rule allows, and score them under the same distribution: a regular expression of
     the whole completion; a .json file with a JSON schema; choices:COLUMN, the lists of texts in a column of the data;
     or `file.py:function`, of a row, which returns one of these, a list of texts or an Automaton. A token from which

@@ -77,7 +77,7 @@ def play(
     parts = list[_Part]()
     one_each = replace(sampling, num_generations=min(1, sampling.num_generations))
     rules: Any = sampling.allowed
-    needed = rules.needed_by(data).tolist() if rules else [1] * len(rows)
+    needed = rules.needed[rules.states_of(data)].tolist() if rules else [1] * len(rows)
     for turn in range(environments.max_turns):
         active = [i for i, row in enumerate(rows) if row.goes_on(policy, needed[i])]
         if not active:

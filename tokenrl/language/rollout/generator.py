@@ -42,8 +42,8 @@ class Abilities:
         distributed: it samples in a run of several processes.
         min_p_last: with `top_p` and `min_p` it samples from the tokens that `Distribution` keeps.
         temperatures: the lowest and the highest temperature that it samples at.
-        options: the fields of `Distribution` that it samples with; the others must have their defaults. With
-            `allowed` an engine finds which tokens are allowed in `sampling.allowed`, see `AllowedTokens`.
+        options: the fields of `Distribution` that it samples with; the others must have their defaults. Only the
+            default engine samples with `allowed`.
     """
 
     exact: bool = True
@@ -222,7 +222,11 @@ class TransformersGenerator(Generator):
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 uniforms = None if draws is None else draws[start * size : end * size]
-                of_part = rows[start:end], prompt_ids[start:end], sampling.of_prompts(slice(start, end))
+                of_part = (
+                    rows[start:end],
+                    prompt_ids[start:end],
+                    sampling.of_prompts(slice(start, end)),
+                )
                 part = decode(self.policy, self.regime, histories, *of_part, uniforms)
                 parts.append(replace(part, prompt_index=part.prompt_index + start))
         finally:

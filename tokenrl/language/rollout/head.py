@@ -192,7 +192,7 @@ class _Scores(torch.autograd.Function):
                 bounded = logp.clamp(min=-1e4)
                 factor = factor - (bounded + entropy[tokens, None]) * by_entropy[tokens, None]
             if chunks.reference is not None:
-                log_ratio = logp.clamp(min=-1e4) - chunks.ref_logprobs(tokens)
+                log_ratio = logp.clamp(min=-1e4) - chunks.ref_logprobs(tokens).clamp(min=-1e4)
                 factor = factor + (log_ratio - divergence[tokens, None]) * by_kl[tokens, None]
             slope = logp.exp_().mul_(factor)
             slope.scatter_add_(1, ids[tokens, None], by_logprob[tokens, None])

@@ -96,7 +96,9 @@ class Sampling(Distribution):
     def of_prompts(self: S, prompts: slice) -> S:
         """Return the sampling of some of the prompts of a call, where a rule allows some completions."""
         rules: Any = self.allowed
-        return replace(self, allowed=replace(rules, begins=rules.begins[prompts])) if rules else self
+        return (
+            replace(self, allowed=replace(rules, begins=rules.begins[prompts])) if rules else self
+        )
 
 
 def encode(

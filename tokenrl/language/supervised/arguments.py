@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
+from tokenrl.language.rollout.distribution import Rule
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
@@ -83,6 +84,9 @@ class SftArguments(
     runs/sft-2 and so on; with resume the newest of these."""
     completion_column: str = "completion"
     """Column of a data set that holds the completions."""
+    allowed: Rule = ""
+    """Refuse demonstrations that this rule does not allow, as in tokenrl train, and evaluate completions that it
+    does. The loss is that of the model without the rule."""
     max_steps: Count = OPEN
     """Updates. Default: 200. A toy task with another model than its own: 250."""
     batch_size: Count = OPEN

@@ -18,9 +18,11 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import completion_text, following_ids
 from tokenrl.language.rewards.environments import Environments
 from tokenrl.language.rewards.tools import joined
+from tokenrl.language.rollout.allowed import check_allowed, with_allowed
 from tokenrl.language.rollout.forward import Forward
 from tokenrl.language.rollout.passes import Passes
 from tokenrl.language.rollout.rollout import Rollout, pad_left, to_device
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score, score_in_parts
 from tokenrl.language.supervised.arguments import DescentArguments
 from tokenrl.language.tasks.rows import Row, Rows
@@ -178,7 +180,10 @@ def run_updates(
 
 
 def encode_demonstrations(
-    policy: Policy, rows: Sequence[Row], environments: Environments | None = None
+    policy: Policy,
+    rows: Sequence[Row],
+    environments: Environments | None = None,
+    allowed: Any = "",
 ) -> list[Pair]:
     """Tokenise demonstrations; each completion ends with the tokenizer's EOS, if it has one.
 
@@ -188,13 +193,15 @@ def encode_demonstrations(
             behind all that stands before it, with its calls of tools as the chat template writes them.
         environments: where the rows come from. Prompts describe their tools, as those of episodes do, or else
             those of the row.
+        allowed: the rule that each turn has to fulfil, see `Distribution`; empty for none.
 
     Returns:
         A pair for each turn of the assistant.
 
     Raises:
-        Refused: there are none, or one is longer than the context or has no completion.
+        Refused: there are none, or one is longer than the context, has no completion or is not allowed.
     """
+    sampling = with_allowed(policy, rows, Sampling(MAX_COUNT, allowed=allowed))
     if not rows:
         raise Refused(
             "There are no demonstrations to learn from. Give rows of prompt and completion."
@@ -209,6 +216,8 @@ def encode_demonstrations(
                     before = as_prompt(row["prompt"])
                     prompt = [*before, *turns[:number]] if number else before
                     pairs.append(_pair(policy, prompt, message, tools))
+                    if allowed:
+                        check_allowed(policy, sampling, row, pairs[-1][1])
         except Refused as error:
             raise Refused(f"The demonstration of {location}: {error}") from error
     return pairs

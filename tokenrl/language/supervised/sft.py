@@ -120,7 +120,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         environments = rewards.environments
         rows = as_in_episodes(rows, environments, session.console.warn)
-        pairs = encode_demonstrations(policy, rows, environments)
+        pairs = encode_demonstrations(policy, rows, environments, choices.allowed)
         length = room(pairs)
         if rewards.functions and task.eval_prompts:
             length, _ = completion_limit(task, choices.model, policy, otherwise=length)
@@ -183,12 +183,12 @@ def _evaluation(
     # As those that are learnt from, of which a warning has been told.
     demonstrated = with_completions(prompts, args.completion_column)
     rows = as_in_episodes(demonstrated, environments, lambda words: None)
-    pairs = encode_demonstrations(policy, rows, environments) if rows else []
+    pairs = encode_demonstrations(policy, rows, environments, args.allowed) if rows else []
     if not prompts or not (rewards.functions or pairs):
         return dict
     for warning in division_of(task, args.eval_size, {f"the model {policy.source}": policy})[1]:
         session.console.warn(warning)
-    sampling = Sampling(length, seed=args.seed)
+    sampling = Sampling(length, seed=args.seed, allowed=args.allowed)
     generator = TransformersGenerator(policy, regime=forward.regime)
 
     def evaluate() -> dict[str, float]:

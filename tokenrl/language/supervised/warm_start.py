@@ -46,6 +46,7 @@ SETTINGS: dict[str, Any] = {
 }
 """The settings of `tokenrl sft` that every warm start has."""
 SHARED = (
+    "allowed",
     "seed",
     "quiet",
     "cpu",

@@ -210,8 +210,6 @@ class CheckedEngine(Generator):
             answer = self.engine.generate([*map(list, prompt_ids)], sampling, draws)
         with self._told(UNUSABLE):
             rollout = checked(answer, prompt_ids, sampling, self.policy)
-            if sampling.allowed:
-                rollout = replace(rollout, keys=allowed_keys(rollout, sampling))
             if draws is None and not self.greedy_compared:
                 check_greedy(rollout, self.policy, self.regime)
                 self.greedy_compared = True
@@ -321,21 +319,6 @@ def checked(
             value = shown(columns[name][row].tolist())
             raise WrongRollout(f"{name} must be {rule}; in row {row} of {len(rows)} it is {value}")
     return prompted.take(torch.arange(len(index)))
-
-
-def allowed_keys(rollout: Rollout, sampling: Sampling) -> Tensor:
-    """Return the keys of the positions of a rollout, see `AllowedTokens` [N, T].
-
-    Raises:
-        WrongRollout: it holds a token that is not allowed.
-    """
-    rules: Any = sampling.allowed
-    begins = rules.begins[rollout.prompt_index]
-    keys, wrong = rules.walk(rollout.completion_ids, rollout.mask, begins)
-    if wrong.any():
-        row, position = wrong.nonzero()[0].tolist()
-        raise WrongRollout(f"token {position} of row {row} is not allowed there, or nothing fits after it in time")
-    return keys
 
 
 def _declared(name: str, x: object, sizes: dict[str, int]) -> Tensor:

@@ -206,7 +206,7 @@ def _prepare(
     with using_threads(threads):
         turns = rewards.environments is not None
         sampled = [*task.train_prompts, *task.eval_prompts]
-        options = {"rows": sampled, "turns": turns, **decided}
+        options: dict[str, Any] = {"rows": sampled, "turns": turns, **decided}
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
