@@ -119,7 +119,7 @@ def context(prompt, completions, rewards):
 
 @usual
 def rule(row):
-    """Texts in which letters of the first half of the alphabet and others alternate, with an even length for some rows."""
+    """Texts in which letters of two halves of the alphabet alternate, with an even length for some rows."""
     halves = [letters(0), letters(1)]
     edges = [dict.fromkeys(halves[0], 1), dict.fromkeys(halves[1], 0)]
     return Automaton(edges, [0] if "t" in row["prompt"] else [0, 1])

@@ -2,13 +2,19 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 from tiny_models import (
+    Engine,
     apart,
     gradient,
+    letter_task,
+    letters,
+    letters_trained,
     make_learner,
     make_policy,
     one_step,
@@ -19,8 +25,12 @@ from tiny_models import (
     weights,
 )
 
+import tokenrl
 from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
 from tokenrl.language.policy.automata import Automaton
+from tokenrl.language.rewards.environments import Environments
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import sample_rows
@@ -222,3 +232,99 @@ def test_no_completion_is_cut_at_any_limit(length):
             assert 0 <= depth <= 3
         assert depth == 0
     assert not rollout.truncated.any()
+
+
+def test_episodes_write_each_turn_by_the_rule_and_end_without_room_for_one():
+    class Turns:
+        def reset(self, seed=None):
+            return "a", {}
+
+        def step(self, text):
+            return " the", 1.0, False, False, {}
+
+    policy = policy_of()
+    rewards = Rewards([], environments=Environments(Turns, max_turns=4))
+    sampling = Sampling(9, 20, allowed=Automaton([{" a": 1, " t": 0}, {" t": 2}, {}], [2]))
+    sampling = with_allowed(policy, ROWS[:1], sampling)
+    generator = TransformersGenerator(policy)
+    rollout = sample_rows(
+        policy, generator, [(0, ROWS[0])], sampling, "interactive", rewards.environments
+    )
+    assert {*rollout.endings} == {"max_tokens"} and not any(rollout.failures)
+    for row, messages in enumerate(rollout.messages):
+        texts = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert texts and all(re.fullmatch("( t)* a t", text) for text in texts)
+        assert 9 - 3 < int(rollout.mask[row].sum()) <= 9
+    again = score(policy.model, rollout, distribution=sampling)
+    assert torch.allclose(again.logprobs, rollout.logprobs, atol=1e-12)
+
+
+ABC = {"model": None, "max_completion_length": 4}
+
+
+def trained(folder, **options):
+    return letters_trained(folder, letter_task(vowel_reward), **options)
+
+
+def test_a_run_saves_its_rule_and_evaluations_take_it(tmp_path):
+    """The file of the schema may be gone by then."""
+    (tmp_path / "mine.json").write_text(
+        '{"edges": [[["a", 0], ["b", 1]], [["c", 1]]], "accepting": [1]}'
+    )
+    run = trained(tmp_path / "run", allowed=str(tmp_path / "mine.json"))
+    (tmp_path / "mine.json").unlink()
+    evaluation = tokenrl.evaluate(
+        model=str(tmp_path / "run"), task=letter_task(vowel_reward), quiet=True, num_generations=8
+    )
+    texts = {row["completion"] for row in evaluation.rows}
+    assert all(re.fullmatch("a*bc*", text) for text in texts)
+    assert evaluation.metrics["completions/clipped_ratio"] == 0
+    assert run.exit_reason == "finished"
+    (same,) = tokenrl.sample(
+        model=str(tmp_path / "run"), prompt="ab>", allowed="a*bc*", num_generations=9
+    )
+    assert all(re.fullmatch("a*bc*", text) for text in same)
+
+
+def test_demonstrations_that_the_rule_refuses_are_named(tmp_path):
+    rows = [{"prompt": "ab>", "completion": text} for text in ("ab", "ba")]
+    options = {"model": letters(), "output_dir": tmp_path / "run", "cpu": True, "quiet": True}
+    with pytest.raises(Refused, match=r"row 1.*after 'b' it goes on with 'a"):
+        tokenrl.sft(task=rows, allowed="a*b*", **options)
+    assert tokenrl.sft(task=rows, allowed="(ab?|b?a)*", max_steps=1, **options).steps == 1
+
+
+COUNTS = count()
+
+
+def changing(row):
+    return f"a{{{next(COUNTS)}}}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("a{9}", "no completion of at most 4 tokens is allowed; the shortest has 10 tokens"),
+        ("x", "correct the rule"),
+        ("[", "cannot be read"),
+        ("choices:options", "column 'options', which holds None in row 0"),
+        (changing, "when it was asked again"),
+        (lambda row: 1 / 0, "The function of allowed failed for row 0: .*ZeroDivisionError"),
+        (lambda row: 5, "it must be a regular expression"),
+        (lambda row: ["a", "ax"], "for row 0: the tokenizer cannot write 'ax'"),
+        (7, "it must be a regular expression"),
+        ("missing.json", "no JSON schema could be read from missing.json"),
+        ("missing.py:rule", "there is no file missing.py"),
+        (Automaton([{"a": 0}, {}], [1]), r"\[0\] are none of them or have no way"),
+    ],
+)
+def test_a_rule_is_refused_before_the_first_step(rule, words, tmp_path):
+    with pytest.raises(Refused, match=words):
+        trained(tmp_path / "run", allowed=rule)
+
+
+def test_stop_strings_and_other_engines_are_refused(tmp_path):
+    with pytest.raises(Refused, match="and so does stop"):
+        trained(tmp_path / "run", allowed="a*", stop="b")
+    with pytest.raises(Refused, match=r"allowed was given as a\*; <lambda> does not sample with it"):
+        trained(tmp_path / "run", allowed="a*", generator=lambda policy, rows: Engine(policy))

@@ -16,8 +16,6 @@ from typing import Any
 from tokenrl.errors import Refused
 from tokenrl.settings import shown
 
-BEFORE = "="
-"""Text behind which texts are encoded, as some tokenizers put a space in front of one that stands alone."""
 CELLS = 2**21
 """Entries of the tables of states that are computed at once: 8 MiB."""
 
@@ -57,7 +55,9 @@ def automaton_of(rule: str | Sequence[str], tokenizer: Any, eos_ids: tuple[int, 
         return _tree(rule, _Writer(tokenizer, eos_ids))
     if rule.startswith('{"edges"'):
         saved = json.loads(rule)
-        return _checked([*map(dict, saved["edges"])], saved["accepting"], _Writer(tokenizer, eos_ids))
+        return _checked(
+            [*map(dict, saved["edges"])], saved["accepting"], _Writer(tokenizer, eos_ids)
+        )
     return _of_text(rule, tokenizer, eos_ids)
 
 
@@ -70,7 +70,9 @@ class _Writer:
         self.tokenizer = tokenizer
         self.special = {*special_tokens(tokenizer), *tokenizer.all_special_ids, *eos_ids}
         self.ids = {*tokenizer.get_vocab().values()} - self.special
-        self.before = list(tokenizer(BEFORE, add_special_tokens=False).input_ids)
+        # Some tokenizers put a space in front of a text that stands alone, so others are encoded behind this.
+        words = ([i] for i in sorted(self.ids) if self.read([i]).isalnum())
+        self.before = next(words, [])
 
     def read(self, ids: Sequence[int]) -> str:
         """Return the text of a completion."""
@@ -94,8 +96,8 @@ class _Writer:
         alone = self.tokenizer(text, add_special_tokens=False).input_ids
         behind = following_ids(SimpleNamespace(tokenizer=self.tokenizer), self.before, text)
         whole = self.read(before) + text
-        for ids in (behind, alone):
-            is_short = ids is not None and len(ids) <= (most or len(ids))
+        for ids in (alone if behind is None else behind, alone):
+            is_short = len(ids) <= (most or len(ids))
             if is_short and self.ids.issuperset(ids) and self.read([*before, *ids]) == whole:
                 return list(ids)
         names = self.tokenizer.convert_ids_to_tokens(alone)
@@ -144,8 +146,8 @@ def _checked(
     wrong = sorted({*accepting, *targets} - {*states}) or sorted({*states} - ending)
     if wrong or not edges:
         raise Refused(
-            f"the automaton has {len(edges)} states, and {shown(wrong)} are none of them or have no way to an accepting "
-            "one: correct its edges, or leave these states out."
+            f"the automaton has {len(edges)} states, and {shown(wrong)} are none of them or have no way to an "
+            "accepting one: correct its edges, or leave these states out."
         )
     return Automaton(
         [{(id_of(token),): target for token, target in of_state.items()} for of_state in edges],

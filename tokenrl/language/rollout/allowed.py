@@ -74,12 +74,13 @@ class AllowedTokens:
         """Return the table for completions of B rows, of at most `length` tokens each."""
         return replace(self, begins=self.states_of(data) * STRIDE + length)
 
-    def mask(self, keys: Tensor) -> Tensor:
-        """Return which tokens are allowed at n positions, given by their keys [n]: booleans [n, V]."""
+    def penalties(self, keys: Tensor) -> Tensor:
+        """Return what the logits of n positions get, given by their keys [n]: -inf where not allowed, else 0 [n, V]."""
         label, _, fits = self._edges(keys)
-        allowed = fits.new_zeros(len(keys), self.count + 1)
-        allowed.scatter_(1, torch.where(fits, label, self.count), fits)
-        return allowed[:, self.classes]
+        of_classes = self.needed.new_full((len(keys), self.count + 1), -math.inf)
+        label = torch.where(fits, label, self.count)
+        of_classes.scatter_(1, label, torch.where(fits, 0.0, -math.inf))
+        return of_classes.index_select(1, self.classes)
 
     def following(self, keys: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys of the positions after n tokens, and whether each token is allowed; both [n].
@@ -146,7 +147,9 @@ def with_allowed(policy: Policy, rows: Sequence[Row], sampling: S) -> S:
     for begin, location in zip(begins, locations.values(), strict=True):
         needed = float(table.needed[begin])
         if needed > limit:
-            remedy = f"the shortest has {needed:g} tokens, EOS included: raise max_completion_length"
+            remedy = (
+                f"the shortest has {needed:g} tokens, EOS included: raise max_completion_length"
+            )
             raise Refused(
                 f"allowed, for {location}: no completion of at most {limit} tokens is allowed; "
                 f"{remedy if math.isfinite(needed) else 'correct the rule'}."
@@ -246,7 +249,8 @@ def joined(policy: Policy, automata: Sequence[Automaton]) -> tuple[AllowedTokens
             of_tokens.setdefault(token, []).append(number)
     numbers: dict[tuple[int, ...], int] = {}
     classes = {
-        token: numbers.setdefault((*of_token,), len(numbers)) for token, of_token in of_tokens.items()
+        token: numbers.setdefault((*of_token,), len(numbers))
+        for token, of_token in of_tokens.items()
     }
     members: list[list[int]] = [[] for _ in symbols]
     for of_class, number in numbers.items():
@@ -255,7 +259,7 @@ def joined(policy: Policy, automata: Sequence[Automaton]) -> tuple[AllowedTokens
     rows = sorted(
         (state, number, target) for state, symbol, target in edges for number in members[symbol]
     )
-    sources, labels, targets = torch.tensor(rows).T
+    sources, labels, targets = torch.tensor(rows).T.contiguous()
     vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     first = torch.searchsorted(sources, torch.arange(end + 2))
     columns = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tokenrl.errors import Refused, read_file
+from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.language.policy.automata import Automaton
 from tokenrl.names import NamesCode, source_of
 from tokenrl.settings import OR_OBJECT, Bounds, Natural, Positive, Settings, shown
@@ -42,14 +42,10 @@ def text_of_rule(rule: Any) -> Any:
     Raises:
         Refused: the file cannot be read or holds no object, or the rule is of another type.
     """
-    if isinstance(rule, str) and rule.endswith(".json") and not rule.startswith(COLUMN):
-        text = read_file(Path(rule))
-        try:
-            rule = json.loads(text)
-        except ValueError as error:
-            raise Refused(f"allowed: {rule} is no JSON: {error}.") from error
-        if not isinstance(rule, dict):
-            raise Refused(f"allowed: a JSON schema is an object, and the file holds {shown(rule)}.")
+    if isinstance(rule, str) and rule.endswith(".json"):
+        remedy = "A regular expression that ends so is written with [.]json."
+        with refusing(f"allowed: no JSON schema could be read from {rule}", remedy):
+            rule = {**json.loads(read_file(Path(rule)))}
     if isinstance(rule, Automaton):  # pairs, as JSON would turn ids that are names into texts
         edges = [[*map(list, of_state.items())] for of_state in rule.edges]
         rule = {"edges": edges, "accepting": [*rule.accepting]}
@@ -132,7 +128,7 @@ class Distribution(Settings, group="sampling"):
         """
         if self.allowed:
             rules: Any = self.allowed  # which are `AllowedTokens` by now
-            logits = logits.masked_fill(~rules.mask(keys), -math.inf)
+            logits = logits + rules.penalties(keys)
         if self.is_whole:
             return logits
         removed = logits < self._least(logits.detach())
