@@ -13,7 +13,7 @@ import random
 import numpy as np
 import torch
 
-from tokenrl.language.policy.automata import Automaton
+from tokenrl.language import Automaton
 
 
 def usual(function):

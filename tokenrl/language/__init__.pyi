@@ -11,6 +11,7 @@ from tokenrl.language.evaluation.evaluation import (
     Evaluation as Evaluation,
     evaluate_policy as evaluate_policy,
 )
+from tokenrl.language.policy.automata import Automaton as Automaton
 from tokenrl.language.policy.model import Policy as Policy, load_policy as load_policy, wrap as wrap
 from tokenrl.language.preferences.arguments import RewardModelArguments as RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone as reward_backbone

@@ -304,8 +304,8 @@ def changing(row):
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ("a{9}", "no completion of at most 4 tokens is allowed; the shortest has 10 tokens"),
-        ("x", "correct the rule"),
+        ("a{9}", "no completion of 4 tokens; the shortest has 10, EOS"),
+        ("x", "the tokenizer cannot write"),
         ("[", "cannot be read"),
         ("choices:options", "column 'options', which holds None in row 0"),
         (changing, "when it was asked again"),
@@ -326,5 +326,7 @@ def test_a_rule_is_refused_before_the_first_step(rule, words, tmp_path):
 def test_stop_strings_and_other_engines_are_refused(tmp_path):
     with pytest.raises(Refused, match="and so does stop"):
         trained(tmp_path / "run", allowed="a*", stop="b")
-    with pytest.raises(Refused, match=r"allowed was given as a\*; <lambda> does not sample with it"):
+    with pytest.raises(
+        Refused, match=r"allowed was given as a\*; <lambda> does not sample with it"
+    ):
         trained(tmp_path / "run", allowed="a*", generator=lambda policy, rows: Engine(policy))

@@ -20,6 +20,7 @@ from tokenrl.language.evaluation.estimates import estimates, known_rewards
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import checked_generator
+from tokenrl.language.rollout.allowed import with_allowed
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.tasks.rows import Row
@@ -48,12 +49,14 @@ def sample_pool(
     generator = checked_generator(policy)
     texts = []
     rows = [{"prompt": prompt} for prompt in prompts]
+    sampling = with_allowed(policy, rows, sampling)
     for index, ids in enumerate(encode(policy, rows, sampling)):
         draws = uniforms("best_of_n", sampling, [index])
         assert draws is not None
         completions = []
-        for rows in draws.split(batch_size):
-            rollout = generator.generate([ids], replace(sampling, num_generations=len(rows)), rows)
+        of_prompt = sampling.beginning(rows[index : index + 1])
+        for part in draws.split(batch_size):
+            rollout = generator.generate([ids], replace(of_prompt, num_generations=len(part)), part)
             completions += policy.decode(rollout.completion_ids, rollout.mask)
         texts.append(completions)
     return texts

@@ -119,7 +119,6 @@ class Evaluator:
         self, prompts: Sequence[Row], rewards: Rewards, sampling: Sampling, k: Sequence[int] = ()
     ) -> Evaluation:
         """Evaluate the policy on held-out prompts, as `evaluate_policy` says; several processes share them."""
-        sampling = with_allowed(self.policy, prompts, sampling)
         size = sampling.num_generations
         k = check_sizes(k, size)
         if not prompts:
@@ -160,6 +159,7 @@ class Evaluator:
             sampling: how to sample.
             stream: the stream of random numbers, a name in `STREAMS`.
         """
+        sampling = with_allowed(self.policy, prompts, sampling)
         collect = self._batches if self.accelerator is None else agreed(self._batches)
         batches = collect(prompts, rewards, sampling, stream)
         table = cat(batches if self.accelerator is None else gather_objects(batches))

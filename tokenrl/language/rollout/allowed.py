@@ -147,12 +147,11 @@ def with_allowed(policy: Policy, rows: Sequence[Row], sampling: S) -> S:
     for begin, location in zip(begins, locations.values(), strict=True):
         needed = float(table.needed[begin])
         if needed > limit:
-            remedy = (
-                f"the shortest has {needed:g} tokens, EOS included: raise max_completion_length"
-            )
+            remedy = f"the shortest has {needed:g}, EOS included: raise max_completion_length"
+            if math.isinf(needed):
+                remedy = "the tokenizer cannot write what it asks for: change the rule or the model"
             raise Refused(
-                f"allowed, for {location}: no completion of at most {limit} tokens is allowed; "
-                f"{remedy if math.isfinite(needed) else 'correct the rule'}."
+                f"allowed, for {location}: it allows no completion of {limit} tokens; {remedy}."
             )
     states = dict(zip(automata, begins, strict=True))
     read: Any = replace(table, starts={row: states[text] for row, text in of_rows.items()})

@@ -30,6 +30,7 @@ from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.output import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
+from tokenrl.settings import shown
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,6 +227,9 @@ class TrainingRun:
             facts["sampling"] = (
                 f"by {self.learner.engine}, with random numbers of its own: the run is not bit-exact"
             )
+        rules: Any = self.learner.sampling.allowed
+        if rules:
+            facts["allowed"] = f"{shown(self.args.allowed, 80)}, {len(rules.needed):,} states"
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
         return {**facts, **self.learner.forward.regime.remarks}
