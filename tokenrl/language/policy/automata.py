@@ -167,6 +167,8 @@ def _of_text(rule: str, tokenizer: Any, eos_ids: tuple[int, ...]) -> Automaton:
     from tokenrl.language.policy.token_bytes import token_bytes
 
     table, accepting = byte_automaton(rule)
+    states = np.arange(len(table), dtype=table.dtype)
+    table = np.column_stack([table, states])
     written = token_bytes(tokenizer)
     ids = sorted(written.keys() - {*eos_ids}, key=lambda i: len(written[i][1]))
     symbols: dict[bytes, list[int]] = {}  # ids by the states after a token, from each state
@@ -174,8 +176,8 @@ def _of_text(rule: str, tokenizer: Any, eos_ids: tuple[int, ...]) -> Automaton:
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
         firsts, later = zip(*(written[i] for i in part), strict=True)
-        columns = _walk(table, np.arange(len(table)), later)  # [n, S]
-        columns[:, 0] = _walk(table, np.array([1]), firsts)[:, 0]
+        columns = _walk(table, states, later)  # [n, S]
+        columns[:, 0] = _walk(table, states[1:2], firsts)[:, 0]
         for row in np.flatnonzero(columns.any(1)):
             symbols.setdefault(columns[row].tobytes(), []).append(part[row])
     edges: list[dict[Any, int]] = [{} for _ in table]
@@ -188,13 +190,11 @@ def _of_text(rule: str, tokenizer: Any, eos_ids: tuple[int, ...]) -> Automaton:
 
 
 def _walk(table: Any, states: Any, texts: Sequence[bytes]) -> Any:
-    """Return the state after each of n texts from each of S states [n, S]."""
+    """Return the state after each of n texts from each of S states [n, S]; table [S, 257] stays at the byte 256."""
     import numpy as np
 
-    after = np.tile(states.astype(table.dtype), (len(texts), 1))
-    lengths = np.array([*map(len, texts)])
-    for k in range(lengths.max()):
-        longer = np.flatnonzero(lengths > k)
-        step = np.array([texts[row][k] for row in longer.tolist()])
-        after[longer] = table[after[longer], step[:, None]]
+    width = max(map(len, texts))
+    after = np.tile(states, (len(texts), 1))
+    for steps in np.array([[*text] + [256] * (width - len(text)) for text in texts]).T:
+        after = table[after, steps[:, None]]
     return after

@@ -16,6 +16,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
 
 from tokenrl.errors import Refused, with_places
@@ -261,28 +263,14 @@ def joined(policy: Policy, automata: Sequence[Automaton]) -> tuple[AllowedTokens
     sources, labels, targets = torch.tensor(rows).T.contiguous()
     vocabulary: int = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     first = torch.searchsorted(sources, torch.arange(end + 2))
+    backwards = csr_array((torch.ones(len(rows)), (targets, sources)), (end + 1, end + 1))
     columns = {
         "classes": torch.tensor([classes.get(token, len(numbers)) for token in range(vocabulary)]),
         "first": first,
         "labels": labels,
         "targets": targets,
-        "needed": torch.tensor(_distances(rows, end)),
+        "needed": torch.tensor(dijkstra(backwards, indices=end, unweighted=True)).float(),
         "numbers": torch.arange(int(first.diff().max())),
     }
     on_device: Any = {name: x.to(policy.device) for name, x in columns.items()}
     return AllowedTokens(**on_device, count=len(numbers), starts={}), begins
-
-
-def _distances(edges: Sequence[tuple[int, int, int]], end: int) -> list[float]:
-    """Return the least number of edges from each state to the last one, infinity where there is no way."""
-    before: list[list[int]] = [[] for _ in range(end + 1)]
-    for state, _, target in edges:
-        before[target].append(state)
-    distances = [math.inf] * end + [0.0]
-    queue = [end]
-    for state in queue:
-        for earlier in before[state]:
-            if distances[earlier] == math.inf:
-                distances[earlier] = distances[state] + 1
-                queue.append(earlier)
-    return distances
