@@ -185,7 +185,10 @@ class Environments:
         num_envs: E, the number of copies.
         horizon: number of steps after which an episode is truncated.
         vector: the copies, which the environment's own vector code steps if it has any.
+        gives_masks: whether it has said so far which actions are allowed, by a method or with an observation.
     """
+
+    gives_masks = False
 
     def __init__(self, env: str, num_envs: int, limit: int | None = None) -> None:
         """Make the copies.
@@ -239,6 +242,7 @@ class Environments:
                 for copy in getattr(self.vector.unwrapped, "envs", ())
                 if copy.has_wrapper_attr("action_masks")
             ]
+            self.gives_masks |= bool(self._maskers) or "action_mask" in self._facts
             self._ended = np.zeros(self.num_envs, bool)
             self._steps = 0
             return self.flat(observations)
@@ -263,12 +267,8 @@ class Environments:
             rewards, terminated, truncated = map(np.array, columns)
             self._ended = terminated | truncated
             self._steps += 1
+            self.gives_masks |= "action_mask" in self._facts
             return self.flat(observations), rewards, terminated, truncated
-
-    @property
-    def gives_masks(self) -> bool:
-        """Whether the environment says which actions are allowed, by a method or with the latest observations."""
-        return bool(self._maskers) or "action_mask" in self._facts
 
     def masks(self) -> np.ndarray:
         """Return 1 for each action that the latest observations allow, else 0 [E, A]; 1 where the next step resets.
