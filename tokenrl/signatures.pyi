@@ -247,6 +247,7 @@ def train_reward_model(
 
 def train_agent(
     args: ControlArguments | None = ..., *, agent: str | None = ...,
+    action_masks: typing.Literal['auto', 'off'] = ...,
     activation: typing.Literal['tanh', 'relu'] = ...,
     allow_no_baseline: bool = ...,
     best_metric: str | os.PathLike[str] | None = ...,
@@ -425,6 +426,7 @@ def sample(
 
 def compare(
     args: CompareArguments | None = ..., *,
+    action_masks: typing.Any = ...,
     activation: typing.Any = ...,
     all_pairs: bool = ...,
     allow_no_baseline: typing.Any = ...,

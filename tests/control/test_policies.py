@@ -59,9 +59,15 @@ def test_observation_scale_is_mean_and_std_of_all_that_was_seen():
     assert scale(far).max() == 10
 
 
-@pytest.mark.parametrize(("head", "size"), [("softmax", 4), ("gaussian", 2)])
-def test_scores_are_those_of_torch_and_their_norms_those_of_autograd(head, size):
-    policy, x = policy_of(head, size), observations()
+@pytest.mark.parametrize(
+    ("head", "size", "masked"),
+    [("softmax", 4, False), ("softmax", 4, True), ("gaussian", 2, False)],
+)
+def test_scores_are_those_of_torch_and_their_norms_those_of_autograd(head, size, masked):
+    policy, x = policy_of(head, size, action_masks=masked), observations()
+    if masked:  # each allows the action below and another one, or that action alone
+        others = [0, 2, 2, 0, 3, 1]
+        x = torch.cat([x, torch.eye(4)[[0, 1, 2, 3, 1, 0]] + torch.eye(4)[others]], 1)
     parameters = policy(x).detach().requires_grad_()
     policy.forward = lambda _: parameters
     if head == "softmax":

@@ -118,7 +118,13 @@ def measure_returns(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) 
     """
     episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
     generator = torch.Generator().manual_seed(args.seed)
-    shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
+    shape = Shape(
+        spec.observation_size,
+        spec.head,
+        spec.actions or spec.action_size,
+        hidden,
+        action_masks=spec.masked and spec.discrete,
+    )
     policy = Policy(shape, generator)
     try:
         with closing(Environments(args.env, episodes, args.max_episode_steps)) as copies:

@@ -59,6 +59,9 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """A critic estimates the rewards after a time limit, if gamma is below 1; or a time limit is an end."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"
     """Distribution of actions; auto chooses by the action space."""
+    action_masks: Literal["auto", "off"] = "auto"
+    """auto takes only actions that the environment allows, where it says which in info["action_mask"] or by a method
+    action_masks(); off takes all."""
     hidden: tuple[Count, ...] = (64,)
     """Units of each hidden layer; with no layer the policy is linear in the observations."""
     activation: Literal["tanh", "relu"] = "tanh"

@@ -6,6 +6,10 @@ Vector environments of gymnasium reset on the NEXT step: the step after the end 
 action and returns the first observation of a new episode, with reward 0. Such a step belongs to no episode,
 and `rollouts` leaves it out. Whatever the code of an environment raises, also sys.exit, is reported as a
 failure of that environment, by its name.
+
+An environment may say which of its discrete actions are allowed: by a method `action_masks()` of its own or of a
+wrapper, which sb3-contrib reads too, or by `info["action_mask"]`, as gymnasium's Taxi does. The method goes first,
+as it may be a wrapper's correction. Vector code of an environment gives the masks of all copies as the latter.
 """
 
 from __future__ import annotations
@@ -86,6 +90,7 @@ class Spec:
         horizon: number of steps after which an episode is truncated.
         solved: mean return from which the environment counts as solved; None if it has no such threshold.
         fast: whether one call steps many copies; else they are stepped one by one.
+        masked: whether the environment says which actions are allowed.
     """
 
     env: str
@@ -95,6 +100,7 @@ class Spec:
     horizon: int
     solved: float | None
     fast: bool
+    masked: bool = False
 
     @property
     def discrete(self) -> bool:
@@ -116,12 +122,13 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
 
     Raises:
         Refused: the environment does not exist, needs a package that is not installed, has spaces that are
-            not supported, or does not limit the length of an episode.
+            not supported, does not limit the length of an episode, or cannot be reset.
     """
     spec = find(env)
     with contextlib.closing(Environments(env, 1, max_episode_steps)) as envs:
         observations = envs.vector.single_observation_space
         actions = envs.vector.single_action_space
+        envs.reset(0, Refused)  # masks of actions may stand in what a reset returns
     discrete = isinstance(actions, spaces.Discrete)
     size = int(spaces.flatdim(actions))
     return Spec(
@@ -132,6 +139,7 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
         horizon=envs.horizon,
         solved=spec.reward_threshold,
         fast=spec.vector_entry_point is not None,
+        masked=envs.gives_masks,
     )
 
 
@@ -177,7 +185,10 @@ class Environments:
         num_envs: E, the number of copies.
         horizon: number of steps after which an episode is truncated.
         vector: the copies, which the environment's own vector code steps if it has any.
+        gives_masks: whether it has said so far which actions are allowed, by a method or with an observation.
     """
+
+    gives_masks = False
 
     def __init__(self, env: str, num_envs: int, limit: int | None = None) -> None:
         """Make the copies.
@@ -218,14 +229,23 @@ class Environments:
             self._middle = (low + high) / 2
             self._half = (high - low) / 2
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | None = None, kind: type[TokenrlError] = Stopped) -> np.ndarray:
         """Start a new episode in every copy; return the observations [E, O].
 
         Raises:
-            Stopped: the environment raised an error.
+            TokenrlError: the environment raised an error; it is of this kind.
         """
-        with self._failures("reset"):
-            return self.flat(self.vector.reset(seed=seed)[0])
+        with self._failures("reset", kind):
+            observations, self._facts = self.vector.reset(seed=seed)
+            self._maskers = [
+                copy.get_wrapper_attr("action_masks")
+                for copy in getattr(self.vector.unwrapped, "envs", ())
+                if copy.has_wrapper_attr("action_masks")
+            ]
+            self.gives_masks |= bool(self._maskers) or "action_mask" in self._facts
+            self._ended = np.zeros(self.num_envs, bool)
+            self._steps = 0
+            return self.flat(observations)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step every copy.
@@ -243,9 +263,35 @@ class Environments:
             Stopped: the environment raised an error.
         """
         with self._failures("step"):
-            observations, *columns = self.vector.step(self.translate(actions))
-            rewards, terminated, truncated = map(np.array, columns[:3])
+            observations, *columns, self._facts = self.vector.step(self.translate(actions))
+            rewards, terminated, truncated = map(np.array, columns)
+            self._ended = terminated | truncated
+            self._steps += 1
+            self.gives_masks |= "action_mask" in self._facts
             return self.flat(observations), rewards, terminated, truncated
+
+    def masks(self) -> np.ndarray:
+        """Return 1 for each action that the latest observations allow, else 0 [E, A]; 1 where the next step resets.
+
+        Raises:
+            Stopped: a copy gave no mask, or one that cannot be used, or its method raised an error.
+        """
+        allowed = np.ones((self.num_envs, int(self._actions.n)), np.float32)
+        # gymnasium fills in zeros for a copy that gives none
+        masks = self._facts.get("action_mask", [None] * self.num_envs)
+        with self._failures("action_masks"):
+            for copy in np.flatnonzero(~self._ended):
+                mask = np.asarray(self._maskers[copy]() if self._maskers else masks[copy])
+                usable = mask.shape == allowed[copy].shape and {0, 1}.issuperset(mask.tolist())
+                if not (usable and mask.any()):
+                    raise Stopped(
+                        f"The environment {self.env} gave no mask of actions in copy {copy}, or one that cannot be "
+                        f"used, {self._steps} steps after the reset: {mask!s:.80}, of shape {mask.shape}. Each "
+                        f"observation needs one of shape {allowed[copy].shape}, of booleans or of 0 and 1, that allows "
+                        "an action. Correct the environment, or set action_masks 'off'."
+                    )
+                allowed[copy] = mask
+        return allowed
 
     def _failures(
         self, method: str, kind: type[TokenrlError] = Stopped

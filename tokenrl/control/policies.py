@@ -32,7 +32,7 @@ class Shape:
     """The layers of a policy.
 
     Attributes:
-        observation_size: O, the length of an observation.
+        observation_size: O, the length of an observation, without a mask of actions.
         head: a `softmax` over A actions, or a diagonal `gaussian` over vectors of D numbers.
         action_size: A or D.
         hidden: units of each hidden layer; with no layer the policy is linear in the observations.
@@ -42,6 +42,8 @@ class Shape:
         initial_weights: `orthogonal` (Saxe et al. 2014) without biases, near 0 for the head, so that the
             first policy is nearly uniform; or weights and biases `uniform` between -1/sqrt(n) and 1/sqrt(n)
             for n inputs, as PyTorch's own layers begin.
+        action_masks: whether the actions of a softmax are drawn from those that the environment allows. A mask of
+            them, with 1 where an action is allowed and else 0, then follows each observation: [M, O + A].
     """
 
     observation_size: int
@@ -52,6 +54,7 @@ class Shape:
     critic: Literal["separate", "shared"] | None = None
     normalize_observations: bool = False
     initial_weights: Literal["orthogonal", "uniform"] = "orthogonal"
+    action_masks: bool = False
 
 
 class Scored(NamedTuple):
@@ -127,12 +130,24 @@ class Policy(nn.Module):
             self.critic = nn.Sequential(_layers(shape, generator), self.critic)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
-        return self.head(self.body(self.scale(observations)))
+        """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O], or [M, O + A] with masks.
+
+        The logit of an action that is not allowed is -inf. So what draws, scores or takes the most probable action
+        has the same policy: the softmax over the actions that are allowed.
+        """
+        parameters = self.head(self.body(self._inputs(observations)))
+        if not self.shape.action_masks:
+            return parameters
+        masks = observations[..., self.shape.observation_size :]
+        return parameters.masked_fill(masks == 0, -math.inf)
+
+    def _inputs(self, observations: Tensor) -> Tensor:
+        """Return the scaled observations [M, O], without the masks that may follow them."""
+        return self.scale(observations[..., : self.shape.observation_size])
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return the critic's value [M] of observations [M, O]."""
-        inputs = self.scale(observations)
+        """Return the critic's value [M] of observations [M, O]; masks of actions may follow them."""
+        inputs = self._inputs(observations)
         if self.shape.critic == "shared":
             inputs = self.body(inputs)
         return self.critic(inputs).squeeze(-1)
@@ -141,7 +156,7 @@ class Policy(nn.Module):
         """Draw actions: indices [M] or vectors [M, D].
 
         Args:
-            observations: [M, O].
+            observations: [M, O], or [M, O + A] with masks.
             noise: random numbers from `noise`, [M, A] or [M, D]; None for the most probable actions.
         """
         parameters = self(observations)
@@ -164,7 +179,7 @@ class Policy(nn.Module):
         """Return the log-probabilities of actions [M] or [M, D], with gradient, and entropies.
 
         Args:
-            observations: [M, O].
+            observations: [M, O], or [M, O + A] with masks.
             actions: indices [M] or vectors [M, D].
             entropy_gradient: whether the entropies of a softmax need a gradient, which takes longer.
         """

@@ -24,7 +24,8 @@ class Rollout(NamedTuple):
     """N rows of at most T steps; a row is an episode, or a piece of one.
 
     Attributes:
-        observations: the observation before each action, [N, T, O]; zero where the mask is False.
+        observations: the observation before each action, [N, T, O]; zero where the mask is False. With masks of
+            actions (`Shape.action_masks`) these follow, [N, T, O + A], here and in `final_observations`.
         actions: indices [N, T] or vectors [N, T, D]; zero where the mask is False.
         rewards: unscaled rewards [N, T]; zero where the mask is False.
         mask: True for the steps that were taken, [N, T].
@@ -144,6 +145,8 @@ def _play(
             count = min(chunk, steps - t)
             noise = policy.noise(count, envs.num_envs, generator=generator)
         before = torch.from_numpy(observation)
+        if policy.shape.action_masks:
+            before = torch.cat([before, torch.from_numpy(envs.masks())], 1)
         actions = policy.act(before, None if noise is None else noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
         history.append((before, actions, reward, terminated, truncated, idle))
@@ -155,7 +158,9 @@ def _play(
         if idle.all():
             break
     columns = (torch.stack(list(map(torch.as_tensor, x)), 1) for x in zip(*history, strict=True))
-    rollout = into_rows(*columns, after=torch.from_numpy(observation))
+    # No action follows the last observations, so what is allowed there is left open.
+    after = pad(torch.from_numpy(observation), (0, before.shape[1] - observation.shape[1]))
+    rollout = into_rows(*columns, after=after)
     # A sum is finite only if all numbers are, and the maximum is nan if any reward is.
     numbers = rollout.observations.sum() + rollout.final_observations.sum()
     largest = rollout.rewards.abs().max()

@@ -166,6 +166,8 @@ def header(run: AgentRun, directory: str) -> dict[str, Any]:
     spec = run.spec
     estimator = args.estimator
     kind = "actions" if spec.discrete else "continuous actions"
+    if spec.masked:
+        kind += ", masked" if run.agent.policy.shape.action_masks else ", masks off"
     layers = " x ".join(map(str, args.hidden)) or "no hidden layer"
     size = sum(parameter.numel() for parameter in run.agent.policy.parameters())
     status = estimator_line(estimator, SHOWN, estimator.bias_status)

@@ -37,13 +37,19 @@ def control_settings(args: ControlArguments, spec: Spec) -> ControlArguments:
     """Lay the settings that were given over the defaults; only threads and output_dir may stay open.
 
     Raises:
-        Refused: the head cannot give the actions; the estimator has no meaning for environments; or there is no
-            baseline although episodes may be long, or it compares more episodes than `num_envs`.
+        Refused: the head cannot give the actions, or these are continuous and masked; the estimator has no meaning
+            for environments; or there is no baseline although episodes may be long, or it compares more episodes
+            than `num_envs`.
     """
     estimator = args.estimator
     if args.head not in ("auto", spec.head):
         raise Refused(
             f"head {args.head!r} cannot give the actions of {args.env}; use {spec.head!r} or 'auto'."
+        )
+    if spec.masked and not spec.discrete and args.action_masks == "auto":
+        raise Refused(
+            f"{args.env} gives masks of actions, and its actions are continuous; masks choose among discrete ones. Set "
+            "action_masks 'off'."
         )
     check_horizon(estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
     check_supported(estimator, args.num_steps)
@@ -112,6 +118,7 @@ def prepare(args: ControlArguments, spec: Spec) -> AgentRun:
         activation=args.activation,
         normalize_observations=args.normalize_observations,
         initial_weights=args.initial_weights,
+        action_masks=spec.masked and args.action_masks == "auto",
     )
     initial, minibatches, actions = (
         torch.Generator().manual_seed(seed_of(args.seed, purpose)) for purpose in (10, 11, 12)

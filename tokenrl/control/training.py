@@ -22,6 +22,7 @@ from tokenrl.control.run import AgentRun, ControlResult, header
 from tokenrl.control.setup import control_settings, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.schedules import set_rates, share_of_rate
+from tokenrl.errors import Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.runs import (
     Means,
@@ -116,11 +117,26 @@ def _loop(run: AgentRun, session: Session) -> ControlResult:
 
 def _evaluate(run: AgentRun, session: Session) -> dict[str, float]:
     """Record an evaluation, and with `stop_when_solved` end the run where it reaches the threshold."""
-    scores = evaluation_metrics(run.agent.policy, run.eval_envs, seed=run.args.seed)
+    scores = _scores(run)
     recorded = session.evaluated(scores)
     if run.args.stop_when_solved and run.solved(scores):
         session.end("solved")
     return recorded
+
+
+def _scores(run: AgentRun) -> dict[str, float]:
+    """Return the metrics of an evaluation.
+
+    Raises:
+        Stopped: the environment failed, or gave the first mask of actions after a step.
+    """
+    scores = evaluation_metrics(run.agent.policy, run.eval_envs, seed=run.args.seed)
+    if run.args.action_masks == "auto" and run.eval_envs.gives_masks > run.spec.masked:
+        raise Stopped(
+            f"The environment {run.spec.env} gives masks of actions from step() and none from reset(). Correct it, "
+            "or set action_masks 'off'."
+        )
+    return scores
 
 
 def _one_update(run: AgentRun, step: int) -> dict[str, float]:
@@ -186,7 +202,7 @@ def check_agent(run: AgentRun, session: Session) -> ControlResult:
     """
     args = run.args
     start = time.perf_counter()
-    session.evaluated(evaluation_metrics(run.agent.policy, run.eval_envs, seed=args.seed))
+    session.evaluated(_scores(run))
     evaluation_seconds = time.perf_counter() - start
     rollout = _collect(run, 1)
     trial = copy.deepcopy(run.agent)

@@ -120,7 +120,8 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
         rewards = rollout.rewards * args.reward_scale
         metrics["baseline"] = update(agent.memory, keys_of(rollout), rewards)
     if policy.shape.normalize_observations:
-        policy.scale.update(rollout.observations[rollout.mask])
+        observations = rollout.observations[..., : policy.shape.observation_size]
+        policy.scale.update(observations[rollout.mask])
     for name in updates[0]:
         metrics[name] = sum(values[name] for values in updates) / len(updates)
     return metrics
