@@ -59,14 +59,7 @@ class Critic:
     def __init__(
         self, hidden_size: int, device: torch.device, learning_rate: float, iterations: int
     ) -> None:
-        """Make a critic whose values are all 0.
-
-        Args:
-            hidden_size: width H of the hidden states.
-            device: device of the head.
-            learning_rate: that of AdamW.
-            iterations: passes over the step's rows in each update.
-        """
+        """Make a critic on a device, whose values are all 0, for hidden states of width H."""
         linear = nn.Linear(hidden_size, 1)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
