@@ -87,9 +87,9 @@ class Batch:
         mask = self.alive
         self.token = numbers["ids"]
         self.alive = mask & ~torch.isin(self.token, self.eos)
-        if "keys" in numbers:
+        if "allowed_keys" in numbers:
             rules: Any = self.sampling.allowed
-            self.keys = rules.following(numbers["keys"], self.token)[0]
+            self.keys = rules.following(numbers["allowed_keys"], self.token)[0]
         return {**numbers, "mask": mask}
 
 
@@ -113,7 +113,7 @@ def drawn(
     logprobs = logp.gather(1, token[:, None]).squeeze(1)
     numbers = {"ids": token, "logprobs": logprobs, "entropy": entropy_of(logp, p)}
     if keys is not None:
-        numbers["keys"] = keys
+        numbers["allowed_keys"] = keys
     if sampling.keep_score_norms:
         numbers["score_norms"] = score_norm_of(logprobs, p)
     if sampling.keep_hidden:

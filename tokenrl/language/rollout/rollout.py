@@ -77,7 +77,7 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        keys: where a rule says which tokens are allowed, the key of the position of each action, see `AllowedTokens`
+        allowed_keys: where a rule says which tokens are allowed, the key of the position of each action, see `AllowedTokens`
             [N, T]; else None.
         sampling_distribution: log-probabilities of all tokens under the distribution that was sampled from
             [N, T, V], for centred scores. The default generator fills it.
@@ -105,7 +105,7 @@ class Rollout:
     mask: Tensor
     sampling_logprobs: Tensor
     truncated: Tensor
-    keys: Tensor = ABSENT
+    allowed_keys: Tensor = ABSENT
     sampling_distribution: Tensor = ABSENT
     logprobs: Tensor = ABSENT
     entropy: Tensor = ABSENT

@@ -128,7 +128,7 @@ def score(
     with without_head(head) as inputs:
         before, *last_hidden = _forward(model, rollout, regime, hidden, inputs)
     ids = to_device(rollout.completion_ids, device)[actions]  # [M]
-    keys = to_device(rollout.keys, device)[actions] if distribution.allowed else None  # [M]
+    keys = to_device(rollout.allowed_keys, device)[actions] if distribution.allowed else None  # [M]
     if reference is not None:
         ref_states, ref_head = reference
         reference = ref_states[actions], ref_head

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
     from tokenrl.language.training.learner import Learner
 
-KEPT = (*COLUMNS, "keys", "rewards", "by_function", "valid")
+KEPT = (*COLUMNS, "allowed_keys", "rewards", "by_function", "valid")
 """The columns of a row that are kept: those that the generator filled, and rewards."""
 
 
