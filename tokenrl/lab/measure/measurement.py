@@ -28,7 +28,7 @@ from tokenrl.lab.measure.projections import (
     chosen_parameters,
     project,
 )
-from tokenrl.language import Policy, Samples, collect_samples, open_policy, open_task
+from tokenrl.language import Distribution, Policy, Samples, collect_samples, open_policy, open_task
 from tokenrl.runs import Console, choose_threads, rich_console, rich_table, using_threads
 from tokenrl.settings import arguments
 
@@ -102,7 +102,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     with using_threads(threads):
         samples = collect_samples(policy, rewards, prompts, sampling, rows_at_once=rows)
         samples = replace(samples, has_teacher=args.teacher is not None)
-        projections = _projections(policy, samples, parameters, args, console)
+        projections = _projections(policy, samples, parameters, args, sampling, console)
         measurements = measure_estimators(
             samples,
             projections,
@@ -118,6 +118,7 @@ def _projections(
     samples: Samples,
     parameters: Mapping[str, Tensor],
     args: MeasureArguments,
+    distribution: Distribution,
     console: Console,
 ) -> Tensor:
     """Project the scores of all samples [N, T, K], with a bar that shows the progress."""
@@ -135,7 +136,7 @@ def _projections(
                 count=args.probes,
                 seed=args.seed,
                 max_length=samples.mask.shape[1],
-                distribution=args,
+                distribution=distribution,
                 regime=samples.regime,
                 after=partial(progress.advance, bar),
             )

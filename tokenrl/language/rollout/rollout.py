@@ -77,8 +77,8 @@ class Rollout:
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
             reports them [N, T].
         truncated: True where the completion, or its episode, reached a limit without an end [N].
-        allowed_keys: where a rule says which tokens are allowed, the key of the position of each action, see `AllowedTokens`
-            [N, T]; else None.
+        allowed_keys: where a rule says which tokens are allowed, the key of the position of each action [N, T], see
+            `AllowedTokens`; else None.
         sampling_distribution: log-probabilities of all tokens under the distribution that was sampled from
             [N, T, V], for centred scores. The default generator fills it.
         logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
