@@ -60,6 +60,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "centred scores": {"estimator": preset("rloo", importance="token", importance_centre=True)},
     "optimal": {"estimator": preset("rloo", baseline="optimal")},
     "top_k and top_p": {"top_k": 5, "top_p": 0.9},
+    "allowed": {"allowed": "[0-9]{2,7}", "estimator": preset("grpo", beta=0.1)},
     "bfloat16": {"mixed_precision": "bf16"},
     "passes": {"estimator": "grpo", "micro_batch_size": 4, "num_iterations": 2},
     "own teacher": {

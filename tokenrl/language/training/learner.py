@@ -345,8 +345,8 @@ def make_learner(
     """
     device = accelerator.device
     check_vocabulary(args.estimator, policy)  # before anything is computed
-    sampling = with_allowed(policy, rows, part_of(args, Sampling))
     policy.model.to(device)
+    sampling = with_allowed(policy, rows, part_of(args, Sampling))
     broadcast_weights(policy.model)
     if args.estimator.beta:
         if teacher is not None and teacher.policy is None:
