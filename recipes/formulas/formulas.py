@@ -1,0 +1,99 @@
+"""Formulas in prefix notation, a character for each token: which tokens may follow, and how well a formula fits.
+
+A row of the data holds a prompt with all tokens, the names of the variables, the value of each variable at some
+points, and the `target` there. `rule` says which tokens may follow, as in Deep Symbolic Regression (Petersen et al.
+2021, arXiv 1912.04871): 4 to 30 tokens, no sine or cosine inside another, no exponential of a logarithm or the
+other way round. `fit` rewards a formula by 1 / (1 + NRMSE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenrl.language import Automaton
+
+BINARY = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
+UNARY = {"s": np.sin, "c": np.cos, "e": np.exp, "l": np.log}
+ARITY = dict.fromkeys(BINARY, 2) | dict.fromkeys(UNARY, 1)
+INVERSE = {"e": "l", "l": "e"}
+SHORTEST, LONGEST = 4, 30
+"""The least and the most tokens of a formula."""
+
+State = tuple[int, int, int, str]
+
+
+def rule(row: Mapping[str, Any]) -> Automaton:
+    """Return which tokens may follow in the formulas of a row's variables.
+
+    A state is the number of tokens so far, up to the shortest formula; the number of open arguments; how many were
+    open where a sine or cosine began that is not complete, or 0; and the last token if it has an inverse.
+    """
+    states: list[State] = [(0, 1, 0, "")]
+    numbers = {states[0]: 0}
+    edges = []
+    for state in states:  # which grow meanwhile
+        following = {token: after(state, token) for token in [*ARITY, *row["variables"]]}
+        edges.append({})
+        for token, target in following.items():
+            if target is None:
+                continue
+            if target not in numbers:
+                numbers[target] = len(states)
+                states.append(target)
+            edges[-1][token] = numbers[target]
+    return Automaton(edges, [number for state, number in numbers.items() if not state[1]])
+
+
+def after(state: State, token: str) -> State | None:
+    """Return the state after a token; None if the token may not stand there."""
+    length, missing, trigonometric, last = state
+    count = min(SHORTEST, length + 1)
+    missing_after = missing - 1 + ARITY.get(token, 0)
+    is_over = missing == 0 or (missing_after == 0 and count < SHORTEST)
+    if is_over or 2 * missing_after > LONGEST or INVERSE.get(token) == last:
+        return None
+    if token in "sc":
+        return None if trigonometric else (count, missing_after, missing, "")
+    inside = trigonometric if missing_after >= trigonometric else 0
+    return count, missing_after, inside, token if token in INVERSE else ""
+
+
+def values(formula: str, columns: Mapping[str, np.ndarray], memory: dict[str, Any]) -> np.ndarray:
+    """Return the values of a formula at some points, those of each part by its text from a memory.
+
+    Args:
+        formula: the formula in prefix notation.
+        columns: the values of each variable.
+        memory: the values of formulas and of their parts, which those of this one join.
+    """
+    stack: list[str] = []
+    for token in reversed(formula):
+        arguments = [stack.pop() for _ in range(ARITY.get(token, 0))]
+        text = token + "".join(arguments)
+        if text not in memory:
+            inputs = [memory[part] for part in arguments]
+            memory[text] = (BINARY | UNARY)[token](*inputs) if inputs else columns[token]
+        stack.append(text)
+    return memory[stack.pop()]
+
+
+def fit(
+    completions: Sequence[str], variables: Sequence[str], target: Sequence[Any], **columns: Any
+) -> list[float]:
+    """Return 1 / (1 + NRMSE) of each formula at the points of its row; 0 where it is not finite.
+
+    NRMSE is the root of the mean squared error, divided by the standard deviation of the targets.
+    """
+    rewards = []
+    memories: dict[str, dict[str, Any]] = {}
+    for row, formula in enumerate(completions):
+        memory = memories.setdefault(str(target[row]), {})
+        points = {name: np.asarray(columns[name][row]) for name in variables[row]}
+        with np.errstate(all="ignore"):
+            errors = values(formula, points, memory) - np.asarray(target[row])
+            error = np.sqrt(np.mean(errors**2)) / np.std(target[row])
+        rewards.append(float(1 / (1 + error)) if np.isfinite(error) else 0.0)
+    return rewards
