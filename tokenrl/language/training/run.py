@@ -25,6 +25,7 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
+from tokenrl.language.training.search import Search
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.output import duration
@@ -55,6 +56,8 @@ class RunResult(Outcome):
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
         warm_started: the updates of the warm start and its losses; empty without one.
+        best_completions: up to ten distinct completions of training steps, the best first, each with `reward`, `step`,
+            `prompt` and `completion`. Those of evaluations are not among them, nor replayed ones.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -62,6 +65,7 @@ class RunResult(Outcome):
     tokens_per_second: float
     flags: tuple[str, ...]
     warm_started: dict[str, Any]
+    best_completions: list[dict[str, Any]]
     policy: Policy = field(repr=False)
 
 
@@ -79,6 +83,7 @@ class TrainingRun:
         threads: the number of threads of torch, and in words where it comes from.
         teacher: the teacher; None without one.
         warm_started: the updates of the warm start and its losses; empty without one.
+        search: the best completions of steps so far.
         eval_seconds: seconds of the latest evaluation.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
@@ -97,6 +102,7 @@ class TrainingRun:
     threads: str
     teacher: Teacher | None
     warm_started: dict[str, Any]
+    search: Search = field(default_factory=Search)
     eval_seconds: float = 0.0
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
@@ -177,6 +183,7 @@ class TrainingRun:
             "failures": list(self.failures),
             "constant": self.constant,
             "late": self.rewards.late,
+            "search": self.search.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -186,6 +193,8 @@ class TrainingRun:
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
         self.constant = state.get("constant", "")
         self.rewards.late = state.get("late", 0)
+        if "search" in state:
+            self.search.load_state_dict(state["search"])
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
@@ -197,6 +206,7 @@ class TrainingRun:
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
+            best_completions=[*map(dict, self.search.best)],
             policy=policy if self.teacher is None else without_teacher(policy),
         )
 
