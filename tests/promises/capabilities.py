@@ -66,11 +66,13 @@ CAPABILITIES = {
         "baseline",
         "--estimator.baseline none --estimator.objective max_at_k --estimator.objective-order 2",
     ),
+    "goal": Capability("end", "--stop-at-reward 99"),
     "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
     "turns": Capability("task", "--environment mine.py:Turns --max-turns 2", "Turns"),
 }
 REFUSED: Mapping[tuple[str, str], str] = {
     ("replay", "turns"): "replay was given as 2; it repeats completions of one turn",
+    ("goal", "refills"): "perhaps the first that reached it",
     ("prompts by variance", "refills"): "with prompt_weights they would not be remembered",
     ("prompts by function", "refills"): "with prompt_weights they would not be remembered",
     ("best of several", "own teacher"): "is about rewards alone, and a KL in the reward is not one",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 from folders import read_json
+from refusals import refused
 from tiny_models import letter_task, letters_trained
 
 from tests.runs.pages import Page
+from tokenrl.core import Estimator
+from tokenrl.lab.compare.equality import check_equal
 from tokenrl.runs.metrics import read_completions
+from tokenrl.runs.reader import read_run
 
 PROMPTS = ["ab>", "cd>", "bd>"]
 
@@ -52,3 +56,41 @@ def test_the_ten_best_distinct_completions_are_kept_with_their_first_step(tmp_pa
     page = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
     (prompt, text), (reward, step) = kept[0]
     assert f"rewardsteppromptcompletion {reward:.4g}{step}{prompt}{text}" in page
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": 2}], ids=str)
+def test_a_run_ends_solved_after_the_step_in_which_a_new_completion_has_the_reward(
+    tmp_path, options
+):
+    """Also if it was continued in between: in the order of sampling, those before it and itself are counted."""
+    whole = trained(tmp_path / "whole", **options)
+    rows = sampled(whole)
+    goal = next(row["reward"] for row in whole.best_completions if row["step"] > 2)
+    first = next(i for i, row in enumerate(rows) if (row["reward"] or 0) >= goal)
+    assert rows[first]["step"] > 2 and whole.completions_until_solved is None
+    run = trained(tmp_path / "run", stop_at_reward=goal, **options)
+    ended = run.exit_reason, run.exit_code, run.steps, run.completions_until_solved
+    assert ended == ("solved", 0, rows[first]["step"], first + 1)
+    assert run.reason == f"after {first + 1} completions" and "nothing-learnt" not in run.flags
+    trained(tmp_path / "again", stop_at_reward=goal, max_steps=2, **options)
+    again = trained(tmp_path / "again", stop_at_reward=goal, resume="auto", **options)
+    summary, same = (read_json(tmp_path / name / "summary.json") for name in ("run", "again"))
+    for name in ("exit_reason", "steps", "completions_until_solved", "best_completions", "reason"):
+        assert summary[name] == same[name]
+    more = trained(tmp_path / "again", stop_at_reward=goal, resume="auto", max_steps=9, **options)
+    assert (more.steps, more.exit_reason) == (again.steps, "solved")
+    with refused("so its held-out rewards are those of that moment"):
+        check_equal([("a", read_run(tmp_path / "run"))])
+
+
+def test_what_the_task_counts_as_solved_is_a_goal(tmp_path, said):
+    task = letter_task(graded, PROMPTS, solved=2.0)
+    run = letters_trained(tmp_path, task, stop_at_reward="solved", quiet=False)
+    assert run.exit_reason == "solved" and run.best_completions[0]["reward"] >= 2
+    assert "until a completion has a reward of at least 2.0" in said()
+    for options, words in (
+        ({"reward": graded}, "or another reward was given: give a number"),
+        ({"estimator": Estimator.preset("rloo", zero_spread="refill")}, "perhaps the first that"),
+    ):
+        with refused(words):
+            letters_trained(tmp_path / "refused", task, stop_at_reward="solved", **options)

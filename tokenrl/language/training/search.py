@@ -1,4 +1,4 @@
-"""Keeps the best completions of a run.
+"""Keeps the best completions of a run, and ends it with the first that has the reward that is searched for.
 
 Where a policy searches, as for a formula or a molecule, what counts is the best text that it ever wrote. Every process
 holds the same record. Replayed completions and those without a reward count nowhere, and neither do greedy ones, those
@@ -8,13 +8,16 @@ of evaluations, and those whose group was replaced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokenrl.errors import Refused
 from tokenrl.files import State, canonical
 from tokenrl.language.rollout.rewarded import Rewarded, Row, in_rows, prompts_of, texts_of
+from tokenrl.language.tasks.task import PromptTask, is_unrewarded
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.processes import gather_objects
 
 if TYPE_CHECKING:
@@ -26,24 +29,33 @@ _MOST = 10
 
 @dataclass
 class Search:
-    """The best completions of the steps of a run so far.
+    """What the steps of a run have found so far.
 
     Attributes:
+        goal: the least reward of a completion with which the run ends; None where none ends it.
+        until_solved: the completions that were sampled until the first with that reward, itself included; None before.
         best: up to ten distinct completions, the best first: `reward`, `step`, `prompt` and `completion` of each. A
             text that a prompt got several times has the largest of its rewards, and the first step with it.
     """
 
+    goal: float | None = None
+    until_solved: int | None = None
     best: list[Row] = field(default_factory=list)
 
-    def add(self, policy: Policy, rows: Rewarded, step: int) -> None:
+    def add(self, policy: Policy, rows: Rewarded, step: int, before: int) -> None:
         """Add the completions of a step.
 
         Args:
             policy: decodes them.
             rows: this process's rows.
             step: number of the step.
+            before: the completions that were sampled in earlier steps.
         """
         rewards = rows.rewards.masked_fill(rows.replayed | ~rows.valid, -torch.inf)
+        if self.goal is not None and self.until_solved is None:
+            reached = gather_objects((rewards >= self.goal)[~rows.replayed].tolist())
+            if any(reached):
+                self.until_solved = before + reached.index(True) + 1
         least = self.best[-1]["reward"] if len(self.best) == _MOST else -torch.inf
         index = (rewards > least).nonzero().flatten()
         new = best_rows(_in_words(policy, rows.take(index), step)) if len(index) else []
@@ -51,11 +63,12 @@ class Search:
 
     def state_dict(self) -> State:
         """Return what a continuation needs."""
-        return {"best": self.best}
+        return {"best": self.best, "until_solved": self.until_solved}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
         self.best = state["best"]
+        self.until_solved = state["until_solved"]
 
 
 def _in_words(policy: Policy, rows: Rewarded, step: int) -> list[dict[str, Any]]:
@@ -75,3 +88,32 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     for row in sorted(rows, key=lambda row: -row["reward"]):
         distinct.setdefault(canonical([row["prompt"], row["completion"]]), row)
     return [*distinct.values()][:_MOST]
+
+
+def with_goal(args: TrainArguments, task: PromptTask) -> TrainArguments:
+    """Return settings in which `stop_at_reward` is a number, also where it names what the task counts as solved.
+
+    Raises:
+        Refused: the task has no such mark, there is no reward, or completions are replaced that may have reached it.
+    """
+    goal = args.stop_at_reward
+    if goal is None:
+        return args
+    if is_unrewarded(args.reward) or args.estimator.zero_spread == "refill":
+        raise Refused(
+            f"stop_at_reward was given as {goal}; it needs a reward, and zero_spread 'keep' or 'drop', as 'refill' "
+            "replaces groups of equal rewards, perhaps the first that reached it."
+        )
+    goal = task.solved if goal == "solved" else goal
+    if goal is None:
+        raise Refused(
+            "stop_at_reward was given as 'solved', and the task does not say which reward that is, or another reward "
+            "was given: give a number (--stop-at-reward 0.99)."
+        )
+    return replace(args, stop_at_reward=goal)
+
+
+def until_goal(args: TrainArguments) -> str:
+    """Say in the header of a run which reward ends it; empty if none does."""
+    goal = args.stop_at_reward
+    return "" if goal is None else f", until a completion has a reward of at least {goal}"

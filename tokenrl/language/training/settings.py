@@ -29,6 +29,7 @@ from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.search import until_goal, with_goal
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
@@ -118,6 +119,7 @@ def task_of(
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
     choices, origins = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
+    choices = with_goal(choices, task)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
         raise Refused(
@@ -368,7 +370,7 @@ def first_facts(
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
-        "order": f"{stage}{order}",
+        "order": f"{stage}{order}{until_goal(choices)}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,
         "run": run,
