@@ -228,7 +228,8 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
     status = estimator.reward_bias_status
     if not estimator.other_objective or status == effects.ASYMPTOTIC:
         return None
-    mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
+    names: Any = {"objective_form": "default", "objective_order": None, "objective_share": None}
+    mean = replace(estimator, objective="reward", **names)
     statuses = []
     for problem in problems:
         moments = exact_moments(estimator, problem)
@@ -311,6 +312,8 @@ def default_problems() -> tuple[Problem, ...]:
 def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
     """Return the main problems, with larger groups for other objectives and rewards in [0, 1] for a log.
 
+    Those are left out in which the objective has no gradient.
+
     Where groups of equal rewards are left out, no reward follows a truncation, as `core.bias` assumes.
     """
     problems = default_problems()
@@ -323,6 +326,10 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
         tabular_problem(14, prompts=1, group_size=6, vocabulary=2, rewards="graded"),
     )
     problems = (*larger, *problems)
+    if (
+        estimator.objective == "quantile"
+    ):  # where the best completion alone is the best share, J is constant
+        return tuple(p for p in problems if target_of(estimator, p).any())
     if estimator.objective == "max_at_k":
         return problems
     return tuple(replace(p, rewards=p.rewards.abs() / p.rewards.abs().max()) for p in problems)
