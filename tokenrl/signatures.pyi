@@ -100,7 +100,7 @@ def train(
     stop: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = ...,
     stop_after_nonfinite: int = ...,
     stop_after_zero_spread: int = ...,
-    stop_at_reward: float | typing.Literal['solved'] | None = ...,
+    stop_at_reward: float | None = ...,
     sync_every: int = ...,
     system_prompt: str | os.PathLike[str] | None = ...,
     target_kl: float | None = ...,

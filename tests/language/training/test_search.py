@@ -83,14 +83,8 @@ def test_a_run_ends_solved_after_the_step_in_which_a_new_completion_has_the_rewa
         check_equal([("a", read_run(tmp_path / "run"))])
 
 
-def test_what_the_task_counts_as_solved_is_a_goal(tmp_path, said):
-    task = letter_task(graded, PROMPTS, solved=2.0)
-    run = letters_trained(tmp_path, task, stop_at_reward="solved", quiet=False)
-    assert run.exit_reason == "solved" and run.best_completions[0]["reward"] >= 2
-    assert "until a completion has a reward of at least 2.0" in said()
-    for options, words in (
-        ({"reward": graded}, "or another reward was given: give a number"),
-        ({"estimator": Estimator.preset("rloo", zero_spread="refill")}, "perhaps the first that"),
-    ):
-        with refused(words):
-            letters_trained(tmp_path / "refused", task, stop_at_reward="solved", **options)
+def test_the_reward_that_ends_a_run_is_in_its_header_and_goes_with_no_refills(tmp_path, said):
+    trained(tmp_path, stop_at_reward=2, quiet=False)
+    assert "once a completion has a reward of at least 2" in said()
+    with refused("perhaps the first that reached it"):
+        trained(tmp_path, stop_at_reward=2, estimator=Estimator(zero_spread="refill"))

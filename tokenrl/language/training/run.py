@@ -114,7 +114,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         """Let reward functions know the length of the run, and begin the search."""
-        self.search = Search(self.args.stop_at_reward)  # type: ignore[arg-type]  # a number once the run is settled
+        self.search = Search(self.args.stop_at_reward)
         self.tell(0)
 
     @property

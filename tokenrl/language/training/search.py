@@ -8,16 +8,13 @@ of evaluations, and those whose group was replaced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from tokenrl.errors import Refused
 from tokenrl.files import State, canonical
 from tokenrl.language.rollout.rewarded import Rewarded, Row, in_rows, prompts_of, texts_of
-from tokenrl.language.tasks.task import PromptTask, is_unrewarded
-from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.processes import gather_objects
 
 if TYPE_CHECKING:
@@ -58,8 +55,15 @@ class Search:
                 self.until_solved = before + reached.index(True) + 1
         least = self.best[-1]["reward"] if len(self.best) == _MOST else -torch.inf
         index = (rewards > least).nonzero().flatten()
-        new = best_rows(_in_words(policy, rows.take(index), step)) if len(index) else []
-        self.best = best_rows([*self.best, *gather_objects(new)])
+        new: Sequence[Row] = ()
+        if len(index):
+            rows = rows.take(index)
+            texts = {
+                "prompt": prompts_of(policy, rows, rows.data),
+                "completion": texts_of(policy, rows),
+            }
+            new = in_rows({"reward": rows.rewards.tolist(), "step": [step] * len(rows), **texts})
+        self.best = best_rows([*self.best, *gather_objects(best_rows(new))])
 
     def state_dict(self) -> State:
         """Return what a continuation needs."""
@@ -71,49 +75,9 @@ class Search:
         self.until_solved = state["until_solved"]
 
 
-def _in_words(policy: Policy, rows: Rewarded, step: int) -> list[dict[str, Any]]:
-    """Return completions with what is kept of them."""
-    columns = {
-        "reward": rows.rewards.tolist(),
-        "step": [step] * len(rows),
-        "prompt": prompts_of(policy, rows, rows.data),
-        "completion": texts_of(policy, rows),
-    }
-    return in_rows(columns)
-
-
 def best_rows(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with the largest rewards, the best first: the first of each text of a prompt, at most ten."""
     distinct = dict[str, Row]()
     for row in sorted(rows, key=lambda row: -row["reward"]):
         distinct.setdefault(canonical([row["prompt"], row["completion"]]), row)
     return [*distinct.values()][:_MOST]
-
-
-def with_goal(args: TrainArguments, task: PromptTask) -> TrainArguments:
-    """Return settings in which `stop_at_reward` is a number, also where it names what the task counts as solved.
-
-    Raises:
-        Refused: the task has no such mark, there is no reward, or completions are replaced that may have reached it.
-    """
-    goal = args.stop_at_reward
-    if goal is None:
-        return args
-    if is_unrewarded(args.reward) or args.estimator.zero_spread == "refill":
-        raise Refused(
-            f"stop_at_reward was given as {goal}; it needs a reward, and zero_spread 'keep' or 'drop', as 'refill' "
-            "replaces groups of equal rewards, perhaps the first that reached it."
-        )
-    goal = task.solved if goal == "solved" else goal
-    if goal is None:
-        raise Refused(
-            "stop_at_reward was given as 'solved', and the task does not say which reward that is, or another reward "
-            "was given: give a number (--stop-at-reward 0.99)."
-        )
-    return replace(args, stop_at_reward=goal)
-
-
-def until_goal(args: TrainArguments) -> str:
-    """Say in the header of a run which reward ends it; empty if none does."""
-    goal = args.stop_at_reward
-    return "" if goal is None else f", until a completion has a reward of at least {goal}"

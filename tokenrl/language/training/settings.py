@@ -29,7 +29,6 @@ from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
-from tokenrl.language.training.search import until_goal, with_goal
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.runs.processes import overruled
@@ -119,7 +118,6 @@ def task_of(
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
     choices, origins = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
-    choices = with_goal(choices, task)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
         raise Refused(
@@ -303,6 +301,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
+        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
@@ -364,13 +363,15 @@ def first_facts(
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
+    goal = choices.stop_at_reward
     advice = [f"{name} {vars(choices)[name]}" for name, x in origins.items() if x == RECOMMENDED]
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
-        "order": f"{stage}{order}{until_goal(choices)}",
+        **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
+        "order": f"{stage}{order}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,
         "run": run,
