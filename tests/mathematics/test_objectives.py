@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from statistics import fmean
 
 import pytest
@@ -158,11 +157,6 @@ def test_the_weight_of_a_prompt_is_the_derivative_of_the_objective_in_its_succes
     laws = [({}, lambda p: p), ({"baseline": "group_mean"}, lambda p: (size - 1) / size * p)]
     laws.append(({**BEST, "objective_order": 2}, lambda p: 1 - (1 - p) ** 2))
     laws.append((SUCCESS, lambda p: order_mean(size - 1, p)))
-    several = {**RISK, "objective_share": 0.5}
-    best = size // 2
-    fewer = lambda p, k: math.comb(size - 1, k) * p**k * (1 - p) ** (size - 1 - k)  # noqa: E731
-    weight = prompt_weight(Estimator(**several), p, size)
-    assert_close(weight, size / best * sum(fewer(p, k) for k in range(best)))
     kept = {**SUCCESS, "objective_form": "keep_failures"}
     laws.append((kept, lambda p: order_mean(size, p)))
     for fields, objective in laws:

@@ -100,8 +100,8 @@ def quantile(
     # 1e-6: the product may be rounded down, as 0.29 * 100
     best = (objective_share * rows + 1e-6).long().clamp(min=1).minimum(rows - 1)
     ranked = totals.masked_fill(~valid, torch.inf).sort(-1).values
-    threshold = ranked.gather(-1, (rows - best - 1).clamp(min=0))
-    return (totals - threshold).clamp(min=0) * rows / best.clamp(min=1)
+    threshold = ranked.gather(-1, rows - best - 1)
+    return (totals - threshold).clamp(min=0) * rows / best
 
 
 def largest_of_drawn(

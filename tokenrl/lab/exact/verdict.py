@@ -228,8 +228,13 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
     status = estimator.reward_bias_status
     if not estimator.other_objective or status == effects.ASYMPTOTIC:
         return None
-    names: Any = {"objective_form": "default", "objective_order": None, "objective_share": None}
-    mean = replace(estimator, objective="reward", **names)
+    mean = replace(
+        estimator,
+        objective="reward",
+        objective_order=None,
+        objective_share=None,
+        objective_form="default",
+    )
     statuses = []
     for problem in problems:
         moments = exact_moments(estimator, problem)

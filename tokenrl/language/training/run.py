@@ -67,7 +67,7 @@ class RunResult(Outcome):
     tokens_per_second: float
     flags: tuple[str, ...]
     warm_started: dict[str, Any]
-    best_completions: list[dict[str, Any]]
+    best_completions: list[Any]
     completions_until_solved: int | None
     policy: Policy = field(repr=False)
 
@@ -197,8 +197,7 @@ class TrainingRun:
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
         self.constant = state.get("constant", "")
         self.rewards.late = state.get("late", 0)
-        if "search" in state:
-            self.search.load_state_dict(state["search"])
+        self.search.load_state_dict(state.get("search", {}))
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
@@ -210,7 +209,7 @@ class TrainingRun:
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
-            best_completions=[*map(dict, self.search.best)],
+            best_completions=self.search.best,
             completions_until_solved=self.search.until_solved,
             policy=policy if self.teacher is None else without_teacher(policy),
         )

@@ -67,12 +67,11 @@ class Search:
 
     def state_dict(self) -> State:
         """Return what a continuation needs."""
-        return {"best": self.best, "until_solved": self.until_solved}
+        return dict(vars(self))
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned."""
-        self.best = state["best"]
-        self.until_solved = state["until_solved"]
+        vars(self).update(state)
 
 
 def best_rows(rows: Sequence[Row]) -> list[Row]:
