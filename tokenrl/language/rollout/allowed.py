@@ -193,6 +193,10 @@ def _rule_of(rule: Any) -> Callable[[Row, str], Any] | None:
     """Return what makes the rule of each row of the data; None if all rows have the same."""
     if callable(rule):
         return partial(_asked, rule)
+    if rule.endswith(".json"):
+        raise Refused(
+            f"allowed: there is no file {rule}; a regular expression that ends so is written with [.]json."
+        )
     if rule.startswith(COLUMN):
         return partial(_choices, rule.removeprefix(COLUMN))
     return partial(_asked, import_attribute(rule, "allowed")) if file_of_rule(rule) else None
