@@ -128,7 +128,7 @@ class Distribution(Settings, group="sampling"):
         """
         if self.allowed:
             rules: Any = self.allowed  # which are `AllowedTokens` by now
-            logits = logits + rules.penalties(keys)
+            logits = rules.restricted(logits, keys)
         if self.is_whole:
             return logits
         removed = logits < self._least(logits.detach())
