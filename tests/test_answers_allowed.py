@@ -138,9 +138,9 @@ def expected_gradient(parameters, scores, rewards, rule):
     return gradient_of(parameters, gain)
 
 
-def numbers(policy_of, rule, recipe):
+def numbers(policy, rule, recipe):
     """What the recipe measures."""
-    parameters, scores, rewards = policy_of()
+    parameters, scores, rewards = policy
 
     def total(which, factors):
         return sum(f * sum(row[which]).exp() for f, row in zip(factors, scores(), strict=True))
@@ -171,14 +171,14 @@ def test_the_recipe_measures_what_a_loop_over_the_texts_does(recipe, rule):
     assert [*recipe.RULES] == RULES
     for seed in (0, 3):
         measured = recipe.measured(recipe.problem_case, rule, seed)
-        expected = numbers(lambda seed=seed: lab_policy(recipe, seed), rule, recipe)
+        expected = numbers(lab_policy(recipe, seed), rule, recipe)
         assert {x: measured[x] for x in expected} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[2], RULES[5]])
 def test_the_recipe_measures_what_the_automaton_and_the_scores_of_the_package_do(recipe, rule):
     measured = recipe.measured(lambda seed: recipe.schema_case(seed, 2), rule, 1)
-    expected = numbers(lambda: schema_policy(recipe, 1, 2), rule, recipe)
+    expected = numbers(schema_policy(recipe, 1, 2), rule, recipe)
     assert {x: measured[x] for x in expected} == pytest.approx(expected, abs=1e-9)
 
 
@@ -238,25 +238,22 @@ def cells(part):
 
 
 @pytest.mark.slow
-def test_the_page_has_these_numbers(recipe):
+@pytest.mark.parametrize("rule", RULES)
+def test_the_page_has_these_numbers(recipe, rule):
     page = [*cells(section(PAGE, "How far off"))]
-    assert [rule for rule, _ in page] == RULES * 3
-    for (rule, lab), (_, offs), (_, ends) in zip(page[:7], page[7:14], page[14:], strict=True):
-        drawn = [numbers(lambda n=n: lab_policy(recipe, n), rule, recipe) for n in range(100)]
-        columns = {name: [row[name] for row in drawn] for name in drawn[0]}
-        off, cosine = columns["off"], columns["cosine"]
-        expected = median(off), min(off), max(off), median(cosine), min(cosine)
-        expected += median(columns["after"]), median(columns["inside"])
-        assert lab == pytest.approx(expected, abs=6e-4)
-        for k, warm in enumerate((0, 50, 200)):
-            drawn = [
-                numbers(lambda n=n, warm=warm: schema_policy(recipe, n, warm), rule, recipe)
-                for n in range(3)
-            ]
-            medians = {name: median(row[name] for row in drawn) for name in drawn[0]}
-            assert offs[2 * k : 2 * k + 2] == pytest.approx(
-                [medians["off"], medians["cosine"]], abs=6e-4
-            )
-            assert ends[2 * k : 2 * k + 2] == pytest.approx(
-                [medians["after"], medians["inside"]], abs=6e-4
-            )
+    assert [name for name, _ in page] == RULES * 3
+    lab, offs, ends = (row for name, row in page if name == rule)
+
+    def columns(policies):
+        drawn = [numbers(policy, rule, recipe) for policy in policies]
+        return {name: [row[name] for row in drawn] for name in drawn[0]}
+
+    x = columns(lab_policy(recipe, seed) for seed in range(100))
+    expected = median(x["off"]), min(x["off"]), max(x["off"]), median(x["cosine"]), min(x["cosine"])
+    expected += median(x["after"]), median(x["inside"])
+    assert lab == pytest.approx(expected, abs=6e-4)
+    for k, warm in enumerate((0, 50, 200)):
+        x = columns(schema_policy(recipe, seed, warm) for seed in range(3))
+        medians = [median(x[name]) for name in ("off", "cosine", "after", "inside")]
+        shown = offs[2 * k : 2 * k + 2] + ends[2 * k : 2 * k + 2]
+        assert shown == pytest.approx(medians, abs=6e-4)
