@@ -33,7 +33,7 @@ LIMITS = {
     "language/policy": 14_440,
     "language/rewards": 14_150,
     "language/tasks": 12_400,
-    "language/rollout": 28_000,
+    "language/rollout": 28_070,
     "language/training": 24_210,
     "language/supervised": 7_680,
     "language/commands": 5_820,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 223_140, 198, 95_000, 254_020, 60_660, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 223_200, 198, 95_030, 254_020, 60_710, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
