@@ -76,7 +76,8 @@ def schema_policy(recipe, seed, warm):
     rules = sampling.allowed
     ways, ended = [((), (), rules.beginning([{}], 9).begins)], []
     for ids, keys, key in ways:
-        for token in (rules.penalties(key)[0] == 0).nonzero().flatten().tolist():
+        kept = rules.restricted(torch.zeros(1, len(recipe.TOKENIZER)), key)[0] == 0
+        for token in kept.nonzero().flatten().tolist():
             after, _ = rules.following(key, torch.tensor([token]))
             way = (*ids, token), (*keys, int(key)), after
             (ended if token in policy.eos_ids else ways).append(way)
