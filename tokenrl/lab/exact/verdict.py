@@ -20,7 +20,7 @@ from tokenrl.lab.exact.enumeration import (
     sine_between,
     target_of,
 )
-from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.problems import Problem, some_completions, tabular_problem
 from tokenrl.settings import check_number
 
 MAX_GROUP_SIZE = 15
@@ -361,6 +361,11 @@ def wide_problems(group_size: int) -> tuple[Problem, ...]:
         tabular_problem(12, prompts=4, group_size=2, vocabulary=2, length=2),
         # Groups of equal rewards that come from several functions.
         tabular_problem(19, prompts=2, group_size=3, vocabulary=2, rewards="graded"),
+        # Policies with tokens that are not allowed, as `--allowed` makes them.
+        tabular_problem(21, prompts=2, group_size=3, rows=some_completions(21, 3, 3)),
+        tabular_problem(
+            22, group_size=4, rewards="dense", true_values=True, rows=some_completions(22, 3, 3)
+        ),
     )
 
 
@@ -375,4 +380,8 @@ def limit_problems() -> tuple[Problem, ...]:
         tabular_problem(8, prompts=1, group_size=3, vocabulary=2, logits=EVEN, rewards="dense"),
         problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2, group_size=2),
         tabular_problem(9, prompts=2, group_size=4, vocabulary=2, logits=EVEN),
+        # The last token is the only one that is allowed.
+        tabular_problem(
+            23, prompts=2, vocabulary=2, logits=EVEN, rows=some_completions(23, 2, 3, share=1)
+        ),
     )
