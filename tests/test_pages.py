@@ -177,7 +177,7 @@ def test_a_notebook_runs_and_its_assertions_hold(path, tmp_path, cache, monkeypa
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     # Plain lines: rich would make a display of each, or move the cursor of a terminal.
     text = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
-    assert "tokenrl train: " in text and "step 40/40  reward" in text
+    assert "tokenrl train: " in text and "step 40/40  training reward" in text
     assert "\x1b" not in text and "\r" not in text
 
 

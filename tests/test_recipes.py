@@ -74,6 +74,11 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         r"at most 4 tokens .* 1.000\n",
         r"are right, mean of each completion +0.949 +0.076 +0.743",
     ),
+    "allowed --problems 3 --models 1 --warm 2": (
+        r"as sampled +(0\.000 +){3}1\.000 +1\.000 ",
+        r"(?s)sequence, none .* 1\.000 .*A schema, 2 steps before.*sequence, none .* 1\.000 ",
+        r"the policy +0\.000 +0\.000 +\d\.\d+ +0\.[1-9]",
+    ),
     "samplers --noises 0 --problems 5 --sampler.noise 0.5": (
         "none +0.459 ",
         r"none, centred +0.\d+ +0.\d+ +0.000 +0.000 ",

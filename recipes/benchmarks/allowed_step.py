@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/allowed_step.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The tiny model of `sort_digits` gets a regular expression. The large one gets a JSON schema of some hundred states, at
-32 tokens: its strings go on until the rule closes them in time, so completions are as long as without a rule. A
-number is the seconds per sampled token, the median over the steps but the first two.
+The tiny model of `sort_digits` gets a regular expression. The large one gets a JSON schema of some hundred states, with
+a string so long that the rule closes it in the last of 40 tokens: completions are as long as without a rule. A number
+is the seconds of a step per sampled token, the median over the steps but the first two.
 
 Look for: the median ratio of the pairs, with the rule over without.
 """
@@ -28,14 +28,14 @@ from typing import Any
 
 import tokenrl
 
-TEXT = {"type": "string", "maxLength": 150}
+TEXT = {"type": "string", "minLength": 200, "maxLength": 250}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"enum": ["ann", "bob"]}, "text": TEXT, "age": {"type": "integer"}},
     "required": ["name", "text", "age"],
 }
 WORK: Mapping[str, dict[str, Any]] = {
-    "tiny": {"allowed": "[0-9]{6}", "max_steps": 40, "prompts_per_step": 32},
+    "tiny": {"allowed": "[0-9>]{7}", "max_steps": 40, "prompts_per_step": 32},
     "large": {
         "allowed": json.dumps(SCHEMA),
         "max_completion_length": 40,
@@ -47,10 +47,16 @@ WORK: Mapping[str, dict[str, Any]] = {
 }
 
 
+def uneven(completions: list[str], **columns: Any) -> list[float]:
+    """Reward texts by the sum of their characters modulo 5, so that almost every group learns."""
+    return [float(sum(map(ord, text)) % 5) for text in completions]
+
+
 def seconds_per_token(**options: Any) -> float:
     """Train a few steps, and return the seconds of a step per sampled token."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"task": "sort_digits", "eval_every": 0, "eval_size": 1, "quiet": True}
+        fixed["reward"] = uneven
         run = tokenrl.train(output_dir=folder, overwrite=True, **fixed | options)
         files = [Path(folder, f"{name}.jsonl") for name in ("timings", "metrics")]
         timings, metrics = ([*map(json.loads, file.open())] for file in files)

@@ -25,29 +25,29 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 15_650,
-    "core": 19_850,
+    "core": 20_060,
     "runs": 25_100,
-    "control": 10_800,
-    "advisor": 2_100,
+    "control": 11_430,
+    "advisor": 2_110,
     "language": 30,
-    "language/policy": 11_950,
+    "language/policy": 14_440,
     "language/rewards": 14_150,
     "language/tasks": 12_400,
-    "language/rollout": 25_050,
-    "language/training": 24_120,
-    "language/supervised": 7_650,
-    "language/commands": 5_800,
+    "language/rollout": 28_070,
+    "language/training": 24_920,
+    "language/supervised": 7_680,
+    "language/commands": 5_820,
     "language/preferences": 6_350,
-    "language/evaluation": 3_400,
+    "language/evaluation": 3_450,
     "lab": 30,
-    "lab/exact": 12_300,
+    "lab/exact": 12_700,
     "lab/measure": 4_450,
     "lab/compare": 15_750,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 216_450, 194, 89_600, 244_000, 58_000, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_330, 199, 95_990, 255_760, 60_710, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -302,13 +302,11 @@ class Engine(Generator):
 
 
 def preset_for_groups_of_three(name):
-    """The estimator of a preset, with an order that groups of three rows allow."""
+    """The estimator of a preset, with an order or a share of which two of three rows count."""
     estimator = Estimator.preset(name)
-    return (
-        dataclasses.replace(estimator, objective_order=2)
-        if estimator.objective_order
-        else estimator
-    )
+    usual = {"objective_order": 2, "objective_share": 0.7}
+    changes = {field: value for field, value in usual.items() if getattr(estimator, field)}
+    return dataclasses.replace(estimator, **changes)
 
 
 def raised(reward):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from tokenrl.core import Estimator
 from tokenrl.core.objectives import check_rewards
 from tokenrl.lab import measure_bias, prompt_weight, tabular_problem
+from tokenrl.lab.exact.objectives import slopes_in_probability
 
 
 def advantages(estimator: Estimator, rewards: torch.Tensor, valid: torch.Tensor | None = None):
@@ -23,6 +24,7 @@ def advantages(estimator: Estimator, rewards: torch.Tensor, valid: torch.Tensor 
 
 BEST = {"baseline": "none", "objective": "max_at_k"}
 SUCCESS = {"baseline": "none", "objective": "log_success"}
+RISK = {"baseline": "none", "objective": "quantile"}
 SUBTRACTED = {
     "leave_one_out": lambda n, order: (1, order),
     "sloo": lambda n, order: (n / (n - 1), order),
@@ -80,6 +82,63 @@ def test_large_groups_are_computed_without_overflow_and_in_float32():
         assert (exact - rounded).abs().max() < 1e-4 * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("size", "share", "best"), [(2, 0.05, 1), (7, 0.3, 2), (10, 0.3, 3), (4, 0.99, 3)]
+)
+def test_the_best_share_counts_by_what_it_exceeds_the_next_return(
+    size: int, share: float, best: int
+):
+    """Also with ties, and rows that abstain, whose reward may be nan."""
+    draw = seeded(5)
+    e = Estimator(**RISK, objective_share=share)
+    for rewards in (normals(draw, size), torch.randint(0, 3, (size,), generator=draw).double()):
+        threshold = sorted(rewards.tolist())[-best - 1]
+        expected = rewards.new_tensor(
+            [max(x - threshold, 0) * size / best for x in rewards.tolist()]
+        )
+        assert_close(advantages(e, rewards), expected, atol=1e-12, rtol=1e-12)
+        spoilt = torch.nn.functional.pad(rewards, (1, 1), value=torch.nan)
+        padded = torch.nn.functional.pad(expected, (1, 1))
+        assert_close(advantages(e, spoilt, ~spoilt.isnan()), padded)
+
+
+def mean_of_best(chances: torch.Tensor, returns: torch.Tensor, share: float) -> torch.Tensor:
+    """The mean of the best share of returns, which takes the part of a return that fits into the share."""
+    left, total = torch.tensor(share).double(), 0.0
+    for i in returns.argsort(descending=True):
+        part = chances[i].minimum(left)
+        total, left = total + part * returns[i], left - part
+    return total / share
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.8])
+def test_in_large_groups_the_gradient_is_that_of_the_mean_of_the_best_share(share: float):
+    """Of completions with these logits and returns, summed over all that a group of n can hold."""
+    logits = torch.tensor([0.3, -2.2, 0.8]).double().requires_grad_()
+    returns = torch.tensor([0.2, 2.0, -0.4]).double()
+    chances = logits.softmax(0)
+    (target,) = torch.autograd.grad(
+        mean_of_best(chances, returns, share), logits, retain_graph=True
+    )
+    scores = torch.eye(3).double() - chances.detach()
+    e = Estimator(**RISK, objective_share=share)
+    slopes = slopes_in_probability(e, returns[None], chances.detach()[None], 0)
+    assert_close((chances.detach() * slopes[0]) @ scores, target)
+    errors = []
+    for size in (10, 20, 40):
+        mean = torch.zeros(3).double()
+        for counts in itertools.product(range(size + 1), repeat=2):
+            if sum(counts) <= size:
+                every = torch.tensor([*counts, size - sum(counts)])
+                law = torch.distributions.Multinomial(size, chances.detach())
+                weight = law.log_prob(every.double()).exp() * every / size
+                credit = advantages(e, returns.repeat_interleave(every))
+                first = (every.cumsum(0) - every).clamp(max=size - 1)
+                mean += (weight * credit[first]) @ scores
+        errors.append(float((mean - target).norm() / target.norm()))
+    assert errors[0] > 1e-3 and errors[2] < errors[1] < errors[0], errors
+
+
 def order_mean(order: int, p: torch.Tensor) -> torch.Tensor:
     """ML_T(p), the first terms of the series of log p around 1."""
     return sum((1 - (1 - p) ** k) / k for k in range(1, order + 1))
@@ -120,6 +179,7 @@ def test_negative_rewards_have_no_logarithm():
     ("name", "statuses"),
     [
         ("max_at_k", ["exact", "exact", "biased"]),
+        ("dsr", ["biased", "biased", "biased"]),
         ("maxrl", ["biased", "exact", "biased"]),
         ("maxrl,aggregation=token_mean", ["biased", "asymptotic", "biased"]),
         ("baseline=opo,scale=group_std", ["biased", "biased", "biased"]),
@@ -134,6 +194,8 @@ def test_what_a_gradient_is_for_the_mean_reward_and_on_rewards_of_0_and_1(name, 
 REFUSED = {
     "baseline=none,objective=max_at_k": "objective_order 4",
     "objective_order=4": "the objective is 'reward'",
+    "objective_share=0.1": "the objective 'reward'",
+    "baseline=none,objective=quantile": "needs a share, such as objective_share 0.05",
     "maxrl,objective_order=4": "follows from the number of completions",
     "objective_form=sloo": "not a form of the objective 'reward'",
     "objective=log_success": "by itself, without baseline 'rloo'. Set baseline 'none'",

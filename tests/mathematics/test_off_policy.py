@@ -163,6 +163,11 @@ def test_corrections_that_make_no_sense_are_refused(fields: dict, words: str):
         Estimator(**fields)
 
 
+def test_a_rule_for_texts_is_refused_where_tokens_write_none():
+    with refused("allowed was given as 'a.', but .* give tabular_problem the rows"):
+        perturbed_problem(3, Perturbation(allowed="a+"))
+
+
 def test_the_optimal_baseline_weighs_by_the_squares_of_the_importance_weights():
     """The mean of the other rows, written out."""
     problem = perturbed_problem(3, Perturbation(noise=1.0))

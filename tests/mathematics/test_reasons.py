@@ -231,6 +231,7 @@ ELSEWHERE = (
     "unbiased if they are exact",  # test_values_of_gae_may_be_wrong_by_what_no_action_changes
     "with three or more reward levels",  # tests/mathematics/test_objectives.py
     "E[1/b; b > 0]",
+    "as the group grows, it tends to ascend the mean of the best share",
     "ascends sum_x U(p(x))",  # tests/language/training/test_prompt_weights.py
 )
 

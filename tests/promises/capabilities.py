@@ -66,15 +66,23 @@ CAPABILITIES = {
         "baseline",
         "--estimator.baseline none --estimator.objective max_at_k --estimator.objective-order 2",
     ),
+    "best share": Capability(
+        "baseline",
+        "--estimator.baseline none --estimator.objective quantile --estimator.objective-share 0.5",
+    ),
+    "goal": Capability("end", "--stop-at-reward 99"),
     "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
     "turns": Capability("task", "--environment mine.py:Turns --max-turns 2", "Turns"),
 }
 REFUSED: Mapping[tuple[str, str], str] = {
     ("replay", "turns"): "replay was given as 2; it repeats completions of one turn",
+    ("goal", "refills"): "perhaps the first that reached it",
     ("prompts by variance", "refills"): "with prompt_weights they would not be remembered",
     ("prompts by function", "refills"): "with prompt_weights they would not be remembered",
     ("best of several", "own teacher"): "is about rewards alone, and a KL in the reward is not one",
     ("best of several", "context"): "is about rewards alone, and a KL in the reward is not one",
+    ("best share", "own teacher"): "is about rewards alone, and a KL in the reward is not one",
+    ("best share", "context"): "is about rewards alone, and a KL in the reward is not one",
     ("counting reward", "keep best"): "The best checkpoint needs evaluations, and none are made",
     ("greedy", "old weights"): "without greedy completions (baseline remax)",
 }

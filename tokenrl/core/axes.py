@@ -219,10 +219,13 @@ class Axes(Settings):
     """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
     value_clip: Positive | None = None
     """How far a value may move from the old one before the critic's loss is clipped; None for no clip."""
-    objective: Literal["reward", "max_at_k", "log_success"] = "reward"
-    """What is ascended: the mean reward, the best of k completions (pass@k), or the log of success."""
+    objective: Literal["reward", "max_at_k", "log_success", "quantile"] = "reward"
+    """What is ascended: the mean reward, the best of k completions (pass@k), the log of success, or in the limit of
+    many completions per prompt the mean of their best share."""
     objective_order: Count | None = None
     """k of 'max_at_k', below the number of completions per prompt."""
+    objective_share: Annotated[float, Bounds(above=0, below=1)] | None = None
+    """The share of 'quantile': only that part of a prompt's completions counts, at least one, above the others."""
     objective_form: Literal[
         "default",
         "leave_one_out",

@@ -126,9 +126,12 @@ def objective_line(axes: Axes) -> dict[str, str]:
     name: str = axes.objective
     if axes.objective_order is not None:
         name += f" of order {axes.objective_order}"
+    if axes.objective_share is not None:
+        name += f" of the best {axes.objective_share:g}"
     status = status_line(axes, of_reward=False)
     of_mean = status_line(axes, of_reward=True)
-    line = f"{name}, form {axes.form}; bias: {status}; as a gradient of the mean reward: {of_mean}"
+    form = "" if axes.form == "default" else f", form {axes.form}"
+    line = f"{name}{form}; bias: {status}; as a gradient of the mean reward: {of_mean}"
     return {"objective": line}
 
 

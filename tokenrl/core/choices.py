@@ -59,9 +59,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "baselines.mean",
             "step",
         ),
-        "remax": Choice(
-            EXACT, "a greedy completion depends on its prompt only", needs="greedy_rewards"
-        ),
+        "remax": Choice(EXACT, "a greedy completion depends on its prompt", needs="greedy_rewards"),
         "opo": Choice(
             EXACT,
             WEIGHTED_OTHERS,
@@ -200,16 +198,12 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "kl_baseline": {
         "none": Choice(EXACT, "nothing is subtracted from the log ratio"),
-        "closed_form": Choice(
-            EXACT, "the KL of a step does not depend on its action", needs="token_kl"
-        ),
+        "closed_form": Choice(EXACT, "a step's KL does not depend on its action", needs="token_kl"),
     },
     "importance_bound": {"truncate": Choice(EXACT, ON_POLICY), "mask": Choice(EXACT, ON_POLICY)},
     "optimal_form": {
         "sequence": Choice(EXACT, "one per row, weighted by the scores of the other completions"),
-        "cumulative": Choice(
-            EXACT, "one per timestep, weighted by the scores of other rows up to it"
-        ),
+        "cumulative": Choice(EXACT, "one per timestep, weighted by the scores of others up to it"),
     },
     "returns": {
         "total": Choice(
@@ -376,6 +370,16 @@ OBJECTIVES: dict[tuple[str, str], Choice] = {
     ("max_at_k", "sloo_minus_one"): replace(BEST_OF_K, centred=True),
     ("max_at_k", "sloo"): replace(BEST_OF_K, of_others=True),
     ("max_at_k", "no_baseline"): BEST_OF_K,
+    ("quantile", "default"): Choice(
+        BIASED,
+        "the row's own return is in the quantile: as the group grows, it tends to ascend the mean of the best share of "
+        "the returns (conditional value at risk)",
+        "objectives.quantile",
+        "group",
+        centred=True,
+        of_reward=Effect(BIASED, "all but the best rows do not count", binary=PER_PROMPT),
+        in_group=True,
+    ),
     ("log_success", "maxrl"): replace(
         OF_MEAN, reason=f"{LOG_SUCCESS}sum_(k<G) (1-(1-p)^k)/k", centred=True
     ),

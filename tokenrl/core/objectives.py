@@ -1,4 +1,4 @@
-"""Computes the advantages of other objectives than the mean reward: the best of k rows, the log of success.
+"""Computes the advantages of other objectives than the mean reward: the best of k rows, the best share, log success.
 
 Multiplied by the scores and averaged over the rows of a group, the advantages give the gradient of the
 objective; their statuses are in `choices.OBJECTIVES`. The formulas take sets of rows [S, n], the groups of a
@@ -85,6 +85,23 @@ def max_at_k(
         weight = rows / (rows - 1).clamp(min=1)
     advantages = order * (best - weight * best_of_others + (1 - weight) * first)
     return torch.zeros_like(totals).scatter(-1, indices, advantages)
+
+
+def quantile(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], objective_share: float
+) -> Float[Tensor, "S n"]:
+    """Return n/m times what a row exceeds the largest return beyond the best m of the n valid rows by, or 0.
+
+    This is the risk-seeking gradient of deep symbolic regression (Petersen et al. 2021, arXiv 1912.04871). m is the
+    share of the rows, rounded down, and at least 1; that largest return is their quantile. It contains the row itself,
+    and so is biased. As n grows, it tends to the gradient of the mean of the best share of all returns.
+    """
+    rows = valid.sum(-1, keepdim=True)
+    # 1e-6: the product may be rounded down, as 0.29 * 100
+    best = (objective_share * rows + 1e-6).long().clamp(min=1).minimum(rows - 1)
+    ranked = totals.masked_fill(~valid, torch.inf).sort(-1).values
+    threshold = ranked.gather(-1, rows - best - 1)
+    return (totals - threshold).clamp(min=0) * rows / best
 
 
 def largest_of_drawn(

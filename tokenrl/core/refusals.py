@@ -125,6 +125,11 @@ def check_objective(axes: Axes) -> None:
         )
     if name == "max_at_k" and order is None:
         raise Refused("objective 'max_at_k' needs its k, such as objective_order 4.")
+    if (name == "quantile") != (axes.objective_share is not None):
+        raise Refused(
+            f"objective_share is {axes.objective_share} and the objective {name!r}. The objective 'quantile' needs a "
+            "share, such as objective_share 0.05; with others leave it out."
+        )
     if name != "max_at_k" and order is not None:
         raise Refused(
             f"objective_order is for the objective 'max_at_k', and the objective is {name!r}. Leave it out; the "

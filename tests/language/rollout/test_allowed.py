@@ -313,7 +313,7 @@ def changing(row):
         (lambda row: 5, "it must be a regular expression"),
         (lambda row: ["a", "ax"], "for row 0: the tokenizer cannot write 'ax'"),
         (7, "it must be a regular expression"),
-        ("missing.json", "no JSON schema could be read from missing.json"),
+        ("missing.json", "there is no file missing.json"),
         ("missing.py:rule", "there is no file missing.py"),
         (Automaton([{"a": 0}, {}], [1]), r"\[0\] are none of them or have no way"),
     ],

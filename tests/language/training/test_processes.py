@@ -37,6 +37,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.stream import WeightedPrompts
 from tokenrl.runs.metrics import read_metrics
+from tokenrl.runs.reader import read_run
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process
@@ -289,6 +290,8 @@ def test_four_processes_make_the_update_of_one(tmp_path):
 def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
     whole_run(tmp_path / "run")
     assert_same_metrics(two[0] / "run", tmp_path / "run")
+    best, same = (read_run(d / "run").summary["best_completions"] for d in (tmp_path, two[0]))
+    assert best == [row | {"reward": pytest.approx(row["reward"])} for row in same] != []
     from safetensors.torch import load_file
 
     both, item = (load_file(d / "run" / "model" / "model.safetensors") for d in (two[0], tmp_path))

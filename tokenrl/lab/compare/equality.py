@@ -48,13 +48,20 @@ def check_equal(runs: Iterable[tuple[str, RecordedRun]], varying: Sequence[str] 
         varying: further settings that may differ between the runs of an arm.
 
     Raises:
-        Refused: two runs differ in what decides what is measured, or two of an arm in anything but the seed.
+        Refused: two runs differ in what decides what is measured, or two of an arm in anything but the seed; or a
+            completion ended one.
     """
     values = dict[tuple[str, str], tuple[str, Path]]()
     for arm, run in runs:
         if run.config.get("kind") not in KINDS:
             raise Refused(
                 f"{run.path} holds no run of {' or '.join(KINDS)}, which can be compared."
+            )
+        if run.summary.get("completions_until_solved") is not None:
+            raise Refused(
+                f"{run.path} ended at once when a completion had the reward that stop_at_reward names, so its held-out "
+                "rewards are those of that moment. Judge completions_until_solved of summary.json by a test of your "
+                "own, or train without stop_at_reward."
             )
         for name, value in facts_of(run).items():
             if name in WITHIN_ARM or name in varying:

@@ -52,6 +52,7 @@ RESERVED = [
     "keep",
     "best_metric",
     "patience",
+    "stop_at_reward",
 ]
 """Settings of a run that neither users nor arms may set, because the comparison does."""
 FIXED: dict[Kind, dict[str, Any]] = {

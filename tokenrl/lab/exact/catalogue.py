@@ -113,5 +113,6 @@ def _candidates() -> Iterator[tuple[str, str]]:
             if (form, order) != ("sloo_minus_one", 1):
                 label = objective if order is None else f"max_at_{order}"
                 changes = f"baseline=none,objective={objective},objective_form={form},objective_order={order}"
+                changes += ",objective_share=0.5" if objective == "quantile" else ""
                 yield f"{label}, {form}", changes
     yield from EXTRA.items()

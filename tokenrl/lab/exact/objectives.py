@@ -28,7 +28,14 @@ def slopes_in_probability(
     - `max_at_k`: `k E[max(R, the best of k - 1 others)]`.
     - `log_success`: `R (1 - (1 - J)^T)/J`, the derivative of `sum_(k<=T) (1 - (1 - J)^k)/k` at J = E[R], with
       T = G for the form `keep_failures` and T = G - 1 for the others.
+    - `quantile`: what R exceeds the quantile of the distribution by, or 0, divided by the share.
     """
+    if estimator.objective_share is not None:
+        share = estimator.objective_share
+        ranked, indices = returns.sort(-1)
+        below = chances.gather(-1, indices).cumsum(-1)
+        least = (below < 1 - share - 1e-9).sum(-1, keepdim=True)  # the place of the quantile
+        return (returns - ranked.gather(-1, least)).clamp(min=0) / share
     if estimator.objective == "max_at_k":
         order = estimator.objective_order or 1
         ranked, indices = returns.sort(-1)

@@ -7,6 +7,7 @@ three tokens, at most three steps and token 0 as the end there are 15 completion
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from tokenrl.core.rows import overlong_penalty
 from tokenrl.lab.exact.objectives import slopes_in_probability
 
 Rewards = Literal["binary", "graded", "continuous", "dense"]
+NEVER = -1e4
+"""The logit of a token that is never drawn: finite, so that no product with 0 is nan."""
 
 
 class Sampler(NamedTuple):
@@ -186,6 +189,15 @@ def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) ->
     return Completions(torch.tensor(ids), mask.double(), torch.tensor(ranks), prefixes)
 
 
+def some_completions(seed: int, vocabulary: int, length: int, share: float = 0.5) -> Completions:
+    """Return a share of the completions of at most `length` tokens that end, drawn at random: a language."""
+    rows = all_completions(vocabulary, length)
+    ended = (rows.ids.gather(1, rows.last) == 0).nonzero()[:, 0]
+    order = torch.randperm(len(ended), generator=torch.Generator().manual_seed(seed))
+    kept = ended[order[: math.ceil(share * len(ended))]]
+    return Completions(rows.ids[kept], rows.mask[kept], rows.prefix[kept], rows.prefixes)
+
+
 def tabular_problem(
     seed: int,
     *,
@@ -219,7 +231,8 @@ def tabular_problem(
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
         reference: Logits of every prompt's reference, for example of a teacher, instead of random ones.
         sampler: Makes the sampler's logits [P, S, V] from the policy's; None for the policy.
-        rows: The completions, if they are not all that `vocabulary` and `length` allow.
+        rows: The completions, if they are not all that `vocabulary` and `length` allow. Policy and reference are
+            masked: tokens with which none of the rows goes on have probability 0.
     """
     rows = all_completions(vocabulary, length) if rows is None else rows
     shape = (prompts, len(rows.prefixes), vocabulary)
@@ -227,6 +240,10 @@ def tabular_problem(
     random, random_reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
     logits = random if logits is None else logits.double().expand(shape)
     ref_logits = random_reference if reference is None else reference.double().expand(shape)
+    removed = torch.ones(shape[1:], dtype=torch.bool)
+    tokens = rows.mask.bool()
+    removed[rows.prefix[tokens], rows.ids[tokens]] = False
+    logits, ref_logits = (x.masked_fill(removed, NEVER) for x in (logits, ref_logits))
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
     drawn = _rewards(rewards, table, rows, draw)
     logprobs = token_logprobs(logits, rows)

@@ -18,13 +18,10 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.off_policy import EXACT_FOR_POLICY, EXACT_FOR_SAMPLER
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
-from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.problems import NEVER, Problem, some_completions, tabular_problem
 from tokenrl.lab.exact.verdict import Claim
 from tokenrl.language.rollout.distribution import Distribution
-from tokenrl.settings import NonNegative
-
-NEVER = -1e4
-"""The logit of a token that is never drawn."""
+from tokenrl.settings import NonNegative, shown
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,20 @@ class Perturbation(Distribution):
     """Standard deviation of the normal noise on each logit, drawn once and then fixed."""
 
     def logits(self, logits: Tensor, seed: int) -> Tensor:
-        """Return the sampler's logits [..., V], from the policy's logits and the seed of the noise."""
+        """Return the sampler's logits [..., V], from the policy's logits and the seed of the noise.
+
+        Raises:
+            Refused: A rule says which texts are allowed, but the tokens here write none.
+        """
+        if self.allowed:
+            raise Refused(
+                f"allowed was given as {shown(self.allowed)}, but the tokens of the lab's problems write no texts: "
+                "give tabular_problem the rows that are allowed."
+            )
         draw = torch.Generator().manual_seed(seed)
         noise = torch.randn(logits.shape, generator=draw, dtype=torch.double)
         logits = self.truncated((logits + self.noise * noise) / self.temperature)
-        return logits.clamp(min=NEVER)  # finite, so that no product with 0 is nan
+        return logits.clamp(min=NEVER)
 
 
 def perturbed_problem(seed: int, perturbation: Perturbation, **kinds: Any) -> Problem:
@@ -68,7 +74,7 @@ gradient along which the expected one is on every problem, or 'biased'."""
 def measure_off_policy(estimator: Estimator) -> OffPolicyVerdict:
     """Find out along which gradient an estimator is on average, if the sampler differs from the policy.
 
-    It is measured on six problems, with noise, a temperature, or both.
+    It is measured on seven problems, with noise, a temperature, or both; in one a mask leaves some tokens.
 
     Args:
         estimator: Any estimator without a memory.
@@ -122,5 +128,8 @@ def default_sampled_problems() -> tuple[Problem, ...]:
         perturbed_problem(46, Perturbation(noise=0.6), prompts=3, rewards="graded", **pairs),
         perturbed_problem(
             47, Perturbation(noise=0.6), rewards="graded", vocabulary=3, length=2, group_size=3
+        ),
+        perturbed_problem(
+            48, Perturbation(noise=0.6), rows=some_completions(48, 3, 3), group_size=3
         ),
     )

@@ -20,7 +20,7 @@ from tokenrl.lab.exact.enumeration import (
     sine_between,
     target_of,
 )
-from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.problems import Problem, some_completions, tabular_problem
 from tokenrl.settings import check_number
 
 MAX_GROUP_SIZE = 15
@@ -228,7 +228,13 @@ def _of_reward(estimator: Estimator, problems: Sequence[Problem]) -> Claim | Non
     status = estimator.reward_bias_status
     if not estimator.other_objective or status == effects.ASYMPTOTIC:
         return None
-    mean = replace(estimator, objective="reward", objective_order=None, objective_form="default")
+    mean = replace(
+        estimator,
+        objective="reward",
+        objective_order=None,
+        objective_share=None,
+        objective_form="default",
+    )
     statuses = []
     for problem in problems:
         moments = exact_moments(estimator, problem)
@@ -311,6 +317,8 @@ def default_problems() -> tuple[Problem, ...]:
 def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
     """Return the main problems, with larger groups for other objectives and rewards in [0, 1] for a log.
 
+    Those are left out in which the objective has no gradient.
+
     Where groups of equal rewards are left out, no reward follows a truncation, as `core.bias` assumes.
     """
     problems = default_problems()
@@ -323,6 +331,10 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
         tabular_problem(14, prompts=1, group_size=6, vocabulary=2, rewards="graded"),
     )
     problems = (*larger, *problems)
+    if (
+        estimator.objective == "quantile"
+    ):  # where the best completion alone is the best share, J is constant
+        return tuple(p for p in problems if target_of(estimator, p).any())
     if estimator.objective == "max_at_k":
         return problems
     return tuple(replace(p, rewards=p.rewards.abs() / p.rewards.abs().max()) for p in problems)
@@ -349,6 +361,11 @@ def wide_problems(group_size: int) -> tuple[Problem, ...]:
         tabular_problem(12, prompts=4, group_size=2, vocabulary=2, length=2),
         # Groups of equal rewards that come from several functions.
         tabular_problem(19, prompts=2, group_size=3, vocabulary=2, rewards="graded"),
+        # Policies with tokens that are not allowed, as `--allowed` makes them.
+        tabular_problem(21, prompts=2, group_size=3, rows=some_completions(21, 3, 3)),
+        tabular_problem(
+            22, group_size=4, rewards="dense", true_values=True, rows=some_completions(22, 3, 3)
+        ),
     )
 
 
@@ -363,4 +380,8 @@ def limit_problems() -> tuple[Problem, ...]:
         tabular_problem(8, prompts=1, group_size=3, vocabulary=2, logits=EVEN, rewards="dense"),
         problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2, group_size=2),
         tabular_problem(9, prompts=2, group_size=4, vocabulary=2, logits=EVEN),
+        # The last token is the only one that is allowed.
+        tabular_problem(
+            23, prompts=2, vocabulary=2, logits=EVEN, rows=some_completions(23, 2, 3, share=1)
+        ),
     )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 S = TypeVar("S", bound="Sampling")
+ROWS = 32
+"""Rows of logits that are restricted at once: memory of this size is used again, and more of it would be new."""
 STRIDE = 2**32
 """The key of a position is its state times this, plus the number of tokens that are left from it on."""
 
@@ -76,13 +78,20 @@ class AllowedTokens:
         """Return the table for completions of B rows, of at most `length` tokens each."""
         return replace(self, begins=self.states_of(data) * STRIDE + length)
 
-    def penalties(self, keys: Tensor) -> Tensor:
-        """Return what the logits of n positions get, given by their keys [n]: -inf where not allowed, else 0 [n, V]."""
+    def restricted(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """Return the logits of n positions [n, V], given by their keys [n], with -inf where a token is not allowed.
+
+        Without a gradient they are written over.
+        """
         label, _, fits = self._edges(keys)
         of_classes = self.needed.new_full((len(keys), self.count + 1), -math.inf)
         label = torch.where(fits, label, self.count)
         of_classes.scatter_(1, label, torch.where(fits, 0.0, -math.inf))
-        return of_classes.index_select(1, self.classes)
+        if logits.requires_grad:
+            return logits + of_classes.index_select(1, self.classes)
+        for rows, penalties in zip(logits.split(ROWS), of_classes.split(ROWS), strict=True):
+            rows += penalties.index_select(1, self.classes)
+        return logits
 
     def following(self, keys: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys of the positions after n tokens, and whether each token is allowed; both [n].
@@ -193,6 +202,10 @@ def _rule_of(rule: Any) -> Callable[[Row, str], Any] | None:
     """Return what makes the rule of each row of the data; None if all rows have the same."""
     if callable(rule):
         return partial(_asked, rule)
+    if rule.endswith(".json"):
+        raise Refused(
+            f"allowed: there is no file {rule}; a regular expression that ends so is written with [.]json."
+        )
     if rule.startswith(COLUMN):
         return partial(_choices, rule.removeprefix(COLUMN))
     return partial(_asked, import_attribute(rule, "allowed")) if file_of_rule(rule) else None

@@ -37,13 +37,13 @@ def file_of_rule(rule: str) -> str:
 def text_of_rule(rule: Any) -> Any:
     """Return a rule as the text that a run saves; only a function stays as it is.
 
-    A file that ends in .json is replaced by the schema that it holds.
+    A file that ends in .json is replaced by the schema that it holds; a name without a file stays.
 
     Raises:
         Refused: the file cannot be read or holds no object, or the rule is of another type.
     """
-    if isinstance(rule, str) and rule.endswith(".json"):
-        remedy = "A regular expression that ends so is written with [.]json."
+    if isinstance(rule, str) and rule.endswith(".json") and Path(rule).exists():
+        remedy = "Give a file with an object of JSON."
         with refusing(f"allowed: no JSON schema could be read from {rule}", remedy):
             rule = {**json.loads(read_file(Path(rule)))}
     if isinstance(rule, Automaton):  # pairs, as JSON would turn ids that are names into texts
@@ -128,7 +128,7 @@ class Distribution(Settings, group="sampling"):
         """
         if self.allowed:
             rules: Any = self.allowed  # which are `AllowedTokens` by now
-            logits = logits + rules.penalties(keys)
+            logits = rules.restricted(logits, keys)
         if self.is_whole:
             return logits
         removed = logits < self._least(logits.detach())

@@ -29,6 +29,7 @@ from tokenrl.settings import (
     Count,
     Natural,
     NonNegative,
+    Number,
     Positive,
     Seed,
     Settings,
@@ -246,6 +247,10 @@ class TrainArguments(
     max_steps: Annotated[Count, MEASURED] = OPEN
     """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
     60."""
+    stop_at_reward: Annotated[Number | None, MEASURED] = None
+    """End the run, with the exit reason solved, after the step in which a new completion has at least this total
+    reward. summary.json says how many completions were sampled until then. For a search, in which the best
+    completion counts. Default: no reward ends a run."""
     prompts_per_step: Count = OPEN
     """Prompts per step, over all processes. Default: 16. A toy task with another model than its own: 8."""
     num_generations: Count = OPEN
@@ -275,6 +280,11 @@ class TrainArguments(
     def __post_init__(self) -> None:
         """Check the values; weights of prompts are divided out again unless the estimator says otherwise."""
         super().__post_init__()
+        if self.stop_at_reward is not None and self.estimator.zero_spread == "refill":
+            raise Refused(
+                f"stop_at_reward was given as {self.stop_at_reward}, and zero_spread 'refill' replaces groups of equal "
+                "rewards, perhaps the first that reached it: take zero_spread 'keep' or 'drop'."
+            )
         prompts = self.estimator.prompts
         if self.prompt_weights == "uniform":
             if prompts != "uniform":

@@ -286,6 +286,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         run.stream.load_state_dict(before[0])
         run.rewards.load_state_dict(before[1])
         raise
+    if not run.unrewarded:
+        run.search.add(learner.policy, record.rewarded, step, run.totals["num_samples"])
     metrics = record.metrics
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),

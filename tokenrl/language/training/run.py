@@ -25,6 +25,7 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
+from tokenrl.language.training.search import Search
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
 from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.output import duration
@@ -40,9 +41,9 @@ class RunResult(Outcome):
     Attributes:
         exit_reason: `finished`, also where code of the user's raised `Finished`; `learnt` (ended early: all
             rewards are equal, and higher than before training); `stuck` (ended early too, but below what
-            counts as solved); `no-improvement` (after `patience` evaluations); `callback`; `check`; or the
-            name of the signal that stopped the run, such as `SIGTERM`.
-        reason: the words of that `Finished`; else empty.
+            counts as solved); `solved` (a completion reached `stop_at_reward`); `no-improvement` (after `patience`
+            evaluations); `callback`; `check`; or the name of the signal that stopped the run, such as `SIGTERM`.
+        reason: the words of that `Finished`, or after how many completions it was solved; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
         tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
@@ -55,6 +56,10 @@ class RunResult(Outcome):
             problem and then for each remark, such as `no-signal` (all rewards are equal). Its exit code is 2
             if there was a problem.
         warm_started: the updates of the warm start and its losses; empty without one.
+        best_completions: up to ten distinct completions of training steps, the best first, each with `reward`, `step`,
+            `prompt` and `completion`. Those of evaluations are not among them, nor replayed ones.
+        completions_until_solved: with `stop_at_reward` the completions that training steps sampled until the first with
+            that reward, itself included, and greedy ones of earlier steps; None without such a completion.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -62,6 +67,8 @@ class RunResult(Outcome):
     tokens_per_second: float
     flags: tuple[str, ...]
     warm_started: dict[str, Any]
+    best_completions: list[Any]
+    completions_until_solved: int | None
     policy: Policy = field(repr=False)
 
 
@@ -79,6 +86,7 @@ class TrainingRun:
         threads: the number of threads of torch, and in words where it comes from.
         teacher: the teacher; None without one.
         warm_started: the updates of the warm start and its losses; empty without one.
+        search: the best completions of steps so far, and when one had the reward at which the run ends.
         eval_seconds: seconds of the latest evaluation.
         totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
             `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
@@ -97,6 +105,7 @@ class TrainingRun:
     threads: str
     teacher: Teacher | None
     warm_started: dict[str, Any]
+    search: Search = field(init=False)
     eval_seconds: float = 0.0
     totals: Counter[str] = field(default_factory=Counter)
     means: list[list[float]] = field(default_factory=list)
@@ -104,7 +113,8 @@ class TrainingRun:
     constant: str = ""
 
     def __post_init__(self) -> None:
-        """Let reward functions know the length of the run."""
+        """Let reward functions know the length of the run, and begin the search."""
+        self.search = Search(self.args.stop_at_reward)
         self.tell(0)
 
     @property
@@ -177,6 +187,7 @@ class TrainingRun:
             "failures": list(self.failures),
             "constant": self.constant,
             "late": self.rewards.late,
+            "search": self.search.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -186,6 +197,7 @@ class TrainingRun:
         self.failures = state.get("failures", ())  # a checkpoint of an earlier version has none
         self.constant = state.get("constant", "")
         self.rewards.late = state.get("late", 0)
+        self.search.load_state_dict(state.get("search", {}))
 
     def result(self, session: Session) -> RunResult:
         """Return the result for the caller."""
@@ -197,6 +209,8 @@ class TrainingRun:
             tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
+            best_completions=self.search.best,
+            completions_until_solved=self.search.until_solved,
             policy=policy if self.teacher is None else without_teacher(policy),
         )
 

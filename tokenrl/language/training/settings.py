@@ -301,6 +301,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
+        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
@@ -362,12 +363,14 @@ def first_facts(
         order = (
             "training steps alone, as evaluations would spend what the reward counts (--eval-every)"
         )
+    goal = choices.stop_at_reward
     advice = [f"{name} {vars(choices)[name]}" for name, x in origins.items() if x == RECOMMENDED]
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
+        **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
         "order": f"{stage}{order}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
         "seed": choices.seed,

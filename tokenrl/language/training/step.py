@@ -21,7 +21,7 @@ from tokenrl.core.memories import Memory, update
 from tokenrl.core.schedules import policy_steps
 from tokenrl.core.statistics import explained, generator_of
 from tokenrl.errors import ending
-from tokenrl.language.rollout.rewarded import averaged, unread_tokens
+from tokenrl.language.rollout.rewarded import Rewarded, averaged, unread_tokens
 from tokenrl.language.rollout.rollout import to_host
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import (
@@ -54,6 +54,7 @@ class Record(NamedTuple):
     Attributes:
         metrics: numbers for metrics.jsonl, under TRL's names.
         rows: returns the completions as table rows; they are decoded only when it is called.
+        rewarded: this process's rows.
         timings: seconds of each part of the step and of each reward function (`rewards/NAME/seconds`).
         failures: what failed in the episode of each of this process's rows; empty without an environment.
         unread: what `unread_tokens` says of this process's rows.
@@ -62,6 +63,7 @@ class Record(NamedTuple):
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
+    rewarded: Rewarded
     timings: dict[str, float]
     failures: Sequence[str]
     unread: str
@@ -143,7 +145,7 @@ def training_step(
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
     unread = unread_tokens(learner.policy, rewarded)
-    return Record(metrics, table, timings, rewarded.failures or (), unread, ends)
+    return Record(metrics, table, rewarded, timings, rewarded.failures or (), unread, ends)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[Tensor]:

@@ -47,7 +47,7 @@ def judge_start(run: TrainingRun, session: Session) -> None:
 
 
 def judge_step(run: TrainingRun, session: Session) -> None:
-    """Warn of a step that destroys the policy or can teach nothing, and end a run that has nothing to learn.
+    """Warn of a step that destroys the policy or can teach nothing, and end a run that is solved or cannot learn.
 
     Raises:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
@@ -65,6 +65,9 @@ def judge_step(run: TrainingRun, session: Session) -> None:
         session.warn_once("sampling-differs", f"{start} {remark}")
     if "policy-destroyed" in texts and "policy-destroyed" not in session.flags:
         session.flags.append("policy-destroyed")
+    if run.search.until_solved is not None:
+        session.end("solved", f"after {run.search.until_solved:,} completions")
+        return
     if "no-signal" not in texts:
         return
     ends = 0 < limit <= idle
@@ -95,7 +98,7 @@ def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
         gain = _gain(run, session)
         if session.ended == "learnt" or gain.value > 2 * gain.error:  # it has recovered
             flags = []
-        elif not run.unrewarded:
+        elif not run.unrewarded and session.ended != "solved":
             observed = replace(observed, gain=gain)
     findings = []
     for finding in judge(observed, *OF_END):
