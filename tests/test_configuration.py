@@ -58,7 +58,7 @@ def assert_refused(command: str, path, capsys) -> str:
     assert (
         errors.startswith("tokenrl: ")
         and errors.count("\n") == lines
-        and len(errors) < 1700
+        and len(errors) < 1750
         and not out
     ), errors
     return errors

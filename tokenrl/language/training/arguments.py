@@ -247,10 +247,6 @@ class TrainArguments(
     max_steps: Annotated[Count, MEASURED] = OPEN
     """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
     60."""
-    stop_at_reward: Annotated[Number | None, MEASURED] = None
-    """End the run, with the exit reason solved, after the step in which a new completion has at least this total
-    reward. summary.json says how many completions were sampled until then. For a search, in which the best
-    completion counts. Default: no reward ends a run."""
     prompts_per_step: Count = OPEN
     """Prompts per step, over all processes. Default: 16. A toy task with another model than its own: 8."""
     num_generations: Count = OPEN
@@ -267,6 +263,10 @@ class TrainArguments(
     """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    stop_at_reward: Annotated[Number | None, MEASURED] = None
+    """End the run, with the exit reason solved, after the step in which a new completion has at least this total
+    reward. summary.json says how many completions were sampled until then. For a search, in which the best
+    completion counts. Default: no reward ends a run."""
     check: bool = False
     """Make the first step on a copy of the model, and stop: print a prompt as the model reads it, completions
     with rewards, the problems of settings, data and this step with their remedies, its memory, and the time
