@@ -1,24 +1,32 @@
 """Searches for the twelve formulas of Nguyen by policy gradients on a tiny model that starts with random weights.
 
-    python recipes/formulas/nguyen.py --problem 5 --estimator max_at_k,objective_order=25
+    python recipes/formulas/nguyen.py --problem 5 --estimator dsr
 
 The problems and what counts as solved are those of Deep Symbolic Regression (Petersen et al. 2021, arXiv 1912.04871):
-20 points drawn evenly from an interval, and an NRMSE below 1e-12.
+20 points drawn evenly from an interval, and an NRMSE below 1e-12. A formula that reaches it is tried at 1,000 other
+points. Look for `formulas`, how many were sampled until then, and `recovered`.
 """
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
+from formulas import fit
 
 import tokenrl
 
-HERE = Path(__file__).parent
 TOKENS = "+-*/scelxy>"
 SOLVED = 1 / (1 + 1e-12)
 
@@ -38,9 +46,7 @@ class Problem(NamedTuple):
     def row(self, seed: int, points: int = 20) -> dict[str, Any]:
         """Return the row of the data: the prompt, the variables, and their values and the formula's at points."""
         generator = np.random.default_rng(seed)
-        columns = {
-            name: generator.uniform(self.low, self.high, points) for name in self.variables
-        }
+        columns = {name: generator.uniform(self.low, self.high, points) for name in self.variables}
         target = self.formula(**columns)
         lists = {name: x.tolist() for name, x in columns.items()}
         return {"prompt": TOKENS, "variables": self.variables, **lists, "target": target.tolist()}
@@ -62,42 +68,60 @@ PROBLEMS = {
 }
 
 
-def main() -> None:
-    """Train on one problem."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--problem", type=int, choices=PROBLEMS, default=1)
-    parser.add_argument("--estimator", default="max_at_k,objective_order=25")
-    parser.add_argument("--formulas", type=int, default=50_000)
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--entropy", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir")
-    args = parser.parse_args()
-    row = PROBLEMS[args.problem].row(args.seed)
-    folder = args.output_dir or f"runs/formulas/{args.problem}-{args.estimator}-{args.seed}"
-    estimator = tokenrl.Estimator.preset(args.estimator, entropy_coef=args.entropy)
+def main(
+    problem: int = 1,
+    estimator: str = "max_at_k,objective_order=25",
+    formulas: int = 50_000,
+    batch: int = 500,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    output_dir: str = "runs/formulas",
+) -> None:
+    """Search for a formula.
+
+    Args:
+        problem: number of the problem, from 1 to 12.
+        estimator: the estimator, such as dsr or rloo.
+        formulas: the most formulas that are sampled.
+        batch: formulas of a step.
+        learning_rate: the learning rate, which is constant.
+        seed: seed of the points and of the run.
+        output_dir: directory of the run, which is replaced.
+    """
+    row = PROBLEMS[problem].row(seed)
+    program = Path(__file__).with_name("formulas.py")
     run = tokenrl.train(
         task={"train": [row], "test": [row]},
-        reward=f"{HERE / 'formulas.py'}:fit",
-        allowed=f"{HERE / 'formulas.py'}:rule",
+        reward=f"{program}:fit",
+        stop_at_reward=SOLVED,
+        allowed=f"{program}:rule",
         model="tiny",
         estimator=estimator,
         prompts_per_step=1,
-        num_generations=args.batch,
-        max_steps=args.formulas // args.batch,
+        num_generations=batch,
+        max_steps=formulas // batch,
         max_completion_length=31,
-        learning_rate=args.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         eval_generations=0,
         eval_every=0,
         stop_after_zero_spread=0,
-        seed=args.seed,
-        output_dir=folder,
+        seed=seed,
+        output_dir=output_dir,
         overwrite=True,
     )
-    print(json.dumps({"problem": args.problem, "exit": run.exit_reason, "steps": run.steps}))
+    best = run.best_completions[0]
+    fresh = PROBLEMS[problem].row(seed + 1, points=1000)
+    columns = {name: [value] for name, value in fresh.items() if name != "prompt"}
+    result = {
+        "problem": problem,
+        "formulas": run.completions_until_solved,
+        "best": best["completion"],
+        "reward": best["reward"],
+        "recovered": fit([best["completion"]], **columns)[0] >= 1 - 1e-9,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
