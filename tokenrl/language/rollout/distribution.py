@@ -82,7 +82,7 @@ class Distribution(Settings, group="sampling"):
     the whole completion; a .json file with a JSON schema; choices:COLUMN, the lists of texts in a column of the data;
     or `file.py:function`, of a row, which returns one of these, a list of texts or an Automaton. A token from which
     the completion could not end in time is not allowed either, so no completion is cut. Regular expressions and
-    schemas need the extra allowed."""
+    schemas need the extra allowed. Of the generators only transformers samples so."""
 
     def __post_init__(self) -> None:
         """Check the values, and read the file of a schema, so that a run saves what it holds."""
