@@ -68,7 +68,9 @@ CAPABILITIES = {
     ),
     "best share": Capability(
         "baseline",
-        "--estimator.baseline none --estimator.objective quantile --estimator.objective-share 0.5",
+        # At the rate of the other runs the policy writes a single text after one step.
+        "--estimator.baseline none --estimator.objective quantile --estimator.objective-share 0.5"
+        " --learning-rate 0.0003",
     ),
     "goal": Capability("end", "--stop-at-reward 99"),
     "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
