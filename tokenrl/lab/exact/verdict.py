@@ -331,9 +331,8 @@ def problems_of(estimator: Estimator) -> tuple[Problem, ...]:
         tabular_problem(14, prompts=1, group_size=6, vocabulary=2, rewards="graded"),
     )
     problems = (*larger, *problems)
-    if (
-        estimator.objective == "quantile"
-    ):  # where the best completion alone is the best share, J is constant
+    # Where the best completion alone is the best share, J is constant.
+    if estimator.objective == "quantile":
         return tuple(p for p in problems if target_of(estimator, p).any())
     if estimator.objective == "max_at_k":
         return problems

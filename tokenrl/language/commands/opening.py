@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,7 +200,7 @@ def open_policy(
     if policy.reference is not None:
         policy.reference.to(policy.device)
     sampling = part_of(replace(args, max_completion_length=length), Sampling)
-    return policy, with_allowed(policy, [*task.train_prompts, *task.eval_prompts], sampling)
+    return policy, with_allowed(policy, chain(task.train_prompts, task.eval_prompts), sampling)
 
 
 def load_saved(args: Any, model: str) -> Policy:

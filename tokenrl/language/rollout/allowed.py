@@ -9,7 +9,7 @@ can end within the tokens that are left. So no completion is ever cut: each that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -122,7 +122,7 @@ class AllowedTokens:
         return self.labels[number], target, fits
 
 
-def with_allowed(policy: Policy, rows: Sequence[Row], sampling: S) -> S:
+def with_allowed(policy: Policy, rows: Iterable[Row], sampling: S) -> S:
     """Return how completions are sampled, with the automata of all rows in place of the rule that makes them.
 
     Without a rule, and where the automata are there already, nothing changes.

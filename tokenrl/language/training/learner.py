@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -325,7 +325,7 @@ def make_learner(
     accelerator: Any,
     teacher: Teacher | None = None,
     *,
-    rows: Sequence[Any] = (),
+    rows: Iterable[Any] = (),
     turns: bool = False,
     **decided: Any,
 ) -> Learner:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from tokenrl.core.schedules import policy_steps, set_rates, share_of_rate
@@ -205,8 +206,7 @@ def _prepare(
     console.note("checking that this model is sampled and scored rightly ...")
     with using_threads(threads):
         turns = rewards.environments is not None
-        sampled = [*task.train_prompts, *task.eval_prompts]
-        options: dict[str, Any] = {"rows": sampled, "turns": turns, **decided}
+        options: dict[str, Any] = {"rows": chain(*rows.values()), "turns": turns, **decided}
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
