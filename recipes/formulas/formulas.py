@@ -80,10 +80,33 @@ def values(formula: str, columns: Mapping[str, np.ndarray], memory: dict[str, An
     return memory[stack.pop()]
 
 
+def is_whole(text: str, variables: str) -> bool:
+    """Return whether a text is one whole formula of some variables, whatever else the rule asks."""
+    missing = 1
+    for token in text:
+        if missing == 0 or token not in (*ARITY, *variables):
+            return False
+        missing += ARITY.get(token, 0) - 1
+    return missing == 0
+
+
+def infix(formula: str) -> str:
+    """Return a formula in prefix notation as it is usually written."""
+    names = {"s": "sin", "c": "cos", "e": "exp", "l": "log"}
+    stack: list[str] = []
+    for token in reversed(formula):
+        arguments = [stack.pop() for _ in range(ARITY.get(token, 0))]
+        if token in BINARY:
+            stack.append(f"({arguments[0]} {token} {arguments[1]})")
+        else:
+            stack.append(f"{names[token]}({arguments[0]})" if arguments else token)
+    return stack.pop()
+
+
 def fit(
     completions: Sequence[str], variables: Sequence[str], target: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """Return 1 / (1 + NRMSE) of each formula at the points of its row; 0 where it is not finite.
+    """Return 1 / (1 + NRMSE) of each formula at the points of its row; 0 where it is not finite, or no formula.
 
     NRMSE is the root of the mean squared error, divided by the standard deviation of the targets.
     """
@@ -93,6 +116,9 @@ def fit(
         memory = memories.setdefault(str(target[row]), {})
         points = {name: np.asarray(columns[name][row]) for name in variables[row]}
         with np.errstate(all="ignore"):
+            if not is_whole(formula, variables[row]):
+                rewards.append(0.0)
+                continue
             errors = values(formula, points, memory) - np.asarray(target[row])
             error = np.sqrt(np.mean(errors**2)) / np.std(target[row])
         rewards.append(float(1 / (1 + error)) if np.isfinite(error) else 0.0)

@@ -18,17 +18,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 from formulas import fit
-
-import tokenrl
-
-TOKENS = "+-*/scelxy>"
-SOLVED = 1 / (1 + 1e-12)
+from search import searched
 
 
 class Problem(NamedTuple):
@@ -44,12 +39,17 @@ class Problem(NamedTuple):
         return "xy"[: self.formula.__code__.co_argcount]
 
     def row(self, seed: int, points: int = 20) -> dict[str, Any]:
-        """Return the row of the data: the prompt, the variables, and their values and the formula's at points."""
+        """Return the row of the data: the variables, and their values and the formula's at points."""
         generator = np.random.default_rng(seed)
         columns = {name: generator.uniform(self.low, self.high, points) for name in self.variables}
         target = self.formula(**columns)
         lists = {name: x.tolist() for name, x in columns.items()}
-        return {"prompt": TOKENS, "variables": self.variables, **lists, "target": target.tolist()}
+        return {"variables": self.variables, **lists, "target": target.tolist()}
+
+    def is_recovered(self, formula: str, seed: int) -> bool:
+        """Return whether a formula in prefix notation is this one also at 1,000 other points."""
+        columns = {name: [value] for name, value in self.row(seed + 1, points=1000).items()}
+        return fit([formula], **columns)[0] >= 1 - 1e-9
 
 
 PROBLEMS = {
@@ -66,16 +66,22 @@ PROBLEMS = {
     11: Problem(lambda x, y: x**y, 0, 1),
     12: Problem(lambda x, y: x**4 - x**3 + y**2 / 2 - y, 0, 1),
 }
+LIVERMORE = {
+    11: Problem(lambda x, y: x**2 * y**2 / (x + y), -1, 1),
+    12: Problem(lambda x, y: x**5 / y**3, -1, 1),
+    20: Problem(lambda x: x**5 + x**4 + x**2 + x, -1, 1),
+    21: Problem(lambda x: np.exp(-(x**2)), -1, 1),
+}
+"""Four of the problems of Livermore (Mundhenk et al. 2021, arXiv 2111.00053), on which settings are chosen."""
 
 
 def main(
     problem: int = 1,
     estimator: str = "max_at_k,objective_order=25",
     formulas: int = 50_000,
-    batch: int = 500,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     seed: int = 0,
-    output_dir: str = "runs/formulas",
+    output_dir: str = "runs/formulas/nguyen",
 ) -> None:
     """Search for a formula.
 
@@ -83,42 +89,25 @@ def main(
         problem: number of the problem, from 1 to 12.
         estimator: the estimator, such as dsr or rloo.
         formulas: the most formulas that are sampled.
-        batch: formulas of a step.
         learning_rate: the learning rate, which is constant.
         seed: seed of the points and of the run.
         output_dir: directory of the run, which is replaced.
     """
-    row = PROBLEMS[problem].row(seed)
-    program = Path(__file__).with_name("formulas.py")
-    run = tokenrl.train(
-        task={"train": [row], "test": [row]},
-        reward=f"{program}:fit",
-        stop_at_reward=SOLVED,
-        allowed=f"{program}:rule",
-        model="tiny",
+    run = searched(
+        PROBLEMS[problem].row(seed),
+        output_dir,
         estimator=estimator,
-        prompts_per_step=1,
-        num_generations=batch,
-        max_steps=formulas // batch,
-        max_completion_length=31,
+        formulas=formulas,
         learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        eval_generations=0,
-        eval_every=0,
-        stop_after_zero_spread=0,
         seed=seed,
-        output_dir=output_dir,
-        overwrite=True,
     )
     best = run.best_completions[0]
-    fresh = PROBLEMS[problem].row(seed + 1, points=1000)
-    columns = {name: [value] for name, value in fresh.items() if name != "prompt"}
     result = {
         "problem": problem,
         "formulas": run.completions_until_solved,
         "best": best["completion"],
         "reward": best["reward"],
-        "recovered": fit([best["completion"]], **columns)[0] >= 1 - 1e-9,
+        "recovered": PROBLEMS[problem].is_recovered(best["completion"], seed),
     }
     print(json.dumps(result))
 

@@ -1,0 +1,135 @@
+"""Races estimators to Nguyen's formulas: how many must be sampled until one is exact?
+
+    python recipes/formulas/race.py --part settings     # chooses rate and entropy weight, on problems of Livermore
+    python recipes/formulas/race.py --part race         # the runs that are compared
+    python recipes/formulas/race.py --part free         # the same of two arms, without allowed tokens
+    python recipes/formulas/race.py --part table        # one arm on all twelve problems
+
+Each run that ends adds a line to `runs/formulas/race.csv`, and the same command again makes the runs that are missing.
+The plan is `recipes/study/plans/17_formulas.txt`.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+from nguyen import LIVERMORE, PROBLEMS
+from search import searched
+
+Part = Literal["settings", "race", "free", "table"]
+ARMS: dict[str, dict[str, Any]] = {
+    "dsr": {"estimator": "dsr"},
+    "best of 20": {"estimator": "max_at_k,objective_order=20"},
+    "best of 100": {"estimator": "max_at_k,objective_order=100"},
+    "running mean": {"estimator": "reinforce_running_mean"},
+    "replay": {"estimator": "rloo", "replay": 10, "replay_memory": 10},
+    "untrained": {"estimator": "rloo"},
+}
+UNTRAINED = 1e-12
+"""A learning rate at which no weight changes."""
+GRID = ((5e-4, 0.005), (1e-3, 0.005), (2e-3, 0.005), (1e-3, 0.0))
+"""The rates and the weights of the entropy bonus that each arm tries."""
+CHOSEN: dict[str, tuple[float, float]] = {}
+"""The rate and the weight that each arm took."""
+
+
+class Run(NamedTuple):
+    """What names a run; its budget is the most formulas that it samples."""
+
+    part: str
+    arm: str
+    problem: int
+    seed: int
+    budget: int
+    rate: float
+    entropy: float
+
+
+def runs(part: str) -> Iterator[Run]:
+    """Yield the runs of a part in their order: all of a seed before those of the next."""
+    if part == "settings":
+        trained = [arm for arm in ARMS if arm != "untrained"]
+        for problem, setting, arm in product(LIVERMORE, GRID, trained):
+            yield Run(part, arm, problem, 100, 50_000, *setting)
+        return
+    problems: tuple[int, ...] = (2, 3, 5, 7, 8, 11)
+    arms, seeds, budget = list(ARMS), range(5), 100_000
+    if part == "free":
+        arms, seeds = ["dsr", "best of 20"], range(3)
+    elif part == "table":
+        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 400_000
+    for seed, arm, problem in product(seeds, arms, problems):
+        yield Run(part, arm, problem, seed, budget, *CHOSEN.get(arm, (UNTRAINED, 0.0)))
+
+
+def result(run: Run) -> dict[str, Any]:
+    """Make a run, and return its row of the table."""
+    problem = (LIVERMORE if run.part == "settings" else PROBLEMS)[run.problem]
+    arm = dict(ARMS[run.arm])
+    start = time.monotonic()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        trained = searched(
+            problem.row(run.seed),
+            f"runs/formulas/race/{os.getpid()}",
+            formulas=run.budget,
+            learning_rate=run.rate,
+            seed=run.seed,
+            **{"estimator": f"{arm.pop('estimator')},entropy_coef={run.entropy}"},
+            **arm,
+            **({"allowed": None} if run.part == "free" else {}),
+        )
+    best = trained.best_completions[0]
+    return {
+        **run._asdict(),
+        "formulas": trained.completions_until_solved,
+        "best": best["completion"],
+        "reward": best["reward"],
+        "recovered": problem.is_recovered(best["completion"], run.seed),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.csv")) -> None:
+    """Make the runs of a part that are missing.
+
+    Args:
+        part: the part of the plan.
+        workers: runs at a time.
+        table: file of the rows, which is added to.
+    """
+    columns = [*Run._fields, "formulas", "best", "reward", "recovered", "seconds"]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, str]] = []
+    if table.exists():
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+    else:
+        table.write_text(",".join(columns) + "\n")
+    ended = {tuple(row[name] for name in Run._fields) for row in rows}
+    missing = [run for run in runs(part) if tuple(map(str, run)) not in ended]
+    with ProcessPoolExecutor(workers) as pool, table.open("a", newline="") as file:
+        for number, future in enumerate(
+            as_completed([pool.submit(result, run) for run in missing])
+        ):
+            csv.DictWriter(file, columns, lineterminator="\n").writerow(future.result())
+            file.flush()
+            print(f"{number + 1} of {len(missing)} runs", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

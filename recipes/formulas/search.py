@@ -1,0 +1,129 @@
+"""Searches for a formula that fits your points, by policy gradients on a tiny model that starts with random weights.
+
+    python recipes/formulas/search.py --data points.csv
+
+The first line of the file names its columns. The last column is what the formula is to give, and the others, at
+most three, are its variables. Formulas are made of + - * / sin cos exp log and the variables, without numbers: a
+constant such as 2 must be built, as (x + x) / x. Look for `best`, the formula, and `error`, its NRMSE.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from formulas import ARITY, LONGEST, infix
+
+import tokenrl
+from toy_tasks.models import TinyModel
+
+PROGRAM = Path(__file__).with_name("formulas.py")
+SOLVED = 1 / (1 + 1e-12)
+"""The reward of a formula whose NRMSE is 1e-12: it is taken to be exact."""
+
+
+def searched(
+    row: Mapping[str, Any],
+    output_dir: str | Path,
+    *,
+    estimator: str = "max_at_k,objective_order=25",
+    formulas: int = 200_000,
+    batch: int = 500,
+    learning_rate: float = 1e-3,
+    width: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> tokenrl.RunResult:
+    """Search for a formula, and return the run.
+
+    Args:
+        row: the names of the variables, the values of each at the points, and the `target` there.
+        output_dir: directory of the run, which is replaced.
+        estimator: the estimator, such as dsr or rloo.
+        formulas: the most formulas that are sampled.
+        batch: formulas of a step.
+        learning_rate: the learning rate, which is constant.
+        width: width of the model, which has two layers.
+        seed: seed of the weights and of the sampling.
+        settings: other settings of `tokenrl.train`, which come first.
+    """
+    tokens = (*ARITY, *row["variables"], ">")
+    model = TinyModel(tokens, hidden=width, context=LONGEST + 16)(seed)
+    rows = [{"prompt": ">", **row}]
+    return tokenrl.train(
+        **{
+            "task": {"train": rows, "test": rows},
+            "reward": f"{PROGRAM}:fit",
+            "stop_at_reward": SOLVED,
+            "allowed": f"{PROGRAM}:rule",
+            "model": model,
+            "estimator": estimator,
+            "prompts_per_step": 1,
+            "num_generations": batch,
+            "max_steps": formulas // batch,
+            "max_completion_length": LONGEST + 1,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "constant",
+            "eval_generations": 0,
+            "eval_every": 0,
+            "stop_after_zero_spread": 0,
+            "seed": seed,
+            "output_dir": str(output_dir),
+            "overwrite": True,
+            **settings,
+        }
+    )
+
+
+def row_of_file(data: str | Path) -> dict[str, Any]:
+    """Return the row of a file of points: the variables, their values, and the target."""
+    columns = np.genfromtxt(data, delimiter=",", names=True)
+    names = "xyz"[: len(columns.dtype.names) - 1]
+    values = [columns[name].tolist() for name in columns.dtype.names]
+    return {"variables": names, **dict(zip((*names, "target"), values, strict=True))}
+
+
+def main(
+    data: str,
+    estimator: str = "max_at_k,objective_order=25",
+    formulas: int = 200_000,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    output_dir: str = "runs/formulas/own",
+) -> None:
+    """Search for a formula of your points.
+
+    Args:
+        data: file of comma-separated values, with names of the columns in its first line.
+        estimator: the estimator, such as dsr or rloo.
+        formulas: the most formulas that are sampled.
+        learning_rate: the learning rate, which is constant.
+        seed: seed of the run.
+        output_dir: directory of the run, which is replaced.
+    """
+    run = searched(
+        row_of_file(data),
+        output_dir,
+        estimator=estimator,
+        formulas=formulas,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    for best in run.best_completions:
+        error = 1 / best["reward"] - 1
+        print(json.dumps({"best": infix(best["completion"]), "error": error}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
