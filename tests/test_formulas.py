@@ -1,5 +1,6 @@
 """The recipe of formulas: which may be written, what they are worth, and a search that recovers the easiest."""
 
+import importlib
 import json
 import re
 import runpy
@@ -7,7 +8,9 @@ import sys
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 from folders import RECIPES
 
 FOLDER = RECIPES / "formulas"
@@ -15,12 +18,17 @@ ROW = {"prompt": ">", "variables": "x", "x": [0.5, 1.0, 2.0], "target": [1.0, 3.
 
 
 @pytest.fixture
-def recipe(monkeypatch):
+def module(monkeypatch):
+    """A module of the folder by its name."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    import formulas
+    yield importlib.import_module
+    for name in ("formulas", "search", "nguyen", "race", "verdict"):
+        sys.modules.pop(name, None)
 
-    yield formulas
-    sys.modules.pop("formulas")
+
+@pytest.fixture
+def recipe(module):
+    return module("formulas")
 
 
 def infix(formula):
@@ -71,6 +79,58 @@ def test_a_reward_is_that_of_the_formula_that_python_computes(recipe):
         expected = 1 / (1 + np.sqrt((errors**2).mean() / target.var()))
         assert reward == pytest.approx(expected if np.isfinite(expected) else 0, abs=1e-12)
     assert rewards[4] == 0  # it is infinite everywhere
+
+
+@pytest.mark.parametrize("text", ["", "+x", "xx", "*xy", "x>", "sin"])
+def test_a_text_that_is_no_formula_of_the_variables_is_worth_nothing(recipe, text):
+    assert recipe.fit([text, "x"], ["x"] * 2, [[0.5, 1.0, 2.0]] * 2, x=[ROW["x"]] * 2) == [0, 1]
+
+
+def test_a_formula_is_written_as_python_reads_it(recipe):
+    formula = "-/s*xxlx+ecxx"
+    assert recipe.infix(formula) == "((sin((x * x)) / log(x)) - (exp(cos(x)) + x))"
+
+
+def test_points_of_a_file_are_a_row_with_the_last_column_as_target(module, tmp_path):
+    (tmp_path / "points.csv").write_text("mass,speed,energy\n1,2,2\n2,3,9\n")
+    row = module("search").row_of_file(tmp_path / "points.csv")
+    assert row == {"variables": "xy", "x": [1.0, 2.0], "y": [2.0, 3.0], "target": [2.0, 9.0]}
+
+
+def test_a_problem_is_recovered_by_its_formula_and_not_by_one_that_is_near(module):
+    problems = module("nguyen").PROBLEMS
+    assert problems[10].is_recovered("*+xx" + "*/sxxcy", seed=3)
+    assert not problems[10].is_recovered("*+xx" + "*/sxxex", seed=3)
+    assert problems[12].variables == "xy"
+
+
+def test_runs_that_have_a_row_are_not_made_again(module, tmp_path):
+    race = module("race")
+    runs = list(race.runs("settings"))
+    assert len(set(runs)) == len(runs) == 80
+    lines = [",".join(map(str, run)) for run in (race.Run._fields, *runs[3:])]
+    (tmp_path / "race.csv").write_text("\n".join(lines))
+    assert race.missing_runs("settings", tmp_path / "race.csv") == runs[:3]
+
+
+def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(module):
+    verdict = module("verdict")
+    generator = np.random.default_rng(0)
+    strata = []
+    for problem, factor in enumerate((1.0, 0.4)):
+        times = generator.integers(1, 30, 40) * np.where(np.arange(40) < 20, factor, 1)
+        solved = times < 20
+        arms = pd.DataFrame({"problem": problem, "formulas": np.minimum(times, 20), "solved": solved})
+        strata.append((arms[:20], arms[20:]))
+        censored = [
+            stats.CensoredData.right_censored(arm["formulas"], ~arm["solved"]) for arm in strata[-1]
+        ]
+        expected = stats.logrank(*censored)
+        statistic = verdict.logrank(*strata[-1])
+        assert abs(statistic) == pytest.approx(abs(expected.statistic), rel=1e-9)
+    assert verdict.logrank(*strata[1]) > 2  # the first arm solves sooner
+    both = verdict.logrank(*(pd.concat(arm) for arm in zip(*strata, strict=True)))
+    assert 0 < both < verdict.logrank(*strata[1])
 
 
 @pytest.mark.slow

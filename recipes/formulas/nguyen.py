@@ -91,7 +91,7 @@ def main(
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
         seed: seed of the points and of the run.
-        output_dir: directory of the run, which is replaced.
+        output_dir: directory of the run; the same command goes on there after a kill.
     """
     run = searched(
         PROBLEMS[problem].row(seed),

@@ -68,12 +68,12 @@ def runs(part: str) -> Iterator[Run]:
         for problem, setting, arm in product(LIVERMORE, GRID, trained):
             yield Run(part, arm, problem, 100, 50_000, *setting)
         return
-    problems: tuple[int, ...] = (2, 3, 5, 7, 8, 11)
-    arms, seeds, budget = list(ARMS), range(5), 100_000
+    problems: tuple[int, ...] = (2, 3, 6, 8, 9, 11)
+    arms, seeds, budget = list(ARMS), range(5), 60_000
     if part == "free":
         arms, seeds = ["dsr", "best of 20"], range(3)
     elif part == "table":
-        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 400_000
+        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 200_000
     for seed, arm, problem in product(seeds, arms, problems):
         yield Run(part, arm, problem, seed, budget, *CHOSEN.get(arm, (UNTRAINED, 0.0)))
 
@@ -90,6 +90,8 @@ def result(run: Run) -> dict[str, Any]:
             formulas=run.budget,
             learning_rate=run.rate,
             seed=run.seed,
+            resume=None,
+            overwrite=True,
             **{"estimator": f"{arm.pop('estimator')},entropy_coef={run.entropy}"},
             **arm,
             **({"allowed": None} if run.part == "free" else {}),
@@ -105,6 +107,13 @@ def result(run: Run) -> dict[str, Any]:
     }
 
 
+def missing_runs(part: str, table: Path) -> list[Run]:
+    """Return the runs of a part that have no row in a table."""
+    rows = csv.DictReader(table.read_text().splitlines())
+    ended = {tuple(row[name] for name in Run._fields) for row in rows}
+    return [run for run in runs(part) if tuple(map(str, run)) not in ended]
+
+
 def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.csv")) -> None:
     """Make the runs of a part that are missing.
 
@@ -114,14 +123,10 @@ def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.cs
         table: file of the rows, which is added to.
     """
     columns = [*Run._fields, "formulas", "best", "reward", "recovered", "seconds"]
-    table.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, str]] = []
-    if table.exists():
-        rows = list(csv.DictReader(table.read_text().splitlines()))
-    else:
+    if not table.exists():
+        table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(",".join(columns) + "\n")
-    ended = {tuple(row[name] for name in Run._fields) for row in rows}
-    missing = [run for run in runs(part) if tuple(map(str, run)) not in ended]
+    missing = missing_runs(part, table)
     with ProcessPoolExecutor(workers) as pool, table.open("a", newline="") as file:
         for number, future in enumerate(
             as_completed([pool.submit(result, run) for run in missing])

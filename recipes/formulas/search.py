@@ -49,7 +49,7 @@ def searched(
 
     Args:
         row: the names of the variables, the values of each at the points, and the `target` there.
-        output_dir: directory of the run, which is replaced.
+        output_dir: directory of the run, which goes on where one was stopped there.
         estimator: the estimator, such as dsr or rloo.
         formulas: the most formulas that are sampled.
         batch: formulas of a step.
@@ -80,7 +80,7 @@ def searched(
             "stop_after_zero_spread": 0,
             "seed": seed,
             "output_dir": str(output_dir),
-            "overwrite": True,
+            "resume": "auto",
             **settings,
         }
     )
@@ -110,7 +110,7 @@ def main(
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
         seed: seed of the run.
-        output_dir: directory of the run, which is replaced.
+        output_dir: directory of the run; the same command goes on there after a kill.
     """
     run = searched(
         row_of_file(data),
