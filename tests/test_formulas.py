@@ -10,8 +10,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 from folders import RECIPES
+from scipy import stats
 
 FOLDER = RECIPES / "formulas"
 ROW = {"prompt": ">", "variables": "x", "x": [0.5, 1.0, 2.0], "target": [1.0, 3.0, 4.0]}
@@ -106,7 +106,7 @@ def test_a_problem_is_recovered_by_its_formula_and_not_by_one_that_is_near(modul
 
 def test_runs_that_have_a_row_are_not_made_again(module, tmp_path):
     race = module("race")
-    runs = list(race.runs("settings"))
+    runs = list(race.runs("settings", tmp_path))
     assert len(set(runs)) == len(runs) == 80
     lines = [",".join(map(str, run)) for run in (race.Run._fields, *runs[3:])]
     (tmp_path / "race.csv").write_text("\n".join(lines))
@@ -120,7 +120,9 @@ def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(m
     for problem, factor in enumerate((1.0, 0.4)):
         times = generator.integers(1, 30, 40) * np.where(np.arange(40) < 20, factor, 1)
         solved = times < 20
-        arms = pd.DataFrame({"problem": problem, "formulas": np.minimum(times, 20), "solved": solved})
+        arms = pd.DataFrame(
+            {"problem": problem, "formulas": np.minimum(times, 20), "solved": solved}
+        )
         strata.append((arms[:20], arms[20:]))
         censored = [
             stats.CensoredData.right_censored(arm["formulas"], ~arm["solved"]) for arm in strata[-1]

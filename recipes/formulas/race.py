@@ -28,6 +28,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 import tyro
 from nguyen import LIVERMORE, PROBLEMS
 from search import searched
@@ -45,8 +47,6 @@ UNTRAINED = 1e-12
 """A learning rate at which no weight changes."""
 GRID = ((5e-4, 0.005), (1e-3, 0.005), (2e-3, 0.005), (1e-3, 0.0))
 """The rates and the weights of the entropy bonus that each arm tries."""
-CHOSEN: dict[str, tuple[float, float]] = {}
-"""The rate and the weight that each arm took."""
 
 
 class Run(NamedTuple):
@@ -61,7 +61,20 @@ class Run(NamedTuple):
     entropy: float
 
 
-def runs(part: str) -> Iterator[Run]:
+def chosen(table: Path) -> dict[str, tuple[float, float]]:
+    """Return the rate and the entropy weight of each arm that solved soonest, as the plan says.
+
+    That is the least mean of log10 of the formulas, or of the budget where a run is not solved. Of equal means the
+    greatest mean reward of the best formula counts.
+    """
+    rows = pd.read_csv(table).query("part == 'settings'")
+    rows = rows.assign(log=np.log10(rows["formulas"].fillna(rows["budget"])), less=-rows["reward"])
+    means = rows.groupby(["arm", "rate", "entropy"])[["log", "less"]].mean()
+    best = means.sort_values(["log", "less"]).reset_index().groupby("arm").first()
+    return {arm: (float(row.rate), float(row.entropy)) for arm, row in best.iterrows()}
+
+
+def runs(part: str, table: Path) -> Iterator[Run]:
     """Yield the runs of a part in their order: all of a seed before those of the next."""
     if part == "settings":
         trained = [arm for arm in ARMS if arm != "untrained"]
@@ -74,8 +87,9 @@ def runs(part: str) -> Iterator[Run]:
         arms, seeds = ["dsr", "best of 20"], range(3)
     elif part == "table":
         problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 200_000
+    settings = {"untrained": (UNTRAINED, 0.0), **chosen(table)}
     for seed, arm, problem in product(seeds, arms, problems):
-        yield Run(part, arm, problem, seed, budget, *CHOSEN.get(arm, (UNTRAINED, 0.0)))
+        yield Run(part, arm, problem, seed, budget, *settings[arm])
 
 
 def result(run: Run) -> dict[str, Any]:
@@ -111,7 +125,7 @@ def missing_runs(part: str, table: Path) -> list[Run]:
     """Return the runs of a part that have no row in a table."""
     rows = csv.DictReader(table.read_text().splitlines())
     ended = {tuple(row[name] for name in Run._fields) for row in rows}
-    return [run for run in runs(part) if tuple(map(str, run)) not in ended]
+    return [run for run in runs(part, table) if tuple(map(str, run)) not in ended]
 
 
 def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.csv")) -> None:
