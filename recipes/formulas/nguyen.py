@@ -1,4 +1,4 @@
-"""Searches for the twelve formulas of Nguyen by policy gradients on a tiny model that starts with random weights.
+"""Searches for the twelve formulas of Nguyen by policy gradients on a tiny model that has read random formulas.
 
     python recipes/formulas/nguyen.py --problem 5 --estimator dsr
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 from formulas import fit
-from search import searched
+from search import ESTIMATOR, prior, searched
 
 
 class Problem(NamedTuple):
@@ -77,9 +77,9 @@ LIVERMORE = {
 
 def main(
     problem: int = 1,
-    estimator: str = "max_at_k,objective_order=25",
-    formulas: int = 50_000,
-    learning_rate: float = 1e-3,
+    estimator: str = ESTIMATOR,
+    formulas: int = 200_000,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     output_dir: str = "runs/formulas/nguyen",
 ) -> None:
@@ -91,11 +91,13 @@ def main(
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
         seed: seed of the points and of the run.
-        output_dir: directory of the run; the same command goes on there after a kill.
+        output_dir: directory of the prior and of the search; the same command goes on there after a kill.
     """
+    row = PROBLEMS[problem].row(seed)
     run = searched(
-        PROBLEMS[problem].row(seed),
-        output_dir,
+        row,
+        f"{output_dir}/search",
+        model=prior(row["variables"], f"{output_dir}/prior", seed=seed),
         estimator=estimator,
         formulas=formulas,
         learning_rate=learning_rate,

@@ -2,6 +2,7 @@
 
     python recipes/formulas/race.py --part settings     # chooses rate and entropy weight, on problems of Livermore
     python recipes/formulas/race.py --part race         # the runs that are compared
+    python recipes/formulas/race.py --part prior        # the same of four arms, from a prior
     python recipes/formulas/race.py --part free         # the same of two arms, without allowed tokens
     python recipes/formulas/race.py --part table        # one arm on all twelve problems
 
@@ -32,9 +33,9 @@ import numpy as np
 import pandas as pd
 import tyro
 from nguyen import LIVERMORE, PROBLEMS
-from search import searched
+from search import new_model, prior, searched
 
-Part = Literal["settings", "race", "free", "table"]
+Part = Literal["settings", "race", "prior", "free", "table"]
 ARMS: dict[str, dict[str, Any]] = {
     "dsr": {"estimator": "dsr"},
     "best of 20": {"estimator": "max_at_k,objective_order=20"},
@@ -85,6 +86,8 @@ def runs(part: str, table: Path) -> Iterator[Run]:
     arms, seeds, budget = list(ARMS), range(5), 60_000
     if part == "free":
         arms, seeds = ["dsr", "best of 20"], range(3)
+    elif part == "prior":
+        arms = ["dsr", "best of 20", "running mean", "untrained"]
     elif part == "table":
         problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 200_000
     settings = {"untrained": (UNTRAINED, 0.0), **chosen(table)}
@@ -97,10 +100,16 @@ def result(run: Run) -> dict[str, Any]:
     problem = (LIVERMORE if run.part == "settings" else PROBLEMS)[run.problem]
     arm = dict(ARMS[run.arm])
     start = time.monotonic()
+    row = problem.row(run.seed)
+    names = row["variables"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        model = new_model(names, 32, run.seed)
+        if run.part in ("prior", "table"):
+            model = prior(names, f"runs/formulas/prior/{names}-{run.seed}", seed=run.seed)
         trained = searched(
-            problem.row(run.seed),
+            row,
             f"runs/formulas/race/{os.getpid()}",
+            model=model,
             formulas=run.budget,
             learning_rate=run.rate,
             seed=run.seed,

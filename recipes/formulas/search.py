@@ -1,4 +1,4 @@
-"""Searches for a formula that fits your points, by policy gradients on a tiny model that starts with random weights.
+"""Searches for a formula that fits your points, by policy gradients on a tiny model that has read random formulas.
 
     python recipes/formulas/search.py --data points.csv
 
@@ -17,13 +17,14 @@ constant such as 2 must be built, as (x + x) / x. Look for `best`, the formula, 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from formulas import ARITY, LONGEST, infix
+from formulas import ARITY, BINARY, LONGEST, infix, rule
 
 import tokenrl
 from toy_tasks.models import TinyModel
@@ -31,17 +32,71 @@ from toy_tasks.models import TinyModel
 PROGRAM = Path(__file__).with_name("formulas.py")
 SOLVED = 1 / (1 + 1e-12)
 """The reward of a formula whose NRMSE is 1e-12: it is taken to be exact."""
+ESTIMATOR = "max_at_k,objective_order=20,entropy_coef=0.005"
+
+
+def random_formulas(variables: str, count: int, seed: int) -> list[str]:
+    """Return random formulas of some variables, as the rule allows them.
+
+    Each token is binary, unary or a variable with chances of about .4, .15 and .45, so that .95 arguments open for each
+    that closes. Equal chances of all tokens would give hardly any formula of fewer than 30 tokens.
+    """
+    automaton = rule({"variables": variables})
+    draw = random.Random(seed)
+    formulas: list[str] = []
+    while len(formulas) < count:
+        state, formula = 0, ""
+        while (edges := automaton.edges[state]) and len(formula) < LONGEST:
+            chances = [
+                0.1 if token in BINARY else 0.15 / 4 if token in ARITY else 0.45 / len(variables)
+                for token in edges
+            ]
+            (token,) = draw.choices([*edges], chances)
+            state, formula = edges[token], formula + token
+        if state in automaton.accepting:
+            formulas.append(formula)
+    return formulas
+
+
+def new_model(variables: str, width: int, seed: int) -> Any:
+    """Return a model with random weights that writes formulas, and its tokenizer."""
+    return TinyModel((*ARITY, *variables, ">"), hidden=width, context=LONGEST + 16)(seed)
+
+
+def prior(variables: str, output_dir: str | Path, *, width: int = 32, seed: int = 0) -> str:
+    """Train a model on random formulas, and return the directory of its run.
+
+    Args:
+        variables: the names of the variables, a letter for each.
+        output_dir: directory of the run; one that has ended there is taken as it is.
+        width: width of the model, which has two layers.
+        seed: seed of the formulas, of their order and of the first weights.
+    """
+    formulas = random_formulas(variables, 20_000, seed)
+    run = tokenrl.sft(
+        task=[{"prompt": ">", "completion": formula} for formula in formulas],
+        model=new_model(variables, width, seed),
+        output_dir=str(output_dir),
+        resume="auto",
+        max_steps=300,
+        batch_size=64,
+        learning_rate=3e-3,
+        seed=seed,
+    )
+    if run.exit_code:
+        raise SystemExit(f"{output_dir} was stopped; the same command goes on.")
+    return str(output_dir)
 
 
 def searched(
     row: Mapping[str, Any],
     output_dir: str | Path,
     *,
-    estimator: str = "max_at_k,objective_order=25",
+    model: Any,
+    estimator: str = ESTIMATOR,
     formulas: int = 200_000,
     batch: int = 500,
-    learning_rate: float = 1e-3,
-    width: int = 32,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     **settings: Any,
 ) -> tokenrl.RunResult:
@@ -50,16 +105,14 @@ def searched(
     Args:
         row: the names of the variables, the values of each at the points, and the `target` there.
         output_dir: directory of the run, which goes on where one was stopped there.
+        model: the model to start from, such as `prior` or `new_model` return.
         estimator: the estimator, such as dsr or rloo.
         formulas: the most formulas that are sampled.
         batch: formulas of a step.
         learning_rate: the learning rate, which is constant.
-        width: width of the model, which has two layers.
-        seed: seed of the weights and of the sampling.
+        seed: seed of the sampling.
         settings: other settings of `tokenrl.train`, which come first.
     """
-    tokens = (*ARITY, *row["variables"], ">")
-    model = TinyModel(tokens, hidden=width, context=LONGEST + 16)(seed)
     rows = [{"prompt": ">", **row}]
     return tokenrl.train(
         **{
@@ -96,9 +149,9 @@ def row_of_file(data: str | Path) -> dict[str, Any]:
 
 def main(
     data: str,
-    estimator: str = "max_at_k,objective_order=25",
+    estimator: str = ESTIMATOR,
     formulas: int = 200_000,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     output_dir: str = "runs/formulas/own",
 ) -> None:
@@ -110,11 +163,13 @@ def main(
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
         seed: seed of the run.
-        output_dir: directory of the run; the same command goes on there after a kill.
+        output_dir: directory of the prior and of the search; the same command goes on there after a kill.
     """
+    row = row_of_file(data)
     run = searched(
-        row_of_file(data),
-        output_dir,
+        row,
+        f"{output_dir}/search",
+        model=prior(row["variables"], f"{output_dir}/prior", seed=seed),
         estimator=estimator,
         formulas=formulas,
         learning_rate=learning_rate,
