@@ -89,12 +89,29 @@ def test_a_text_that_is_no_formula_of_the_variables_is_worth_nothing(recipe, tex
 def test_a_formula_is_written_as_python_reads_it(recipe):
     formula = "-/s*xxlx+ecxx"
     assert recipe.infix(formula) == "((sin((x * x)) / log(x)) - (exp(cos(x)) + x))"
+    assert recipe.infix("*xsy", {"x": "mass", "y": "exp"}) == "(mass * sin(exp))"
 
 
 def test_points_of_a_file_are_a_row_with_the_last_column_as_target(module, tmp_path):
     (tmp_path / "points.csv").write_text("mass,speed,energy\n1,2,2\n2,3,9\n")
-    row = module("search").row_of_file(tmp_path / "points.csv")
+    row, names = module("search").read_points(tmp_path / "points.csv")
+    assert names == {"x": "mass", "y": "speed"}
     assert row == {"variables": "xy", "x": [1.0, 2.0], "y": [2.0, 3.0], "target": [2.0, 9.0]}
+
+
+def test_random_formulas_are_those_of_the_rule_and_mostly_short(module, recipe):
+    formulas = module("search").random_formulas("xy", 300, seed=1)
+    assert formulas == module("search").random_formulas("xy", 300, seed=1)
+    assert all(map(may_be_written, formulas)) and max(map(len, formulas)) <= recipe.LONGEST
+    assert np.median(list(map(len, formulas))) < 12
+    assert set("".join(formulas)) == set("+-*/scelxy")
+
+
+@pytest.mark.parametrize("text", ["x\n1\n", "x,target\n1,2\n3,\n", "x,target\n1,two\n"])
+def test_a_file_without_points_is_refused(module, tmp_path, text):
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(SystemExit, match="one to three columns of variables"):
+        module("search").read_points(tmp_path / "points.csv")
 
 
 def test_a_problem_is_recovered_by_its_formula_and_not_by_one_that_is_near(module):

@@ -90,16 +90,22 @@ def is_whole(text: str, variables: str) -> bool:
     return missing == 0
 
 
-def infix(formula: str) -> str:
-    """Return a formula in prefix notation as it is usually written."""
-    names = {"s": "sin", "c": "cos", "e": "exp", "l": "log"}
+def infix(formula: str, names: Mapping[str, str] | None = None) -> str:
+    """Return a formula in prefix notation as it is usually written.
+
+    Args:
+        formula: the formula in prefix notation.
+        names: what its variables are called; None for their letters.
+    """
+    names = {"s": "sin", "c": "cos", "e": "exp", "l": "log", **(names or {})}
     stack: list[str] = []
     for token in reversed(formula):
         arguments = [stack.pop() for _ in range(ARITY.get(token, 0))]
+        name = names.get(token, token)
         if token in BINARY:
             stack.append(f"({arguments[0]} {token} {arguments[1]})")
         else:
-            stack.append(f"{names[token]}({arguments[0]})" if arguments else token)
+            stack.append(f"{name}({arguments[0]})" if arguments else name)
     return stack.pop()
 
 

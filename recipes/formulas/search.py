@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import tyro
 from formulas import ARITY, BINARY, LONGEST, infix, rule
 
@@ -139,12 +139,23 @@ def searched(
     )
 
 
-def row_of_file(data: str | Path) -> dict[str, Any]:
-    """Return the row of a file of points: the variables, their values, and the target."""
-    columns = np.genfromtxt(data, delimiter=",", names=True)
-    names = "xyz"[: len(columns.dtype.names) - 1]
-    values = [columns[name].tolist() for name in columns.dtype.names]
-    return {"variables": names, **dict(zip((*names, "target"), values, strict=True))}
+def read_points(data: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the row of a file of points, and the name of the column of each variable.
+
+    Raises:
+        SystemExit: the file does not have two to four columns of numbers without gaps.
+    """
+    points = pd.read_csv(data).apply(pd.to_numeric, errors="coerce")
+    if not 2 <= len(points.columns) <= 4 or points.isna().any(axis=None):
+        raise SystemExit(
+            f"{data} has the columns {', '.join(points.columns)}, and {points.isna().sum().sum()} cells without a "
+            "number. Give one to three columns of variables and then the target, with a number in each cell."
+        )
+    *names, _ = points.columns
+    variables = "xyz"[: len(names)]
+    columns = zip((*variables, "target"), points.columns, strict=True)
+    row = {"variables": variables, **{letter: points[name].tolist() for letter, name in columns}}
+    return row, dict(zip(variables, names, strict=True))
 
 
 def main(
@@ -165,7 +176,7 @@ def main(
         seed: seed of the run.
         output_dir: directory of the prior and of the search; the same command goes on there after a kill.
     """
-    row = row_of_file(data)
+    row, names = read_points(data)
     run = searched(
         row,
         f"{output_dir}/search",
@@ -177,7 +188,7 @@ def main(
     )
     for best in run.best_completions:
         error = 1 / best["reward"] - 1
-        print(json.dumps({"best": infix(best["completion"]), "error": error}))
+        print(json.dumps({"best": infix(best["completion"], names), "error": error}))
 
 
 if __name__ == "__main__":
