@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import molopt
 import pandas as pd
@@ -57,6 +59,35 @@ def test_the_shares_of_a_prior_count_molecules(monkeypatch):
     monkeypatch.setattr(prior, "canonical", own.get)
     expected = {"valid": 0.8, "unique": 0.75, "new": pytest.approx(1 / 3)}
     assert prior.shares(["CO", "OC", "CN", "C(", "N"], ["CO", "N"]) == expected
+
+
+def test_a_prior_that_was_stopped_goes_on_and_one_of_another_shape_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    """A run that was stopped has a summary too."""
+    codes = [130, 0]
+
+    def sft(output_dir, **_):
+        Path(output_dir).mkdir(exist_ok=True)
+        Path(output_dir, "summary.json").touch()
+        return SimpleNamespace(exit_code=codes.pop(0))
+
+    monkeypatch.setattr(prior, "canonical", str)
+    monkeypatch.setattr(prior.tokenrl, "sft", sft)
+    monkeypatch.setattr(prior.tokenrl, "load_policy", lambda _: SimpleNamespace(size=9))
+    monkeypatch.setattr(prior, "sample_pool", lambda *_: [TEXTS])
+    molecules = tmp_path / "mine.smi"
+    molecules.write_text("\n".join(TEXTS))
+    shape = {"data": molecules, "layers": 1, "hidden": 8, "output_dir": tmp_path / "prior"}
+    with pytest.raises(SystemExit, match="was stopped; the same command goes on"):
+        prior.main(**shape)
+    prior.main(**shape)
+    assert "9 parameters" in capsys.readouterr().out and not codes
+    with pytest.raises(SystemExit, match="is of layers=1 .* layers=2"):
+        prior.main(**shape | {"layers": 2})
+    molecules.write_text(TEXTS[0])
+    with pytest.raises(SystemExit, match="name another --output-dir"):
+        prior.main(**shape)
 
 
 @pytest.mark.slow

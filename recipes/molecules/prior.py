@@ -5,8 +5,9 @@
     python recipes/molecules/prior.py --layers 4 --hidden 256 --output-dir runs/large
 
 The sample has 300,819 SMILES, without stereochemistry, phosphorus and iodine; training reads them about twice.
-A run that was killed goes on where it was saved when the command is repeated; one that has ended is only
-measured again. `molopt.py` optimises molecules from the result.
+A run that was stopped or killed goes on where it was saved when the command is repeated; one that has ended is
+only measured again. A folder is of one set of molecules, one shape and one seed. `molopt.py` optimises molecules
+from the result.
 
 A tokenizer cuts SMILES by the regular expression of Schwaller et al., "Molecular Transformer: A Model for
 Uncertainty-Calibrated Chemical Reaction Prediction", ACS Central Science 5 (2019), 1572. Each token that occurs
@@ -23,6 +24,7 @@ among these. The defaults gave .875, 1.000 and .982.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -101,7 +103,7 @@ def prepare(start: Path, data: Path, smiles: Path, seed: int, **shape: int) -> N
     data.write_text("\n".join(rows))
     tokenizer = smiles_tokenizer(molecules)
     tiny_llama(tokenizer, seed=seed, context=LONGEST + 2, **shape).save_pretrained(start)
-    tokenizer.save_pretrained(start)  # at last, as its presence says that all is there
+    tokenizer.save_pretrained(start)
 
 
 def main(
@@ -131,17 +133,23 @@ def main(
         output_dir: Folder of the molecules, the new model, and the run that trains it.
     """
     start, rows, run = (output_dir / name for name in ("start", "molecules.jsonl", "sft"))
-    if not (start / "tokenizer.json").exists():
-        smiles = data or in_molscore("data/sample.smi")
+    smiles, origin = data or in_molscore("data/sample.smi"), start / "origin.txt"
+    digest = hashlib.sha256(smiles.read_bytes()).hexdigest()[:12]
+    words = f"layers={layers} hidden={hidden} seed={seed} molecules={digest}"
+    if not origin.exists():
         prepare(start, rows, smiles, seed, layers=layers, hidden=hidden)
-    if not (run / "summary.json").exists():
-        result = tokenrl.sft(
-            task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
-            max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=100, seed=seed, threads=threads,
-        )  # fmt: skip
-        if result.exit_code:
-            raise SystemExit(f"{run} was stopped; the same command goes on.")
+        origin.write_text(words)  # at last, as its presence says that all is there
+    if (other := origin.read_text()) != words:
+        raise SystemExit(
+            f"{output_dir} is of {other}, and {words} was given: name another --output-dir."
+        )
+    result = tokenrl.sft(
+        task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
+        max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=100, seed=seed, threads=threads,
+    )  # fmt: skip
+    if result.exit_code:
+        raise SystemExit(f"{run} was stopped; the same command goes on.")
     policy = tokenrl.load_policy(str(run))
     sampling = Sampling(LONGEST, num_generations=samples, seed=seed)
     (completions,) = sample_pool(policy, [""], sampling)
