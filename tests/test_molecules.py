@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +84,7 @@ def test_a_prior_that_was_stopped_goes_on_and_one_of_another_shape_is_refused(
         prior.main(**shape)
     prior.main(**shape)
     assert "9 parameters" in capsys.readouterr().out and not codes
-    with pytest.raises(SystemExit, match="is of layers=1 .* layers=2"):
+    with pytest.raises(SystemExit, match=r"is of layers=1 .* layers=2"):
         prior.main(**shape | {"layers": 2})
     molecules.write_text(TEXTS[0])
     with pytest.raises(SystemExit, match="name another --output-dir"):
@@ -112,21 +113,35 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
     assert rewards == pytest.approx([0.04, 0, 0.02])
 
 
-def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
+def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, monkeypatch):
     def open_task(args, task, folder):
         folder.mkdir(parents=True)
         if task == "DRD2":
             raise ValueError("its pickle is of another release")
 
+    releases = {"molscore": "1.9.5", "rdkit": "2026.9.1", "tokenrl-lm": "1"}
+    monkeypatch.setattr(molopt, "version", releases.get)
+    weights = tmp_path / "prior" / "model" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
     made, folders = [], (tmp_path / "here", tmp_path / "there")
     for folder, seeds in ((0, (1, 2)), (0, (1, 2, 3)), (1, (4,))):
-        args = molopt.Args(name="a", seeds=seeds, output_dir=folders[folder])
+        args = molopt.Args(
+            name="a", seeds=seeds, output_dir=folders[folder], prior=tmp_path / "prior"
+        )
         args.output_dir.mkdir(exist_ok=True)
         optimise = lambda *of: made.append(of[2]) or {molopt.SCORE: 0.1 * of[2]}  # noqa: E731
         molopt.run(args, ["DRD2", "QED"], open_task, optimise)
     assert made == [1, 2, 3, 4] and "DRD2, seed 4: a gap" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="made with batch=128"):
-        molopt.run(replace(args, budget=500), ["QED"], open_task, optimise)
+    again = partial(molopt.run, tasks=["Ranolazine_MPO"], open_task=open_task, optimise=optimise)
+    for other in (replace(args, budget=500), replace(args, benchmark="GuacaMol")):
+        with pytest.raises(SystemExit, match=r"is of batch=128 .* another --name"):
+            again(other)
+    for change in (lambda: weights.write_bytes(b"others"), lambda: releases.update(rdkit="2023")):
+        change()
+        with pytest.raises(SystemExit, match="another --name"):
+            again(args)
+        weights.write_bytes(b"weights")
     table = molopt.summary(folders, ["DRD2", "QED"])
     values = [table.loc["QED", (name, "a")] for name in ("mean", "sem", "count")]
     assert values == pytest.approx([0.25, (5 / 300) ** 0.5 / 2, 4])

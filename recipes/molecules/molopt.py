@@ -6,7 +6,8 @@
     python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
 
 Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. When a
-command is repeated, what has ended is kept, and a run that was killed goes on where it was saved.
+command is repeated, what has ended is kept, and a run that was killed goes on where it was saved. All results of a
+name are of one benchmark, one prior by its weights, the same settings, and the same releases of MolScore and RDKit.
 
 MolScore counts the budget, remembers molecules that it has scored, and computes the table; the AUC of the top
 100 is the number that ACEGEN publishes. Text that RDKit refuses is rewarded with 0, and counts in the budget.
@@ -23,12 +24,14 @@ policy that collapses onto few molecules wastes its budget; and where the second
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+import hashlib
 import json
 import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,18 +162,26 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     }
 
 
+def origin(args: Args) -> str:
+    """Return in words all that decides a result but its task and seed."""
+    own = ("batch", "power", "repeats", "budget", "benchmark")
+    saved = args.prior / "model" if (args.prior / "model").exists() else args.prior
+    contents = [path.read_bytes() for path in sorted(saved.glob("*.*"))]
+    versions = [f"{name}={version(name)}" for name in ("molscore", "rdkit", "tokenrl-lm")]
+    words = [*args.settings, *(f"{name}={getattr(args, name)}" for name in own), *versions]
+    return " ".join([*words, f"prior={hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"])
+
+
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
-    own = (f"{name}={getattr(args, name)}" for name in ("batch", "power", "repeats", "budget"))
-    settings = " ".join([*args.settings, *own])
+    settings, base = origin(args), args.output_dir / args.name
+    for result in base.glob("*/*/result.json"):
+        if (other := json.loads(result.read_text())["settings"]) != settings:
+            raise SystemExit(f"{result} is of {other}: give {settings} another --name.")
     for task, seed in product(tasks, args.seeds):
-        folder = args.output_dir / args.name / task / f"seed_{seed}"
+        folder = base / task / f"seed_{seed}"
         result = folder / "result.json"
         if result.exists():
-            if (other := json.loads(result.read_text())["settings"]) != settings:
-                raise SystemExit(
-                    f"{folder} was made with {other}: give these settings another --name."
-                )
             continue
         try:
             molscore = open_task(args, task, folder / "molscore")
