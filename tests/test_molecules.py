@@ -12,6 +12,7 @@ import pandas as pd
 import prior
 import pytest
 
+import tokenrl
 from toy_tasks.models import tiny_llama
 
 TEXTS = ["CC(=O)Nc1ccc(Br)cc1", "C[C@@H](N)C(=O)[O-]", "ClC1CC%12CC1/C=C\\%12", "[nH]1cnnc1"]
@@ -29,7 +30,9 @@ class Oracle:
         self.step += 1
         valid = ["false" if set(text) & set("()[]") else "true" for text in smiles]
         earlier = [] if self.main_df is None else list(self.main_df["smiles"])
-        unique = ["false" if text in earlier else "true" for text in smiles]
+        earlier += smiles
+        copies = [text in earlier[: i - len(smiles)] for i, text in enumerate(smiles)]
+        unique = ["false" if is_copy else "true" for is_copy in copies]
         columns = {"smiles": smiles, "valid": valid, "unique": unique, "step": self.step}
         rows = pd.DataFrame(columns)
         self.main_df = pd.concat([self.main_df, rows], ignore_index=True)
@@ -97,7 +100,7 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
     for part in (tiny_llama(tokenizer, layers=1, hidden=16, context=128), tokenizer):
         part.save_pretrained(tmp_path / "prior")
     settings = ("estimator=rloo,beta=0.5", "save_every=1")
-    args = molopt.Args(settings, budget=10, batch=4, prior=tmp_path / "prior")
+    args = molopt.Args(settings, budget=10, batch=4, unit="samples", prior=tmp_path / "prior")
     row = molopt.optimise(args, oracle := Oracle(), 3, tmp_path / "run")
     assert row[molopt.SCORE] == 10 and len(oracle.main_df) == 12  # whole steps
     assert row["refused by RDKit"] == (oracle.main_df["valid"] == "false").sum() > 0
@@ -108,9 +111,29 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
         molopt.optimise(args, broken, 3, tmp_path / "broken")
     molopt.optimise(args, again, 3, tmp_path / "broken")
     assert again.main_df.equals(oracle.main_df) and again.most == 2
-    scorer = molopt.Scorer(oracle, power=2, repeats=0.5)
-    rewards = [scorer([text], lambda *metric: None)[0] for text in ("CC", "C(", "CC")]
-    assert rewards == pytest.approx([0.04, 0, 0.02])
+    texts = molopt.optimise(
+        replace(args, unit="texts", budget=9), other := Oracle(), 3, tmp_path / "texts"
+    )
+    assert texts["counted"] == len(other.main_df) >= 9 > other.main_df["step"].ne(other.step).sum()
+
+
+UNITS = {  # the rewards of two batches, and what they count
+    "texts": ([0.04, None, 0, 0.04, 0.02, None, 0.09], 5),
+    "samples": ([0.04, 0.02, 0, 0.04, 0.02, 0.02, 0.09], 7),
+    "molecules": ([0.04, 0.02, 0, 0.04, 0.02, 0.02, 0.09], 3),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_budget_counts_texts_of_a_batch_samples_or_molecules(unit):
+    rewards, count = UNITS[unit]
+    args = molopt.Args(unit=unit, budget=count, power=2, repeats=0.5)
+    scorer = molopt.Scorer(Oracle(), args)
+    batches = (["CC", "CC", "C(", "CO"], ["CC", "CC", "CCC"])
+    earned = [reward for batch in batches for reward in scorer(batch, lambda *metric: None)]
+    assert earned == pytest.approx(rewards) and len(scorer.counted()) == count
+    with pytest.raises(tokenrl.Finished, match=f"{count} {unit} counted"):
+        scorer(["N"], lambda *metric: None)
 
 
 def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, monkeypatch):
@@ -124,6 +147,7 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, 
     weights = tmp_path / "prior" / "model" / "model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
+    weights.with_name("tokenizer.json").write_text("{}")
     made, folders = [], (tmp_path / "here", tmp_path / "there")
     for folder, seeds in ((0, (1, 2)), (0, (1, 2, 3)), (1, (4,))):
         args = molopt.Args(

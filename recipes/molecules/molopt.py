@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -64,7 +64,11 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A run of each task for each seed."""
     budget: int = 10_000
-    """Scored molecules of a run."""
+    """What a run may spend, in units."""
+    unit: Literal["texts", "samples", "molecules"] = "texts"
+    """What the budget counts. texts: the distinct texts of each batch, as ACEGEN does; copies are dropped before they
+    are scored. samples: all that is sampled. molecules: the distinct molecules of the run, as PMO does; others are
+    scored and not counted."""
     batch: int = 128
     """Molecules of a step."""
     power: float = 1.0
@@ -80,15 +84,21 @@ class Args:
 
 
 class Scorer:
-    """MolScore as a reward. Its rows, one for each completion, are what the table is made from.
+    """MolScore as a reward. Its rows, one for each text that is scored, are what its numbers are made from.
 
     As it has a state, checkpoints save its rows, and evaluations take nothing from the budget.
     """
 
-    def __init__(self, molscore: Any, power: float = 1.0, repeats: float = 1.0) -> None:
+    def __init__(self, molscore: Any, args: Args) -> None:
         self.molscore = molscore
-        self.power = power
-        self.repeats = repeats
+        self.args = args
+
+    def counted(self) -> pd.DataFrame:
+        """Return the rows that the budget counts."""
+        rows = self.molscore.main_df
+        if self.args.unit == "molecules":
+            rows = rows[(rows["valid"] != "false") & (rows["unique"] != "false")]
+        return rows.reset_index(drop=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far, column by column, and the number of calls."""
@@ -104,14 +114,22 @@ class Scorer:
             self.molscore.main_df = pd.DataFrame(state["rows"])
             self.molscore.update_maxmin(self.molscore.main_df)
 
-    def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list[float]:
-        """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
-        scores = np.array(self.molscore.score(completions, flt=True))
+    def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list:
+        """Return MolScore's score of each completion, 0 where RDKit refuses it, and None for a copy that is dropped."""
+        budget, unit = self.args.budget, self.args.unit
+        if self.molscore.step and len(self.counted()) >= budget:
+            raise tokenrl.Finished(f"{budget:,} {unit} counted")
+        texts = list(dict.fromkeys(completions)) if unit == "texts" else completions
+        scores = np.array(self.molscore.score(texts, flt=True))
         rows = self.molscore.main_df.tail(len(scores))
         valid = rows["valid"] != "false"
         log_metric("valid", valid.mean())
-        factors = np.where(rows["unique"] == "false", self.repeats, 1.0)
-        return list(valid * factors * scores**self.power)
+        factors = np.where(rows["unique"] == "false", self.args.repeats, 1.0)
+        rewards = list(valid * factors * scores**self.args.power)
+        if unit == "texts":
+            first = dict(zip(texts, rewards, strict=True))
+            rewards = [first.pop(text, None) for text in completions]
+        return rewards
 
 
 def open_task(args: Args, task: str, folder: Path) -> Any:
@@ -132,29 +150,33 @@ def open_task(args: Args, task: str, folder: Path) -> Any:
 
 def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, Any]:
     """Spend the budget of a task, and return MolScore's metrics with counts and seconds."""
+    scorer = Scorer(molscore, args)
+    # A policy that has collapsed writes copies alone, and ends after ten times the steps.
+    most = 1 if args.unit == "samples" else 10
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
-        "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
+        "max_completion_length": LONGEST + 1, "max_steps": most * math.ceil(args.budget / args.batch),
         "learning_rate": 1e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,
         "save_every": 10, "keep_checkpoints": 1, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
     result = tokenrl.train(
-        task=[{"prompt": ""}], reward=Scorer(molscore, args.power, args.repeats), model=str(args.prior), seed=seed,
+        task=[{"prompt": ""}], reward=scorer, model=str(args.prior), seed=seed,
         output_dir=str(folder), resume="auto", **settings,
     )  # fmt: skip
     if result.exit_code:
         raise SystemExit(f"{folder} was stopped; the same command goes on.")
     molscore.write_scores()
+    rows, molscore.main_df = molscore.main_df, scorer.counted()
     metrics = molscore.compute_metrics(
         budget=args.budget, benchmark="MolOpt", chemistry_filter_basic=False
     )
     timings = pd.DataFrame(read_run(folder).timings).sum()
     collecting, scoring, updating = timings[["collect", "rewards/Scorer/seconds", "update"]]
-    rows = molscore.main_df
     return {
         **metrics,
         "refused by RDKit": (rows["valid"] == "false").sum(),
+        "counted": len(molscore.main_df),
         "molecules per second": len(rows) / (collecting + updating),
         "seconds of sampling": collecting - scoring,
         "seconds of scoring": scoring,
@@ -164,12 +186,16 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
 
 def origin(args: Args) -> str:
     """Return in words all that decides a result but its task and seed."""
-    own = ("batch", "power", "repeats", "budget", "benchmark")
+    own = ("batch", "power", "repeats", "budget", "unit", "benchmark")
     saved = args.prior / "model" if (args.prior / "model").exists() else args.prior
-    contents = [path.read_bytes() for path in sorted(saved.glob("*.*"))]
+    paths = [*sorted(saved.glob("*.safetensors")), saved / "tokenizer.json"]
+    try:
+        contents = b"".join(path.read_bytes() for path in paths)
+    except OSError as error:
+        raise SystemExit(f"{args.prior} is no model: {error}. prior.py trains one.") from None
     versions = [f"{name}={version(name)}" for name in ("molscore", "rdkit", "tokenrl-lm")]
     words = [*args.settings, *(f"{name}={getattr(args, name)}" for name in own), *versions]
-    return " ".join([*words, f"prior={hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"])
+    return " ".join([*words, f"prior={hashlib.sha256(contents).hexdigest()[:12]}"])
 
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
