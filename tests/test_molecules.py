@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import acegen_number
 import molopt
+import numpy as np
 import pandas as pd
 import prior
 import pytest
@@ -45,7 +49,7 @@ class Oracle:
         pass
 
     def compute_metrics(self, budget, **options):
-        return {molopt.SCORE: budget}
+        return {acegen_number.OWN: budget}
 
 
 def test_smiles_are_cut_into_atoms_bonds_and_rings_and_read_back():
@@ -102,7 +106,7 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
     settings = ("estimator=rloo,beta=0.5", "save_every=1")
     args = molopt.Args(settings, budget=10, batch=4, unit="samples", prior=tmp_path / "prior")
     row = molopt.optimise(args, oracle := Oracle(), 3, tmp_path / "run")
-    assert row[molopt.SCORE] == 10 and len(oracle.main_df) == 12  # whole steps
+    assert row[acegen_number.OWN] == 10 and len(oracle.main_df) == 12  # whole steps
     assert row["refused by RDKit"] == (oracle.main_df["valid"] == "false").sum() > 0
     assert min(row[f"seconds of {name}"] for name in ("sampling", "scoring", "updating")) > 0
     broken, again = Oracle(), Oracle()
@@ -136,9 +140,10 @@ def test_a_budget_counts_texts_of_a_batch_samples_or_molecules(unit):
         scorer(["N"], lambda *metric: None)
 
 
-def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, monkeypatch):
+def test_results_are_kept_a_gap_is_left_out_and_machines_join(tmp_path, capsys, monkeypatch):
     def open_task(args, task, folder):
         folder.mkdir(parents=True)
+        (folder / "scores.csv").write_text("smiles,single\nCC,0.75")
         if task == "DRD2":
             raise ValueError("its pickle is of another release")
 
@@ -154,7 +159,7 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, 
             name="a", seeds=seeds, output_dir=folders[folder], prior=tmp_path / "prior"
         )
         args.output_dir.mkdir(exist_ok=True)
-        optimise = lambda *of: made.append(of[2]) or {molopt.SCORE: 0.1 * of[2]}  # noqa: E731
+        optimise = lambda *of: made.append(of[2]) or {acegen_number.OWN: 0.1 * of[2]}  # noqa: E731
         molopt.run(args, ["DRD2", "QED"], open_task, optimise)
     assert made == [1, 2, 3, 4] and "DRD2, seed 4: a gap" in capsys.readouterr().out
     again = partial(molopt.run, tasks=["Ranolazine_MPO"], open_task=open_task, optimise=optimise)
@@ -166,7 +171,25 @@ def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys, 
         with pytest.raises(SystemExit, match="another --name"):
             again(args)
         weights.write_bytes(b"weights")
-    table = molopt.summary(folders, ["DRD2", "QED"])
-    values = [table.loc["QED", (name, "a")] for name in ("mean", "sem", "count")]
-    assert values == pytest.approx([0.25, (5 / 300) ** 0.5 / 2, 4])
-    assert table.loc["DRD2"].isna().all()
+    table = acegen_number.summary(folders)
+    values = [table.loc["QED", (*of, "a")] for of in product(("1.9.5", "1.5.5"), ("mean", "sem"))]
+    assert values == pytest.approx([0.25, (5 / 300) ** 0.5 / 2, 0.75, 0])
+    assert table.loc["QED", ("seed", "count", "a")] == 4 and "DRD2" not in table.index
+    sums = table.loc["sum where all have a value"]
+    assert sums["ACEGEN", "mean", "PPO"] == 0.94 and sums["1.9.5", "mean", "a"] == 0.25
+
+
+def test_the_number_of_acegen_counts_copies_and_text_that_is_no_molecule(tmp_path, monkeypatch):
+    """A curve that rises from 0 to its mean within the first 100 rows has 50 of these."""
+    best = np.r_[np.ones(200), np.zeros(900)]
+    assert acegen_number.area(best, 1000) == pytest.approx(0.95)
+    assert acegen_number.area(best[:500], 1000) == pytest.approx(0.95)
+    assert acegen_number.area(1 - best, 1000) == pytest.approx(0.751)  # 1 of 100 at row 200
+    monkeypatch.setattr(acegen_number, "has_ether", "CCCOC".__eq__)
+    (tmp_path / "molscore").mkdir()
+    (tmp_path / "molscore" / "scores.csv").write_text("smiles,amean\nCCCOC,0.5\nCO,0.4")
+    row = {"name": "a", "settings": "", "seed": 0, "budget": 1, acegen_number.OWN: 0.1}
+    for task, third in (("Deco_hop", 0), ("Scaffold_hop", (1 - 1e-6) / 3)):
+        (tmp_path / "result.json").write_text(json.dumps(row | {"task": task}))
+        both = acegen_number.numbers(tmp_path / "result.json")
+        assert (both["1.5.5"], both["1.9.5"]) == pytest.approx((0.5 + third, 0.1))

@@ -2,19 +2,17 @@
 
     python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
     python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
-    python recipes/molecules/molopt.py --seeds 3 4         the other half on another machine, copied to other/
-    python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
 
 Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. When a
 command is repeated, what has ended is kept, and a run that was killed goes on where it was saved. All results of a
 name are of one benchmark, one prior by its weights, the same settings, and the same releases of MolScore and RDKit.
 
-MolScore counts the budget, remembers molecules that it has scored, and computes the table; the AUC of the top
-100 is the number that ACEGEN publishes. Text that RDKit refuses is rewarded with 0, and counts in the budget.
-A task whose oracle cannot be loaded here is named, and is a gap in the table.
+MolScore remembers molecules that it has scored, and computes the AUC of the top 100. Text that RDKit refuses is
+rewarded with 0, and counts in the budget. A task whose oracle cannot be loaded here is named and left out.
+`acegen_number.py` makes a table of all runs, beside ACEGEN's.
 
-Look for: the AUC beside ACEGEN's, whose prior learnt from another set of molecules; `valid` and `unique`, as a
-policy that collapses onto few molecules wastes its budget; and where the seconds go.
+Look for: `valid` and `unique`, as a policy that collapses onto few molecules wastes its budget; and where the
+seconds go.
 """
 
 # /// script
@@ -43,10 +41,6 @@ from prior import LONGEST, in_molscore
 
 import tokenrl
 from tokenrl.runs import read_run
-
-SCORE = "Top-100 AUC Score"
-ACEGEN = Path(__file__).with_name("acegen.csv")
-"""The AUC of the top 100 by task in ACEGEN's README, means of five seeds with 10,000 molecules."""
 
 
 @dataclass
@@ -78,9 +72,7 @@ class Args:
     prior: Path = Path("runs/prior/sft")
     """The run of `prior.py`, or another model that writes SMILES."""
     output_dir: Path = Path("runs/molopt")
-    """Folder of all runs and of the table."""
-    collect: tuple[Path, ...] = ()
-    """Such folders of other machines, whose results join the table; `--seeds` without a number runs nothing."""
+    """Folder of all runs."""
 
 
 class Scorer:
@@ -215,22 +207,10 @@ def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callabl
             print(f"{task}, seed {seed}: a gap, as its oracle cannot score here. {error}")
             continue
         row = {"name": args.name, "settings": settings, "task": task, "seed": seed}
+        row["budget"] = args.budget
         row |= optimise(args, molscore, seed, folder / "run")
         result.write_text(json.dumps(row, default=float))
         print(pd.Series(row).to_string(float_format="{:.3f}".format), flush=True)
-
-
-def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
-    """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
-    paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
-    results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
-    if results.empty:
-        raise SystemExit("No run has a result.")
-    if (results.groupby("name")["settings"].nunique() > 1).any():
-        raise SystemExit("Results of one name have different settings; give these other names.")
-    results = results.drop_duplicates(["name", "task", "seed"])
-    table = results.pivot_table(SCORE, "task", "name", aggfunc=["mean", "sem", "count"])
-    return table.reindex(tasks)
 
 
 def main(args: Args) -> None:
@@ -239,15 +219,6 @@ def main(args: Args) -> None:
     if not set(tasks) <= set(names):
         raise SystemExit(f"The tasks of {args.benchmark} are {', '.join(names)}.")
     run(args, tasks, open_task, optimise)
-    table = summary([args.output_dir, *args.collect], tasks)
-    if args.benchmark == "MolOpt":
-        published = pd.read_csv(ACEGEN, index_col="task")
-        for name in ("REINFORCE", "PPO", "PPOD"):
-            table["ACEGEN", name] = published[name]
-        table.loc["sum where all have a value"] = table[["mean", "ACEGEN"]].dropna().sum()
-    table.to_csv(args.output_dir / "table.csv")
-    print(f"AUC of the top 100 of {args.budget:,} molecules, from the prior {args.prior}")
-    print(table.to_string(na_rep="", float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
