@@ -9,9 +9,10 @@ top 100 means differs from that of MolScore 1.9.5, which molopt.py prints, in tw
 * Each row counts. A molecule that was written ten times is ten of the best hundred, and text that is no molecule is a
   row with the score 0.
 * The pattern of Scaffold_hop has a character that is no bond of SMARTS. RDKit before 2024 reads it up to there, and so
-  pays a third for each ether of a chain of three carbons; later ones refuse it, and nothing has the pattern.
+  pays a third for each ether of a chain of three carbons; RDKit 2026.9 refuses it, and nothing has the pattern.
 
-A table of both numbers is written beside the runs. It needs neither release of MolScore.
+`sem` is the standard error of the first number over seeds. Below the rows are sums over the tasks of ACEGEN's table.
+Neither release of MolScore is needed.
 """
 
 # /// script
@@ -23,7 +24,6 @@ A table of both numbers is written beside the runs. It needs neither release of 
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,60 +45,42 @@ def area(scores: np.ndarray, budget: int) -> float:
         budget: the last row of the area; where there are fewer rows, the last mean is that of the rest.
     """
     last = min(len(scores), budget) - 1
-    ends = [*range(100, last, 100), last]
-    means = [np.sort(scores[: end + 1])[-100:].mean() for end in ends]
-    trapezia = np.diff([0, *ends]) * (np.array([0, *means[:-1]]) + means) / 2
+    ends = [0, *range(100, last, 100), last]
+    means = [0, *(np.sort(scores[: end + 1])[-100:].mean() for end in ends[1:])]
+    trapezia = np.diff(ends) * (means + np.roll(means, 1))[1:] / 2
     return (trapezia.sum() + (budget - last) * means[-1]) / budget
 
 
 def has_ether(smiles: str) -> bool:
-    """Whether a molecule has what their RDKit takes for the pattern of Scaffold_hop; False for other text."""
-    from rdkit import Chem, rdBase
+    """Whether a molecule has what their RDKit takes for the pattern of Scaffold_hop."""
+    from rdkit import Chem
 
-    with rdBase.BlockLogs():
-        molecule = Chem.MolFromSmiles(smiles)
-    return bool(molecule and molecule.HasSubstructMatch(Chem.MolFromSmarts(ETHER)))
+    return Chem.MolFromSmiles(smiles).HasSubstructMatch(Chem.MolFromSmarts(ETHER))
 
 
-def numbers(result: Path) -> dict[str, Any]:
-    """Return both numbers of a run with its name, task, settings and seed, from its result and its molecules."""
+def both_numbers(result: Path) -> dict:
+    """Return the result of a run, and with it the number of 1.5.5 for its molecules."""
     row = json.loads(result.read_text())
     rows = pd.read_csv(result.parent / "molscore" / "scores.csv")
     scores = rows.filter(regex="^(single|amean|gmean)$").iloc[:, 0].to_numpy()
     if row["task"] == "Scaffold_hop":
         # The pattern's third is 1 in place of MolScore's least value, 1e-6.
-        scores = scores + rows["smiles"].map(has_ether) * (1 - 1e-6) / 3
-    own = {name: row[name] for name in ("name", "settings", "task", "seed")}
-    return own | {"1.5.5": area(np.array(scores), row["budget"]), "1.9.5": row[OWN]}
+        ethers = rows["smiles"].where(rows["valid"], "").map(has_ether)
+        scores = scores + ethers.to_numpy() * (1 - 1e-6) / 3
+    return row | {"1.5.5": area(scores, row["budget"]), "1.9.5": row[OWN]}
 
 
-def summary(folders: tuple[Path, ...]) -> pd.DataFrame:
-    """Return by task and name the means of both numbers, standard errors and counts of seeds, beside ACEGEN's means."""
-    runs = [
-        numbers(path) for folder in folders for path in sorted(folder.glob("*/*/*/result.json"))
-    ]
-    if not runs:
-        raise SystemExit(
-            f"No run in {', '.join(map(str, folders))} has a result; molopt.py makes them."
-        )
-    results = pd.DataFrame(runs).drop_duplicates(["name", "task", "seed"])
-    if (results.groupby("name")["settings"].nunique() > 1).any():
-        raise SystemExit("Results of one name have different settings; give these other names.")
-    kinds = {"1.5.5": ["mean", "sem"], "1.9.5": ["mean", "sem"], "seed": "count"}
-    table = results.pivot_table(index="task", columns="name", aggfunc=kinds)
-    published = pd.read_csv(PUBLISHED, index_col="task")
-    for name in ("REINFORCE", "PPO", "PPOD"):
-        table["ACEGEN", "mean", name] = published[name]
-    means = table.xs("mean", axis=1, level=1, drop_level=False).dropna(axis=1, how="all")
-    table.loc["sum where all have a value"] = means.dropna().sum()
-    return table
-
-
-def main(folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/molopt"),)) -> None:
-    table = summary(folders)
-    table.to_csv(folders[0] / "table.csv")
+def main(folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/molopt"),)) -> pd.DataFrame:
+    """Print and return means over seeds by name, settings and task, how many seeds there are, and ACEGEN's columns."""
+    runs = [both_numbers(path) for base in folders for path in base.glob("*/*/*/result.json")]
+    seeds = pd.DataFrame(runs).groupby(["name", "settings", "task"])
+    table = seeds[["1.5.5", "1.9.5"]].mean()
+    table = table.assign(sem=seeds["1.5.5"].sem(), seeds=seeds["seed"].nunique())
+    table = table.join(pd.read_csv(PUBLISHED, index_col="task")).droplevel("settings")
     print("AUC of the top 100: of all rows (1.5.5, as ACEGEN's), and of distinct molecules (1.9.5)")
-    print(table.to_string(na_rep="", float_format="{:.3f}".format))
+    for rows in (table, table.drop(columns="sem").dropna().groupby("name").sum()):
+        print(rows.to_string(na_rep="", float_format="{:.3f}".format))
+    return table
 
 
 if __name__ == "__main__":

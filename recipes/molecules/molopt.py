@@ -1,4 +1,4 @@
-"""Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task, and MolScore's own table.
+"""Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task.
 
     python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
     python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
@@ -8,7 +8,7 @@ command is repeated, what has ended is kept, and a run that was killed goes on w
 name are of one benchmark, one prior by its weights, the same settings, and the same releases of MolScore and RDKit.
 
 MolScore remembers molecules that it has scored, and computes the AUC of the top 100. Text that RDKit refuses is
-rewarded with 0, and counts in the budget. A task whose oracle cannot be loaded here is named and left out.
+rewarded with 0. A task whose oracle cannot be loaded here is named and left out.
 `acegen_number.py` makes a table of all runs, beside ACEGEN's.
 
 Look for: `valid` and `unique`, as a policy that collapses onto few molecules wastes its budget; and where the
@@ -22,7 +22,6 @@ seconds go.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
-import hashlib
 import json
 import math
 import shutil
@@ -37,7 +36,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import tyro
-from prior import LONGEST, in_molscore
+from prior import LONGEST, claim, digest, in_molscore
 
 import tokenrl
 from tokenrl.runs import read_run
@@ -50,7 +49,7 @@ class Args:
     settings: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Settings of `tokenrl train`, each as name=value."""
     name: str = "reinforce"
-    """Name of these settings in the table, and of their folder."""
+    """Name of these settings, and of their folder."""
     benchmark: str = "MolOpt"
     """A benchmark of MolScore, such as MolOpt, GuacaMol or MolExp."""
     tasks: tuple[str, ...] = ()
@@ -61,8 +60,8 @@ class Args:
     """What a run may spend, in units."""
     unit: Literal["texts", "samples", "molecules"] = "texts"
     """What the budget counts. texts: the distinct texts of each batch, as ACEGEN does; copies are dropped before they
-    are scored. samples: all that is sampled. molecules: the distinct molecules of the run, as PMO does; others are
-    scored and not counted."""
+    are scored and learnt from, so that what is written often weighs less, which is another objective. samples: all
+    that is sampled. molecules: the distinct molecules of the run, as PMO does; the rest is scored and not counted."""
     batch: int = 128
     """Molecules of a step."""
     power: float = 1.0
@@ -89,7 +88,7 @@ class Scorer:
         """Return the rows that the budget counts."""
         rows = self.molscore.main_df
         if self.args.unit == "molecules":
-            rows = rows[(rows["valid"] != "false") & (rows["unique"] != "false")]
+            rows = rows.query("valid != 'false' and unique != 'false'")
         return rows.reset_index(drop=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,20 +107,19 @@ class Scorer:
 
     def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list:
         """Return MolScore's score of each completion, 0 where RDKit refuses it, and None for a copy that is dropped."""
-        budget, unit = self.args.budget, self.args.unit
-        if self.molscore.step and len(self.counted()) >= budget:
-            raise tokenrl.Finished(f"{budget:,} {unit} counted")
-        texts = list(dict.fromkeys(completions)) if unit == "texts" else completions
+        args = self.args
+        if self.molscore.step and len(self.counted()) >= args.budget:
+            raise tokenrl.Finished(f"{args.budget} {args.unit} counted")
+        drops = args.unit == "texts"
+        texts = list(dict.fromkeys(completions)) if drops else completions
         scores = np.array(self.molscore.score(texts, flt=True))
         rows = self.molscore.main_df.tail(len(scores))
         valid = rows["valid"] != "false"
         log_metric("valid", valid.mean())
-        factors = np.where(rows["unique"] == "false", self.args.repeats, 1.0)
-        rewards = list(valid * factors * scores**self.args.power)
-        if unit == "texts":
-            first = dict(zip(texts, rewards, strict=True))
-            rewards = [first.pop(text, None) for text in completions]
-        return rewards
+        factors = np.where(rows["unique"] == "false", args.repeats, 1.0)
+        rewards = list(valid * factors * scores**args.power)
+        first = dict(zip(texts, rewards, strict=True))
+        return [first.pop(text, None) for text in completions] if drops else rewards
 
 
 def open_task(args: Args, task: str, folder: Path) -> Any:
@@ -169,7 +167,6 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
         **metrics,
         "refused by RDKit": (rows["valid"] == "false").sum(),
         "counted": len(molscore.main_df),
-        "molecules per second": len(rows) / (collecting + updating),
         "seconds of sampling": collecting - scoring,
         "seconds of scoring": scoring,
         "seconds of updating": updating,
@@ -180,22 +177,15 @@ def origin(args: Args) -> str:
     """Return in words all that decides a result but its task and seed."""
     own = ("batch", "power", "repeats", "budget", "unit", "benchmark")
     saved = args.prior / "model" if (args.prior / "model").exists() else args.prior
-    paths = [*sorted(saved.glob("*.safetensors")), saved / "tokenizer.json"]
-    try:
-        contents = b"".join(path.read_bytes() for path in paths)
-    except OSError as error:
-        raise SystemExit(f"{args.prior} is no model: {error}. prior.py trains one.") from None
     versions = [f"{name}={version(name)}" for name in ("molscore", "rdkit", "tokenrl-lm")]
     words = [*args.settings, *(f"{name}={getattr(args, name)}" for name in own), *versions]
-    return " ".join([*words, f"prior={hashlib.sha256(contents).hexdigest()[:12]}"])
+    return " ".join([*words, f"prior={digest(sorted(saved.glob('*.safetensors')))}"])
 
 
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
     settings, base = origin(args), args.output_dir / args.name
-    for result in base.glob("*/*/result.json"):
-        if (other := json.loads(result.read_text())["settings"]) != settings:
-            raise SystemExit(f"{result} is of {other}: give {settings} another --name.")
+    claim(base, settings)
     for task, seed in product(tasks, args.seeds):
         folder = base / task / f"seed_{seed}"
         result = folder / "result.json"
@@ -215,10 +205,9 @@ def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callabl
 
 def main(args: Args) -> None:
     names = sorted(path.stem for path in in_molscore(f"configs/{args.benchmark}").glob("*.json"))
-    tasks = args.tasks or names
-    if not set(tasks) <= set(names):
+    if not set(args.tasks) <= set(names):
         raise SystemExit(f"The tasks of {args.benchmark} are {', '.join(names)}.")
-    run(args, tasks, open_task, optimise)
+    run(args, args.tasks or names, open_task, optimise)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,27 @@ def in_molscore(path: str) -> Path:
     return Path(importlib.util.find_spec("molscore").origin).parent / path  # type: ignore[union-attr, arg-type]
 
 
+def digest(paths: Iterable[Path]) -> str:
+    """Return 12 digits of a hash of what files hold."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def claim(folder: Path, words: str) -> None:
+    """Write into a folder what decides all that is in it.
+
+    Raises:
+        SystemExit: The folder is of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = folder / "origin.txt"
+    if not origin.exists():
+        origin.write_text(words)
+    if (other := origin.read_text()) != words:
+        raise SystemExit(
+            f"{folder} is of {other}; {words} needs another folder: --output-dir, or --name of molopt.py."
+        )
+
+
 def read_molecules(path: Path) -> list[str]:
     """Return the canonical SMILES of distinct molecules of a file, the first word of each line."""
     lines = path.read_text().split("\n")
@@ -103,7 +124,7 @@ def prepare(start: Path, data: Path, smiles: Path, seed: int, **shape: int) -> N
     data.write_text("\n".join(rows))
     tokenizer = smiles_tokenizer(molecules)
     tiny_llama(tokenizer, seed=seed, context=LONGEST + 2, **shape).save_pretrained(start)
-    tokenizer.save_pretrained(start)
+    tokenizer.save_pretrained(start)  # at last, as its presence says that all is there
 
 
 def main(
@@ -133,16 +154,10 @@ def main(
         output_dir: Folder of the molecules, the new model, and the run that trains it.
     """
     start, rows, run = (output_dir / name for name in ("start", "molecules.jsonl", "sft"))
-    smiles, origin = data or in_molscore("data/sample.smi"), start / "origin.txt"
-    digest = hashlib.sha256(smiles.read_bytes()).hexdigest()[:12]
-    words = f"layers={layers} hidden={hidden} seed={seed} molecules={digest}"
-    if not origin.exists():
+    smiles = data or in_molscore("data/sample.smi")
+    claim(output_dir, f"layers={layers} hidden={hidden} seed={seed} molecules={digest([smiles])}")
+    if not (start / "tokenizer.json").exists():
         prepare(start, rows, smiles, seed, layers=layers, hidden=hidden)
-        origin.write_text(words)  # at last, as its presence says that all is there
-    if (other := origin.read_text()) != words:
-        raise SystemExit(
-            f"{output_dir} is of {other}, and {words} was given: name another --output-dir."
-        )
     result = tokenrl.sft(
         task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
         max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
