@@ -73,6 +73,8 @@ def both_numbers(result: Path) -> dict:
 def main(folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/molopt"),)) -> pd.DataFrame:
     """Print and return means over seeds by name, settings and task, how many seeds there are, and ACEGEN's columns."""
     runs = [both_numbers(path) for base in folders for path in base.glob("*/*/*/result.json")]
+    if not runs:
+        raise SystemExit("No run has a result; molopt.py makes them.")
     seeds = pd.DataFrame(runs).groupby(["name", "settings", "task"])
     table = seeds[["1.5.5", "1.9.5"]].mean()
     table = table.assign(sem=seeds["1.5.5"].sem(), seeds=seeds["seed"].nunique())
