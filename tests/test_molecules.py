@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import acegen_number
 import molopt
+import numpy as np
 import pandas as pd
 import prior
 import pytest
 
+import tokenrl
 from toy_tasks.models import tiny_llama
 
 TEXTS = ["CC(=O)Nc1ccc(Br)cc1", "C[C@@H](N)C(=O)[O-]", "ClC1CC%12CC1/C=C\\%12", "[nH]1cnnc1"]
@@ -26,7 +33,9 @@ class Oracle:
         self.step += 1
         valid = ["false" if set(text) & set("()[]") else "true" for text in smiles]
         earlier = [] if self.main_df is None else list(self.main_df["smiles"])
-        unique = ["false" if text in earlier else "true" for text in smiles]
+        earlier += smiles
+        copies = [text in earlier[: i - len(smiles)] for i, text in enumerate(smiles)]
+        unique = ["false" if is_copy else "true" for is_copy in copies]
         columns = {"smiles": smiles, "valid": valid, "unique": unique, "step": self.step}
         rows = pd.DataFrame(columns)
         self.main_df = pd.concat([self.main_df, rows], ignore_index=True)
@@ -39,7 +48,7 @@ class Oracle:
         pass
 
     def compute_metrics(self, budget, **options):
-        return {molopt.SCORE: budget}
+        return {acegen_number.OWN: budget}
 
 
 def test_smiles_are_cut_into_atoms_bonds_and_rings_and_read_back():
@@ -59,15 +68,44 @@ def test_the_shares_of_a_prior_count_molecules(monkeypatch):
     assert prior.shares(["CO", "OC", "CN", "C(", "N"], ["CO", "N"]) == expected
 
 
+def test_a_prior_that_was_stopped_goes_on_and_one_of_another_shape_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    """A run that was stopped has a summary too."""
+    codes = [130, 0]
+
+    def sft(output_dir, **_):
+        Path(output_dir).mkdir(exist_ok=True)
+        Path(output_dir, "summary.json").touch()
+        return SimpleNamespace(exit_code=codes.pop(0))
+
+    monkeypatch.setattr(prior, "canonical", str)
+    monkeypatch.setattr(prior.tokenrl, "sft", sft)
+    monkeypatch.setattr(prior.tokenrl, "load_policy", lambda _: SimpleNamespace(size=9))
+    monkeypatch.setattr(prior, "sample_pool", lambda *_: [TEXTS])
+    molecules = tmp_path / "mine.smi"
+    molecules.write_text("\n".join(TEXTS))
+    shape = {"data": molecules, "layers": 1, "hidden": 8, "output_dir": tmp_path / "prior"}
+    with pytest.raises(SystemExit, match="was stopped; the same command goes on"):
+        prior.main(**shape)
+    prior.main(**shape)
+    assert "9 parameters" in capsys.readouterr().out and not codes
+    with pytest.raises(SystemExit, match=r"is of layers=1 .* layers=2"):
+        prior.main(**shape | {"layers": 2})
+    molecules.write_text(TEXTS[0])
+    with pytest.raises(SystemExit, match="needs another folder"):
+        prior.main(**shape)
+
+
 @pytest.mark.slow
 def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
     tokenizer = prior.smiles_tokenizer(TEXTS)
     for part in (tiny_llama(tokenizer, layers=1, hidden=16, context=128), tokenizer):
         part.save_pretrained(tmp_path / "prior")
     settings = ("estimator=rloo,beta=0.5", "save_every=1")
-    args = molopt.Args(settings, budget=10, batch=4, prior=tmp_path / "prior")
+    args = molopt.Args(settings, budget=10, batch=4, unit="samples", prior=tmp_path / "prior")
     row = molopt.optimise(args, oracle := Oracle(), 3, tmp_path / "run")
-    assert row[molopt.SCORE] == 10 and len(oracle.main_df) == 12  # whole steps
+    assert row[acegen_number.OWN] == 10 and len(oracle.main_df) == 12  # whole steps
     assert row["refused by RDKit"] == (oracle.main_df["valid"] == "false").sum() > 0
     assert min(row[f"seconds of {name}"] for name in ("sampling", "scoring", "updating")) > 0
     broken, again = Oracle(), Oracle()
@@ -76,27 +114,81 @@ def test_a_task_spends_its_budget_and_a_run_that_broke_off_goes_on(tmp_path):
         molopt.optimise(args, broken, 3, tmp_path / "broken")
     molopt.optimise(args, again, 3, tmp_path / "broken")
     assert again.main_df.equals(oracle.main_df) and again.most == 2
-    scorer = molopt.Scorer(oracle, power=2, repeats=0.5)
-    rewards = [scorer([text], lambda *metric: None)[0] for text in ("CC", "C(", "CC")]
-    assert rewards == pytest.approx([0.04, 0, 0.02])
+    texts = molopt.optimise(
+        replace(args, unit="texts", budget=9), other := Oracle(), 3, tmp_path / "texts"
+    )
+    assert texts["counted"] == len(other.main_df) >= 9 > other.main_df["step"].ne(other.step).sum()
 
 
-def test_results_are_kept_a_gap_stays_empty_and_machines_join(tmp_path, capsys):
+UNITS = {  # the rewards of two batches, and what they count
+    "texts": ([0.04, None, 0, 0.04, 0.02, None, 0.09], 5),
+    "samples": ([0.04, 0.02, 0, 0.04, 0.02, 0.02, 0.09], 7),
+    "molecules": ([0.04, 0.02, 0, 0.04, 0.02, 0.02, 0.09], 3),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_budget_counts_texts_of_a_batch_samples_or_molecules(unit):
+    rewards, count = UNITS[unit]
+    args = molopt.Args(unit=unit, budget=count, power=2, repeats=0.5)
+    scorer = molopt.Scorer(Oracle(), args)
+    batches = (["CC", "CC", "C(", "CO"], ["CC", "CC", "CCC"])
+    earned = [reward for batch in batches for reward in scorer(batch, lambda *metric: None)]
+    assert earned == pytest.approx(rewards) and len(scorer.counted()) == count
+    with pytest.raises(tokenrl.Finished, match=f"{count} {unit} counted"):
+        scorer(["N"], lambda *metric: None)
+
+
+def test_results_are_kept_a_gap_is_left_out_and_machines_join(tmp_path, capsys, monkeypatch):
     def open_task(args, task, folder):
         folder.mkdir(parents=True)
+        (folder / "scores.csv").write_text("smiles,single\nCC,0.75")
         if task == "DRD2":
             raise ValueError("its pickle is of another release")
 
+    releases = {"molscore": "1.9.5", "rdkit": "2026.9.1", "tokenrl-lm": "1"}
+    monkeypatch.setattr(molopt, "version", releases.get)
+    weights = tmp_path / "prior" / "model" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    weights.with_name("tokenizer.json").write_text("{}")
     made, folders = [], (tmp_path / "here", tmp_path / "there")
     for folder, seeds in ((0, (1, 2)), (0, (1, 2, 3)), (1, (4,))):
-        args = molopt.Args(name="a", seeds=seeds, output_dir=folders[folder])
+        args = molopt.Args(
+            name="a", seeds=seeds, output_dir=folders[folder], prior=tmp_path / "prior"
+        )
         args.output_dir.mkdir(exist_ok=True)
-        optimise = lambda *of: made.append(of[2]) or {molopt.SCORE: 0.1 * of[2]}  # noqa: E731
+        optimise = lambda *of: made.append(of[2]) or {acegen_number.OWN: 0.1 * of[2]}  # noqa: E731
         molopt.run(args, ["DRD2", "QED"], open_task, optimise)
     assert made == [1, 2, 3, 4] and "DRD2, seed 4: a gap" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="made with batch=128"):
-        molopt.run(replace(args, budget=500), ["QED"], open_task, optimise)
-    table = molopt.summary(folders, ["DRD2", "QED"])
-    values = [table.loc["QED", (name, "a")] for name in ("mean", "sem", "count")]
-    assert values == pytest.approx([0.25, (5 / 300) ** 0.5 / 2, 4])
-    assert table.loc["DRD2"].isna().all()
+    again = partial(molopt.run, tasks=["Ranolazine_MPO"], open_task=open_task, optimise=optimise)
+    for other in (replace(args, budget=500), replace(args, benchmark="GuacaMol")):
+        with pytest.raises(SystemExit, match=r"is of batch=128 .* or --name"):
+            again(other)
+    for change in (lambda: weights.write_bytes(b"others"), lambda: releases.update(rdkit="2023")):
+        change()
+        with pytest.raises(SystemExit, match="or --name"):
+            again(args)
+        weights.write_bytes(b"weights")
+    table = acegen_number.main(folders).loc[("a", "QED")]
+    columns = ["1.9.5", "1.5.5", "sem", "seeds", "PPO"]
+    assert table[columns].tolist() == pytest.approx([0.25, 0.75, 0, 4, 0.94])
+    assert "a     0.750  0.250      4" in capsys.readouterr().out  # the sum
+
+
+def test_the_number_of_acegen_counts_copies_and_text_that_is_no_molecule(tmp_path, monkeypatch):
+    """A curve that rises from 0 to its mean within the first 100 rows has 50 of these."""
+    best = np.r_[np.ones(200), np.zeros(900)]
+    assert acegen_number.area(best, 1000) == pytest.approx(0.95)
+    assert acegen_number.area(best[:500], 1000) == pytest.approx(0.95)
+    assert acegen_number.area(1 - best, 1000) == pytest.approx(0.751)  # 1 of 100 at row 200
+    monkeypatch.setattr(acegen_number, "has_ether", "CCCOC".__eq__)
+    (tmp_path / "molscore").mkdir()
+    (tmp_path / "molscore" / "scores.csv").write_text(
+        "smiles,valid,amean\nCCCOC,true,0.5\nCO,true,0.4"
+    )
+    row = {"name": "a", "settings": "", "seed": 0, "budget": 1, acegen_number.OWN: 0.1}
+    for task, third in (("Deco_hop", 0), ("Scaffold_hop", (1 - 1e-6) / 3)):
+        (tmp_path / "result.json").write_text(json.dumps(row | {"task": task}))
+        both = acegen_number.both_numbers(tmp_path / "result.json")
+        assert (both["1.5.5"], both["1.9.5"]) == pytest.approx((0.5 + third, 0.1))

@@ -28,7 +28,7 @@ PROGRAMS = {
 # tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"verify", "openenv_client"}
-ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt"}
+ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt", "acegen_number"}
 ELSEWHERE |= {"nguyen"}  # tests/test_formulas.py
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (

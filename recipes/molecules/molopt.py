@@ -1,19 +1,18 @@
-"""Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task, and MolScore's own table.
+"""Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task.
 
     python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
     python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
-    python recipes/molecules/molopt.py --seeds 3 4         the other half on another machine, copied to other/
-    python recipes/molecules/molopt.py --seeds --collect other/runs/molopt     no run, one table of both
 
 Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. When a
-command is repeated, what has ended is kept, and a run that was killed goes on where it was saved.
+command is repeated, what has ended is kept, and a run that was killed goes on where it was saved. All results of a
+name are of one benchmark, one prior by its weights, the same settings, and the same releases of MolScore and RDKit.
 
-MolScore counts the budget, remembers molecules that it has scored, and computes the table; the AUC of the top
-100 is the number that ACEGEN publishes. Text that RDKit refuses is rewarded with 0, and counts in the budget.
-A task whose oracle cannot be loaded here is named, and is a gap in the table.
+MolScore remembers molecules that it has scored, and computes the AUC of the top 100. Text that RDKit refuses is
+rewarded with 0. A task whose oracle cannot be loaded here is named and left out.
+`acegen_number.py` makes a table of all runs, beside ACEGEN's.
 
-Look for: the AUC beside ACEGEN's, whose prior learnt from another set of molecules; `valid` and `unique`, as a
-policy that collapses onto few molecules wastes its budget; and where the seconds go.
+Look for: `valid` and `unique`, as a policy that collapses onto few molecules wastes its budget; and where the
+seconds go.
 """
 
 # /// script
@@ -29,21 +28,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import tyro
-from prior import LONGEST, in_molscore
+from prior import LONGEST, claim, digest, in_molscore
 
 import tokenrl
 from tokenrl.runs import read_run
-
-SCORE = "Top-100 AUC Score"
-ACEGEN = Path(__file__).with_name("acegen.csv")
-"""The AUC of the top 100 by task in ACEGEN's README, means of five seeds with 10,000 molecules."""
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Args:
     settings: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Settings of `tokenrl train`, each as name=value."""
     name: str = "reinforce"
-    """Name of these settings in the table, and of their folder."""
+    """Name of these settings, and of their folder."""
     benchmark: str = "MolOpt"
     """A benchmark of MolScore, such as MolOpt, GuacaMol or MolExp."""
     tasks: tuple[str, ...] = ()
@@ -61,7 +57,11 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A run of each task for each seed."""
     budget: int = 10_000
-    """Scored molecules of a run."""
+    """What a run may spend, in units."""
+    unit: Literal["texts", "samples", "molecules"] = "texts"
+    """What the budget counts. texts: the distinct texts of each batch, as ACEGEN does; copies are dropped before they
+    are scored and learnt from, so that what is written often weighs less, which is another objective. samples: all
+    that is sampled. molecules: the distinct molecules of the run, as PMO does; the rest is scored and not counted."""
     batch: int = 128
     """Molecules of a step."""
     power: float = 1.0
@@ -71,21 +71,25 @@ class Args:
     prior: Path = Path("runs/prior/sft")
     """The run of `prior.py`, or another model that writes SMILES."""
     output_dir: Path = Path("runs/molopt")
-    """Folder of all runs and of the table."""
-    collect: tuple[Path, ...] = ()
-    """Such folders of other machines, whose results join the table; `--seeds` without a number runs nothing."""
+    """Folder of all runs."""
 
 
 class Scorer:
-    """MolScore as a reward. Its rows, one for each completion, are what the table is made from.
+    """MolScore as a reward. Its rows, one for each text that is scored, are what its numbers are made from.
 
     As it has a state, checkpoints save its rows, and evaluations take nothing from the budget.
     """
 
-    def __init__(self, molscore: Any, power: float = 1.0, repeats: float = 1.0) -> None:
+    def __init__(self, molscore: Any, args: Args) -> None:
         self.molscore = molscore
-        self.power = power
-        self.repeats = repeats
+        self.args = args
+
+    def counted(self) -> pd.DataFrame:
+        """Return the rows that the budget counts."""
+        rows = self.molscore.main_df
+        if self.args.unit == "molecules":
+            rows = rows.query("valid != 'false' and unique != 'false'")
+        return rows.reset_index(drop=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far, column by column, and the number of calls."""
@@ -101,14 +105,21 @@ class Scorer:
             self.molscore.main_df = pd.DataFrame(state["rows"])
             self.molscore.update_maxmin(self.molscore.main_df)
 
-    def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list[float]:
-        """Return MolScore's score of each completion, and 0 where RDKit refuses it."""
-        scores = np.array(self.molscore.score(completions, flt=True))
+    def __call__(self, completions: list[str], log_metric: Callable, **columns: Any) -> list:
+        """Return MolScore's score of each completion, 0 where RDKit refuses it, and None for a copy that is dropped."""
+        args = self.args
+        if self.molscore.step and len(self.counted()) >= args.budget:
+            raise tokenrl.Finished(f"{args.budget} {args.unit} counted")
+        drops = args.unit == "texts"
+        texts = list(dict.fromkeys(completions)) if drops else completions
+        scores = np.array(self.molscore.score(texts, flt=True))
         rows = self.molscore.main_df.tail(len(scores))
         valid = rows["valid"] != "false"
         log_metric("valid", valid.mean())
-        factors = np.where(rows["unique"] == "false", self.repeats, 1.0)
-        return list(valid * factors * scores**self.power)
+        factors = np.where(rows["unique"] == "false", args.repeats, 1.0)
+        rewards = list(valid * factors * scores**args.power)
+        first = dict(zip(texts, rewards, strict=True))
+        return [first.pop(text, None) for text in completions] if drops else rewards
 
 
 def open_task(args: Args, task: str, folder: Path) -> Any:
@@ -129,48 +140,56 @@ def open_task(args: Args, task: str, folder: Path) -> Any:
 
 def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, Any]:
     """Spend the budget of a task, and return MolScore's metrics with counts and seconds."""
+    scorer = Scorer(molscore, args)
+    # A policy that has collapsed writes copies alone, and ends after ten times the steps.
+    most = 1 if args.unit == "samples" else 10
     settings: dict[str, Any] = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
-        "max_completion_length": LONGEST + 1, "max_steps": math.ceil(args.budget / args.batch),
+        "max_completion_length": LONGEST + 1, "max_steps": most * math.ceil(args.budget / args.batch),
         "learning_rate": 1e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,
         "save_every": 10, "keep_checkpoints": 1, "threads": 1, "quiet": True,
     }  # fmt: skip
     settings |= dict(word.split("=", 1) for word in args.settings)
     result = tokenrl.train(
-        task=[{"prompt": ""}], reward=Scorer(molscore, args.power, args.repeats), model=str(args.prior), seed=seed,
+        task=[{"prompt": ""}], reward=scorer, model=str(args.prior), seed=seed,
         output_dir=str(folder), resume="auto", **settings,
     )  # fmt: skip
     if result.exit_code:
         raise SystemExit(f"{folder} was stopped; the same command goes on.")
     molscore.write_scores()
+    rows, molscore.main_df = molscore.main_df, scorer.counted()
     metrics = molscore.compute_metrics(
         budget=args.budget, benchmark="MolOpt", chemistry_filter_basic=False
     )
     timings = pd.DataFrame(read_run(folder).timings).sum()
     collecting, scoring, updating = timings[["collect", "rewards/Scorer/seconds", "update"]]
-    rows = molscore.main_df
     return {
         **metrics,
         "refused by RDKit": (rows["valid"] == "false").sum(),
-        "molecules per second": len(rows) / (collecting + updating),
+        "counted": len(molscore.main_df),
         "seconds of sampling": collecting - scoring,
         "seconds of scoring": scoring,
         "seconds of updating": updating,
     }
 
 
+def origin(args: Args) -> str:
+    """Return in words all that decides a result but its task and seed."""
+    own = ("batch", "power", "repeats", "budget", "unit", "benchmark")
+    saved = args.prior / "model" if (args.prior / "model").exists() else args.prior
+    versions = [f"{name}={version(name)}" for name in ("molscore", "rdkit", "tokenrl-lm")]
+    words = [*args.settings, *(f"{name}={getattr(args, name)}" for name in own), *versions]
+    return " ".join([*words, f"prior={digest(sorted(saved.glob('*.safetensors')))}"])
+
+
 def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callable) -> None:
     """Make the runs of `args` that have no result yet, with the functions of these names, and say how they went."""
-    own = (f"{name}={getattr(args, name)}" for name in ("batch", "power", "repeats", "budget"))
-    settings = " ".join([*args.settings, *own])
+    settings, base = origin(args), args.output_dir / args.name
+    claim(base, settings)
     for task, seed in product(tasks, args.seeds):
-        folder = args.output_dir / args.name / task / f"seed_{seed}"
+        folder = base / task / f"seed_{seed}"
         result = folder / "result.json"
         if result.exists():
-            if (other := json.loads(result.read_text())["settings"]) != settings:
-                raise SystemExit(
-                    f"{folder} was made with {other}: give these settings another --name."
-                )
             continue
         try:
             molscore = open_task(args, task, folder / "molscore")
@@ -178,39 +197,17 @@ def run(args: Args, tasks: Sequence[str], open_task: Callable, optimise: Callabl
             print(f"{task}, seed {seed}: a gap, as its oracle cannot score here. {error}")
             continue
         row = {"name": args.name, "settings": settings, "task": task, "seed": seed}
+        row["budget"] = args.budget
         row |= optimise(args, molscore, seed, folder / "run")
         result.write_text(json.dumps(row, default=float))
         print(pd.Series(row).to_string(float_format="{:.3f}".format), flush=True)
 
 
-def summary(folders: Sequence[Path], tasks: Sequence[str]) -> pd.DataFrame:
-    """Return the mean score of each task and name, its standard error and the number of seeds; a gap is NaN."""
-    paths = (path for folder in folders for path in folder.glob("*/*/*/result.json"))
-    results = pd.DataFrame([json.loads(path.read_text()) for path in paths])
-    if results.empty:
-        raise SystemExit("No run has a result.")
-    if (results.groupby("name")["settings"].nunique() > 1).any():
-        raise SystemExit("Results of one name have different settings; give these other names.")
-    results = results.drop_duplicates(["name", "task", "seed"])
-    table = results.pivot_table(SCORE, "task", "name", aggfunc=["mean", "sem", "count"])
-    return table.reindex(tasks)
-
-
 def main(args: Args) -> None:
     names = sorted(path.stem for path in in_molscore(f"configs/{args.benchmark}").glob("*.json"))
-    tasks = args.tasks or names
-    if not set(tasks) <= set(names):
+    if not set(args.tasks) <= set(names):
         raise SystemExit(f"The tasks of {args.benchmark} are {', '.join(names)}.")
-    run(args, tasks, open_task, optimise)
-    table = summary([args.output_dir, *args.collect], tasks)
-    if args.benchmark == "MolOpt":
-        published = pd.read_csv(ACEGEN, index_col="task")
-        for name in ("REINFORCE", "PPO", "PPOD"):
-            table["ACEGEN", name] = published[name]
-        table.loc["sum where all have a value"] = table[["mean", "ACEGEN"]].dropna().sum()
-    table.to_csv(args.output_dir / "table.csv")
-    print(f"AUC of the top 100 of {args.budget:,} molecules, from the prior {args.prior}")
-    print(table.to_string(na_rep="", float_format="{:.3f}".format))
+    run(args, args.tasks or names, open_task, optimise)
 
 
 if __name__ == "__main__":

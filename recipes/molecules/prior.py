@@ -5,8 +5,9 @@
     python recipes/molecules/prior.py --layers 4 --hidden 256 --output-dir runs/large
 
 The sample has 300,819 SMILES, without stereochemistry, phosphorus and iodine; training reads them about twice.
-A run that was killed goes on where it was saved when the command is repeated; one that has ended is only
-measured again. `molopt.py` optimises molecules from the result.
+A run that was stopped or killed goes on where it was saved when the command is repeated; one that has ended is
+only measured again. A folder is of one set of molecules, one shape and one seed. `molopt.py` optimises molecules
+from the result.
 
 A tokenizer cuts SMILES by the regular expression of Schwaller et al., "Molecular Transformer: A Model for
 Uncertainty-Calibrated Chemical Reaction Prediction", ACS Central Science 5 (2019), 1572. Each token that occurs
@@ -23,6 +24,7 @@ among these. The defaults gave .875, 1.000 and .982.
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -73,6 +75,27 @@ def canonical(smiles: str) -> str | None:
 def in_molscore(path: str) -> Path:
     """Return the path of a file or folder of MolScore, which takes seconds to import."""
     return Path(importlib.util.find_spec("molscore").origin).parent / path  # type: ignore[union-attr, arg-type]
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Return 12 digits of a hash of what files hold."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def claim(folder: Path, words: str) -> None:
+    """Write into a folder what decides all that is in it.
+
+    Raises:
+        SystemExit: The folder is of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = folder / "origin.txt"
+    if not origin.exists():
+        origin.write_text(words)
+    if (other := origin.read_text()) != words:
+        raise SystemExit(
+            f"{folder} is of {other}; {words} needs another folder: --output-dir, or --name of molopt.py."
+        )
 
 
 def read_molecules(path: Path) -> list[str]:
@@ -131,17 +154,17 @@ def main(
         output_dir: Folder of the molecules, the new model, and the run that trains it.
     """
     start, rows, run = (output_dir / name for name in ("start", "molecules.jsonl", "sft"))
+    smiles = data or in_molscore("data/sample.smi")
+    claim(output_dir, f"layers={layers} hidden={hidden} seed={seed} molecules={digest([smiles])}")
     if not (start / "tokenizer.json").exists():
-        smiles = data or in_molscore("data/sample.smi")
         prepare(start, rows, smiles, seed, layers=layers, hidden=hidden)
-    if not (run / "summary.json").exists():
-        result = tokenrl.sft(
-            task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
-            max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=100, seed=seed, threads=threads,
-        )  # fmt: skip
-        if result.exit_code:
-            raise SystemExit(f"{run} was stopped; the same command goes on.")
+    result = tokenrl.sft(
+        task=str(rows), model=str(start), output_dir=str(run), resume="auto", save_every=200,
+        max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=100, seed=seed, threads=threads,
+    )  # fmt: skip
+    if result.exit_code:
+        raise SystemExit(f"{run} was stopped; the same command goes on.")
     policy = tokenrl.load_policy(str(run))
     sampling = Sampling(LONGEST, num_generations=samples, seed=seed)
     (completions,) = sample_pool(policy, [""], sampling)

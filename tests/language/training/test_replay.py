@@ -85,6 +85,8 @@ def test_the_best_distinct_texts_are_kept_with_their_latest_log_probabilities():
     rewards = torch.tensor([1.0, 5.0, 3.0, 5.0, 0.0, 1.0, 3.0])
     assert best_rows(rewards, "abcbdae") == [3, 2, 6, 5, 4]
     assert best_rows(torch.tensor([10.0, 0.0, 5.0]), "AAB") == [0, 2]  # the largest of its rewards
+    draws = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    assert sum(float(pair[best_rows(pair, "AA")]) for pair in draws) / 4 == 0.75  # a noisy reward
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class SamplingArguments(Distribution, group="sampling"):
     of rewards. The importance of the estimator (none, token, sequence) weights them; rewards choose them, and equal
     texts count once, so the gradient is biased with each. For tasks of one or few prompts."""
     replay_memory: Count = 100
-    """With replay: the texts that are kept of each prompt, by their rewards."""
+    """With replay: the texts that are kept of each prompt. A text keeps the largest of its rewards, with the
+    log-probabilities of that sample; of a reward that draws random numbers this is above the mean."""
     prompt_weights: Annotated[str, OR_FUNCTION] = "uniform"
     """How often each training prompt is drawn. uniform: equally often. variance: in proportion to the variance of its
     rewards in this run, for rewards of 0 and 1 p (1 - p). A column of the data: in proportion to its numbers. Or
