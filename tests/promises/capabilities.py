@@ -37,6 +37,11 @@ CAPABILITIES = {
     ),
     "greedy": Capability("baseline", "--estimator.baseline remax"),
     "own baseline": Capability("baseline", "--estimator.baseline mine.py:baseline", "baseline"),
+    "own advantage": Capability("baseline", "--estimator.baseline mine.py:advantage", "advantage"),
+    "target": Capability(
+        "baseline",
+        "--estimator.baseline group_mean --estimator.scale target --estimator.scale-ddof 0",
+    ),
     "kl control": Capability(
         "kl", "--estimator.beta 0.1 --estimator.kl-placement loss --target-kl 0.001"
     ),
@@ -58,6 +63,7 @@ CAPABILITIES = {
     "several updates": Capability(
         "updates", "--estimator.ratio token --num-iterations 2 --num-minibatches 2"
     ),
+    "several passes": Capability("updates", "--estimator.ratio delight --num-iterations 2"),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),
     "keep best": Capability("weights", "--keep best --patience 9"),
