@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import CHOICES, ENTROPY, KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import CHOICES, OBJECTIVES
+from tokenrl.core.effects import ENTROPY, KL_EFFECTS
 from tokenrl.errors import Refused
 from tokenrl.lab import all_completions, exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem

@@ -39,8 +39,7 @@ CAPABILITIES = {
     "own baseline": Capability("baseline", "--estimator.baseline mine.py:baseline", "baseline"),
     "own advantage": Capability("baseline", "--estimator.baseline mine.py:advantage", "advantage"),
     "target": Capability(
-        "baseline",
-        "--estimator.baseline group_mean --estimator.scale target --estimator.scale-ddof 0",
+        "baseline", "--estimator.baseline none --estimator.scale target --estimator.eta 0.5"
     ),
     "kl control": Capability(
         "kl", "--estimator.beta 0.1 --estimator.kl-placement loss --target-kl 0.001"

@@ -80,7 +80,7 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     prompts = None
     if learner.teacher_prompts is not None:
         prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
-    if estimator.beta:
+    if estimator.needs_reference:
         keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
         scores = learner.ref_scores(rows, prompts, states=keeps)
         columns["ref_logprobs"] = scores.logprobs.to(rows.logprobs)

@@ -9,6 +9,7 @@ different widths, because their gradients are summed only after the last pass of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import Experience
-from tokenrl.runs.processes import agreed, gather_objects, local
+from tokenrl.runs.processes import agreed, gather_objects, gather_rows, local
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
@@ -133,10 +134,11 @@ def loss_terms(
     sampling: Sampling,
     memory: Memory,
     rewards: Rewards,
+    data: Mapping[str, Sequence[Any]],
 ) -> LossTerms:
     """Return the advantages and what counts of all N rows, in loss and divisor.
 
-    Nothing is in the gradient where the policy may not move yet.
+    Nothing is in the gradient where the policy may not move yet. `data` holds what `own_columns` returns.
 
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
@@ -155,6 +157,7 @@ def loss_terms(
         "score_norms",
         "greedy_rewards",
         "sampling_logprobs",
+        "entropy",
     )
     inputs = {name: getattr(rows, name) for name in names}
     if rows.dense_rewards is not None:
@@ -166,11 +169,48 @@ def loss_terms(
         baseline_value=None if rows.keys is None else read(memory, rows.keys),  # [N]
         components=unrounded(rows.by_function, dtype),
         component_weights=torch.from_numpy(rewards.weights),  # [F]
+        data=data,
         **inputs,
     )
     if not policy_steps(learner.args, sampling.step):  # the critic learns alone
         terms = terms._replace(in_gradient=terms.in_gradient & False)
     return terms.to(dtype)
+
+
+def own_columns(learner: Learner, rows: Rewarded) -> dict[str, list[Any]]:
+    """Return the columns of the data that a baseline of the user's names, of the rows of all processes."""
+    names = [x for x in learner.estimator.own_names if x in rows.data[0]]
+    table = gather_objects([[row[x] for x in names] for row in rows.data]) if names else []
+    return dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
+
+
+def later_terms(
+    learner: Learner, rows: Experience, whole: Experience, terms: LossTerms
+) -> LossTerms:
+    """Return the terms of a later update of a step, whose policy has moved since it sampled.
+
+    Args:
+        learner: the policy and the settings.
+        rows: this process's n rows.
+        whole: all N rows of the step.
+        terms: those of the first update.
+    """
+    estimator = learner.estimator
+    if not estimator.chosen("scale").drift or whole.old_logprobs is None:
+        return terms
+    forward = learner.forward
+    logprobs = learner.scores(rows, forward.model, forward.regime, learner.sampling).logprobs
+    if learner.accelerator.num_processes > 1:
+        logprobs = gather_rows(learner.accelerator, {"logprobs": logprobs})["logprobs"]
+    moved = estimator.later_advantages(
+        terms.advantages,
+        whole.mask,
+        group_size=learner.group_size,
+        logprobs=logprobs.to(terms.advantages),
+        old_logprobs=whole.old_logprobs.to(terms.advantages),
+        valid=whole.valid,
+    )
+    return terms._replace(advantages=moved)
 
 
 def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

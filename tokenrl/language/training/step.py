@@ -34,9 +34,11 @@ from tokenrl.language.training.experience import (
     update_metrics,
 )
 from tokenrl.language.training.rows import (
+    later_terms,
     learning_rows,
     loss_inputs,
     loss_terms,
+    own_columns,
     rows_of_step,
     update_weights,
 )
@@ -102,14 +104,16 @@ def training_step(
 
     rows = experience(learner, rewarded, sampling)
     whole = gather(accelerator, rows, rewarded.failures or ())  # all N rows, on every process
-    terms = loss_terms(learner, whole, sampling, memory, rewards)
-    advantages = local(accelerator, terms.advantages)
+    data = own_columns(learner, rewarded)
+    terms = loss_terms(learner, whole, sampling, memory, rewards, data)
     parameters = learner.policy.trainable_parameters()
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
-        weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
-        learning = learning_rows(learner, terms, chosen)  # [N]
+        present = later_terms(learner, rows, whole, terms) if updates else terms
+        advantages = local(accelerator, present.advantages)
+        weights = local(accelerator, update_weights(learner, present, chosen))  # [n, T]
+        learning = learning_rows(learner, present, chosen)  # [N]
         sums: list[Tensor] = []
         scored.append([])
         learner.optimizer.zero_grad()
