@@ -62,7 +62,11 @@ CAPABILITIES = {
     "several updates": Capability(
         "updates", "--estimator.ratio token --num-iterations 2 --num-minibatches 2"
     ),
-    "several passes": Capability("updates", "--estimator.ratio delight --num-iterations 2"),
+    "several passes": Capability(
+        "updates",
+        # At the rate of the other runs the policy writes a single text after two steps.
+        "--estimator.ratio delight --num-iterations 2 --learning-rate 0.0003",
+    ),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),
     "keep best": Capability("weights", "--keep best --patience 9"),

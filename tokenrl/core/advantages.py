@@ -140,7 +140,7 @@ def advantages_in_turns(axes: Axes, columns: Columns) -> Advantages:
     clock = Turns.read(columns["turns"], mask)
     reached = clock.sums(clock.begins.long()) > 0
     in_turns = columns | {"rewards": clock.sums(columns["rewards"]), "mask": reached}
-    summed = {name: mask for name in ("score_norms", *OF_TOKENS)}
+    summed: Columns = dict.fromkeys(("score_norms", *OF_TOKENS), mask)
     for name, counted in {"values": clock.begins, **summed}.items():
         if columns[name] is not None:
             in_turns[name] = clock.sums(zero_outside(columns[name], counted))

@@ -161,8 +161,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "target": Choice(
             BIASED,
-            "a completion counts by its own probability among those of its group, so those that are probable already "
-            "count more",
+            "a completion counts by its own probability among those of its group: as the group grows, it tends to "
+            "ascend log E[exp(u/eta)]/2 under the square of the policy, u the standardised returns held fixed",
             "scales.target",
             "group",
             needs="old_logprobs",

@@ -37,7 +37,7 @@ def logprobs_of(model, policy, row):
     return textbook_logprobs(logits).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-def cross_entropies(scores, rewards, targets, eta):
+def cross_entropies(scores, rewards, eta, targets):
     """TPO's loss of each group of three, as its paper writes it; the targets are made in the first pass."""
     losses = []
     for number in range(0, len(rewards), 3):
@@ -55,7 +55,7 @@ def cross_entropies(scores, rewards, targets, eta):
     return sum(losses) / sum(reward is not None for reward in rewards)
 
 
-def delights(scores, rewards, eta):
+def delights(scores, rewards, eta, _):
     """The loss of DG: the mean over rows of the sums over tokens, with the mean of the step as the baseline."""
     present = [i for i, reward in enumerate(rewards) if reward is not None]
     mean = sum(rewards[i] for i in present) / len(present)
@@ -80,13 +80,10 @@ def test_passes_over_a_step_are_those_of_a_loop(name, eta, passes, options):
     learner = make_learner(policy, estimator, num_iterations=passes, **STEP, **options)
     one_step(learner, reward=recorded(abstaining, seen))
     rewards, targets = [reward for *_, reward in seen], {}
-    before = weights(model)
+    before, losses = weights(model), {"tpo": cross_entropies, "dg": delights}
     for _ in range(passes):
         scores = [logprobs_of(model, policy, row) for row in seen]
-        if name == "tpo":
-            loss = cross_entropies(scores, rewards, targets, eta)
-        else:
-            loss = delights(scores, rewards, eta)
+        loss = losses[name](scores, rewards, eta, targets)
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
