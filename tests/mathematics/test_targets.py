@@ -64,6 +64,18 @@ def test_with_large_groups_tpo_ascends_the_mean_exponential_under_the_squared_po
     assert_close(ascended, expected)
 
 
+def test_a_policy_that_has_reached_its_target_has_no_gradient_left():
+    rewards = torch.tensor([1.0, 3.0, 0.0]).double()
+    old = torch.tensor([[-1.0], [-2.0], [-0.5]]).double()
+    mask, sizes = torch.ones(3, 1).double(), {"group_size": 3}
+    first = TARGET.advantages(rewards, mask, logprobs=old, **sizes).policy
+    u = (rewards - rewards.mean()) / rewards.std(correction=0)
+    inputs = sizes | {"logprobs": old + u[:, None] / ETA + 0.3, "old_logprobs": old}
+    later = TARGET.later_advantages(first, mask, **inputs)
+    assert first.abs().max() > 0.5
+    assert_close(later, torch.zeros_like(later), rtol=0, atol=1e-12)
+
+
 def test_a_mild_target_is_the_mean_under_the_squared_policy_and_no_temperature_undoes_that():
     """As eta grows the direction stays biased: a large eta is a small step, not another objective."""
     problem = tabular_problem(2, group_size=3)
