@@ -95,10 +95,12 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are():
     def unrounded(totals, entropy):
         return totals
 
-    with pytest.raises(Refused, match=r"'misnamed' has a parameter 'logprob',.*level.* entropy"):
+    with pytest.raises(
+        Refused, match=r"'misnamed' has .* 'logprob' that.*'logprobs'\?.* entropy.* level"
+    ):
         Estimator(baseline=misnamed).advantages(SCORES, ROWS, group_size=2, **STEP)
     for call in (advantages, measure_bias):
-        with pytest.raises(Refused, match=r"has a parameter 'logprob'.*one of: group_size, mask"):
+        with pytest.raises(Refused, match=r"has a parameter 'logprob'.*Available: .*group_size"):
             call(Estimator(baseline=misnamed))
     with pytest.raises(Refused, match="'unrounded' has a parameter 'entropy'"):
         advantages(Estimator(baseline=unrounded))

@@ -233,7 +233,7 @@ ELSEWHERE = (
     "with three or more reward levels",  # tests/mathematics/test_objectives.py
     "E[1/b; b > 0]",
     "as the group grows, it tends to ascend the mean of the best share",
-    "under the square of the policy",  # tests/mathematics/test_targets.py
+    "under the square of the policy",  # tests/mathematics/test_target_policies.py
     "ascends sum_x U(p(x))",  # tests/language/training/test_prompt_weights.py
 )
 

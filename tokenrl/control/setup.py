@@ -14,9 +14,10 @@ from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.run import AgentRun
 from tokenrl.control.update import Agent
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.refusals import SEEN, check_horizon, check_sizes, seen_by
+from tokenrl.core.refusals import check_horizon, check_sizes
 from tokenrl.core.schedules import check_warmup
 from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction
 from tokenrl.runs import choose_threads, using_threads
 from tokenrl.settings import lay
 
@@ -76,11 +77,12 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
     Raises:
         Refused: the message names the field, and what to choose; or the baseline cannot be imported.
     """
-    seen_by(estimator.baseline, (*SEEN, "lengths"))
+    if isinstance(estimator.baseline, NamedFunction):
+        estimator.baseline.load()
     for axis, reason in UNSUPPORTED.items():
         if getattr(estimator, axis) != getattr(Estimator, axis):
             raise Refused(f"In control {axis} cannot be set: {reason}. Leave it at its default.")
-    if estimator.chosen("scale").drift:
+    if estimator.chosen("scale").needs:
         raise Refused("In control scale 'target' cannot be set: it is for completions of a prompt.")
     if "greedy_rewards" in estimator.needs:
         raise Refused(

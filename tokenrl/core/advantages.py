@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,19 @@ from torch import Tensor
 from tokenrl.core.axes import Axes
 from tokenrl.core.effects import Choice
 from tokenrl.core.memories import failures_of_baseline
-from tokenrl.core.refusals import OF_ROWS, SEEN, seen_by
 from tokenrl.core.returns import Turns, reward_to_go, token_rewards
-from tokenrl.core.rows import Advantages, Mask, overlong_penalty, required, zero_outside
+from tokenrl.core.rows import Advantages, overlong_penalty, required, zero_outside
 from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction, accepted
 from tokenrl.user_code import copied
 
 Columns = dict[str, Any]
-ALWAYS = ("rewards", "mask", "valid", "group_size", "logprobs")
+ALWAYS = ("rewards", "mask", "valid", "group_size", "logprobs", "present_logprobs")
 """The columns that every estimator uses."""
 OF_TOKENS = ("logprobs", "sampling_logprobs", "ref_logprobs", "entropy")
 """Numbers of tokens, which are added up over a turn."""
+SEEN = ("group_size", "valid", "rewards", "components", "lengths")
+"""What a baseline of the user's may name, beside numbers of tokens, mask, turns and columns of the data."""
 
 
 def in_sets(
@@ -140,7 +143,7 @@ def advantages_in_turns(axes: Axes, columns: Columns) -> Advantages:
     clock = Turns.read(columns["turns"], mask)
     reached = clock.sums(clock.begins.long()) > 0
     in_turns = columns | {"rewards": clock.sums(columns["rewards"]), "mask": reached}
-    summed: Columns = dict.fromkeys(("score_norms", *OF_TOKENS), mask)
+    summed: Columns = dict.fromkeys(("score_norms", "present_logprobs", *OF_TOKENS), mask)
     for name, counted in {"values": clock.begins, **summed}.items():
         if columns[name] is not None:
             in_turns[name] = clock.sums(zero_outside(columns[name], counted))
@@ -213,17 +216,20 @@ def from_function(
             shape of the mask.
     """
     name = getattr(baseline, "__name__", type(baseline).__name__)
-    lengths = step["lengths"]
-    counts = lengths.clamp(max=1) if step["turns"] is None else actions.sum(-1)
-    columns = {x: step[x] for x in (*SEEN, *OF_ROWS)} | {"mask": actions, "turns": counts}
+    counts = step["lengths"].clamp(max=1) if step["turns"] is None else actions.sum(-1)
+    columns = {x: step[x] for x in SEEN} | {"mask": actions, "turns": counts}
     for x in OF_TOKENS:
         if step[x] is not None:
             columns[x] = zero_outside(step[x], actions)
     there = {x: value for x, value in columns.items() if value is not None or x == "group_size"}
     there = {**(step["data"] or {}), **there}
     with failures_of_baseline(name):
-        own = {x: there[x] for x in seen_by(baseline, there)}
-        result = baseline(totals.clone(), **{x: copy_of(value) for x, value in own.items()})
+        loaded = baseline.load() if isinstance(baseline, NamedFunction) else baseline
+        own = partial(loaded, totals.clone())
+        options = {x: there[x] for x in accepted(own, f"The baseline {name!r}", there)}
+        for x, value in options.items():
+            options[x] = value.clone() if isinstance(value, Tensor) else copied(value)
+        result = own(**options)
     if isinstance(result, Tensor) and result.shape in (totals.shape, actions.shape):
         return result.detach().to(totals.dtype)
     kind = type(result).__name__
@@ -233,44 +239,3 @@ def from_function(
         f"The baseline {name!r} returned {kind}; it must return a tensor of one number per row "
         f"({len(totals)}), or one per token or turn, {tuple(actions.shape)}."
     )
-
-
-def copy_of(value: Any) -> Any:
-    """Return a value that shares nothing with this one, without a gradient."""
-    return value.detach().clone() if isinstance(value, Tensor) else copied(value)
-
-
-def later_advantages(
-    axes: Axes,
-    advantages: Float[Tensor, " N *T"],
-    mask: Mask,
-    *,
-    group_size: int | None,
-    logprobs: Float[Tensor, "N T"],
-    old_logprobs: Float[Tensor, "N T"],
-    valid: Bool[Tensor, " N"] | None = None,
-) -> Float[Tensor, " N *T"]:
-    """Return the advantages of a later update of the same rows: others only with the scale 'target'.
-
-    Args:
-        axes: The axes of the estimator.
-        advantages: Those of the whole step, for its first update.
-        mask: 1 where the token is an action of the policy [N, T].
-        group_size: Number of consecutive rows per prompt.
-        logprobs: Log-probabilities under the policy as it is now [N, T].
-        old_logprobs: Log-probabilities under the policy that sampled [N, T].
-        valid: False where a row abstains [N].
-    """
-    scale = axes.chosen("scale")
-    if not scale.drift:
-        return advantages
-    usable = mask.new_ones(len(mask)).bool() if valid is None else valid.bool()
-    columns = {
-        "logprobs": logprobs.detach(),
-        "old_logprobs": old_logprobs.detach(),
-        "actions": mask.bool() & usable[:, None],
-        "valid": usable,
-        "group_size": group_size,
-    }
-    moved, usable = in_sets(axes, replace(scale, formula=scale.drift), scale.rows, columns)
-    return advantages + zero_outside(moved[:, 0], usable)

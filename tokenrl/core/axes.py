@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tokenrl import settings
 from tokenrl.core.choices import CHOICES, MEMORY, OBJECTIVES
 from tokenrl.core.effects import ENTROPY, FROM_BEST_TO_WORST, KL_EFFECTS, UNKNOWN, Choice, Need
-from tokenrl.core.refusals import own_parameters
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.settings import (
@@ -73,6 +73,9 @@ def own_choice(baseline: Any) -> Choice:
     own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
     is_memory = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
     choice = MEMORY if is_memory else YOUR_OWN
+    with suppress(ValueError):  # some builtins have no signature
+        if "ref_logprobs" in signature(own).parameters:
+            choice = replace(choice, needs="ref_logprobs")
     declaration = getattr(own, "bias", None)
     match declaration:
         case None:
@@ -275,12 +278,7 @@ class Axes(Settings):
     @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities under the reference are read: by a KL, or by a function of the user's."""
-        return self.beta > 0 or "ref_logprobs" in self.own_names
-
-    @property
-    def own_names(self) -> list[str]:
-        """The names of what the baseline gets beside the totals, if it is a function of the user's."""
-        return [x.name for x in own_parameters(self.baseline)]
+        return self.beta > 0 or self.baseline_entry.needs == "ref_logprobs"
 
     @property
     def needs_memory(self) -> bool:

@@ -167,7 +167,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "group",
             needs="old_logprobs",
             subtracts_mean=True,
-            drift="scales.drift",
         ),
     },
     "aggregation": {

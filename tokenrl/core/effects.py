@@ -43,6 +43,7 @@ Need = Literal[
     "baseline_value",
     "old_logprobs",
     "sampling_logprobs",
+    "ref_logprobs",
     "token_kl",
 ]
 """Arguments of `Estimator.advantages` and `Estimator.loss` that choices need."""
@@ -70,8 +71,6 @@ class Choice(Effect):
         of_others: Whether a divisor is made of other rows only, or an objective needs one row more than k.
         subtracts_mean: Whether a scale or a return subtracts a mean too.
         token_bounds: Whether a ratio has a bound for each token.
-        drift: The formula of what a scale adds to the advantages in a later update of the same rows, by how far the
-            policy has moved since it sampled them; empty if nothing.
     """
 
     formula: str = ""
@@ -89,7 +88,6 @@ class Choice(Effect):
     of_others: bool = False
     subtracts_mean: bool = False
     token_bounds: bool = False
-    drift: str = ""
 
 
 EACH = "the gradient of each step's {}, with its prefix held fixed"

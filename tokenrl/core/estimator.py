@@ -122,6 +122,7 @@ class Estimator(Axes):
         component_weights: Float[Tensor, " K"] | None = None,
         turns: Int[Tensor, "N T"] | None = None,
         max_length: int | None = None,
+        present_logprobs: Float[Tensor, "N T"] | None = None,
         entropy: Float[Tensor, "N T"] | None = None,
         data: Mapping[str, Sequence[Any]] | None = None,
     ) -> Advantages:
@@ -156,6 +157,7 @@ class Estimator(Axes):
             turns: Number of the turn of each action, from 0 and in order [N, T]. A reward off the mask belongs to
                 the last turn that began before it. The value of a turn is the value at its first token.
             max_length: The largest number of actions that a row may have, for overlong_buffer.
+            present_logprobs: Those of the policy as it is now [N, T], in a later update, for the scale 'target'.
             entropy: Entropy of the policy at each token [N, T], for a baseline of your own.
             data: Columns of the data, N entries each, for a baseline of your own.
 
@@ -185,16 +187,11 @@ class Estimator(Axes):
             "component_weights": component_weights,
             "turns": turns,
             "max_length": max_length,
+            "present_logprobs": logprobs if present_logprobs is None else present_logprobs,
             "entropy": entropy,
             "data": data,
         }
         return advantages_of(self, columns)
-
-    def later_advantages(self, advantages: Tensor, mask: Mask, **columns: Any) -> Tensor:
-        """Return the advantages of a later update of the same rows; see `advantages.later_advantages`."""
-        from tokenrl.core.advantages import later_advantages
-
-        return later_advantages(self, advantages, mask, **columns)
 
     def token_weights(
         self,

@@ -62,8 +62,7 @@ def policy_gain(
             dropped = beyond_trust(logprobs, old_logprobs, advantages, trust_bound=trust_bound)
             return advantages * zero_outside(weight, ~dropped) * logprobs
         case "delight":
-            gate = (-advantages * logprobs.detach() / eta).sigmoid()
-            return advantages * gate * logprobs
+            return advantages * (-advantages * logprobs.detach() / eta).sigmoid() * logprobs
         case "geometric_clip":
             # Each log ratio is clipped on the side of its advantage, as PPO clips it: a token beyond the clip
             # has no gradient, and the bound stays in the mean of the row.

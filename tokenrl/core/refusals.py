@@ -1,19 +1,15 @@
 """Refuses choices that exclude each other, and steps whose rows do not fall into the sets they compare.
 
-And functions of the user's with parameters for which nothing is there. Imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import suppress
-from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenrl.core.choices import OBJECTIVES
 from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.errors import Refused
-from tokenrl.names import NamedFunction
 
 if TYPE_CHECKING:
     from tokenrl.core.axes import Axes
@@ -28,18 +24,6 @@ LEAST_EPS = 0.01
 """Least scale_eps where a divisor is made of other rows alone, whose rewards may all be equal."""
 LONGEST_WITHOUT_BASELINE = 500
 """Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
-SEEN = ("group_size", "mask", "valid", "rewards")
-"""What a function with **kwargs gets beside the totals."""
-OF_ROWS = (
-    "components",
-    "logprobs",
-    "sampling_logprobs",
-    "ref_logprobs",
-    "entropy",
-    "lengths",
-    "turns",
-)
-"""What it gets too if it names it among its parameters, beside the columns of the data."""
 
 
 def check_axes(axes: Axes) -> None:
@@ -75,12 +59,6 @@ def check_axes(axes: Axes) -> None:
             "units. Choose the baseline 'none' or 'value', or returns 'reward_to_go'."
         )
     check_importance(axes)
-    whole = axes.baseline == "none" and axes.shares_return and axes.components == "summed"
-    if axes.chosen("scale").drift and not whole:
-        raise Refused(
-            f"scale {axes.scale!r} makes the advantages of whole completions by itself. Set baseline 'none', returns "
-            "'total' and components 'summed', or choose another scale."
-        )
     if axes.chosen("scale").of_others and axes.scale_eps < LEAST_EPS:
         raise Refused(
             f"scale {axes.scale!r} divides by scale_eps alone where the other rows have equal rewards: with "
@@ -159,10 +137,12 @@ def check_objective(axes: Axes) -> None:
             "order of 'log_success' follows from the number of completions per prompt."
         )
     for axis, value in REPLACED.items():
-        if axes.other_objective and getattr(axes, axis) != value:
+        is_target = axis != "scale" and axes.scale == "target"
+        if (is_target or axes.other_objective) and getattr(axes, axis) != value:
+            maker = "scale 'target'" if is_target else f"objective {name!r}"
             raise Refused(
-                f"objective {name!r} makes the advantages by itself, without {axis} {getattr(axes, axis)!r}. "
-                f"Set {axis} {value!r}, or objective 'reward'."
+                f"{maker} makes the advantages by itself, without {axis} {getattr(axes, axis)!r}. "
+                f"Set {axis} {value!r}, or objective 'reward' with another scale."
             )
     if axes.other_objective and axes.kl_in_reward:
         raise Refused(
@@ -261,33 +241,3 @@ def check_horizon(axes: Axes, horizon: int | None, allow_no_baseline: bool = Fal
         f"steps noise hides the effect of one action. Choose {choice}; or make episodes shorter, or pass "
         "--allow-no-baseline."
     )
-
-
-def own_parameters(baseline: Any) -> list[Parameter]:
-    """Return the parameters of a user's function behind the totals; none of a named baseline or of a class."""
-    own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
-    if not callable(own) or isinstance(own, type):
-        return []
-    with suppress(ValueError):  # some builtins have no signature
-        return [*signature(own).parameters.values()][1:]
-    return []
-
-
-def seen_by(baseline: Any, available: Collection[str]) -> list[str]:
-    """Return the names among those available of what a user's function gets beside the totals.
-
-    Raises:
-        Refused: A parameter without a default is not available.
-    """
-    names: list[str] = []
-    for x in own_parameters(baseline):
-        if x.kind is x.VAR_KEYWORD:
-            names += SEEN
-        elif x.name in available:
-            names.append(x.name)
-        elif x.default is x.empty and x.kind is not x.VAR_POSITIONAL:
-            raise Refused(
-                f"The baseline {getattr(baseline, '__name__', 'given')!r} has a parameter {x.name!r}, and nothing of "
-                f"this name is there to be passed. Name it as one of: {', '.join(available)}; or give it a default."
-            )
-    return names

@@ -69,37 +69,24 @@ def target(
     valid: Bool[Tensor, "S n"],
     actions: Bool[Tensor, "S n T"],
     logprobs: Float[Tensor, "S n T"] | None,
+    present_logprobs: Float[Tensor, "S n T"] | None,
     scale_ddof: int,
     scale_eps: float,
     eta: float,
-) -> Float[Tensor, "S n 1"]:
+) -> Float[Tensor, "S n"]:
     """Return n (q - p), with which the log-probabilities of n rows ascend to the target q of their set (TPO).
 
-    p are the probabilities of the rows of the set under the policy that sampled, divided by their sum, and
-    `q ~ p exp(u / eta)` with u the standardised returns (Kaddour 2026, arXiv 2604.06159). p - q is the gradient of
-    the cross-entropy `-sum_i q_i log p_i`; n is there because the loss is a mean over rows. Equal returns give 0.
+    p are the probabilities of the rows of the set, divided by their sum, and `q ~ p exp(u / eta)` of the policy that
+    sampled, with u the standardised returns (Kaddour 2026, arXiv 2604.06159). p - q is the gradient of the
+    cross-entropy `-sum_i q_i log p_i`; n is there because the loss is a mean over rows. In a later update q stays, and
+    p is of `present_logprobs`. Before that equal returns give exactly 0.
 
     Raises:
         Refused: There are no log-probabilities.
     """
-    before = zero_outside(required("logprobs", logprobs, "scale 'target'"), actions).sum(-1)
-    centred = (totals - mean(totals, valid))[..., None]
-    tilt = by_std(centred, totals, valid, scale_ddof, scale_eps)[..., 0]
-    moved = shares(before + tilt / eta, valid) - shares(before, valid)
-    return (valid.sum(-1, keepdim=True) * moved)[..., None]
-
-
-def drift(
-    logprobs: Float[Tensor, "S n T"],
-    old_logprobs: Float[Tensor, "S n T"],
-    actions: Bool[Tensor, "S n T"],
-    valid: Bool[Tensor, "S n"],
-) -> Float[Tensor, "S n"]:
-    """Return n (p_old - p), which makes of n (q - p_old) the n (q - p) of the policy p as it is now."""
-    old, now = (shares(zero_outside(x, actions).sum(-1), valid) for x in (old_logprobs, logprobs))
-    return valid.sum(-1, keepdim=True) * (old - now)
-
-
-def shares(log_weights: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Return the weights of the valid rows, divided by their sum."""
-    return log_weights.masked_fill(~valid, -torch.inf).softmax(-1)
+    columns = (required("logprobs", x, "scale 'target'") for x in (logprobs, present_logprobs))
+    before, now = (zero_outside(x, actions).sum(-1) for x in columns)
+    centred = totals - mean(totals, valid)
+    tilt = divide(centred, std(totals, valid, scale_ddof), scale_eps) / eta
+    p, q = (x.masked_fill(~valid, -torch.inf).softmax(-1) for x in (now, before + tilt))
+    return valid.sum(-1, keepdim=True) * (q - p)

@@ -102,7 +102,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
             "mine.py:fails",
             "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
         ),
-        ("mine.py:misnamed", "has a parameter 'levels', and nothing of this name is there"),
+        ("mine.py:misnamed", "has a parameter 'levels' that is no column of the data"),
         ("mine.py:Speechless", "must return a tensor of 2 finite numbers from read"),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
@@ -115,6 +115,6 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
     for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):  # an agent takes it too
         assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
     assert "Did you mean 'half'" in capsys.readouterr().err
-    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:level"]) == 2
-    assert "'mine.py:level' has a parameter 'level'" in capsys.readouterr().err
     assert baseline_of(tmp_path / "run") == "mine.py:half"
+    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:misnamed"]) == 1
+    assert "At step 1: The baseline 'mine.py:misnamed' has a parameter" in capsys.readouterr().err

@@ -24,8 +24,8 @@ from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.experience import Experience
-from tokenrl.runs.processes import agreed, gather_objects, gather_rows, local
+from tokenrl.language.training.experience import Experience, gather
+from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
@@ -158,6 +158,7 @@ def loss_terms(
         "greedy_rewards",
         "sampling_logprobs",
         "entropy",
+        "present_logprobs",
     )
     inputs = {name: getattr(rows, name) for name in names}
     if rows.dense_rewards is not None:
@@ -178,39 +179,27 @@ def loss_terms(
 
 
 def own_columns(learner: Learner, rows: Rewarded) -> dict[str, list[Any]]:
-    """Return the columns of the data that a baseline of the user's names, of the rows of all processes."""
-    names = [x for x in learner.estimator.own_names if x in rows.data[0]]
-    table = gather_objects([[row[x] for x in names] for row in rows.data]) if names else []
-    return dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
+    """Return the columns of the data of all processes, if a baseline of the user's may read them."""
+    if not callable(learner.estimator.baseline):
+        return {}
+    table = gather_objects([*rows.data])
+    return {name: [row[name] for row in table] for name in table[0]}
 
 
-def later_terms(
-    learner: Learner, rows: Experience, whole: Experience, terms: LossTerms
-) -> LossTerms:
-    """Return the terms of a later update of a step, whose policy has moved since it sampled.
+def later_rows(learner: Learner, rows: Experience, whole: Experience) -> Experience:
+    """Return all N rows of a step, scored anew, for an update after which the policy has moved.
 
     Args:
-        learner: the policy and the settings.
+        learner: the policy.
         rows: this process's n rows.
-        whole: all N rows of the step.
-        terms: those of the first update.
+        whole: all N rows, as they were before the first update.
     """
-    estimator = learner.estimator
-    if not estimator.chosen("scale").drift or whole.old_logprobs is None:
-        return terms
     forward = learner.forward
-    logprobs = learner.scores(rows, forward.model, forward.regime, learner.sampling).logprobs
-    if learner.accelerator.num_processes > 1:
-        logprobs = gather_rows(learner.accelerator, {"logprobs": logprobs})["logprobs"]
-    moved = estimator.later_advantages(
-        terms.advantages,
-        whole.mask,
-        group_size=learner.group_size,
-        logprobs=logprobs.to(terms.advantages),
-        old_logprobs=whole.old_logprobs.to(terms.advantages),
-        valid=whole.valid,
-    )
-    return terms._replace(advantages=moved)
+    scores = learner.scores(rows, forward.model, forward.regime, learner.sampling)
+    moved = gather(learner.accelerator, replace(rows, logprobs=scores.logprobs), ())
+    # both by the same scoring pass, so that they are equal where nothing has moved
+    assert whole.old_logprobs is not None
+    return replace(whole, logprobs=whole.old_logprobs, present_logprobs=moved.logprobs)
 
 
 def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

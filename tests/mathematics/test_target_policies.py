@@ -70,8 +70,8 @@ def test_a_policy_that_has_reached_its_target_has_no_gradient_left():
     mask, sizes = torch.ones(3, 1).double(), {"group_size": 3}
     first = TARGET.advantages(rewards, mask, logprobs=old, **sizes).policy
     u = (rewards - rewards.mean()) / rewards.std(correction=0)
-    inputs = sizes | {"logprobs": old + u[:, None] / ETA + 0.3, "old_logprobs": old}
-    later = TARGET.later_advantages(first, mask, **inputs)
+    inputs = sizes | {"logprobs": old, "present_logprobs": old + u[:, None] / ETA + 0.3}
+    later = TARGET.advantages(rewards, mask, **inputs).policy
     assert first.abs().max() > 0.5
     assert_close(later, torch.zeros_like(later), rtol=0, atol=1e-12)
 
@@ -100,7 +100,7 @@ def test_what_a_target_does_not_go_with_is_refused():
         {"baseline": "none", "returns": "reward_to_go"},
         {"baseline": "none", "components": "separate"},
     ):
-        with refused("makes the advantages of whole completions by itself"):
+        with refused("scale .target. makes the advantages by itself"):
             Estimator(scale="target", **changes)
     with refused("logprobs was not given, and scale 'target' needs it"):
         TARGET.advantages(torch.ones(2), torch.ones(2, 1), group_size=2)

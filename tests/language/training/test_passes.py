@@ -102,10 +102,9 @@ def test_a_group_of_equal_rewards_is_held_at_the_policy_that_sampled_once_others
     estimator = Estimator.preset("tpo")
     first = estimator.advantages(rewards, mask, logprobs=old, **terms).policy
     assert first[0] > 0 and first[2:].tolist() == [0, 0]
-    still = estimator.later_advantages(first, mask, logprobs=old, old_logprobs=old, **terms)
-    assert torch.equal(still, first)
+    still = estimator.advantages(rewards, mask, logprobs=old, present_logprobs=old, **terms)
+    assert torch.equal(still.policy, first)
     moved = old + torch.tensor([[0.3], [-0.3], [0.3], [-0.3]])
-    later = estimator.later_advantages(first, mask, logprobs=moved, old_logprobs=old, **terms)
+    later = estimator.advantages(rewards, mask, logprobs=old, present_logprobs=moved, **terms)
+    later = later.policy
     assert later[2] < 0 < later[3] and 0 < later[0] < first[0]
-    plain = Estimator().later_advantages(first, mask, logprobs=moved, old_logprobs=old, **terms)
-    assert plain is first
