@@ -10,7 +10,7 @@ import torch
 from folders import RECIPES
 from torch.testing import assert_close
 
-from tokenrl.core.choices import KL_EFFECTS
+from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.lab import tabular_problem
 
 LENGTH, TOKENS = 2, 3

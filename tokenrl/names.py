@@ -12,11 +12,12 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.machinery import PathFinder
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,42 @@ class NamedFunction(str):
 
     def __reduce__(self) -> tuple[type[NamedFunction], tuple[str]]:
         return NamedFunction, (str(self),)
+
+
+def accepted(
+    function: Callable[..., Any],
+    subject: str,
+    available: Mapping[str, Any],
+    unsuggested: Collection[str] = (),
+) -> list[str]:
+    """Return the names among `available` that a function has parameters for: all if it takes **kwargs.
+
+    Args:
+        function: the function, which gets them by keyword.
+        subject: what messages call it.
+        available: what can be passed, by name.
+        unsuggested: those names that a message does not suggest.
+
+    Raises:
+        Refused: a parameter without a default is not among them, or cannot be passed by keyword.
+    """
+    try:
+        parameters = signature(function).parameters.values()
+    except ValueError:  # some builtins and extension types have no signature
+        return list(available)
+    names: list[str] = []
+    for p in parameters:
+        if p.kind is p.VAR_KEYWORD:
+            names += available
+        elif p.kind is not p.VAR_POSITIONAL:
+            names.append(p.name)
+            can_be_passed = p.name in available and p.kind is not p.POSITIONAL_ONLY
+            if p.default is p.empty and not can_be_passed:
+                problem = "that is no column of the data, or that cannot be passed by keyword"
+                hint = suggest(p.name, {*available} - {*unsuggested})
+                hint += " Rename it, or give it a default."
+                raise Refused(f"{subject} has a parameter '{p.name}' {problem}.{hint}")
+    return [name for name in available if name in names]
 
 
 def import_attribute(spec: str, purpose: str) -> Any:

@@ -11,7 +11,8 @@ import pytest
 from refusals import refused
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import CHOICES, OBJECTIVES
+from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.refusals import check_horizon
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import CHOICES, ENTROPY, KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import CHOICES, OBJECTIVES
+from tokenrl.core.effects import ENTROPY, KL_EFFECTS
 from tokenrl.errors import Refused
 from tokenrl.lab import all_completions, exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem
@@ -232,6 +233,7 @@ ELSEWHERE = (
     "with three or more reward levels",  # tests/mathematics/test_objectives.py
     "E[1/b; b > 0]",
     "as the group grows, it tends to ascend the mean of the best share",
+    "under the square of the policy",  # tests/mathematics/test_target_policies.py
     "ascends sum_x U(p(x))",  # tests/language/training/test_prompt_weights.py
 )
 

@@ -37,6 +37,10 @@ CAPABILITIES = {
     ),
     "greedy": Capability("baseline", "--estimator.baseline remax"),
     "own baseline": Capability("baseline", "--estimator.baseline mine.py:baseline", "baseline"),
+    "own advantage": Capability("baseline", "--estimator.baseline mine.py:advantage", "advantage"),
+    "target": Capability(
+        "baseline", "--estimator.baseline none --estimator.scale target --estimator.eta 0.5"
+    ),
     "kl control": Capability(
         "kl", "--estimator.beta 0.1 --estimator.kl-placement loss --target-kl 0.001"
     ),
@@ -57,6 +61,11 @@ CAPABILITIES = {
     "prompts by function": Capability("prompts", "--prompt-weights mine.py:weights", "weights"),
     "several updates": Capability(
         "updates", "--estimator.ratio token --num-iterations 2 --num-minibatches 2"
+    ),
+    "several passes": Capability(
+        "updates",
+        # At the rate of the other runs the policy writes a single text after two steps.
+        "--estimator.ratio delight --num-iterations 2 --learning-rate 0.0003",
     ),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),

@@ -82,6 +82,8 @@ def check_supported(estimator: Estimator, num_steps: int | None) -> None:
     for axis, reason in UNSUPPORTED.items():
         if getattr(estimator, axis) != getattr(Estimator, axis):
             raise Refused(f"In control {axis} cannot be set: {reason}. Leave it at its default.")
+    if estimator.chosen("scale").needs:
+        raise Refused("In control scale 'target' cannot be set: it is for completions of a prompt.")
     if "greedy_rewards" in estimator.needs:
         raise Refused(
             "In control baseline 'remax' cannot be set: no second episode starts in the same state. Choose another, "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from inspect import signature
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +24,16 @@ from tokenrl.core.memories import failures_of_baseline
 from tokenrl.core.returns import Turns, reward_to_go, token_rewards
 from tokenrl.core.rows import Advantages, overlong_penalty, required, zero_outside
 from tokenrl.errors import Refused
-from tokenrl.names import NamedFunction
+from tokenrl.names import NamedFunction, accepted
+from tokenrl.user_code import copied
 
 Columns = dict[str, Any]
-ALWAYS = ("rewards", "mask", "valid", "group_size")
+ALWAYS = ("rewards", "mask", "valid", "group_size", "logprobs", "present_logprobs")
 """The columns that every estimator uses."""
+OF_TOKENS = ("logprobs", "sampling_logprobs", "ref_logprobs", "entropy")
+"""Numbers of tokens, which are added up over a turn."""
+SEEN = ("group_size", "valid", "rewards", "components", "lengths")
+"""What a baseline of the user's may name, beside numbers of tokens, mask, turns and columns of the data."""
 
 
 def in_sets(
@@ -80,6 +85,7 @@ def advantages_of(axes: Axes, columns: Columns) -> Advantages:
         rows = {"log_weights": zero_outside(logprobs - of_sampler, live), "live": live}
         weights = axes.computed("losses.importance_weights", rows)
         columns = columns | {"score_norms": norms * weights**2}
+    columns["lengths"] = (mask & valid[:, None]).sum(-1)
     if axes.components == "summed":
         return advantages_in_turns(axes, columns | {"rewards": rewards_in_time(axes, columns)})
     parts = []
@@ -127,8 +133,8 @@ def advantages_in_turns(axes: Axes, columns: Columns) -> Advantages:
     """Return the advantages from rewards [N, T] that are complete.
 
     With `turns` an instant is a turn. What is added to the rewards was computed for tokens; the rewards of each
-    turn are summed. Returns, baseline and scale are those of rewards and mask [N, K], the mask True where a row
-    reaches the turn. Every token of a turn gets the turn's advantage and target.
+    turn are summed, and so are log-probabilities and entropies. Returns, baseline and scale are those of rewards and
+    mask [N, K], the mask True where a row reaches the turn. Every token of a turn gets the turn's advantage and target.
     """
     one_return = axes.shares_return and axes.gamma == 1 and not callable(axes.baseline)
     if columns["turns"] is None or one_return:
@@ -137,7 +143,8 @@ def advantages_in_turns(axes: Axes, columns: Columns) -> Advantages:
     clock = Turns.read(columns["turns"], mask)
     reached = clock.sums(clock.begins.long()) > 0
     in_turns = columns | {"rewards": clock.sums(columns["rewards"]), "mask": reached}
-    for name, counted in {"values": clock.begins, "score_norms": mask}.items():
+    summed: Columns = dict.fromkeys(("score_norms", "present_logprobs", *OF_TOKENS), mask)
+    for name, counted in {"values": clock.begins, **summed}.items():
         if columns[name] is not None:
             in_turns[name] = clock.sums(zero_outside(columns[name], counted))
     policy, targets = advantages_by_time(axes, in_turns)
@@ -162,6 +169,7 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
         value = required(name, columns[name], f"{axes.baseline!r} with returns {axes.returns!r}")
         column = torch.as_tensor(value, dtype=rewards.dtype, device=rewards.device).detach()
         needed[name] = column if column.ndim else column.expand(len(valid))
+    needed["step"] = columns
     columns = needed
     targets = learnt = axes.computed(returns.formula, columns)  # [N, T]
     if axes.value_lam is not None:
@@ -192,30 +200,36 @@ def advantages_by_time(axes: Axes, columns: Columns) -> Advantages:
 
 def from_function(
     baseline: Callable[..., Any],
-    rewards: Float[Tensor, "N T"],
     totals: Float[Tensor, " N"],
     actions: Bool[Tensor, "N T"],
-    valid: Bool[Tensor, " N"],
-    group_size: int | None,
+    step: Columns,
 ) -> Float[Tensor, " N *T"]:
     """Call a user's function for the baseline and check what it returns.
 
-    If it takes an argument `rewards`, it also gets the reward of each position, or of each turn [N, K] where
-    instants are turns; the mask then has that shape. The function is given copies, so that changing them in
-    place changes nothing else.
+    It gets what it names among its parameters: columns of the step or of the data, those of tokens 0 outside the
+    actions. Where instants are turns, rewards and mask have their shape [N, K], and numbers of tokens are added up. It
+    gets copies, so that changing them in place changes nothing else.
 
     Raises:
         Stopped: When it raises an error.
-        Refused: When it returns anything but a tensor [N] or one of the shape of the mask.
+        Refused: When a parameter is not there to be passed, or it returns anything but a tensor [N] or one of the
+            shape of the mask.
     """
     name = getattr(baseline, "__name__", type(baseline).__name__)
-    options = {"group_size": group_size, "mask": actions.clone(), "valid": valid.clone()}
+    counts = step["lengths"].clamp(max=1) if step["turns"] is None else actions.sum(-1)
+    columns = {x: step[x] for x in SEEN} | {"mask": actions, "turns": counts}
+    for x in OF_TOKENS:
+        if step[x] is not None:
+            columns[x] = zero_outside(step[x], actions)
+    there = {x: value for x, value in columns.items() if value is not None or x == "group_size"}
+    there = {**(step["data"] or {}), **there}
     with failures_of_baseline(name):
         loaded = baseline.load() if isinstance(baseline, NamedFunction) else baseline
-        parameters = signature(loaded).parameters.values()
-        if any(x.name == "rewards" or x.kind is x.VAR_KEYWORD for x in parameters):
-            options["rewards"] = rewards.clone()
-        result = baseline(totals.clone(), **options)
+        own = partial(loaded, totals.clone())
+        options = {x: there[x] for x in accepted(own, f"The baseline {name!r}", there)}
+        for x, value in options.items():
+            options[x] = value.clone() if isinstance(value, Tensor) else copied(value)
+        result = own(**options)
     if isinstance(result, Tensor) and result.shape in (totals.shape, actions.shape):
         return result.detach().to(totals.dtype)
     kind = type(result).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -14,14 +15,8 @@ from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tokenrl import settings
-from tokenrl.core.choices import (
-    CHOICES,
-    ENTROPY,
-    KL_EFFECTS,
-    MEMORY,
-    OBJECTIVES,
-)
-from tokenrl.core.effects import FROM_BEST_TO_WORST, UNKNOWN, Choice, Need
+from tokenrl.core.choices import CHOICES, MEMORY, OBJECTIVES
+from tokenrl.core.effects import ENTROPY, FROM_BEST_TO_WORST, KL_EFFECTS, UNKNOWN, Choice, Need
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.settings import (
@@ -78,6 +73,9 @@ def own_choice(baseline: Any) -> Choice:
     own = baseline.load() if isinstance(baseline, NamedFunction) else baseline
     is_memory = isinstance(own, type) and hasattr(own, "read") and hasattr(own, "update")
     choice = MEMORY if is_memory else YOUR_OWN
+    with suppress(ValueError):  # some builtins have no signature
+        if "ref_logprobs" in signature(own).parameters:
+            choice = replace(choice, needs="ref_logprobs")
     declaration = getattr(own, "bias", None)
     match declaration:
         case None:
@@ -110,9 +108,10 @@ class Axes(Settings):
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
-    module:function or path/to/file.py:function; from Python the function itself too. If it takes an argument
-    `rewards`, it gets these [N, T] too. A class with the methods `read` and `update` is a baseline with a
-    memory, see `recipes/pages/explain/estimators.md`."""
+    module:function or path/to/file.py:function; from Python the function itself too. It gets what it names among
+    its parameters: these, or rewards, components, logprobs, sampling_logprobs, ref_logprobs, entropy, lengths, turns,
+    or a column of the data. A class with the methods `read` and `update` is a baseline with a memory. See
+    `recipes/pages/explain/estimators.md`."""
     baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
@@ -130,14 +129,13 @@ class Axes(Settings):
     shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
     """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
     scale: Literal[
-        "none",
-        "group_std",
-        "batch_std",
-        "loo_std",
-        "token_whiten",
-        "episode_std",
+        "none", "group_std", "batch_std", "loo_std", "token_whiten", "episode_std", "target"
     ] = "none"
-    """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
+    """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient. Or,
+    with the baseline none, 'target' (TPO): the probabilities of a group's completions are moved towards themselves
+    times exp(u / eta), u the rewards less their mean and divided by their standard deviation."""
+    eta: Positive = 1.0
+    """Temperature of the scale 'target' and of the ratio 'delight': the smaller, the more a reward decides."""
     scale_ddof: Literal[0, 1] = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
     scale_eps: NonNegative = 1e-4
@@ -148,9 +146,17 @@ class Axes(Settings):
     )
     """How tokens are averaged; sequence_sum, the mean over sequences of their token sums, is unbiased."""
     ratio: Literal[
-        "none", "token", "sequence_mean", "sequence_product", "geometric_clip", "cispo", "trust"
+        "none",
+        "token",
+        "sequence_mean",
+        "sequence_product",
+        "geometric_clip",
+        "cispo",
+        "trust",
+        "delight",
     ] = "none"
-    """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio."""
+    """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio. Or a gate in its place:
+    delight multiplies the advantage A of a token by sigmoid(-A log pi / eta)."""
     epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
     """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
     epsilon_high: Positive | None = None
@@ -268,6 +274,11 @@ class Axes(Settings):
     def needs(self) -> set[Need]:
         """The arguments of `Estimator.advantages` and `Estimator.loss` that the choices need."""
         return {choice.needs for choice in self.entries.values()}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities under the reference are read: by a KL, or by a function of the user's."""
+        return self.beta > 0 or self.baseline_entry.needs == "ref_logprobs"
 
     @property
     def needs_memory(self) -> bool:

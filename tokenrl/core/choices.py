@@ -159,6 +159,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "scales.by_std",
             "row",
         ),
+        "target": Choice(
+            BIASED,
+            "a completion counts by its own probability among those of its group: as the group grows, it tends to "
+            "ascend log E[exp(u/eta)]/2 under the square of the policy, u the standardised returns held fixed",
+            "scales.target",
+            "group",
+            needs="old_logprobs",
+            subtracts_mean=True,
+        ),
     },
     "aggregation": {
         "sequence_sum": Choice(EXACT, "the mean over sequences of the sum over their tokens"),
@@ -188,6 +197,12 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "geometric_clip": replace(TOKEN_RATIO, whole_row=True),
         "cispo": TOKEN_RATIO,
         "trust": TOKEN_RATIO,
+        "delight": Choice(
+            BIASED,
+            "each token's advantage is gated by itself and by the token's own probability, which is the gradient of no "
+            "objective",
+            needs="old_logprobs",
+        ),
     },
     "importance": {  # where the sampler differs, `off_policy` says what these do
         "none": Choice(EXACT, "completions are not weighted"),
@@ -290,55 +305,6 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
     },
 }
-
-EACH = "the gradient of each step's {}, with its prefix held fixed"
-LATER = "the effect of an action on the {} of later steps is missing"
-
-KL_EFFECTS: dict[tuple[str, str], Choice] = {
-    ("reward", "k1"): Choice(
-        EXACT, "a log ratio in the reward gives the gradient of J - beta KL", "divergences.k1"
-    ),
-    ("reward", "k2"): Choice(
-        BIASED,
-        "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed",
-        "divergences.k2",
-    ),
-    ("reward", "k3"): Choice(
-        BIASED,
-        "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
-        "divergences.k3",
-    ),
-    ("loss", "k1"): Choice(
-        BIASED,
-        "the gradient of the log ratio is not that of the KL: it has mean zero, so J is ascended without any KL",
-        "divergences.k1",
-    ),
-    ("loss", "k2"): Choice(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", "divergences.k2"),
-    ("loss", "k3"): Choice(
-        BIASED,
-        f"k3 differentiated is not the KL(pi || ref): {EACH.format('FORWARD KL(ref || pi)')}",
-        "divergences.k3",
-    ),
-    ("loss", "k2_sequence"): Choice(
-        EXACT, "k2 of the whole sequence has the gradient of the KL", "divergences.k2_sequence"
-    ),
-    ("loss", "full_path"): Choice(
-        EXACT, "each action is credited with its own and later log ratios", "divergences.full_path"
-    ),
-    ("loss", "closed_form"): Choice(
-        BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", needs="token_kl"
-    ),
-    ("loss", "closed_form_path"): Choice(
-        EXACT,
-        "the gradient of each step's KL, and each action is credited with the KL of later steps",
-        "divergences.closed_form_path",
-        needs="token_kl",
-    ),
-}
-"""A KL term by its place and its estimator; a pair that is missing is refused."""
-
-ENTROPY = Choice(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
-"""The effect of an entropy bonus."""
 
 RARE = "prefers completions that are rarely matched by others; a reward of 1 counts k (1-p)^(k-1)"
 BEST_OF_K = Choice(

@@ -1,4 +1,7 @@
-"""Defines what a choice can do to the expected gradient, in a word and with the reason. Imports no torch."""
+"""Defines what a choice can do to the expected gradient, in a word and with the reason. Imports no torch.
+
+What the terms of a KL and of the entropy do stands here too; all other choices are in `choices`.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ Need = Literal[
     "baseline_value",
     "old_logprobs",
     "sampling_logprobs",
+    "ref_logprobs",
     "token_kl",
 ]
 """Arguments of `Estimator.advantages` and `Estimator.loss` that choices need."""
@@ -84,3 +88,53 @@ class Choice(Effect):
     of_others: bool = False
     subtracts_mean: bool = False
     token_bounds: bool = False
+
+
+EACH = "the gradient of each step's {}, with its prefix held fixed"
+LATER = "the effect of an action on the {} of later steps is missing"
+
+KL_EFFECTS: dict[tuple[str, str], Choice] = {
+    ("reward", "k1"): Choice(
+        EXACT, "a log ratio in the reward gives the gradient of J - beta KL", "divergences.k1"
+    ),
+    ("reward", "k2"): Choice(
+        BIASED,
+        "the mean of k2 is not the KL: ascends E[R] - beta E[k2] with k2 held fixed",
+        "divergences.k2",
+    ),
+    ("reward", "k3"): Choice(
+        BIASED,
+        "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is",
+        "divergences.k3",
+    ),
+    ("loss", "k1"): Choice(
+        BIASED,
+        "the gradient of the log ratio is not that of the KL: it has mean zero, so J is ascended without any KL",
+        "divergences.k1",
+    ),
+    ("loss", "k2"): Choice(BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", "divergences.k2"),
+    ("loss", "k3"): Choice(
+        BIASED,
+        f"k3 differentiated is not the KL(pi || ref): {EACH.format('FORWARD KL(ref || pi)')}",
+        "divergences.k3",
+    ),
+    ("loss", "k2_sequence"): Choice(
+        EXACT, "k2 of the whole sequence has the gradient of the KL", "divergences.k2_sequence"
+    ),
+    ("loss", "full_path"): Choice(
+        EXACT, "each action is credited with its own and later log ratios", "divergences.full_path"
+    ),
+    ("loss", "closed_form"): Choice(
+        BIASED, f"{LATER.format('KL')}: {EACH.format('KL')}", needs="token_kl"
+    ),
+    ("loss", "closed_form_path"): Choice(
+        EXACT,
+        "the gradient of each step's KL, and each action is credited with the KL of later steps",
+        "divergences.closed_form_path",
+        needs="token_kl",
+    ),
+}
+"""A KL term by its place and its estimator; a pair that is missing is refused."""
+
+ENTROPY = Choice(BIASED, f"{LATER.format('entropy')}: {EACH.format('entropy')}")
+"""The effect of an entropy bonus."""

@@ -5,6 +5,7 @@ Its methods compute with tensors and import torch when they are called, so that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -121,12 +122,15 @@ class Estimator(Axes):
         component_weights: Float[Tensor, " K"] | None = None,
         turns: Int[Tensor, "N T"] | None = None,
         max_length: int | None = None,
+        present_logprobs: Float[Tensor, "N T"] | None = None,
+        entropy: Float[Tensor, "N T"] | None = None,
+        data: Mapping[str, Sequence[Any]] | None = None,
     ) -> Advantages:
         """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
 
-        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward).
-        Means and standard deviations over rows use the rows' total returns, also with the returns
-        'reward_to_go'. Inputs that the chosen axes do not need are ignored.
+        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward). Means and
+        standard deviations over rows use the rows' total returns, also with the returns 'reward_to_go'. Inputs that
+        the chosen axes do not need are ignored.
 
         With `turns`, one instant is a turn instead of a token, see `advantages.advantages_in_turns`: gamma, lam,
         `window`, the length of a row and 'token_whiten' then count turns. With returns 'total', gamma 1 and a
@@ -138,7 +142,7 @@ class Estimator(Axes):
             group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
             valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
                 and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
-            logprobs: Log-probabilities under the policy [N, T], for a KL in the reward and importance weights.
+            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward and 'target'.
             ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
             values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
             bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
@@ -146,14 +150,16 @@ class Estimator(Axes):
             greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
             score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
             sampling_logprobs: Those under the sampler [N, T], for 'optimal' with importance weights.
-            baseline_value: What the baseline's memory holds before this step, for 'running_mean', 'tracker' and
-                a memory of your own: one number, or one for each row [N].
+            baseline_value: What a baseline's memory holds before this step: one number, or one for each row [N].
             components: The reward of each of K functions, without its weight, nan where it abstained [N, K]. With
                 components 'separate' each column has its own baseline and scale, and `rewards` is ignored.
             component_weights: Weights by which the advantages of the functions are added [K]; None for 1.
             turns: Number of the turn of each action, from 0 and in order [N, T]. A reward off the mask belongs to
                 the last turn that began before it. The value of a turn is the value at its first token.
             max_length: The largest number of actions that a row may have, for overlong_buffer.
+            present_logprobs: Those of the policy as it is now [N, T], in a later update, for the scale 'target'.
+            entropy: Entropy of the policy at each token [N, T], for a baseline of your own.
+            data: Columns of the data, N entries each, for a baseline of your own.
 
         Raises:
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
@@ -181,6 +187,9 @@ class Estimator(Axes):
             "component_weights": component_weights,
             "turns": turns,
             "max_length": max_length,
+            "present_logprobs": logprobs if present_logprobs is None else present_logprobs,
+            "entropy": entropy,
+            "data": data,
         }
         return advantages_of(self, columns)
 
@@ -229,22 +238,20 @@ class Estimator(Axes):
 
         The weights already divide by the whole step, so the losses of slices add up to the loss of the step.
         A row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
-        inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
-        `logprobs`, `entropy`, `centres` and `token_kl` carry a gradient.
+        inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only `logprobs`,
+        `entropy`, `centres` and `token_kl` carry a gradient.
 
         Args:
             logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
             advantages: `Advantages.policy` of these rows [N] or [N, T].
             weights: `token_weights` of these rows [N, T].
             mask: 1 where the token is an action that is learnt from [N, T].
-            old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
-                a ratio.
+            old_logprobs: Log-probabilities under the policy that sampled, by the trainer [N, T]; for a ratio.
             sampling_logprobs: The same, as the sampler reported them [N, T]; for importance weights.
             ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
             entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
             centres: `Estimator.score_centres` at the prefix of each token [N, T]; for importance_centre.
-            token_kl: KL(pi || ref) of the distributions at the prefix of each token, in nats [N, T]; for the
-                closed forms of kl_estimator and kl_baseline.
+            token_kl: KL(pi || ref) at the prefix of each token, in nats [N, T]; for closed forms of the KL.
 
         Raises:
             ValueError: When the shapes of logprobs, weights and mask differ.

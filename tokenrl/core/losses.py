@@ -24,6 +24,7 @@ def policy_gain(
     dual_clip: float | None,
     trust_bound: float,
     trust_cap: float,
+    eta: float,
 ) -> Float[Tensor, "N T"]:
     """Return the gain of each token by the ratio.
 
@@ -36,17 +37,19 @@ def policy_gain(
         geometric_clip    GMPO's, with the geometric mean of the row's clipped ratios (arXiv 2507.20673)
         cispo             sg(clip(rho)) A log pi: clipped tokens keep a gradient (arXiv 2506.13585)
         trust             sg(min(rho, trust_cap)) A log pi, and 0 for the tokens of `beyond_trust`
+        delight           sg(sigmoid(-A log pi / eta)) A log pi, without any ratio (arXiv 2603.14608)
 
     Args:
         logprobs: log pi, with a gradient; 0 outside `live`, as all that follow.
         old_logprobs: log pi_old, of the policy that sampled.
         advantages: A, without a gradient.
         live: True where the token is an action and its weight is not 0.
-        ratio: One of the seven.
+        ratio: One of the eight.
         clip_range: The bounds of a clipped ratio.
         dual_clip: The bound of the ratio where A < 0, for 'token' and 'sequence_mean'; None for none.
         trust_bound: The bound of `beyond_trust`.
         trust_cap: The bound of the ratio 'trust'.
+        eta: The temperature of 'delight', whose gate is near 1 for rare tokens of A > 0, and near 0 for those of A < 0.
     """
     log_ratio = logprobs - old_logprobs
     match ratio:
@@ -58,6 +61,8 @@ def policy_gain(
             weight = log_ratio.detach().exp().clamp(max=trust_cap)
             dropped = beyond_trust(logprobs, old_logprobs, advantages, trust_bound=trust_bound)
             return advantages * zero_outside(weight, ~dropped) * logprobs
+        case "delight":
+            return advantages * (-advantages * logprobs.detach() / eta).sigmoid() * logprobs
         case "geometric_clip":
             # Each log ratio is clipped on the side of its advantage, as PPO clips it: a token beyond the clip
             # has no gradient, and the bound stays in the mean of the row.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import OBJECTIVES
+from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -136,10 +137,12 @@ def check_objective(axes: Axes) -> None:
             "order of 'log_success' follows from the number of completions per prompt."
         )
     for axis, value in REPLACED.items():
-        if axes.other_objective and getattr(axes, axis) != value:
+        is_target = axis != "scale" and axes.scale == "target"
+        if (is_target or axes.other_objective) and getattr(axes, axis) != value:
+            maker = "scale 'target'" if is_target else f"objective {name!r}"
             raise Refused(
-                f"objective {name!r} makes the advantages by itself, without {axis} {getattr(axes, axis)!r}. "
-                f"Set {axis} {value!r}, or objective 'reward'."
+                f"{maker} makes the advantages by itself, without {axis} {getattr(axes, axis)!r}. "
+                f"Set {axis} {value!r}, or objective 'reward' with another scale."
             )
     if axes.other_objective and axes.kl_in_reward:
         raise Refused(

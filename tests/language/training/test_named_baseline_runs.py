@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from command_line import completes
 from folders import read_json, write_rows
@@ -14,6 +16,11 @@ def half(totals, group_size, mask, valid):
     return torch.full_like(totals, 0.5)
 def fails(totals, **rows):
     raise ValueError("no idea")
+def level(totals, level, prompt, entropy, ref_logprobs):
+    assert all(isinstance(text, str) for text in prompt) and entropy.shape == ref_logprobs.shape
+    return torch.tensor(level)
+def misnamed(totals, levels):
+    return totals
 class Memory:
     def __init__(self):
         open("made.txt", "a").write("made ")
@@ -47,7 +54,10 @@ def baseline_of(run):
 def train(saved, workplace):
     (workplace / "mine.py").write_text(FILE)
     (workplace / "paid.py").write_text(REWARD)
-    rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
+    rows = [
+        {"prompt": word, "level": 0.5}
+        for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")
+    ]
     write_rows(workplace / "rows.jsonl", rows)
     defaults = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
     return lambda folder, *flags: main([*defaults, folder, *flags])
@@ -65,6 +75,20 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_a_function_reads_columns_of_the_data_and_the_reference_without_a_kl(train, tmp_path):
+    """The same run as with a constant, in which a reference is scored."""
+    constant = ("--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5")
+    assert train("same", *constant) == 0
+    assert train("run", "--estimator.baseline", "mine.py:level") == 0
+    rows = []
+    for name in ("run", "same"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows.append(json.loads(lines[-1]))
+    assert rows[0]["eval_reward_greedy"] == rows[1]["eval_reward_greedy"]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-2) and "kl" not in rows[1]
+    assert {name: x for name, x in rows[0].items() if not name.startswith("kl")} == rows[1]
+
+
 def test_a_memory_of_ones_own_is_made_once_per_run(train, tmp_path):
     assert train("run", "--estimator.baseline", "mine.py:Memory") == 0
     assert (tmp_path / "made.txt").read_text() == "made "
@@ -78,6 +102,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
             "mine.py:fails",
             "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
         ),
+        ("mine.py:misnamed", "has a parameter 'levels' that is no column of the data"),
         ("mine.py:Speechless", "must return a tensor of 2 finite numbers from read"),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
@@ -91,3 +116,5 @@ def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
         assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
     assert "Did you mean 'half'" in capsys.readouterr().err
     assert baseline_of(tmp_path / "run") == "mine.py:half"
+    assert main([*AGENT.split(), "--estimator.baseline", "mine.py:misnamed"]) == 1
+    assert "At step 1: The baseline 'mine.py:misnamed' has a parameter" in capsys.readouterr().err

@@ -75,6 +75,11 @@ SCENARIOS = {
         {"num_minibatches": 2, "num_iterations": 2, "micro_batch_size": 1},
         vowel_reward,
     ),
+    "target in passes": (
+        Estimator.preset("tpo", eta=0.1),
+        {"num_iterations": 2, "micro_batch_size": 1},
+        vowel_reward,
+    ),
     "idle rank": ("rloo", {"micro_batch_size": 2}, flat_later),
     "silent rank": ("rloo", {"micro_batch_size": 2}, silent_later),
     "nothing to learn": ("rloo", {}, flat),

@@ -39,6 +39,9 @@ ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
     "kl in the loss": Estimator.preset("grpo", beta=0.3),
     "entropy": Estimator(entropy_coef=0.1),
     "reward to go": Estimator(returns="reward_to_go", gamma=0.9, aggregation="token_mean"),
+    "tpo": Estimator.preset(
+        "tpo", eta=0.1
+    ),  # a completion of a group has nearly all its probability
 }
 QUICK = (
     "rloo",
@@ -151,6 +154,7 @@ def equal(completions, **_):
         ("grpo", {"num_iterations": 2, "num_minibatches": 2}),
         ("dapo", {"max_refills": 1}),
         ("ppo", {"num_iterations": 2}),
+        ("tpo", {"num_iterations": 2}),
     ],
 )
 def test_a_step_without_a_signal_leaves_the_weights_and_the_moments_alone(estimator, options):

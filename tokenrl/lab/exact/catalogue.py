@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tokenrl.core.choices import CHOICES, KL_EFFECTS, OBJECTIVES
+from tokenrl.core.choices import CHOICES, OBJECTIVES
+from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.files import OutputFile
@@ -40,6 +41,7 @@ NEEDS = {
     "closed_form": "beta=0.2,kl_placement=loss,kl_estimator=k2",
     "gae": "baseline=value",
     "loo_std": "scale_eps=0.1",
+    "target": "baseline=none",
     "episode_normalized": "baseline=none",
 }
 """Other fields that an axis, or one choice on it, needs in order to have an effect."""

@@ -273,7 +273,7 @@ def _coefficients(estimator: Estimator, problem: Problem, of_row: Tensor, chosen
     """Return minus the derivative of each step's loss in what `_differentiated` names [C, K P M T]."""
     completion = of_row * problem.mask.shape[0] + chosen  # [C, N]
     columns = {name: _taken(x, completion) for name, x in _columns(problem).items()}
-    entropy = columns.pop("entropy")
+    entropy = columns["entropy"]
     token_kl = columns.pop("token_kl")
     sampling_logprobs = columns["sampling_logprobs"]
     # A memory is held fixed: at one number, or where it has one for each prompt, at different numbers.

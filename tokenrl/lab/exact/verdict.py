@@ -130,9 +130,9 @@ def measure_bias(
 
     Args:
         estimator: Any estimator, also one whose bias is unknown, or the name of a preset. Your own baseline
-            must work under `torch.vmap` (no `.item()`, no branch on a value) and have no memory of earlier
-            calls. Given the past, a memory that is updated after use is a constant: measure the baseline with
-            its memory held fixed.
+            must work under `torch.vmap` (no `.item()`, no branch on a value), take no column of the data unless it
+            has a default, and have no memory of earlier calls. Given the past, a memory that is updated after use is a
+            constant: measure the baseline with its memory held fixed.
         problems: Problems to use instead of `default_problems()` and `wide_problems()`; the first is the main
             one.
         group_size: Completions per prompt in your training, 2 to 15; one of the wide problems has groups of
@@ -264,12 +264,11 @@ def _check_memory(estimator: Estimator) -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
-    likely: dict[str, Any] = {
-        "logprobs": mask - 1,
-        "ref_logprobs": mask - 1,
-    }  # of a KL in the reward
+    names = ("logprobs", "ref_logprobs", "sampling_logprobs", "entropy")
+    likely: dict[str, Any] = dict.fromkeys(names, mask / 2)  # some numbers of tokens
     results = []
     for step in (rewards, changed, rewards):
+        likely["components"] = step[:, None]
         advantages = estimator.advantages(step, mask, group_size=2, **likely).policy
         results.append(advantages.nan_to_num())
     if not results[0].equal(results[2]):

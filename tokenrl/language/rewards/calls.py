@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, code_line, describe, suggest, written
+from tokenrl.errors import Stopped, TokenrlError, code_line, describe, written
 from tokenrl.language.rewards.isolation import Attempt, await_all
-from tokenrl.names import original
+from tokenrl.names import accepted, original
 from tokenrl.runs.metric_table import all_metrics, fits
 from tokenrl.settings import LARGEST_REWARD, shown
 from tokenrl.user_code import copied, guarded, own_process, user_code
@@ -37,6 +37,8 @@ METRICS = dict.fromkeys(
 RESERVED = {"log_metric": [*METRICS, "eval_{name}"], "log_extra": COLUMNS.split()}
 """The names that a run writes itself: those of its metrics for `log_metric`, of its columns for `log_extra`. What
 begins as one of them does, up to a slash, is the run's too."""
+accepted_arguments = partial(accepted, unsuggested={"trainer_state", *RESERVED})
+"""`names.accepted` for a function that is called with columns of rows."""
 
 
 @dataclass
@@ -295,31 +297,6 @@ def call_once(
     except BaseException as error:
         return Attempt(None, error, time.perf_counter() - began)
     return Attempt(output, None, time.perf_counter() - began)
-
-
-def accepted_arguments(function: Reward, subject: str, available: Mapping[str, Any]) -> list[str]:
-    """Return the names among `available` that the function has parameters for: all if it takes **kwargs.
-
-    Raises:
-        Refused: a parameter without a default is not among them, or cannot be passed by keyword.
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some builtins and extension types have no signature
-        return list(available)
-    names: list[str] = []
-    for p in parameters:
-        if p.kind is p.VAR_KEYWORD:
-            names += available
-        elif p.kind is not p.VAR_POSITIONAL:
-            names.append(p.name)
-            can_be_passed = p.name in available and p.kind is not p.POSITIONAL_ONLY
-            if p.default is p.empty and not can_be_passed:
-                problem = "that is no column of the data, or that cannot be passed by keyword"
-                hint = suggest(p.name, {*available} - {"trainer_state", *RESERVED})
-                hint += " Rename it, or give it a default."
-                raise Refused(f"{subject} has a parameter '{p.name}' {problem}.{hint}")
-    return [name for name in available if name in names]
 
 
 def checked_rewards(name: str, output: Any, described: partial[str]) -> np.ndarray:

@@ -50,6 +50,7 @@ class Experience(Rewarded):
             without a memory of prompts.
         old_logprobs: log-probabilities under the policy that sampled, as the scoring pass computes them [N, T].
             None without a ratio, and where a step has a single update, in which the ratio is 1 by definition.
+        present_logprobs: log-probabilities under the policy as it is in a later update [N, T], for the scale 'target'.
         teacher_prompts: ids of the prompt that the teacher reads in place of each row's, N lists of any lengths;
             None where it reads the same.
     """
@@ -58,6 +59,7 @@ class Experience(Rewarded):
     values: Tensor | None = None
     keys: Tensor = ABSENT
     old_logprobs: Tensor | None = None
+    present_logprobs: Tensor | None = None
     teacher_prompts: Sequence[list[int]] | None = None
 
     @property
@@ -80,7 +82,7 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
     prompts = None
     if learner.teacher_prompts is not None:
         prompts = learner.teacher_prompts.of(learner.policy, rows, sampling)
-    if estimator.beta:
+    if estimator.needs_reference:
         keeps = "token_kl" in estimator.needs and learner.forward.keeps_ref_states(rows.mask)
         scores = learner.ref_scores(rows, prompts, states=keeps)
         columns["ref_logprobs"] = scores.logprobs.to(rows.logprobs)

@@ -348,7 +348,7 @@ def make_learner(
     policy.model.to(device)
     sampling = with_allowed(policy, rows, part_of(args, Sampling))
     broadcast_weights(policy.model)
-    if args.estimator.beta:
+    if args.estimator.needs_reference:
         if teacher is not None and teacher.policy is None:
             policy.reference = frozen_copy(policy.model)
         policy.add_reference()

@@ -9,6 +9,7 @@ different widths, because their gradients are summed only after the last pass of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.experience import Experience
+from tokenrl.language.training.experience import Experience, gather
 from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
@@ -133,10 +134,11 @@ def loss_terms(
     sampling: Sampling,
     memory: Memory,
     rewards: Rewards,
+    data: Mapping[str, Sequence[Any]],
 ) -> LossTerms:
     """Return the advantages and what counts of all N rows, in loss and divisor.
 
-    Nothing is in the gradient where the policy may not move yet.
+    Nothing is in the gradient where the policy may not move yet. `data` holds what `own_columns` returns.
 
     Raises:
         Refused: A row that does not abstain has a reward that the objective does not take.
@@ -155,6 +157,8 @@ def loss_terms(
         "score_norms",
         "greedy_rewards",
         "sampling_logprobs",
+        "entropy",
+        "present_logprobs",
     )
     inputs = {name: getattr(rows, name) for name in names}
     if rows.dense_rewards is not None:
@@ -166,11 +170,36 @@ def loss_terms(
         baseline_value=None if rows.keys is None else read(memory, rows.keys),  # [N]
         components=unrounded(rows.by_function, dtype),
         component_weights=torch.from_numpy(rewards.weights),  # [F]
+        data=data,
         **inputs,
     )
     if not policy_steps(learner.args, sampling.step):  # the critic learns alone
         terms = terms._replace(in_gradient=terms.in_gradient & False)
     return terms.to(dtype)
+
+
+def own_columns(learner: Learner, rows: Rewarded) -> dict[str, list[Any]]:
+    """Return the columns of the data of all processes, if a baseline of the user's may read them."""
+    if not callable(learner.estimator.baseline):
+        return {}
+    table = gather_objects([*rows.data])
+    return {name: [row[name] for row in table] for name in table[0]}
+
+
+def later_rows(learner: Learner, rows: Experience, whole: Experience) -> Experience:
+    """Return all N rows of a step, scored anew, for an update after which the policy has moved.
+
+    Args:
+        learner: the policy.
+        rows: this process's n rows.
+        whole: all N rows, as they were before the first update.
+    """
+    forward = learner.forward
+    scores = learner.scores(rows, forward.model, forward.regime, learner.sampling)
+    moved = gather(learner.accelerator, replace(rows, logprobs=scores.logprobs), ())
+    # both by the same scoring pass, so that they are equal where nothing has moved
+    assert whole.old_logprobs is not None
+    return replace(whole, logprobs=whole.old_logprobs, present_logprobs=moved.logprobs)
 
 
 def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def settle(
     if values["log_completions"] is None:
         values["log_completions"] = values["eval_every"]
     args = arguments(TrainArguments, values)
-    _check_sizes(args, processes)
+    _check_sizes(args, task, processes)
     return TrainPlan(args, laid, usual_rate if args.optimizer == "adamw" else math.nan)
 
 
@@ -212,7 +212,7 @@ def _check_teacher(args: TrainArguments) -> None:
             raise Refused(
                 f"{name} makes what a teacher reads, and there is none: name one by teacher, such as --teacher self."
             )
-    if args.teacher is not None and not estimator.beta:
+    if args.teacher is not None and not estimator.needs_reference:
         raise Refused(
             "A teacher is the reference of a KL, and the estimator has none, as its beta is 0: give "
             "it one (--estimator.beta), such as 1, or a preset of distillation, such as opd."
@@ -232,7 +232,7 @@ def _check_teacher(args: TrainArguments) -> None:
         )
 
 
-def _check_sizes(args: TrainArguments, processes: int) -> None:
+def _check_sizes(args: TrainArguments, task: PromptTask, processes: int) -> None:
     """Refuse a step that the estimator, the length of completions or the number of processes does not allow."""
     buffer = args.estimator.overlong_buffer
     length = args.max_completion_length
@@ -240,7 +240,7 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
     if buffer >= length:
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check_warmup(args)
-    _try_out(args)
+    _try_out(args, task)
     # Without rewards there is no return from which a baseline could be subtracted.
     if not is_unrewarded(args.reward):
         check_horizon(args.estimator, length, args.allow_no_baseline)
@@ -258,24 +258,23 @@ def _check_sizes(args: TrainArguments, processes: int) -> None:
         )
 
 
-def _try_out(args: TrainArguments) -> None:
+def _try_out(args: TrainArguments, task: PromptTask) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before the first step."""
     zeros = torch.zeros(args.completions, 1)
     rewards = zeros[:, 0]
     ones = zeros + 1
+    of_tokens = ("logprobs", "ref_logprobs", "sampling_logprobs", "entropy", "values", "components")
     try:
         args.estimator.advantages(
             rewards,
             ones,
             group_size=args.num_generations,
             max_length=args.max_completion_length,
-            logprobs=zeros,
-            ref_logprobs=zeros,
-            values=zeros,
-            components=zeros,
+            **dict.fromkeys(of_tokens, zeros),
             greedy_rewards=rewards,
             score_norms=ones,
             baseline_value=rewards,
+            data={name: [x[0]] * len(zeros) for name, x in task.train_prompts.columns.items()},
         )
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error

@@ -34,9 +34,11 @@ from tokenrl.language.training.experience import (
     update_metrics,
 )
 from tokenrl.language.training.rows import (
+    later_rows,
     learning_rows,
     loss_inputs,
     loss_terms,
+    own_columns,
     rows_of_step,
     update_weights,
 )
@@ -102,12 +104,15 @@ def training_step(
 
     rows = experience(learner, rewarded, sampling)
     whole = gather(accelerator, rows, rewarded.failures or ())  # all N rows, on every process
-    terms = loss_terms(learner, whole, sampling, memory, rewards)
-    advantages = local(accelerator, terms.advantages)
+    options = sampling, memory, rewards, own_columns(learner, rewarded)
+    first = terms = loss_terms(learner, whole, *options)
     parameters = learner.policy.trainable_parameters()
     updates: list[dict[str, float]] = []
     scored: list[list[tuple[Tensor, Tensor]]] = []  # of each update
     for chosen in minibatches(learner, len(whole), step):  # rows of an update [N]
+        if updates and estimator.chosen("scale").needs:
+            terms = loss_terms(learner, later_rows(learner, rows, whole), *options)
+        advantages = local(accelerator, terms.advantages)
         weights = local(accelerator, update_weights(learner, terms, chosen))  # [n, T]
         learning = learning_rows(learner, terms, chosen)  # [N]
         sums: list[Tensor] = []
@@ -140,7 +145,7 @@ def training_step(
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
     metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
     metrics |= update_memories(learner, memory, stream, rows, whole, terms.returns, ends)
-    table = partial(step_table, replace(learner), rewarded, rows, terms, rewards.names, scored)
+    table = partial(step_table, replace(learner), rewarded, rows, first, rewards.names, scored)
     metrics |= learner.adapt_beta(metrics, policy_learns)  # the table keeps the weight before
     timings = {"collect": collected - began, "update": time.perf_counter() - collected}
     timings |= rewards.seconds_since(reward_seconds)
