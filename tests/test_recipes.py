@@ -15,7 +15,7 @@ from folders import RECIPES, read_json
 from pages import blocks
 
 # by programs of a folder
-SHARED = {"own", "intervals", "printed", "curves", "grid_values"}
+SHARED = {"own", "intervals", "printed", "survival", "curves", "grid_values"}
 SHARED |= {"oracles", "tasks", "formulas"}
 PROGRAMS = {
     path.stem: path

@@ -44,6 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "replay": {"estimator": "rloo", "replay": 10, "replay_memory": 10},
     "untrained": {"estimator": "rloo"},
 }
+PRIMED = ("prior", "table")
+"""The parts whose runs start from a prior."""
 UNTRAINED = 1e-12
 """A learning rate at which no weight changes."""
 GRID = ((5e-4, 0.005), (1e-3, 0.005), (2e-3, 0.005), (1e-3, 0.0))
@@ -95,6 +97,12 @@ def runs(part: str, table: Path) -> Iterator[Run]:
         yield Run(part, arm, problem, seed, budget, *settings[arm])
 
 
+def prior_of(variables: str, seed: int) -> str:
+    """Return the directory of the prior of a seed, which is trained where it is missing."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return prior(variables, f"runs/formulas/prior/{variables}-{seed}", seed=seed)
+
+
 def result(run: Run) -> dict[str, Any]:
     """Make a run, and return its row of the table."""
     problem = (LIVERMORE if run.part == "settings" else PROBLEMS)[run.problem]
@@ -103,9 +111,7 @@ def result(run: Run) -> dict[str, Any]:
     row = problem.row(run.seed)
     names = row["variables"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        model = new_model(names, 32, run.seed)
-        if run.part in ("prior", "table"):
-            model = prior(names, f"runs/formulas/prior/{names}-{run.seed}", seed=run.seed)
+        model = prior_of(names, run.seed) if run.part in PRIMED else new_model(names, 32, run.seed)
         trained = searched(
             row,
             f"runs/formulas/race/{os.getpid()}",
@@ -150,7 +156,10 @@ def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.cs
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(",".join(columns) + "\n")
     missing = missing_runs(part, table)
+    starts = {(PROBLEMS[run.problem].variables, run.seed) for run in missing if run.part in PRIMED}
     with ProcessPoolExecutor(workers) as pool, table.open("a", newline="") as file:
+        # each by one process, before the runs that share them
+        list(pool.map(prior_of, *zip(*sorted(starts), strict=True)) if starts else [])
         for number, future in enumerate(
             as_completed([pool.submit(result, run) for run in missing])
         ):

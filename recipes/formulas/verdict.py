@@ -60,42 +60,40 @@ def runs_of(part: str, table: Path) -> pd.DataFrame:
 
 
 def against(runs: pd.DataFrame, reference: pd.DataFrame, comparisons: int) -> str:
-    """Return the cells that compare two arms: test and verdict, then the interval over problems."""
+    """Return the cells that compare two arms: the statistic with its verdict, then the interval over problems."""
     level = 0.05 / comparisons
     statistic = logrank(runs, reference)
-    p = 2 * stats.norm.sf(abs(statistic))
-    verdict = "undecided" if p >= level else "sooner" if statistic > 0 else "later"
+    is_sure = 2 * stats.norm.sf(abs(statistic)) < level
+    verdict = ("sooner" if statistic > 0 else "later") if is_sure else "undecided"
     means = [np.log10(x["formulas"]).groupby(x["problem"]).mean() for x in (runs, reference)]
     gaps = means[0] - means[1]
     low, high = stats.t.interval(1 - level, len(gaps) - 1, gaps.mean(), stats.sem(gaps))
-    return f"{statistic:.2f}, p {p:.2g}, {verdict} | {gaps.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return f"{statistic:.2f} {verdict} | {gaps.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
 def solved_cells(runs: pd.DataFrame) -> str:
     """Return the cells of an arm: solved runs of each problem, of all, and the geometric mean of formulas."""
-    cells = [*runs.groupby("problem")["solved"].sum(), f"{runs['solved'].sum()} of {len(runs)}"]
-    return " | ".join(map(str, [*cells, f"{stats.gmean(runs['formulas']):,.0f}"]))
+    by_problem = " ".join(map(str, runs.groupby("problem")["solved"].sum()))
+    return f"{runs['solved'].sum()} of {len(runs)}: {by_problem} | {stats.gmean(runs['formulas']):,.0f}"
 
 
-def draw(race: pd.DataFrame, path: Path) -> None:
-    """Draw the share of runs that are solved against the formulas that were sampled."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for arm, colour in zip(ARMS, COLOURS, strict=True):
-        runs = race[race["arm"] == arm]
-        times = np.sort(runs.loc[runs["solved"], "formulas"])
-        shares = np.arange(1, len(times) + 1) / len(runs)
-        last = len(times) / len(runs)
-        axes.step(
-            [100, *times, race["budget"].max()],
-            [0, *shares, last],
-            where="post",
-            color=colour,
-            label=arm,
-        )
-    axes.set(xscale="log", xlabel="formulas sampled", ylabel="share of runs solved", ylim=(0, 1))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+def draw(race: pd.DataFrame, prior: pd.DataFrame, path: Path) -> None:
+    """Draw the share of runs that are solved against the formulas that were sampled, from both starts."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    titles = {"random weights": race, "a prior of random formulas": prior}
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (title, part) in zip(panels, titles.items(), strict=True):
+        for arm, colour in zip(ARMS, COLOURS, strict=True):
+            runs = part[part["arm"] == arm]
+            if len(runs):
+                times = np.sort(runs.loc[runs["solved"], "formulas"])
+                shares = np.arange(len(times) + 1) / len(runs)
+                ends = [100, *times, part["budget"].max()]
+                axes.step(ends, [*shares, shares[-1]], where="post", color=colour, label=arm)
+        axes.set(xscale="log", xlabel="formulas sampled", ylim=(0, 1), title=f"start: {title}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share of runs solved")
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=160)
 
 
@@ -105,21 +103,26 @@ def main(table: Path = STUDY / "tables" / "17_formulas" / "runs.csv") -> None:
     Args:
         table: the rows of the runs.
     """
-    race = runs_of("race", table)
-    arms = {arm: race[race["arm"] == arm] for arm in ARMS}
-    for arm, runs in arms.items():
-        print(f"| {arm} | {solved_cells(runs)} |")
-    for arm, runs in [*arms.items()][1:]:
-        print(f"| {arm} | {against(runs, arms['dsr'], len(arms) - 1)} |")
-    free = runs_of("free", table)
-    for arm, runs in free.groupby("arm"):
-        with_rule = arms[arm][arms[arm]["seed"].isin(runs["seed"])]
-        print(f"| {arm}, free | {solved_cells(runs)} | {against(runs, with_rule, 2)} |")
-    whole = runs_of("table", table)
+    race, prior, free, whole = (runs_of(part, table) for part in ("race", "prior", "free", "table"))
+    arms, primed, freed = (dict([*x.groupby("arm")]) for x in (race, prior, free))
+    for arm in ARMS:
+        gap = against(arms[arm], arms["dsr"], len(ARMS) - 1) if arm != "dsr" else "reference"
+        print(f"| {arm} | {solved_cells(arms[arm])} | {gap} |")
+    print()
+    for arm, runs in primed.items():
+        start = against(runs, arms[arm], len(primed))
+        gap = against(runs, primed["dsr"], len(primed) - 1) if arm != "dsr" else "reference"
+        print(f"| {arm}, prior | {solved_cells(runs)} | {start} | {gap} |")
+    for arm, runs in freed.items():
+        same_seeds = arms[arm][arms[arm]["seed"].isin(runs["seed"])]
+        print(
+            f"| {arm}, any token | {solved_cells(runs)} | {against(runs, same_seeds, len(freed))} |"
+        )
+    print()
     shares = 100 * whole.groupby("problem")["solved"].mean()
-    for name, percents in {"ours": [*shares], **PRINTED}.items():
+    for name, percents in {"here": [*shares], **PRINTED}.items():
         print(f"| {name} | {' | '.join(f'{x:g}' for x in percents)} | {np.mean(percents):.2f} |")
-    draw(race, STUDY / "figures" / "17_formulas.png")
+    draw(race, prior, STUDY / "figures" / "17_formulas.png")
 
 
 if __name__ == "__main__":

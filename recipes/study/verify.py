@@ -40,6 +40,7 @@ from intervals import (
     student,
 )
 from printed import manifest, sections, wrong_rows
+from survival import formulas
 
 TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
@@ -375,6 +376,7 @@ QUESTIONS: dict[str, Callable[[], Numbers]] = {
     "14": groups,
     "15": curriculum,
     "16": partial(against_eights, 4, "16_fifty", "16_target_length"),
+    "17": lambda: formulas(pd.read_csv(TABLES / "17_formulas" / "runs.csv")),
 }
 """What computes the cells of each question."""
 
