@@ -99,8 +99,11 @@ def runs(part: str, table: Path) -> Iterator[Run]:
 
 def prior_of(variables: str, seed: int) -> str:
     """Return the directory of the prior of a seed, which is trained where it is missing."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return prior(variables, f"runs/formulas/prior/{variables}-{seed}", seed=seed)
+    folder = f"runs/formulas/prior/{variables}-{seed}"
+    if not Path(folder, "summary.json").exists():  # a folder has one user at a time
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            prior(variables, folder, seed=seed)
+    return folder
 
 
 def result(run: Run) -> dict[str, Any]:
@@ -160,12 +163,14 @@ def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.cs
     with ProcessPoolExecutor(workers) as pool, table.open("a", newline="") as file:
         # each by one process, before the runs that share them
         list(pool.map(prior_of, *zip(*sorted(starts), strict=True)) if starts else [])
-        for number, future in enumerate(
-            as_completed([pool.submit(result, run) for run in missing])
-        ):
-            csv.DictWriter(file, columns, lineterminator="\n").writerow(future.result())
-            file.flush()
-            print(f"{number + 1} of {len(missing)} runs", flush=True)
+        futures = [pool.submit(result, run) for run in missing]
+        try:
+            for number, future in enumerate(as_completed(futures)):
+                csv.DictWriter(file, columns, lineterminator="\n").writerow(future.result())
+                file.flush()
+                print(f"{number + 1} of {len(missing)} runs", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":
