@@ -91,7 +91,7 @@ def runs(part: str, table: Path) -> Iterator[Run]:
     elif part == "prior":
         arms = ["dsr", "best of 20", "running mean", "untrained"]
     elif part == "table":
-        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 200_000
+        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 100_000
     settings = {"untrained": (UNTRAINED, 0.0), **chosen(table)}
     for seed, arm, problem in product(seeds, arms, problems):
         yield Run(part, arm, problem, seed, budget, *settings[arm])
