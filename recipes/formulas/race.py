@@ -77,6 +77,16 @@ def chosen(table: Path) -> dict[str, tuple[float, float]]:
     return {arm: (float(row.rate), float(row.entropy)) for arm, row in best.iterrows()}
 
 
+def winner(table: Path) -> str:
+    """Return the arm with the most solved runs from the prior; of equal arms the one that solved soonest."""
+    rows = pd.read_csv(table).query("part == 'prior'")
+    rows = rows.assign(
+        unsolved=rows["formulas"].isna(), log=np.log10(rows["formulas"].fillna(rows["budget"]))
+    )
+    means = rows.groupby("arm")[["unsolved", "log"]].mean()
+    return str(means.sort_values(["unsolved", "log"]).index[0])
+
+
 def runs(part: str, table: Path) -> Iterator[Run]:
     """Yield the runs of a part in their order: all of a seed before those of the next."""
     if part == "settings":
@@ -91,7 +101,7 @@ def runs(part: str, table: Path) -> Iterator[Run]:
     elif part == "prior":
         arms = ["dsr", "best of 20", "running mean", "untrained"]
     elif part == "table":
-        problems, arms, seeds, budget = tuple(PROBLEMS), ["best of 20"], range(10, 15), 100_000
+        arms, problems, seeds, budget = [winner(table)], tuple(PROBLEMS), range(10, 15), 100_000
     settings = {"untrained": (UNTRAINED, 0.0), **chosen(table)}
     for seed, arm, problem in product(seeds, arms, problems):
         yield Run(part, arm, problem, seed, budget, *settings[arm])
