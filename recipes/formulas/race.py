@@ -44,8 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "replay": {"estimator": "rloo", "replay": 10, "replay_memory": 10},
     "untrained": {"estimator": "rloo"},
 }
-PRIMED = ("prior", "table")
-"""The parts whose runs start from a prior."""
+FEWER = range(3)
+"""Seeds of the parts `prior` and `free`."""
 UNTRAINED = 1e-12
 """A learning rate at which no weight changes."""
 GRID = ((5e-4, 0.005), (1e-3, 0.005), (2e-3, 0.005), (1e-3, 0.0))
@@ -78,11 +78,10 @@ def chosen(table: Path) -> dict[str, tuple[float, float]]:
 
 
 def winner(table: Path) -> str:
-    """Return the arm with the most solved runs from the prior; of equal arms the one that solved soonest."""
-    rows = pd.read_csv(table).query("part == 'prior'")
-    rows = rows.assign(
-        unsolved=rows["formulas"].isna(), log=np.log10(rows["formulas"].fillna(rows["budget"]))
-    )
+    """Return the arm with the most solved runs of the race; of equal arms the one that solved soonest."""
+    rows = pd.read_csv(table).query("part == 'race'")
+    logs = np.log10(rows["formulas"].fillna(rows["budget"]))
+    rows = rows.assign(unsolved=rows["formulas"].isna(), log=logs)
     means = rows.groupby("arm")[["unsolved", "log"]].mean()
     return str(means.sort_values(["unsolved", "log"]).index[0])
 
@@ -97,9 +96,9 @@ def runs(part: str, table: Path) -> Iterator[Run]:
     problems: tuple[int, ...] = (2, 3, 6, 8, 9, 11)
     arms, seeds, budget = list(ARMS), range(5), 60_000
     if part == "free":
-        arms, seeds = ["dsr", "best of 20"], range(3)
+        arms, seeds = ["dsr", "best of 20"], FEWER
     elif part == "prior":
-        arms = ["dsr", "best of 20", "running mean", "untrained"]
+        arms, seeds = ["dsr", "best of 20", "running mean", "untrained"], FEWER
     elif part == "table":
         arms, problems, seeds, budget = [winner(table)], tuple(PROBLEMS), range(10, 15), 100_000
     settings = {"untrained": (UNTRAINED, 0.0), **chosen(table)}
@@ -124,7 +123,7 @@ def result(run: Run) -> dict[str, Any]:
     row = problem.row(run.seed)
     names = row["variables"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        model = prior_of(names, run.seed) if run.part in PRIMED else new_model(names, 32, run.seed)
+        model = prior_of(names, run.seed) if run.part == "prior" else new_model(names, 32, run.seed)
         trained = searched(
             row,
             f"runs/formulas/race/{os.getpid()}",
@@ -169,7 +168,7 @@ def main(part: Part, workers: int = 2, table: Path = Path("runs/formulas/race.cs
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(",".join(columns) + "\n")
     missing = missing_runs(part, table)
-    starts = {(PROBLEMS[run.problem].variables, run.seed) for run in missing if run.part in PRIMED}
+    starts = {(PROBLEMS[run.problem].variables, run.seed) for run in missing if run.part == "prior"}
     with ProcessPoolExecutor(workers) as pool, table.open("a", newline="") as file:
         # each by one process, before the runs that share them
         list(pool.map(prior_of, *zip(*sorted(starts), strict=True)) if starts else [])
