@@ -306,6 +306,9 @@ def preset_for_groups_of_three(name):
     estimator = Estimator.preset(name)
     usual = {"objective_order": 2, "objective_share": 0.7}
     changes = {field: value for field, value in usual.items() if getattr(estimator, field)}
+    if estimator.scale == "target":
+        # With 1 a text has nearly all of the group's probability, and hardly a gradient is left.
+        changes["eta"] = 0.1
     return dataclasses.replace(estimator, **changes)
 
 

@@ -145,8 +145,8 @@ def test_completions_whose_prompt_has_no_greedy_reward_keep_theirs_and_are_left_
     rows = rows_of_step(learner, rewards, sampling, Spare(prompts))
     learnt = experience(learner, rows, sampling)
     assert rows.valid.tolist() == [False] + [True] * 15
-    assert learnt.valid.tolist() == [False] * 4 + [True] * 12
-    assert rows.greedy_rewards.isnan()[:4].all() and not learnt.greedy_rewards.isnan().any()
+    assert learnt.compared.tolist() == [False] * 4 + [True] * 12
+    assert learnt.valid.tolist() == rows.valid.tolist()
     assert [read[0], read[1][1:]] == [[0.5] * 3, [0.5] * 2]
 
 

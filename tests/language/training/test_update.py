@@ -39,9 +39,6 @@ ESTIMATORS = {name: preset_for_groups_of_three(name) for name in PRESETS} | {
     "kl in the loss": Estimator.preset("grpo", beta=0.3),
     "entropy": Estimator(entropy_coef=0.1),
     "reward to go": Estimator(returns="reward_to_go", gamma=0.9, aggregation="token_mean"),
-    "tpo": Estimator.preset(
-        "tpo", eta=0.1
-    ),  # a completion of a group has nearly all its probability
 }
 QUICK = (
     "rloo",

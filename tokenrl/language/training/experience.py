@@ -41,8 +41,6 @@ class Experience(Rewarded):
     `teacher_prompts`; these stay with the process that sampled the rows.
 
     Attributes:
-        valid: False where every function abstained, from the completion or from the greedy one that is needed [N].
-        greedy_rewards: those of `Rewarded`, with 0 in place of NaN.
         ref_states: what the head of the reference is given before each action [N, T, H], for a KL in closed form.
             Its logits [N, T, V], if no head can be taken apart. None where they are computed again in each pass.
         values: the critic's value of the state before each action [N, T]; None without a critic.
@@ -67,6 +65,12 @@ class Experience(Rewarded):
         """True on completions of this step that have a reward [N]."""
         return self.valid & ~self.replayed
 
+    @property
+    def compared(self) -> Tensor:
+        """True where a row has a reward and, if it is needed, that of its greedy completion to be compared with [N]."""
+        greedy = self.greedy_rewards
+        return self.valid if greedy is None else self.valid & ~greedy.isnan()
+
 
 @agreed
 def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experience:
@@ -87,10 +91,6 @@ def experience(learner: Learner, rows: Rewarded, sampling: Sampling) -> Experien
         scores = learner.ref_scores(rows, prompts, states=keeps)
         columns["ref_logprobs"] = scores.logprobs.to(rows.logprobs)
         columns["ref_states"] = scores.states
-    if rows.greedy_rewards is not None:
-        # Without the reward of the greedy completion there is no baseline.
-        columns["valid"] = rows.valid & ~rows.greedy_rewards.isnan()
-        columns["greedy_rewards"] = rows.greedy_rewards.nan_to_num()
     if learner.critic is not None:
         columns["values"] = learner.critic.values(rows.hidden).detach().to(rows.logprobs)
     if estimator.needs_memory or learner.replay is not None:
@@ -129,7 +129,7 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
         host = zip(gathered, to_host(gathered.values()), strict=True)
         columns: dict[str, Any] = {name: x.to(own[name].dtype) for name, x in host}
         rows = Experience(**columns)
-    if not rows.rewarded.any():
+    if not (rows.rewarded & rows.compared).any():
         failed = failures_of(failures)
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
@@ -155,7 +155,7 @@ def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dic
     prompts = int((~rows.replayed).sum()) // group_size
     # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
     shape = prompts if len(rows) > prompts else 1, -1
-    differences, _ = from_first(rows.rewards.view(shape), rows.valid.view(shape))
+    differences, _ = from_first(rows.rewards.view(shape), rows.compared.view(shape))
     if rows.replayed.any():
         rows = rows.take((~rows.replayed).nonzero().flatten())
     mask = rows.mask

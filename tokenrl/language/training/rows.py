@@ -148,19 +148,19 @@ def loss_terms(
     dtype = rows.logprobs.dtype
     names = (
         "mask",
-        "valid",
         "truncated",
         "turns",
         "logprobs",
         "ref_logprobs",
         "values",
         "score_norms",
-        "greedy_rewards",
         "sampling_logprobs",
         "entropy",
         "present_logprobs",
     )
-    inputs = {name: getattr(rows, name) for name in names}
+    inputs = {name: getattr(rows, name) for name in names} | {"valid": rows.compared}
+    if rows.greedy_rewards is not None:
+        inputs["greedy_rewards"] = rows.greedy_rewards.nan_to_num()
     if rows.dense_rewards is not None:
         inputs["turn_rewards"] = unrounded(rows.dense_rewards, dtype)
     terms = estimator.loss_terms(
