@@ -11,7 +11,7 @@ from folders import RECIPES
 from torch.testing import assert_close
 
 from tokenrl.core.effects import KL_EFFECTS
-from tokenrl.lab import tabular_problem
+from tokenrl.lab import prompt_weight, tabular_problem
 
 LENGTH, TOKENS = 2, 3
 
@@ -125,7 +125,7 @@ def test_the_mean_advantage_of_mixed_groups_is_a_sum_over_groups(recipes, p, siz
             chance += probability
             advantage += probability * (1 - sum(rewards) / size)
     assert module.mixed_mean(p, size) == pytest.approx(advantage / chance)
-    assert module.factor(p, size) == pytest.approx(gradient) == pytest.approx(1)
+    assert prompt_weight("rloo", p, size).item() == pytest.approx(gradient) == pytest.approx(1)
 
 
 def test_the_noise_of_one_branch_is_a_sum_over_all_its_outcomes(recipes):

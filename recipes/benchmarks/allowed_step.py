@@ -18,15 +18,16 @@ Look for: the median ratio of the pairs, with the rule over without.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import tyro
+
 import tokenrl
+from tokenrl.runs import read_run
 
 TEXT = {"type": "string", "minLength": 200, "maxLength": 250}
 SCHEMA = {
@@ -34,7 +35,7 @@ SCHEMA = {
     "properties": {"name": {"enum": ["ann", "bob"]}, "text": TEXT, "age": {"type": "integer"}},
     "required": ["name", "text", "age"],
 }
-WORK: Mapping[str, dict[str, Any]] = {
+WORK = {
     "tiny": {"allowed": "[0-9>]{7}", "max_steps": 40, "prompts_per_step": 32},
     "large": {
         "allowed": json.dumps(SCHEMA),
@@ -57,32 +58,28 @@ def seconds_per_token(**options: Any) -> float:
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"task": "sort_digits", "eval_every": 0, "eval_size": 1, "quiet": True}
         fixed["reward"] = uneven
-        run = tokenrl.train(output_dir=folder, overwrite=True, **fixed | options)
-        files = [Path(folder, f"{name}.jsonl") for name in ("timings", "metrics")]
-        timings, metrics = ([*map(json.loads, file.open())] for file in files)
-    lengths = {row["step"]: row.get("completions/mean_length") for row in metrics}
-    rows = 8 * options["prompts_per_step"]
-    times = [
-        row["step_seconds"] / (rows * lengths[row["step"]])
-        for row in timings
-        if "step_seconds" in row and 2 < row["step"] <= run.steps
-    ]
-    return statistics.median(times)
+        tokenrl.train(output_dir=folder, overwrite=True, **fixed | options)
+        run = read_run(folder)
+        rows = pd.DataFrame(run.timings).merge(pd.DataFrame(run.metrics), on="step")
+    rows = rows.query("step > 2").dropna(subset=["step_seconds", "completions/mean_length"])
+    tokens = 8 * options["prompts_per_step"] * rows["completions/mean_length"]
+    return (rows["step_seconds"] / tokens).median()
 
 
-def main() -> None:
-    """Print the ratio of each pair, and their median."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="the large model; without it only the tiny one is timed")
-    parser.add_argument("--pairs", type=int, default=5)
-    args = parser.parse_args()
+def main(model: str | None = None, pairs: int = 5) -> None:
+    """Print the ratio of each pair, and their median.
+
+    Args:
+        model: The large model; without it only the tiny one is timed.
+        pairs: Pairs of runs with and without a rule.
+    """
     for name, options in WORK.items():
         if name == "large":
-            if args.model is None:
+            if model is None:
                 continue
-            options = options | {"model": args.model}
+            options = options | {"model": model}
         ratios = []
-        for pair in range(args.pairs):
+        for pair in range(pairs):
             arms = {"with": options, "without": options | {"allowed": ""}}
             order = sorted(arms, reverse=bool(pair % 2))
             seconds = {arm: seconds_per_token(**arms[arm]) for arm in order}
@@ -95,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

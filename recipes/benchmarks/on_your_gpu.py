@@ -60,7 +60,7 @@ Attention by another formula, on a CPU, changed metrics by far less; bfloat16 ch
 by more.
 """
 SECONDS = 600.0
-ESTIMATORS: dict[str, dict[str, Any]] = {
+ESTIMATORS = {
     "rloo": {"estimator": "rloo"},
     "grpo, KL in the loss": {"estimator": "grpo,beta=0.1", "num_iterations": 2},
     "ppo, with a critic": {"estimator": "ppo"},

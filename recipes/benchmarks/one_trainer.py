@@ -68,7 +68,7 @@ class Shape:
     context: int = 512  # tokens
 
 
-M135: dict[str, Any] = {
+M135 = {
     "vocabulary": 49_152,
     "layers": 30,
     "hidden": 576,
@@ -89,8 +89,8 @@ WORK = {
     "135m": Shape(**M135),
     "lora": Shape(**M135, prompt=40, length=48, lora_r=8),
 }
-LONG: dict[str, Any] = {"prompts": 8, "prompt": 64, "length": 128}
-QWEN: dict[str, Any] = {"vocabulary": 151_936, "kv_heads": 2, "tied": True}
+LONG = {"prompts": 8, "prompt": 64, "length": 128}
+QWEN = {"vocabulary": 151_936, "kv_heads": 2, "tied": True}
 TINY = Shape(
     prompts=2, group=4, length=4, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=1
 )

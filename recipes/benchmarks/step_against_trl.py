@@ -50,7 +50,7 @@ import tyro
 from one_trainer import WORK
 
 TRAINER = Path(__file__).with_name("one_trainer.py")
-SETTINGS: list[dict[str, Any]] = [
+SETTINGS = [
     {"bf16": bf16, "attention": attention}
     for bf16 in (False, True)
     for attention in ("sdpa", "eager")

@@ -24,7 +24,6 @@ the mean: here the baseline adds noise, and without it |g|^2 is about half. With
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,7 +54,7 @@ def train_all(seeds: int, updates: int, steps: int) -> pd.DataFrame:
     tables = []
     for seed in range(seeds):
         for variant, (estimator, _) in VARIANTS.items():
-            common: dict[str, Any] = {"estimator": estimator, "seed": seed, "eval_every": 0}
+            common = {"estimator": estimator, "seed": seed, "eval_every": 0}
             common |= {"overwrite": True, "quiet": True}
             folder = Path("runs/control_contrast") / f"{estimator.preset_name}-seed{seed}"
             results = (

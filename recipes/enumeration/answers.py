@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ MOST = 8
 """The most completions of a prompt that are sampled until one is right and one is wrong."""
 ASCENT = 0.2
 """Length of a step of gradient ascent in the space of the logits."""
-CORRECTIONS: dict[str, dict[str, Any]] = {
+CORRECTIONS = {
     "no correction": {},
     "weights of tokens": {"importance": "token"},
     "weights of sequences, cap 2": {"importance": "sequence", "importance_cap": 2.0},
@@ -99,7 +100,7 @@ def levels_of(problem: Problem) -> list[Level]:
 
 def adaptive_groups(levels: Sequence[Level], most: int = MOST) -> Iterator[tuple[Level, ...]]:
     """Yield all groups that are sampled until two rewards differ, of at most so many completions."""
-    drawn: list[tuple[Level, ...]] = [(level,) for level in levels]
+    drawn = [(level,) for level in levels]
     while drawn:
         group = drawn.pop()
         if len({level.reward for level in group}) > 1 or len(group) == most:
@@ -116,17 +117,14 @@ def moments_of(
     mean = torch.zeros_like(target[0])
     second = size = 0.0
     for group in drawn:
-        chance = 1.0
-        for level in group:
-            chance *= level.chance
-        factors = weights(tuple(level.reward for level in group))
-        gradient = sum(w * level.score for w, level in zip(factors, group, strict=True))
-        spread = [
-            w**2 * (level.norm - float(level.score @ level.score))
-            for w, level in zip(factors, group, strict=True)
-        ]
+        rewards, chances, scores, norms = zip(*group, strict=True)
+        chance = math.prod(chances)
+        factors = torch.tensor(weights(rewards), dtype=torch.double)
+        score = torch.stack(scores)
+        gradient = factors @ score
+        spread = torch.tensor(norms) - score.square().sum(-1)
         mean = mean + chance * gradient
-        second += chance * (float(gradient @ gradient) + sum(spread))
+        second += chance * float(gradient @ gradient + factors**2 @ spread)
         size += chance * len(group)
     return Moments(mean[None], target, second), size
 
@@ -214,7 +212,7 @@ def flipped(
             1 - errs * (false_positives + false_negatives)
         )
     errs = errs * (right * false_negatives + (1 - right) * false_positives)
-    doubled: dict[str, Any] = {
+    doubled = {
         "rewards": torch.cat([*rewards], dim=1),
         "environment": torch.cat([1 - errs, errs], dim=1),
     }
@@ -226,10 +224,8 @@ def flipped(
 
 def standardised(rewards: Rewards) -> list[float]:
     """Return the reward less the mean of the group, over the standard deviation and the size of the group."""
-    n = len(rewards)
-    mean = sum(rewards) / n
-    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / n)
-    return [(r - mean) / (deviation * n) if deviation else 0.0 for r in rewards]
+    mean, divisor = fmean(rewards), (pstdev(rewards) or 1) * len(rewards)
+    return [(r - mean) / divisor for r in rewards]
 
 
 def verifier(problems: int) -> None:

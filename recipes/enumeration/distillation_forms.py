@@ -16,7 +16,7 @@ not lower the error below the bias.
 # ///
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -113,7 +113,7 @@ def rloo_of_log_ratio(problem: Problem) -> Moments:
     return Moments(mean[None], problem.gradient(beta=1.0), float(variance + signal))
 
 
-OTHERS: dict[str, Callable[[Problem], Moments]] = {
+OTHERS = {
     f"RLOO of {GROUP}, KL in the reward": rloo_of_log_ratio,
     "iw_opd of TRL": iw_opd,
 }

@@ -39,22 +39,27 @@ def save(figure: Figure, output: Path) -> None:
     print(f"figure: {output}")
 
 
-def show(
-    title: str,
-    rows: Mapping[str, Callable[[int], Mapping[str, float]]],
-    problems: int,
-    form: str = "{:.3f}",
-) -> None:
-    """Print a table of what functions of a problem's seed measure, each in a row.
+Rows = Mapping[Any, Callable[[int], Mapping[str, float]]]
+"""What measures a problem, of which it gets the seed, by the name of its row."""
 
-    A column holds medians over problems, or the largest number ("worst"), the least ("least ..."), the mean ("share").
+
+def table_of(rows: Rows, problems: int) -> pd.DataFrame:
+    """Return a table of what is measured.
+
+    A column holds medians over problems, or the largest number ("worst ..."), the least ("least ..."), the mean
+    ("share ...").
     """
     kinds = {"worst": "max", "least": "min", "share": "mean"}
     table = {}
     for name, measure in rows.items():
         measured = pd.DataFrame([measure(seed) for seed in range(problems)])
         table[name] = measured.agg({x: kinds.get(x.split()[0], "median") for x in measured})
-    print(f"\n{title}\n{pd.DataFrame(table).T.to_string(float_format=form.format)}")
+    return pd.DataFrame(table).T
+
+
+def show(title: str, rows: Rows, problems: int) -> None:
+    """Print a table of what is measured."""
+    print(f"\n{title}\n{table_of(rows, problems).to_string(float_format='{:.3f}'.format)}")
 
 
 Sections = Mapping[str, Callable[[int], None]]
@@ -83,11 +88,12 @@ def draw(curves: Curves, rates: tuple[float, ...], p: Tensor, output: Path, **lo
     """Print the weights of prompts at some success rates, and draw them over all rates p."""
     figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    print(f"{'weight w(p)':26}" + "".join(f"{f'p = {x:g}':>10}" for x in rates))
+    table = {}
     for name, (weight, colour, line) in curves.items():
         axes.plot(p, weight(p), line, color=colour, linewidth=2.2, label=name)
-        weights = weight(torch.tensor(rates, dtype=torch.double)).tolist()
-        print(f"{name:26}" + "".join(f"{weight:10.3f}" for weight in weights))
+        table[name] = weight(torch.tensor(rates, dtype=torch.double)).tolist()
+    printed = pd.DataFrame(table, index=[f"p = {rate:g}" for rate in rates]).T
+    print(printed.to_string(float_format="{:.3f}".format))
     axes.set(yscale="log", ylabel="weight w of the prompt's grad p", **look)
     axes.set_xlabel("p, the probability that a completion of the prompt is right")
     axes.legend(frameon=False, fontsize=9)
@@ -106,7 +112,7 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     limit 1/sqrt(p (1 - p)), as if the objective were 2 arcsin sqrt(p) (Davis and Recht 2025, arXiv
     2510.13651), is reached only where G is well above 1/p. Lines come from the preset's own advantages.
     """
-    curves: Curves = {
+    curves = {
         "limit of large G": (lambda p: (p * (1 - p)) ** -0.5, "black", "--"),
         "the gradient of J (RLOO)": (torch.ones_like, GREY, "-"),
     }
@@ -135,7 +141,7 @@ def objectives(output: Path = Path("objectives.png")) -> None:
     weighs a prompt that is hardly ever solved by k. The log of success weighs it by G - 1, or by G if failed
     groups are kept; its leave-one-out form learns nothing from a lone success, so hard prompts lose.
     """
-    curves: Curves = {
+    curves = {
         name: (partial(prompt_weight, preset, group_size=8), colour, "-")
         for name, (preset, colour) in WEIGHED.items()
     }

@@ -18,18 +18,19 @@ divisors where right answers are short, long, or both; `--figure` draws it. The 
 from __future__ import annotations
 
 from functools import partial
-from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from answers import of_groups, rloo
 from figures import program, save, show
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
-from tokenrl.lab import Problem, all_completions, tabular_problem
+from tokenrl.lab import Problem, all_completions, prompt_weight, tabular_problem
 
 FIGURE = Path(__file__).parents[1] / "figures" / "token_mean.png"
 SIZE = 8
@@ -57,7 +58,7 @@ def bias(_: int) -> None:
             "1 - p": 1 - p,
             "wrong": wrong,
             "-p": -p,
-            "/ grad p": factor(p, size),
+            "/ grad p": float(prompt_weight("rloo", p, size)),
         }
 
     sizes = ((0.1, 4), (0.1, 8), (0.5, 4), (0.9, 4), (0.02, 16))
@@ -67,22 +68,9 @@ def bias(_: int) -> None:
 
 def mixed_mean(p: float, size: int) -> float:
     """Return the mean of 1 less the group's mean for a right row of a group that has a wrong one."""
-    chances = [comb(size - 1, k) * p**k * (1 - p) ** (size - 1 - k) for k in range(size - 1)]
-    advantages = [1 - (k + 1) / size for k in range(size - 1)]
-    return sum(map(float.__mul__, chances, advantages)) / sum(chances)
-
-
-def factor(p: float, size: int) -> float:
-    """Return the factor beside grad p of RLOO's expected gradient.
-
-    The mean score of a right completion is grad p / p, that of a wrong one -grad p / (1 - p).
-    """
-    total = 0.0
-    for k in range(size + 1):
-        chance = comb(size, k) * p**k * (1 - p) ** (size - k)
-        weights = rloo((1.0,) * k + (0.0,) * (size - k))
-        total += chance * (sum(weights[:k]) / p - sum(weights[k:]) / (1 - p))
-    return total
+    others = np.arange(size - 1)  # that are right, of the other rows
+    chances = stats.binom.pmf(others, size - 1, p)
+    return np.average(1 - (others + 1) / size, weights=chances)
 
 
 class Prefixes(NamedTuple):

@@ -107,9 +107,7 @@ def per_token(problem: Problem) -> Tensor:
     return kl_gradient(problem) - mean * descent(problem, lengths.expand_as(problem.mask))
 
 
-FORMS: dict[str, Callable[[Problem], Tensor]] = {
-    place: lambda problem, place=place: placed(problem, place) for place in PLACES
-}
+FORMS = {place: lambda problem, place=place: placed(problem, place) for place in PLACES}
 FORMS |= {
     "k3 times the ratio": with_ratio,
     "mean - k1 in the advantage": lambda problem: centred(

@@ -16,11 +16,11 @@ sequences have no bias and the most noise. `recipes/pages/explain/off_policy.md`
 # tokenrl-lm = { path = "../..", editable = true }
 # ///
 
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import tyro
-from figures import save
+from figures import save, show, table_of
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
@@ -51,16 +51,18 @@ NOISY = Perturbation(noise=0.3)
 NOISES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def measured(name: str, sampler: Perturbation, problems: int) -> list[float]:
-    """Return the bias to both gradients, each the median and the worst, and the median cosine and noise."""
-    drawn = [perturbed_problem(seed, sampler) for seed in range(problems)]
-    pairs = [off_policy_moments(Estimator.preset(CORRECTIONS[name]), problem) for problem in drawn]
-    numbers = []
-    for moments in zip(*pairs, strict=True):  # beside grad J(policy), and beside grad J(sampler)
-        biases = [m.relative_bias for m in moments]
-        numbers += [median(biases), max(biases)]
-    policy = [beside_policy for beside_policy, _ in pairs]
-    return [*numbers, median(m.cosine for m in policy), median(m.noise for m in policy)]
+def measured(name: str, sampler: Perturbation, seed: int) -> dict[str, float]:
+    """Return the bias beside grad J(policy) and beside grad J(sampler), and cosine and noise beside the first."""
+    estimator = Estimator.preset(CORRECTIONS[name])
+    policy, of_sampler = off_policy_moments(estimator, perturbed_problem(seed, sampler))
+    return {
+        "off J(policy)": policy.relative_bias,
+        "worst": policy.relative_bias,
+        "off J(sampler)": of_sampler.relative_bias,
+        "worst of it": of_sampler.relative_bias,
+        "cosine": policy.cosine,
+        "noise": policy.noise,
+    }
 
 
 def main(
@@ -70,16 +72,15 @@ def main(
     problems: int = 20,
 ) -> None:
     """Print the table of a sampler, and write the figure."""
-    print("correction             off J(policy)  worst  off J(sampler)  worst  cosine  noise")
-    for name in CORRECTIONS:
-        numbers = measured(name, sampler, problems)
-        print("{:22} {:13.3f} {:6.3f} {:15.3f} {:6.3f} {:7.3f} {:6.1f}".format(name, *numbers))
+    rows = {name: partial(measured, name, sampler) for name in CORRECTIONS}
+    show("What is left by correction", rows, problems)
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, colour in DRAWN.items():
-        rows = [measured(name, Perturbation(noise=noise), problems) for noise in noises]
-        left.plot(noises, [row[0] for row in rows], color=colour, label=name)
-        right.plot(noises, [row[-1] for row in rows], color=colour)
+        samplers = {noise: partial(measured, name, Perturbation(noise=noise)) for noise in noises}
+        curves = table_of(samplers, problems)
+        left.plot(curves["off J(policy)"], color=colour, label=name)
+        right.plot(curves["noise"], color=colour)
     left.set(xlabel="noise on the sampler's logits", ylabel="|E g - grad J| / |grad J|")
     right.set(xlabel="noise on the sampler's logits", ylabel="tr Var g / |E g|^2", ylim=(0, None))
     left.set_title("bias", loc="left")

@@ -16,11 +16,11 @@ the row does from that turn on. `recipes/pages/explain/turns.md` has the text.
 
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 import tyro
+from figures import show
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -73,9 +73,9 @@ def divided(totals: Tensor, *, mask: Tensor, by: str, **_: Any) -> Tensor:
     return totals[:, None] - advantages
 
 
-TO_GO: dict[str, Any] = {"returns": "reward_to_go"}
+TO_GO = {"returns": "reward_to_go"}
 TIMESTEP = TO_GO | {"baseline": "timestep_mean"}
-COMPARED: dict[str, dict[str, dict[str, Any]]] = {
+COMPARED = {
     "advantage of a turn's tokens": {
         "the row's total, RLOO": {},
         "to go, minus the LOO of totals": TO_GO,
@@ -107,16 +107,17 @@ COMPARED: dict[str, dict[str, dict[str, Any]]] = {
 
 def main(problems: int = 12) -> None:
     """Print |E g - grad J| / |grad J|, the median and the worst, and the least cosine of E g and grad J."""
-    for head, lines in COMPARED.items():
-        drawn = turn_problems()[:problems]
-        if "divisor" in head:  # it counts tokens, so its function has to get the mask of tokens
-            drawn = tuple(replace(problem, turns=None) for problem in drawn)
-        print(f"{head:57}    bias   worst   cosine")
-        for name, fields in lines.items():
-            moments = [exact_moments(Estimator(**fields), problem) for problem in drawn]
-            biases = [m.relative_bias for m in moments]
-            cosine = min(m.cosine for m in moments)
-            print(f"  {name:55} {median(biases):7.3f} {max(biases):7.3f} {cosine:8.3f}")
+    drawn = turn_problems()
+
+    def measured(fields: dict[str, Any], seed: int) -> dict[str, float]:
+        moments = exact_moments(Estimator(**fields), drawn[seed])
+        bias = moments.relative_bias
+        return {"bias": bias, "worst": bias, "least cosine": moments.cosine}
+
+    for title, lines in COMPARED.items():
+        if "divisor" in title:  # it counts tokens, so its function has to get the mask of tokens
+            drawn = [replace(problem, turns=None) for problem in drawn]
+        show(title, {name: partial(measured, fields) for name, fields in lines.items()}, problems)
 
 
 if __name__ == "__main__":

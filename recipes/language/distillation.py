@@ -131,7 +131,7 @@ def make_copyist(task: str, steps: int) -> Path:
         data.write_text("\n".join(map(json.dumps, rows)))
         for part in toy_tasks.load(task).build(seed=0):
             part.save_pretrained(RUNS / f"{task}_new")
-        options: dict[str, Any] = {"max_steps": steps, "threads": 1, "quiet": True}
+        options = {"max_steps": steps, "threads": 1, "quiet": True}
         tokenrl.sft(task=str(data), model=str(RUNS / f"{task}_new"), output_dir=folder, **options)
     return folder / "model"
 
@@ -193,13 +193,13 @@ def main(
     if (task == "four_digits") != bool(model) or (model and not own):
         raise SystemExit("--task four_digits and --model need each other, and --own.")
     name = f"{task}_own" if own else task
-    shared: dict[str, Any] = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
+    shared = {"task": task, "max_steps": max_steps, "eval_every": max_steps // 10}
     if own:
         if task not in CONTEXTS:
             raise SystemExit(f"--own was given with --task {task}; it takes {', '.join(CONTEXTS)}.")
         shared |= own_settings(task, model, teacher_steps, max_steps)
         context = f"{os.path.relpath(__file__)}:{task}"
-        teacher: dict[str, Any] = {"teacher": "self", "teacher_context": context}
+        teacher = {"teacher": "self", "teacher_context": context}
     else:
         teacher = {"teacher": str(make_teacher(task, teacher_steps))}
     runs = {}

@@ -228,7 +228,7 @@ def main(
     sampling = Sampling(MAX_TOKENS, num_generations=pool)
     texts = best_of_n.sample_pool(load_policy(path), [row["prompt"] for row in rows], sampling)
     base = Base(task, path, pool_rewards(gold, rows, texts))
-    points: dict[str, list[np.ndarray]] = {"rloo": [], "best-of-n": []}
+    points = {"rloo": [], "best-of-n": []}
     for seed in range(seeds):
         judge = train_judge(base, seed)
         proxies = pool_rewards(judge, rows, texts)

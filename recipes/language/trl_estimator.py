@@ -58,7 +58,7 @@ class EstimatorTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Sample, and put the advantages and the weights of tokens of the whole rollout beside the rows."""
-        rollout: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rollout = super()._generate_and_score_completions(inputs)
         # 0 for what a tool has written
         mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)
         # rows without any reward abstain

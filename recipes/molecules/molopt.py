@@ -143,7 +143,7 @@ def optimise(args: Args, molscore: Any, seed: int, folder: Path) -> dict[str, An
     scorer = Scorer(molscore, args)
     # A policy that has collapsed writes copies alone, and ends after ten times the steps.
     most = 1 if args.unit == "samples" else 10
-    settings: dict[str, Any] = {
+    settings = {
         "estimator": "reinforce", "prompts_per_step": 1, "num_generations": args.batch,
         "max_completion_length": LONGEST + 1, "max_steps": most * math.ceil(args.budget / args.batch),
         "learning_rate": 1e-4, "lr_scheduler_type": "constant", "stop_after_zero_spread": 0,

@@ -134,7 +134,7 @@ def typeset(formula: re.Match[str]) -> str:
 
 def questions(page: Path) -> dict[str, str]:
     """Return the questions, with their answers, that lead to each address of the site."""
-    asked: dict[str, str] = defaultdict(str)
+    asked = defaultdict(str)
     for question in page.read_text(encoding="utf-8").split("\n### ")[1:]:
         for target, anchor in LINK.findall(question):
             address = os.path.normpath(QUESTIONS.parent / target).replace("README.md", "index.md")

@@ -93,7 +93,7 @@ def default_of(field: Any) -> str:
 def settings_tables(kind: type[Any], prefix: str = "--", level: str = "##") -> Iterator[str]:
     """Yield a heading of a level and a table for each group of the settings of a command."""
     hints = field_types(kind)
-    groups: dict[str, list[Any]] = {owner.group: [] for owner in dataclasses_of(kind)}
+    groups = {owner.group: [] for owner in dataclasses_of(kind)}
     for owner, field, text in described_fields(kind):
         hint = hints[field.name]
         flag = f"{prefix}{field.name.replace('_', '-')}"

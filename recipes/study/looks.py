@@ -64,7 +64,7 @@ def failing(random: np.random.Generator, difference: float) -> tuple[np.ndarray,
 
 
 SIZE = (2, LOOKS[-1])
-CASES: dict[str, Draw] = {
+CASES = {
     "normal": paired(lambda random: random.normal(size=SIZE)),
     "long tails": paired(lambda random: random.standard_t(3, size=SIZE) / 3**0.5),
     "unequal variances": paired(lambda random: random.normal(size=SIZE) * np.array([[0.2], [1.4]])),

@@ -16,7 +16,7 @@ It shares nothing with `tokenrl compare`: intervals are scipy's, and simulated f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -359,7 +359,7 @@ def curriculum() -> Numbers:
 
 
 AGENTS = ("8_cartpole", "8_acrobot", "8_cartpole_default", "8_acrobot_default")
-QUESTIONS: dict[str, Callable[[], Numbers]] = {
+QUESTIONS = {
     "1": partial(tuned, *LANGUAGE, "1_countdown", "1_shifted"),
     "2": division,
     "3": entropy,
