@@ -22,6 +22,7 @@ unmasked policy's mean reward where other texts count 0. Then the steps of ascen
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tokenrl.lab import all_completions, tabular_problem
 from toy_tasks.models import EOS, character_tokenizer
 
-RULES = {
-    "as sampled": ("as sampled", "none"),
-    **{
-        f"{rule}, {b}": (rule, b)
-        for rule in ("unmasked", "token", "sequence")
-        for b in ("none", "mean")
-    },
-}
-"""How tokens are scored, and the baseline."""
+SCORED = product(("unmasked", "token", "sequence"), ("none", "mean"))
+RULES = ["as sampled", *map(", ".join, SCORED)]
+"""How tokens are scored, and the baseline; the first has none."""
 SCHEMA = {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 1, "maxItems": 2}
 """Lists of numbers, with or without a space before each of them and at the end."""
 ITEMS = [space + number for space in ("", " ") for number in "123"]
@@ -124,15 +119,9 @@ def problem_case(seed: int, table: str = "logprobs") -> Case:
 def tiny_model(seed: int) -> GPT2LMHeadModel:
     """Return a new model, which computes in float64 throughout; Llama's norms would not."""
     torch.manual_seed(seed)
-    ends = {"bos_token_id": None, "eos_token_id": TOKENIZER.eos_token_id}
-    shape = {
-        "vocab_size": len(TOKENIZER),
-        "n_embd": 32,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_positions": 16,
-    }
-    return GPT2LMHeadModel(GPT2Config(**shape, **ends)).double().eval()
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    shape |= {"vocab_size": len(TOKENIZER), "eos_token_id": TOKENIZER.eos_token_id}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=None, **shape)).double().eval()
 
 
 @cache
@@ -156,8 +145,9 @@ def schema_case(seed: int, warm: int) -> Case:
     return case
 
 
-def gain_of(rule: str, baseline: str, case: Case) -> Tensor:
+def gain_of(name: str, case: Case) -> Tensor:
     """Return a number whose gradient is the expected gradient of a rule."""
+    rule, _, baseline = name.partition(", ")
     masked, unmasked = case.scores()
     chances, weights = masked.detach().sum(-1).exp(), torch.ones(1)
     rewards = case.rewards - (chances @ case.rewards if baseline == "mean" else 0)
@@ -175,12 +165,12 @@ def measured(case_of: Callable[[int], Case], rule: str, seed: int) -> dict[str, 
     case = case_of(seed)
     masked, unmasked = (x.sum(-1).exp() for x in case.scores())
     true, of_language = (case.gradient(chances @ case.rewards) for chances in (masked, unmasked))
-    gradient = case.gradient(gain_of(*RULES[rule], case))
+    gradient = case.gradient(gain_of(rule, case))
     off = (gradient - true).norm() / true.norm()
     cosine, of_language = (torch.cosine_similarity(gradient, x, 0) for x in (true, of_language))
     start = parameters_to_vector(case.parameters)
     for _ in range(STEPS):
-        case.ascend(case.gradient(gain_of(*RULES[rule], case)))
+        case.ascend(case.gradient(gain_of(rule, case)))
     after, inside = (x.detach().sum(-1).exp() for x in case.scores())
     vector_to_parameters(start, case.parameters)
     numbers = {
@@ -223,7 +213,6 @@ def main(problems: int = 100, models: int = 3, warm: tuple[int, ...] = (0, 50, 2
         models: number of seeds of the tiny model.
         warm: steps of ascent on the likelihood of the schema's texts before; a table for each.
     """
-    cases: list[tuple[str, Callable[[int], Case], int]]
     cases = [("Random problems", problem_case, problems)]
     cases += [(f"A schema, {n} steps before", partial(schema_case, warm=n), models) for n in warm]
     for name, case_of, count in cases:

@@ -128,10 +128,9 @@ def pool_rewards(reward: Any, rows: Sequence[Any], pool: Sequence[Sequence[str]]
     """Rewards of the texts of each prompt; one that occurs several times is scored once."""
     rewards = []
     for row, texts in zip(rows, pool, strict=True):
-        distinct = list(dict.fromkeys(texts))
-        values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct)
-        value_of = dict(zip(distinct, values, strict=True))
-        rewards.append(np.array([value_of[text] for text in texts], dtype=np.float64))
+        of_texts, distinct = pd.factorize(np.array(texts, dtype=object))
+        values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct.tolist())
+        rewards.append(np.array(values, dtype=np.float64)[of_texts])
     return rewards
 
 
@@ -172,10 +171,8 @@ def pursue(judge: RewardModel, base: Base, proxies: Pool, max_steps: int, seed: 
 
 def mean_of(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds and half the width of its 95 % interval; nan where there are too few."""
-    if len(values) < 2:
-        return float(values.sum()) if len(values) else math.nan, math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(values.mean()), float(half)
+    half = stats.t.ppf(0.975, len(values) - 1) * pd.Series(values).sem()
+    return pd.Series(values).mean(), half
 
 
 def turn(d: np.ndarray, proxy: np.ndarray, gold: np.ndarray) -> dict[str, Any]:

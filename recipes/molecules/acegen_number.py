@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
+from scipy.integrate import trapezoid
 
 OWN = "Top-100 AUC Score"
 """The AUC of the top 100 in MolScore 1.9.5, of distinct molecules."""
@@ -47,8 +48,7 @@ def area(scores: np.ndarray, budget: int) -> float:
     last = min(len(scores), budget) - 1
     ends = [0, *range(100, last, 100), last]
     means = [0, *(np.sort(scores[: end + 1])[-100:].mean() for end in ends[1:])]
-    trapezia = np.diff(ends) * (means + np.roll(means, 1))[1:] / 2
-    return (trapezia.sum() + (budget - last) * means[-1]) / budget
+    return (trapezoid(means, ends) + (budget - last) * means[-1]) / budget
 
 
 def has_ether(smiles: str) -> bool:

@@ -79,8 +79,8 @@ def bases_at_large(table: np.ndarray) -> tuple[Interval, np.ndarray]:
     mean, of_base, of_seed = table.mean(), table.mean(1), table.mean(0)
     rest = table - of_base[:, None] - of_seed + mean
     freedom = np.array([bases - 1, seeds - 1, (bases - 1) * (seeds - 1)])
-    sums = [seeds * (of_base - mean) ** 2, bases * (of_seed - mean) ** 2, rest**2]
-    squares = np.array([part.sum() for part in sums]) / freedom
+    residual = (rest**2).sum() / freedom[2]
+    squares = np.array([seeds * of_base.var(ddof=1), bases * of_seed.var(ddof=1), residual])
     total = squares[0] + squares[1] - squares[2]
     degrees = total**2 / (squares**2 / freedom).sum()
     if total < squares[0]:
@@ -90,25 +90,29 @@ def bases_at_large(table: np.ndarray) -> tuple[Interval, np.ndarray]:
     return around(mean, half), variances
 
 
+def at_largest(scores: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Return the last of scores [kinds, rates, ..., units] at the rate where sums [rates, ..., units] are largest."""
+    return np.take_along_axis(scores[-1], sums.argmax(0)[None], 0)[0]
+
+
 def at_best_rates_of_others(scores: np.ndarray) -> np.ndarray:
     """Return an arm's score in each unit, at the rate that is best in the other units.
 
     Args:
         scores: [kinds, rates, ..., units]; the first kind of score decides which rate is best, the last counts.
     """
-    others = scores[0].sum(-1, keepdims=True) - scores[0]
-    return np.take_along_axis(scores[-1], others.argmax(0)[None], 0)[0]
+    return at_largest(scores, scores[0].sum(-1, keepdims=True) - scores[0])
 
 
 def at_one_rate(scores: np.ndarray) -> np.ndarray:
     """Return an arm's score in each unit, at the one rate that is best over all units; [kinds, rates, ..., units]."""
     sums = np.broadcast_to(scores[0].sum(-1, keepdims=True), scores[0].shape)
-    return np.take_along_axis(scores[-1], sums.argmax(0)[None], 0)[0]
+    return at_largest(scores, sums)
 
 
 def at_own_rates(scores: np.ndarray) -> np.ndarray:
     """Return an arm's score in each unit, at the rate that is best in this unit; [kinds, rates, ..., units]."""
-    return np.take_along_axis(scores[-1], scores[0].argmax(0)[None], 0)[0]
+    return at_largest(scores, scores[0])
 
 
 def differences(arms: Iterable[np.ndarray], score: Score = at_best_rates_of_others) -> np.ndarray:

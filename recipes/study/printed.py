@@ -32,11 +32,11 @@ def bare(cells: list[str]) -> list[str]:
     return [re.sub(r"\+(?=[\d.])|\b0(?=\.)", "", cell) for cell in cells]
 
 
-def wrong_rows(question: str, text: str, numbers: Iterable[tuple[str, str]]) -> Iterator[str]:
+def wrong_rows(question: str, text: str, numbers: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """Yield a line for each row of a question's text that does not have the numbers of the raw tables."""
     computed = defaultdict(list)
-    for row, cell in numbers:
-        computed[row].append(cell)
+    for row, *cells in numbers:
+        computed[row] += cells
     below_mark = rows_of(text.partition("<!-- table")[2].partition("\n\n")[0])
     for row in [*below_mark][2:]:
         if row not in computed:

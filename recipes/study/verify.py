@@ -3,7 +3,7 @@
     python recipes/study/verify.py     each row of the tables of questions, in a minute
 
 It shares nothing with `tokenrl compare`: intervals are scipy's, and simulated for questions 7, 12 and 13
-(`intervals.py`). The function of a question yields pairs: the label of a row, and its next cell that is not empty.
+(`intervals.py`). The function of a question yields the label of a row, with its next cells that are not empty.
 """
 
 # /// script
@@ -46,7 +46,7 @@ TABLES = Path(__file__).parent / "tables"
 LANGUAGE = ("1_sort_digits", "1_reverse_text")
 """The parts of question 1 that questions 3, 6 and 10 take up again."""
 CLIPS = ("none", ".2", ".2/.28", "CISPO", "sequence")  # the arms of question 5, as planned
-Numbers = Iterator[tuple[str, str]]
+Numbers = Iterator[tuple[str, ...]]
 
 
 @cache
@@ -106,9 +106,8 @@ def division() -> Numbers:
         for metric in ("area", "reward")
     )
     for label, table in tables.items():
-        yield from ((label, f"{x:g}") for x in by_seed(table, "learning_rate").mean())
-        yield label, against(areas)[label].cell()
-        yield label, against(ends)[label].text()
+        rates = (f"{x:g}" for x in by_seed(table, "learning_rate").mean())
+        yield label, *rates, against(areas)[label].cell(), against(ends)[label].text()
 
 
 def entropy() -> Numbers:
@@ -122,9 +121,9 @@ def entropy() -> Numbers:
         steeper = against(gaps(slopes, "rloo"))
         for arm, gap in against(means).items():
             verdict = "on the curve" if gap.verdict() == "equivalent" else "undecided"
-            yield arm, f"{gap.text()} {verdict}"
             slope = f"rloo has {slopes['rloo'].mean():.2f}"
-            yield arm, steeper[arm].text() if arm in steeper else slope
+            slope = steeper[arm].text() if arm in steeper else slope
+            yield arm, f"{gap.text()} {verdict}", slope
 
 
 def last_entropy(part: str) -> pd.DataFrame:
@@ -155,8 +154,8 @@ def clipping() -> Numbers:
         ends |= {name: student(gap).text() for name, gap in last.items()}
     verdicts = against(areas)
     for label, rate in rates.items():
-        yield label, f"{rate:g}"
-        yield label, verdicts[label].cell() if label in verdicts else "reference"
+        verdict = verdicts[label].cell() if label in verdicts else "reference"
+        yield label, f"{rate:g}", verdict
         if label in ends:
             yield label, ends[label]
 
@@ -189,7 +188,7 @@ def lora() -> Numbers:
             if label != "rloo" or part == "7_lora":
                 ratio = resampled(best / peaks["rloo"])
                 row = label.replace("rloo", "all weights")
-                yield from ((row, x) for x in (resampled(best), ratio, areas[label], ends[label]))
+                yield row, resampled(best), ratio, areas[label], ends[label]
 
 
 def at_best_rates(arms: Mapping[str, np.ndarray]) -> Numbers:
@@ -220,20 +219,20 @@ def zero() -> Numbers:
         predicted = side(1 - base.high, 1 - base.low)
         outcome = {1: "right", 0: "open", -1: "wrong"}[predicted * side(gap.low, gap.high)]
         ratio = Interval(base.ratio, base.low, base.high).text(".2f")
-        measured = f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, gap.text()
-        yield from ((label, x) for x in (*measured, outcome if predicted else "none made"))
+        outcome = outcome if predicted else "none made"
+        yield label, f"{base.reward:.2f}", f"{base.constant:.2f}", ratio, gap.text(), outcome
     for task in ("sort_digits", "reverse_text"):
         of_task = table.xs("0", level=1).filter(like=task, axis=0)
         mean, variances = bases_at_large(of_task.to_numpy())
-        yield task, f"{mean.text()}, {mean.verdict()}"
-        yield from ((task, f"{x:.3f}") for x in np.sqrt(variances[[0, 2]]))
+        spreads = (f"{x:.3f}" for x in np.sqrt(variances[[0, 2]]))
+        yield task, f"{mean.text()}, {mean.verdict()}", *spreads
     measured = pd.read_csv(TABLES / "zero" / "noise_pretrained.csv").iloc[0]
     from_0 = Interval(*measured[["ratio", "low", "high"]]).text(".2f")
     ratios = from_0, f"{measured['ratio_1_2']:.2f}"
     for rewards, constant, ratio in zip(("0 and 1", "1 and 2"), ("0", "-1"), ratios, strict=True):
         gap = student(table.loc[("pretrained", constant)].dropna(), 2)
         sign = "ahead: right" if gap.low > 0 else "behind: right"
-        yield from ((rewards, x) for x in (ratio, gap.text(), sign))
+        yield rewards, ratio, gap.text(), sign
 
 
 def unclipped() -> Numbers:
@@ -265,8 +264,8 @@ def learned() -> Numbers:
         if arm == "rloo":
             yield row, "reference"
         else:
-            yield row, judged[beta, arm].cell(0.25)
-            yield row, str(pairs_needed(differences[beta, arm]))
+            pairs = pairs_needed(differences[beta, arm])
+            yield row, judged[beta, arm].cell(0.25), str(pairs)
         if beta != 0.001:
             yield row, student(ends[beta, arm] - ends[0.001, arm], 4).text(".2f")
             continue
@@ -338,15 +337,13 @@ def at_rates(task: str) -> Numbers:
     areas = dict(zip(("eight", "one"), (of_arm.to_numpy().T[None] for of_arm in arms), strict=True))
     for name, score in (("best of the arm", at_one_rate), ("best of each base", at_own_rates)):
         row = f"{task}, {name}"
-        yield from ((row, f"{score(of_arm).mean():.3f}") for of_arm in areas.values())
-        yield row, chosen(areas, score)["one"].text(".3f")
+        means = (f"{score(of_arm).mean():.3f}" for of_arm in areas.values())
+        yield row, *means, chosen(areas, score)["one"].text(".3f")
 
 
 def beside(row: str, eight: pd.Series, one: pd.Series) -> Numbers:
     """Yield the mean areas of runs with eight and with 64 prompts, and their difference, of bases [n]."""
-    yield row, f"{eight.mean():.3f}"
-    yield row, f"{one.mean():.3f}"
-    yield row, student(one - eight).text(".3f")
+    yield row, f"{eight.mean():.3f}", f"{one.mean():.3f}", student(one - eight).text(".3f")
 
 
 def curriculum() -> Numbers:
