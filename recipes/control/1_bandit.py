@@ -51,7 +51,6 @@ HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128)  # actions per episode in the third par
 SAMPLES = 100  # actions sampled at each theta in the second part
 EPISODES = 2000  # sampled for each horizon, and shared by the four estimators
 COLUMNS = ("Var[g]", "measured", "± 2 s.e.", "Var[g] / E[g]^2")
-FORM = {"index": False, "float_format": "{:.4f}".format}  # of printed tables
 
 
 def probability(theta: float | Tensor) -> Tensor:
@@ -117,35 +116,39 @@ def sampled_actions(theta: float, generator: torch.Generator, *shape: int) -> Te
 def single_updates() -> None:
     environment = Bandit()
     estimator = Estimator.preset("reinforce")
-    rows = []
+    print(
+        "  theta   P(a=1)  action  reward    score   g by hand  g by autograd  theta + lr g   P(a=1)"
+    )
     for theta, action in CASES:
         environment.reset()
         reward = environment.step(action)[1]
         x = float(score(theta, action))
         by_hand = 0.0 + reward * x
         by_autograd = float(episode_gradients(estimator, theta, torch.tensor([[action]])))
-        rows.append((theta, action + 1, int(reward), x, by_hand, by_autograd, theta + by_hand))
-    names = ["theta", "action", "reward", "score", "g by hand", "g by autograd", "theta + lr g"]
-    table = pd.DataFrame(rows, columns=names)
-    table.insert(1, "P(a=1)", probability(table["theta"]))
-    table["P(a=1) then"] = probability(table["theta + lr g"])
-    print(table.to_string(**FORM))
+        after = theta + by_hand
+        print(
+            f"{theta:7.4f} {probability(theta):8.4f} {action + 1:7} {reward:7.0f} {x:8.4f} {by_hand:11.4f} "
+            f"{by_autograd:14.4f} {after:13.4f} {probability(after):8.4f}"
+        )
 
 
 def sampled_gradients(generator: torch.Generator) -> dict[float, Tensor]:
     """Print E[g] by formula and by sampling; returns the gradient samples [N] by theta."""
     gradients = {}
+    print(f"\nN = {SAMPLES}")
+    print("  theta     E[g]   mean of g   Var[g]    sd   standard error   off, in s.e.")
     for theta in (x / 2 for x in range(-6, 7)):
         actions = sampled_actions(theta, generator, SAMPLES)
-        gradients[theta] = (actions == 0) * score(theta, actions)
-    thetas = torch.tensor([*gradients], dtype=torch.double)
-    table = pd.DataFrame({"theta": thetas, "E[g]": expected_gradient(thetas)})
-    table["mean of g"] = torch.stack([*gradients.values()]).mean(1)
-    table["Var[g]"] = gradient_variance(thetas)
-    table["sd"] = table["Var[g]"] ** 0.5
-    table["standard error"] = table["sd"] / SAMPLES**0.5
-    table["off, in s.e."] = (table["mean of g"] - table["E[g]"]) / table["standard error"]
-    print(f"\nN = {SAMPLES}\n{table.to_string(**FORM)}")
+        g = (actions == 0) * score(theta, actions)
+        gradients[theta] = g
+        mean = float(g.mean())
+        exact = float(expected_gradient(theta))
+        variance = float(gradient_variance(theta))
+        error = (variance / SAMPLES) ** 0.5
+        print(
+            f"{theta:7.1f} {exact:8.4f} {mean:11.4f} {variance:8.4f} {variance**0.5:6.3f} {error:15.4f} "
+            f"{(mean - exact) / error:14.1f}"
+        )
     return gradients
 
 
@@ -162,7 +165,7 @@ def variances(generator: torch.Generator) -> pd.DataFrame:
             exact = float(gradient_variance(THETA, steps, *kind))
             rows.append((steps, *kind, exact, measured, 2 * error, exact / signal**2))
     table = pd.DataFrame(rows, columns=["T", "returns", "baseline", *COLUMNS])
-    print(f"\n{table.to_string(**FORM)}")
+    print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     exact = table.pivot(index="T", columns=["returns", "baseline"], values=COLUMNS[0])
     slopes = np.log2(exact).diff().iloc[-1]  # the horizon doubles from row to row
     print(f"\nslope of log Var[g] over log T, from T = {HORIZONS[-2]} to {HORIZONS[-1]}")
