@@ -159,3 +159,19 @@ def test_a_search_recovers_the_first_problem(recipe, tmp_path, monkeypatch, caps
     runpy.run_path(str(FOLDER / "nguyen.py"), run_name="__main__")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["recovered"] and result["formulas"] < 40000
+
+
+@pytest.mark.slow
+def test_a_file_of_points_becomes_a_formula_of_its_columns(module, tmp_path, capsys):
+    """Two resistors side by side, whose formula has seven tokens; the same command again prints the same."""
+    first, second = np.random.default_rng(0).uniform(1, 10, (2, 20))
+    points = {"first": first, "second": second, "together": first * second / (first + second)}
+    pd.DataFrame(points).to_csv(tmp_path / "points.csv", index=False)
+    search = module("search")
+    for _ in range(2):
+        search.main(str(tmp_path / "points.csv"), formulas=20_000, output_dir=str(tmp_path / "run"))
+    lines = [
+        json.loads(line) for line in capsys.readouterr().out.splitlines() if "best" in line[:7]
+    ]
+    assert lines[:10] == lines[10:] and lines[0]["error"] < 1e-12
+    assert eval(lines[0]["best"], {"first": 2, "second": 3}) == pytest.approx(1.2)

@@ -1,4 +1,4 @@
-"""Searches for the twelve formulas of Nguyen by policy gradients on a tiny model that has read random formulas.
+"""Searches for the twelve formulas of Nguyen by policy gradients on a tiny model with random weights.
 
     python recipes/formulas/nguyen.py --problem 5 --estimator dsr
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 from formulas import fit
-from search import ESTIMATOR, prior, searched
+from search import ESTIMATOR, new_model, searched
 
 
 class Problem(NamedTuple):
@@ -91,13 +91,13 @@ def main(
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
         seed: seed of the points and of the run.
-        output_dir: directory of the prior and of the search; the same command goes on there after a kill.
+        output_dir: directory of the run; the same command goes on there after a kill.
     """
     row = PROBLEMS[problem].row(seed)
     run = searched(
         row,
-        f"{output_dir}/search",
-        model=prior(row["variables"], f"{output_dir}/prior", seed=seed),
+        output_dir,
+        model=new_model(row["variables"], 32, seed),
         estimator=estimator,
         formulas=formulas,
         learning_rate=learning_rate,

@@ -163,6 +163,7 @@ def main(
     estimator: str = ESTIMATOR,
     formulas: int = 200_000,
     learning_rate: float = 2e-3,
+    from_prior: bool = True,
     seed: int = 0,
     output_dir: str = "runs/formulas/own",
 ) -> None:
@@ -173,14 +174,19 @@ def main(
         estimator: the estimator, such as dsr or rloo.
         formulas: the most formulas that are sampled.
         learning_rate: the learning rate, which is constant.
+        from_prior: start from a model that has read random formulas, most of them short; else from random weights,
+            whose formulas have nearly all 30 tokens.
         seed: seed of the run.
         output_dir: directory of the prior and of the search; the same command goes on there after a kill.
     """
     row, names = read_points(data)
+    model = new_model(row["variables"], 32, seed)
+    if from_prior:
+        model = prior(row["variables"], f"{output_dir}/prior", seed=seed)
     run = searched(
         row,
         f"{output_dir}/search",
-        model=prior(row["variables"], f"{output_dir}/prior", seed=seed),
+        model=model,
         estimator=estimator,
         formulas=formulas,
         learning_rate=learning_rate,

@@ -88,9 +88,15 @@ def draw(race: pd.DataFrame, prior: pd.DataFrame, path: Path) -> None:
             if len(runs):
                 times = np.sort(runs.loc[runs["solved"], "formulas"])
                 shares = np.arange(len(times) + 1) / len(runs)
-                ends = [100, *times, part["budget"].max()]
+                ends = [1_000, *times, part["budget"].max()]
                 axes.step(ends, [*shares, shares[-1]], where="post", color=colour, label=arm)
-        axes.set(xscale="log", xlabel="formulas sampled", ylim=(0, 1), title=f"start: {title}")
+        axes.set(
+            xscale="log",
+            xlabel="formulas sampled",
+            xlim=(1_000, 60_000),
+            ylim=(0, 1),
+            title=f"start: {title}",
+        )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of runs solved")
     panels[0].legend(frameon=False)
@@ -106,18 +112,16 @@ def main(table: Path = STUDY / "tables" / "17_formulas" / "runs.csv") -> None:
     race, prior, free, whole = (runs_of(part, table) for part in ("race", "prior", "free", "table"))
     arms, primed, freed = (dict([*x.groupby("arm")]) for x in (race, prior, free))
     for arm in ARMS:
-        gap = against(arms[arm], arms["dsr"], len(ARMS) - 1) if arm != "dsr" else "reference"
-        print(f"| {arm} | {solved_cells(arms[arm])} | {gap} |")
-    print()
-    for arm, runs in primed.items():
-        start = against(runs, arms[arm], len(primed))
-        gap = against(runs, primed["dsr"], len(primed) - 1) if arm != "dsr" else "reference"
-        print(f"| {arm}, prior | {solved_cells(runs)} | {start} | {gap} |")
-    for arm, runs in freed.items():
-        same_seeds = arms[arm][arms[arm]["seed"].isin(runs["seed"])]
-        print(
-            f"| {arm}, any token | {solved_cells(runs)} | {against(runs, same_seeds, len(freed))} |"
-        )
+        gap = f" {against(arms[arm], arms['dsr'], len(ARMS) - 1)} |" if arm != "dsr" else " | |"
+        print(f"| {arm} | {solved_cells(arms[arm])} |{gap}")
+    for label, part in {"prior": primed, "any token": freed}.items():
+        print()
+        for arm, runs in part.items():
+            same = arms[arm][arms[arm]["seed"].isin(runs["seed"])]
+            cells = [solved_cells(runs), against(runs, same, len(part))]
+            if part is primed and arm != "dsr":
+                cells.append(against(runs, primed["dsr"], len(part) - 1))
+            print(f"| {arm}, {label} | {' | '.join(cells)} |")
     print()
     shares = 100 * whole.groupby("problem")["solved"].mean()
     for name, percents in {"here": [*shares], **PRINTED}.items():

@@ -12,8 +12,11 @@ import pandas as pd
 from intervals import student
 from scipy.stats import hypergeom, norm
 
-TRAINED = ["dsr", "best of 20", "running mean", "untrained"]
-"""The arms that were also run from a prior."""
+FAMILIES = {"race": 5, "prior": 3}
+"""Comparisons with dsr in each part."""
+STARTS = {"prior": 4, "free": 2}
+"""Comparisons of each part with the same arms and seeds of the race."""
+LABELS = {"race": "", "prior": ", prior", "free": ", any token"}
 
 
 def statistic(own: pd.DataFrame, other: pd.DataFrame) -> float:
@@ -62,25 +65,17 @@ def solved(runs: pd.DataFrame) -> Iterator[str]:
 def formulas(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Question 17: each arm against dsr, from a prior against random weights, and without allowed tokens."""
     arms = dict([*table.groupby(["part", "arm"])])
-    for (part, arm), runs in arms.items():
-        label = arm + {"race": "", "prior": ", prior", "free": ", any token"}.get(part, "")
-        if part not in ("race", "prior", "free"):
-            continue
-        cells = [*solved(runs)]
-        if part == "prior":
-            cells += compared(runs, arms["race", arm], len(TRAINED))
-        if part == "free":
-            same = arms["race", arm]
-            cells += compared(runs, same[same["seed"].isin(runs["seed"])], 2)
-        elif arm == "dsr":
-            cells.append("reference")
-        else:
-            cells += compared(runs, arms[part, "dsr"], 5 if part == "race" else 3)
-        yield from ((label, cell) for cell in cells)
-    shares = (
-        table[table["part"] == "table"]
-        .groupby("problem")["formulas"]
-        .agg(lambda x: 100 * x.notna().mean())
-    )
+    for part, label in LABELS.items():
+        for arm in table.loc[table["part"] == part, "arm"].unique():
+            runs = arms[part, arm]
+            cells = [*solved(runs)]
+            if part in STARTS:
+                same = arms["race", arm]
+                cells += compared(runs, same[same["seed"].isin(runs["seed"])], STARTS[part])
+            if part in FAMILIES and arm != "dsr":
+                cells += compared(runs, arms[part, "dsr"], FAMILIES[part])
+            yield from ((arm + label, cell) for cell in cells)
+    by_problem = table[table["part"] == "table"].groupby("problem")["formulas"]
+    shares = 100 * by_problem.count() / by_problem.size()
     yield from (("here", f"{share:g}") for share in shares)
     yield "here", f"{shares.mean():.2f}"
