@@ -22,7 +22,7 @@ def module(monkeypatch):
     """A module of the folder by its name."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("formulas", "search", "nguyen", "race", "verdict"):
+    for name in ("formulas", "search", "nguyen", "race"):
         sys.modules.pop(name, None)
 
 
@@ -130,26 +130,25 @@ def test_runs_that_have_a_row_are_not_made_again(module, tmp_path):
     assert race.missing_runs("settings", tmp_path / "race.csv") == runs[:3]
 
 
-def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(module):
-    verdict = module("verdict")
+def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "study"))
+    statistic = importlib.import_module("survival").statistic
     generator = np.random.default_rng(0)
     strata = []
     for problem, factor in enumerate((1.0, 0.4)):
         times = generator.integers(1, 30, 40) * np.where(np.arange(40) < 20, factor, 1)
-        solved = times < 20
-        arms = pd.DataFrame(
-            {"problem": problem, "formulas": np.minimum(times, 20), "solved": solved}
-        )
+        formulas = np.where(times < 20, times, np.nan)
+        arms = pd.DataFrame({"problem": problem, "formulas": formulas, "budget": 20})
         strata.append((arms[:20], arms[20:]))
         censored = [
-            stats.CensoredData.right_censored(arm["formulas"], ~arm["solved"]) for arm in strata[-1]
+            stats.CensoredData.right_censored(arm["formulas"].fillna(20), arm["formulas"].isna())
+            for arm in strata[-1]
         ]
-        expected = stats.logrank(*censored)
-        statistic = verdict.logrank(*strata[-1])
-        assert abs(statistic) == pytest.approx(abs(expected.statistic), rel=1e-9)
-    assert verdict.logrank(*strata[1]) > 2  # the first arm solves sooner
-    both = verdict.logrank(*(pd.concat(arm) for arm in zip(*strata, strict=True)))
-    assert 0 < both < verdict.logrank(*strata[1])
+        expected = stats.logrank(*censored).statistic
+        assert abs(statistic(*strata[-1])) == pytest.approx(abs(expected), rel=1e-9)
+    assert statistic(*strata[1]) > 2  # the first arm is solved sooner
+    both = statistic(*(pd.concat(arm) for arm in zip(*strata, strict=True)))
+    assert 0 < both < statistic(*strata[1])
 
 
 @pytest.mark.slow

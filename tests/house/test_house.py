@@ -24,30 +24,30 @@ from tokenrl.runs.signals import BY_ITSELF
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    "top": 15_650,
-    "core": 20_060,
+    "top": 15_880,
+    "core": 20_690,
     "runs": 25_100,
-    "control": 11_430,
+    "control": 11_450,
     "advisor": 2_110,
     "language": 30,
     "language/policy": 14_440,
-    "language/rewards": 14_150,
+    "language/rewards": 13_900,
     "language/tasks": 12_400,
     "language/rollout": 28_070,
-    "language/training": 24_920,
+    "language/training": 25_250,
     "language/supervised": 7_680,
     "language/commands": 5_820,
     "language/preferences": 6_350,
     "language/evaluation": 3_450,
     "lab": 30,
-    "lab/exact": 12_700,
+    "lab/exact": 12_730,
     "lab/measure": 4_450,
     "lab/compare": 15_750,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 224_330, 199, 95_990, 256_500, 62_400, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 225_370, 199, 97_190, 262_050, 65_550, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
