@@ -264,6 +264,7 @@ def _try_out(args: TrainArguments, task: PromptTask) -> None:
     rewards = zeros[:, 0]
     ones = zeros + 1
     of_tokens = ("logprobs", "ref_logprobs", "sampling_logprobs", "entropy", "values", "components")
+    row = task.train_prompts[0] if callable(args.estimator.baseline) else {}
     try:
         args.estimator.advantages(
             rewards,
@@ -274,7 +275,7 @@ def _try_out(args: TrainArguments, task: PromptTask) -> None:
             greedy_rewards=rewards,
             score_norms=ones,
             baseline_value=rewards,
-            data={name: [x[0]] * len(zeros) for name, x in task.train_prompts.columns.items()},
+            data={name: [value] * len(zeros) for name, value in row.items()},
         )
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
