@@ -147,7 +147,8 @@ class Estimator(Axes):
             values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
             bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
                 the rewards that were cut off, so an error in it biases the gradient.
-            greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
+            greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'. May be nan in rows
+                that abstain.
             score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
             sampling_logprobs: Those under the sampler [N, T], for 'optimal' with importance weights.
             baseline_value: What a baseline's memory holds before this step: one number, or one for each row [N].

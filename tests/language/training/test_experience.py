@@ -146,7 +146,7 @@ def test_completions_whose_prompt_has_no_greedy_reward_keep_theirs_and_are_left_
     learnt = experience(learner, rows, sampling)
     assert rows.valid.tolist() == [False] + [True] * 15
     assert learnt.compared.tolist() == [False] * 4 + [True] * 12
-    assert learnt.valid.tolist() == rows.valid.tolist()
+    assert learnt.valid.equal(rows.valid)
     assert [read[0], read[1][1:]] == [[0.5] * 3, [0.5] * 2]
 
 

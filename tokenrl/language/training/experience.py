@@ -125,16 +125,22 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
     rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
     if accelerator.num_processes > 1:
         own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
-        gathered = gather_rows(accelerator, own, OF_PROMPTS)
-        host = zip(gathered, to_host(gathered.values()), strict=True)
-        columns: dict[str, Any] = {name: x.to(own[name].dtype) for name, x in host}
-        rows = Experience(**columns)
+        rows = Experience(**gathered(accelerator, own))
     if not (rows.rewarded & rows.compared).any():
         failed = failures_of(failures)
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
         )
     return rows
+
+
+def gathered(accelerator: Any, columns: dict[str, Any]) -> dict[str, Any]:
+    """Return columns of the rows of all processes, in the order of the prompts; a single process has them already."""
+    if accelerator.num_processes == 1:
+        return columns
+    together = gather_rows(accelerator, columns, OF_PROMPTS)
+    host = zip(together, to_host(together.values()), strict=True)
+    return {name: x.to(columns[name].dtype) for name, x in host}
 
 
 def step_metrics(rows: Experience, names: Sequence[str], group_size: int) -> dict[str, float]:

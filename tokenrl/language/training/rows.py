@@ -24,7 +24,7 @@ from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows, sample
 from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.experience import Experience, gather
+from tokenrl.language.training.experience import Experience, gathered
 from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
@@ -154,13 +154,12 @@ def loss_terms(
         "ref_logprobs",
         "values",
         "score_norms",
+        "greedy_rewards",
         "sampling_logprobs",
         "entropy",
         "present_logprobs",
     )
     inputs = {name: getattr(rows, name) for name in names} | {"valid": rows.compared}
-    if rows.greedy_rewards is not None:
-        inputs["greedy_rewards"] = rows.greedy_rewards.nan_to_num()
     if rows.dense_rewards is not None:
         inputs["turn_rewards"] = unrounded(rows.dense_rewards, dtype)
     terms = estimator.loss_terms(
@@ -196,10 +195,10 @@ def later_rows(learner: Learner, rows: Experience, whole: Experience) -> Experie
     """
     forward = learner.forward
     scores = learner.scores(rows, forward.model, forward.regime, learner.sampling)
-    moved = gather(learner.accelerator, replace(rows, logprobs=scores.logprobs), ())
+    moved = gathered(learner.accelerator, {"logprobs": scores.logprobs})
     # both by the same scoring pass, so that they are equal where nothing has moved
     assert whole.old_logprobs is not None
-    return replace(whole, logprobs=whole.old_logprobs, present_logprobs=moved.logprobs)
+    return replace(whole, logprobs=whole.old_logprobs, present_logprobs=moved["logprobs"])
 
 
 def update_weights(learner: Learner, terms: LossTerms, chosen: Tensor) -> Tensor:
