@@ -17,6 +17,7 @@ from tokenrl.language import Automaton
 
 BINARY = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
 UNARY = {"s": np.sin, "c": np.cos, "e": np.exp, "l": np.log}
+OPERATIONS = BINARY | UNARY
 ARITY = dict.fromkeys(BINARY, 2) | dict.fromkeys(UNARY, 1)
 INVERSE = {"e": "l", "l": "e"}
 SHORTEST, LONGEST = 4, 30
@@ -61,21 +62,19 @@ def after(state: State, token: str) -> State | None:
     return count, missing_after, inside, token if token in INVERSE else ""
 
 
-def values(formula: str, columns: Mapping[str, np.ndarray], memory: dict[str, Any]) -> np.ndarray:
-    """Return the values of a formula at some points, those of each part by its text from a memory.
+def values(formula: str, memory: dict[str, Any]) -> np.ndarray:
+    """Return the values of a formula at some points.
 
     Args:
         formula: the formula in prefix notation.
-        columns: the values of each variable.
-        memory: the values of formulas and of their parts, which those of this one join.
+        memory: the values of each variable, and of formulas by their texts, which this one and its parts join.
     """
     stack: list[str] = []
     for token in reversed(formula):
         arguments = [stack.pop() for _ in range(ARITY.get(token, 0))]
         text = token + "".join(arguments)
         if text not in memory:
-            inputs = [memory[part] for part in arguments]
-            memory[text] = (BINARY | UNARY)[token](*inputs) if inputs else columns[token]
+            memory[text] = OPERATIONS[token](*(memory[part] for part in arguments))
         stack.append(text)
     return memory[stack.pop()]
 
@@ -117,15 +116,18 @@ def fit(
     NRMSE is the root of the mean squared error, divided by the standard deviation of the targets.
     """
     rewards = []
-    memories: dict[str, dict[str, Any]] = {}
-    for row, formula in enumerate(completions):
-        memory = memories.setdefault(str(target[row]), {})
-        points = {name: np.asarray(columns[name][row]) for name in variables[row]}
+    rows: dict[Any, Any] = {}  # what completions of a row share
+    for number, formula in enumerate(completions):
+        if not is_whole(formula, variables[number]):
+            rewards.append(0.0)
+            continue
+        points = {name: tuple(columns[name][number]) for name in variables[number]}
+        key = tuple(target[number]), *points.values()
+        if key not in rows:
+            memory = {name: np.asarray(x) for name, x in points.items()}
+            rows[key] = memory, np.asarray(target[number]), np.std(target[number])
+        memory, wanted, spread = rows[key]
         with np.errstate(all="ignore"):
-            if not is_whole(formula, variables[row]):
-                rewards.append(0.0)
-                continue
-            errors = values(formula, points, memory) - np.asarray(target[row])
-            error = np.sqrt(np.mean(errors**2)) / np.std(target[row])
+            error = np.sqrt(np.mean((values(formula, memory) - wanted) ** 2)) / spread
         rewards.append(float(1 / (1 + error)) if np.isfinite(error) else 0.0)
     return rewards

@@ -97,7 +97,7 @@ def main(
     run = searched(
         row,
         output_dir,
-        model=new_model(row["variables"], 32, seed),
+        model=new_model(row["variables"], seed),
         estimator=estimator,
         formulas=formulas,
         learning_rate=learning_rate,

@@ -36,14 +36,15 @@ from nguyen import LIVERMORE, PROBLEMS
 from search import new_model, prior, searched
 
 Part = Literal["settings", "race", "prior", "free", "table"]
-ARMS: dict[str, dict[str, Any]] = {
-    "dsr": {"estimator": "dsr"},
-    "best of 20": {"estimator": "max_at_k,objective_order=20"},
-    "best of 100": {"estimator": "max_at_k,objective_order=100"},
-    "running mean": {"estimator": "reinforce_running_mean"},
-    "replay": {"estimator": "rloo", "replay": 10, "replay_memory": 10},
-    "untrained": {"estimator": "rloo"},
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dsr": ("dsr", {}),
+    "best of 20": ("max_at_k,objective_order=20", {}),
+    "best of 100": ("max_at_k,objective_order=100", {}),
+    "running mean": ("reinforce_running_mean", {}),
+    "replay": ("rloo", {"replay": 10, "replay_memory": 10}),
+    "untrained": ("rloo", {}),
 }
+"""The estimator of each arm, and its other settings."""
 FEWER = range(3)
 """Seeds of the parts `prior` and `free`."""
 UNTRAINED = 1e-12
@@ -64,26 +65,28 @@ class Run(NamedTuple):
     entropy: float
 
 
+def rows_of(part: str, table: Path) -> pd.DataFrame:
+    """Return the rows of a part, with log10 of the formulas, or of the budget where a run is not solved."""
+    rows = pd.read_csv(table).query("part == @part")
+    return rows.assign(log=np.log10(rows["formulas"].fillna(rows["budget"])))
+
+
 def chosen(table: Path) -> dict[str, tuple[float, float]]:
     """Return the rate and the entropy weight of each arm that solved soonest, as the plan says.
 
-    That is the least mean of log10 of the formulas, or of the budget where a run is not solved. Of equal means the
-    greatest mean reward of the best formula counts.
+    That is the least mean of log10 of the formulas, and of equal means the greatest mean reward of the best formula.
     """
-    rows = pd.read_csv(table).query("part == 'settings'")
-    rows = rows.assign(log=np.log10(rows["formulas"].fillna(rows["budget"])), less=-rows["reward"])
-    means = rows.groupby(["arm", "rate", "entropy"])[["log", "less"]].mean()
-    best = means.sort_values(["log", "less"]).reset_index().groupby("arm").first()
+    means = rows_of("settings", table).groupby(["arm", "rate", "entropy"])[["log", "reward"]].mean()
+    ranked = means.sort_values(["log", "reward"], ascending=[True, False]).reset_index()
+    best = ranked.groupby("arm").first()
     return {arm: (float(row.rate), float(row.entropy)) for arm, row in best.iterrows()}
 
 
 def winner(table: Path) -> str:
     """Return the arm with the most solved runs of the race; of equal arms the one that solved soonest."""
-    rows = pd.read_csv(table).query("part == 'race'")
-    logs = np.log10(rows["formulas"].fillna(rows["budget"]))
-    rows = rows.assign(unsolved=rows["formulas"].isna(), log=logs)
-    means = rows.groupby("arm")[["unsolved", "log"]].mean()
-    return str(means.sort_values(["unsolved", "log"]).index[0])
+    arms = rows_of("race", table).groupby("arm")
+    ranked = arms.agg({"formulas": "count", "log": "mean"})
+    return str(ranked.sort_values(["formulas", "log"], ascending=[False, True]).index[0])
 
 
 def runs(part: str, table: Path) -> Iterator[Run]:
@@ -118,24 +121,23 @@ def prior_of(variables: str, seed: int) -> str:
 def result(run: Run) -> dict[str, Any]:
     """Make a run, and return its row of the table."""
     problem = (LIVERMORE if run.part == "settings" else PROBLEMS)[run.problem]
-    arm = dict(ARMS[run.arm])
+    estimator, settings = ARMS[run.arm]
+    if run.part == "free":
+        settings = settings | {"allowed": None}
     start = time.monotonic()
-    row = problem.row(run.seed)
-    names = row["variables"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        model = prior_of(names, run.seed) if run.part == "prior" else new_model(names, 32, run.seed)
+        make_model = prior_of if run.part == "prior" else new_model
         trained = searched(
-            row,
+            problem.row(run.seed),
             f"runs/formulas/race/{os.getpid()}",
-            model=model,
+            model=make_model(problem.variables, run.seed),
+            estimator=f"{estimator},entropy_coef={run.entropy}",
             formulas=run.budget,
             learning_rate=run.rate,
             seed=run.seed,
             resume=None,
             overwrite=True,
-            **{"estimator": f"{arm.pop('estimator')},entropy_coef={run.entropy}"},
-            **arm,
-            **({"allowed": None} if run.part == "free" else {}),
+            **settings,
         )
     best = trained.best_completions[0]
     return {

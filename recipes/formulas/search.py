@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 import tyro
-from formulas import ARITY, BINARY, LONGEST, infix, rule
+from formulas import ARITY, BINARY, LONGEST, UNARY, infix, rule
 
 import tokenrl
 from toy_tasks.models import TinyModel
@@ -42,40 +42,37 @@ def random_formulas(variables: str, count: int, seed: int) -> list[str]:
     that closes. Equal chances of all tokens would give hardly any formula of fewer than 30 tokens.
     """
     automaton = rule({"variables": variables})
+    chances = dict.fromkeys(BINARY, 0.1) | dict.fromkeys(UNARY, 0.15 / 4)
+    chances |= dict.fromkeys(variables, 0.45 / len(variables))
     draw = random.Random(seed)
     formulas: list[str] = []
     while len(formulas) < count:
         state, formula = 0, ""
         while (edges := automaton.edges[state]) and len(formula) < LONGEST:
-            chances = [
-                0.1 if token in BINARY else 0.15 / 4 if token in ARITY else 0.45 / len(variables)
-                for token in edges
-            ]
-            (token,) = draw.choices([*edges], chances)
+            (token,) = draw.choices([*edges], [chances[token] for token in edges])
             state, formula = edges[token], formula + token
         if state in automaton.accepting:
             formulas.append(formula)
     return formulas
 
 
-def new_model(variables: str, width: int, seed: int) -> Any:
-    """Return a model with random weights that writes formulas, and its tokenizer."""
-    return TinyModel((*ARITY, *variables, ">"), hidden=width, context=LONGEST + 16)(seed)
+def new_model(variables: str, seed: int) -> Any:
+    """Return a model of two layers with random weights that writes formulas, and its tokenizer."""
+    return TinyModel((*ARITY, *variables, ">"), hidden=32, context=LONGEST + 16)(seed)
 
 
-def prior(variables: str, output_dir: str | Path, *, width: int = 32, seed: int = 0) -> str:
+def prior(variables: str, output_dir: str | Path, *, seed: int = 0) -> str:
     """Train a model on random formulas, and return the directory of its run.
 
     Args:
         variables: the names of the variables, a letter for each.
         output_dir: directory of the run; one that has ended there is taken as it is.
-        width: width of the model, which has two layers.
         seed: seed of the formulas, of their order and of the first weights.
     """
     formulas = random_formulas(variables, 20_000, seed)
     run = tokenrl.sft(
         task=[{"prompt": ">", "completion": formula} for formula in formulas],
-        model=new_model(variables, width, seed),
+        model=new_model(variables, seed),
         output_dir=str(output_dir),
         resume="auto",
         max_steps=300,
@@ -180,7 +177,7 @@ def main(
         output_dir: directory of the prior and of the search; the same command goes on there after a kill.
     """
     row, names = read_points(data)
-    model = new_model(row["variables"], 32, seed)
+    model = new_model(row["variables"], seed)
     if from_prior:
         model = prior(row["variables"], f"{output_dir}/prior", seed=seed)
     run = searched(

@@ -19,6 +19,11 @@ STARTS = {"prior": 4, "free": 2}
 LABELS = {"race": "", "prior": ", prior", "free": ", any token"}
 
 
+def reached(runs: pd.DataFrame) -> pd.Series:
+    """Return the formulas until each run was solved, or its budget."""
+    return runs["formulas"].fillna(runs["budget"])
+
+
 def statistic(own: pd.DataFrame, other: pd.DataFrame) -> float:
     """Return the log-rank statistic, stratified by problem: above 0 where the own runs are solved sooner.
 
@@ -27,9 +32,9 @@ def statistic(own: pd.DataFrame, other: pd.DataFrame) -> float:
     """
     excess = variance = 0.0
     for problem in own["problem"].unique():
-        here, there = (x.loc[x["problem"] == problem, ["budget", "formulas"]] for x in (own, other))
+        here, there = (x[x["problem"] == problem] for x in (own, other))
         for time in pd.concat([here, there])["formulas"].dropna().unique():
-            waiting = [int((x.min(axis=1) >= time).sum()) for x in (here, there)]
+            waiting = [int((reached(x) >= time).sum()) for x in (here, there)]
             solved = [int((x["formulas"] == time).sum()) for x in (here, there)]
             counts = np.arange(sum(solved) + 1)
             chances = hypergeom.pmf(counts, sum(waiting), waiting[0], sum(solved))
@@ -46,12 +51,7 @@ def compared(own: pd.DataFrame, other: pd.DataFrame, comparisons: int) -> Iterat
     if norm.cdf(-abs(z)) < 0.05 / comparisons / 2:
         verdict = "sooner" if z > 0 else "later"
     yield f"{z:.2f} {verdict}"
-    means = (
-        x.assign(log=np.log10(x[["budget", "formulas"]].min(axis=1)))
-        .groupby("problem")["log"]
-        .mean()
-        for x in (own, other)
-    )
+    means = (np.log10(reached(x)).groupby(x["problem"]).mean() for x in (own, other))
     yield student(next(means) - next(means), comparisons).text(".2f")
 
 
@@ -59,7 +59,7 @@ def solved(runs: pd.DataFrame) -> Iterator[str]:
     """Yield how many runs are solved, of all and of each problem, and the geometric mean of formulas."""
     counts = runs.pivot_table(index="problem", values="formulas", aggfunc="count")["formulas"]
     yield f"{counts.sum()} of {len(runs)}: {' '.join(map(str, counts))}"
-    yield f"{np.exp(np.log(runs[['budget', 'formulas']].min(axis=1)).mean()):,.0f}"
+    yield f"{np.exp(np.log(reached(runs)).mean()):,.0f}"
 
 
 def formulas(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
