@@ -146,13 +146,14 @@ def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(m
         times = generator.integers(1, 30, 40) * np.where(np.arange(40) < 20, factor, 1)
         formulas = np.where(times < 20, times, np.nan)
         arms = pd.DataFrame({"problem": problem, "formulas": formulas, "budget": 20})
-        strata.append((arms[:20], arms[20:]))
+        pair = arms[:20], arms[20:]
+        strata.append(pair)
         censored = [
             stats.CensoredData.right_censored(arm["formulas"].fillna(20), arm["formulas"].isna())
-            for arm in strata[-1]
+            for arm in pair
         ]
         expected = stats.logrank(*censored).statistic
-        assert abs(statistic(*strata[-1])) == pytest.approx(abs(expected), rel=1e-9)
+        assert abs(statistic(*pair)) == pytest.approx(abs(expected), rel=1e-9)
     assert statistic(*strata[1]) > 2  # the first arm is solved sooner
     both = statistic(*(pd.concat(arm) for arm in zip(*strata, strict=True)))
     assert 0 < both < statistic(*strata[1])
