@@ -3,16 +3,11 @@
     python recipes/molecules/acegen_number.py                              the runs in runs/molopt
     python recipes/molecules/acegen_number.py runs/molopt other/molopt     those of two machines, in one table
 
-ACEGEN's table is of MolScore up to 1.5.5, and of RDKit before 2024, which that release asks for. What its AUC of the
-top 100 means differs from that of MolScore 1.9.5, which molopt.py prints, in two ways:
-
-* Each row counts. A molecule that was written ten times is ten of the best hundred, and text that is no molecule is a
-  row with the score 0.
-* The pattern of Scaffold_hop has a character that is no bond of SMARTS. RDKit before 2024 reads it up to there, and so
-  pays a third for each ether of a chain of three carbons; RDKit 2026.9 refuses it, and nothing has the pattern.
+ACEGEN's table is of MolScore up to 1.5.5. Its AUC of the top 100 counts each row: a molecule that was written ten
+times is ten of the best hundred, and text that is no molecule is a row with the score 0. MolScore 1.9.5, whose number
+molopt.py prints, counts distinct molecules. That release is not needed.
 
 `sem` is the standard error of the first number over seeds. Below the rows are sums over the tasks of ACEGEN's table.
-Neither release of MolScore is needed.
 """
 
 # /// script
@@ -32,8 +27,6 @@ from scipy.integrate import trapezoid
 
 OWN = "Top-100 AUC Score"
 """The AUC of the top 100 in MolScore 1.9.5, of distinct molecules."""
-ETHER = "[#6]-[#6]-[#6]-[#8]-[#6]"
-"""What RDKit before 2024 reads of the pattern of Scaffold_hop."""
 PUBLISHED = Path(__file__).with_name("acegen.csv")
 """The AUC of the top 100 by task in ACEGEN's README, means of five seeds with 10,000 molecules."""
 
@@ -51,22 +44,11 @@ def area(scores: np.ndarray, budget: int) -> float:
     return (trapezoid(means, ends) + (budget - last) * means[-1]) / budget
 
 
-def has_ether(smiles: str) -> bool:
-    """Whether a molecule has what their RDKit takes for the pattern of Scaffold_hop."""
-    from rdkit import Chem
-
-    return Chem.MolFromSmiles(smiles).HasSubstructMatch(Chem.MolFromSmarts(ETHER))
-
-
 def both_numbers(result: Path) -> dict:
     """Return the result of a run, and with it the number of 1.5.5 for its molecules."""
     row = json.loads(result.read_text())
     rows = pd.read_csv(result.parent / "molscore" / "scores.csv")
     scores = rows.filter(regex="^(single|amean|gmean)$").iloc[:, 0].to_numpy()
-    if row["task"] == "Scaffold_hop":
-        # The pattern's third is 1 in place of MolScore's least value, 1e-6.
-        ethers = rows["smiles"].where(rows["valid"], "").map(has_ether)
-        scores = scores + ethers.to_numpy() * (1 - 1e-6) / 3
     return row | {"1.5.5": area(scores, row["budget"]), "1.9.5": row[OWN]}
 
 
