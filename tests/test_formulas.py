@@ -22,7 +22,7 @@ def module(monkeypatch):
     """A module of the folder by its name."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("formulas", "search", "nguyen", "race"):
+    for name in ("formulas", "search", "nguyen"):
         sys.modules.pop(name, None)
 
 
@@ -126,15 +126,6 @@ def test_a_problem_is_recovered_by_its_formula_and_not_by_one_that_is_near(modul
     assert problems[10].is_recovered("*+xx*/sxxcy", seed=3)
     assert not problems[10].is_recovered("*+xx*/sxxex", seed=3)
     assert problems[12].variables == "xy"
-
-
-def test_runs_that_have_a_row_are_not_made_again(module, tmp_path):
-    race = module("race")
-    runs = list(race.runs("settings", tmp_path))
-    assert len(set(runs)) == len(runs) == 80
-    lines = [",".join(map(str, run)) for run in (race.Run._fields, *runs[3:])]
-    (tmp_path / "race.csv").write_text("\n".join(lines))
-    assert race.missing_runs("settings", tmp_path / "race.csv") == runs[:3]
 
 
 def test_the_log_rank_statistic_of_one_stratum_is_that_of_scipy_and_strata_sum(monkeypatch):

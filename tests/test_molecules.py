@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import acegen_number
+import figure
 import molopt
 import numpy as np
 import pandas as pd
@@ -142,7 +142,7 @@ def test_a_budget_counts_texts_of_a_batch_samples_or_molecules(unit):
 def test_results_are_kept_a_gap_is_left_out_and_machines_join(tmp_path, capsys, monkeypatch):
     def open_task(args, task, folder):
         folder.mkdir(parents=True)
-        (folder / "scores.csv").write_text("smiles,single\nCC,0.75")
+        (folder / "scores.csv").write_text("smiles,valid,unique,single\nCC,true,true,0.75")
         if task == "DRD2":
             raise ValueError("its pickle is of another release")
 
@@ -174,6 +174,11 @@ def test_results_are_kept_a_gap_is_left_out_and_machines_join(tmp_path, capsys, 
     columns = ["1.9.5", "1.5.5", "sem", "seeds", "PPO"]
     assert table[columns].tolist() == pytest.approx([0.25, 0.75, 0, 4, 0.94])
     assert "a     0.750  0.250      4" in capsys.readouterr().out  # the sum
+    drawn = []
+    monkeypatch.setattr(figure, "draw_molecule", lambda axes, row: drawn.append(row.to_dict()))
+    figure.main(folders, output=tmp_path / "best.png")
+    assert (tmp_path / "best.png").exists()
+    assert drawn == [{"smiles": "CC", "valid": True, "unique": True, "score": 0.75}]
 
 
 def test_the_number_of_acegen_counts_copies_and_text_that_is_no_molecule():

@@ -28,8 +28,17 @@ PROGRAMS = {
 # tests/test_toy_environments.py and tests/test_molecules.py
 ELSEWHERE = {"distillation_forms", "trl_estimator", "build", "reference"}
 ELSEWHERE |= {"verify", "openenv_client"}
-ELSEWHERE |= {"film", "turns", "code_reward", "vllm_server", "prior", "molopt", "acegen_number"}
-ELSEWHERE |= {"nguyen", "search", "race"}  # tests/test_formulas.py
+ELSEWHERE |= {
+    "film",
+    "turns",
+    "code_reward",
+    "vllm_server",
+    "prior",
+    "molopt",
+    "acegen_number",
+    "figure",
+}
+ELSEWHERE |= {"nguyen", "search"}  # tests/test_formulas.py
 EXACT = {  # a program with its flags, and lines that it prints, as regular expressions
     "1_bandit": (
         "-1.0000   0.2689       1       1   0.7311      0.7311         0.7311       -0.2689   0.4332",

@@ -66,13 +66,6 @@ PROBLEMS = {
     11: Problem(lambda x, y: x**y, 0, 1),
     12: Problem(lambda x, y: x**4 - x**3 + y**2 / 2 - y, 0, 1),
 }
-LIVERMORE = {
-    11: Problem(lambda x, y: x**2 * y**2 / (x + y), -1, 1),
-    12: Problem(lambda x, y: x**5 / y**3, -1, 1),
-    20: Problem(lambda x: x**5 + x**4 + x**2 + x, -1, 1),
-    21: Problem(lambda x: np.exp(-(x**2)), -1, 1),
-}
-"""Four of the problems of Livermore (Mundhenk et al. 2021, arXiv 2111.00053), on which settings are chosen."""
 
 
 def main(

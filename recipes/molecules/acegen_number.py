@@ -8,6 +8,7 @@ times is ten of the best hundred, and text that is no molecule is a row with the
 molopt.py prints, counts distinct molecules. That release is not needed.
 
 `sem` is the standard error of the first number over seeds. Below the rows are sums over the tasks of ACEGEN's table.
+`--output` writes what the table is made from, a row for each run.
 """
 
 # /// script
@@ -18,6 +19,7 @@ molopt.py prints, counts distinct molecules. That release is not needed.
 # ///
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,33 +33,54 @@ PUBLISHED = Path(__file__).with_name("acegen.csv")
 """The AUC of the top 100 by task in ACEGEN's README, means of five seeds with 10,000 molecules."""
 
 
-def area(scores: np.ndarray, budget: int) -> float:
-    """Return the area under the mean of the best 100 rows so far, at each 100th row and the last one, from 0 on.
+def curve(scores: np.ndarray, budget: int) -> tuple[list[int], list[float]]:
+    """Return the numbers of each 100th row and the last one, from 0 on, and the mean of the best 100 rows so far.
 
     Args:
         scores: one of each row, in the order of scoring; those behind the budget are left out.
-        budget: the last row of the area; where there are fewer rows, the last mean is that of the rest.
+        budget: the most rows that count.
     """
     last = min(len(scores), budget) - 1
     ends = [0, *range(100, last, 100), last]
-    means = [0, *(np.sort(scores[: end + 1])[-100:].mean() for end in ends[1:])]
-    return (trapezoid(means, ends) + (budget - last) * means[-1]) / budget
+    return ends, [0, *(np.sort(scores[: end + 1])[-100:].mean() for end in ends[1:])]
 
 
-def both_numbers(result: Path) -> dict:
-    """Return the result of a run, and with it the number of 1.5.5 for its molecules."""
-    row = json.loads(result.read_text())
+def area(scores: np.ndarray, budget: int) -> float:
+    """Return the area under the curve by the budget; where rows are fewer, the last mean is that of the rest."""
+    ends, means = curve(scores, budget)
+    return (trapezoid(means, ends) + (budget - ends[-1]) * means[-1]) / budget
+
+
+def scored_rows(result: Path) -> pd.DataFrame:
+    """Return the rows that a run scored, with the columns `smiles`, `valid`, `unique` and `score`."""
     rows = pd.read_csv(result.parent / "molscore" / "scores.csv")
-    scores = rows.filter(regex="^(single|amean|gmean)$").iloc[:, 0].to_numpy()
-    return row | {"1.5.5": area(scores, row["budget"]), "1.9.5": row[OWN]}
+    return rows.rename(columns=dict.fromkeys(("single", "amean", "gmean"), "score"))
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/molopt"),)) -> pd.DataFrame:
-    """Print and return means over seeds by name, settings and task, how many seeds there are, and ACEGEN's columns."""
-    runs = [both_numbers(path) for base in folders for path in base.glob("*/*/*/result.json")]
-    if not runs:
+def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
+    """Return a row for each run that has a result: what molopt.py says of it, both numbers, and its file.
+
+    Raises:
+        SystemExit: There is none.
+    """
+    results = [path for base in folders for path in sorted(base.glob("*/*/*/result.json"))]
+    if not results:
         raise SystemExit("No run has a result; molopt.py makes them.")
-    seeds = pd.DataFrame(runs).groupby(["name", "settings", "task"])
+    runs = pd.DataFrame([json.loads(result.read_text()) for result in results])
+    scores = [scored_rows(result)["score"].to_numpy() for result in results]
+    theirs = [area(*pair) for pair in zip(scores, runs["budget"], strict=True)]
+    return runs.assign(result=results, **{"1.5.5": theirs, "1.9.5": runs[OWN]})
+
+
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/molopt"),),
+    output: Path | None = None,
+) -> pd.DataFrame:
+    """Print and return means over seeds by name, settings and task, how many seeds there are, and ACEGEN's columns."""
+    runs = read_runs(folders)
+    if output:
+        runs.drop(columns="result").to_csv(output, index=False, float_format="%.4g")
+    seeds = runs.groupby(["name", "settings", "task"])
     table = seeds[["1.5.5", "1.9.5"]].mean()
     table = table.assign(sem=seeds["1.5.5"].sem(), seeds=seeds["seed"].nunique())
     table = table.join(pd.read_csv(PUBLISHED, index_col="task")).droplevel("settings")

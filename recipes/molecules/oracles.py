@@ -1,10 +1,10 @@
 """Lets MolScore use its oracles DRD2, GSK3B and JNK3, and the pattern of Scaffold_hop, when it is imported.
 
-The three oracles are a support vector machine and two random forests, pickled by scikit-learn 0.21 and 0.23. MolScore starts them
-in environments of conda. scikit-learn 1.3 gave each node of a tree a field for missing values, so that older trees are
-refused; fingerprints have no missing values, so the field is 0 here. scikit-learn 1.2.2 reads MolScore's later pickles
-(`_current`) as they are. It gives 2,000 molecules of MolScore's sample the probabilities of this module, bit for bit,
-with the later pickles and with the earlier ones, which the benchmark uses.
+The oracles are a support vector machine and two random forests, pickled by scikit-learn 0.21 and 0.23. MolScore
+starts them in environments of conda. scikit-learn 1.3 gave each node of a tree a field for missing values, so that
+older trees are refused; fingerprints have no missing values, so the field is 0 here. scikit-learn 1.2.2 reads
+MolScore's later pickles (`_current`) as they are. It gives 2,000 molecules of MolScore's sample the probabilities of
+this module, bit for bit, with the later pickles and with the earlier ones, which the benchmark uses.
 
 The pattern has a character that is no bond of SMARTS. RDKit before 2024 reads it up to there, as ACEGEN's table did:
 an ether of a chain of three carbons. RDKit 2026.9 refuses it, so that a third of the score could never be had.
