@@ -212,8 +212,7 @@ def draw(problems: int) -> None:
     save(figure, FIGURE)
 
 
-SECTIONS = {"forms": forms, "noise": noise, "squares": squares}
-main = program(SECTIONS, draw)
+main = program(forms, noise, squares, figure_of=draw)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,10 @@ def passes(problems: int) -> None:
                 leaf = logits.detach().requires_grad_()
                 now = leaf.log_softmax(-1).gather(1, groups).view(-1, 1)
                 old = now.detach() if renewed else log_policy[groups].view(-1, 1)
-                present = {"logprobs": old, "present_logprobs": now.detach()}
-                advantages = estimator.advantages(drawn, mask, group_size=SIZE, **present).policy
-                loss = estimator.loss(now, advantages, mask / SIZE, mask, old_logprobs=old)
+                advantages = estimator.advantages(
+                    drawn, mask, group_size=SIZE, logprobs=old, present_logprobs=now.detach()
+                )
+                loss = estimator.loss(now, advantages.policy, mask / SIZE, mask, old_logprobs=old)
                 logits = leaf.detach() - rate / count * torch.autograd.grad(loss, leaf)[0]
             change = float(chances @ (logits.softmax(-1) - problem.chances) @ rewards)
             named |= {f"{rate:g}": change, f"least {rate:g}": change}
@@ -134,7 +135,7 @@ def difficulty(_: int) -> None:
         show(f"Weights and shares by success rate. Answers: {title}", rows, 1)
 
 
-main = program({"direction": direction, "passes": passes, "difficulty": difficulty})
+main = program(direction, passes, difficulty)
 
 
 if __name__ == "__main__":
