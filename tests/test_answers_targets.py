@@ -14,7 +14,7 @@ from folders import RECIPES
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import multinomial
 
-from tokenrl.lab import prompt_weight, tabular_problem
+from tokenrl.lab import tabular_problem
 
 PAGE = (RECIPES / "pages" / "explain" / "targets.md").read_text(encoding="utf-8")
 RARE = np.log([0.9, 0.05, 0.05]), np.array([0.0, 1.0, -3.0])
@@ -40,13 +40,16 @@ def rows(pattern):
     ]
 
 
+def eta_of(name):
+    return float((re.findall(r"eta = (\S+)", name) or [1])[0])
+
+
 def weights(name, rewards, old, now):
     """What the scores of the completions of a group are multiplied by."""
     centred, size = rewards - rewards.mean(), len(rewards)
     std = centred.std() or 1.0
-    if "TPO" in name:
-        eta = float((re.findall(r"eta = (\S+)", name) or [1])[0])
-        return softmax(old + centred / std / eta) - softmax(now)
+    if "TPO" in name or name.startswith("eta"):
+        return softmax(old + centred / std / eta_of(name)) - softmax(now)
     if "DG" in name:
         return centred * expit(-centred * now) / size
     if "RLOO" in name:
@@ -75,30 +78,23 @@ def step(name, policy, *options):
     return sum(p * (logits - policy) for p, logits in moved(name, policy, *options))
 
 
-def cosine(found, objective, policy):
-    """The cosine with the gradient of a function of the log-probabilities."""
+def cosine(name, size, policy, rewards, objective):
+    """The cosine of the expected step with the gradient of an objective, u held fixed, in the logits."""
+    p, eta = np.exp(policy), eta_of(name)
+    centred = torch.tensor(rewards - p @ rewards)
+    u = centred / (torch.tensor(p) @ centred**2).sqrt()
     leaf = torch.tensor(policy, requires_grad=True)
-    gradient = torch.autograd.grad(objective(leaf.log_softmax(0)), leaf)[0].numpy()
-    return found @ gradient / np.linalg.norm(found) / np.linalg.norm(gradient)
-
-
-def of_reward(name, size, policy, rewards):
-    mean = torch.tensor(rewards)
-    return cosine(step(name, policy, rewards, size), lambda x: x.exp() @ mean, policy)
-
-
-def of_limit(name, size, policy, rewards, limit="eta"):
-    """The cosine with the gradient of half the log of a mean under the square of the policy, or with its limits."""
-    p = np.exp(policy)
-    centred = rewards - p @ rewards
-    u = torch.tensor(centred / math.sqrt(p @ centred**2))
-    eta = float(name.split()[-1])
-    objective = {
-        "eta": lambda x: (2 * x + u / eta).logsumexp(0) - (2 * x).logsumexp(0),
-        "large": lambda x: (x.exp() ** 2 @ u) / (x.exp() ** 2).sum(),
-        "small": lambda x: x[u.argmax()] - (x.exp() ** 2).sum().log() / 2,
-    }[limit]
-    return cosine(step(name, policy, rewards, size), objective, policy)
+    log_policy = leaf.log_softmax(0)
+    squared = (2 * log_policy).softmax(0)
+    objectives = {
+        "reward": log_policy.exp() @ centred,
+        "limit": (squared @ (u / eta).exp()).log() / 2,
+        "large": squared @ u,
+        "small": squared[u.argmax()].log() / 2,
+    }
+    (gradient,) = torch.autograd.grad(objectives[objective], leaf)
+    mean = torch.tensor(step(name, policy, rewards, size))
+    return float(torch.cosine_similarity(mean, gradient, dim=0))
 
 
 def median_and_least(numbers):
@@ -106,26 +102,41 @@ def median_and_least(numbers):
 
 
 NAMES = r"(?:TPO|DG|GRPO|RLOO)[^|,]*(?:, eta = \S+)?"
+TABLES = {
+    "reward": rows(NAMES),
+    "limit": rows(r"eta = \S+"),
+    "passes": rows("[A-Z]+, (?:one|four)[^|]*"),
+    "prompts": rows(rf"[a-z][^|]* \| {NAMES}"),
+}
 
 
-@pytest.mark.parametrize(("name", "cells"), [x for x in rows(NAMES) if len(x[1]) == 5])
-def test_the_cosines_with_the_mean_reward(name, cells):
-    for size, cell in zip((2, 4, 8), cells, strict=False):
-        assert cell == median_and_least([of_reward(name, size, *x) for x in BANDITS])
-    for size, cell in zip((2, 8), cells[3:], strict=True):
-        assert cell == [pytest.approx(of_reward(name, size, *RARE), abs=6e-4)]
+def test_every_table_is_tested():
+    assert [*map(len, TABLES.values())] == [6, 3, 7, 11]
 
 
-@pytest.mark.parametrize(("name", "cells"), rows(r"eta = \S+"))
-def test_the_cosines_with_what_tpo_tends_to(name, cells):
-    columns = [(2, "eta"), (4, "eta"), (8, "eta"), (8, "large"), (8, "small")]
-    for (size, limit), cell in zip(columns, cells, strict=True):
-        numbers = [of_limit(f"TPO, {name}", size, *x, limit) for x in BANDITS]
-        assert cell == median_and_least(numbers)
-    assert of_limit(f"TPO, {name}", 48, *BANDITS[0]) > 0.99999
+@pytest.mark.parametrize("table", ["reward", "limit"])
+def test_the_cosines(table):
+    columns = [(2, table), (4, table), (8, table)]
+    if table == "limit":
+        columns += [(8, "large"), (8, "small")]
+    for name, cells in TABLES[table]:
+        for (size, objective), cell in zip(columns, cells, strict=False):
+            numbers = [cosine(name, size, *x, objective) for x in BANDITS]
+            assert cell == median_and_least(numbers)
 
 
-@pytest.mark.parametrize(("name", "cells"), rows("[A-Z]+, (?:one|four)[^|]*"))
+def test_the_start_with_a_rare_bad_answer():
+    for name, (*_, small, large) in TABLES["reward"]:
+        cosines = [cosine(name, size, *RARE, "reward") for size in (2, 8)]
+        assert [*small, *large] == pytest.approx(cosines, abs=6e-4)
+
+
+def test_tpo_tends_to_the_gradient_of_its_limit():
+    for eta in (0.1, 1, 10):
+        assert cosine(f"TPO, eta = {eta}", 48, *BANDITS[0], "limit") > 0.99999
+
+
+@pytest.mark.parametrize(("name", "cells"), TABLES["passes"])
 def test_the_changes_of_the_passes(name, cells):
     for rate, cell in zip((0.1, 2.0, 20.0), cells, strict=True):
         changes = [
@@ -135,35 +146,25 @@ def test_the_changes_of_the_passes(name, cells):
         assert cell == median_and_least(changes)
 
 
-@pytest.mark.parametrize(("names", "cells"), rows(rf"[a-z][^|]* \| {NAMES}"))
+@pytest.mark.parametrize(("names", "cells"), TABLES["prompts"])
 def test_the_weights_of_prompts_and_their_shares_of_a_step(names, cells):
+    wrong = {"any": 7, "one right, one wrong": 1, "one right, 1,000 wrong": 1000}
     steps = []
-    for p, cell in zip((0.01, 0.3, 0.9), cells, strict=True):
-        wrong = {"any": 7, "one right, one wrong": 1, "one right, 1,000 wrong": 1000}
-        ratio = wrong.get(names.split(" |")[0], 1 / p - 1)
-        spread = np.log([ratio, 1])
-        policy = np.log([1 - p, p])
-        steps.append(step(names, policy, np.array([0.0, 1.0]), 8, 1.0, spread)[1])
-        assert cell[0] == pytest.approx(steps[-1] / (p * (1 - p)), abs=6e-4)
-    assert [cell[1] for cell in cells] == pytest.approx(np.array(steps) / sum(steps), abs=6e-4)
-
-
-def test_every_table_is_tested():
-    assert len(rows(NAMES)) == 6 and len(rows(rf"[a-z][^|]* \| {NAMES}")) == 11
-    assert len(rows(r"eta = \S+")) == 3
-
-
-def test_the_best_answer_gains_in_expectation_whatever_eta_is_and_however_rewards_are_scaled():
-    for policy, rewards in (*BANDITS, RARE):
-        for eta in (0.1, 1, 10):
-            found = step(f"TPO, eta = {eta}", policy, rewards, 8)
-            assert found[rewards.argmax()] > 0
-            scaled = step(f"TPO, eta = {eta}", policy, 1000 * rewards + 3, 8)
-            np.testing.assert_allclose(scaled, found)
+    for p, (weight, _) in zip((0.01, 0.3, 0.9), cells, strict=True):
+        answers = wrong.get(names.split(" |")[0], 1 / p - 1), 1
+        rewards, policy = np.array([0.0, 1.0]), np.log([1 - p, p])
+        steps.append(step(names, policy, rewards, 8, 1.0, np.log(answers))[1])
+        assert weight == pytest.approx(steps[-1] / (p * (1 - p)), abs=6e-4)
+    assert [share for _, share in cells] == pytest.approx(np.array(steps) / sum(steps), abs=6e-4)
 
 
 def test_the_weights_that_the_text_names():
-    named = re.findall(r"is (\S+) for `max_at_k` with an order of 7, and (\S+) for `maxrl`", PAGE)
-    presets = ("max_at_k,objective_order=7", "maxrl")
-    weights = [float(prompt_weight(x, 0.01, 8)) for x in presets]
-    assert [*map(float, named[0])] == pytest.approx(weights, abs=6e-4)
+    best, log = 7 * 0.99**6, (1 - 0.99**7) / 0.01
+    assert f"{best:.3f} for `max_at_k` with an order of 7, and {log:.3f} for `maxrl`" in PAGE
+
+
+def test_the_best_answer_gains_in_expectation_however_rewards_are_scaled():
+    for policy, rewards in (*BANDITS, RARE):
+        mean = step("TPO", policy, rewards, 8)
+        assert mean[rewards.argmax()] > 0
+        np.testing.assert_allclose(step("TPO", policy, 1000 * rewards + 3, 8), mean)
