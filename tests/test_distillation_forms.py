@@ -39,7 +39,7 @@ def test_the_forms_are_those_of_the_formulas(seed, distance, ends):
         torch.autograd.grad(-kl.sum(), leaf, retain_graph=True)[0].flatten()
         for kl in (chances * log_ratios, visits * of_prefixes)
     )
-    problem = distillation_forms.distillation_problem(seed, distance, 2, ends=ends)
+    problem = distillation_forms.distillation_problem(seed, distance, 2, ends)
     for name, form in distillation_forms.measure(problem).items():
         mean = whole if "to_go" in name or "path" in name else fixed
         assert_close(form.mean[0], mean, rtol=0, atol=1e-12)
@@ -47,7 +47,7 @@ def test_the_forms_are_those_of_the_formulas(seed, distance, ends):
 
 
 def test_the_other_forms_are_those_of_the_lab():
-    problem = distillation_forms.distillation_problem(1, 1.0, 2)
+    problem = distillation_forms.distillation_problem(1, 1.0, 2, ())
     opd, weighed = (
         distillation_forms.measure(problem)["opd"],
         distillation_forms.iw_opd(problem, gamma=0.0),
@@ -68,7 +68,7 @@ def test_the_tables_have_these_numbers(tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     written = page.read_text(encoding="utf-8")
     moments = [
-        distillation_forms.measure(distillation_forms.distillation_problem(seed, 1.0, 2))
+        distillation_forms.measure(distillation_forms.distillation_problem(seed, 1.0, 2, ()))
         for seed in range(3)
     ]
     noises = [median(forms[name].noise for forms in moments) for name in ("opd", "opd_full_path")]

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.lab import Moments, Problem, exact_moments, tabular_problem
+from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
 
 FIGURE = Path(__file__).parents[1] / "figures" / "kl_gradients.png"
 DISTANCES = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -49,13 +49,19 @@ SIZE = 4
 """Completions of a group, for the noise."""
 
 
-def apart(seed: int, distance: float = 1.0, length: int = 3) -> Problem:
-    """List the completions of a random policy at a distance from its reference, with rewards of 0 and 1."""
+def apart(
+    seed: int, distance: float = 1.0, length: int = 3, ends: tuple[int, ...] = (0,)
+) -> Problem:
+    """List the completions of a random policy at a distance from its reference, with rewards of 0 and 1.
+
+    The reference's logits are the policy's plus `distance` times noise. The tokens of `ends` end a completion.
+    """
+    rows = all_completions(3, length, ends=ends)
     draw = torch.Generator().manual_seed(seed)
-    logits, change = torch.randn(2, 2**length - 1, 3, generator=draw, dtype=torch.double)
-    reference = logits + distance * change
-    options = {"logits": logits, "reference": reference, "rewards": "binary"}
-    return tabular_problem(seed, length=length, **options)
+    shape = (2, len(rows.prefixes), 3)
+    logits, noise = torch.randn(shape, generator=draw, dtype=torch.double)
+    options = {"rows": rows, "logits": logits, "reference": logits + distance * noise}
+    return tabular_problem(seed, length=length, rewards="binary", **options)
 
 
 def kl_gradient(problem: Problem) -> Tensor:
