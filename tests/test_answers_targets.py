@@ -133,7 +133,7 @@ def test_the_start_with_a_rare_bad_answer():
 
 def test_tpo_tends_to_the_gradient_of_its_limit():
     for eta in (0.1, 1, 10):
-        assert cosine(f"TPO, eta = {eta}", 48, *BANDITS[0], "limit") > 0.99999
+        assert min(cosine(f"TPO, eta = {eta}", 40, *x, "limit") for x in BANDITS) > 0.998
 
 
 @pytest.mark.parametrize(("name", "cells"), TABLES["passes"])

@@ -113,14 +113,12 @@ def per_token(problem: Problem) -> Tensor:
     return kl_gradient(problem) - mean * descent(problem, lengths.expand_as(problem.mask))
 
 
-FORMS = {place: lambda problem, place=place: placed(problem, place) for place in PLACES}
+FORMS = {place: partial(placed, place=place) for place in PLACES}
 FORMS |= {
     "k3 times the ratio": with_ratio,
-    "mean - k1 in the advantage": lambda problem: centred(
-        problem, returns="blame_window", window=1
-    ),
-    "the same, discount 0.9": lambda problem: centred(problem, returns="reward_to_go", gamma=0.9),
-    "the same, discount 1": lambda problem: centred(problem, returns="reward_to_go"),
+    "mean - k1 in the advantage": partial(centred, returns="blame_window", window=1),
+    "the same, discount 0.9": partial(centred, returns="reward_to_go", gamma=0.9),
+    "the same, discount 1": partial(centred, returns="reward_to_go"),
 }
 
 
