@@ -268,6 +268,14 @@ class TrainArguments(
     """End the run, with the exit reason solved, after the step in which a new completion has at least this total
     reward. summary.json says how many completions were sampled until then. For a search, in which the best
     completion counts. Default: no reward ends a run."""
+    control_arm: Literal["none", "random", "best_of_n"] = "none"
+    """Make a run for comparison with others. random: in each step the rewards of its completions change places at
+    random, so that spread and scale stay and say nothing; a completion keeps its own once in a step on average, and a
+    missing reward stays missing. Evaluations and tables of completions have the true ones. best_of_n: nothing is
+    learnt. Steps sample held-out prompts instead, and the held-out reward is the mean over prompts of the best that
+    steps have found for each so far, which before its first sample is the mean of the policy. So after as many
+    completions as another run has sampled it says what a search by the reward finds; it reads the reward of held-out
+    prompts, without which a trained policy answers."""
     check: bool = False
     """Make the first step on a copy of the model, and stop: print a prompt as the model reads it, completions
     with rewards, the problems of settings, data and this step with their remedies, its memory, and the time

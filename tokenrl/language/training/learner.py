@@ -131,7 +131,7 @@ class Learner:
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
-        replay: the completions of earlier steps that join those of a step; None without replay.
+        replay: the best completions of each prompt, of which some join those of a step; None where nobody reads them.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
@@ -387,7 +387,7 @@ def make_learner(
     )
     if args.teacher_decay is not None:
         learner.average = MovingAverage(policy, args.teacher_decay)
-    if args.replay:
+    if args.replay or args.control_arm == "best_of_n":
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if "values" in args.estimator.needs:
         width = shape_of(policy).hidden_size
