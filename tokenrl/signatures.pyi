@@ -73,7 +73,7 @@ def train(
     on_abstain: typing.Literal['zero', 'leave-out'] = ...,
     on_reward_error: typing.Literal['stop', 'abstain'] = ...,
     on_reward_timeout: typing.Literal['stop', 'abstain'] = ...,
-    optimizer: typing.Literal['adamw', 'sgd'] = ...,
+    optimizer: typing.Literal['adamw', 'sgd', 'muon'] = ...,
     output_dir: str | os.PathLike[str] | None = ...,
     overwrite: bool = ...,
     pass_overhead: int | None = ...,

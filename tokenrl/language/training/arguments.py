@@ -95,10 +95,11 @@ class SamplingArguments(Distribution, group="sampling"):
 class OptimiserArguments(PassArguments, group="optimiser"):
     """How the weights are updated from a rollout."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     """adamw divides each weight's step by the usual size of its gradient, so a factor of the loss changes
-    nothing. sgd, without momentum, subtracts learning_rate x gradient; it needs a learning_rate, and shows
-    factors if max_grad_norm is 0. A critic always learns with AdamW."""
+    nothing. sgd, without momentum, subtracts learning_rate x gradient, and shows factors if max_grad_norm is 0. muon
+    moves all directions of a matrix equally far; embeddings, head and vectors have AdamW at the same rate. It is for
+    all weights, not for an adapter. sgd and muon need a learning_rate. A critic always learns with AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = OPEN
     """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: linear."""
     warmup_steps: Natural = 0
@@ -259,7 +260,7 @@ class TrainArguments(
     learning_rate: Positive = OPEN
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M random parameters (at most 1e-4
     for weights that have learnt before), 1e-5 for 135 M, and 1e-6 from 1 B on; ten times that with LoRA, at
-    most 1e-3. None with --optimizer sgd."""
+    most 1e-3. None with --optimizer sgd or muon."""
     seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
@@ -353,7 +354,7 @@ def with_advice(
             f"The task {task.name!r} recommends by `train` what it cannot: {', '.join(barred)}.{near}"
         )
     advice = {} if task.base else dict(task.train)
-    if choices.optimizer == "sgd":
+    if choices.optimizer != "adamw":
         advice.pop("learning_rate", None)  # it is one of AdamW
     given = {
         name: x

@@ -30,6 +30,7 @@ from tokenrl.language.rollout.scoring import (
     score_in_parts,
     with_missing_fields,
 )
+from tokenrl.language.supervised.base import Muon
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
@@ -369,9 +370,11 @@ def make_learner(
     at_once = args.sampling_batch_size
     generator = start_engine(engine.make, forward.policy, forward.regime, at_once, args.sync_every)
     make: Any = torch.optim.SGD
+    weights: Any = policy.trainable_parameters()
     if args.optimizer == "adamw":
         make = partial(torch.optim.AdamW, fused=policy.device.type in ("cpu", "cuda") or None)
-    weights = policy.trainable_parameters()
+    elif args.optimizer == "muon":
+        make, weights = Muon, policy.model
     optimizer = make(weights, lr=args.learning_rate, weight_decay=args.weight_decay)
     learner = Learner(
         policy=policy,

@@ -158,9 +158,14 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
     episodic = task.environment is not None
     if args.warm_start:
         demonstrations(task)
-    if args.optimizer == "sgd" and args.learning_rate is None:
+    if args.optimizer != "adamw" and args.learning_rate is None:
         raise Refused(
-            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
+            f"optimizer={args.optimizer!r} was given without a learning_rate; 0.06 is a start for sgd, and 0.001 for "
+            "muon, in factors of 2."
+        )
+    if args.optimizer == "muon" and args.lora_r:
+        raise Refused(
+            "optimizer 'muon' is for all weights of a model, and lora_r trains an adapter: take adamw or lora_r 0."
         )
     _check_teacher(args)
     uneven = args.prompt_weights != "uniform" or estimator.zero_spread == "refill"

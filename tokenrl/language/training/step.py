@@ -117,7 +117,7 @@ def training_step(
         learning = learning_rows(learner, terms, chosen)  # [N]
         sums: list[Tensor] = []
         scored.append([])
-        learner.optimizer.zero_grad()
+        learner.policy.model.zero_grad()
         for index in learner.micro_batches(rows, computed=local(accelerator, learning)):
             part = rows.take(index)
             scores = learner.score(part)
