@@ -16,7 +16,7 @@ from pages import blocks
 
 # by programs of a folder
 SHARED = {"own", "intervals", "printed", "survival", "curves", "grid_values"}
-SHARED |= {"oracles", "tasks", "formulas"}
+SHARED |= {"oracles", "tasks", "formulas", "reversal"}
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))

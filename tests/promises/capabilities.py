@@ -69,6 +69,7 @@ CAPABILITIES = {
     ),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),
+    "muon": Capability("weights", "--optimizer muon"),
     "keep best": Capability("weights", "--keep best --patience 9"),
     "entropy": Capability("objective", "--estimator.entropy-coef 0.01"),
     "best of several": Capability(
@@ -83,9 +84,20 @@ CAPABILITIES = {
     ),
     "goal": Capability("end", "--stop-at-reward 99"),
     "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
+    "random rewards": Capability("control", "--control-arm random"),
+    "best of n": Capability("control", "--control-arm best_of_n"),
     "turns": Capability("task", "--environment mine.py:Turns --max-turns 2", "Turns"),
 }
-REFUSED: Mapping[tuple[str, str], str] = {
+UNEVEN = ("prompts by function", "prompts by variance", "refills", "turns")
+CONTROLS = ("best of n", "random rewards")
+OF_CONTROLS = {
+    tuple(
+        sorted((control, name))
+    ): "is for rewards of completions of one turn, and for prompts that are drawn equally"
+    for control in CONTROLS
+    for name in UNEVEN
+}
+REFUSED: Mapping[tuple[str, ...], str] = OF_CONTROLS | {
     ("replay", "turns"): "replay was given as 2; it repeats completions of one turn",
     ("goal", "refills"): "perhaps the first that reached it",
     ("prompts by variance", "refills"): "with prompt_weights they would not be remembered",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.rows import from_first
-from tokenrl.core.statistics import mean_and_error
+from tokenrl.core.statistics import generator_of, mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.files import canonical
 from tokenrl.language.evaluation.estimates import metric_values
@@ -109,20 +109,26 @@ def data_keys(data: Sequence[Row]) -> Tensor:
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
 
-def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Experience:
+def gather(learner: Learner, rows: Experience, failures: Sequence[str], step: int) -> Experience:
     """Gather the rows of all processes, in the order of the prompts, with the log-probabilities in one precision.
 
     An engine may have another one, and so may a process that sampled no token at all.
 
+    In the control `random` the rewards of the new rows that have one change places. All orders are equally likely, so
+    a row may keep its own. If it never did, a baseline that is made of other rows would lean against the true reward:
+    given the rewards of a step, the mean of what a row gets would fall with its own.
+
     Args:
-        accelerator: accelerate's handle of device and processes.
+        learner: the settings, and accelerate's handle of device and processes.
         rows: this process's n rows.
         failures: what failed in their episodes; empty without an environment.
+        step: number of the step.
 
     Raises:
         Stopped: no row of the step has a reward.
     """
     rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
+    accelerator = learner.accelerator
     if accelerator.num_processes > 1:
         own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
         rows = Experience(**gathered(accelerator, own))
@@ -131,6 +137,12 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
         )
+    if learner.args.control_arm == "random":
+        places = rows.rewarded.nonzero().flatten()
+        generator = generator_of(learner.args.seed, "control", step)
+        order = torch.arange(len(rows))
+        order[places] = places[torch.randperm(len(places), generator=generator)]
+        rows = replace(rows, rewards=rows.rewards[order], by_function=rows.by_function[order])
     return rows
 
 

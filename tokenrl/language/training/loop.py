@@ -210,13 +210,14 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
-    weights = choices.prompt_weights, choices.prompt_floor
+    draws = choices.seed, choices.prompt_weights, choices.prompt_floor
+    split = "eval" if choices.control_arm == "best_of_n" else "train"
     run = TrainingRun(
         plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=prompt_stream(task.train_prompts, choices.seed, *weights),
+        stream=prompt_stream(rows[split], *draws),
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
@@ -346,7 +347,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     failed = failures_of(run.failures)
     if run.failures and all(run.failures) and not session.step:
         raise Stopped(f"There is nothing to learn from: {failed}")
-    metrics = session.evaluated(evaluation.metrics)
+    metrics = session.evaluated(run.metrics_of(evaluation))
     if failed:
         session.warn_once("evaluation-fails", f"evaluation after step {session.step}: {failed}")
     return metrics
@@ -380,11 +381,10 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     if late := run.rewards.late:
         session.console.warn(f"{late:,} completions got no reward, as it missed reward_timeout.")
     findings = judge_end(run, session)
-    warmed = run.warm_started
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
-    if warmed:
-        facts["warm start"] = warmed["in_words"]
+    if run.warm_started:
+        facts["warm start"] = run.warm_started["in_words"]
     if run.teacher is not None:
         facts["teacher"] = run.teacher.name
     facts |= form_line(ended.policy.form)

@@ -70,7 +70,7 @@ def rows_of_step(
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     rows = replace(rows, logged=(*rows.logged, (learner.generator.settle(), 1)))
-    if learner.replay is not None:
+    if learner.replay is not None and learner.args.replay:
         rows = learner.replay.join(learner, rows, sampling.step)
     if "greedy_rewards" in learner.estimator.needs:
         size = learner.group_size

@@ -13,7 +13,8 @@ import torch
 
 from tokenrl.core.memories import Memory
 from tokenrl.files import State
-from tokenrl.language.evaluation.evaluation import Evaluator
+from tokenrl.language.evaluation.estimates import estimates
+from tokenrl.language.evaluation.evaluation import Evaluation, Evaluator
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
@@ -24,6 +25,7 @@ from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.experience import data_keys
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.search import Search
 from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
@@ -178,6 +180,19 @@ class TrainingRun:
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
         self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
+
+    def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the metrics of an evaluation; for the control `best_of_n` the best reward of each prompt so far.
+
+        A prompt that no step has sampled yet has the mean of the policy: so n is the same budget over all prompts.
+        """
+        best = {} if self.learner.replay is None else self.learner.replay.best
+        if not best or self.args.control_arm != "best_of_n" or not self.args.eval_generations:
+            return evaluation.metrics
+        largest = {key: float(table.rewards[0]) for key, table in best.items()}
+        keys = data_keys(self.task.eval_prompts).tolist()
+        rewards = [*map(largest.get, keys, evaluation.by_prompt["reward"])]
+        return evaluation.metrics | estimates({"reward": rewards})
 
     def state_dict(self) -> State:
         """Return what a continuation needs of the run itself; its parts have states of their own."""

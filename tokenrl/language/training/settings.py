@@ -30,7 +30,11 @@ from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
-from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
+from tokenrl.language.training.teacher_prompts import (
+    TeacherPrompts,
+    bias_of_context,
+    teacher_prompts,
+)
 from tokenrl.runs.processes import overruled
 from tokenrl.settings import arguments, lay, part_of
 
@@ -154,11 +158,23 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
     episodic = task.environment is not None
     if args.warm_start:
         demonstrations(task)
-    if args.optimizer == "sgd" and args.learning_rate is None:
+    if args.optimizer != "adamw" and args.learning_rate is None:
         raise Refused(
-            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
+            f"optimizer={args.optimizer!r} was given without a learning_rate; 0.06 is a start for sgd, and 0.001 for "
+            "muon, in factors of 2."
+        )
+    if args.optimizer == "muon" and args.lora_r:
+        raise Refused(
+            "optimizer 'muon' is for all weights of a model, and lora_r trains an adapter: take adamw or lora_r 0."
         )
     _check_teacher(args)
+    uneven = args.prompt_weights != "uniform" or estimator.zero_spread == "refill"
+    if args.control_arm != "none" and (episodic or uneven or is_unrewarded(args.reward)):
+        raise Refused(
+            f"control_arm {args.control_arm!r} is for rewards of completions of one turn, and for prompts that are "
+            "drawn equally often: take a task with a reward and without an environment, prompt_weights 'uniform', and "
+            "zero_spread 'keep' or 'drop'."
+        )
     if args.target_kl is not None and not estimator.beta:
         raise Refused(
             "target_kl holds a KL, but the estimator has beta 0: give it one (--estimator.beta)."
@@ -288,7 +304,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    if args.warmup_steps >= policy_steps(args, args.max_steps):
+    if args.warmup_steps >= policy_steps(args, args.max_steps) > 0:
         critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
         yield (
             f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
@@ -318,25 +334,6 @@ def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
     return not rewards.keepers or bool(args.eval_every)
 
 
-def bias_of_context(args: TrainArguments) -> str:
-    """Say why a teacher_context makes the gradient biased, whatever the estimator declares; empty if it does not.
-
-    A KL in the reward is one to a teacher that has read the other rows, so a baseline or a scale that is made of
-    their rewards depends on the row's own completion.
-    """
-    if args.teacher_context is None:
-        return ""
-    if args.allow_own_feedback:
-        return "biased, as the teacher may read the row itself, and its KL is none between two policies"
-    estimator = args.estimator
-    for axis in ("baseline", "scale"):
-        if estimator.kl_in_reward and estimator.chosen(axis).compares:
-            return (
-                f"biased, as the {axis} compares KLs to teachers that have read each other's rows"
-            )
-    return ""
-
-
 def first_facts(
     choices: TrainArguments, origins: dict[str, str], run: str, task: PromptTask, rewards: Rewards
 ) -> dict[str, Any]:
@@ -354,6 +351,8 @@ def first_facts(
     if choices.replay:
         status = "biased, as rewards choose the replayed completions"
     status = bias_of_context(choices) or status
+    if choices.control_arm != "none":
+        status = f"not that of the estimator, as this is the control {choices.control_arm}"
     stage = ""
     if choices.warm_start:
         skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
