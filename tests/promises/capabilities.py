@@ -27,6 +27,8 @@ class Capability(NamedTuple):
 
 CAPABILITIES = {
     "replay": Capability("rows", "--replay 2 --replay-memory 3"),
+    "logged rows": Capability("rows", "--rows log.jsonl"),
+    "half logged": Capability("rows", "--rows rewarded.jsonl --rows-share 0.5"),
     "refills": Capability("rows", "--estimator.zero-spread refill --max-refills 1"),
     "old weights": Capability("sampler", "--sync-every 2"),
     "importance": Capability("sampler", "--estimator.importance token"),
@@ -96,6 +98,19 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("best share", "context"): "is about rewards alone, and a KL in the reward is not one",
     ("counting reward", "keep best"): "The best checkpoint needs evaluations, and none are made",
     ("greedy", "old weights"): "without greedy completions (baseline remax)",
+    ("greedy", "half logged"): "baseline remax, as no greedy completion has a reward of the rows",
+    ("half logged", "old weights"): "sync_every, as weights of two ages would sample",
+    ("half logged", "truncated distribution"): "top_k, top_p or min_p, without which",
+    ("half logged", "prompts by variance"): "prompt_weights, as nothing says how often",
+    ("half logged", "prompts by function"): "prompt_weights, as nothing says how often",
+    ("allowed", "half logged"): "allowed, as the rows need not obey it",
+    ("half logged", "turns"): "an environment, as the rows have a single turn",
+    ("logged rows", "old weights"): "sync_every, as weights of two ages would sample",
+    ("logged rows", "truncated distribution"): "top_k, top_p or min_p, without which",
+    ("logged rows", "prompts by variance"): "prompt_weights, as nothing says how often",
+    ("logged rows", "prompts by function"): "prompt_weights, as nothing says how often",
+    ("allowed", "logged rows"): "allowed, as the rows need not obey it",
+    ("logged rows", "turns"): "an environment, as the rows have a single turn",
 }
 """Pairs that a run refuses, with some of its words."""
 

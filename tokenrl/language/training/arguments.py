@@ -92,6 +92,26 @@ class SamplingArguments(Distribution, group="sampling"):
 
 
 @dataclass(frozen=True)
+class LoggedArguments(Settings, group="logged rows"):
+    """Completions that somebody else sampled, of which a run learns."""
+
+    rows: Annotated[str, OR_OBJECT] | None = None
+    """A JSON, CSV, TSV or Parquet file, a folder or a hub name of rows that somebody else sampled, or the directory
+    of another run, whose tables of completions they are; from Python also what task takes as data. A row has a prompt,
+    and a completion or its ids in completion_ids, EOS included. It may have a reward, in place of the reward functions
+    (none: the row is left out of the comparison); the log-probabilities of whoever sampled it in logprobs, one for
+    each token and for EOS; and truncated, for a completion without an end. Rows of one prompt are cut into groups of
+    num_generations, in random order; smaller rests are left out. Evaluations sample, from the held-out prompts of the
+    task, and rows of these are left out. Without a task the prompts of the rows are the task."""
+    rows_share: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """The share of the prompts of a step whose completions are of the rows, to the nearest whole number of at least
+    one. The policy samples those of the others from prompts of the task."""
+    rows_sampler: Literal["recorded", "start"] = "recorded"
+    """Whose log-probabilities an importance of the estimator divides by. recorded: those in the column logprobs.
+    start: those of the policy as the run starts, as if it had sampled the rows, which is biased where it did not."""
+
+
+@dataclass(frozen=True)
 class OptimiserArguments(PassArguments, group="optimiser"):
     """How the weights are updated from a rollout."""
 
@@ -224,6 +244,7 @@ class WarmStartArguments(Settings, group="warm start"):
 @dataclass(frozen=True)
 class TrainArguments(
     SamplingArguments,
+    LoggedArguments,
     OptimiserArguments,
     KlArguments,
     ModelArguments,
@@ -311,6 +332,13 @@ class TrainArguments(
     def completions(self) -> int:
         """The completions of a step, greedy ones left out."""
         return self.prompts_per_step * self.num_generations
+
+    @property
+    def logged_prompts(self) -> int:
+        """The prompts of a step whose completions are logged rows."""
+        if self.rows is None:
+            return 0
+        return max(1, round(self.rows_share * self.prompts_per_step))
 
 
 EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]

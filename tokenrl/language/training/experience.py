@@ -201,7 +201,12 @@ def _spread(values: Tensor) -> Tensor:
     return values.std(correction=min(1, len(values) - 1))
 
 
-def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def mismatch_metrics(
+    rows: Experience,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    is_counted: Tensor,
+    subject: str = "sampling",
+) -> dict[str, float]:
     """Return how far the sampler is from the policy, over the rows of all processes, each of which has to call this.
 
     A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
@@ -210,21 +215,23 @@ def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        rows: the rows of this process; replayed ones count nowhere.
+        rows: the rows of this process.
         parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
             is trained [n, T], on its device.
+        is_counted: True on the rows of one sampler [n]; the others count nowhere.
+        subject: how the names of the metrics begin.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
         sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
-        those of the new rows that the first update learns from; none if there are no such rows.
+        those of the rows that the first update learns from; none if there are no such rows.
     """
     host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
     for (index, _), logprobs in zip(parts, host, strict=True):
-        is_new = ~rows.replayed[index]
-        index, logprobs = index[is_new], logprobs[is_new]
+        counted = is_counted[index]
+        index, logprobs = index[counted], logprobs[counted]
         width = logprobs.shape[1]
         mask = rows.mask[index, :width]
         gaps = logprobs - rows.sampling_logprobs[index, :width]  # log pi / mu
@@ -239,10 +246,10 @@ def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -
     log_total = ratios.logsumexp(0)
     effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
     return {
-        "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
-        "sampling/logp_difference/max": float(largest.max()),
-        "sampling/effective_sample_size": effective / len(everywhere),
-        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
+        f"{subject}/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
+        f"{subject}/logp_difference/max": float(largest.max()),
+        f"{subject}/effective_sample_size": effective / len(everywhere),
+        f"{subject}/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
     }
 
 

@@ -24,12 +24,12 @@ from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
 from tokenrl.language.tasks.records import provenance_of, recorded
-from tokenrl.language.tasks.stream import prompt_stream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
+from tokenrl.language.training.logged import training_stream
 from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
@@ -174,8 +174,8 @@ def _prepare(
     accelerator = session.accelerator
     processes = accelerator.num_processes
     read_task = partial(task_of, choices, processes, keywords)
-    choices, origins, task, rewards, prompts = together(accelerator, read_task)
-    facts = first_facts(choices, origins, session.directory, task, rewards)
+    choices, origins, task, rewards, prompts, log = together(accelerator, read_task)
+    facts = first_facts(choices, origins, session.directory, task, rewards, log)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
@@ -194,6 +194,7 @@ def _prepare(
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
+    rows |= {} if log is None else {"log": log}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(choices, policy)
     if teacher is not None and teacher.fingerprint:
@@ -210,13 +211,13 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
-    weights = choices.prompt_weights, choices.prompt_floor
+    make_stream = partial(training_stream, choices, task, log, learner, rewards)
     run = TrainingRun(
         plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=prompt_stream(task.train_prompts, choices.seed, *weights),
+        stream=together(accelerator, make_stream),
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
@@ -235,13 +236,14 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         parts["rewards"] = run.rewards
     policy = run.learner.policy
     teacher = None if run.teacher is None else run.teacher.name
+    log = None if run.stream.log is None else run.stream.log.name
     session.open(
         run.args,
         SavedModel(policy, distribution=distribution_of(run.args)),
         provenance,
         parts | {"run": run},
         run.facts(),
-        names={"task": run.task.name, "model": policy.source, "teacher": teacher},
+        names={"task": run.task.name, "model": policy.source, "teacher": teacher, "rows": log},
         title=run.title,
         **facts,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import Experience, gathered
+from tokenrl.language.training.logged import logged_rows
 from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
@@ -65,8 +67,11 @@ def rows_of_step(
     every function abstained from it. And they have the factors of their prompts, if the gradient is divided by the
     chances.
     """
-    prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
-    rows = collect_rows(learner, rewards, prompts, sampling)
+    if stream.log is None:
+        prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
+        rows = collect_rows(learner, rewards, prompts, sampling)
+    else:
+        rows = with_logged_rows(learner, rewards, sampling, stream)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     rows = replace(rows, logged=(*rows.logged, (learner.generator.settle(), 1)))
@@ -81,6 +86,34 @@ def rows_of_step(
     if learner.estimator.prompts == "inverse":
         rows = replace(rows, factors=stream.factors(rows.prompt_index))
     return rows
+
+
+def with_logged_rows(
+    learner: Learner, rewards: Rewards, sampling: Sampling, stream: PromptStream
+) -> Rewarded:
+    """Return the rows of a step of which some are logged: behind those that the policy samples, in whole groups.
+
+    A process may have rows of one kind alone.
+    """
+    args = learner.args
+    count = args.prompts_per_step - args.logged_prompts
+    prompts = stream.draw_prompts(count)
+    groups = stream.log.draw(args.logged_prompts)
+    places = local(learner.accelerator, [*range(args.prompts_per_step)])
+    first, last = places[0], places[-1] + 1
+    prompts = prompts[first:last]
+    groups = groups[max(0, first - count) : max(0, last - count)]
+    # The others wait for whether code of the user's ends the run.
+    parts: list[Any] = [
+        collect_rows(learner, rewards, prompts, sampling) if prompts else agreed(list)(),
+        logged_rows(stream.log, learner, rewards, groups) if groups else agreed(list)(),
+    ]
+    tables = [
+        replace(rows, of_log=torch.full_like(rows.valid, is_logged))
+        for is_logged, rows in enumerate(parts)
+        if len(rows)
+    ]
+    return replace(cat(tables), logged=tuple(chain(*(rows.logged for rows in tables))))
 
 
 def refill(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.memories import Memory
+from tokenrl.core.schedules import policy_steps
 from tokenrl.files import State
 from tokenrl.language.evaluation.evaluation import Evaluator
 from tokenrl.language.policy.characters import prompt_warnings
@@ -26,12 +28,16 @@ from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.search import Search
-from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
+from tokenrl.language.training.settings import TrainPlan, evaluates
 from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.output import duration
+from tokenrl.runs.processes import overruled
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 from tokenrl.settings import shown
+
+OFF = ("", "no", "none", "false", "0", "1", "default")
+"""Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,9 +135,11 @@ class TrainingRun:
 
     @property
     def sampled(self) -> int:
-        """The completions of a step, with greedy ones if the estimator needs them."""
-        greedy = "greedy_rewards" in self.args.estimator.needs
-        return self.args.completions + self.args.prompts_per_step * greedy
+        """The completions that are sampled for a step, with greedy ones if the estimator needs them."""
+        args = self.args
+        greedy = "greedy_rewards" in args.estimator.needs
+        logged = args.logged_prompts * args.num_generations
+        return args.completions - logged + args.prompts_per_step * greedy
 
     @property
     def unrewarded(self) -> bool:
@@ -246,6 +254,8 @@ class TrainingRun:
             facts["allowed"] = f"{shown(self.args.allowed, 80)}, {len(rules.needed):,} states"
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
+        if self.stream.log is not None:
+            facts["log"] = self.stream.log.line
         return {**facts, **self.learner.forward.regime.remarks}
 
 
@@ -260,6 +270,8 @@ def warnings_of(run: TrainingRun) -> list[str]:
     judges = {f"the reward {n}": f for n, f in zip(rewards.names, rewards.functions, strict=True)}
     models = {"the model": run.learner.policy, "the teacher": run.teacher and run.teacher.policy}
     warnings += remarks(rows)
+    if run.stream.log is not None:
+        warnings += run.stream.log.warnings
     warnings += division_of(run.task, run.args.eval_size, models | judges)[1]
     if environments and environments.has_tools and any(rows.column("tools")):
         warnings.append(
@@ -274,3 +286,40 @@ def warnings_of(run: TrainingRun) -> list[str]:
             "column of weights."
         )
     return [*warnings, *without_effect(run.args)]
+
+
+def without_effect(args: TrainArguments) -> Iterator[str]:
+    """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
+    for name in overruled():
+        if os.environ[name].lower() not in OFF:
+            yield (
+                f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
+            )
+    if args.warmup_steps >= policy_steps(args, args.max_steps):
+        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
+        yield (
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
+            "learning rate stays below its peak."
+        )
+    critic = "values" in args.estimator.needs, "the estimator has no critic"
+    needs = {
+        "replay_memory": (args.replay, "replay is 0"),
+        "prompt_floor": (args.prompt_weights != "uniform", "prompt_weights is uniform"),
+        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
+        "value_learning_rate": critic,
+        "value_iterations": critic,
+        "stop_at_reward": (
+            not is_unrewarded(args.reward) and args.logged_prompts < args.prompts_per_step,
+            "no step samples completions that get a reward",
+        ),
+        "rows_share": (args.rows is not None, "rows is not set"),
+        "rows_sampler": (args.rows is not None, "rows is not set"),
+        "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
+        "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
+        "kl_gain": (args.target_kl is not None, "target_kl is not set"),
+        "warm_start_steps": (args.warm_start, "warm_start is not set"),
+    }
+    for name, (is_met, reason) in needs.items():
+        value = getattr(args, name)
+        if value != getattr(TrainArguments, name) and not is_met:
+            yield f"{name}={value} has no effect, because {reason}."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.refusals import check_horizon
-from tokenrl.core.schedules import check_warmup, policy_steps
+from tokenrl.core.schedules import check_warmup
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
@@ -26,12 +26,13 @@ from tokenrl.language.supervised.defaults import (
     with_origins,
 )
 from tokenrl.language.tasks.held_out import division_of
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
+from tokenrl.language.training import log as logs
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.teacher import Teacher
 from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
-from tokenrl.runs.processes import overruled
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -101,23 +102,31 @@ def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
 
 SHOWN = ("baseline", "scale", "aggregation", "ratio", "beta")
 """The axes that the header of a run shows, whatever they are."""
-OFF = ("", "no", "none", "false", "0", "1", "default")
-"""Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
 def task_of(
     choices: TrainArguments, processes: int = 1, keywords: Collection[str] = ()
-) -> tuple[TrainArguments, dict[str, str], PromptTask, Rewards, TeacherPrompts | None]:
-    """Return settings and origins, see `with_advice`, task and rewards, and how the teacher's prompts are made.
+) -> tuple[TrainArguments, dict[str, str], PromptTask, Rewards, TeacherPrompts | None, Rows | None]:
+    """Return settings and origins, see `with_advice`, task and rewards, how the teacher's prompts are made, and a log.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
     """
-    task, rewards = find_task(choices, may_lack_rewards=True)
+    log = logs.read_log(choices)
+    source = choices
+    if log is not None and logs.is_task(choices):
+        rows: Any = choices.rows
+        choices = replace(choices, task=rows)
+        source = logs.with_prompts_of(choices, log)
+    task, rewards = find_task(source, may_lack_rewards=True)
+    if source is not choices and isinstance(choices.task, str):
+        task.name = choices.task
     if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
     choices, origins = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
+    if log is not None:
+        logs.check_log(choices, task, log)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
         raise Refused(
@@ -136,7 +145,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return choices, origins, task, rewards, prompts
+    return choices, origins, task, rewards, prompts, log
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -281,38 +290,6 @@ def _try_out(args: TrainArguments, task: PromptTask) -> None:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
-def without_effect(args: TrainArguments) -> Iterator[str]:
-    """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
-    for name in overruled():
-        if os.environ[name].lower() not in OFF:
-            yield (
-                f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
-            )
-    if args.warmup_steps >= policy_steps(args, args.max_steps):
-        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
-        yield (
-            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
-            "learning rate stays below its peak."
-        )
-    critic = "values" in args.estimator.needs, "the estimator has no critic"
-    needs = {
-        "replay_memory": (args.replay, "replay is 0"),
-        "prompt_floor": (args.prompt_weights != "uniform", "prompt_weights is uniform"),
-        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
-        "value_learning_rate": critic,
-        "value_iterations": critic,
-        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
-        "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
-        "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
-        "kl_gain": (args.target_kl is not None, "target_kl is not set"),
-        "warm_start_steps": (args.warm_start, "warm_start is not set"),
-    }
-    for name, (is_met, reason) in needs.items():
-        value = getattr(args, name)
-        if value != getattr(TrainArguments, name) and not is_met:
-            yield f"{name}={value} has no effect, because {reason}."
-
-
 def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
     """Return whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
     return not rewards.keepers or bool(args.eval_every)
@@ -338,7 +315,12 @@ def bias_of_context(args: TrainArguments) -> str:
 
 
 def first_facts(
-    choices: TrainArguments, origins: dict[str, str], run: str, task: PromptTask, rewards: Rewards
+    choices: TrainArguments,
+    origins: dict[str, str],
+    run: str,
+    task: PromptTask,
+    rewards: Rewards,
+    log: Rows | None = None,
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
@@ -353,6 +335,8 @@ def first_facts(
         status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
     if choices.replay:
         status = "biased, as rewards choose the replayed completions"
+    if log is not None:
+        status = logs.status_of(choices, log)
     status = bias_of_context(choices) or status
     stage = ""
     if choices.warm_start:
@@ -370,6 +354,7 @@ def first_facts(
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
+        **({} if log is None else logs.log_facts(choices, log)),
         **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
         "order": f"{stage}{order}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),
