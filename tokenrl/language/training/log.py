@@ -66,6 +66,8 @@ def read_log(choices: TrainArguments) -> Rows | None:
         raise Refused(
             f"{title} has no column 'completion', nor 'completion_ids'.{suggest('completion', rows.columns)}"
         )
+    if choices.rows_sampler == "start":
+        rows.columns.pop("logprobs", None)
     return rows
 
 
@@ -168,7 +170,7 @@ def status_of(args: TrainArguments, rows: Rows) -> str:
         return "biased, as the policy of the start stands in for whoever sampled the rows"
     if "logprobs" not in rows.columns:
         return "biased, as nothing corrects that others than the policy sampled the rows"
-    return (
-        f"{args.estimator.off_policy_status} in the first pass over the rows; biased in later ones, as the rows have "
-        "moved the policy already"
-    )
+    status: str = args.estimator.off_policy_status
+    if status == "biased":
+        return f"{status}, as importance {args.estimator.importance} leaves a part of the difference to the sampler"
+    return f"{status} in the first pass over the rows; biased later, as they have moved the policy"

@@ -13,27 +13,28 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenrl.core.statistics import generator_of
-from tokenrl.errors import Placed, Refused, with_places
+from tokenrl.errors import Placed, Refused
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rollout.rewarded import Rewarded, Row, reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.supervised.fit import demonstration_batch, encode_demonstrations
 from tokenrl.language.tasks.records import described
-from tokenrl.language.tasks.rows import Rows
+from tokenrl.language.tasks.rows import Rows, digits
 from tokenrl.language.tasks.stream import PromptStream, RowOrder, prompt_orders, prompt_stream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.log import without_samples
 from tokenrl.runs.processes import agreed
-from tokenrl.settings import LARGEST_REWARD, shown
+from tokenrl.settings import LARGEST_REWARD, MAX_COUNT, shown
 
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tokenrl.language.training.learner import Learner
 
 LEAST_LOGPROB = -1000
+"""A token with less is never sampled, as for engines."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Log:
         order: the order in which steps draw groups.
         name: the name of the data, for records.
         line: what was read, in words for the header.
-        warnings: what is not as it was written, in words.
+        reads_otherwise: the number of rows whose text is another one once it is encoded.
     """
 
     table: Rollout
@@ -67,7 +69,7 @@ class Log:
     order: RowOrder
     name: str
     line: str
-    warnings: list[str] = field(default_factory=list)
+    reads_otherwise: int
 
     def draw(self, count: int) -> list[int]:
         """Return the numbers of the next `count` groups."""
@@ -110,7 +112,9 @@ def training_stream(
     prompts = task.train_prompts
     if rows is None:
         return prompt_stream(prompts, choices.seed, choices.prompt_weights, choices.prompt_floor)
-    return LoggedPrompts(prompts, choices.seed, make_log(rows, task, learner, rewards))
+    log = make_log(rows, task, learner, rewards)
+    learner.policy.trained_prompts |= frozenset(digits(np.unique(log.data.keys)))
+    return LoggedPrompts(prompts, choices.seed, log)
 
 
 @agreed
@@ -143,173 +147,155 @@ def logged_rows(log: Log, learner: Learner, rewards: Rewards, groups: Sequence[i
     )
 
 
+class Sample(NamedTuple):
+    """A logged row, encoded.
+
+    Attributes:
+        prompt, ids: the ids of its prompt and of its completion.
+        truncated: whether the completion has no end.
+        logprobs: the log-probability of each token under whoever sampled it; None where the row has none.
+        reward: its reward, NaN where it has none.
+        reads_otherwise: whether its text is another one once it is encoded.
+    """
+
+    prompt: list[int]
+    ids: list[int]
+    truncated: bool
+    logprobs: list[float] | None
+    reward: float
+    reads_otherwise: bool
+
+
 def make_log(rows: Rows, task: PromptTask, learner: Learner, rewards: Rewards) -> Log:
     """Encode the logged rows of a run and cut them into groups.
 
     Args:
         rows: the rows.
-        task: has the held-out prompts, of which no row is learnt, and the columns of prompts that rows lack.
+        task: has the held-out prompts, of which no row is learnt, and columns that rows may lack.
         learner: the policy as the run starts, and the settings.
         rewards: the reward functions of rows without a reward.
 
     Raises:
         Refused: a row is wrong, the log-probabilities are not those of its tokens, or no group is left.
     """
-    args, policy = learner.args, learner.policy
-    held_out = np.isin(rows.hashes, task.eval_prompts.hashes)
-    held_out &= ~np.isin(rows.hashes, task.train_prompts.hashes)
-    left_out = Counter({"of held-out prompts": int(held_out.sum())})
-    kept = list[int]()
-    pairs = list[tuple[list[int], list[int]]]()
-    for number in np.flatnonzero(~held_out).tolist():
-        prompt, ids = _encoded(policy, rows[number])
-        if args.truncate_prompts and policy.context is not None:
-            prompt = prompt[args.max_completion_length - policy.context :]
-        if len(ids) > args.max_completion_length:
-            left_out[f"longer than {args.max_completion_length} tokens"] += 1
-        elif len(prompt) + len(ids) > (policy.context or math.inf):
-            left_out["longer than the context"] += 1
-        else:
-            kept.append(number)
-            pairs.append((prompt, ids))
+    args = learner.args
     size = args.num_generations
-    order = torch.randperm(len(kept), generator=generator_of(args.seed, "log")).tolist()
-    of_prompts: dict[int, list[int]] = {}
-    for place in order:
-        of_prompts.setdefault(int(rows.hashes[kept[place]]), []).append(place)
-    groups = [
-        members[start : start + size]
-        for members in of_prompts.values()
-        for start in range(0, len(members) - size + 1, size)
-    ]
-    left_out[f"that fill no group of {size}"] = len(kept) - size * len(groups)
+    samples, left_out = _samples(rows, task, learner)
+    rows = rows.take(samples)
+    groups = _groups(rows, size, args.seed)
+    left_out[f"that fill no group of {size}"] = len(rows) - size * len(groups)
     words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
     if not groups:
         raise Refused(
             f"No row of {shown(args.rows, 80)} is left to learn of; left out are {words}. Give other rows, a larger "
             "max_completion_length (--max-completion-length), or fewer num_generations (--num-generations)."
         )
-    rows = rows.take(kept)
-    table = _table(policy, rows, pairs)
-    has_sampler = args.rows_sampler == "start"
-    if has_sampler:
-        scores = learner.scores(table, policy.model, learner.forward.regime, learner.sampling)
-        table = replace(table, sampling_logprobs=scores.logprobs)
+    table = demonstration_batch(learner.policy, [(x.prompt, x.ids) for x in samples.values()])
+    table = replace(table, truncated=torch.tensor([x.truncated for x in samples.values()]))
+    sampler = None
+    if args.rows_sampler == "start":
+        model, regime = learner.policy.model, learner.forward.regime
+        sampler = learner.scores(table, model, regime, learner.sampling).logprobs
     elif "logprobs" in rows.columns:
-        has_sampler = True
-        table = replace(table, sampling_logprobs=_sampler_of(rows, table))
-    log = Log(
-        table=table,
-        data=_with_columns(rows, task.train_prompts),
-        rewards=None,
-        has_sampler=has_sampler,
+        lists = [x.logprobs or () for x in samples.values()]
+        sampler = torch.zeros(table.mask.shape, dtype=torch.float64)
+        sampler[table.mask] = torch.tensor([*chain(*lists)], dtype=torch.float64)
+    data = _with_columns(rows, task.train_prompts)
+    of_rows = None
+    if "reward" in rows.columns:
+        of_rows = torch.tensor([x.reward for x in samples.values()], dtype=torch.float64)
+    else:
+        rewards.check_columns(data.columns)
+        rewards.check_rows(data)
+    others = sum(x.reads_otherwise for x in samples.values())
+    return Log(
+        table=table if sampler is None else replace(table, sampling_logprobs=sampler),
+        data=data,
+        rewards=of_rows,
+        has_sampler=sampler is not None,
         groups=groups,
         order=RowOrder(len(groups), args.seed, prompt_orders),
         name=described({"train": rows})[0],
         line=f"{len(groups):,} groups of {size} rows{words and f'; left out: {words}'}",
-        warnings=_unread(policy, table, rows),
+        reads_otherwise=others,
     )
-    if "reward" in rows.columns:
-        log.rewards = torch.tensor([*map(_reward, rows)], dtype=torch.float64)
-    else:
-        rewards.check_columns(log.data.columns)
-        rewards.check_rows(log.data)
-    return log
 
 
-def _encoded(policy: Policy, row: Row) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the completion of a row, which has an end unless it says `truncated`."""
-    ids = _value(row, "completion_ids")
+def _samples(
+    rows: Rows, task: PromptTask, learner: Learner
+) -> tuple[dict[int, Sample], Counter[str]]:
+    """Return the rows that can be learnt, encoded, by their numbers; and how many were left out, by the reason."""
+    args, policy = learner.args, learner.policy
+    limit, context = args.max_completion_length, policy.context or MAX_COUNT
+    held_out = np.isin(rows.hashes, task.eval_prompts.hashes)
+    held_out &= ~np.isin(rows.hashes, task.train_prompts.hashes)
+    samples, left_out = dict[int, Sample](), Counter[str]()
+    for number, row in enumerate(rows):
+        if held_out[number]:
+            left_out["of held-out prompts"] += 1
+            continue
+        try:
+            sample = _encoded(policy, row)
+        except Refused as error:
+            raise Refused(f"rows, {row.location}: {error}") from error
+        if args.truncate_prompts:
+            sample = sample._replace(prompt=sample.prompt[limit - context :])
+        if len(sample.ids) > min(limit, context - len(sample.prompt)):
+            left_out[f"longer than {limit} tokens or than the context"] += 1
+        else:
+            samples[number] = sample
+    has_logprobs = [sample.logprobs is not None for sample in samples.values()]
+    if 0 < sum(has_logprobs) < len(has_logprobs):
+        raise Refused(
+            f"{has_logprobs.count(False):,} of {len(samples):,} rows have no logprobs: leave these rows out, or the "
+            "column logprobs, or give rows_sampler start (--rows-sampler start)."
+        )
+    return samples, left_out
+
+
+def _encoded(policy: Policy, row: Row) -> Sample:
+    """Return a row encoded; a text has an end unless the row says that it is truncated.
+
+    Raises:
+        Refused: one of its values is none that a sampled row can have.
+    """
+    names = ("completion_ids", "logprobs", "reward", "truncated")
+    ids, logprobs, reward, truncated = (_value(row, name) for name in names)
+    reads_otherwise = False
     if ids is None:
         unlimited = replace(policy, context=None)  # rows that are too long are counted
         (prompt, ids), *others = encode_demonstrations(unlimited, [row])
         if others:
-            raise _refusal(row, "its completion has several turns: give text, or one message")
-        if _value(row, "truncated") and policy.tokenizer.eos_token_id is not None:
+            raise Refused("its completion has several turns; give text, or a single message.")
+        if truncated and policy.tokenizer.eos_token_id is not None:
             ids = ids[:-1]
+        text = row["completion"]
+        reads_otherwise = isinstance(text, str) and decoded(policy.tokenizer, [ids]) != [text]
     else:
         prompt = policy.encode(row["prompt"], row.get("tools"))
         largest = len(policy.model.get_input_embeddings().weight) - 1  # type: ignore[operator]
-        if not _are_numbers(ids, int) or not all(0 <= i <= largest for i in ids):
-            raise _refusal(row, f"completion_ids must be a list of ids from 0 to {largest:,}")
+        if not _are_numbers(ids, 0, largest, int):
+            raise Refused(f"completion_ids must be a list of whole numbers from 0 to {largest:,}.")
     if not ids or {*ids[:-1]} & {*policy.ends}:
-        raise _refusal(row, "its completion has no token, or goes on behind a token that ends it")
-    return prompt, ids
-
-
-def _table(policy: Policy, rows: Rows, pairs: Sequence[tuple[list[int], list[int]]]) -> Rollout:
-    """Return the ids of prompts and completions as a rollout, without log-probabilities of a sampler."""
-    ends = [ids[-1] in policy.ends for _, ids in pairs]
-    cuts = [_value(row, "truncated") for row in rows]
-    truncated = [
-        not is_ended if cut is None else bool(cut) for is_ended, cut in zip(ends, cuts, strict=True)
-    ]
-    return replace(demonstration_batch(policy, pairs), truncated=torch.tensor(truncated))
-
-
-def _unread(policy: Policy, table: Rollout, rows: Rows) -> list[str]:
-    """Return a warning about texts that read otherwise once they are encoded; none without such texts."""
-    texts = policy.decode(table.completion_ids, table.mask)
-    pairs = zip(texts, rows.column("completion"), rows.locations, strict=True)
-    others = [
-        location for text, before, location in pairs if isinstance(before, str) and text != before
-    ]
-    if not others:
-        return []
-    return [
-        f"{len(others):,} of {len(rows):,} logged completions read otherwise once this model's tokenizer has encoded "
-        f"them, first that of {others[0]}: what is learnt is the text that it can write."
-    ]
-
-
-def _with_columns(rows: Rows, prompts: Rows) -> Rows:
-    """Return the rows without what was sampled, with the columns of the task's row of their prompt that they lack."""
-    of_prompts = dict(zip(prompts.hashes.tolist(), prompts, strict=True))
-    merged = [
-        Placed(
-            {
-                **dict.fromkeys(prompts.columns),
-                **of_prompts.get(key, {}),
-                **{name: value for name, value in row.items() if value is not None},
-            },
-            row.location,
-        )
-        for key, row in zip(rows.hashes.tolist(), without_samples(rows), strict=True)
-    ]
-    return Rows.of(merged)
-
-
-def _sampler_of(rows: Rows, table: Rollout) -> Tensor:
-    """Return the log-probabilities that the rows have [N, T]."""
-    lists = [_value(row, "logprobs") for row in rows]
-    if missing := lists.count(None):
+        raise Refused("its completion has no token, or goes on behind a token that ends it.")
+    if logprobs is not None and not _are_numbers(logprobs, LEAST_LOGPROB, 0):
+        raise Refused(f"logprobs must be a list of numbers from {LEAST_LOGPROB} to 0.")
+    if logprobs is not None and len(logprobs) != len(ids):
         raise Refused(
-            f"{missing:,} of {len(rows):,} rows have no logprobs: leave these rows out, or the column."
+            f"it has {len(logprobs)} logprobs and {len(ids)} tokens, its end included, so they are of another "
+            "tokenizer. Give completion_ids of this model, or leave logprobs out."
         )
-    for row, logprobs, count in zip(rows, lists, table.mask.sum(dim=1).tolist(), strict=True):
-        if not _are_numbers(logprobs) or not all(LEAST_LOGPROB <= x <= 0 for x in logprobs):
-            raise _refusal(row, f"logprobs must be a list of numbers from {LEAST_LOGPROB} to 0")
-        if len(logprobs) != count:
-            raise _refusal(
-                row,
-                f"it has {len(logprobs)} logprobs and {count} tokens, its end included. So they are of another "
-                "tokenizer: give completion_ids of this one, or rows_sampler start (--rows-sampler start)",
-            )
-    sampler = torch.zeros(table.mask.shape, dtype=torch.float64)
-    sampler[table.mask] = torch.tensor([*chain(*lists)], dtype=torch.float64)
-    return sampler
-
-
-def _reward(row: Row) -> float:
-    """Return the reward of a row, NaN where it has none."""
-    reward = _value(row, "reward")
-    if reward is None:
-        return math.nan
-    if not _are_numbers([reward]) or not abs(reward) <= LARGEST_REWARD:
-        raise _refusal(
-            row, f"its reward must be a number within {LARGEST_REWARD:g}, and is {reward!r:.40}"
-        )
-    return float(reward)
+    if reward is not None and not _are_numbers([reward], -LARGEST_REWARD, LARGEST_REWARD):
+        raise Refused(f"its reward is {shown(reward, 40)}; it must be a number, or none.")
+    is_ended = ids[-1] in policy.ends
+    return Sample(
+        prompt,
+        ids,
+        truncated=not is_ended if truncated is None else bool(truncated),
+        logprobs=logprobs,
+        reward=math.nan if reward is None else float(reward),
+        reads_otherwise=reads_otherwise,
+    )
 
 
 def _value(row: Row, name: str) -> Any:
@@ -321,11 +307,31 @@ def _value(row: Row, name: str) -> Any:
     return value
 
 
-def _are_numbers(values: Any, kinds: Any = (int, float)) -> bool:
-    """Return whether a value is a list of numbers."""
-    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)
+def _are_numbers(values: Any, low: float, high: float, kind: Any = int | float) -> bool:
+    """Return whether a value is a list of numbers within bounds."""
+    return isinstance(values, list) and all(
+        isinstance(value, kind) and low <= value <= high for value in values
+    )
 
 
-def _refusal(row: Row, words: str) -> Refused:
-    """Return what refuses a row."""
-    return Refused(f"rows, {next(with_places([row]))[0]}: {words}.")
+def _groups(rows: Rows, size: int, seed: int) -> list[list[int]]:
+    """Return the numbers of the rows of each group: of one prompt, in random order, as logs may be sorted."""
+    of_prompts: dict[int, list[int]] = {}
+    for number in torch.randperm(len(rows), generator=generator_of(seed, "log")).tolist():
+        of_prompts.setdefault(int(rows.hashes[number]), []).append(number)
+    return [
+        members[start : start + size]
+        for members in of_prompts.values()
+        for start in range(0, len(members) - size + 1, size)
+    ]
+
+
+def _with_columns(rows: Rows, prompts: Rows) -> Rows:
+    """Return the rows without what was sampled, with the columns of the task's row of their prompt that they lack."""
+    of_prompts = dict(zip(prompts.hashes.tolist(), prompts, strict=True))
+    every = dict.fromkeys(prompts.columns)
+    merged = []
+    for key, row in zip(rows.hashes.tolist(), without_samples(rows), strict=True):
+        own = {name: value for name, value in row.items() if value is not None}
+        merged.append(Placed({**every, **of_prompts.get(key, {}), **own}, row.location))
+    return Rows.of(merged)

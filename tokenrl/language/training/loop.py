@@ -23,7 +23,7 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
-from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.records import provenance_of
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
@@ -195,6 +195,7 @@ def _prepare(
     warmed = _warm_start(plan.args, task, rewards, policy, session)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     rows |= {} if log is None else {"log": log}
+    rows |= {} if log is None else {"log": log}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(choices, policy)
     if teacher is not None and teacher.fingerprint:
@@ -211,13 +212,15 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
-    make_stream = partial(training_stream, choices, task, log, learner, rewards)
+    make = partial(training_stream, choices, task, log, learner, rewards)
+    stream = together(accelerator, make)
+    provenance.trained_prompts |= learner.policy.trained_prompts
     run = TrainingRun(
         plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=together(accelerator, make_stream),
+        stream=stream,
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
@@ -229,23 +232,17 @@ def _prepare(
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     """Show the rest of the header, and restore the state of the checkpoint from which a run continues."""
     parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
-    facts = {"solved": run.task.solved, **recorded(run.task)}
-    if run.warm_started:
-        facts["warm_started"] = run.warm_started
     if run.rewards.keepers:
         parts["rewards"] = run.rewards
-    policy = run.learner.policy
-    teacher = None if run.teacher is None else run.teacher.name
-    log = None if run.stream.log is None else run.stream.log.name
     session.open(
         run.args,
-        SavedModel(policy, distribution=distribution_of(run.args)),
+        SavedModel(run.learner.policy, distribution=distribution_of(run.args)),
         provenance,
         parts | {"run": run},
         run.facts(),
-        names={"task": run.task.name, "model": policy.source, "teacher": teacher, "rows": log},
+        names=run.names,
         title=run.title,
-        **facts,
+        **run.recorded,
     )
 
 

@@ -22,7 +22,7 @@ from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.records import remarks
+from tokenrl.language.tasks.records import recorded, remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
@@ -52,8 +52,8 @@ class RunResult(Outcome):
         reason: the words of that `Finished`, or after how many completions it was solved; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
-            greedy, replaced or replayed are left out.
+        tokens_per_second: tokens of the completions that steps sampled or took from a log, per second of steps; those
+            that are greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
             completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
@@ -63,7 +63,7 @@ class RunResult(Outcome):
             if there was a problem.
         warm_started: the updates of the warm start and its losses; empty without one.
         best_completions: up to ten distinct completions of training steps, the best first, each with `reward`, `step`,
-            `prompt` and `completion`. Those of evaluations are not among them, nor replayed ones.
+            `prompt` and `completion`. Those of evaluations are not among them, nor replayed or logged ones.
         completions_until_solved: with `stop_at_reward` the completions that training steps sampled until the first with
             that reward, itself included, and greedy ones of earlier steps; None without such a completion.
         policy: the trained policy, with the weights that are in model/.
@@ -132,6 +132,22 @@ class TrainingRun:
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What config.json calls objects that were given from Python, by their fields."""
+        return {
+            "task": self.task.name,
+            "model": self.learner.policy.source,
+            "teacher": None if self.teacher is None else self.teacher.name,
+            "rows": None if self.stream.log is None else self.stream.log.name,
+        }
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What config.json says besides settings and names."""
+        warmed = {"warm_started": self.warm_started} if self.warm_started else {}
+        return {"solved": self.task.solved, **recorded(self.task), **warmed}
 
     @property
     def sampled(self) -> int:
@@ -270,8 +286,12 @@ def warnings_of(run: TrainingRun) -> list[str]:
     judges = {f"the reward {n}": f for n, f in zip(rewards.names, rewards.functions, strict=True)}
     models = {"the model": run.learner.policy, "the teacher": run.teacher and run.teacher.policy}
     warnings += remarks(rows)
-    if run.stream.log is not None:
-        warnings += run.stream.log.warnings
+    log = run.stream.log
+    if log is not None and log.reads_otherwise:
+        warnings.append(
+            f"{log.reads_otherwise:,} of {len(log.data):,} logged completions read otherwise once this tokenizer has "
+            "encoded them: what is learnt is the text that it can write."
+        )
     warnings += division_of(run.task, run.args.eval_size, models | judges)[1]
     if environments and environments.has_tools and any(rows.column("tools")):
         warnings.append(
