@@ -212,7 +212,8 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, gener
 
 def drawing(draw_prompts):
     """A stream of prompts that a function draws."""
-    return SimpleNamespace(draw_prompts=draw_prompts, learn=lambda numbers, rewards: {})
+    nothing = {"learn": lambda numbers, rewards: {}, "log": None}
+    return SimpleNamespace(draw_prompts=draw_prompts, **nothing)
 
 
 def one_step(

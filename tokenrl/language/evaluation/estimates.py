@@ -72,7 +72,7 @@ def metric_values(rows: Rewarded, names: Sequence[str]) -> dict[str, Tensor]:
         "completions/clipped_ratio": rows.truncated,
     }
     # a logged row with a reward of its own has asked no function
-    is_asked = ~(rows.by_function.isnan().all(dim=1) & rows.valid)
+    is_asked = rows.sampled | ~rows.by_function.isnan().all(dim=1)
     for name, column in zip(names, rows.by_function[is_asked].T, strict=True):
         abstained = column.isnan()
         if not len(column):
