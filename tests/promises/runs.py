@@ -31,7 +31,7 @@ def logged(prompt: str, letters: str) -> list[dict]:
             "prompt": prompt,
             "completion": text,
             "truncated": len(text) == 5,
-            "logprobs": [-2.5 - 0.1 * k] * min(5, len(text) + 1),
+            "logprobs": [-4.0 - 0.1 * k] * min(5, len(text) + 1),
         }
         for k, text in enumerate(texts)
     ]
@@ -49,7 +49,8 @@ class Workshop:
         log = [row for text in WORDS.split("|") for row in logged(text, "".join(letters[1:]))]
         write_rows(folder / "log.jsonl", log)
         write_rows(
-            folder / "rewarded.jsonl", [{**row, "reward": len({*row["completion"]})} for row in log]
+            folder / "rewarded.jsonl",
+            [{**row, "reward": len({*row["completion"]}) / 5} for row in log],
         )
         model, tokenizer = TinyModel(letters, layers=1, hidden=32, heads=2)(0)
         with torch.no_grad():  # so that completions differ, and end at all lengths

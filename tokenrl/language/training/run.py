@@ -198,6 +198,8 @@ class TrainingRun:
                 check_prompts(learner.policy, rows, learner.sampling)
                 if learner.teacher_prompts is not None:
                     learner.teacher_prompts.check(learner.policy, rows, learner.sampling)
+        if self.stream.log is not None and learner.teacher_prompts is not None:
+            learner.teacher_prompts.check(learner.policy, self.stream.log.data, learner.sampling)
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
