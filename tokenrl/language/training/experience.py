@@ -202,12 +202,9 @@ def _spread(values: Tensor) -> Tensor:
 
 
 def mismatch_metrics(
-    rows: Experience,
-    parts: Sequence[tuple[Tensor, Tensor]],
-    is_counted: Tensor,
-    subject: str = "sampling",
+    rows: Experience, parts: Sequence[tuple[Tensor, Tensor]], log: Any = None
 ) -> dict[str, float]:
-    """Return how far the sampler is from the policy, over the rows of all processes, each of which has to call this.
+    """Return how far samplers are from the policy, over the rows of all processes, each of which has to call this.
 
     A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
     the trainer's probability and mu the sampler's. With w the gradient would be
@@ -215,18 +212,28 @@ def mismatch_metrics(
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        rows: the rows of this process.
+        rows: the rows of this process; replayed ones count nowhere.
         parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
             is trained [n, T], on its device.
-        is_counted: True on the rows of one sampler [n]; the others count nowhere.
-        subject: how the names of the metrics begin.
+        log: the logged rows, some of which are among the rows; None in a run without any.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
         sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
-        those of the rows that the first update learns from; none if there are no such rows.
+        those of the new rows that the first update learns from; none if there are no such rows. The same of logged
+        rows, if whoever sampled them is known, begins with `logged`.
     """
+    metrics = _of_sampler(rows, parts, rows.sampled, "sampling")
+    if log is not None and log.has_sampler:
+        metrics |= _of_sampler(rows, parts, ~rows.sampled, "logged")
+    return metrics
+
+
+def _of_sampler(
+    rows: Experience, parts: Sequence[tuple[Tensor, Tensor]], is_counted: Tensor, subject: str
+) -> dict[str, float]:
+    """Return the metrics of one sampler, whose rows are counted [n]; the subject begins their names."""
     host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
     for (index, _), logprobs in zip(parts, host, strict=True):

@@ -143,10 +143,7 @@ def training_step(
     metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    # the samplers beside the policy before its update
-    metrics |= mismatch_metrics(rows, scored[0], rows.sampled)
-    if stream.log is not None and stream.log.has_sampler:
-        metrics |= mismatch_metrics(rows, scored[0], ~rows.sampled, "logged")
+    metrics |= mismatch_metrics(rows, scored[0], stream.log)  # of the policy before its update
     metrics |= update_memories(learner, memory, stream, rows, whole, terms.returns, ends)
     table = partial(step_table, replace(learner), rewarded, rows, first, rewards.names, scored)
     metrics |= learner.adapt_beta(metrics, policy_learns)  # the table keeps the weight before
