@@ -124,6 +124,8 @@ def test_the_gradient_of_a_step_is_that_of_a_loop_over_its_rows(share, importanc
     record = one_step(learner, stream=stream_of(learner, own_task(make_task()), rows, share))
     of_step = record.rewarded
     assert of_step.of_log.tolist() == [False] * (6 if share < 1 else 0) + [True] * int(12 * share)
+    recorded = {(row["prompt"], row["completion"]): row.get("logprobs") for row in rows}
+    texts = policy.decode(of_step.completion_ids, of_step.mask)
     total = 0.0
     totals = of_step.rewards.view(-1, 3)
     advantages = (totals - (totals.sum(1, keepdim=True) - totals) / 2).flatten()
@@ -131,7 +133,10 @@ def test_the_gradient_of_a_step_is_that_of_a_loop_over_its_rows(share, importanc
         prompt = of_step.prompt_ids[i, of_step.prompt_mask[i]].tolist()
         ids = of_step.completion_ids[i, of_step.mask[i]].tolist()
         logprobs = logprobs_of(model, prompt, ids)
-        gaps = logprobs.detach() - of_step.sampling_logprobs[i, : len(ids)]
+        sampler = of_step.sampling_logprobs[i, : len(ids)]
+        if of_step.of_log[i] and columns:
+            sampler = torch.tensor(recorded[of_step.data[i]["prompt"], texts[i]]).double()
+        gaps = logprobs.detach() - sampler
         if importance != "none":
             is_far = bool(gaps.abs().max() > 0.1)
             assert is_far == bool(of_step.of_log[i])
