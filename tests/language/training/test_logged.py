@@ -7,6 +7,7 @@ import csv
 import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tiny_models import (
 
 import tokenrl
 from tokenrl.core import Estimator
+from tokenrl.lab.compare.equality import check_equal
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import RowOrder, prompt_orders
@@ -34,6 +36,7 @@ from tokenrl.language.tasks.task import own_task
 from tokenrl.language.training.log import read_log
 from tokenrl.language.training.logged import LoggedPrompts, make_log
 from tokenrl.runs.metrics import read_completions
+from tokenrl.runs.reader import read_run
 
 TEXTS = ["", "a", "bc", "dab", "cc", "d", "abd", "ba"]
 
@@ -224,6 +227,26 @@ def test_rows_are_the_task_where_none_is_named_and_held_out_prompts_are_not_lear
     assert 8 < len(learnt) < len(LETTERS)
     epochs = [row["epoch"] for row in run.metrics[1:]]
     assert epochs == pytest.approx([4 * step / (2 * len(learnt)) for step in range(1, 10)])
+
+
+def test_arms_may_differ_in_their_logs_and_runs_of_an_arm_may_not(tmp_path):
+    task = letter_task(letter_reward)
+    runs = []
+    for name, texts in (("a", TEXTS), ("b", TEXTS[1:])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, logs(texts=texts))))
+        letters_trained(tmp_path / name, task, rows=str(path))
+        runs.append(read_run(tmp_path / name))
+    assert check_equal([("a", runs[0]), ("b", runs[1])]) is None
+    with refused("they differ in rows"):
+        check_equal([("a", runs[0]), ("a", runs[1])])
+    path = str(tmp_path / "a.jsonl")
+    Path(path).write_text((tmp_path / "b.jsonl").read_text())
+    letters_trained(tmp_path / "d", task, rows=path)
+    with refused("they differ in hash of rows"):
+        check_equal([("a", runs[0]), ("a", read_run(tmp_path / "d"))])
+    with refused("The run was started otherwise: rows"):
+        letters_trained(tmp_path / "a", task, rows=path, resume="auto")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "folder"])

@@ -23,7 +23,7 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
-from tokenrl.language.tasks.records import provenance_of
+from tokenrl.language.tasks.records import described, provenance_of
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
@@ -194,12 +194,12 @@ def _prepare(
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
-    rows |= {} if log is None else {"log": log}
-    rows |= {} if log is None else {"log": log}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(choices, policy)
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
+    if log is not None:
+        provenance.fingerprints["rows"] = described({"rows": log})[0]
     provenance.chosen = {**provenance.fingerprints, **(base if warmed else {})}
     threads, reason = choose_threads(policy.size, choices.threads)
     decided = {"threads": threads, "chat_time": policy.form.chat_time}
