@@ -5,6 +5,7 @@ import math
 from itertools import product
 
 import pytest
+from folders import write_rows
 from refusals import refused
 
 import tokenrl
@@ -92,6 +93,13 @@ def test_arms_that_sample_from_earlier_weights_are_declared_off_policy():
     )
     both = toy("rloo", "grpo", shared={"max_steps": 40, "sync_every": 2})
     assert both.describe()["arms"] == "rloo (off-policy biased), grpo (off-policy biased)"
+
+
+def test_arms_that_learn_from_a_log_are_declared_off_policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("log.jsonl", [{"prompt": "1", "completion": "1"}])
+    planned = toy("rloo", "rloo,rows=log.jsonl,rows_share=0.5")
+    assert planned.describe()["arms"].endswith("rows_share=0.5 (off-policy biased)")
 
 
 @pytest.mark.parametrize(

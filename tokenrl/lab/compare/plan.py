@@ -54,8 +54,8 @@ class Arm:
 
     @property
     def declared(self) -> str:
-        """Its name and declared bias, off-policy where it samples from weights of earlier steps."""
-        if self.settings.get("sync_every", 1) > 1:
+        """Its name and declared bias, off-policy where others sample: weights of earlier steps, or who made a log."""
+        if self.settings.get("sync_every", 1) > 1 or self.settings.get("rows") is not None:
             return f"{self.label} (off-policy {self.estimator.off_policy_status})"
         return f"{self.label} ({self.estimator.bias_status})"
 
