@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import runpy
 from collections import Counter
 
+import answers
 import pytest
 import torch
 from folders import RECIPES
@@ -18,32 +18,27 @@ PAGES = RECIPES / "pages" / "explain"
 SEEDS = (0, 3)
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    return runpy.run_path(str(RECIPES / "enumeration" / "answers.py"))
-
-
-def rows_of(recipe, problem):
+def rows_of(problem):
     """Each completion as a level of its own."""
     scores = problem.scores.sum(-2)[0]
     rows = zip(problem.totals[0], problem.chances[0], scores, strict=True)
     return [
-        recipe["Level"](round(float(reward), 12), float(chance), score, None)
+        answers.Level(round(float(reward), 12), float(chance), score, None)
         for reward, chance, score in rows
     ]
 
 
-def gradient_of(recipe, problem):
+def gradient_of(problem):
     """The gradient of the expected reward."""
-    return sum(row.chance * row.reward * row.score for row in rows_of(recipe, problem))
+    return sum(row.chance * row.reward * row.score for row in rows_of(problem))
 
 
-def measured(recipe, name, problem, drawn):
+def measured(name, problem, drawn):
     """Moments and size of random groups, once they are those of groups of whole completions."""
-    weights = recipe[name]
-    moments, size = recipe["moments_of"](weights, drawn(recipe["levels_of"](problem)), problem)
+    weights = getattr(answers, name)
+    moments, size = answers.moments_of(weights, drawn(answers.levels_of(problem)), problem)
     mean, second, chances, count = 0.0, 0.0, 0.0, 0.0
-    for group in drawn(rows_of(recipe, problem)):
+    for group in drawn(rows_of(problem)):
         chance = math.prod(row.chance for row in group)
         factors = weights(tuple(row.reward for row in group))
         gradient = sum(w * row.score for w, row in zip(factors, group, strict=True))
@@ -57,46 +52,46 @@ def measured(recipe, name, problem, drawn):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ["rloo", "positive", "negative", "standardised"])
-def test_levels_give_the_moments_of_whole_completions(recipe, name, seed):
-    problem = recipe["shared_problem"](seed)
-    moments, _ = measured(recipe, name, problem, lambda rows: itertools.product(rows, repeat=3))
+def test_levels_give_the_moments_of_whole_completions(name, seed):
+    problem = answers.shared_problem(seed)
+    moments, _ = measured(name, problem, lambda rows: itertools.product(rows, repeat=3))
     p = float(problem.chances[0] @ problem.totals[0])
     factor = {"rloo": 1, "positive": 1 - p, "negative": p}.get(name, moments.scale)
-    assert_close(moments.mean[0], factor * gradient_of(recipe, problem))
+    assert_close(moments.mean[0], factor * gradient_of(problem))
 
 
 @pytest.mark.parametrize("rewards", ["binary", "graded"])
 @pytest.mark.parametrize("name", ["rloo", "earlier"])
-def test_groups_of_random_size(recipe, name, rewards):
-    problem = recipe["shared_problem"](2, rewards)
-    moments, size = measured(recipe, name, problem, lambda rows: recipe["adaptive_groups"](rows, 4))
+def test_groups_of_random_size(name, rewards):
+    problem = answers.shared_problem(2, rewards)
+    moments, size = measured(name, problem, lambda rows: answers.adaptive_groups(rows, 4))
     if name == "earlier":
-        assert_close(moments.mean[0], (size - 1) * gradient_of(recipe, problem))
+        assert_close(moments.mean[0], (size - 1) * gradient_of(problem))
     else:
         assert (moments.cosine == pytest.approx(1, abs=1e-12)) == (rewards == "binary")
 
 
-def test_a_verifier_that_errs_scales_the_gradient(recipe):
-    problem = recipe["shared_problem"](1)
-    noisy = recipe["flipped"](problem, 0.3, 0.1, False)
+def test_a_verifier_that_errs_scales_the_gradient():
+    problem = answers.shared_problem(1)
+    noisy = answers.flipped(problem, 0.3, 0.1, False)
     assert float(noisy.chances.sum()) == pytest.approx(1)
     assert_close(noisy.gradient(), 0.6 * problem.gradient())
-    long = recipe["flipped"](problem, 0.3, 0.1, True)
+    long = answers.flipped(problem, 0.3, 0.1, True)
     assert not torch.allclose(long.gradient(), 0.6 * problem.gradient(), rtol=1e-3)
-    corrected = recipe["flipped"](problem, 0.3, 0.1, True, True)
+    corrected = answers.flipped(problem, 0.3, 0.1, True, True)
     assert_close(corrected.gradient(), problem.gradient())
 
 
 @pytest.mark.slow
-def test_the_errors_of_answers_with_more_of_the_squared_scores_are_noisier(recipe):
+def test_the_errors_of_answers_with_more_of_the_squared_scores_are_noisier():
     counts = Counter()
-    for problem in map(recipe["shared_problem"], range(20)):
-        wrong, right = recipe["levels_of"](problem)
+    for problem in map(answers.shared_problem, range(20)):
+        wrong, right = answers.levels_of(problem)
         noises = []
         for errors in ((0.2, 0.0), (0.0, 0.2)):
-            noisy = recipe["levels_of"](recipe["flipped"](problem, *errors, False))
-            moments, _ = recipe["moments_of"](
-                recipe["rloo"], itertools.product(noisy, repeat=4), problem
+            noisy = answers.levels_of(answers.flipped(problem, *errors, False))
+            moments, _ = answers.moments_of(
+                answers.rloo, itertools.product(noisy, repeat=4), problem
             )
             noises.append(moments.noise)
         of_wrong = wrong.chance * wrong.norm > right.chance * right.norm
@@ -106,12 +101,12 @@ def test_the_errors_of_answers_with_more_of_the_squared_scores_are_noisier(recip
     assert counts == {(False, True): 12, (False, False): 3, (True, True): 3, (True, False): 2}
 
 
-def test_the_forms_of_distillation_differ_for_feedback_of_the_row_alone(recipe):
+def test_the_forms_of_distillation_differ_for_feedback_of_the_row_alone():
     """Each form by itself is in `test_distillation_forms.py`."""
-    failure, success, own = recipe["teachers_of"](0)
+    failure, success, own = answers.teachers_of(0)
     for problem in (failure, success, own):
         sampled, closed = (
-            recipe["distilled"](recipe["Estimator"].preset(name), problem)
+            answers.distilled(answers.Estimator.preset(name), problem)
             for name in ("opd_to_go", "opd_full_path")
         )
         assert torch.allclose(sampled, closed) == (problem is not own)
@@ -121,9 +116,9 @@ def test_the_forms_of_distillation_differ_for_feedback_of_the_row_alone(recipe):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_tokens_that_are_kept_have_the_highest_entropies(recipe, share):
-    problem = recipe["shared_problem"](4, "continuous")
-    kept = recipe["most_uncertain"](problem, share).bool()
+def test_the_tokens_that_are_kept_have_the_highest_entropies(share):
+    problem = answers.shared_problem(4, "continuous")
+    kept = answers.most_uncertain(problem, share).bool()
     visits = problem.chances[0][:, None] * problem.mask
     on = problem.mask.bool()
     assert float((visits * kept).sum() / visits.sum()) >= share - 1e-9
@@ -138,17 +133,17 @@ def test_the_tokens_that_are_kept_have_the_highest_entropies(recipe, share):
 
 
 @pytest.mark.slow
-def test_the_pages_show_what_the_program_prints(recipe, capsys, monkeypatch):
+def test_the_pages_show_what_the_program_prints(capsys, monkeypatch):
     """Each number of a table of a page is printed, rounded to as many digits."""
-    answers = {
+    shown = {
         "signs": ("rewards", "Is it better to learn from right answers"),
         "verifier": ("rewards", "What does a noisy reward"),
         "adaptive": ("rewards", "May I sample until"),
         "informed": ("rewards", "May the teacher see"),
         "entropies": ("groups", "Should only the uncertain tokens"),
     }
-    for name, (page, heading) in answers.items():
-        recipe["main"]((name,))
+    for name, (page, heading) in shown.items():
+        answers.main((name,))
         printed = [float(x) for x in re.findall(r"-?\d+\.\d{3}", capsys.readouterr().out)]
         text = section(PAGES / f"{page}.md", heading)
         table = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)[2:]
@@ -158,7 +153,7 @@ def test_the_pages_show_what_the_program_prints(recipe, capsys, monkeypatch):
                 for number in re.findall(r"(?<![\d.])-?\d*\.\d+", cell):
                     digits = len(number.partition(".")[2])
                     assert any(round(x, digits) == float(number) for x in printed), (name, cell)
-    recipe["main"](("stale",))
+    answers.main(("stale",))
     out = capsys.readouterr().out
     table = re.findall(
         r"^\| (\d+) steps? \| (\S+) \((\S+)\) \| (\S+) \((\S+)\) \| (\S+) \((\S+)\)",

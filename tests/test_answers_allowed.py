@@ -9,6 +9,7 @@ from functools import cache
 from itertools import pairwise
 from statistics import median
 
+import allowed
 import pytest
 import torch
 from folders import RECIPES
@@ -26,27 +27,18 @@ PAGE = RECIPES / "pages" / "explain" / "allowed.md"
 ROWS = all_completions(4, 3)
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES / "enumeration"))
-        import allowed
-
-        yield allowed
-
-
-def lab_texts(recipe, seed):
+def lab_texts(seed):
     """The texts of a problem, with the number of each among all completions."""
-    case = recipe.problem_case(seed)
+    case = allowed.problem_case(seed)
     every = [tuple(ids[m > 0].tolist()) for ids, m in zip(ROWS.ids, ROWS.mask, strict=True)]
     texts = [tuple(ids[m].tolist()) for ids, m in zip(case.ids, case.mask, strict=True)]
     return {text: every.index(text) for text in texts}
 
 
-def lab_policy(recipe, seed, table="logprobs"):
+def lab_policy(seed, table="logprobs"):
     """Parameters, a function of the log-probabilities of each text's tokens (masked, unmasked), and rewards."""
     problem = tabular_problem(seed, vocabulary=4, length=3)
-    texts = lab_texts(recipe, seed)
+    texts = lab_texts(seed)
     prefixes = sorted({text[:t] for text in texts for t in range(len(text))})
     weights = torch.empty(len(prefixes), 4, dtype=torch.double)
     for m, ids in enumerate(ROWS.ids.tolist()):
@@ -69,27 +61,27 @@ def lab_policy(recipe, seed, table="logprobs"):
 
 
 @cache
-def schema_policy(recipe, seed, warm):
+def schema_policy(seed, warm):
     """The same of a tiny model, whose texts are all ways through the automaton that the package makes."""
-    policy = wrap(recipe.tiny_model(seed), recipe.TOKENIZER)
-    sampling = with_allowed(policy, [{}], Sampling(9, allowed=recipe.SCHEMA))
+    policy = wrap(allowed.tiny_model(seed), allowed.TOKENIZER)
+    sampling = with_allowed(policy, [{}], Sampling(9, allowed=allowed.SCHEMA))
     rules = sampling.allowed
     ways, ended = [((), (), rules.beginning([{}], 9).begins)], []
     for ids, keys, key in ways:
-        kept = rules.restricted(torch.zeros(1, len(recipe.TOKENIZER)), key)[0] == 0
+        kept = rules.restricted(torch.zeros(1, len(allowed.TOKENIZER)), key)[0] == 0
         for token in kept.nonzero().flatten().tolist():
             after, _ = rules.following(key, torch.tensor([token]))
             way = (*ids, token), (*keys, int(key)), after
             (ended if token in policy.eos_ids else ways).append(way)
     texts = [policy.tokenizer.decode(ids[:-1]) for ids, *_ in ended]
-    assert sorted(texts) == sorted(recipe.TEXTS)
+    assert sorted(texts) == sorted(allowed.TEXTS)
     ids, keys = (torch.zeros(len(ended), 9, dtype=torch.long) for _ in range(2))
     for row, (tokens, of_tokens, _) in enumerate(ended):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         keys[row, : len(tokens)] = torch.tensor(of_tokens)
     lengths = [len(tokens) for tokens, *_ in ended]
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    prompt = torch.tensor([policy.encode(recipe.PROMPT)]).expand(len(ids), -1)
+    prompt = torch.tensor([policy.encode(allowed.PROMPT)]).expand(len(ids), -1)
     none = torch.zeros(len(ids), dtype=torch.long)
     visible = torch.ones_like(prompt, dtype=torch.bool)
     rollout = Rollout(prompt, visible, none, ids, mask, mask.double(), none.bool(), keys)
@@ -102,7 +94,7 @@ def schema_policy(recipe, seed, warm):
 
     parameters = [*policy.model.parameters()]
     for _ in range(warm):
-        move(parameters, gradient_of(parameters, sum(sum(row) for _, row in scores())), recipe)
+        move(parameters, gradient_of(parameters, sum(sum(row) for _, row in scores())))
     return parameters, scores, [float(sum(map(int, re.findall(r"\d", x))) == 4) for x in texts]
 
 
@@ -110,8 +102,8 @@ def gradient_of(parameters, gain):
     return torch.cat([x.flatten() for x in torch.autograd.grad(gain, parameters)])
 
 
-def move(parameters, gradient, recipe):
-    assert recipe.LENGTH == 0.1
+def move(parameters, gradient):
+    assert allowed.LENGTH == 0.1
     ends = [0, *torch.tensor([x.numel() for x in parameters]).cumsum(0).tolist()]
     for x, (start, end) in zip(parameters, pairwise(ends), strict=True):
         x.data += (gradient[start:end] / gradient.norm() / 10).view_as(x)
@@ -139,7 +131,7 @@ def expected_gradient(parameters, scores, rewards, rule):
     return gradient_of(parameters, gain)
 
 
-def numbers(policy, rule, recipe):
+def numbers(policy, rule):
     """What the recipe measures."""
     parameters, scores, rewards = policy
 
@@ -152,8 +144,8 @@ def numbers(policy, rule, recipe):
     cosines = [float(gradient @ x / gradient.norm() / x.norm()) for x in (true, of_language)]
     off = float((gradient - true).norm() / true.norm())
     start = [x.detach().clone() for x in parameters]
-    for _ in range(recipe.STEPS):
-        move(parameters, expected_gradient(parameters, scores, rewards, rule), recipe)
+    for _ in range(allowed.STEPS):
+        move(parameters, expected_gradient(parameters, scores, rewards, rule))
     ends = [total(0, rewards).item(), total(1, [1] * len(rewards)).item()]
     for x, old in zip(parameters, start, strict=True):
         x.data = old
@@ -168,24 +160,24 @@ RULES = ["as sampled"] + [
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_recipe_measures_what_a_loop_over_the_texts_does(recipe, rule):
-    assert [*recipe.RULES] == RULES
+def test_the_recipe_measures_what_a_loop_over_the_texts_does(rule):
+    assert [*allowed.RULES] == RULES
     for seed in (0, 3):
-        measured = recipe.measured(recipe.problem_case, rule, seed)
-        expected = numbers(lab_policy(recipe, seed), rule, recipe)
+        measured = allowed.measured(allowed.problem_case, rule, seed)
+        expected = numbers(lab_policy(seed), rule)
         assert {x: measured[x] for x in expected} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[2], RULES[5]])
-def test_the_recipe_measures_what_the_automaton_and_the_scores_of_the_package_do(recipe, rule):
-    measured = recipe.measured(lambda seed: recipe.schema_case(seed, 2), rule, 1)
-    expected = numbers(schema_policy(recipe, 1, 2), rule, recipe)
+def test_the_recipe_measures_what_the_automaton_and_the_scores_of_the_package_do(rule):
+    measured = allowed.measured(lambda seed: allowed.schema_case(seed, 2), rule, 1)
+    expected = numbers(schema_policy(1, 2), rule)
     assert {x: measured[x] for x in expected} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_estimators_of_the_lab_have_these_gradients(recipe, seed):
-    texts = lab_texts(recipe, seed)
+def test_estimators_of_the_lab_have_these_gradients(seed):
+    texts = lab_texts(seed)
     mask = torch.tensor(
         [
             [any(x[: len(p) + 1] == (*p, token) for x in texts) for token in range(4)]
@@ -203,7 +195,7 @@ def test_estimators_of_the_lab_have_these_gradients(recipe, seed):
         fields = {} if weights == "unmasked" else {"importance": weights}
         estimator = Estimator.preset("rloo" if baseline == "mean" else "reinforce", **fields)
         _, moments = off_policy_moments(estimator, problem)
-        measured = recipe.measured(recipe.problem_case, rule, seed)
+        measured = allowed.measured(allowed.problem_case, rule, seed)
         cosine = torch.cosine_similarity(moments.mean.sum(0), of_language, 0)
         expected = moments.relative_bias, moments.cosine, float(cosine)
         assert [measured[x] for x in ("off", "cosine", "language")] == pytest.approx(expected)
@@ -212,11 +204,11 @@ def test_estimators_of_the_lab_have_these_gradients(recipe, seed):
 
 
 @pytest.mark.parametrize("table", ["ref_logprobs", "logprobs"])
-def test_the_kl_to_the_reference_as_it_is_adds_what_its_mask_would_take(recipe, table):
+def test_the_kl_to_the_reference_as_it_is_adds_what_its_mask_would_take(table):
     """The KL of each prefix in closed form, by the chance of the prefix."""
-    measured = recipe.divergences(table, 3)
-    parameters, scores, _ = lab_policy(recipe, 3)
-    _, reference, _ = lab_policy(recipe, 3, table)
+    measured = allowed.divergences(table, 3)
+    parameters, scores, _ = lab_policy(3)
+    _, reference, _ = lab_policy(3, table)
     alike = taken = 0.0
     for (masked, _), (ref_masked, ref) in zip(scores(), reference(), strict=True):
         chance = sum(masked).exp()
@@ -240,21 +232,21 @@ def cells(part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-def test_the_page_has_these_numbers(recipe, rule):
+def test_the_page_has_these_numbers(rule):
     page = [*cells(section(PAGE, "How far off"))]
     assert [name for name, _ in page] == RULES * 3
     lab, offs, ends = (row for name, row in page if name == rule)
 
     def columns(policies):
-        drawn = [numbers(policy, rule, recipe) for policy in policies]
+        drawn = [numbers(policy, rule) for policy in policies]
         return {name: [row[name] for row in drawn] for name in drawn[0]}
 
-    x = columns(lab_policy(recipe, seed) for seed in range(100))
+    x = columns(lab_policy(seed) for seed in range(100))
     expected = median(x["off"]), min(x["off"]), max(x["off"]), median(x["cosine"]), min(x["cosine"])
     expected += median(x["after"]), median(x["inside"])
     assert lab == pytest.approx(expected, abs=6e-4)
     for k, warm in enumerate((0, 50, 200)):
-        x = columns(schema_policy(recipe, seed, warm) for seed in range(3))
+        x = columns(schema_policy(seed, warm) for seed in range(3))
         medians = [median(x[name]) for name in ("off", "cosine", "after", "inside")]
         shown = offs[2 * k : 2 * k + 2] + ends[2 * k : 2 * k + 2]
         assert shown == pytest.approx(medians, abs=6e-4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import groups
+import kl_gradients
 import pytest
 import torch
 from folders import RECIPES
@@ -14,22 +16,6 @@ from tokenrl.core.effects import KL_EFFECTS
 from tokenrl.lab import prompt_weight, tabular_problem
 
 LENGTH, TOKENS = 2, 3
-
-
-@pytest.fixture(scope="module")
-def recipes(monkeypatch_module):
-    """The two programs, as modules."""
-    import groups
-    import kl_gradients
-
-    return groups, kl_gradients
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES / "enumeration"))
-        yield patch
 
 
 def listed(logits):
@@ -55,33 +41,33 @@ def k3_with_ratio(row, ref_row):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_the_forms_of_the_kl_have_the_gradients_that_autograd_gives(recipes, seed):
+def test_the_forms_of_the_kl_have_the_gradients_that_autograd_gives(seed):
     """Those that are settings of an estimator are in `mathematics/test_expectations.py`."""
-    module = recipes[1]
     logits, reference = logits_of(seed, 1.0)
-    problem = module.apart(seed, 1.0, LENGTH)
+    problem = kl_gradients.apart(seed, 1.0, LENGTH)
     rows, ref_rows = listed(logits), listed(reference.detach())
     pairs = list(zip(rows, ref_rows, strict=True))
     kl = sum(sum(row).exp() * (sum(row) - sum(ref)) for row, ref in pairs)
     (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
-    assert_close(module.kl_gradient(problem), truth.flatten())
-    assert_close(module.per_token(problem), module.FORMS["the same, discount 1"](problem))
+    assert_close(kl_gradients.kl_gradient(problem), truth.flatten())
+    assert_close(
+        kl_gradients.per_token(problem), kl_gradients.FORMS["the same, discount 1"](problem)
+    )
     loss = sum(
         sum(row).exp().detach() * k3_with_ratio(row, ref_row)
         for row, ref_row in zip(rows, ref_rows, strict=True)
     )
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert_close(module.FORMS["k3 times the ratio"](problem), gradient.flatten())
+    assert_close(kl_gradients.FORMS["k3 times the ratio"](problem), gradient.flatten())
 
 
-def test_the_page_has_every_form_that_is_exact(recipes):
-    module = recipes[1]
-    problem = module.apart(0)
-    truth = module.kl_gradient(problem)
+def test_the_page_has_every_form_that_is_exact():
+    problem = kl_gradients.apart(0)
+    truth = kl_gradients.kl_gradient(problem)
     exact = [
         (fields["kl_placement"], fields["kl_estimator"])
-        for name, fields in module.PLACES.items()
-        if module.error(module.placed(problem, name), truth) < 1e-10
+        for name, fields in kl_gradients.PLACES.items()
+        if kl_gradients.error(kl_gradients.placed(problem, name), truth) < 1e-10
     ]
     assert {*exact} == {pair for pair, choice in KL_EFFECTS.items() if choice.status == "exact"}
     page = (RECIPES / "pages" / "explain" / "kl.md").read_text()
@@ -96,8 +82,7 @@ def test_the_page_has_every_form_that_is_exact(recipes):
         ("the same, discount 1", 1.0),
     ],
 )
-def test_a_mean_of_k1_in_the_advantage_is_a_loop_over_tokens(recipes, form, gamma):
-    module = recipes[1]
+def test_a_mean_of_k1_in_the_advantage_is_a_loop_over_tokens(form, gamma):
     logits, reference = logits_of(1, 1.0)
     pairs = list(zip(listed(logits), listed(reference.detach()), strict=True))
     chances = [sum(row).exp().detach() for row, _ in pairs]
@@ -110,27 +95,25 @@ def test_a_mean_of_k1_in_the_advantage_is_a_loop_over_tokens(recipes, form, gamm
             later = sum(gamma ** (u - t) * (k1[u] - mean) for u in range(t, len(row)))
             loss = loss + p * later * x
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert_close(module.FORMS[form](module.apart(1, 1.0, LENGTH)), gradient.flatten())
+    assert_close(kl_gradients.FORMS[form](kl_gradients.apart(1, 1.0, LENGTH)), gradient.flatten())
 
 
 @pytest.mark.parametrize(("p", "size"), [(0.1, 4), (0.9, 3)])
-def test_the_mean_advantage_of_mixed_groups_is_a_sum_over_groups(recipes, p, size):
-    module = recipes[0]
+def test_the_mean_advantage_of_mixed_groups_is_a_sum_over_groups(p, size):
     chance, advantage, gradient = 0.0, 0.0, 0.0
     for rewards in itertools.product((0.0, 1.0), repeat=size):
         probability = math.prod(p if r else 1 - p for r in rewards)
-        for r, weight in zip(rewards, module.rloo(rewards), strict=True):
+        for r, weight in zip(rewards, groups.rloo(rewards), strict=True):
             gradient += probability * weight * (1 / p if r else -1 / (1 - p))
         if rewards[0] and not all(rewards):
             chance += probability
             advantage += probability * (1 - sum(rewards) / size)
-    assert module.mixed_mean(p, size) == pytest.approx(advantage / chance)
+    assert groups.mixed_mean(p, size) == pytest.approx(advantage / chance)
     assert prompt_weight("rloo", p, size).item() == pytest.approx(gradient) == pytest.approx(1)
 
 
-def test_the_noise_of_one_branch_is_a_sum_over_all_its_outcomes(recipes):
+def test_the_noise_of_one_branch_is_a_sum_over_all_its_outcomes():
     """The value of each prefix is 1 or 0 by a draw of its own, which is listed here."""
-    module = recipes[0]
     problem = tabular_problem(4, length=LENGTH, rewards="binary")
     chances, rewards, scores = problem.chances[0], problem.totals[0], problem.scores[0]
     tokens = problem.mask.sum(-1)
@@ -158,14 +141,13 @@ def test_the_noise_of_one_branch_is_a_sum_over_all_its_outcomes(recipes):
             second += weight * float(gradient @ gradient)
     assert_close(mean, problem.gradient()[0])
     signal = float(mean @ mean)
-    assert module.branch_cost(problem, 1) == pytest.approx((second - signal) / signal * cost)
+    assert groups.branch_cost(problem, 1) == pytest.approx((second - signal) / signal * cost)
 
 
 @pytest.mark.parametrize("divisor", ["sum", "mean over all tokens", "mean of each completion"])
-def test_a_step_of_ascent_follows_the_expectation_of_the_surrogate(recipes, divisor):
-    module = recipes[0]
+def test_a_step_of_ascent_follows_the_expectation_of_the_surrogate(divisor):
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.double)
-    lengths = torch.tensor([1.0, module.LONG, 1.0, module.LONG], dtype=torch.double)
+    lengths = torch.tensor([1.0, groups.LONG, 1.0, groups.LONG], dtype=torch.double)
     logits = torch.zeros(4, dtype=torch.double, requires_grad=True)
     p = logits.softmax(0)
     weights = {"sum": 1.0, "mean over all tokens": 1 / float(p.detach() @ lengths)}.get(
@@ -173,6 +155,6 @@ def test_a_step_of_ascent_follows_the_expectation_of_the_surrogate(recipes, divi
     )
     gain = (p * (rewards - float(p.detach() @ rewards)) * weights).sum()
     (gradient,) = torch.autograd.grad(gain, logits)
-    path = module.ascent(rewards, divisor)
+    path = groups.ascent(rewards, divisor)
     assert_close(path[0], torch.full((4,), 0.25, dtype=torch.double))
-    assert_close(path[1], (module.RATE * gradient).softmax(0))
+    assert_close(path[1], (groups.RATE * gradient).softmax(0))

@@ -16,7 +16,7 @@ from pages import blocks
 
 # by programs of a folder
 SHARED = {"own", "intervals", "printed", "survival", "curves", "grid_values"}
-SHARED |= {"oracles", "tasks", "formulas"}
+SHARED |= {"oracles", "tasks", "formulas", "reversal"}
 PROGRAMS = {
     path.stem: path
     for path in sorted(RECIPES.glob("*/*.py"))
@@ -94,6 +94,13 @@ EXACT = {  # a program with its flags, and lines that it prints, as regular expr
         r"none, centred +0.\d+ +0.\d+ +0.000 +0.000 ",
         "token +0.277 ",
         "sequence +0.000 +0.000 +0.[1-9]",
+    ),
+    "targets --problems 2": (
+        r"\ntpo +1 +False +0\.008 +0\.004 ",
+        r"\n +True +0\.008 ",
+        r"\nrloo +2 +1.000 (?s:.*)\ntpo +2 +0.110 .*\n +4 +0.006 .*\n +8 +-0.048 ",
+        r"probable\n.*\n.*\ntpo +4.819 +2.190 +0.996 +0.080 +0.770 +0.150\n",
+        r"one wrong\n.*\n.*\ntpo +0.214 +2.103 +0.141 +0.005 +0.968 +0.028\n",
     ),
     "turn_credit --problems 2": (
         "the row's total, RLOO +0.000 +0.000 +1.000",

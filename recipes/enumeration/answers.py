@@ -41,10 +41,10 @@ MOST = 8
 ASCENT = 0.2
 """Length of a step of gradient ascent in the space of the logits."""
 CORRECTIONS = {
-    "no correction": {},
-    "weights of tokens": {"importance": "token"},
-    "weights of sequences, cap 2": {"importance": "sequence", "importance_cap": 2.0},
-    "weights of sequences": {"importance": "sequence"},
+    "no correction": "rloo",
+    "weights of tokens": "importance=token",
+    "weights of sequences, cap 2": "importance=sequence,importance_cap=2.0",
+    "weights of sequences": "importance=sequence",
 }
 COLUMNS = (
     "mask",
@@ -302,9 +302,9 @@ def informed(problems: int) -> None:
             )
             for form in ("opd_to_go", "opd_full_path")
         )
-        distance = float((sampled - closed).norm() / closed.norm())
-        cosine = float(torch.cosine_similarity(sampled, closed, dim=0))
-        return {"distance": distance, "worst": distance, "cosine": cosine}
+        compared = Moments(sampled[None], closed[None], second=0.0)
+        distance = compared.relative_bias
+        return {"distance": distance, "worst": distance, "cosine": compared.cosine}
 
     rows = {
         "the prompt alone": partial(teacher, lambda p: (1.0, 0.0, 0.0)),
@@ -328,8 +328,8 @@ def entropies(problems: int) -> None:
         chances, totals = problem.chances[0], problem.totals[0]
         kept = most_uncertain(problem, share)  # [M, T]
         weights = (chances * (totals - chances @ totals))[:, None] * kept
-        mean = torch.einsum("mt,mtd->d", weights, problem.scores[0])
-        cosine = float(torch.cosine_similarity(mean, problem.gradient()[0], dim=0))
+        mean = torch.einsum("mt,pmtd->pd", weights, problem.scores)
+        cosine = Moments(mean, problem.gradient(), second=0.0).cosine
         tokens = float((chances @ kept).sum() / (chances @ problem.mask).sum())
         return {"kept": tokens, "bias": sine(cosine), "cosine": cosine, "least cosine": cosine}
 
@@ -361,28 +361,20 @@ def lagged_problem(seed: int, lag: int) -> Problem:
 def stale(problems: int) -> None:
     """A sampler with the weights of earlier steps: what corrections leave, by the number of steps."""
 
-    def behind(lag: int, fields: dict[str, Any], seed: int) -> dict[str, float]:
-        moments, _ = off_policy_moments(Estimator(**fields), lagged_problem(seed, lag))
+    def behind(lag: int, name: str, seed: int) -> dict[str, float]:
+        moments, _ = off_policy_moments(Estimator.preset(name), lagged_problem(seed, lag))
         bias = moments.relative_bias
         return {"bias": bias, "worst": bias, "noise": moments.noise}
 
     rows = {
-        f"{lag} steps, {name}": partial(behind, lag, fields)
+        f"{lag} steps, {title}": partial(behind, lag, name)
         for lag in (1, 4, 16)
-        for name, fields in CORRECTIONS.items()
+        for title, name in CORRECTIONS.items()
     }
     show("A sampler that is some steps behind", rows, problems)
 
 
-SECTIONS = {
-    "signs": signs,
-    "verifier": verifier,
-    "adaptive": adaptive,
-    "informed": informed,
-    "entropies": entropies,
-    "stale": stale,
-}
-main = program(SECTIONS)
+main = program(signs, verifier, adaptive, informed, entropies, stale)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 import torch
 import tyro
 from figures import save
+from kl_gradients import apart
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
+from tokenrl.lab import Moments, Problem, exact_moments
 
 RECIPES = Path(__file__).parents[1]
 PAGE = RECIPES / "pages" / "explain" / "distillation.md"
@@ -59,21 +61,9 @@ Case = tuple[float, int]  # a distance of the teacher, and a length of the compl
 Results = dict[Case, dict[str, list[Moments]]]  # by form, one for each problem
 
 
-def distillation_problem(
-    seed: int, distance: float, length: int, ends: tuple[int, ...] = ()
-) -> Problem:
-    """List all completions of a length. The teacher's logits are the student's plus `distance` times noise."""
-    rows = all_completions(3, length, ends=ends)
-    draw = torch.Generator().manual_seed(seed)
-    shape = (2, len(rows.prefixes), 3)
-    student, noise = torch.randn(shape, generator=draw, dtype=torch.double)
-    problem = tabular_problem(
-        seed,
-        length=length,
-        rows=rows,
-        logits=student,
-        reference=student + distance * noise,
-    )
+def distillation_problem(seed: int, *options: Any) -> Problem:
+    """List all completions of a policy whose reference, at a distance, is its teacher. There are no rewards."""
+    problem = apart(seed, *options)
     return replace(problem, rewards=torch.zeros_like(problem.rewards))
 
 
@@ -206,7 +196,7 @@ def main(
         of_kind = results[kind] = {}
         for distance, length in cases:
             listed = [
-                distillation_problem(seed, distance, length, ends=ends) for seed in range(problems)
+                distillation_problem(seed, distance, length, ends) for seed in range(problems)
             ]
             measured = pd.DataFrame([measure(problem) for problem in listed]).to_dict("list")
             others = {name: [*map(form, listed)] for name, form in OTHERS.items()}

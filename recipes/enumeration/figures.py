@@ -62,11 +62,12 @@ def show(title: str, rows: Rows, problems: int) -> None:
     print(f"\n{title}\n{table_of(rows, problems).to_string(float_format='{:.3f}'.format)}")
 
 
-Sections = Mapping[str, Callable[[int], None]]
+Section = Callable[[int], None]
 
 
-def program(named: Sections, draw: Callable[[int], None] | None = None) -> Callable[..., None]:
+def program(*parts: Section, figure_of: Section | None = None) -> Callable[..., None]:
     """Return a program that prints sections of tables, which take the number of problems, and may draw a figure."""
+    named = {part.__name__: part for part in parts}
 
     def main(
         sections: tuple[str, ...] = tuple(named), problems: int = 20, figure: bool = False
@@ -74,8 +75,8 @@ def program(named: Sections, draw: Callable[[int], None] | None = None) -> Calla
         """Print the tables of some sections, or of all; with `figure` draw the figure too, if there is one."""
         for section in sections:
             named[section](problems)
-        if figure and draw is not None:
-            draw(problems)
+        if figure and figure_of is not None:
+            figure_of(problems)
 
     return main
 

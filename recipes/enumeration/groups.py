@@ -205,8 +205,7 @@ def draw(_: int) -> None:
     save(figure, FIGURE)
 
 
-SECTIONS = {"bias": bias, "branches": branches, "means": means}
-main = program(SECTIONS, draw)
+main = program(bias, branches, means, figure_of=draw)
 
 
 if __name__ == "__main__":

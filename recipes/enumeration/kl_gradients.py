@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.lab import Moments, Problem, exact_moments, tabular_problem
+from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
 
 FIGURE = Path(__file__).parents[1] / "figures" / "kl_gradients.png"
 DISTANCES = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -49,13 +49,19 @@ SIZE = 4
 """Completions of a group, for the noise."""
 
 
-def apart(seed: int, distance: float = 1.0, length: int = 3) -> Problem:
-    """List the completions of a random policy at a distance from its reference, with rewards of 0 and 1."""
+def apart(
+    seed: int, distance: float = 1.0, length: int = 3, ends: tuple[int, ...] = (0,)
+) -> Problem:
+    """List the completions of a random policy at a distance from its reference, with rewards of 0 and 1.
+
+    The reference's logits are the policy's plus `distance` times noise. The tokens of `ends` end a completion.
+    """
+    rows = all_completions(3, length, ends=ends)
     draw = torch.Generator().manual_seed(seed)
-    logits, change = torch.randn(2, 2**length - 1, 3, generator=draw, dtype=torch.double)
-    reference = logits + distance * change
-    options = {"logits": logits, "reference": reference, "rewards": "binary"}
-    return tabular_problem(seed, length=length, **options)
+    shape = (2, len(rows.prefixes), 3)
+    logits, noise = torch.randn(shape, generator=draw, dtype=torch.double)
+    options = {"rows": rows, "logits": logits, "reference": logits + distance * noise}
+    return tabular_problem(seed, length=length, rewards="binary", **options)
 
 
 def kl_gradient(problem: Problem) -> Tensor:
@@ -107,14 +113,12 @@ def per_token(problem: Problem) -> Tensor:
     return kl_gradient(problem) - mean * descent(problem, lengths.expand_as(problem.mask))
 
 
-FORMS = {place: lambda problem, place=place: placed(problem, place) for place in PLACES}
+FORMS = {place: partial(placed, place=place) for place in PLACES}
 FORMS |= {
     "k3 times the ratio": with_ratio,
-    "mean - k1 in the advantage": lambda problem: centred(
-        problem, returns="blame_window", window=1
-    ),
-    "the same, discount 0.9": lambda problem: centred(problem, returns="reward_to_go", gamma=0.9),
-    "the same, discount 1": lambda problem: centred(problem, returns="reward_to_go"),
+    "mean - k1 in the advantage": partial(centred, returns="blame_window", window=1),
+    "the same, discount 0.9": partial(centred, returns="reward_to_go", gamma=0.9),
+    "the same, discount 1": partial(centred, returns="reward_to_go"),
 }
 
 
@@ -212,8 +216,7 @@ def draw(problems: int) -> None:
     save(figure, FIGURE)
 
 
-SECTIONS = {"forms": forms, "noise": noise, "squares": squares}
-main = program(SECTIONS, draw)
+main = program(forms, noise, squares, figure_of=draw)
 
 
 if __name__ == "__main__":

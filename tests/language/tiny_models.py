@@ -212,8 +212,7 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, gener
 
 def drawing(draw_prompts):
     """A stream of prompts that a function draws."""
-    nothing = {"learn": lambda numbers, rewards: {}, "log": None}
-    return SimpleNamespace(draw_prompts=draw_prompts, **nothing)
+    return SimpleNamespace(draw_prompts=draw_prompts, learn=lambda numbers, rewards: {})
 
 
 def one_step(

@@ -27,8 +27,6 @@ class Capability(NamedTuple):
 
 CAPABILITIES = {
     "replay": Capability("rows", "--replay 2 --replay-memory 3"),
-    "logged rows": Capability("rows", "--rows log.jsonl"),
-    "half logged": Capability("rows", "--rows rewarded.jsonl --rows-share 0.5"),
     "refills": Capability("rows", "--estimator.zero-spread refill --max-refills 1"),
     "old weights": Capability("sampler", "--sync-every 2"),
     "importance": Capability("sampler", "--estimator.importance token"),
@@ -71,6 +69,7 @@ CAPABILITIES = {
     ),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),
+    "muon": Capability("weights", "--optimizer muon"),
     "keep best": Capability("weights", "--keep best --patience 9"),
     "entropy": Capability("objective", "--estimator.entropy-coef 0.01"),
     "best of several": Capability(
@@ -85,9 +84,20 @@ CAPABILITIES = {
     ),
     "goal": Capability("end", "--stop-at-reward 99"),
     "allowed": Capability("rule", "--allowed mine.py:rule", "rule"),
+    "random rewards": Capability("control", "--control-arm random"),
+    "best of n": Capability("control", "--control-arm best_of_n"),
     "turns": Capability("task", "--environment mine.py:Turns --max-turns 2", "Turns"),
 }
-REFUSED: Mapping[tuple[str, str], str] = {
+UNEVEN = ("prompts by function", "prompts by variance", "refills", "turns")
+CONTROLS = ("best of n", "random rewards")
+OF_CONTROLS = {
+    tuple(
+        sorted((control, name))
+    ): "is for rewards of completions of one turn, and for prompts that are drawn equally"
+    for control in CONTROLS
+    for name in UNEVEN
+}
+REFUSED: Mapping[tuple[str, ...], str] = OF_CONTROLS | {
     ("replay", "turns"): "replay was given as 2; it repeats completions of one turn",
     ("goal", "refills"): "perhaps the first that reached it",
     ("prompts by variance", "refills"): "with prompt_weights they would not be remembered",
@@ -98,19 +108,6 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("best share", "context"): "is about rewards alone, and a KL in the reward is not one",
     ("counting reward", "keep best"): "The best checkpoint needs evaluations, and none are made",
     ("greedy", "old weights"): "without greedy completions (baseline remax)",
-    ("greedy", "half logged"): "baseline remax, as no greedy completion has a reward of the rows",
-    ("half logged", "old weights"): "sync_every, as weights of two ages would sample",
-    ("half logged", "truncated distribution"): "top_k, top_p or min_p, without which",
-    ("half logged", "prompts by variance"): "prompt_weights, as nothing says how often",
-    ("half logged", "prompts by function"): "prompt_weights, as nothing says how often",
-    ("allowed", "half logged"): "allowed, as the rows need not obey it",
-    ("half logged", "turns"): "an environment, as the rows have a single turn",
-    ("logged rows", "old weights"): "sync_every, as weights of two ages would sample",
-    ("logged rows", "truncated distribution"): "top_k, top_p or min_p, without which",
-    ("logged rows", "prompts by variance"): "prompt_weights, as nothing says how often",
-    ("logged rows", "prompts by function"): "prompt_weights, as nothing says how often",
-    ("allowed", "logged rows"): "allowed, as the rows need not obey it",
-    ("logged rows", "turns"): "an environment, as the rows have a single turn",
 }
 """Pairs that a run refuses, with some of its words."""
 

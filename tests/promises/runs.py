@@ -23,20 +23,6 @@ WORDS = "the cat|a dog|count to ten|sat on the mat|one two|on|ten nine|the log a
 Row = tuple[str, ...]
 
 
-def logged(prompt: str, letters: str) -> list[dict]:
-    """Rows of somebody else: eight completions of a prompt of all lengths, one of them without an end."""
-    texts = [(letters * 2)[k * len(prompt) % 17 :][: 1 + k % 4] for k in range(7)] + [letters[:5]]
-    return [
-        {
-            "prompt": prompt,
-            "completion": text,
-            "truncated": len(text) == 5,
-            "logprobs": [-4.0 - 0.1 * k] * min(5, len(text) + 1),
-        }
-        for k, text in enumerate(texts)
-    ]
-
-
 class Workshop:
     """A folder with data, code and a model, in which runs of capabilities are made; each whole run once."""
 
@@ -46,12 +32,6 @@ class Workshop:
         shutil.copy(Path(__file__).with_name("mine.py"), folder / "mine.py")
         write_rows(folder / "rows.jsonl", [{"prompt": text} for text in WORDS.split("|")])
         letters = tuple(sorted({*WORDS}))
-        log = [row for text in WORDS.split("|") for row in logged(text, "".join(letters[1:]))]
-        write_rows(folder / "log.jsonl", log)
-        write_rows(
-            folder / "rewarded.jsonl",
-            [{**row, "reward": len({*row["completion"]}) / 5} for row in log],
-        )
         model, tokenizer = TinyModel(letters, layers=1, hidden=32, heads=2)(0)
         with torch.no_grad():  # so that completions differ, and end at all lengths
             model.lm_head.weight.mul_(30)

@@ -12,10 +12,11 @@ def policy_steps(args: Any, step: int) -> int:
     """Return in how many of the first steps of a training its policy may move; 0 while a critic learns alone.
 
     Args:
-        args: the settings, which may have a `value_warmup`.
+        args: the settings, which may have a `value_warmup`, or a `control_arm` in which no policy learns.
         step: the number of steps.
     """
-    return max(0, step - getattr(args, "value_warmup", 0))
+    learns = getattr(args, "control_arm", "") != "best_of_n"
+    return max(0, step - getattr(args, "value_warmup", 0)) * learns
 
 
 def check_warmup(args: Any) -> None:
@@ -23,7 +24,7 @@ def check_warmup(args: Any) -> None:
     fault = ""
     if args.value_warmup and "values" not in args.estimator.needs:
         fault = "lets the critic alone learn: choose an estimator with a critic, such as a2c"
-    elif args.max_steps and not policy_steps(args, args.max_steps):
+    elif 0 < (args.max_steps or 0) <= args.value_warmup:
         fault = f"is not less than max_steps={args.max_steps}, so the policy would never learn: raise max_steps"
     if fault:
         raise Refused(f"value_warmup={args.value_warmup} {fault}.")

@@ -5,7 +5,6 @@ import math
 from itertools import product
 
 import pytest
-from folders import write_rows
 from refusals import refused
 
 import tokenrl
@@ -95,11 +94,23 @@ def test_arms_that_sample_from_earlier_weights_are_declared_off_policy():
     assert both.describe()["arms"] == "rloo (off-policy biased), grpo (off-policy biased)"
 
 
-def test_arms_that_learn_from_a_log_are_declared_off_policy(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_rows("log.jsonl", [{"prompt": "1", "completion": "1"}])
-    planned = toy("rloo", "rloo,rows=log.jsonl,rows_share=0.5")
-    assert planned.describe()["arms"].endswith("rows_share=0.5 (off-policy biased)")
+def test_a_control_is_the_first_other_arm_with_a_setting():
+    """With its rates, changes of its own and equal completions; a search tries one rate alone."""
+    arms = ("random", "grpo,learning_rate=(1e-4,2e-4),num_generations=4", "rloo", "best_of_n,eta=2")
+    planned = toy(*arms)
+    random, usual, _, search = planned.arms
+    assert random.settings == {**usual.settings, "control_arm": "random"}
+    assert random.rates == usual.rates and search.rates == usual.rates[:1]
+    assert search.estimator == Estimator.preset("grpo", eta=2.0)
+    assert search.settings["control_arm"] == "best_of_n"
+    assert {arm.settings["max_steps"] for arm in (random, usual, search)} == {80}
+    words = planned.describe()["arms"]
+    assert (
+        "random (a control: the rewards" in words and "best_of_n,eta=2 (a control without" in words
+    )
+    assert toy("rloo", "grpo", "random", reference="grpo").arms[2].estimator == Estimator.preset(
+        "grpo"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,6 +170,8 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ),
         ({"arms": ["rloo,grpo", "dapo"]}, "write 'grpo' as NAME=VALUE, .*; spaces separate names"),
         ({"arms": ["", "grpo"]}, "is empty"),
+        ({"arms": ["random", "best_of_n"], "env": ()}, "name such an arm too"),
+        ({"arms": ["rloo", "random"]}, "a comparison of language models"),
         ({"arms": ["rloo,eval_every=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,learning_rate=(1,-1)", "grpo"]}, "learning_rate was given as"),
         (

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from folders import read_json
-from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_run
+from made_runs import WALK, caveats_of, compared, noise, planned, rising, write_missing, write_run
 from refusals import stopped
 
 import tokenrl
@@ -274,3 +274,23 @@ def test_at_a_ceiling_the_headline_says_so(tmp_path):
     (text,) = caveats_of(comparison, "Ceiling")
     assert "From 475 on" in text and "Compare at a smaller budget" in text
     assert "every arm ends at the ceiling" in comparison.words.headline
+
+
+def test_controls_are_named_and_say_nothing_of_the_ceiling(tmp_path):
+    """Rewards at random end at 0, which would hide that both arms end at the ceiling."""
+
+    def at(end, size):
+        counts = {"counts": lambda step: {"num_samples": 128 * step}, "config": {"kind": "train"}}
+        return lambda seed: {"rewards": [0, *(end + noise(seed, size) for _ in range(5))], **counts}
+
+    arms = {"rloo": at(0.99, 0.001), "grpo": at(0.99, 0.002), "random": at(0.2, 0.003)}
+    options = {"task": "sort_digits", "arms": tuple(arms), "max_steps": 50, "eval_every": 10}
+    plan = planned({**options, "output_dir": str(tmp_path)})
+    write_missing(plan.runs({}), tmp_path, lambda run: arms[run.arm](run.seed))
+    comparison = judge_directory(tmp_path)
+    assert caveats_of(comparison, "Control: random (a control: the rewards of each step")
+    assert caveats_of(comparison, "Ceiling")
+    headline = comparison.words.headline
+    assert "Worse than rloo: random." in headline and "random is a control" in headline
+    levels = {difference.level for difference in comparison.family.differences}
+    assert levels == {1 - 0.05 / 2}, "a verdict on a control is one of the family"

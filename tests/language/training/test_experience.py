@@ -56,8 +56,6 @@ def start(estimator, function, **options):
 class Spare:
     """Draws further prompts, after those of a step, and remembers how many."""
 
-    log = None
-
     def __init__(self, *first):
         self.first, self.counts = list(first), []
 

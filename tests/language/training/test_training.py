@@ -197,6 +197,8 @@ def test_rewards_read_the_step_wherever_they_are_called(run, tmp_path):
             {"optimizer": "sgd", "learning_rate": None},
             r"'sgd' was given without a learning_rate.*0\.06",
         ),
+        ({"optimizer": "muon", "learning_rate": None}, r"0\.001 for muon"),
+        ({"optimizer": "muon", "lora_r": 2}, "'muon' is for all weights"),
         ({"num_iterations": 2}, "ratio='none'"),
         (
             {"estimator": Estimator(baseline="none", returns="episode_normalized")},

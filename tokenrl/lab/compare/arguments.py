@@ -108,7 +108,10 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
 
     arms: tuple[str, ...] = ("reinforce", "reinforce_running_mean", "rloo", "grpo")
     """What is compared: presets (rloo), presets with other axes or settings ("grpo,scale=none",
-    "rloo,num_generations=4,max_grad_norm=0"), baselines of your own (mine.py:baseline)."""
+    "rloo,num_generations=4,max_grad_norm=0"), baselines of your own (mine.py:baseline). And two controls of language
+    models, the reference with --control-arm: random learns from rewards that have changed places, best_of_n learns
+    nothing and searches for the best completion of each held-out prompt. Their verdicts count like others among those
+    that share the error."""
     seeds: tuple[Annotated[int, Bounds(at_least=2, at_most=1000)], ...] = (6,)
     """Runs of each arm. Below 6 the numbers are shown without a verdict. Several rising numbers, such as 8 12 16,
     are looks: after so many runs of each arm the scores are judged, and arms that are decided make no more. The

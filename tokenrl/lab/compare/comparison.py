@@ -108,8 +108,12 @@ class Comparison:
 
     def _caveats(self) -> Iterator[tuple[str, str]]:
         """Yield what the verdicts do not mean, and what of it belongs in the headline; else empty."""
+        for arm in self.plan.arms:
+            if arm.control:
+                yield f"Control: {arm.declared}.", f"{arm.label} is a control"
         by_arm = self.of("comparison").groupby("arm", sort=False)
-        least = by_arm["reward"].mean().min(skipna=False)
+        judged = [arm.label for arm in self.plan.arms if not arm.control]
+        least = by_arm["reward"].mean().reindex(judged).min(skipna=False)
         ceiling = math.inf if self.plan.ceiling is None else self.plan.ceiling
         if least >= ceiling:
             yield (

@@ -30,6 +30,12 @@ SCORES = {
     "reward_greedy": "held-out greedy reward at the end",
 }
 """The scores of a run in words; in control the rewards are returns of episodes."""
+CONTROLS = {
+    "random": "a control: the rewards of each step change places at random",
+    "best_of_n": "a control without training: it samples held-out prompts as often as the other arms sample prompts; "
+    "its score is the best reward that each has got",
+}
+"""The arms that are there by name, values of the setting `control_arm`, in words."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,16 @@ class Arm:
         return arguments(Estimator, self.settings["estimator"])
 
     @property
+    def control(self) -> str:
+        """In words what it controls for; empty for other arms."""
+        return CONTROLS.get(self.settings.get("control_arm", ""), "")
+
+    @property
     def declared(self) -> str:
-        """Its name and declared bias, off-policy where others sample: weights of earlier steps, or who made a log."""
-        if self.settings.get("sync_every", 1) > 1 or self.settings.get("rows") is not None:
+        """Its name and declared bias, off-policy where it samples from weights of earlier steps; or its control."""
+        if self.control:
+            return f"{self.label} ({self.control})"
+        if self.settings.get("sync_every", 1) > 1:
             return f"{self.label} (off-policy {self.estimator.off_policy_status})"
         return f"{self.label} ({self.estimator.bias_status})"
 

@@ -16,7 +16,7 @@ from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.equality import KINDS, measured
 from tokenrl.lab.compare.looks import check_looks
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, folder_of
+from tokenrl.lab.compare.plan import CONTROLS, Arm, Kind, Plan, folder_of
 from tokenrl.language import plan_training
 from tokenrl.runs import typed_command
 from tokenrl.settings import (
@@ -93,9 +93,9 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     kind: Kind = "control" if args.env else "train"
     shared = _shared_settings(args, kind)
     axes = shared.pop("estimator", {})
-    arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
     reference = args.reference or args.arms[0]
     check_choice("reference", reference, args.arms)
+    arms = [read_arm(text, axes, KINDS[kind], (reference, *args.arms)) for text in args.arms]
     names = (*args.env, *args.task, shared.get("environment"), "sort_digits")
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
@@ -146,7 +146,9 @@ def _planned(
     samples = _samples_per_step(own, arm.estimator)
     own["max_steps"] = math.ceil(budget / samples)
     own["eval_every"] = max(1, round(every / samples)) if every else 0
-    return Arm(arm.label, plain(own), arm.rates or tuple(rates))
+    # of a search, which learns nothing, one rate is enough
+    count = 1 if own.get("control_arm") == "best_of_n" else None
+    return Arm(arm.label, plain(own), (arm.rates or tuple(rates))[:count])
 
 
 def _check_arms(plan: Plan) -> None:
@@ -238,15 +240,17 @@ def _samples_per_step(settings: Mapping[str, Any], estimator: Estimator) -> int:
     return int(settings["prompts_per_step"] * per_prompt)
 
 
-def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
+def read_arm(text: str, axes: Mapping[str, Any], kind: Any, others: Sequence[str] = ()) -> Arm:
     """Read one arm, such as `rloo`, `grpo,scale=none`, `baseline=group_mean` or `mine.py:baseline`.
 
     Args:
         text: a preset, or a function that is the baseline; then changes, each NAME=VALUE, where NAME is an
             axis of the estimator or another setting of a run. Without a preset the changes are to the
-            default estimator. Changes are separated by commas; a comma in brackets belongs to a value.
+            default estimator. Changes are separated by commas; a comma in brackets belongs to a value. The name of
+            a control is short for the first of the others that is none, with that `control_arm`.
         axes: axes that all arms share.
         kind: the dataclass of the settings of a run.
+        others: the texts of the arms, the reference first.
 
     Raises:
         Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
@@ -256,6 +260,14 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
     settings = field_types(kind)
     try:
         preset, changes = read_changes(text)
+        if preset in CONTROLS:
+            usual = [other for other in others if read_changes(other)[0] not in CONTROLS]
+            if not usual or kind is KINDS["control"]:
+                raise Refused(
+                    "it is a control, made of another arm of a comparison of language models; name such an arm too."
+                )
+            preset, of_usual = read_changes(usual[0])
+            changes = {**of_usual, **changes, "control_arm": text.partition(",")[0].strip()}
         rates = checked("learning_rate", changes.pop("learning_rate", ()), tuple[Positive, ...])
         for name, value in changes.items():
             if name in {*RESERVED, "estimator"} | measured(kind):

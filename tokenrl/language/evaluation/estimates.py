@@ -71,12 +71,8 @@ def metric_values(rows: Rewarded, names: Sequence[str]) -> dict[str, Tensor]:
         "completions/mean_length": rows.mask.sum(dim=1),
         "completions/clipped_ratio": rows.truncated,
     }
-    # a logged row with a reward of its own has asked no function
-    is_asked = rows.sampled | ~rows.by_function.isnan().all(dim=1)
-    for name, column in zip(names, rows.by_function[is_asked].T, strict=True):
+    for name, column in zip(names, rows.by_function.T, strict=True):
         abstained = column.isnan()
-        if not len(column):
-            continue
         values[f"rewards/{name}/abstained"] = abstained
         if not abstained.all():
             values[f"rewards/{name}/mean"] = column[~abstained]

@@ -42,7 +42,6 @@ class Rewarded(Rollout):
         by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
         valid: False where every function abstained [N].
         replayed: True on completions of earlier steps [N].
-        of_log: True on completions that somebody else sampled [N]; None in a run without such rows.
         logs: what reward functions gave to `log_extra` for each row, N mappings; None in an `Experience`.
         dense_rewards: the same rewards in time [N, T]: those of an environment in their turns, those of functions
             at the last action of the row. None without an environment.
@@ -59,7 +58,6 @@ class Rewarded(Rollout):
     by_function: Tensor
     valid: Tensor
     replayed: Tensor
-    of_log: Tensor | None = None
     logs: Sequence[Row] = ABSENT
     dense_rewards: Tensor | None = None
     greedy_rewards: Tensor | None = None
@@ -70,7 +68,7 @@ class Rewarded(Rollout):
     @property
     def sampled(self) -> Tensor:
         """True on completions that the policy has sampled for this step [N]."""
-        return ~self.replayed if self.of_log is None else ~(self.replayed | self.of_log)
+        return ~self.replayed & (self.prompt_index >= 0)
 
     def reward_list(self) -> list[float]:
         """Return the reward of each of the N rows, NaN where it is not valid."""
@@ -293,8 +291,8 @@ def completion_rows(
         columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
     if rows.replayed.any():
         columns["replayed"] = rows.replayed.tolist()
-    if rows.of_log is not None:
-        columns["logged"] = rows.of_log.tolist()
+    if (rows.prompt_index < 0).any():
+        columns["logged"] = (rows.prompt_index < 0).tolist()
     if advantages is not None:
         columns["advantage"] = advantages.tolist()
     columns["truncated"] = rows.truncated.tolist()

@@ -103,13 +103,7 @@ class RowOrder:
 
 
 class PromptStream(RowOrder):
-    """Draws the prompts of training; a step may have the end of one epoch and the start of the next.
-
-    Attributes:
-        log: rows that somebody else sampled, of which steps draw too; None without any.
-    """
-
-    log: Any = None
+    """Draws the prompts of training; a step may have the end of one epoch and the start of the next."""
 
     def __init__(self, rows: Sequence[Row], seed: int) -> None:
         """Start before the first epoch."""

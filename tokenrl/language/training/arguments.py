@@ -96,29 +96,27 @@ class LoggedArguments(Settings, group="logged rows"):
     """Completions that somebody else sampled, of which a run learns."""
 
     rows: Annotated[str, OR_OBJECT] | None = None
-    """A JSON, CSV, TSV or Parquet file, a folder or a hub name of rows that somebody else sampled, or the directory
-    of another run, whose tables of completions they are; from Python also what task takes as data. A row has a prompt,
-    and a completion or its ids in completion_ids, EOS included. It may have a reward, in place of the reward functions
-    (none: the row is left out of the comparison); the log-probabilities of whoever sampled it in logprobs, one for
-    each token and for EOS; and truncated, for a completion without an end. Rows of one prompt are cut into groups of
+    """Rows that somebody else sampled: a file, a folder or a hub name, or data from Python, as the task may be; also
+    the folder completions of another run. A row has a prompt, and a completion or its ids in completion_ids, EOS
+    included. It may have a reward, in place of the reward functions (none: the row is left out of the comparison); the
+    log-probabilities of whoever sampled it in logprobs, one for each token and for EOS; and truncated, for a completion
+    without an end. Rows that are marked replayed or logged are left out. Rows of one prompt are cut into groups of
     num_generations, in random order; smaller rests are left out. Evaluations sample, from the held-out prompts of the
-    task, and rows of these are left out. Without a task the prompts of the rows are the task."""
+    task, and rows of these are left out."""
     rows_share: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """The share of the prompts of a step whose completions are of the rows, to the nearest whole number of at least
     one. The policy samples those of the others from prompts of the task."""
-    rows_sampler: Literal["recorded", "start"] = "recorded"
-    """Whose log-probabilities an importance of the estimator divides by. recorded: those in the column logprobs.
-    start: those of the policy as the run starts, as if it had sampled the rows, which is biased where it did not."""
 
 
 @dataclass(frozen=True)
 class OptimiserArguments(PassArguments, group="optimiser"):
     """How the weights are updated from a rollout."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     """adamw divides each weight's step by the usual size of its gradient, so a factor of the loss changes
-    nothing. sgd, without momentum, subtracts learning_rate x gradient; it needs a learning_rate, and shows
-    factors if max_grad_norm is 0. A critic always learns with AdamW."""
+    nothing. sgd, without momentum, subtracts learning_rate x gradient, and shows factors if max_grad_norm is 0. muon
+    moves all directions of a matrix equally far; embeddings, head and vectors have AdamW at the same rate. It is for
+    all weights, not for an adapter. sgd and muon need a learning_rate. A critic always learns with AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = OPEN
     """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: linear."""
     warmup_steps: Natural = 0
@@ -280,7 +278,7 @@ class TrainArguments(
     learning_rate: Positive = OPEN
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M random parameters (at most 1e-4
     for weights that have learnt before), 1e-5 for 135 M, and 1e-6 from 1 B on; ten times that with LoRA, at
-    most 1e-3. None with --optimizer sgd."""
+    most 1e-3. None with --optimizer sgd or muon."""
     seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
@@ -289,6 +287,14 @@ class TrainArguments(
     """End the run, with the exit reason solved, after the step in which a new completion has at least this total
     reward. summary.json says how many completions were sampled until then. For a search, in which the best
     completion counts. Default: no reward ends a run."""
+    control_arm: Literal["none", "random", "best_of_n"] = "none"
+    """Make a run for comparison with others. random: in each step the rewards of its completions change places at
+    random, so that spread and scale stay and say nothing; a completion keeps its own once in a step on average, and a
+    missing reward stays missing. Evaluations and tables of completions have the true ones. best_of_n: nothing is
+    learnt. Steps sample held-out prompts instead, and the held-out reward is the mean over prompts of the best that
+    steps have found for each so far, which before its first sample is the mean of the policy. So after as many
+    completions as another run has sampled it says what a search by the reward finds; it reads the reward of held-out
+    prompts, without which a trained policy answers."""
     check: bool = False
     """Make the first step on a copy of the model, and stop: print a prompt as the model reads it, completions
     with rewards, the problems of settings, data and this step with their remedies, its memory, and the time
@@ -373,7 +379,7 @@ def with_advice(
             f"The task {task.name!r} recommends by `train` what it cannot: {', '.join(barred)}.{near}"
         )
     advice = {} if task.base else dict(task.train)
-    if choices.optimizer == "sgd":
+    if choices.optimizer != "adamw":
         advice.pop("learning_rate", None)  # it is one of AdamW
     given = {
         name: x

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.rows import from_first
-from tokenrl.core.statistics import mean_and_error
+from tokenrl.core.statistics import generator_of, mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.files import canonical
 from tokenrl.language.evaluation.estimates import metric_values
@@ -109,20 +109,26 @@ def data_keys(data: Sequence[Row]) -> Tensor:
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
 
-def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Experience:
+def gather(learner: Learner, rows: Experience, failures: Sequence[str], step: int) -> Experience:
     """Gather the rows of all processes, in the order of the prompts, with the log-probabilities in one precision.
 
     An engine may have another one, and so may a process that sampled no token at all.
 
+    In the control `random` the rewards of the new rows that have one change places. All orders are equally likely, so
+    a row may keep its own. If it never did, a baseline that is made of other rows would lean against the true reward:
+    given the rewards of a step, the mean of what a row gets would fall with its own.
+
     Args:
-        accelerator: accelerate's handle of device and processes.
+        learner: the settings, and accelerate's handle of device and processes.
         rows: this process's n rows.
         failures: what failed in their episodes; empty without an environment.
+        step: number of the step.
 
     Raises:
         Stopped: no row of the step has a reward.
     """
     rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
+    accelerator = learner.accelerator
     if accelerator.num_processes > 1:
         own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
         rows = Experience(**gathered(accelerator, own))
@@ -131,6 +137,12 @@ def gather(accelerator: Any, rows: Experience, failures: Sequence[str]) -> Exper
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
         )
+    if learner.args.control_arm == "random":
+        places = rows.rewarded.nonzero().flatten()
+        generator = generator_of(learner.args.seed, "control", step)
+        order = torch.arange(len(rows))
+        order[places] = places[torch.randperm(len(places), generator=generator)]
+        rows = replace(rows, rewards=rows.rewards[order], by_function=rows.by_function[order])
     return rows
 
 
@@ -201,10 +213,8 @@ def _spread(values: Tensor) -> Tensor:
     return values.std(correction=min(1, len(values) - 1))
 
 
-def mismatch_metrics(
-    rows: Experience, parts: Sequence[tuple[Tensor, Tensor]], log: Any = None
-) -> dict[str, float]:
-    """Return how far samplers are from the policy, over the rows of all processes, each of which has to call this.
+def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return how far the sampler is from the policy, over the rows of all processes, each of which has to call this.
 
     A completion has the weight w, the exponential of the sum over its tokens of `log pi - log mu`, where pi is
     the trainer's probability and mu the sampler's. With w the gradient would be
@@ -212,33 +222,22 @@ def mismatch_metrics(
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        rows: the rows of this process; replayed ones count nowhere.
+        rows: the rows of this process; replayed ones, and logged ones of an unknown sampler, count nowhere.
         parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
             is trained [n, T], on its device.
-        log: the logged rows, some of which are among the rows; None in a run without any.
 
     Returns:
         `sampling/logp_difference/mean` and `sampling/logp_difference/max` over tokens, in nats and without
         sign; `sampling/effective_sample_size`, `(sum w)^2 / (N sum w^2)`, the share of the N rows that as
         many rows of the policy's own would be worth; and `sampling/kept_mass`, the mean of w, at most 1. They are
-        those of the new rows that the first update learns from; none if there are no such rows. The same of logged
-        rows, if whoever sampled them is known, begins with `logged`.
+        those of the new rows that the first update learns from; none if there are no such rows.
     """
-    metrics = _of_sampler(rows, parts, rows.sampled, "sampling")
-    if log is not None and log.has_sampler:
-        metrics |= _of_sampler(rows, parts, ~rows.sampled, "logged")
-    return metrics
-
-
-def _of_sampler(
-    rows: Experience, parts: Sequence[tuple[Tensor, Tensor]], is_counted: Tensor, subject: str
-) -> dict[str, float]:
-    """Return the metrics of one sampler, whose rows are counted [n]; the subject begins their names."""
     host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
+    is_counted = ~(rows.replayed | rows.sampling_logprobs.isnan().any(dim=1))
     for (index, _), logprobs in zip(parts, host, strict=True):
-        counted = is_counted[index]
-        index, logprobs = index[counted], logprobs[counted]
+        is_new = is_counted[index]
+        index, logprobs = index[is_new], logprobs[is_new]
         width = logprobs.shape[1]
         mask = rows.mask[index, :width]
         gaps = logprobs - rows.sampling_logprobs[index, :width]  # log pi / mu
@@ -253,10 +252,10 @@ def _of_sampler(
     log_total = ratios.logsumexp(0)
     effective = float((2 * log_total - (2 * ratios).logsumexp(0)).exp())
     return {
-        f"{subject}/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
-        f"{subject}/logp_difference/max": float(largest.max()),
-        f"{subject}/effective_sample_size": effective / len(everywhere),
-        f"{subject}/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
+        "sampling/logp_difference/mean": float(sums.sum() / tokens.sum().clamp(min=1)),
+        "sampling/logp_difference/max": float(largest.max()),
+        "sampling/effective_sample_size": effective / len(everywhere),
+        "sampling/kept_mass": min(1.0, float((log_total - math.log(len(everywhere))).exp())),
     }
 
 

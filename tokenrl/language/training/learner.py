@@ -30,8 +30,10 @@ from tokenrl.language.rollout.scoring import (
     score_in_parts,
     with_missing_fields,
 )
+from tokenrl.language.supervised.base import Muon
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
+from tokenrl.language.training.logged import Log
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -131,7 +133,8 @@ class Learner:
         critic: predicts values, for the estimators that need them; else None.
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
-        replay: the completions of earlier steps that join those of a step; None without replay.
+        replay: the best completions of each prompt, of which some join those of a step; None where nobody reads them.
+        log: rows that somebody else sampled, of which steps learn too; None without any.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
@@ -150,6 +153,7 @@ class Learner:
     teacher_prompts: TeacherPrompts | None = None
     average: MovingAverage | None = None
     replay: Replay | None = None
+    log: Log | None = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
@@ -369,9 +373,11 @@ def make_learner(
     at_once = args.sampling_batch_size
     generator = start_engine(engine.make, forward.policy, forward.regime, at_once, args.sync_every)
     make: Any = torch.optim.SGD
+    weights: Any = policy.trainable_parameters()
     if args.optimizer == "adamw":
         make = partial(torch.optim.AdamW, fused=policy.device.type in ("cpu", "cuda") or None)
-    weights = policy.trainable_parameters()
+    elif args.optimizer == "muon":
+        make, weights = Muon, policy.model
     optimizer = make(weights, lr=args.learning_rate, weight_decay=args.weight_decay)
     learner = Learner(
         policy=policy,
@@ -387,7 +393,7 @@ def make_learner(
     )
     if args.teacher_decay is not None:
         learner.average = MovingAverage(policy, args.teacher_decay)
-    if args.replay:
+    if args.replay or args.control_arm == "best_of_n":
         learner.replay = Replay(args.replay, args.replay_memory, args.seed)
     if "values" in args.estimator.needs:
         width = shape_of(policy).hidden_size

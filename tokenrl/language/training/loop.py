@@ -23,13 +23,15 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
-from tokenrl.language.tasks.records import described, provenance_of
+from tokenrl.language.tasks.records import described, provenance_of, recorded
+from tokenrl.language.tasks.rows import digits
+from tokenrl.language.tasks.stream import prompt_stream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.logged import training_stream
+from tokenrl.language.training.logged import make_log
 from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
@@ -175,7 +177,7 @@ def _prepare(
     processes = accelerator.num_processes
     read_task = partial(task_of, choices, processes, keywords)
     choices, origins, task, rewards, prompts, log = together(accelerator, read_task)
-    facts = first_facts(choices, origins, session.directory, task, rewards, log)
+    facts = first_facts(choices, origins, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
         console.note("loading the model ...")
@@ -196,10 +198,11 @@ def _prepare(
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(choices, policy)
+    if log is not None:
+        provenance.fingerprints["rows"] = described({"train": log})[0]
+        provenance.trained_prompts |= {*digits(log.keys.ravel())}
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
-    if log is not None:
-        provenance.fingerprints["rows"] = described({"rows": log})[0]
     provenance.chosen = {**provenance.fingerprints, **(base if warmed else {})}
     threads, reason = choose_threads(policy.size, choices.threads)
     decided = {"threads": threads, "chat_time": policy.form.chat_time}
@@ -212,15 +215,16 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
-    make = partial(training_stream, choices, task, log, learner, rewards)
-    stream = together(accelerator, make)
-    provenance.trained_prompts |= learner.policy.trained_prompts
+    if log is not None:
+        learner.log = together(accelerator, partial(make_log, log, learner, rewards))
+    draws = choices.seed, choices.prompt_weights, choices.prompt_floor
+    split = "eval" if choices.control_arm == "best_of_n" else "train"
     run = TrainingRun(
         plan=plan,
         task=task,
         rewards=rewards,
         learner=learner,
-        stream=stream,
+        stream=prompt_stream(rows[split], *draws),
         memory=learner.estimator.memory(),
         threads=f"{threads} ({reason})",
         teacher=teacher,
@@ -232,17 +236,27 @@ def _prepare(
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     """Show the rest of the header, and restore the state of the checkpoint from which a run continues."""
     parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
+    facts = {"solved": run.task.solved, **recorded(run.task)}
+    if run.warm_started:
+        facts["warm_started"] = run.warm_started
     if run.rewards.keepers:
         parts["rewards"] = run.rewards
+    policy = run.learner.policy
+    teacher = None if run.teacher is None else run.teacher.name
     session.open(
         run.args,
-        SavedModel(run.learner.policy, distribution=distribution_of(run.args)),
+        SavedModel(policy, distribution=distribution_of(run.args)),
         provenance,
         parts | {"run": run},
         run.facts(),
-        names=run.names,
+        names={
+            "task": run.task.name,
+            "model": policy.source,
+            "teacher": teacher,
+            "rows": provenance.fingerprints.get("rows"),
+        },
         title=run.title,
-        **run.recorded,
+        **facts,
     )
 
 
@@ -345,7 +359,7 @@ def _evaluated(run: TrainingRun, session: Session) -> dict[str, float]:
     failed = failures_of(run.failures)
     if run.failures and all(run.failures) and not session.step:
         raise Stopped(f"There is nothing to learn from: {failed}")
-    metrics = session.evaluated(evaluation.metrics)
+    metrics = session.evaluated(run.metrics_of(evaluation))
     if failed:
         session.warn_once("evaluation-fails", f"evaluation after step {session.step}: {failed}")
     return metrics
@@ -379,11 +393,10 @@ def _finish(run: TrainingRun, session: Session) -> RunResult:
     if late := run.rewards.late:
         session.console.warn(f"{late:,} completions got no reward, as it missed reward_timeout.")
     findings = judge_end(run, session)
-    warmed = run.warm_started
     ended = run.result(session)
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
-    if warmed:
-        facts["warm start"] = warmed["in_words"]
+    if run.warm_started:
+        facts["warm start"] = run.warm_started["in_words"]
     if run.teacher is not None:
         facts["teacher"] = run.teacher.name
     facts |= form_line(ended.policy.form)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,19 +42,25 @@ def collect_rows(
 ) -> Rewarded:
     """Sample completions of a step with the columns that the estimator reads, and reward them.
 
-    Greedy completions are only rewarded, never learnt from.
+    Greedy completions are only rewarded, never learnt from. What has a number below 0 is a group of the log, whose
+    rows stand last; what rewards log of them counts where the policy samples none.
     """
+    sampled = [prompt for prompt in prompts if prompt[0] >= 0]
+    groups = prompts[len(sampled) :]
+    tables = [logged_rows(learner, rewards.names, groups)] if groups else []
+    if not sampled:
+        return tables[0]
     policy = learner.policy
     greedy = not sampling.num_generations
     if not greedy:
         sampling = replace(sampling, **learner.kept)
     rollout = sample_rows(
-        policy, learner.generator, prompts, sampling, "training", rewards.environments
+        policy, learner.generator, sampled, sampling, "training", rewards.environments
     )
     if not greedy:
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
-    return reward_rows(policy, rewards, rollout, [row for _, row in prompts])
+    return cat([reward_rows(policy, rewards, rollout, [row for _, row in sampled]), *tables])
 
 
 def rows_of_step(
@@ -67,15 +72,15 @@ def rows_of_step(
     every function abstained from it. And they have the factors of their prompts, if the gradient is divided by the
     chances.
     """
-    if stream.log is None:
-        prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
-        rows = collect_rows(learner, rewards, prompts, sampling)
-    else:
-        rows = with_logged_rows(learner, rewards, sampling, stream)
+    args = learner.args
+    prompts = stream.draw_prompts(args.prompts_per_step - args.logged_prompts)
+    if learner.log is not None:
+        prompts += learner.log.draw(sampling.step, args.logged_prompts)
+    rows = collect_rows(learner, rewards, local(learner.accelerator, prompts), sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     rows = replace(rows, logged=(*rows.logged, (learner.generator.settle(), 1)))
-    if learner.replay is not None:
+    if learner.replay is not None and learner.args.replay:
         rows = learner.replay.join(learner, rows, sampling.step)
     if "greedy_rewards" in learner.estimator.needs:
         size = learner.group_size
@@ -86,34 +91,6 @@ def rows_of_step(
     if learner.estimator.prompts == "inverse":
         rows = replace(rows, factors=stream.factors(rows.prompt_index))
     return rows
-
-
-def with_logged_rows(
-    learner: Learner, rewards: Rewards, sampling: Sampling, stream: PromptStream
-) -> Rewarded:
-    """Return the rows of a step of which some are logged: behind those that the policy samples, in whole groups.
-
-    A process may have rows of one kind alone.
-    """
-    args = learner.args
-    count = args.prompts_per_step - args.logged_prompts
-    prompts = stream.draw_prompts(count)
-    groups = stream.log.draw(args.logged_prompts)
-    places = local(learner.accelerator, [*range(args.prompts_per_step)])
-    first, last = places[0], places[-1] + 1
-    prompts = prompts[first:last]
-    groups = groups[max(0, first - count) : max(0, last - count)]
-    # The others wait for whether code of the user's ends the run.
-    parts: list[Any] = [
-        collect_rows(learner, rewards, prompts, sampling) if prompts else agreed(list)(),
-        logged_rows(stream.log, learner, rewards, groups) if groups else agreed(list)(),
-    ]
-    tables = [
-        replace(rows, of_log=torch.full_like(rows.valid, is_logged))
-        for is_logged, rows in enumerate(parts)
-        if len(rows)
-    ]
-    return replace(cat(tables), logged=tuple(chain(*(rows.logged for rows in tables))))
 
 
 def refill(

@@ -15,17 +15,19 @@ import torch
 from tokenrl.core.memories import Memory
 from tokenrl.core.schedules import policy_steps
 from tokenrl.files import State
-from tokenrl.language.evaluation.evaluation import Evaluator
+from tokenrl.language.evaluation.estimates import estimates
+from tokenrl.language.evaluation.evaluation import Evaluation, Evaluator
 from tokenrl.language.policy.characters import prompt_warnings
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.calls import TrainerState
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.held_out import division_of
-from tokenrl.language.tasks.records import recorded, remarks
+from tokenrl.language.tasks.records import remarks
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.experience import data_keys
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.search import Search
 from tokenrl.language.training.settings import TrainPlan, evaluates
@@ -52,8 +54,8 @@ class RunResult(Outcome):
         reason: the words of that `Finished`, or after how many completions it was solved; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: tokens of the completions that steps sampled or took from a log, per second of steps; those
-            that are greedy, replaced or replayed are left out.
+        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
+            greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
             completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
@@ -134,28 +136,12 @@ class TrainingRun:
         return f"{self.task.name}, {self.args.estimator.preset_name}, seed {self.args.seed}"
 
     @property
-    def names(self) -> dict[str, str | None]:
-        """What config.json calls objects that were given from Python, by their fields."""
-        return {
-            "task": self.task.name,
-            "model": self.learner.policy.source,
-            "teacher": None if self.teacher is None else self.teacher.name,
-            "rows": None if self.stream.log is None else self.stream.log.name,
-        }
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """What config.json says besides settings and names."""
-        warmed = {"warm_started": self.warm_started} if self.warm_started else {}
-        return {"solved": self.task.solved, **recorded(self.task), **warmed}
-
-    @property
     def sampled(self) -> int:
         """The completions that are sampled for a step, with greedy ones if the estimator needs them."""
         args = self.args
         greedy = "greedy_rewards" in args.estimator.needs
-        logged = args.logged_prompts * args.num_generations
-        return args.completions - logged + args.prompts_per_step * greedy
+        prompts = args.prompts_per_step - args.logged_prompts
+        return prompts * (args.num_generations + greedy)
 
     @property
     def unrewarded(self) -> bool:
@@ -198,12 +184,23 @@ class TrainingRun:
                 check_prompts(learner.policy, rows, learner.sampling)
                 if learner.teacher_prompts is not None:
                     learner.teacher_prompts.check(learner.policy, rows, learner.sampling)
-        if self.stream.log is not None and learner.teacher_prompts is not None:
-            learner.teacher_prompts.check(learner.policy, self.stream.log.data, learner.sampling)
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
         self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
+
+    def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the metrics of an evaluation; for the control `best_of_n` the best reward of each prompt so far.
+
+        A prompt that no step has sampled yet has the mean of the policy: so n is the same budget over all prompts.
+        """
+        best = {} if self.learner.replay is None else self.learner.replay.best
+        if not best or self.args.control_arm != "best_of_n" or not self.args.eval_generations:
+            return evaluation.metrics
+        largest = {key: float(table.rewards[0]) for key, table in best.items()}
+        keys = data_keys(self.task.eval_prompts).tolist()
+        rewards = [*map(largest.get, keys, evaluation.by_prompt["reward"])]
+        return evaluation.metrics | estimates({"reward": rewards})
 
     def state_dict(self) -> State:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
@@ -272,8 +269,8 @@ class TrainingRun:
             facts["allowed"] = f"{shown(self.args.allowed, 80)}, {len(rules.needed):,} states"
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
-        if self.stream.log is not None:
-            facts["log"] = self.stream.log.line
+        if self.learner.log is not None:
+            facts["rows"] = self.learner.log.line
         return {**facts, **self.learner.forward.regime.remarks}
 
 
@@ -288,12 +285,6 @@ def warnings_of(run: TrainingRun) -> list[str]:
     judges = {f"the reward {n}": f for n, f in zip(rewards.names, rewards.functions, strict=True)}
     models = {"the model": run.learner.policy, "the teacher": run.teacher and run.teacher.policy}
     warnings += remarks(rows)
-    log = run.stream.log
-    if log is not None and log.reads_otherwise:
-        warnings.append(
-            f"{log.reads_otherwise:,} of {len(log.data):,} logged completions read otherwise once this tokenizer has "
-            "encoded them: what is learnt is the text that it can write."
-        )
     warnings += division_of(run.task, run.args.eval_size, models | judges)[1]
     if environments and environments.has_tools and any(rows.column("tools")):
         warnings.append(
@@ -317,7 +308,7 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
             yield (
                 f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
             )
-    if args.warmup_steps >= policy_steps(args, args.max_steps):
+    if args.warmup_steps >= policy_steps(args, args.max_steps) > 0:
         critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
         yield (
             f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
@@ -330,12 +321,8 @@ def without_effect(args: TrainArguments) -> Iterator[str]:
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
         "value_learning_rate": critic,
         "value_iterations": critic,
-        "stop_at_reward": (
-            not is_unrewarded(args.reward) and args.logged_prompts < args.prompts_per_step,
-            "no step samples completions that get a reward",
-        ),
+        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
         "rows_share": (args.rows is not None, "rows is not set"),
-        "rows_sampler": (args.rows is not None, "rows is not set"),
         "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
         "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,11 +27,15 @@ from tokenrl.language.supervised.defaults import (
 from tokenrl.language.tasks.held_out import division_of
 from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
-from tokenrl.language.training import log as logs
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.logged import read_log
 from tokenrl.language.training.teacher import Teacher
-from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
+from tokenrl.language.training.teacher_prompts import (
+    TeacherPrompts,
+    bias_of_context,
+    teacher_prompts,
+)
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -112,21 +115,11 @@ def task_of(
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
     """
-    log = logs.read_log(choices)
-    source = choices
-    if log is not None and logs.is_task(choices):
-        rows: Any = choices.rows
-        choices = replace(choices, task=rows)
-        source = logs.with_prompts_of(choices, log)
-    task, rewards = find_task(source, may_lack_rewards=True)
-    if source is not choices and isinstance(choices.task, str):
-        task.name = choices.task
+    task, rewards = find_task(choices, may_lack_rewards=True)
     if rewards.keepers:  # evaluations spend what a reward counts only where a user asks for them
         task.train = {name: x for name, x in task.train.items() if name != "eval_every"}
     choices, origins = with_advice(choices, task, keywords)
     check_choices(choices, task, processes)
-    if log is not None:
-        logs.check_log(choices, task, log)
     prompts = teacher_prompts(part_of(choices, KlArguments), task)
     if prompts is None and choices.teacher == OWN and is_unrewarded(choices.reward):
         raise Refused(
@@ -145,7 +138,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return choices, origins, task, rewards, prompts, log
+    return choices, origins, task, rewards, prompts, read_log(choices, task, prompts is not None)
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -163,11 +156,23 @@ def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) ->
     episodic = task.environment is not None
     if args.warm_start:
         demonstrations(task)
-    if args.optimizer == "sgd" and args.learning_rate is None:
+    if args.optimizer != "adamw" and args.learning_rate is None:
         raise Refused(
-            "optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2."
+            f"optimizer={args.optimizer!r} was given without a learning_rate; 0.06 is a start for sgd, and 0.001 for "
+            "muon, in factors of 2."
+        )
+    if args.optimizer == "muon" and args.lora_r:
+        raise Refused(
+            "optimizer 'muon' is for all weights of a model, and lora_r trains an adapter: take adamw or lora_r 0."
         )
     _check_teacher(args)
+    uneven = args.prompt_weights != "uniform" or estimator.zero_spread == "refill"
+    if args.control_arm != "none" and (episodic or uneven or is_unrewarded(args.reward)):
+        raise Refused(
+            f"control_arm {args.control_arm!r} is for rewards of completions of one turn, and for prompts that are "
+            "drawn equally often: take a task with a reward and without an environment, prompt_weights 'uniform', and "
+            "zero_spread 'keep' or 'drop'."
+        )
     if args.target_kl is not None and not estimator.beta:
         raise Refused(
             "target_kl holds a KL, but the estimator has beta 0: give it one (--estimator.beta)."
@@ -295,32 +300,8 @@ def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
     return not rewards.keepers or bool(args.eval_every)
 
 
-def bias_of_context(args: TrainArguments) -> str:
-    """Say why a teacher_context makes the gradient biased, whatever the estimator declares; empty if it does not.
-
-    A KL in the reward is one to a teacher that has read the other rows, so a baseline or a scale that is made of
-    their rewards depends on the row's own completion.
-    """
-    if args.teacher_context is None:
-        return ""
-    if args.allow_own_feedback:
-        return "biased, as the teacher may read the row itself, and its KL is none between two policies"
-    estimator = args.estimator
-    for axis in ("baseline", "scale"):
-        if estimator.kl_in_reward and estimator.chosen(axis).compares:
-            return (
-                f"biased, as the {axis} compares KLs to teachers that have read each other's rows"
-            )
-    return ""
-
-
 def first_facts(
-    choices: TrainArguments,
-    origins: dict[str, str],
-    run: str,
-    task: PromptTask,
-    rewards: Rewards,
-    log: Rows | None = None,
+    choices: TrainArguments, origins: dict[str, str], run: str, task: PromptTask, rewards: Rewards
 ) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     names = ", ".join(rewards.names)
@@ -335,9 +316,13 @@ def first_facts(
         status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
     if choices.replay:
         status = "biased, as rewards choose the replayed completions"
-    if log is not None:
-        status = logs.status_of(choices, log)
+    if choices.rows is not None:
+        status = "biased, as the reward-weighted likelihood of the rows is ascended, and not the expected reward"
+        if "sampling_logprobs" in estimator.needs:
+            status = f"{estimator.off_policy_status} in the first pass over the rows; biased later"
     status = bias_of_context(choices) or status
+    if choices.control_arm != "none":
+        status = f"not that of the estimator, as this is the control {choices.control_arm}"
     stage = ""
     if choices.warm_start:
         skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
@@ -354,7 +339,6 @@ def first_facts(
         "reward": names,
         "estimator": estimator_line(estimator, SHOWN, status),
         **objective_line(estimator),
-        **({} if log is None else logs.log_facts(choices, log)),
         **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
         "order": f"{stage}{order}",
         **({"settings": f"{', '.join(advice)} ({RECOMMENDED})"} if advice else {}),

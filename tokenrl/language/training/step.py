@@ -103,7 +103,7 @@ def training_step(
     collected = time.perf_counter()
 
     rows = experience(learner, rewarded, sampling)
-    whole = gather(accelerator, rows, rewarded.failures or ())  # all N rows, on every process
+    whole = gather(learner, rows, rewarded.failures or (), step)  # all N rows, on every process
     options = sampling, memory, rewards, own_columns(learner, rewarded)
     first = terms = loss_terms(learner, whole, *options)
     parameters = learner.policy.trainable_parameters()
@@ -117,7 +117,7 @@ def training_step(
         learning = learning_rows(learner, terms, chosen)  # [N]
         sums: list[Tensor] = []
         scored.append([])
-        learner.optimizer.zero_grad()
+        learner.policy.model.zero_grad()
         for index in learner.micro_batches(rows, computed=local(accelerator, learning)):
             part = rows.take(index)
             scores = learner.score(part)
@@ -143,7 +143,7 @@ def training_step(
     metrics = averaged(rewarded.logged)
     metrics |= step_metrics(whole, rewards.names, learner.sampling.group_size)
     metrics |= {name: fmean(update[name] for update in updates) for name in updates[0]}
-    metrics |= mismatch_metrics(rows, scored[0], stream.log)  # of the policy before its update
+    metrics |= mismatch_metrics(rows, scored[0])  # the sampler beside the policy before its update
     metrics |= update_memories(learner, memory, stream, rows, whole, terms.returns, ends)
     table = partial(step_table, replace(learner), rewarded, rows, first, rewards.names, scored)
     metrics |= learner.adapt_beta(metrics, policy_learns)  # the table keeps the weight before

@@ -25,11 +25,10 @@ TOLD = (
     "truncation",
     "sampling-differs",
     "sampled-elsewhere",
+    "log-far",
     "rewards-abstain",
 )
 """Findings of a step that are told when they come up."""
-SEVERAL, FEWEST = 3, 0.1
-"""The steps over which logged rows are judged, and the least effective sample size, as a share of them."""
 OF_END = (
     "nothing-learnt",
     "constant-answer",
@@ -63,7 +62,6 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     for flag in TOLD:
         if flag in texts:
             session.warn_once(flag, f"{start} {texts[flag]}")
-    judge_log(run, session)
     if remark := run.learner.generator.remark:
         session.warn_once("sampling-differs", f"{start} {remark}")
     if "policy-destroyed" in texts and "policy-destroyed" not in session.flags:
@@ -76,7 +74,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
-    if exceeds(observed.step.reward, before) and run.stream.log is None:
+    if exceeds(observed.step.reward, before) and observed.rows is None:
         if ends:
             _end_learning(run, session, observed)
         return
@@ -86,20 +84,6 @@ def judge_step(run: TrainingRun, session: Session) -> None:
         session.flags = session.flags or ["nothing-learnt"]
         text = texts.get("policy-destroyed", texts["no-signal"])
         raise Stopped(f"{text} (--stop-after-zero-spread 0 lets such a run continue.)")
-
-
-def judge_log(run: TrainingRun, session: Session) -> None:
-    """Warn of logged rows of which importance weights leave hardly any, over several steps."""
-    metric = "logged/effective_sample_size"
-    shares = [row[metric] for row in session.rows[-SEVERAL:] if metric in row]
-    if len(shares) == SEVERAL and fmean(shares) < FEWEST:
-        session.warn_once(
-            "log-far",
-            f"step {session.step}: the log is too far from the policy. Over {SEVERAL} steps the effective sample size "
-            f"of the logged rows is {fmean(shares):.1%} of them: weighted by whoever sampled them, a few decide each "
-            "update. Take rows of a policy that is nearer, a lower --rows-share, fewer or smaller steps, or bound the "
-            "weights (--estimator.importance-cap 2), which is biased.",
-        )
 
 
 def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
