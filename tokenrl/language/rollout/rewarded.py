@@ -291,8 +291,9 @@ def completion_rows(
         columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
     if rows.replayed.any():
         columns["replayed"] = rows.replayed.tolist()
-    if (rows.prompt_index < 0).any():
-        columns["logged"] = (rows.prompt_index < 0).tolist()
+    is_logged = rows.prompt_index < 0
+    if is_logged.any():
+        columns["logged"] = is_logged.tolist()
     if advantages is not None:
         columns["advantage"] = advantages.tolist()
     columns["truncated"] = rows.truncated.tolist()

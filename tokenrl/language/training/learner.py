@@ -31,9 +31,9 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.supervised.base import Muon
+from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
-from tokenrl.language.training.logged import Log
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -134,7 +134,7 @@ class Learner:
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
         replay: the best completions of each prompt, of which some join those of a step; None where nobody reads them.
-        log: rows that somebody else sampled, of which steps learn too; None without any.
+        log: draws groups of rows that somebody else sampled; None without any.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
@@ -153,7 +153,7 @@ class Learner:
     teacher_prompts: TeacherPrompts | None = None
     average: MovingAverage | None = None
     replay: Replay | None = None
-    log: Log | None = None
+    log: PromptStream | None = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
@@ -319,6 +319,7 @@ class Learner:
             "sampler": self.generator if hasattr(self.generator, "state_dict") else None,
             "teacher": self.average,
             "replay": self.replay,
+            "log": self.log,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +25,13 @@ from tokenrl.errors import Refused, refusing
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.stops import decoded
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.forward import shape_of
 from tokenrl.language.rollout.rewarded import Rewarded, reward_rows
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.supervised.fit import demonstration_batch, encode_demonstrations
-from tokenrl.language.tasks.memory import memory_splits
+from tokenrl.language.tasks.held_out import read_parts
 from tokenrl.language.tasks.rows import Rows
-from tokenrl.language.tasks.sources import LeftOut, read_splits, with_prompts
+from tokenrl.language.tasks.sources import LeftOut, with_prompts
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
 from tokenrl.settings import LARGEST_REWARD, shown
@@ -49,14 +52,12 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     Raises:
         Refused: they cannot be read, there are none, or something else was given that cannot be done with them.
     """
-    source: Any = args.rows
-    if source is None:
+    if args.rows is None:
         return None
-    splits = read_splits(source) if isinstance(source, str) else memory_splits(source)
-    rows = splits.get("train", Rows({}, ()))
+    make = partial(with_prompts, data=args, chat=bool(args.chat))
+    rows = read_parts(args.rows, f"rows {shown(args.rows, 80)}", "train", None, make)[0]
     repeated = ("replayed", "logged")  # which a run marks in its tables
     rows = rows.take(i for i, row in enumerate(rows) if not any(map(row.get, repeated)))
-    rows = with_prompts(rows, f"rows {shown(source, 80)}", args, chat=bool(args.chat))
     estimator = args.estimator
     lacking = rows.column("logprobs").count(None)
     clashes = {
@@ -73,7 +74,7 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
             str(prompt).startswith('[{"role"') for prompt in rows.columns["prompt"]
         ),
         f"importance {estimator.importance!r}, which reads the log-probabilities of whoever sampled them, and "
-        f"{lacking:,} of {len(rows):,} have no logprobs: add them, or take importance none, which is biased": (
+        f"{lacking:,} without logprobs: add this column, or take importance none, which is biased": (
             lacking and "sampling_logprobs" in estimator.needs
         ),
         "allowed, which they need not obey": args.allowed,
@@ -84,7 +85,6 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
         ),
         "sync_every, as weights of two ages would sample": args.sync_every > 1,
         "replay, which repeats what the policy sampled": args.replay,
-        "the control best_of_n, which learns nothing": args.control_arm == "best_of_n",
         "top_k, top_p or min_p, without which every token can be sampled": not args.is_whole,
         "reward none": is_unrewarded(args.reward),
         "a teacher that reads other prompts": reads_more,
@@ -96,47 +96,22 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     for clash, is_met in clashes.items():
         if is_met:
             raise Refused(f"rows were given with {clash}. Leave out one of the two.")
-    is_held_out = np.isin(rows.hashes, task.eval_prompts.hashes)
-    is_trained = np.isin(
-        rows.hashes, task.train_prompts.hashes
-    )  # where both parts have the same prompts
-    return rows.take(np.flatnonzero(is_trained | ~is_held_out))
+    held_out = np.setdiff1d(task.eval_prompts.hashes, task.train_prompts.hashes)
+    return rows.take(np.flatnonzero(np.isin(rows.hashes, held_out, invert=True)))
 
 
-@dataclass
-class Log:
-    """Logged rows, encoded and cut into groups.
+def logged_groups(
+    rows: Rows, learner: Learner, rewards: Rewards, note: Callable[[str], None]
+) -> PromptStream:
+    """Return what draws groups of logged rows, whose column `encoded` has the ids of prompt and completion.
 
-    Attributes:
-        rows: the N rows, as they were read.
-        prompts, completions: the ids of each.
-        order: draws groups, each the numbers of its rows.
-        rewards: the reward functions, or one that reads the column `reward`.
-        line: what was read, in words for the header.
-    """
-
-    rows: Rows
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    order: PromptStream
-    rewards: Rewards
-    line: str
-
-    def draw(self, step: int, count: int) -> list[tuple[int, Any]]:
-        """Return the groups of a step, of which each has so many, with numbers below 0; the step is all their state."""
-        if self.order.position != (step - 1) * count:
-            state = self.order.state_dict() | {"position": (step - 1) * count}
-            self.order.load_state_dict(state)
-        return [(-1 - number, group) for number, group in self.order.draw_prompts(count)]
-
-
-def make_log(rows: Rows, learner: Learner, rewards: Rewards) -> Log:
-    """Encode the logged rows of a run and cut them into groups, in random order, as logs may be sorted.
+    Rows are cut into groups in random order, as logs may be sorted.
 
     Args:
         rows: the rows.
         learner: the policy and the settings.
         rewards: the reward functions of rows without a reward.
+        note: prints what was read.
 
     Raises:
         Refused: a row is wrong, the log-probabilities are not those of its tokens, or no group is left.
@@ -144,6 +119,8 @@ def make_log(rows: Rows, learner: Learner, rewards: Rewards) -> Log:
     args, policy = learner.args, learner.policy
     size, limit = args.num_generations, args.max_completion_length
     completions = [_completion_ids(policy, row) for row in rows]
+    pairs = [*zip(encode(policy, rows, learner.sampling), completions, strict=True)]
+    rows = replace(rows, columns=rows.columns | {"encoded": pairs})
     groups: list[Any] = []
     begun: Any = defaultdict(list)
     lost = 0
@@ -154,7 +131,7 @@ def make_log(rows: Rows, learner: Learner, rewards: Rewards) -> Log:
         members = begun[rows.hashes[number]]
         members.append(number)
         if len(members) == size:
-            groups.append(members.copy())
+            groups.append(rows.take(members))
             members.clear()
     line = (
         f"{len(groups):,} groups of {size}, of {len(rows):,} rows without held-out prompts; {lost:,} are longer than "
@@ -162,20 +139,13 @@ def make_log(rows: Rows, learner: Learner, rewards: Rewards) -> Log:
     )
     if not groups:
         raise Refused(
-            f"There are {line}. Give other rows, a larger max_completion_length (--max-completion-length), or fewer "
-            "num_generations (--num-generations)."
+            f"There are {line}. Give other rows, a larger max_completion_length (--max-completion-length), or "
+            "fewer num_generations (--num-generations)."
         )
-    if "reward" in rows.columns:
-        rewards = Rewards([recorded_reward])
-    rewards.check_columns(rows.columns)
-    rewards.check_rows(rows)
-    prompts = encode(policy, rows, learner.sampling)
-    return Log(rows, prompts, completions, PromptStream(groups, args.seed), rewards, line)
-
-
-def recorded_reward(reward: Sequence[Any], **_: Any) -> list[float | None]:
-    """Return the rewards that stand in the rows of a log."""
-    return [None if x is None else float(x) for x in reward]
+    if "reward" not in rows.columns:
+        rewards.check_columns(rows.columns)
+    note(f"rows: {line}")
+    return PromptStream(groups, args.seed)
 
 
 def _completion_ids(policy: Policy, row: Any) -> list[int]:
@@ -185,60 +155,57 @@ def _completion_ids(policy: Policy, row: Any) -> list[int]:
         Refused: one of its values is none that a sampled row can have.
     """
     ids, logprobs = row.get("completion_ids"), row.get("logprobs")
-    largest = len(policy.model.get_input_embeddings().weight) - 1  # type: ignore[operator]
     with refusing(
         f"rows, {row.location}: these are no values of a sampled completion",
-        f"A completion is text, or ids from 0 to {largest:,}, with no end but the last; a reward is a number, or none; "
+        "A completion is text, or ids of the vocabulary with no end but the last; a reward is a number, or none; "
         "and logprobs are from -1000 to 0, one for each token and the end. If there are others, they may be of another "
         "tokenizer: give completion_ids of this one, or leave logprobs out.",
     ):
         if ids is None:
             unlimited = replace(policy, context=None)  # what is too long is left out
             ids = encode_demonstrations(unlimited, [row])[0][1]
-            if row.get("truncated") and ids[-1] == policy.tokenizer.eos_token_id:
-                ids = ids[:-1]
+            ids = ids[: len(ids) - bool(row.get("truncated"))]
             if decoded(policy.tokenizer, [ids]) != [row["completion"]]:
                 return []
-        chances = [0.0] * len(ids) if logprobs is None else logprobs
+        chances = [0] * len(ids) if logprobs is None else logprobs
         if (
-            not 0 <= min(ids) <= max(ids) <= largest
+            not 0 <= min(ids) <= max(ids) < shape_of(policy).vocab_size
             or {*ids[:-1]} & {*policy.ends}
             or len(chances) != len(ids)
-            or not all(-1000 <= x <= 0 for x in chances)
-            or not abs(float(row.get("reward") or 0)) <= LARGEST_REWARD
+            or not -1000 <= min(chances) <= max(chances) <= 0
+            or not abs(row.get("reward") or 0) <= LARGEST_REWARD
         ):
-            raise ValueError(f"{len(ids)} tokens, logprobs {shown(logprobs)}, {shown(dict(row))}")
+            raise ValueError(f"{len(ids)} tokens")
     return [*map(int, ids)]
 
 
-def logged_rows(
-    learner: Learner, names: Sequence[str], groups: Sequence[tuple[int, Any]]
-) -> Rewarded:
+def recorded_reward(reward: Any, **_: Any) -> Any:
+    """Return the rewards that stand in the rows of a log."""
+    return reward
+
+
+def logged_rows(learner: Learner, rewards: Rewards, groups: Sequence[tuple[int, Any]]) -> Rewarded:
     """Return the rows of groups of the log with the columns that the estimator reads, and with their rewards.
 
-    Args:
-        learner: has the log.
-        names: the names of the reward functions, for each of which the reward of a row stands.
-        groups: the numbers of the groups in the step, and the rows of each.
+    Where rows have a reward, it stands for that of each reward function.
     """
-    log: Any = learner.log
     policy = learner.policy
-    numbers = [number for _, group in groups for number in group]
-    rows = log.rows.take(numbers)
-    completions = [log.completions[number] for number in numbers]
-    pairs = [(log.prompts[number], log.completions[number]) for number in numbers]
-    logprobs = zip(rows.column("logprobs"), completions, strict=True)
-    known = [torch.tensor(x or [math.nan] * len(ids)).double() for x, ids in logprobs]
+    rows = Rows.of(chain(*(group for _, group in groups)))
+    pairs = rows.columns["encoded"]
+    logprobs = [
+        torch.tensor(x or [math.nan] * len(ids), dtype=torch.float64)
+        for x, (_, ids) in zip(rows.column("logprobs"), pairs, strict=True)
+    ]
     table = replace(
         demonstration_batch(policy, pairs),
-        prompt_index=torch.tensor([place for place, group in groups for _ in group]),
-        sampling_logprobs=pad_sequence(known, batch_first=True),
-        truncated=torch.tensor([ids[-1] not in policy.ends for ids in completions]),
+        prompt_index=torch.tensor([number for number, group in groups for _ in group]),
+        sampling_logprobs=pad_sequence(logprobs, batch_first=True),
+        truncated=torch.tensor([ids[-1] not in policy.ends for _, ids in pairs]),
     )
-    table = learner.with_missing_fields(table)
-    rewarded = reward_rows(policy, log.rewards, table, rows)
+    asked = Rewards([recorded_reward]) if "reward" in rows.columns else rewards
+    rewarded = reward_rows(policy, asked, learner.with_missing_fields(table), rows)
     return replace(
         rewarded,
-        data=[{"prompt": row["prompt"]} for row in rows],
-        by_function=rewarded.by_function.expand(-1, len(names)),
+        data=[*rows.with_columns(["prompt"])],
+        by_function=rewarded.by_function.expand(-1, len(rewards.names)),
     )

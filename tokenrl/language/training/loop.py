@@ -31,7 +31,7 @@ from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.logged import make_log
+from tokenrl.language.training.logged import logged_groups
 from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
@@ -216,7 +216,8 @@ def _prepare(
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
     if log is not None:
-        learner.log = together(accelerator, partial(make_log, log, learner, rewards))
+        make_groups = partial(logged_groups, log, learner, rewards, console.note)
+        learner.log = together(accelerator, make_groups)
     draws = choices.seed, choices.prompt_weights, choices.prompt_floor
     split = "eval" if choices.control_arm == "best_of_n" else "train"
     run = TrainingRun(
@@ -292,12 +293,13 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
         agreed(learner.generator.announce)(local(learner.accelerator, following))
-    before = run.stream.state_dict(), run.rewards.state_dict()
+    parts = [part for part in (run.stream, run.rewards, learner.log) if part is not None]
+    before = [part.state_dict() for part in parts]
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
     except Finished:
-        run.stream.load_state_dict(before[0])
-        run.rewards.load_state_dict(before[1])
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
         raise
     if not run.unrewarded:
         run.search.add(learner.policy, record.rewarded, step, run.totals["num_samples"])

@@ -47,7 +47,7 @@ def collect_rows(
     """
     sampled = [prompt for prompt in prompts if prompt[0] >= 0]
     groups = prompts[len(sampled) :]
-    tables = [logged_rows(learner, rewards.names, groups)] if groups else []
+    tables = [logged_rows(learner, rewards, groups)] if groups else []
     if not sampled:
         return tables[0]
     policy = learner.policy
@@ -75,7 +75,8 @@ def rows_of_step(
     args = learner.args
     prompts = stream.draw_prompts(args.prompts_per_step - args.logged_prompts)
     if learner.log is not None:
-        prompts += learner.log.draw(sampling.step, args.logged_prompts)
+        drawn = learner.log.draw_prompts(args.logged_prompts)
+        prompts += [(-1 - number, group) for number, group in drawn]
     rows = collect_rows(learner, rewards, local(learner.accelerator, prompts), sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)

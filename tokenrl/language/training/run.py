@@ -269,8 +269,6 @@ class TrainingRun:
             facts["allowed"] = f"{shown(self.args.allowed, 80)}, {len(rules.needed):,} states"
         if self.args.sync_every > 1:
             facts["sampling"] = f"from weights up to {self.args.sync_every - 1} steps old"
-        if self.learner.log is not None:
-            facts["rows"] = self.learner.log.line
         return {**facts, **self.learner.forward.regime.remarks}
 
 
