@@ -23,8 +23,6 @@ Weight = Literal["watch", "act", "void"]
 LOST_SHARE = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost; and below
 it, as a share of effective samples: importance weights then about double the variance of the gradient."""
-LEAST_OF_LOG = 0.1
-"""Share of effective samples below which logged rows are too far from the policy."""
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
 MIN_ERRORS = 4.5
@@ -225,15 +223,6 @@ RULES = (
         "The policy has an entropy of {run.recent.entropy:.3g} nats per action: it makes nearly always the same "
         "choice. Unless that is right, set a lower learning rate or --estimator.entropy-coef, to begin with .01 in the "
         "units of the advantages.",
-    ),
-    Rule(
-        "log-far",
-        lambda run: (
-            run.rows is not None and above(LEAST_OF_LOG - run.recent.effective_samples, act=0)
-        ),
-        "The log is too far from the policy: the effective sample size is {run.recent.effective_samples:.1%} of the "
-        "rows, so a few decide each update. Take rows of a nearer policy, a lower --rows-share or smaller steps, "
-        "or bound the weights (--estimator.importance-cap 2), which is biased.",
     ),
     Rule(
         "sampling-differs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -45,11 +45,6 @@ def logs(prompts=LETTERS, texts=TEXTS, **columns):
     ]
 
 
-def chances(text):
-    """Log-probabilities of each letter and of the end, which somebody might have."""
-    return [-0.5 - 0.3 * place for place in range(len(text) + 1)]
-
-
 def letter_reward(completions, **_):
     return [text.count("a") + 0.1 * len(text) for text in completions]
 
@@ -69,47 +64,37 @@ def logprobs_of(model, prompt, ids):
     return logits.log_softmax(-1)[range(len(ids)), ids]
 
 
-@pytest.mark.parametrize(("importance", "is_exact"), [("sequence", True), ("token", False)])
-def test_over_all_logs_of_a_sampler_the_mean_gradient_is_that_of_the_expected_reward(
-    importance, is_exact
-):
+def test_over_all_logs_of_a_sampler_the_mean_gradient_is_that_of_the_expected_reward():
     """A sampler that draws each completion equally often: all ordered pairs, once each, are its expectation."""
     model, tokenizer = letters()
     policy = wrap(model.double(), tokenizer)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
-    end, count = policy.ends[0], len(model.lm_head.weight)
-    others = [i for i in range(count) if i != end]
-    texts = [[end], *(map(list, product(others, range(count))))]
-    worth = [float(torch.tensor(ids).double().add(1).sin().sum()) for ids in texts]
-    chance = float(torch.tensor(len(texts)).double().log())
+    prompt, end = policy.encode("ab>"), policy.ends[0]
+    ids = range(len(model.lm_head.weight))
+    texts = [[end], *([i, k] for i in ids if i != end for k in ids)]
+    worth = [math.sin(sum(text)) for text in texts]
     rows = [
         {
             "prompt": "ab>",
-            "completion_ids": ids,
-            "logprobs": [-chance * part for part in ([0.3, 0.7] if len(ids) > 1 else [1])],
+            "completion_ids": text,
+            "logprobs": [-math.log(len(texts)) / len(text)] * len(text),
             "reward": reward,
+            "encoded": (prompt, text),
         }
-        for ids, reward in zip(texts, worth, strict=True)
+        for text, reward in zip(texts, worth, strict=True)
     ]
-    estimator = Estimator.preset("rloo", importance=importance)
-    groups = [*map(list, product(range(len(texts)), repeat=2))]
-    shape = {"num_generations": 2, "prompts_per_step": len(groups), "max_completion_length": 2}
-    learner = make_learner(policy, estimator, **shape)
+    pairs = [*product(range(len(texts)), repeat=2)]
+    shape = {"num_generations": 2, "prompts_per_step": len(pairs), "max_completion_length": 2}
+    learner = make_learner(policy, Estimator.preset("rloo", importance="sequence"), **shape)
     options = learning_from(learner, make_task(["ab>"] * 2), rows)
-    prompt = policy.encode("ab>")
-    table = Rows.of({**row, "encoded": (prompt, row["completion_ids"])} for row in rows)
-    learner.log = PromptStream([table.take(group) for group in groups], 0)
+    learner.log = PromptStream([Rows.of(rows).take(pair) for pair in pairs], 0)
     exact = copy.deepcopy(model)
     one_step(learner, **options)
-
-    terms = [
-        logprobs_of(exact, prompt, ids).sum().exp() * x for ids, x in zip(texts, worth, strict=True)
-    ]
-    (-sum(terms)).backward()
-    distance = apart(gradient(model), gradient(exact))
+    chances = [logprobs_of(exact, prompt, text).sum().exp() for text in texts]
+    (-sum(chance * reward for chance, reward in zip(chances, worth, strict=True))).backward()
     # the norms of this model have 32 bits
-    assert distance < 1e-6 if is_exact else distance > 0.1
+    assert apart(gradient(model), gradient(exact)) < 1e-6
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -121,61 +106,52 @@ def test_the_gradient_of_a_step_is_that_of_a_loop_over_its_rows(share, importanc
     rows = logs(PROMPTS, ["the", "mat on", "dog", "a cat"])
     for row in rows if importance != "none" else ():
         ids = policy.tokenizer(row["completion"]).input_ids
-        row["logprobs"] = [-2.0 - 0.2 * (i % 5) for i in [*ids, 0]]
+        row["logprobs"] = [-2.0 - 0.2 * (i % 5) for i in [*ids, policy.ends[0]]]
     record = one_step(learner, **learning_from(learner, make_task(), rows, share))
     of_step = record.rewarded
-    assert of_step.sampled.tolist() == [True] * (6 if share < 1 else 0) + [False] * int(12 * share)
-    recorded = {(row["prompt"], row["completion"]): row.get("logprobs") for row in rows}
-    texts = policy.decode(of_step.completion_ids, of_step.mask)
+    own = 12 - int(12 * share)
+    assert of_step.sampled.tolist() == [True] * own + [False] * (12 - own)
     total = 0.0
     totals = of_step.rewards.view(-1, 3)
     advantages = (totals - (totals.sum(1, keepdim=True) - totals) / 2).flatten()
     for i, advantage in enumerate(advantages):
         prompt = of_step.prompt_ids[i, of_step.prompt_mask[i]].tolist()
-        ids = of_step.completion_ids[i, of_step.mask[i]].tolist()
-        logprobs = logprobs_of(model, prompt, ids)
-        sampler = of_step.sampling_logprobs[i, : len(ids)]
-        if not of_step.sampled[i] and importance != "none":
-            sampler = torch.tensor(recorded[of_step.data[i]["prompt"], texts[i]]).double()
+        ids = of_step.completion_ids[i, of_step.mask[i]]
+        logprobs = logprobs_of(model, prompt, ids.tolist())
+        sampler = logprobs.detach() if i < own else -2 - 0.2 * (ids % 5).double()
         gaps = logprobs.detach() - sampler
-        weights = {"none": logprobs * 0 + 1, "token": gaps.exp(), "sequence": gaps.sum().exp()}
+        weights = {"none": 1, "token": gaps.exp(), "sequence": gaps.sum().exp()}
         total = total - (weights[importance] * logprobs).sum() * advantage / len(advantages)
     total.backward()
     # the sampler's numbers of sampled rows have 32 bits
     assert apart(gradient(policy.model), gradient(model)) < 1e-5
-    differs = record.metrics.get("sampling/logp_difference/max", -1)
+    gap = record.metrics.get("sampling/logp_difference/max", math.nan)
     # those of an unknown sampler count nowhere
-    assert (differs > 0.1) == (importance != "none") and (differs < 0) == (
-        importance == "none" and share == 1
+    assert (gap > 0.1) == (importance != "none") and math.isnan(gap) == (
+        own == 0 and importance == "none"
     )
 
 
 def test_what_a_run_samples_and_what_is_logged_are_counted_apart(tmp_path, said):
     rows = logs(reward=lambda text: 9.0 if text == "dab" else None if text == "a" else 0.0)
-    task = letter_task(letter_reward, eval_prompts=[{"prompt": LETTERS[0]}, {"prompt": "dd>"}])
-    task.train_prompts = task.train_prompts[1:]
+    task = letter_task(letter_reward, LETTERS[1:], eval_prompts=[{"prompt": LETTERS[0]}])
     shape = {"rows": rows, "rows_share": 0.5, "log_completions": 1, "stop_at_reward": 8}
     run = letters_trained(tmp_path / "half", task, **shape)
     tables = [read_completions(path) for path in sorted(run.output_dir.glob("completions/*"))]
-    assert len(tables) == 3
-    for table in tables:
-        assert [row["logged"] for row in table] == [False] * 8 + [True] * 8
-        assert LETTERS[0] not in [row["prompt"] for row in table]
+    assert [[row["logged"] for row in table] for table in tables] == [[False] * 8 + [True] * 8] * 3
+    assert LETTERS[0] not in {row["prompt"] for table in tables for row in table}
     assert run.exit_reason == "finished" and run.completions_until_solved is None
     assert run.best_completions and max(row["reward"] for row in run.best_completions) < 8
     assert [row["num_samples"] for row in run.metrics[1:]] == [8, 16, 24]
     rewards = [row["reward"] for row in tables[0] if row["reward"] is not None]
     assert run.metrics[1]["reward"] == pytest.approx(sum(rewards) / len(rewards))
-    assert run.metrics[1]["frac_rows_abstained"] == 1 - len(rewards) / 16
-    assert json.loads((run.output_dir / "config.json").read_text())["rows"].startswith("in-memory:")
 
     # The tables are a log themselves, of what the policy has sampled.
     options = {"rows": str(run.output_dir / "completions"), "num_generations": 1}
-    again = letters_trained(tmp_path / "again", task, quiet=False, **options, estimator="reinforce")
+    letters_trained(tmp_path / "again", task, quiet=False, **options, estimator="reinforce")
     text = " ".join(said().split())
     assert "groups of 1, of 24 rows" in text
     assert "biased, as the reward-weighted likelihood of the rows is ascended" in text
-    assert again.metrics[-1]["num_samples"] == 0
 
 
 def test_rows_are_left_out_in_words(tmp_path, said):
@@ -191,13 +167,13 @@ def test_a_log_that_is_far_from_the_policy_is_told_once(tmp_path, said):
     run = letters_trained(tmp_path, letter_task(letter_reward), rows=rows, **options)
     assert min(row["sampling/effective_sample_size"] for row in run.metrics[1:]) < 0.1
     text = " ".join(said().split())
-    assert text.count("the log is too far from the policy".capitalize()) == 1
+    assert text.count("the log is too far from the policy") == 1
     assert "exact_for_policy in the first pass over the rows" in text
 
 
 def one(**changes):
     """A log with a row that differs from the others."""
-    rows = logs(logprobs=chances)
+    rows = logs(logprobs=lambda text: [-0.5] * (len(text) + 1))
     rows[5] = {**rows[5], **changes}
     return rows
 
@@ -209,17 +185,14 @@ REFUSALS = [
     ({"rows": [{"prompt": "ab>", "text": "a"}]}, "with no column completion"),
     ({"rows": [{"completion": "a"}]}, "has no column 'prompt'"),
     ({"rows": one(completion_ids=[99])}, "row 5: these are no values of a sampled completion"),
-    ({"rows": one(completion_ids=[])}, "row 5: these are no values"),
     ({"rows": one(logprobs=[-0.1])}, "row 5: .*2 tokens"),
     ({"rows": one(logprobs=[-0.1, 0.2])}, "row 5: .*.2 tokens"),
     ({"rows": one(logprobs=None), "estimator": SEQUENCE}, "and 1 without logprobs"),
     ({"rows": one(reward="good")}, "row 5: these are no values"),
-    ({"rows": one(reward=float("nan"))}, "row 5: these are no values"),
     ({"rows": logs(texts=["abcdabcd"])}, "0 groups of 4, of 16 rows"),
     ({"rows": logs(), "estimator": SEQUENCE}, "importance 'sequence', which reads the log-prob"),
     ({"rows": logs(), "allowed": "a*"}, "with allowed"),
     ({"rows": logs(), "sync_every": 2}, "with sync_every"),
-    ({"rows": logs(), "replay": 2}, "with replay"),
     ({"rows": logs(), "top_k": 3}, "with top_k, top_p or min_p"),
     ({"rows": logs(), "prompt_weights": "variance"}, "with prompt_weights"),
     ({"rows": logs(), "estimator": "dapo"}, "with zero_spread refill"),

@@ -31,7 +31,6 @@ from tokenrl.language.rollout.scoring import (
     with_missing_fields,
 )
 from tokenrl.language.supervised.base import Muon
-from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
 from tokenrl.language.training.replay import Replay
@@ -134,9 +133,8 @@ class Learner:
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
         replay: the best completions of each prompt, of which some join those of a step; None where nobody reads them.
-        log: draws groups of rows that somebody else sampled; None without any.
-        nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
-        skipped: number of all updates so far that were skipped for such a gradient.
+        log: the `PromptStream` that draws groups of rows that somebody else sampled; None without any.
+        nonfinite, skipped: numbers of updates without a finite gradient, the consecutive ones up to now and all.
         idle: number of all updates so far that were left out because no row could have a gradient.
     """
 
@@ -153,7 +151,7 @@ class Learner:
     teacher_prompts: TeacherPrompts | None = None
     average: MovingAverage | None = None
     replay: Replay | None = None
-    log: PromptStream | None = None
+    log: Any = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0

@@ -34,7 +34,7 @@ from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.sources import LeftOut, with_prompts
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import PromptTask, is_unrewarded
-from tokenrl.settings import LARGEST_REWARD, shown
+from tokenrl.settings import LARGEST_REWARD
 
 if TYPE_CHECKING:
     from tokenrl.language.training.arguments import TrainArguments
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows | None:
-    """Read the rows that a run shall learn of, without those of held-out prompts; None where none were given.
+    """Read the rows that a run shall learn of, but for those of held-out prompts; None where none were given.
 
     Args:
         args: the settings of the run.
@@ -55,9 +55,7 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     if args.rows is None:
         return None
     make = partial(with_prompts, data=args, chat=bool(args.chat))
-    rows = read_parts(args.rows, f"rows {shown(args.rows, 80)}", "train", None, make)[0]
-    repeated = ("replayed", "logged")  # which a run marks in its tables
-    rows = rows.take(i for i, row in enumerate(rows) if not any(map(row.get, repeated)))
+    rows = read_parts(args.rows, "rows", "train", None, make)[0]
     estimator = args.estimator
     lacking = rows.column("logprobs").count(None)
     clashes = {
@@ -96,8 +94,13 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     for clash, is_met in clashes.items():
         if is_met:
             raise Refused(f"rows were given with {clash}. Leave out one of the two.")
-    held_out = np.setdiff1d(task.eval_prompts.hashes, task.train_prompts.hashes)
-    return rows.take(np.flatnonzero(np.isin(rows.hashes, held_out, invert=True)))
+    held_out = {*np.setdiff1d(task.eval_prompts.hashes, task.train_prompts.hashes)}
+    # A run marks in its tables what it did not sample in that step.
+    is_kept = [
+        key not in held_out and not (row.get("replayed") or row.get("logged"))
+        for key, row in zip(rows.hashes, rows, strict=True)
+    ]
+    return rows.take(np.flatnonzero(is_kept))
 
 
 def logged_groups(
@@ -117,7 +120,6 @@ def logged_groups(
         Refused: a row is wrong, the log-probabilities are not those of its tokens, or no group is left.
     """
     args, policy = learner.args, learner.policy
-    size, limit = args.num_generations, args.max_completion_length
     completions = [_completion_ids(policy, row) for row in rows]
     pairs = [*zip(encode(policy, rows, learner.sampling), completions, strict=True)]
     rows = replace(rows, columns=rows.columns | {"encoded": pairs})
@@ -125,17 +127,18 @@ def logged_groups(
     begun: Any = defaultdict(list)
     lost = 0
     for number in torch.randperm(len(rows), generator=generator_of(args.seed, "log")).tolist():
-        if not 0 < len(completions[number]) <= limit:
+        if not 0 < len(completions[number]) <= args.max_completion_length:
             lost += 1
             continue
         members = begun[rows.hashes[number]]
         members.append(number)
-        if len(members) == size:
+        if len(members) == args.num_generations:
             groups.append(rows.take(members))
             members.clear()
     line = (
-        f"{len(groups):,} groups of {size}, of {len(rows):,} rows without held-out prompts; {lost:,} are longer than "
-        f"{limit} tokens or read otherwise once this tokenizer encodes them, and the others fill no group"
+        f"{len(groups):,} groups of {args.num_generations}, of {len(rows):,} rows without held-out prompts; {lost:,} "
+        f"are longer than {args.max_completion_length} tokens or read otherwise once this tokenizer encodes them, the "
+        "others fill no group"
     )
     if not groups:
         raise Refused(
@@ -167,13 +170,12 @@ def _completion_ids(policy: Policy, row: Any) -> list[int]:
             ids = ids[: len(ids) - bool(row.get("truncated"))]
             if decoded(policy.tokenizer, [ids]) != [row["completion"]]:
                 return []
-        chances = [0] * len(ids) if logprobs is None else logprobs
         if (
             not 0 <= min(ids) <= max(ids) < shape_of(policy).vocab_size
             or {*ids[:-1]} & {*policy.ends}
-            or len(chances) != len(ids)
-            or not -1000 <= min(chances) <= max(chances) <= 0
             or not abs(row.get("reward") or 0) <= LARGEST_REWARD
+            or (logprobs is not None and len(logprobs) != len(ids))
+            or not -1000 <= min(logprobs or [0]) <= max(logprobs or [0]) <= 0
         ):
             raise ValueError(f"{len(ids)} tokens")
     return [*map(int, ids)]
@@ -202,8 +204,9 @@ def logged_rows(learner: Learner, rewards: Rewards, groups: Sequence[tuple[int, 
         sampling_logprobs=pad_sequence(logprobs, batch_first=True),
         truncated=torch.tensor([ids[-1] not in policy.ends for _, ids in pairs]),
     )
-    asked = Rewards([recorded_reward]) if "reward" in rows.columns else rewards
-    rewarded = reward_rows(policy, asked, learner.with_missing_fields(table), rows)
+    table = learner.with_missing_fields(table)
+    recorded = Rewards([recorded_reward]) if "reward" in rows.columns else rewards
+    rewarded = reward_rows(policy, recorded, table, rows)
     return replace(
         rewarded,
         data=[*rows.with_columns(["prompt"])],

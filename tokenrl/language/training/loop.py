@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from tokenrl.core.schedules import policy_steps, set_rates, share_of_rate
-from tokenrl.errors import Finished, Refused, Stopped, ending
+from tokenrl.errors import Finished, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -42,7 +42,7 @@ from tokenrl.language.training.settings import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import teacher_of
-from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
+from tokenrl.language.training.verdicts import end_by_user, judge_end, judge_start, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
@@ -50,7 +50,7 @@ from tokenrl.runs.resume import Provenance, check_processes, resume_settings, to
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of
-from tokenrl.user_code import own_process, user_code
+from tokenrl.user_code import own_process
 
 Callback = Callable[[int, dict[str, float]], object]
 
@@ -123,25 +123,9 @@ def train(
                 _record(run, session, record, metrics)
                 if policy_steps(run.args, step) == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                _end_by_user(callback, metrics, session, record.ends)
+                end_by_user(callback, metrics, session, record.ends)
                 judge_step(run, session)
             return _finish(run, session)
-
-
-def _end_by_user(
-    callback: Callback | None, metrics: dict[str, float], session: Session, words: list[str]
-) -> None:
-    """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
-
-    The `words` are those with which such code has ended the run in this step; else there are none.
-    """
-    wish = False
-    with ending(words), user_code():
-        wish = callback is not None and callback(session.step, dict(metrics)) is True
-    if everywhere := gather_objects(words):
-        session.end("finished", everywhere[0])
-    elif any(gather_objects([wish])):
-        session.end("callback")
 
 
 def _warm_start(
@@ -216,8 +200,9 @@ def _prepare(
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
     if log is not None:
-        make_groups = partial(logged_groups, log, learner, rewards, console.note)
-        learner.log = together(accelerator, make_groups)
+        learner.log = together(
+            accelerator, partial(logged_groups, log, learner, rewards, console.note)
+        )
     draws = choices.seed, choices.prompt_weights, choices.prompt_floor
     split = "eval" if choices.control_arm == "best_of_n" else "train"
     run = TrainingRun(
@@ -293,7 +278,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
         agreed(learner.generator.announce)(local(learner.accelerator, following))
-    parts = [part for part in (run.stream, run.rewards, learner.log) if part is not None]
+    parts: Any = run.stream, run.rewards, learner.log or run.stream
     before = [part.state_dict() for part in parts]
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
@@ -313,7 +298,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     seconds = {name: x for name, x in record.timings.items() if "seconds" in name}
     run.totals.update(done | seconds)
     metrics |= {
-        "epoch": run.stream.epoch,
+        "epoch": (learner.log or run.stream).epoch,
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,

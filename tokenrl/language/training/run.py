@@ -187,7 +187,8 @@ class TrainingRun:
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
-        self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
+        epoch = (self.learner.log or self.stream).epoch
+        self.rewards.state = TrainerState(step, self.args.max_steps, epoch)
 
     def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the metrics of an evaluation; for the control `best_of_n` the best reward of each prompt so far.
