@@ -100,7 +100,7 @@ OF_CONTROLS = {
     for name in UNEVEN
 }
 OF_LOGS = {
-    tuple(sorted((log, name))): f"rows were given with {words}"
+    tuple(sorted((log, name))): f"rows cannot be learnt with {words}"
     for log in ("logged rows", "half logged")
     for name, words in {
         "old weights": "sync_every",

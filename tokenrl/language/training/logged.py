@@ -54,8 +54,8 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     """
     if args.rows is None:
         return None
-    make = partial(with_prompts, data=args, chat=bool(args.chat))
-    rows = read_parts(args.rows, "rows", "train", None, make)[0]
+    read = partial(with_prompts, data=args, chat=bool(args.chat))
+    rows = read_parts(args.rows, "rows", "train", None, read)[0]
     estimator = args.estimator
     lacking = rows.column("logprobs").count(None)
     clashes = {
@@ -93,7 +93,7 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
     }
     for clash, is_met in clashes.items():
         if is_met:
-            raise Refused(f"rows were given with {clash}. Leave out one of the two.")
+            raise Refused(f"rows cannot be learnt with {clash}. Change one of the two.")
     held_out = {*np.setdiff1d(task.eval_prompts.hashes, task.train_prompts.hashes)}
     # A run marks in its tables what it did not sample in that step.
     is_kept = [
@@ -160,8 +160,8 @@ def _completion_ids(policy: Policy, row: Any) -> list[int]:
     ids, logprobs = row.get("completion_ids"), row.get("logprobs")
     with refusing(
         f"rows, {row.location}: these are no values of a sampled completion",
-        "A completion is text, or ids of the vocabulary with no end but the last; a reward is a number, or none; "
-        "and logprobs are from -1000 to 0, one for each token and the end. If there are others, they may be of another "
+        "A completion is text, or ids of the vocabulary with no end but the last; a reward is a number, or none, "
+        "truncated true or false, and logprobs are from -1000 to 0, one for each token and the end. Others may be of another "
         "tokenizer: give completion_ids of this one, or leave logprobs out.",
     ):
         if ids is None:
@@ -175,7 +175,8 @@ def _completion_ids(policy: Policy, row: Any) -> list[int]:
             or {*ids[:-1]} & {*policy.ends}
             or not abs(row.get("reward") or 0) <= LARGEST_REWARD
             or (logprobs is not None and len(logprobs) != len(ids))
-            or not -1000 <= min(logprobs or [0]) <= max(logprobs or [0]) <= 0
+            or not all(-1000 <= x <= 0 for x in logprobs or ())
+            or row.get("truncated") not in (None, True, False)
         ):
             raise ValueError(f"{len(ids)} tokens")
     return [*map(int, ids)]

@@ -75,8 +75,8 @@ def rows_of_step(
     args = learner.args
     prompts = stream.draw_prompts(args.prompts_per_step - args.logged_prompts)
     if learner.log is not None:
-        drawn = learner.log.draw_prompts(args.logged_prompts)
-        prompts += [(-1 - number, group) for number, group in drawn]
+        # Numbers below 0 mark groups of the log.
+        prompts += [(-1 - i, group) for i, group in learner.log.draw_prompts(args.logged_prompts)]
     rows = collect_rows(learner, rewards, local(learner.accelerator, prompts), sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)

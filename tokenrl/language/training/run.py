@@ -54,8 +54,8 @@ class RunResult(Outcome):
         reason: the words of that `Finished`, or after how many completions it was solved; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
-            greedy, replaced or replayed are left out.
+        tokens_per_second: tokens of the completions that were sampled in steps or logged, per second of steps; those
+            that are greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
             completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
@@ -187,8 +187,7 @@ class TrainingRun:
 
     def tell(self, step: int) -> None:
         """Tell the reward functions how many steps have been made."""
-        epoch = (self.learner.log or self.stream).epoch
-        self.rewards.state = TrainerState(step, self.args.max_steps, epoch)
+        self.rewards.state = TrainerState(step, self.args.max_steps, self.stream.epoch)
 
     def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the metrics of an evaluation; for the control `best_of_n` the best reward of each prompt so far.
