@@ -1,11 +1,12 @@
 """Optimise molecules on MolScore's benchmarks: 10,000 scored molecules a task.
 
     python recipes/molecules/molopt.py --tasks QED Albuterol_similarity                REINFORCE, five seeds
-    python recipes/molecules/molopt.py --name kl estimator=rloo,beta=0.01 learning_rate=2e-4    all tasks
+    python recipes/molecules/molopt.py estimator=rloo,beta=0.01 learning_rate=2e-4 --name kl    all tasks
 
-Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them. `prior.py` makes the prior. When a
-command is repeated, what has ended is kept, and a run that was killed goes on where it was saved. All results of a
-name are of one benchmark, one prior by its weights, the same settings, and the same releases of MolScore and RDKit.
+Words with `=` are settings of `tokenrl train`, as `tokenrl.train` takes them, and stand before the flags. `prior.py`
+makes the prior. When a command is repeated, what has ended is kept, and a run that was killed goes on where it was
+saved. All results of a name are of one benchmark, one prior by its weights, the same settings, and the same releases
+of MolScore and RDKit.
 
 MolScore remembers molecules that it has scored, and computes the AUC of the top 100. Text that RDKit refuses is
 rewarded with 0. A task whose oracle cannot be loaded here is named and left out.

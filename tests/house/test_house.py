@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     "top": 15_880,
-    "core": 20_690,
+    "core": 20_710,
     "runs": 25_100,
     "control": 11_450,
     "advisor": 2_110,
@@ -34,20 +34,20 @@ LIMITS = {
     "language/rewards": 13_900,
     "language/tasks": 12_400,
     "language/rollout": 28_070,
-    "language/training": 25_270,
-    "language/supervised": 7_680,
+    "language/training": 25_720,
+    "language/supervised": 7_910,
     "language/commands": 5_820,
     "language/preferences": 6_350,
     "language/evaluation": 3_450,
     "lab": 30,
     "lab/exact": 12_730,
     "lab/measure": 4_450,
-    "lab/compare": 15_750,
+    "lab/compare": 15_980,
 }
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 225_390, 199, 97_210, 263_220, 65_850, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_320, 199, 97_680, 264_590, 66_030, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 
