@@ -161,8 +161,8 @@ def _completion_ids(policy: Policy, row: Any) -> list[int]:
     with refusing(
         f"rows, {row.location}: these are no values of a sampled completion",
         "A completion is text, or ids of the vocabulary with no end but the last; a reward is a number, or none, "
-        "truncated true or false, and logprobs are from -1000 to 0, one for each token and the end. Others may be of another "
-        "tokenizer: give completion_ids of this one, or leave logprobs out.",
+        "truncated true or false, and logprobs are from -1000 to 0, one for each token and the end. Others may be of "
+        "another tokenizer: give completion_ids of this one, or leave logprobs out.",
     ):
         if ids is None:
             unlimited = replace(policy, context=None)  # what is too long is left out

@@ -172,10 +172,8 @@ def _prepare(
             policy = with_own_weights(policy, choices.model)
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-    has_state = bool(rewards.keepers)
-    plan = together(
-        accelerator, partial(settle, choices, task, policy, origins, has_state, processes)
-    )
+    settling = partial(settle, choices, task, policy, origins, bool(rewards.keepers), processes)
+    plan = together(accelerator, settling)
     console.facts("", model_facts(plan, policy, teacher))
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
