@@ -71,7 +71,7 @@ CAPABILITIES = {
     ),
     "micro-batches": Capability("updates", "--micro-batch-size 3"),
     "adapter": Capability("weights", "--lora-r 2"),
-    "muon": Capability("weights", "--optimizer muon"),
+    "muon": Capability("weights", "--optimizer muon --learning-rate 0.001"),
     "keep best": Capability("weights", "--keep best --patience 9"),
     "entropy": Capability("objective", "--estimator.entropy-coef 0.01"),
     "best of several": Capability(
