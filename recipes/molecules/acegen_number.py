@@ -58,7 +58,7 @@ def scored_rows(result: Path) -> pd.DataFrame:
 
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
-    """Return a row for each run that has a result: what molopt.py says of it, both numbers, and its file.
+    """Return a row for each run that has a result: what molopt.py says of it, and its file.
 
     Raises:
         SystemExit: There is none.
@@ -67,9 +67,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     if not results:
         raise SystemExit("No run has a result; molopt.py makes them.")
     runs = pd.DataFrame([json.loads(result.read_text()) for result in results])
-    scores = [scored_rows(result)["score"].to_numpy() for result in results]
-    theirs = [area(*pair) for pair in zip(scores, runs["budget"], strict=True)]
-    return runs.assign(result=results, **{"1.5.5": theirs, "1.9.5": runs[OWN]})
+    return runs.assign(result=results)
 
 
 def main(
@@ -78,10 +76,13 @@ def main(
 ) -> pd.DataFrame:
     """Print and return means over seeds by name, settings and task, how many seeds there are, and ACEGEN's columns."""
     runs = read_runs(folders)
+    scores = [scored_rows(result)["score"].to_numpy() for result in runs["result"]]
+    theirs = [area(*pair) for pair in zip(scores, runs["budget"], strict=True)]
+    runs["1.5.5"] = theirs
     if output:
         runs.drop(columns="result").to_csv(output, index=False, float_format="%.4g")
     seeds = runs.groupby(["name", "settings", "task"])
-    table = seeds[["1.5.5", "1.9.5"]].mean()
+    table = seeds[["1.5.5", OWN]].mean().rename(columns={OWN: "1.9.5"})
     table = table.assign(sem=seeds["1.5.5"].sem(), seeds=seeds["seed"].nunique())
     table = table.join(pd.read_csv(PUBLISHED, index_col="task")).droplevel("settings")
     print("AUC of the top 100: of all rows (1.5.5, as ACEGEN's), and of distinct molecules (1.9.5)")

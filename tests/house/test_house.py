@@ -34,8 +34,8 @@ LIMITS = {
     "language/rewards": 13_900,
     "language/tasks": 12_400,
     "language/rollout": 28_070,
-    "language/training": 25_720,
-    "language/supervised": 7_910,
+    "language/training": 26_000,
+    "language/supervised": 7_680,
     "language/commands": 5_820,
     "language/preferences": 6_350,
     "language/evaluation": 3_450,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_320, 199, 97_680, 264_590, 66_030, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_370, 200, 97_960, 264_590, 66_030, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -15,8 +15,9 @@ def policy_steps(args: Any, step: int) -> int:
         args: the settings, which may have a `value_warmup`, or a `control_arm` in which no policy learns.
         step: the number of steps.
     """
-    learns = getattr(args, "control_arm", "") != "best_of_n"
-    return max(0, step - getattr(args, "value_warmup", 0)) * learns
+    if getattr(args, "control_arm", "") == "best_of_n":
+        return 0
+    return max(0, step - getattr(args, "value_warmup", 0))
 
 
 def check_warmup(args: Any) -> None:

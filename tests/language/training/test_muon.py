@@ -7,7 +7,7 @@ import copy
 import torch
 from tiny_models import apart, make_learner, make_policy, one_step, weights
 
-from tokenrl.language.supervised.base import Muon
+from tokenrl.language.training.optimizer import Muon
 
 HOW = {"lr": 0.01, "weight_decay": 0.1}
 

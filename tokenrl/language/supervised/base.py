@@ -223,35 +223,3 @@ def check_own_model(task: PromptTask) -> None:
     if not task.base:
         mend = "name one by model (--model), a directory or hub name, or tiny for a new one"
         raise Refused(f"The task {task.name!r} has no model of its own: {mend}.")
-
-
-class Muon(torch.optim.Muon):
-    """Muon for the matrices inside a model, and AdamW at the same rate for its embeddings, head and vectors.
-
-    Attributes:
-        others: AdamW.
-    """
-
-    def __init__(self, model: Any, **how: Any) -> None:
-        """Begin with the weights of a model; `how` has `lr` and `weight_decay`."""
-        outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        parts: Any = [], []
-        for weight in model.parameters():
-            parts[weight.ndim == 2 and id(weight) not in outer].append(weight)
-        super().__init__(parts[1], **how)
-        self.others = torch.optim.AdamW(parts[0], **how)
-
-    def step(self, closure: Any = None) -> Any:
-        """Update all weights."""
-        self.others.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        self.others.step()
-        return super().step(closure)
-
-    def state_dict(self) -> Any:
-        """Return what a continuation needs."""
-        return {**super().state_dict(), "others": self.others.state_dict()}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Continue from what `state_dict` returned."""
-        self.others.load_state_dict(state["others"])
-        super().load_state_dict(state)

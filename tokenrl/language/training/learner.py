@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +30,9 @@ from tokenrl.language.rollout.scoring import (
     score_in_parts,
     with_missing_fields,
 )
-from tokenrl.language.supervised.base import Muon
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.engines import check_vocabulary, engine_of, start_engine
+from tokenrl.language.training.optimizer import make_optimizer
 from tokenrl.language.training.replay import Replay
 from tokenrl.language.training.teacher import MovingAverage, Teacher, teacher_regime
 from tokenrl.language.training.teacher_prompts import TeacherPrompts
@@ -371,17 +371,10 @@ def make_learner(
     engine = engine_of(args.generator, args.generator_cache)
     at_once = args.sampling_batch_size
     generator = start_engine(engine.make, forward.policy, forward.regime, at_once, args.sync_every)
-    make: Any = torch.optim.SGD
-    weights: Any = policy.trainable_parameters()
-    if args.optimizer == "adamw":
-        make = partial(torch.optim.AdamW, fused=policy.device.type in ("cpu", "cuda") or None)
-    elif args.optimizer == "muon":
-        make, weights = Muon, policy.model
-    optimizer = make(weights, lr=args.learning_rate, weight_decay=args.weight_decay)
     learner = Learner(
         policy=policy,
         forward=forward,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=accelerator.prepare(make_optimizer(args, policy)),
         accelerator=accelerator,
         estimator=args.estimator,
         args=replace(args, **decided, **computing),
