@@ -114,6 +114,7 @@ OF_LOGS = {
         "greedy": "a baseline of yours or remax",
         "own baseline": "a baseline of yours or remax",
         "own advantage": "a baseline of yours or remax",
+        **dict.fromkeys(CONTROLS, "a control arm"),
     }.items()
 }
 REFUSED: Mapping[tuple[str, ...], str] = (OF_CONTROLS | OF_LOGS) | {

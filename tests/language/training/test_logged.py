@@ -182,6 +182,8 @@ SEQUENCE = "rloo,importance=sequence"
 REFUSALS = [
     ({"rows": []}, "is empty: give at least one row"),
     ({"rows": "nothing.jsonl"}, "there is no such file"),
+    ({"rows": "in-memory:0"}, "'in-memory:0' was data given from Python: give it again"),
+    ({"rows": logs(), "control_arm": "random"}, "with a control arm"),
     ({"rows": [{"prompt": "ab>", "text": "a"}]}, "with no column completion"),
     ({"rows": [{"completion": "a"}]}, "has no column 'prompt'"),
     ({"rows": one(completion_ids=[99])}, "row 5: these are no values of a sampled completion"),

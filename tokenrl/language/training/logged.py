@@ -84,6 +84,7 @@ def read_log(args: TrainArguments, task: PromptTask, reads_more: bool) -> Rows |
         "sync_every, as weights of two ages would sample": args.sync_every > 1,
         "replay, which repeats what the policy sampled": args.replay,
         "top_k, top_p or min_p, without which every token can be sampled": not args.is_whole,
+        "a control arm, which stands for what the policy samples": args.control_arm != "none",
         "reward none": is_unrewarded(args.reward),
         "a teacher that reads other prompts": reads_more,
         "a baseline of yours or remax, as they have no greedy completions and need not have other columns": (
