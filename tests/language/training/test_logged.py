@@ -142,7 +142,7 @@ def test_what_a_run_samples_and_what_is_logged_are_counted_apart(tmp_path, said)
     assert LETTERS[0] not in {row["prompt"] for table in tables for row in table}
     assert run.exit_reason == "finished" and run.completions_until_solved is None
     assert run.best_completions and max(row["reward"] for row in run.best_completions) < 8
-    assert [row["num_samples"] for row in run.metrics[1:]] == [8, 16, 24]
+    assert [row["num_samples"] for row in run.metrics[1:]] == [16, 32, 48]
     rewards = [row["reward"] for row in tables[0] if row["reward"] is not None]
     assert run.metrics[1]["reward"] == pytest.approx(sum(rewards) / len(rewards))
 

@@ -17,6 +17,7 @@ from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, che
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.supervised.arguments import RECOMMENDED, PassArguments
 from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.training.bias import bias_of_run
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
@@ -333,6 +334,11 @@ class TrainArguments(
                 "zero_spread 'refill' replaces groups of equal rewards, and with prompt_weights they would not be "
                 "remembered: take zero_spread 'keep' or 'drop'."
             )
+
+    @property
+    def bias_status(self) -> str:
+        """The declared bias of the gradient and, where the settings decide it, the reason."""
+        return bias_of_run(self)
 
     @property
     def completions(self) -> int:

@@ -118,7 +118,7 @@ def _lines(run: TrainingRun, record: Record) -> dict[str, str]:
     lines["completions"] = f"{metrics['completions/mean_length']:.1f} tokens on average; {cut}"
     sampling = record.timings["collect"]
     evaluated = len(run.task.eval_prompts) * (1 + args.eval_generations)
-    run.eval_seconds = sampling * evaluated / max(1, run.sampled)
+    run.eval_seconds = sampling * evaluated / run.sampled
     time = run.forecast_duration(sampling + record.timings["update"])
     lines["time"] = f"{time}, at the pace of this step"
     return lines | {MEMORY[n]: decimal(int(x * 1024**3)) for n, x in peak_memory().items()}

@@ -125,14 +125,16 @@ def gather(learner: Learner, rows: Experience, failures: Sequence[str], step: in
         step: number of the step.
 
     Raises:
-        Stopped: no row of the step has a reward.
+        Stopped: no row that the step sampled has a reward; in a step of logged rows alone, none of these.
     """
     rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
     accelerator = learner.accelerator
     if accelerator.num_processes > 1:
         own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
         rows = Experience(**gathered(accelerator, own))
-    if not (rows.rewarded & rows.compared).any():
+    # Where rows were sampled, one of them needs a reward: those of a log may have brought theirs along.
+    asked = rows.sampled if rows.sampled.any() else ~rows.replayed
+    if not (asked & rows.compared).any():
         failed = failures_of(failures)
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()

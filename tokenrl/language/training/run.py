@@ -66,8 +66,8 @@ class RunResult(Outcome):
         warm_started: the updates of the warm start and its losses; empty without one.
         best_completions: up to ten distinct completions of training steps, the best first, each with `reward`, `step`,
             `prompt` and `completion`. Those of evaluations are not among them, nor replayed or logged ones.
-        completions_until_solved: with `stop_at_reward` the completions that training steps sampled until the first with
-            that reward, itself included, and greedy ones of earlier steps; None without such a completion.
+        completions_until_solved: with `stop_at_reward` the completions of training steps until the first sampled one
+            with that reward, itself included, and greedy ones of earlier steps; None without such a completion.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -137,11 +137,9 @@ class TrainingRun:
 
     @property
     def sampled(self) -> int:
-        """The completions that are sampled for a step, with greedy ones if the estimator needs them."""
-        args = self.args
-        greedy = "greedy_rewards" in args.estimator.needs
-        prompts = args.prompts_per_step - args.logged_prompts
-        return prompts * (args.num_generations + greedy)
+        """The completions of a step, sampled or logged, with greedy ones if the estimator needs them."""
+        greedy = "greedy_rewards" in self.args.estimator.needs
+        return self.args.completions + self.args.prompts_per_step * greedy
 
     @property
     def unrewarded(self) -> bool:

@@ -31,11 +31,7 @@ from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments
 from tokenrl.language.training.engines import engine_of
 from tokenrl.language.training.logged import read_log
 from tokenrl.language.training.teacher import Teacher
-from tokenrl.language.training.teacher_prompts import (
-    TeacherPrompts,
-    bias_of_context,
-    teacher_prompts,
-)
+from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -311,18 +307,6 @@ def first_facts(
             kl = "no KL, as teacher_context is called in steps"
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = choices.estimator
-    status = estimator.bias_status
-    if choices.sync_every > 1:
-        status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
-    if choices.replay:
-        status = "biased, as rewards choose the replayed completions"
-    if choices.rows is not None:
-        status = "biased, as the reward-weighted likelihood of the rows is ascended, and not the expected reward"
-        if "sampling_logprobs" in estimator.needs:
-            status = f"{estimator.off_policy_status} in the first pass over the rows; biased later"
-    status = bias_of_context(choices) or status
-    if choices.control_arm != "none":
-        status = f"not that of the estimator, as this is the control {choices.control_arm}"
     stage = ""
     if choices.warm_start:
         skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
@@ -337,7 +321,7 @@ def first_facts(
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
-        "estimator": estimator_line(estimator, SHOWN, status),
+        "estimator": estimator_line(estimator, SHOWN, choices.bias_status),
         **objective_line(estimator),
         **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
         "order": f"{stage}{order}",
