@@ -79,8 +79,8 @@ class Console:
     def frame(self, title: str, frame: pd.DataFrame) -> None:
         """Print a data frame, its rows by their names."""
         table = rich_table(title, ("",), [*frame], overflow="fold")
-        for cells in frame.itertuples():
-            table.add_row(*map(number, cells))
+        for name, *cells in frame.itertuples():
+            table.add_row(visible(name), *map(number, cells))
         self.print(table)
 
     def completions_table(
