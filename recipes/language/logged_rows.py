@@ -106,7 +106,7 @@ def main(
         axes.set(title=name, xlabel="share of logged rows", ylabel="area of held-out reward")
     axes.legend(frameon=False)
     figure.savefig(output_dir / "logged_rows.png")
-    print(f"{output_dir / 'logged_rows.png'}: the areas")
+    print(f"figure: {output_dir / 'logged_rows.png'}")
 
 
 if __name__ == "__main__":
