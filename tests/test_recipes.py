@@ -166,6 +166,9 @@ LEARNING = {
         r"old=2 sequence .* \S+e-0[123] ",
         r"bits=4 sequence .* \S+e-0[12] ",
     ),
+    "logged_rows --tasks vowels --seeds 2 --max-steps 2": (
+        r"vowels +better +reinforce +(0\.\d+ *){4}\n",
+    ),
     "rlhf_pipeline --pairs 24 --max-steps 2 --eval-prompts 3": (
         r"base, sampled .* ± .* ± ",
         r"best of 64 .* ± .* ± ",

@@ -26,15 +26,15 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "top": 15_880,
     "core": 20_710,
-    "runs": 25_100,
+    "runs": 25_120,
     "control": 11_450,
     "advisor": 2_110,
     "language": 30,
     "language/policy": 14_440,
     "language/rewards": 13_900,
     "language/tasks": 12_400,
-    "language/rollout": 28_070,
-    "language/training": 26_000,
+    "language/rollout": 28_120,
+    "language/training": 27_890,
     "language/supervised": 7_680,
     "language/commands": 5_820,
     "language/preferences": 6_350,
@@ -47,7 +47,7 @@ LIMITS = {
 """Weight of each room, in nodes of its syntax trees. Comments, docstrings, line breaks and names for
 intermediate values weigh nothing or next to it, so nothing is won by denser lines. A limit has 3 % of slack
 when it is set, and is lowered when the room gets lighter; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 226_370, 200, 97_960, 264_590, 66_030, 7_430
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 228_340, 202, 99_880, 266_990, 66_920, 7_430
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
 

@@ -27,6 +27,8 @@ class Capability(NamedTuple):
 
 CAPABILITIES = {
     "replay": Capability("rows", "--replay 2 --replay-memory 3"),
+    "logged rows": Capability("rows", "--rows log.jsonl"),
+    "half logged": Capability("rows", "--rows rewarded.jsonl --rows-share 0.5"),
     "refills": Capability("rows", "--estimator.zero-spread refill --max-refills 1"),
     "old weights": Capability("sampler", "--sync-every 2"),
     "importance": Capability("sampler", "--estimator.importance token"),
@@ -97,7 +99,25 @@ OF_CONTROLS = {
     for control in CONTROLS
     for name in UNEVEN
 }
-REFUSED: Mapping[tuple[str, ...], str] = OF_CONTROLS | {
+OF_LOGS = {
+    tuple(sorted((log, name))): f"rows cannot be learnt with {words}"
+    for log in ("logged rows", "half logged")
+    for name, words in {
+        "old weights": "sync_every",
+        "truncated distribution": "top_k, top_p or min_p",
+        "prompts by variance": "prompt_weights",
+        "prompts by function": "prompt_weights",
+        "allowed": "allowed",
+        "turns": "an environment",
+        "own teacher": "a teacher that reads other prompts",
+        "context": "a teacher that reads other prompts",
+        "greedy": "a baseline of yours or remax",
+        "own baseline": "a baseline of yours or remax",
+        "own advantage": "a baseline of yours or remax",
+        **dict.fromkeys(CONTROLS, "a control arm"),
+    }.items()
+}
+REFUSED: Mapping[tuple[str, ...], str] = (OF_CONTROLS | OF_LOGS) | {
     ("replay", "turns"): "replay was given as 2; it repeats completions of one turn",
     ("goal", "refills"): "perhaps the first that reached it",
     ("prompts by variance", "refills"): "with prompt_weights they would not be remembered",

@@ -32,6 +32,14 @@ class Workshop:
         shutil.copy(Path(__file__).with_name("mine.py"), folder / "mine.py")
         write_rows(folder / "rows.jsonl", [{"prompt": text} for text in WORDS.split("|")])
         letters = tuple(sorted({*WORDS}))
+        log = [
+            {"prompt": text, "completion": words, "logprobs": [-4.0] * (len(words) + 1)}
+            for text in WORDS.split("|")
+            for words in ("a", "on", text[:3], text[1:5])
+        ]
+        rewarded = [{**row, "reward": len({*row["completion"]}) / 5} for row in log]
+        write_rows(folder / "log.jsonl", log)
+        write_rows(folder / "rewarded.jsonl", rewarded)
         model, tokenizer = TinyModel(letters, layers=1, hidden=32, heads=2)(0)
         with torch.no_grad():  # so that completions differ, and end at all lengths
             model.lm_head.weight.mul_(30)

@@ -78,9 +78,9 @@ class Console:
 
     def frame(self, title: str, frame: pd.DataFrame) -> None:
         """Print a data frame, its rows by their names."""
-        table = rich_table(title, ("",), [*frame])
-        for cells in frame.itertuples():
-            table.add_row(*map(number, cells))
+        table = rich_table(title, ("",), [*frame], overflow="fold")
+        for name, *cells in frame.itertuples():
+            table.add_row(visible(name), *map(number, cells))
         self.print(table)
 
     def completions_table(

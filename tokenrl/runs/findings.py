@@ -112,6 +112,7 @@ class Observed:
     keep: str = ""
     stop_after_zero_spread: int = 0
     importance_centre: bool = False
+    rows: Any = None
     entropy_coef: float = 0.0
     on_abstain: str = ""
 

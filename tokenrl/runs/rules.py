@@ -227,7 +227,7 @@ RULES = (
     Rule(
         "sampling-differs",
         lambda run: (
-            not run.importance_centre
+            not (run.importance_centre or run.rows is not None)
             and (
                 above(LOST_SHARE - run.recent.effective_samples, void=0)
                 or above(run.recent.logp_difference, act=MAX_DIFFERENCE)

@@ -5,6 +5,7 @@ import math
 from itertools import product
 
 import pytest
+from folders import write_rows
 from refusals import refused
 
 import tokenrl
@@ -84,14 +85,21 @@ def test_the_margin_is_a_share_of_the_declared_range():
     assert toy("rloo", "grpo").describe()["on sort_digits"].endswith("margin 0.02")
 
 
-def test_arms_that_sample_from_earlier_weights_are_declared_off_policy():
+def test_the_declared_bias_of_an_arm_is_that_of_its_runs(tmp_path):
     capped = "rloo,sync_every=4,importance=sequence"
-    planned = toy("rloo", "rloo,sync_every=4", capped)
+    earlier = "as weights of earlier steps sample"
+    planned = toy("rloo", "rloo,sync_every=4", capped, "rloo,replay=2")
     assert planned.describe()["arms"] == (
-        f"rloo (exact), rloo,sync_every=4 (off-policy biased), {capped} (off-policy exact_for_policy)"
+        f"rloo (exact), rloo,sync_every=4 (biased, {earlier}), {capped} (exact_for_policy, {earlier}), "
+        "rloo,replay=2 (biased, as rewards choose the replayed completions)"
     )
     both = toy("rloo", "grpo", shared={"max_steps": 40, "sync_every": 2})
-    assert both.describe()["arms"] == "rloo (off-policy biased), grpo (off-policy biased)"
+    assert both.describe()["arms"] == f"rloo (biased, {earlier}), grpo (biased, {earlier})"
+    write_rows(tmp_path / "log.jsonl", [{"prompt": "1>", "completion": "1", "reward": 1.0}])
+    of_log = toy(
+        "rloo", "reinforce,num_generations=1", shared={"rows": str(tmp_path / "log.jsonl")}
+    )
+    assert "as the reward-weighted likelihood" in of_log.describe()["arms"]
 
 
 def test_a_control_is_the_first_other_arm_with_a_setting():

@@ -17,6 +17,7 @@ from tokenrl.errors import Refused, read_file, refusing
 from tokenrl.files import flat, write_json
 from tokenrl.lab.compare.intervals import LEAST_PAIRS, detectable_difference
 from tokenrl.lab.compare.looks import looked_twice
+from tokenrl.language import TrainArguments
 from tokenrl.runs import acquire_lock
 from tokenrl.settings import arguments
 
@@ -65,12 +66,11 @@ class Arm:
 
     @property
     def declared(self) -> str:
-        """Its name and declared bias, off-policy where it samples from weights of earlier steps; or its control."""
-        if self.control:
-            return f"{self.label} ({self.control})"
-        if self.settings.get("sync_every", 1) > 1:
-            return f"{self.label} (off-policy {self.estimator.off_policy_status})"
-        return f"{self.label} ({self.estimator.bias_status})"
+        """Its name, and its control or the declared bias of its runs."""
+        status = self.control or self.estimator.bias_status
+        if "task" in self.settings and not self.control:
+            status = arguments(TrainArguments, self.settings).bias_status
+        return f"{self.label} ({status})"
 
 
 @dataclass(frozen=True)

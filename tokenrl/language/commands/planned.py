@@ -40,7 +40,7 @@ def plan_training(
         Refused: settings contradict each other, or do not fit the task or the model, as far as that is known before
             the run.
     """
-    args, _, task, reward, _ = task_of(fill_form(args), 1, keywords)
+    args, _, task, reward, *_ = task_of(fill_form(args), 1, keywords)
     policy = read_models(args, task)
     for warning in division_of(task, args.eval_size, {"the model": policy})[1]:
         announce(f"warning: {warning}")

@@ -65,6 +65,11 @@ class Rewarded(Rollout):
     factors: Tensor | None = None
     logged: tuple[tuple[Mapping[str, float], int], ...] = ()
 
+    @property
+    def sampled(self) -> Tensor:
+        """True on completions that the policy has sampled for this step [N]."""
+        return ~self.replayed & (self.prompt_index >= 0)
+
     def reward_list(self) -> list[float]:
         """Return the reward of each of the N rows, NaN where it is not valid."""
         rewards: list[float] = self.rewards.masked_fill(~self.valid, math.nan).tolist()
@@ -286,6 +291,9 @@ def completion_rows(
         columns["teacher_prompt"] = decoded(tokenizer, teacher_prompts, skip_special_tokens=False)
     if rows.replayed.any():
         columns["replayed"] = rows.replayed.tolist()
+    is_logged = rows.prompt_index < 0
+    if is_logged.any():
+        columns["logged"] = is_logged.tolist()
     if advantages is not None:
         columns["advantage"] = advantages.tolist()
     columns["truncated"] = rows.truncated.tolist()

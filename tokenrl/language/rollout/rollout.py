@@ -69,7 +69,8 @@ class Rollout:
     Attributes:
         prompt_ids: ids of each row's prompt, padded on the left [N, P].
         prompt_mask: True on the tokens of the prompts, False on the padding [N, P].
-        prompt_index: number of each row's prompt in the data, or in the list given to the generator [N].
+        prompt_index: number of each row's prompt in the data, or in the list given to the generator [N]; below 0 for
+            rows that somebody else sampled.
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions, which are the tokens up to and including the first EOS, or the
             first that completes a stop string [N, T]. Of several turns, the tokens of every turn; the tokens

@@ -158,6 +158,11 @@ def read_splits(name: str) -> dict[str, Rows]:
     Raises:
         Refused: nothing is there, it cannot be read, or the hub cannot be reached; the message says why.
     """
+    if name.startswith(IN_MEMORY):
+        raise Refused(
+            f"'{name}' was data given from Python: give it again, or save it once with "
+            "dataset.to_parquet('data.parquet') and name that file."
+        )
     path = Path(name)
     is_file = path.is_file()
     ending = format_of(path)

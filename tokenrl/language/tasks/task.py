@@ -213,6 +213,7 @@ def _made(source: Any, name: str, eval_size: int | None, chat: bool) -> Any:
             if (
                 os.path.exists(source)
                 or "/" in source
+                or source.startswith(sources.IN_MEMORY)
                 or format_of(Path(source)) in sources.FORMATS
             ):
                 return None
@@ -301,11 +302,6 @@ def find_task(
         )
     named = () if unrewarded else args.reward or ()
     source: Any = args.task
-    if isinstance(source, str) and source.startswith(sources.IN_MEMORY):
-        raise Refused(
-            f"task '{source}' was data given from Python: give it again, or save it once with "
-            "dataset.to_parquet('data.parquet') and name data.parquet by task (--task)."
-        )
     chat = bool(getattr(args, "chat", None))
     reward = named or None
     is_optional = unrewarded or whole

@@ -17,6 +17,7 @@ from tokenrl.language.policy.arguments import LoraArguments, ModelArguments, che
 from tokenrl.language.rollout.distribution import Distribution
 from tokenrl.language.supervised.arguments import RECOMMENDED, PassArguments
 from tokenrl.language.tasks.sources import TaskArguments
+from tokenrl.language.training.bias import bias_of_run
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
@@ -89,6 +90,23 @@ class SamplingArguments(Distribution, group="sampling"):
     max_refills: Natural = 4
     """Rounds in which groups of equal rewards may be replaced by new prompts, with zero_spread refill
     (dapo)."""
+
+
+@dataclass(frozen=True)
+class LoggedArguments(Settings, group="logged rows"):
+    """Completions that somebody else sampled, of which a run learns."""
+
+    rows: Annotated[str, OR_OBJECT] | None = None
+    """Rows that somebody else sampled: a file, a folder or a hub name, or data from Python, as the task may be; also
+    the folder completions of another run. A row has a prompt, and a completion or its ids in completion_ids, EOS
+    included. It may have a reward, in place of the reward functions (none: the row is left out of the comparison); the
+    log-probabilities of whoever sampled it in logprobs, one for each token and for EOS; and truncated, for a completion
+    without an end. Rows that are marked replayed or logged are left out. Rows of one prompt are cut into groups of
+    num_generations, in random order; smaller rests are left out. Evaluations sample, from the held-out prompts of the
+    task, and rows of these are left out."""
+    rows_share: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """The share of the prompts of a step whose completions are of the rows, to the nearest whole number of at least
+    one. The policy samples those of the others from prompts of the task."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +243,7 @@ class WarmStartArguments(Settings, group="warm start"):
 @dataclass(frozen=True)
 class TrainArguments(
     SamplingArguments,
+    LoggedArguments,
     OptimiserArguments,
     KlArguments,
     ModelArguments,
@@ -317,9 +336,21 @@ class TrainArguments(
             )
 
     @property
+    def bias_status(self) -> str:
+        """The declared bias of the gradient and, where the settings decide it, the reason."""
+        return bias_of_run(self)
+
+    @property
     def completions(self) -> int:
         """The completions of a step, greedy ones left out."""
         return self.prompts_per_step * self.num_generations
+
+    @property
+    def logged_prompts(self) -> int:
+        """The prompts of a step whose completions are logged rows."""
+        if self.rows is None:
+            return 0
+        return max(1, round(self.rows_share * self.prompts_per_step))
 
 
 EARLY = {*field_types(TaskArguments), *field_types(TrackerArguments), "model", "chat", "cpu"}  # type: ignore[arg-type]

@@ -125,14 +125,16 @@ def gather(learner: Learner, rows: Experience, failures: Sequence[str], step: in
         step: number of the step.
 
     Raises:
-        Stopped: no row of the step has a reward.
+        Stopped: no row that the step sampled has a reward; in a step of logged rows alone, none of these.
     """
     rows = replace(rows, sampling_logprobs=rows.sampling_logprobs.to(rows.logprobs))
     accelerator = learner.accelerator
     if accelerator.num_processes > 1:
         own = {name: x for name, x in rows.tensors().items() if x.ndim < 3}
         rows = Experience(**gathered(accelerator, own))
-    if not (rows.rewarded & rows.compared).any():
+    # Where rows were sampled, one of them needs a reward: those of a log may have brought theirs along.
+    asked = rows.sampled if rows.sampled.any() else ~rows.replayed
+    if not (asked & rows.compared).any():
         failed = failures_of(failures)
         raise Stopped(
             f"Reward functions abstained from every completion of this step. {failed}".strip()
@@ -222,7 +224,7 @@ def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -
     the policy can, and else the policy's probability of what the sampler keeps.
 
     Args:
-        rows: the rows of this process; replayed ones count nowhere.
+        rows: the rows of this process; replayed ones, and logged ones of an unknown sampler, count nowhere.
         parts: the numbers of the rows of each micro-batch [n], with their log-probabilities under the policy that
             is trained [n, T], on its device.
 
@@ -234,8 +236,9 @@ def mismatch_metrics(rows: Experience, parts: Sequence[tuple[Tensor, Tensor]]) -
     """
     host = to_host(logprobs for _, logprobs in parts)
     local: list[list[float]] = []
+    is_counted = ~(rows.replayed | rows.sampling_logprobs.isnan().any(dim=1))
     for (index, _), logprobs in zip(parts, host, strict=True):
-        is_new = ~rows.replayed[index]
+        is_new = is_counted[index]
         index, logprobs = index[is_new], logprobs[is_new]
         width = logprobs.shape[1]
         mask = rows.mask[index, :width]

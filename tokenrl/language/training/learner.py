@@ -133,8 +133,8 @@ class Learner:
         teacher_prompts: makes the prompts of the teacher; None if it reads those of the policy.
         average: the moving average of the policy's weights that the teacher has; None if it has others.
         replay: the best completions of each prompt, of which some join those of a step; None where nobody reads them.
-        nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
-        skipped: number of all updates so far that were skipped for such a gradient.
+        log: the `PromptStream` that draws groups of rows that somebody else sampled; None without any.
+        nonfinite, skipped: numbers of updates without a finite gradient, the consecutive ones up to now and all.
         idle: number of all updates so far that were left out because no row could have a gradient.
     """
 
@@ -151,6 +151,7 @@ class Learner:
     teacher_prompts: TeacherPrompts | None = None
     average: MovingAverage | None = None
     replay: Replay | None = None
+    log: Any = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
@@ -316,6 +317,7 @@ class Learner:
             "sampler": self.generator if hasattr(self.generator, "state_dict") else None,
             "teacher": self.average,
             "replay": self.replay,
+            "log": self.log,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from tokenrl.core.schedules import policy_steps, set_rates, share_of_rate
-from tokenrl.errors import Finished, Refused, Stopped, ending
+from tokenrl.errors import Finished, Refused, Stopped
 from tokenrl.keywords import arguments_of_call, takes
 from tokenrl.language.policy.arguments import LoadingArguments, fill_form, form_line
 from tokenrl.language.policy.loading import device_for
@@ -23,13 +23,15 @@ from tokenrl.language.rollout.distribution import distribution_of
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised import warm_start
 from tokenrl.language.supervised.base import adapt, load_base, with_own_weights
-from tokenrl.language.tasks.records import provenance_of, recorded
+from tokenrl.language.tasks.records import described, provenance_of, recorded
+from tokenrl.language.tasks.rows import digits
 from tokenrl.language.tasks.stream import prompt_stream
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.training.arguments import KlArguments, TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.experience import examples
 from tokenrl.language.training.learner import make_learner
+from tokenrl.language.training.logged import logged_groups
 from tokenrl.language.training.run import RunResult, TrainingRun, warnings_of
 from tokenrl.language.training.settings import (
     evaluates,
@@ -40,7 +42,7 @@ from tokenrl.language.training.settings import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.teacher import teacher_of
-from tokenrl.language.training.verdicts import judge_end, judge_start, judge_step
+from tokenrl.language.training.verdicts import end_by_user, judge_end, judge_start, judge_step
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.origin import repetition
 from tokenrl.runs.processes import agreed, gather_objects, local, make_accelerator
@@ -48,7 +50,7 @@ from tokenrl.runs.resume import Provenance, check_processes, resume_settings, to
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import part_of
-from tokenrl.user_code import own_process, user_code
+from tokenrl.user_code import own_process
 
 Callback = Callable[[int, dict[str, float]], object]
 
@@ -121,25 +123,9 @@ def train(
                 _record(run, session, record, metrics)
                 if policy_steps(run.args, step) == 2:
                     session.console.note(run.forecast_duration(session.step_seconds))
-                _end_by_user(callback, metrics, session, record.ends)
+                end_by_user(callback, metrics, session, record.ends)
                 judge_step(run, session)
             return _finish(run, session)
-
-
-def _end_by_user(
-    callback: Callback | None, metrics: dict[str, float], session: Session, words: list[str]
-) -> None:
-    """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
-
-    The `words` are those with which such code has ended the run in this step; else there are none.
-    """
-    wish = False
-    with ending(words), user_code():
-        wish = callback is not None and callback(session.step, dict(metrics)) is True
-    if everywhere := gather_objects(words):
-        session.end("finished", everywhere[0])
-    elif any(gather_objects([wish])):
-        session.end("callback")
 
 
 def _warm_start(
@@ -174,7 +160,7 @@ def _prepare(
     accelerator = session.accelerator
     processes = accelerator.num_processes
     read_task = partial(task_of, choices, processes, keywords)
-    choices, origins, task, rewards, prompts = together(accelerator, read_task)
+    choices, origins, task, rewards, prompts, log = together(accelerator, read_task)
     facts = first_facts(choices, origins, session.directory, task, rewards)
     console.start(f"tokenrl train: {task.name}", facts)
     with accelerator.main_process_first():
@@ -186,16 +172,17 @@ def _prepare(
             policy = with_own_weights(policy, choices.model)
         if device_for(policy.size, choices.cpu).type != accelerator.device.type:
             accelerator = make_accelerator(cpu=True)  # there is one process, as on a Mac
-    has_state = bool(rewards.keepers)
-    plan = together(
-        accelerator, partial(settle, choices, task, policy, origins, has_state, processes)
-    )
+    settling = partial(settle, choices, task, policy, origins, bool(rewards.keepers), processes)
+    plan = together(accelerator, settling)
     console.facts("", model_facts(plan, policy, teacher))
     base = {"base model": fingerprint(policy.model)} if choices.warm_start else {}
     warmed = _warm_start(plan.args, task, rewards, policy, session)
     rows = {"train": task.train_prompts, "eval": task.eval_prompts}
     provenance = provenance_of(policy, rows, accelerator, task)
     adapt(choices, policy)
+    if log is not None:
+        provenance.fingerprints["rows"] = described({"train": log})[0]
+        provenance.trained_prompts |= {*digits(log.keys.ravel())}
     if teacher is not None and teacher.fingerprint:
         provenance.fingerprints["teacher"] = teacher.fingerprint
     provenance.chosen = {**provenance.fingerprints, **(base if warmed else {})}
@@ -210,6 +197,10 @@ def _prepare(
         learner = make_learner(plan.args, policy, accelerator, teacher, **options)
     if not learner.generator.abilities.exact:
         provenance.caveats.append(f"{learner.engine} has random numbers of its own")
+    if log is not None:
+        learner.log = together(
+            accelerator, partial(logged_groups, log, learner, rewards, console.note)
+        )
     draws = choices.seed, choices.prompt_weights, choices.prompt_floor
     split = "eval" if choices.control_arm == "best_of_n" else "train"
     run = TrainingRun(
@@ -242,7 +233,12 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         provenance,
         parts | {"run": run},
         run.facts(),
-        names={"task": run.task.name, "model": policy.source, "teacher": teacher},
+        names={
+            "task": run.task.name,
+            "model": policy.source,
+            "teacher": teacher,
+            "rows": provenance.fingerprints.get("rows"),
+        },
         title=run.title,
         **facts,
     )
@@ -280,12 +276,13 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         size = args.prompts_per_step
         following = run.stream.peek(2 * size)[size:]  # of the step after this
         agreed(learner.generator.announce)(local(learner.accelerator, following))
-    before = run.stream.state_dict(), run.rewards.state_dict()
+    parts: Any = run.stream, run.rewards, learner.log or run.stream
+    before = [part.state_dict() for part in parts]
     try:
         record = training_step(learner, run.training_rewards, run.memory, step, run.stream)
     except Finished:
-        run.stream.load_state_dict(before[0])
-        run.rewards.load_state_dict(before[1])
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
         raise
     if not run.unrewarded:
         run.search.add(learner.policy, record.rewarded, step, run.totals["num_samples"])
@@ -299,7 +296,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     seconds = {name: x for name, x in record.timings.items() if "seconds" in name}
     run.totals.update(done | seconds)
     metrics |= {
-        "epoch": run.stream.epoch,
+        "epoch": (learner.log or run.stream).epoch,
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,

@@ -25,6 +25,7 @@ from tokenrl.language.rollout.rollout import cat, pad_right, to_device
 from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.experience import Experience, gathered
+from tokenrl.language.training.logged import logged_rows
 from tokenrl.runs.processes import agreed, gather_objects, local
 
 if TYPE_CHECKING:
@@ -41,19 +42,25 @@ def collect_rows(
 ) -> Rewarded:
     """Sample completions of a step with the columns that the estimator reads, and reward them.
 
-    Greedy completions are only rewarded, never learnt from.
+    Greedy completions are only rewarded, never learnt from. What has a number below 0 is a group of the log, whose
+    rows stand last; what rewards log of them counts where the policy samples none.
     """
+    sampled = [prompt for prompt in prompts if prompt[0] >= 0]
+    groups = prompts[len(sampled) :]
+    tables = [logged_rows(learner, rewards, groups)] if groups else []
+    if not sampled:
+        return tables[0]
     policy = learner.policy
     greedy = not sampling.num_generations
     if not greedy:
         sampling = replace(sampling, **learner.kept)
     rollout = sample_rows(
-        policy, learner.generator, prompts, sampling, "training", rewards.environments
+        policy, learner.generator, sampled, sampling, "training", rewards.environments
     )
     if not greedy:
         rollout = learner.with_missing_fields(rollout)
         learner.generator.check(rollout, sampling)
-    return reward_rows(policy, rewards, rollout, [row for _, row in prompts])
+    return cat([reward_rows(policy, rewards, rollout, [row for _, row in sampled]), *tables])
 
 
 def rows_of_step(
@@ -65,8 +72,12 @@ def rows_of_step(
     every function abstained from it. And they have the factors of their prompts, if the gradient is divided by the
     chances.
     """
-    prompts = local(learner.accelerator, stream.draw_prompts(learner.args.prompts_per_step))
-    rows = collect_rows(learner, rewards, prompts, sampling)
+    args = learner.args
+    prompts = stream.draw_prompts(args.prompts_per_step - args.logged_prompts)
+    if learner.log is not None:
+        # Numbers below 0 mark groups of the log.
+        prompts += [(-1 - i, group) for i, group in learner.log.draw_prompts(args.logged_prompts)]
+    rows = collect_rows(learner, rewards, local(learner.accelerator, prompts), sampling)
     if learner.estimator.zero_spread == "refill":
         rows = refill(learner, rewards, sampling, rows, stream)
     rows = replace(rows, logged=(*rows.logged, (learner.generator.settle(), 1)))

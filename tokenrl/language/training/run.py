@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.memories import Memory
+from tokenrl.core.schedules import policy_steps
 from tokenrl.files import State
 from tokenrl.language.evaluation.estimates import estimates
 from tokenrl.language.evaluation.evaluation import Evaluation, Evaluator
@@ -28,12 +30,16 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.experience import data_keys
 from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.search import Search
-from tokenrl.language.training.settings import TrainPlan, evaluates, without_effect
+from tokenrl.language.training.settings import TrainPlan, evaluates
 from tokenrl.language.training.teacher import Teacher, without_teacher
 from tokenrl.runs.output import duration
+from tokenrl.runs.processes import overruled
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 from tokenrl.settings import shown
+
+OFF = ("", "no", "none", "false", "0", "1", "default")
+"""Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +54,8 @@ class RunResult(Outcome):
         reason: the words of that `Finished`, or after how many completions it was solved; else empty.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
-        tokens_per_second: tokens of the completions that were sampled in steps, per second of steps; those that are
-            greedy, replaced or replayed are left out.
+        tokens_per_second: tokens of the completions that were sampled in steps or logged, per second of steps; those
+            that are greedy, replaced or replayed are left out.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
             `nothing-learnt` (no gain of held-out rewards beyond noise), `constant-answer` (all greedy
             completions are the same), `learnt-by-heart` (training prompts gained, held-out ones hardly),
@@ -59,9 +65,9 @@ class RunResult(Outcome):
             if there was a problem.
         warm_started: the updates of the warm start and its losses; empty without one.
         best_completions: up to ten distinct completions of training steps, the best first, each with `reward`, `step`,
-            `prompt` and `completion`. Those of evaluations are not among them, nor replayed ones.
-        completions_until_solved: with `stop_at_reward` the completions that training steps sampled until the first with
-            that reward, itself included, and greedy ones of earlier steps; None without such a completion.
+            `prompt` and `completion`. Those of evaluations are not among them, nor replayed or logged ones.
+        completions_until_solved: with `stop_at_reward` the completions of training steps until the first sampled one
+            with that reward, itself included, and greedy ones of earlier steps; None without such a completion.
         policy: the trained policy, with the weights that are in model/.
     """
 
@@ -131,7 +137,7 @@ class TrainingRun:
 
     @property
     def sampled(self) -> int:
-        """The completions of a step, with greedy ones if the estimator needs them."""
+        """The completions of a step, sampled or logged, with greedy ones if the estimator needs them."""
         greedy = "greedy_rewards" in self.args.estimator.needs
         return self.args.completions + self.args.prompts_per_step * greedy
 
@@ -289,3 +295,36 @@ def warnings_of(run: TrainingRun) -> list[str]:
             "column of weights."
         )
     return [*warnings, *without_effect(run.args)]
+
+
+def without_effect(args: TrainArguments) -> Iterator[str]:
+    """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
+    for name in overruled():
+        if os.environ[name].lower() not in OFF:
+            yield (
+                f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
+            )
+    if args.warmup_steps >= policy_steps(args, args.max_steps) > 0:
+        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
+        yield (
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
+            "learning rate stays below its peak."
+        )
+    critic = "values" in args.estimator.needs, "the estimator has no critic"
+    needs = {
+        "replay_memory": (args.replay, "replay is 0"),
+        "prompt_floor": (args.prompt_weights != "uniform", "prompt_weights is uniform"),
+        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
+        "value_learning_rate": critic,
+        "value_iterations": critic,
+        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
+        "rows_share": (args.rows is not None, "rows is not set"),
+        "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
+        "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
+        "kl_gain": (args.target_kl is not None, "target_kl is not set"),
+        "warm_start_steps": (args.warm_start, "warm_start is not set"),
+    }
+    for name, (is_met, reason) in needs.items():
+        value = getattr(args, name)
+        if value != getattr(TrainArguments, name) and not is_met:
+            yield f"{name}={value} has no effect, because {reason}."

@@ -1,8 +1,8 @@
 """Keeps the best completions of a run, and ends it with the first that has the reward that is searched for.
 
 Where a policy searches, as for a formula or a molecule, what counts is the best text that it ever wrote. Every process
-holds the same record. Replayed completions and those without a reward count nowhere, and neither do greedy ones, those
-of evaluations, and those whose group was replaced.
+holds the same record. Replayed and logged completions and those without a reward count nowhere, and neither do greedy
+ones, those of evaluations, and those whose group was replaced.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Search:
             step: number of the step.
             before: the completions that were sampled in earlier steps.
         """
-        rewards = rows.rewards.masked_fill(rows.replayed | ~rows.valid, -torch.inf)
+        rewards = rows.rewards.masked_fill(~(rows.sampled & rows.valid), -torch.inf)
         if self.goal is not None and self.until_solved is None:
-            reached = gather_objects((rewards >= self.goal)[~rows.replayed].tolist())
+            reached = gather_objects((rewards >= self.goal)[rows.sampled].tolist())
             if any(reached):
                 self.until_solved = before + reached.index(True) + 1
         least = self.best[-1]["reward"] if len(self.best) == _MOST else -torch.inf

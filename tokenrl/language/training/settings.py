@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 
 from tokenrl.core.bias import estimator_line, objective_line
 from tokenrl.core.refusals import check_horizon
-from tokenrl.core.schedules import check_warmup, policy_steps
+from tokenrl.core.schedules import check_warmup
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import form_line
 from tokenrl.language.policy.model import Policy
@@ -26,16 +25,13 @@ from tokenrl.language.supervised.defaults import (
     with_origins,
 )
 from tokenrl.language.tasks.held_out import division_of
+from tokenrl.language.tasks.rows import Rows
 from tokenrl.language.tasks.task import PromptTask, find_task, is_unrewarded
 from tokenrl.language.training.arguments import OWN, KlArguments, TrainArguments, with_advice
 from tokenrl.language.training.engines import engine_of
+from tokenrl.language.training.logged import read_log
 from tokenrl.language.training.teacher import Teacher
-from tokenrl.language.training.teacher_prompts import (
-    TeacherPrompts,
-    bias_of_context,
-    teacher_prompts,
-)
-from tokenrl.runs.processes import overruled
+from tokenrl.language.training.teacher_prompts import TeacherPrompts, teacher_prompts
 from tokenrl.settings import arguments, lay, part_of
 
 
@@ -105,14 +101,12 @@ def _evaluation_interval(values: Mapping[str, Any], task: Any) -> int:
 
 SHOWN = ("baseline", "scale", "aggregation", "ratio", "beta")
 """The axes that the header of a run shows, whatever they are."""
-OFF = ("", "no", "none", "false", "0", "1", "default")
-"""Values with which the others change nothing, as `accelerate launch` sets them."""
 
 
 def task_of(
     choices: TrainArguments, processes: int = 1, keywords: Collection[str] = ()
-) -> tuple[TrainArguments, dict[str, str], PromptTask, Rewards, TeacherPrompts | None]:
-    """Return settings and origins, see `with_advice`, task and rewards, and how the teacher's prompts are made.
+) -> tuple[TrainArguments, dict[str, str], PromptTask, Rewards, TeacherPrompts | None, Rows | None]:
+    """Return settings and origins, see `with_advice`, task and rewards, how the teacher's prompts are made, and a log.
 
     Raises:
         Refused: one of them cannot be used, or choices contradict each other whatever the model is.
@@ -140,7 +134,7 @@ def task_of(
             "The best checkpoint needs evaluations, and none are made, as they would spend what the reward "
             "counts: give eval_every (--eval-every), or leave keep and patience out."
         )
-    return choices, origins, task, rewards, prompts
+    return choices, origins, task, rewards, prompts, read_log(choices, task, prompts is not None)
 
 
 def check_choices(args: TrainArguments, task: PromptTask, processes: int = 1) -> None:
@@ -297,38 +291,6 @@ def _try_out(args: TrainArguments, task: PromptTask) -> None:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
-def without_effect(args: TrainArguments) -> Iterator[str]:
-    """Yield a warning for each setting, or variable, that was changed but has no effect with the others."""
-    for name in overruled():
-        if os.environ[name].lower() not in OFF:
-            yield (
-                f"{name}={os.environ[name]} has no effect: a run computes as its recorded settings say."
-            )
-    if args.warmup_steps >= policy_steps(args, args.max_steps) > 0:
-        critic_first = f" - value_warmup={args.value_warmup}" if args.value_warmup else ""
-        yield (
-            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}{critic_first}, so the "
-            "learning rate stays below its peak."
-        )
-    critic = "values" in args.estimator.needs, "the estimator has no critic"
-    needs = {
-        "replay_memory": (args.replay, "replay is 0"),
-        "prompt_floor": (args.prompt_weights != "uniform", "prompt_weights is uniform"),
-        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
-        "value_learning_rate": critic,
-        "value_iterations": critic,
-        "stop_at_reward": (not is_unrewarded(args.reward), "reward is none"),
-        "on_reward_timeout": (args.reward_timeout is not None, "reward_timeout is not set"),
-        "allow_own_feedback": (args.teacher_context, "teacher_context is not set"),
-        "kl_gain": (args.target_kl is not None, "target_kl is not set"),
-        "warm_start_steps": (args.warm_start, "warm_start is not set"),
-    }
-    for name, (is_met, reason) in needs.items():
-        value = getattr(args, name)
-        if value != getattr(TrainArguments, name) and not is_met:
-            yield f"{name}={value} has no effect, because {reason}."
-
-
 def evaluates(args: TrainArguments, rewards: Rewards) -> bool:
     """Return whether the policy is evaluated: always, unless that spends unasked what a reward counts."""
     return not rewards.keepers or bool(args.eval_every)
@@ -345,14 +307,6 @@ def first_facts(
             kl = "no KL, as teacher_context is called in steps"
         names = f"none: what is learnt is to lower the KL to the teacher; evaluated: {names or kl}"
     estimator = choices.estimator
-    status = estimator.bias_status
-    if choices.sync_every > 1:
-        status = f"{estimator.off_policy_status}, as weights of earlier steps sample"
-    if choices.replay:
-        status = "biased, as rewards choose the replayed completions"
-    status = bias_of_context(choices) or status
-    if choices.control_arm != "none":
-        status = f"not that of the estimator, as this is the control {choices.control_arm}"
     stage = ""
     if choices.warm_start:
         skipped = " unless the rule of auto skips it" if choices.warm_start == "auto" else ""
@@ -367,7 +321,7 @@ def first_facts(
     return {
         "task": division_of(task, choices.eval_size)[0],
         "reward": names,
-        "estimator": estimator_line(estimator, SHOWN, status),
+        "estimator": estimator_line(estimator, SHOWN, choices.bias_status),
         **objective_line(estimator),
         **({} if goal is None else {"ends": f"once a completion has a reward of at least {goal}"}),
         "order": f"{stage}{order}",

@@ -21,7 +21,7 @@ from tokenrl.language.supervised.defaults import check_prompts
 from tokenrl.language.tasks.sources import as_prompt, fault_of_prompt
 from tokenrl.language.tasks.task import PromptTask
 from tokenrl.language.tasks.templates import filled
-from tokenrl.language.training.arguments import KlArguments, TrainArguments
+from tokenrl.language.training.arguments import KlArguments
 from tokenrl.names import NamedFunction
 from tokenrl.user_code import copied, guarded
 
@@ -201,22 +201,3 @@ def in_place(prompt: Prompt, content: Any, source: str) -> Prompt:
 def last_of_user(prompt: Sequence[Row]) -> int:
     """Return the place of the last message of the user in chat messages; of the last one where there is none."""
     return max((i for i, turn in enumerate(prompt) if turn["role"] == "user"), default=-1)
-
-
-def bias_of_context(args: TrainArguments) -> str:
-    """Say why a teacher_context makes the gradient biased, whatever the estimator declares; empty if it does not.
-
-    A KL in the reward is one to a teacher that has read the other rows, so a baseline or a scale that is made of
-    their rewards depends on the row's own completion.
-    """
-    if args.teacher_context is None:
-        return ""
-    if args.allow_own_feedback:
-        return "biased, as the teacher may read the row itself, and its KL is none between two policies"
-    estimator = args.estimator
-    for axis in ("baseline", "scale"):
-        if estimator.kl_in_reward and estimator.chosen(axis).compares:
-            return (
-                f"biased, as the {axis} compares KLs to teachers that have read each other's rows"
-            )
-    return ""

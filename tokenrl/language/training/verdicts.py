@@ -9,16 +9,19 @@ import math
 from dataclasses import replace
 from itertools import takewhile
 from statistics import fmean
+from typing import Any
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import Stopped, ending
 from tokenrl.language.evaluation.estimates import over_prompts
 from tokenrl.language.rollout.rewarded import failures_of
 from tokenrl.language.supervised.defaults import is_own
 from tokenrl.language.training.run import TrainingRun
 from tokenrl.runs.findings import Gain, Observed, observe, share_equal
 from tokenrl.runs.metric_table import Rows, exceeds, finite, is_rounding, reaches
+from tokenrl.runs.processes import gather_objects
 from tokenrl.runs.rules import Finding, judge
 from tokenrl.runs.session import Session
+from tokenrl.user_code import user_code
 
 TOLD = (
     "policy-destroyed",
@@ -28,6 +31,8 @@ TOLD = (
     "rewards-abstain",
 )
 """Findings of a step that are told when they come up."""
+LEAST_SHARE = 0.1
+"""Effective sample size, as a share of the completions, below which logged rows are too far from the policy."""
 OF_END = (
     "nothing-learnt",
     "constant-answer",
@@ -61,6 +66,14 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     for flag in TOLD:
         if flag in texts:
             session.warn_once(flag, f"{start} {texts[flag]}")
+    share = observed.recent.effective_samples
+    if observed.rows is not None and share < LEAST_SHARE:
+        session.warn_once(
+            "log-far",
+            f"{start} the log is too far from the policy. The effective sample size is {share:.1%} of the completions, "
+            "so a few decide each update. Take rows of a nearer policy, a lower --rows-share or smaller steps, or "
+            "bound the weights (--estimator.importance-cap 2), which is biased.",
+        )
     if remark := run.learner.generator.remark:
         session.warn_once("sampling-differs", f"{start} {remark}")
     if "policy-destroyed" in texts and "policy-destroyed" not in session.flags:
@@ -73,7 +86,7 @@ def judge_step(run: TrainingRun, session: Session) -> None:
     ends = 0 < limit <= idle
     # The first step samples from the policy before training too, also where evaluations sample nothing.
     before = session.eval_before.get("reward", session.rows[1].get("reward", math.inf))
-    if exceeds(observed.step.reward, before):
+    if exceeds(observed.step.reward, before) and observed.rows is None:
         if ends:
             _end_learning(run, session, observed)
         return
@@ -83,6 +96,22 @@ def judge_step(run: TrainingRun, session: Session) -> None:
         session.flags = session.flags or ["nothing-learnt"]
         text = texts.get("policy-destroyed", texts["no-signal"])
         raise Stopped(f"{text} (--stop-after-zero-spread 0 lets such a run continue.)")
+
+
+def end_by_user(
+    callback: Any, metrics: dict[str, float], session: Session, words: list[str]
+) -> None:
+    """Call the user's function after a step, and end the run if code of the user's asks for it, in any process.
+
+    The `words` are those with which such code has ended the run in this step; else there are none.
+    """
+    wish = False
+    with ending(words), user_code():
+        wish = callback is not None and callback(session.step, dict(metrics)) is True
+    if everywhere := gather_objects(words):
+        session.end("finished", everywhere[0])
+    elif any(gather_objects([wish])):
+        session.end("callback")
 
 
 def judge_end(run: TrainingRun, session: Session) -> list[Finding]:
