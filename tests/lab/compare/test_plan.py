@@ -77,6 +77,13 @@ def test_all_arms_have_the_budget_of_the_task_in_samples():
     )
 
 
+def test_a_rate_of_all_arms_is_one_for_an_optimiser_without_a_recommended_rate():
+    planned = toy("rloo", "grpo", shared={"optimizer": "sgd"}, learning_rate=0.06)
+    assert [arm.rates for arm in planned.arms] == [(0.06,)] * 2
+    with refused("optimizer='sgd' was given without a learning_rate"):
+        toy("rloo", "grpo", shared={"optimizer": "sgd"})
+
+
 def test_the_margin_is_a_share_of_the_declared_range():
     assert toy("rloo", "grpo").margin == pytest.approx(0.02)
     assert toy("rloo", "grpo", margin=0.1).margin == 0.1

@@ -100,6 +100,9 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
     usual = own if kind == "control" else {**own, "estimator": FITTING}
+    rate: Any = args.learning_rate[0]
+    if rate not in FACTORS:
+        usual = {**usual, "learning_rate": rate}
     run, solved, reward_range = _settled(usual, kind, announce)
     every = run.eval_every
     if own.get("eval_every") is None:
@@ -112,9 +115,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         low, high = reward_range
         margin = margin or MARGIN * (high - low)
         ceiling = min(high - margin, math.inf if ceiling is None else ceiling)
-    rate: Any = args.learning_rate[0]
-    factors = FACTORS.get(rate)
-    rates = [factor * run.learning_rate for factor in factors] if factors else [rate]
+    rates = [factor * run.learning_rate for factor in FACTORS.get(rate, (1.0,))]
     budget = run.max_steps * per_step
     plan = Plan(
         problem=problem,
