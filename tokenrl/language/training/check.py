@@ -111,7 +111,7 @@ def _lines(run: TrainingRun, record: Record) -> dict[str, str]:
     metrics = record.metrics
     lines = {}
     if not run.unrewarded:
-        unequal = 1 - share_equal(metrics, args.estimator.needs_groups)
+        unequal = 1 - share_equal(metrics, args.num_generations > 1)
         share = f"{unequal:.0%} of {_groups(args)}"
         lines["reward"] = f"{metrics['reward']:.3g} on average; differs within {share}"
     cut = f"{metrics['completions/clipped_ratio']:.0%} cut at {args.max_completion_length}"
