@@ -134,6 +134,7 @@ def test_a_control_is_the_first_other_arm_with_a_setting():
         ("fixed", [[2e-4], [1e-4, 4e-4], [1.0]], "0.0001, 0.0002, 0.0004, 1; of several"),
         ("tuned", [[5e-5, 1e-4, 2e-4, 4e-4, 8e-4], [1e-4, 4e-4], [1.0]], "5e-05, 0.0001, 0.0002"),
         (3e-4, [[3e-4], [1e-4, 4e-4], [1.0]], "0.0001, 0.0003, 0.0004, 1; of several"),
+        ((3e-4, 1e-3, 3e-4), [[3e-4, 1e-3], [1e-4, 4e-4], [1.0]], "0.0001, 0.0003, 0.0004, 0.001"),
     ],
 )
 def test_an_arm_has_its_own_rates_or_those_of_all(rate, rates, words):
@@ -195,10 +196,8 @@ def test_an_environment_is_a_problem_and_shared_by_the_arms(tmp_path):
         ),
         ({"arms": ["remax", "reinforce"]}, "cannot train on walk"),
         ({"reference": "rlo"}, "must be one of"),
-        (
-            {"learning_rate": (1e-3, 2e-3)},
-            "one value: .* The rates that an arm tries stand with the arm",
-        ),
+        ({"learning_rate": ("tuned", 2e-3)}, "given as .*; give fixed, tuned or numbers"),
+        ({"learning_rate": ()}, "given as .*; give fixed, tuned or numbers"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
         ({"task": ("sort_digits",)}, "one task or one environment"),

@@ -26,9 +26,9 @@ class ProblemArguments(Settings, group="problems"):
     env: tuple[str, ...] = ()
     """Environments, by the names that tokenrl control takes; it then makes the runs."""
     learning_rate: tuple[Positive | Literal["fixed", "tuned"], ...] = ("fixed",)
-    """The rate of all arms that name none. fixed: the recommended rate; or a number; or tuned: for each arm the
-    best of five rates around the recommended one. An arm may name rates itself, as in "rloo,learning_rate=1e-4" or
-    "rloo,learning_rate=(1e-4,2e-4)". The best of several is chosen on seeds that are not compared."""
+    """The rate of all arms that name none. fixed: the recommended rate; or numbers, of which each arm has the best;
+    or tuned: the best of five rates around the recommended one. An arm may name rates itself, as in
+    "rloo,learning_rate=1e-4" or "rloo,learning_rate=(1e-4,2e-4)". The best is chosen on seeds that are not compared."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
     usual = own if kind == "control" else {**own, "estimator": FITTING}
-    rate: Any = args.learning_rate[0]
+    rates: tuple[Any, ...] = args.learning_rate
+    rate = rates[0]
     if rate not in FACTORS:
         usual = {**usual, "learning_rate": rate}
     run, solved, reward_range = _settled(usual, kind, announce)
@@ -115,7 +116,8 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         low, high = reward_range
         margin = margin or MARGIN * (high - low)
         ceiling = min(high - margin, math.inf if ceiling is None else ceiling)
-    rates = [factor * run.learning_rate for factor in FACTORS.get(rate, (1.0,))]
+    if rate in FACTORS:
+        rates = tuple(factor * run.learning_rate for factor in FACTORS[rate])
     budget = run.max_steps * per_step
     plan = Plan(
         problem=problem,
@@ -149,7 +151,7 @@ def _planned(
     own["eval_every"] = max(1, round(every / samples)) if every else 0
     # of a search, which learns nothing, one rate is enough
     count = 1 if own.get("control_arm") == "best_of_n" else None
-    return Arm(arm.label, plain(own), (arm.rates or tuple(rates))[:count])
+    return Arm(arm.label, plain(own), tuple(dict.fromkeys(arm.rates or rates))[:count])
 
 
 def _check_arms(plan: Plan) -> None:
@@ -183,11 +185,9 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
             "A call of compare has one task or one environment; call it for each. tokenrl compare takes several "
             "of a kind."
         )
-    if len(args.learning_rate) != 1:
-        raise Refused(
-            "learning_rate takes one value: fixed, tuned or a number. The rates that an arm tries stand with the "
-            'arm, as in "rloo,learning_rate=(1e-4,2e-4)".'
-        )
+    rates = args.learning_rate
+    if not rates or (len(rates) > 1 and FACTORS.keys() & rates):
+        raise Refused(f"learning_rate was given as {rates}; give fixed, tuned or numbers.")
     if len(args.arms) < 2:
         raise Refused(
             f"A comparison needs two or more arms, such as rloo grpo; arms names {len(args.arms)}."
@@ -286,4 +286,4 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any, others: Sequence[str
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
     usual = plain(Estimator())
     changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
-    return Arm(text, {"estimator": changed_axes, **own}, tuple(dict.fromkeys(rates)))
+    return Arm(text, {"estimator": changed_axes, **own}, rates)
