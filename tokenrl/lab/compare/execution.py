@@ -68,18 +68,16 @@ def collect(
         _check_looks(plan, source)
         ended = [run for run in runs if is_done(run, source) and not (root / run.path).exists()]
         for run in ended:
-            _write_settings(run, root)
-            theirs = read_config(source / f"{run.path}.json")
-            if changes := differing(theirs, read_config(root / f"{run.path}.json")):
+            ours = read_config(_write_settings(run, root))
+            original = source / run.path
+            if changes := differing(read_config(Path(f"{original}.json")), ours):
                 raise Refused(
-                    f"{source / run.path} was made with other settings than this comparison has: {changes}. Give "
+                    f"{original} was made with other settings than this comparison has: {changes}. Give "
                     "the settings that it was made with, or leave it out of collect."
                 )
-            original = source / run.path
             for path in (original, *original.rglob("*")):
-                if is_special(path) or path.resolve() != source.resolve() / path.relative_to(
-                    source
-                ):
+                place = source.resolve() / path.relative_to(source)
+                if is_special(path) or path.resolve() != place:
                     raise Refused(
                         f"{path} is a link, a pipe or a device, and plain files alone are copied. Remove it, or leave "
                         f"{source} out of collect."
@@ -204,9 +202,7 @@ def start_process(
             stdout=file,
             stderr=file,
             env=environment,
-            preexec_fn=None
-            if LIBRARY is None
-            else lambda: LIBRARY.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
+            preexec_fn=LIBRARY and (lambda: LIBRARY.prctl(1, signal.SIGTERM)),  # PR_SET_PDEATHSIG
         )
 
 

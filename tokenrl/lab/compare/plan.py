@@ -67,9 +67,10 @@ class Arm:
     @property
     def declared(self) -> str:
         """Its name, and its control or the declared bias of its runs."""
-        status = self.control or self.estimator.bias_status
-        if "task" in self.settings and not self.control:
-            status = arguments(TrainArguments, self.settings).bias_status
+        declares: Any = self.estimator
+        if "task" in self.settings:
+            declares = arguments(TrainArguments, self.settings)
+        status = self.control or declares.bias_status
         return f"{self.label} ({status})"
 
 

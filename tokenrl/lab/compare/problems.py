@@ -45,6 +45,7 @@ RESERVED = [
     "output_dir",
     "quiet",
     "seed",
+    "learning_rate",
     "resume",
     "overwrite",
     "check",
@@ -100,10 +101,10 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problem = next(filter(None, names))
     own = {**shared, "env" if kind == "control" else "task": problem}
     usual = own if kind == "control" else {**own, "estimator": FITTING}
-    rates: tuple[Any, ...] = args.learning_rate
-    rate = rates[0]
-    if rate not in FACTORS:
-        usual = {**usual, "learning_rate": rate}
+    rates: Any = args.learning_rate
+    factors = FACTORS.get(rates[0])
+    if not factors:
+        usual = {**usual, "learning_rate": rates[0]}
     run, solved, reward_range = _settled(usual, kind, announce)
     every = run.eval_every
     if own.get("eval_every") is None:
@@ -116,8 +117,8 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         low, high = reward_range
         margin = margin or MARGIN * (high - low)
         ceiling = min(high - margin, math.inf if ceiling is None else ceiling)
-    if rate in FACTORS:
-        rates = tuple(factor * run.learning_rate for factor in FACTORS[rate])
+    if factors:
+        rates = [factor * run.learning_rate for factor in factors]
     budget = run.max_steps * per_step
     plan = Plan(
         problem=problem,
@@ -158,13 +159,13 @@ def _check_arms(plan: Plan) -> None:
     """Refuse two arms in one directory, and an arm that cannot train."""
     folders = set()
     for arm in plan.arms:
-        folder = folder_of(arm.label)
-        if folder.lower() in folders:
+        folder = folder_of(arm.label).lower()
+        if folder in folders:
             raise Refused(
                 f"Two arms would have the same directory, {folder}. Leave one out, or write it in another way, "
                 "such as with its settings in another order."
             )
-        folders.add(folder.lower())
+        folders.add(folder)
         try:
             run = plan.run(arm, plan.seeds[0], arm.rates[0])
             _settled(run.settings, run.kind)
@@ -186,7 +187,7 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
             "of a kind."
         )
     rates = args.learning_rate
-    if not rates or (len(rates) > 1 and FACTORS.keys() & rates):
+    if not rates or (rates[1:] and FACTORS.keys() & rates):
         raise Refused(f"learning_rate was given as {rates}; give fixed, tuned or numbers.")
     if len(args.arms) < 2:
         raise Refused(
@@ -198,7 +199,7 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
         )
     check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
     for name in args.shared:
-        if name in (*RESERVED, "learning_rate"):
+        if name in RESERVED:
             raise Refused(
                 f"{name} is set by the comparison itself, which continues its runs and never replaces them. "
                 "Leave it out, and give another output_dir for another comparison."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenrl.core.effects import BIASED
+
 if TYPE_CHECKING:
     from tokenrl.language.training.arguments import TrainArguments
 
@@ -23,7 +25,10 @@ def bias_of_run(args: TrainArguments) -> str:
         return "biased, as rewards choose the replayed completions"
     if args.sync_every > 1:
         return f"{estimator.off_policy_status}, as weights of earlier steps sample"
-    return estimator.bias_status
+    status = estimator.bias_status
+    if args.num_iterations * args.num_minibatches > 1 and status != BIASED:
+        status += " at the first update of a step; later ones learn from an older policy"
+    return status
 
 
 def bias_of_context(args: TrainArguments) -> str:

@@ -219,14 +219,13 @@ def _prepare(
 
 def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
     """Show the rest of the header, and restore the state of the checkpoint from which a run continues."""
-    parts: dict[str, Any] = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
+    parts: Any = {"stream": run.stream, "memory": run.memory, "learner": run.learner}
     facts = {"solved": run.task.solved, **recorded(run.task)}
     if run.warm_started:
         facts["warm_started"] = run.warm_started
     if run.rewards.keepers:
         parts["rewards"] = run.rewards
     policy = run.learner.policy
-    teacher = None if run.teacher is None else run.teacher.name
     session.open(
         run.args,
         SavedModel(policy, distribution=distribution_of(run.args)),
@@ -236,7 +235,7 @@ def _open(run: TrainingRun, session: Session, provenance: Provenance) -> None:
         names={
             "task": run.task.name,
             "model": policy.source,
-            "teacher": teacher,
+            "teacher": run.teacher and run.teacher.name,
             "rows": provenance.fingerprints.get("rows"),
         },
         title=run.title,
@@ -267,7 +266,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     learner = run.learner
     args = run.args
     run.tell(step - 1)
-    moved, in_all = (policy_steps(args, count) for count in (step - 1, args.max_steps))
+    moved = policy_steps(args, step - 1)
+    in_all = policy_steps(args, args.max_steps)
     share = share_of_rate(args.lr_scheduler_type, moved, in_all, args.warmup_steps)
     set_rates(learner.optimizer, share)
     changes = args.estimator.zero_spread == "refill" or args.estimator.prompts != "uniform"
@@ -287,7 +287,7 @@ def _one_step(run: TrainingRun, step: int) -> Record:
     if not run.unrewarded:
         run.search.add(learner.policy, record.rewarded, step, run.totals["num_samples"])
     metrics = record.metrics
-    done: dict[str, float] = {
+    done = {
         "num_tokens": int(metrics["num_tokens"]),
         "completion_tokens": metrics["completions/mean_length"] * args.completions,
         # A prompt that was replaced has its sampled completions; greedy ones are those of the others.
@@ -300,7 +300,8 @@ def _one_step(run: TrainingRun, step: int) -> Record:
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
-        **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
+        "num_tokens": run.totals["num_tokens"],
+        "num_samples": run.totals["num_samples"],
     }
     return record
 

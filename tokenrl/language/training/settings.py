@@ -261,7 +261,7 @@ def _check_sizes(args: TrainArguments, task: PromptTask, processes: int) -> None
         )
     if prompts % processes:
         down = prompts // processes * processes
-        up = (prompts // processes + 1) * processes
+        up = down + processes
         valid = f"{down} or {up}" if down else up
         raise Refused(
             f"prompts_per_step={prompts} cannot be shared equally by {processes} processes. Give {valid}."

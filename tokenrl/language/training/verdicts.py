@@ -165,7 +165,7 @@ def observe_run(run: TrainingRun, rows: Rows) -> Observed:
         words = "the model has a chat template, so ask it in chat messages, with --chat."
         observed = replace(observed, uncut=words)
     is_ready = run.args.warm_start or is_own(task, run.args.model, run.learner.policy)
-    step = {} if not rows else rows[-1]
+    step = rows[-1] if rows else {}
     reward = finite(step.get("eval_reward", step.get("eval_reward_greedy")))
     faults = run.rewards.faults.values()
     return replace(
