@@ -140,7 +140,7 @@ def test_fields_that_are_filled_by_name_are_settings():
     }
     assert named == {"learning_rate", "max_completion_length", "num_envs", "keep",
                      "eval_generations", "importance_centre", "entropy_coef",
-                     "stop_after_zero_spread", "on_abstain"}  # fmt: skip
+                     "stop_after_zero_spread", "on_abstain", "rows"}  # fmt: skip
 
 
 def row(step, reward, error=0.03, equal=0.2):
