@@ -288,7 +288,8 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     text = capsys.readouterr().out
     parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", text, flags=re.MULTILINE)
     titles = [title.strip() for title in parts[1::2]]
-    assert titles[:4] == ["", "sampling", "logged rows", "optimiser"] and titles[-1] == "estimator"
+    assert titles[:5] == ["", "sampling", "logged rows", "optimiser", "KL control"]
+    assert titles[-1] == "estimator"
     flags = [re.findall(r"^\W*--([a-z.-]+)", group, re.MULTILINE) for group in parts[2::2]]
     first = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
     first += "max-completion-length learning-rate seed"

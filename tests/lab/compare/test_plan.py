@@ -95,14 +95,19 @@ def test_the_margin_is_a_share_of_the_declared_range():
 def test_the_declared_bias_of_an_arm_is_that_of_its_runs(tmp_path):
     capped = "rloo,sync_every=4,importance=sequence"
     earlier = "as weights of earlier steps sample"
-    passes = "rloo,ratio=token,num_iterations=2"
     planned = toy(
-        "rloo", "rloo,sync_every=4", capped, "rloo,replay=2", passes, "grpo,num_minibatches=2"
+        "rloo",
+        "rloo,sync_every=4",
+        capped,
+        "rloo,replay=2",
+        "rloo,ratio=token,num_iterations=2",
+        "grpo,num_minibatches=2",
     )
     assert planned.describe()["arms"] == (
         f"rloo (exact), rloo,sync_every=4 (biased, {earlier}), {capped} (exact_for_policy, {earlier}), "
         "rloo,replay=2 (biased, as rewards choose the replayed completions), "
-        f"{passes} (exact at the first update of a step; later ones learn from an older policy), "
+        "rloo,ratio=token,num_iterations=2 (exact at the first update of a step; later ones learn from an older "
+        "policy), "
         "grpo,num_minibatches=2 (biased)"
     )
     both = toy("rloo", "grpo", shared={"max_steps": 40, "sync_every": 2})
@@ -138,6 +143,7 @@ def test_a_control_is_the_first_other_arm_with_a_setting():
     [
         ("fixed", [[2e-4], [1e-4, 4e-4], [1.0]], "0.0001, 0.0002, 0.0004, 1; of several"),
         ("tuned", [[5e-5, 1e-4, 2e-4, 4e-4, 8e-4], [1e-4, 4e-4], [1.0]], "5e-05, 0.0001, 0.0002"),
+        (3e-4, [[3e-4], [1e-4, 4e-4], [1.0]], "0.0001, 0.0003, 0.0004, 1; of several"),
         ((3e-4, 1e-3, 3e-4), [[3e-4, 1e-3], [1e-4, 4e-4], [1.0]], "0.0001, 0.0003, 0.0004, 0.001"),
     ],
 )

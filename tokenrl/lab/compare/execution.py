@@ -202,7 +202,9 @@ def start_process(
             stdout=file,
             stderr=file,
             env=environment,
-            preexec_fn=LIBRARY and (lambda: LIBRARY.prctl(1, signal.SIGTERM)),  # PR_SET_PDEATHSIG
+            preexec_fn=None
+            if LIBRARY is None
+            else lambda: LIBRARY.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
         )
 
 

@@ -55,7 +55,7 @@ RESERVED = [
     "patience",
     "stop_at_reward",
 ]
-"""Settings of a run that neither users nor arms may set, because the comparison does."""
+"""Settings of a run that neither users nor arms may set, because the comparison does; but an arm may name rates."""
 FIXED: dict[Kind, dict[str, Any]] = {
     "train": {
         "threads": 1,
@@ -102,6 +102,8 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     own = {**shared, "env" if kind == "control" else "task": problem}
     usual = own if kind == "control" else {**own, "estimator": FITTING}
     rates: Any = args.learning_rate
+    if not rates or (rates[1:] and FACTORS.keys() & rates):
+        raise Refused(f"learning_rate was given as {rates}; give fixed, tuned or numbers.")
     factors = FACTORS.get(rates[0])
     if not factors:
         usual = {**usual, "learning_rate": rates[0]}
@@ -159,13 +161,13 @@ def _check_arms(plan: Plan) -> None:
     """Refuse two arms in one directory, and an arm that cannot train."""
     folders = set()
     for arm in plan.arms:
-        folder = folder_of(arm.label).lower()
-        if folder in folders:
+        folder = folder_of(arm.label)
+        if folder.lower() in folders:
             raise Refused(
                 f"Two arms would have the same directory, {folder}. Leave one out, or write it in another way, "
                 "such as with its settings in another order."
             )
-        folders.add(folder)
+        folders.add(folder.lower())
         try:
             run = plan.run(arm, plan.seeds[0], arm.rates[0])
             _settled(run.settings, run.kind)
@@ -186,9 +188,6 @@ def _shared_settings(args: CompareArguments, kind: Kind) -> dict[str, Any]:
             "A call of compare has one task or one environment; call it for each. tokenrl compare takes several "
             "of a kind."
         )
-    rates = args.learning_rate
-    if not rates or (rates[1:] and FACTORS.keys() & rates):
-        raise Refused(f"learning_rate was given as {rates}; give fixed, tuned or numbers.")
     if len(args.arms) < 2:
         raise Refused(
             f"A comparison needs two or more arms, such as rloo grpo; arms names {len(args.arms)}."

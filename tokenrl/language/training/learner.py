@@ -266,16 +266,18 @@ class Learner:
         if not learns:
             self.idle += 1
             return False
-        is_finite = math.isfinite(norm)
-        self.skipped += not is_finite
-        self.nonfinite = 0 if is_finite else self.nonfinite + 1
+        if math.isfinite(norm):
+            self.nonfinite = 0
+            return True
+        self.skipped += 1
+        self.nonfinite += 1
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
                 f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
                 "learning rate or the scale of the rewards; in low precision try float32. On a GPU a kernel may be at "
                 "fault, as of torch's attention: try --training-attention eager."
             )
-        return is_finite
+        return False
 
     def adapt_beta(self, metrics: Mapping[str, float], learns: bool) -> dict[str, float]:
         """Set the weight of the KL for the next step from the KL measured in this step (see `next_beta`).
